@@ -1,0 +1,217 @@
+"""Drives CMake, copies the native libraries into the package, and writes down why where there are none.
+
+``MIMKERNELS_BUILD``       auto (default): build what can be built, never break the installation; require: fail
+                           where the CPU library, or a CUDA library whose compiler is there, cannot be built;
+                           off: the Python part alone.
+``MIMKERNELS_BUILD_DIR``   keep CMake's build folder there and build incrementally. Editable installations keep
+                           one in build/native; all others build in a temporary folder.
+``MIMKERNELS_TORCH_DIR``   folder of the torch package to build against; by default it is searched for.
+``MIMKERNELS_CMAKE_ARGS``  further arguments of CMake, such as -DMIMKERNELS_CUDA=off.
+``MAX_JOBS``               compile jobs at a time.
+
+Sources and compiler options are in CMakeLists.txt, metadata in pyproject.toml.
+"""
+
+import json
+import os
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from setuptools import Command, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
+
+ROOT = Path(__file__).resolve().parent
+OLDEST_TORCH = (2, 10)
+REINSTALL = "pip install --no-cache-dir --force-reinstall --no-deps mimkernels (from a clone: pip install .)"
+
+
+class NotBuilt(Exception):
+    """Why a library cannot be built, and what to do about it."""
+
+    def __init__(self, reason: str, remedy: str):
+        super().__init__(reason)
+        self.reason, self.remedy = reason, f"{remedy}, then {REINSTALL}"
+
+
+def find_torch() -> tuple[Path, str, str | None]:
+    """Folder, version and CUDA version of the torch in the environment that is being installed into.
+
+    Under build isolation torch cannot be imported here: pip hides the environment's packages with variables
+    that a fresh interpreter without them does not know, so such an interpreter is asked.
+    """
+    folder = os.environ.get("MIMKERNELS_TORCH_DIR")
+    searched = ["MIMKERNELS_TORCH_DIR"]
+    if not folder:
+        variables = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE", "PYTHONHOME")}
+        question = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s and s.origin else '')"
+        pythons = [(sys.executable, os.environ), (sys.executable, variables)]
+        for name in ("VIRTUAL_ENV", "CONDA_PREFIX"):
+            if os.environ.get(name):
+                pythons.append((os.path.join(os.environ[name], "bin", "python"), variables))
+        searched = sorted({python for python, _ in pythons})
+        for python, env in pythons:
+            if not os.path.exists(python):
+                continue
+            asked = subprocess.run([python, "-c", question], env=env, cwd=tempfile.gettempdir(),
+                                   capture_output=True, text=True)  # fmt: skip
+            if asked.returncode == 0 and asked.stdout.strip():
+                folder = str(Path(asked.stdout.strip()).parent)
+                break
+    if not folder:
+        raise NotBuilt(f"no torch was found by {', '.join(searched)}", "install torch >= 2.10")
+    version_file = Path(folder, "version.py")
+    if not version_file.exists():
+        raise NotBuilt(f"{folder} is no torch package: it has no version.py", "set MIMKERNELS_TORCH_DIR to one")
+    facts = runpy.run_path(str(version_file))
+    version = str(facts["__version__"])
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
+        raise NotBuilt(f"torch {version} in {folder} is older than 2.10", "install torch >= 2.10")
+    return Path(folder), version, facts.get("cuda")
+
+
+def find_tool(name: str) -> str:
+    """Path of cmake or ninja: of the pip package where there is one, else of the system."""
+    beside = Path(sys.executable).parent / name
+    found = shutil.which(name) or (str(beside) if beside.exists() else None)
+    if not found:
+        raise NotBuilt(f"no {name} was found", f"pip install {name}")
+    return found
+
+
+def run(command: list[str], what: str, remedy: str) -> None:
+    print("mimkernels:", shlex.join(command), flush=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    print(done.stdout, flush=True)
+    if done.returncode:
+        lines = [line for line in done.stdout.splitlines() if line.strip()]
+        telling = [line for line in lines if "error" in line.lower()][:4] or lines[-4:]
+        raise NotBuilt(f"{what} failed: " + " | ".join(telling), remedy)
+
+
+def compile_libraries(folder: Path, report: dict) -> dict[str, Path]:
+    """Compiles into ``folder``, fills ``report``, returns the libraries that were made."""
+    torch_dir, torch_version, torch_cuda = find_torch()
+    report["torch"], report["torch_cuda"] = torch_version, torch_cuda
+    cmake, ninja = find_tool("cmake"), find_tool("ninja")
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if not compiler:
+        raise NotBuilt("no C++ compiler (c++, g++, clang++) was found", "install g++ 11 or later")
+    run(
+        [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
+         f"-DMIMKERNELS_TORCH_DIR={torch_dir}", *shlex.split(os.environ.get("MIMKERNELS_CMAKE_ARGS", ""))],
+        "CMake's configuration", "mend what it names",
+    )  # fmt: skip
+    configured = json.loads((folder / "configured.json").read_text())
+    report.update(configured)
+    made = {}
+    for name in ("cpu", "cuda"):
+        try:
+            if name == "cuda" and configured["cuda_reason"]:
+                raise NotBuilt(configured["cuda_reason"], "install the CUDA toolkit (nvcc) 12.8 or later")
+            jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+            run([cmake, "--build", str(folder), "--target", f"mimkernels_{name}", "--parallel", jobs],
+                f"compiling the {name} library", "mend what it names")  # fmt: skip
+            made[name] = folder / "lib" / f"libmimkernels_{name}.so"
+        except NotBuilt as error:
+            report["libraries"][name] = {"built": False, "reason": error.reason, "remedy": error.remedy}
+    return made
+
+
+class BuildNative(Command):
+    """Puts the libraries and build.json into mimkernels/_lib, of the source tree when the install is editable."""
+
+    description = "build the native libraries"
+    user_options = []
+    editable_mode = False
+
+    def initialize_options(self):
+        self.build_lib = None
+        self.made = {}
+
+    def finalize_options(self):
+        self.set_undefined_options("build", ("build_lib", "build_lib"))
+
+    def run(self):
+        mode = os.environ.get("MIMKERNELS_BUILD", "auto")
+        if mode not in ("auto", "require", "off"):
+            raise ValueError(f"MIMKERNELS_BUILD is {mode!r}; it can be 'auto', 'require' or 'off'")
+        target = (ROOT if self.editable_mode else Path(self.build_lib)) / "mimkernels" / "_lib"
+        target.mkdir(parents=True, exist_ok=True)
+        report = {"mode": mode, "libraries": {}}
+        keep = os.environ.get("MIMKERNELS_BUILD_DIR") or (self.editable_mode and ROOT / "build" / "native")
+        folder = Path(keep or tempfile.mkdtemp(prefix="mimkernels-")).resolve()
+        try:
+            if mode == "off":
+                raise NotBuilt("switched off with MIMKERNELS_BUILD=off", "unset MIMKERNELS_BUILD")
+            self.made = compile_libraries(folder, report)
+        except NotBuilt as error:
+            missing = {"built": False, "reason": error.reason, "remedy": error.remedy}
+            report["libraries"] = {"cpu": missing, "cuda": missing}
+        for name in ("cpu", "cuda"):
+            file = target / f"libmimkernels_{name}.so"
+            file.unlink(missing_ok=True)  # never overwritten in place: a running process may have it mapped
+            if name in self.made:
+                shutil.copy2(self.made[name], file)
+                report["libraries"][name] = {"built": True}
+            else:
+                print(f"mimkernels: no native {name} library: {report['libraries'][name]['reason']}", file=sys.stderr)
+        (target / "build.json").write_text(json.dumps(report, indent=2) + "\n")
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+        if mode == "require":
+            wanted = ["cpu", "cuda"] if report.get("nvcc") and not report.get("cuda_reason") else ["cpu"]
+            for name in wanted:
+                if name not in self.made:
+                    facts = report["libraries"][name]
+                    raise RuntimeError(
+                        f"MIMKERNELS_BUILD=require, but the {name} library was not built: {facts['reason']}. "
+                        f"Remedy: {facts['remedy']}"
+                    )
+
+    def get_source_files(self):
+        return []
+
+    def get_outputs(self):
+        return []
+
+    def get_output_mapping(self):
+        return {}
+
+
+class Build(build):
+    """Builds in a folder of its own, so that nothing of an earlier build reaches a wheel."""
+
+    sub_commands = [*build.sub_commands, ("build_native", None)]
+
+    def finalize_options(self):
+        if self.build_base == "build":
+            self.build_base = tempfile.mkdtemp(prefix="mimkernels-build-")
+            self.temporary = self.build_base
+        super().finalize_options()
+
+    def run(self):
+        super().run()
+
+
+class Wheel(bdist_wheel):
+    """The libraries know nothing of Python: one wheel serves every version of it."""
+
+    def run(self):
+        self.run_command("build_native")
+        self.root_is_pure = not self.get_finalized_command("build_native").made
+        super().run()
+        temporary = getattr(self.get_finalized_command("build"), "temporary", None)
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def get_tag(self):
+        return ("py3", "none", "any" if self.root_is_pure else super().get_tag()[2])
+
+
+setup(cmdclass={"build": Build, "build_native": BuildNative, "bdist_wheel": Wheel})
