@@ -1,0 +1,26 @@
+"""The ops, each in its folder: ``api.py`` for users, ``spec.py`` for its backends, one file per Python backend."""
+
+from mimkernels.ops import _registry
+from mimkernels.ops._registry import use_backend
+from mimkernels.ops._token_mask import TokenMask
+from mimkernels.ops.fill_mask_tokens import fill_mask_tokens
+from mimkernels.ops.gather_tokens import gather_tokens
+from mimkernels.ops.mask_from_noise import mask_from_noise
+from mimkernels.ops.masked_patch_loss import masked_patch_loss
+from mimkernels.ops.patchify_gather import patchify_gather
+from mimkernels.ops.random_mask import random_mask
+from mimkernels.ops.restore_tokens import restore_tokens
+
+_registry.finish_loading()
+
+__all__ = [
+    "TokenMask",
+    "fill_mask_tokens",
+    "gather_tokens",
+    "mask_from_noise",
+    "masked_patch_loss",
+    "patchify_gather",
+    "random_mask",
+    "restore_tokens",
+    "use_backend",
+]

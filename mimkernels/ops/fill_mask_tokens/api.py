@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mimkernels.ops import _checks
+from mimkernels.ops.fill_mask_tokens import reference
+from mimkernels.ops.fill_mask_tokens.spec import SPEC
+
+
+def fill_mask_tokens(x: Tensor, mask: Tensor, mask_token: Tensor, *, backend: str = "auto") -> Tensor:
+    """Masked tokens replaced by the mask token.
+
+    Args:
+        x: ``[B, N, D]`` tokens, fp32, fp16 or bf16 (fp64 on the reference); any strides.
+        mask: ``[B, N]`` bool, integer or float, nonzero = masked.
+        mask_token: ``[D]`` or ``[1, 1, D]``.
+        backend: ``"auto"`` or a name from ``mimkernels info``. A named backend never falls back.
+
+    Returns:
+        ``[B, N, D]``, dtype of ``x``. Gradients reach ``x`` and ``mask_token``.
+
+    Raises:
+        ValueError: shapes or devices disagree; the message shows both sides.
+        TypeError: a dtype that the op does not take.
+        NotImplementedError: no backend takes these inputs; lists each backend's reasons.
+
+    Source: the mask-token substitution of SimMIM, arXiv:2111.09886, and BEiT, arXiv:2106.08254. A selection, where
+    those multiply by 0 and 1: NaN under the mask does not spread.
+    """
+    op = "fill_mask_tokens"
+    _checks.has_rank(op, "x", x, 3)
+    _checks.is_float(op, "x", x)
+    mask = _checks.token_mask(op, mask, "x", x)
+    mask_token = _checks.parameter(op, "mask_token", mask_token, 1, "x", x)
+    _checks.size_is(op, "mask_token", mask_token, 0, x.shape[2], f"the width of x {_checks.shape(x)}")
+    name = SPEC.resolve(backend, x.device.type, x.dtype)
+    if name == "reference":
+        return reference.fill_mask_tokens(x, mask, mask_token)
+    return _FillMaskTokens.apply(_checks.rows(x), mask, mask_token, name)
+
+
+class _FillMaskTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, mask, mask_token, backend):
+        ctx.save_for_backward(mask)
+        ctx.backend = backend
+        return SPEC.overload("fill_mask_tokens_fwd", backend)(x, mask, mask_token)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (mask,) = ctx.saved_tensors
+        need_x, _, need_token, _ = ctx.needs_input_grad
+        dx, dtoken = SPEC.overload("fill_mask_tokens_bwd", ctx.backend)(
+            _checks.rows(grad), mask, need_x, need_token
+        )
+        return dx if need_x else None, None, dtoken if need_token else None, None

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mimkernels.ops import _checks
+from mimkernels.ops.gather_tokens import reference
+from mimkernels.ops.gather_tokens.spec import SPEC
+
+
+def gather_tokens(
+    x: Tensor,
+    ids: Tensor,
+    *,
+    pos: Tensor | None = None,
+    prefix: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Prefix tokens, then the kept tokens plus their positions, in one pass.
+
+    Args:
+        x: ``[B, N, D]`` tokens, fp32, fp16 or bf16 (fp64 on the reference); any strides.
+        ids: ``[B, K]`` or ``[M, B, K]`` int64 or int32, each in ``[0, N)``. M masks share one ``x``.
+        pos: ``[N, D]`` or ``[1, N, D]`` positions added to the kept tokens, or None.
+        prefix: ``[P, D]`` or ``[1, P, D]`` tokens put first, positions already added, or None.
+        backend: ``"auto"`` or a name from ``mimkernels info``. A named backend never falls back.
+
+    Returns:
+        ``[B, P + K, D]`` (``[M * B, P + K, D]`` for M masks), dtype of ``x``. Gradients reach ``x``, ``pos`` and
+        ``prefix``; a token kept by several masks sums their gradients, in order.
+
+    Raises:
+        ValueError: shapes or devices disagree; the message shows both sides.
+        TypeError: a dtype that the op does not take.
+        IndexError: an id is out of range (checked on CPU; on CUDA only with ``MIMKERNELS_DEBUG=1``, to avoid a sync).
+        NotImplementedError: no backend takes these inputs; lists each backend's reasons.
+
+    Source: the visible-token gather of MAE, arXiv:2111.06377.
+    """
+    op = "gather_tokens"
+    _checks.has_rank(op, "x", x, 3)
+    _checks.is_float(op, "x", x)
+    ids = _checks.token_ids(op, "ids", ids, (2, 3), "x", x)
+    if ids.dim() == 2:
+        ids = ids.unsqueeze(0)
+    _checks.size_is(op, "ids", ids, 1, x.shape[0], f"the batch of x {_checks.shape(x)}")
+    if pos is not None:
+        pos = _checks.parameter(op, "pos", pos, 2, "x", x)
+        _checks.size_is(op, "pos", pos, 0, x.shape[1], f"the token count of x {_checks.shape(x)}")
+        _checks.size_is(op, "pos", pos, 1, x.shape[2], f"the width of x {_checks.shape(x)}")
+    if prefix is not None:
+        prefix = _checks.parameter(op, "prefix", prefix, 2, "x", x)
+        _checks.size_is(op, "prefix", prefix, 1, x.shape[2], f"the width of x {_checks.shape(x)}")
+    name = SPEC.resolve(backend, x.device.type, x.dtype)
+    if name == "reference":
+        return reference.gather_tokens(x, ids, pos, prefix)
+    return _GatherTokens.apply(_checks.rows(x), ids, pos, prefix, name)
+
+
+class _GatherTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, ids, pos, prefix, backend):
+        ctx.save_for_backward(ids)
+        ctx.backend = backend
+        ctx.tokens = x.shape[1]
+        ctx.num_prefix = 0 if prefix is None else prefix.shape[0]
+        return SPEC.overload("gather_tokens_fwd", backend)(x, ids, pos, prefix)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (ids,) = ctx.saved_tensors
+        need_x, _, need_pos, need_prefix, _ = ctx.needs_input_grad
+        dx, dpos, dprefix = SPEC.overload("gather_tokens_bwd", ctx.backend)(
+            _checks.rows(grad), ids, ctx.tokens, ctx.num_prefix, need_x, need_pos, need_prefix
+        )
+        return dx if need_x else None, None, dpos if need_pos else None, dprefix if need_prefix else None, None

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mimkernels.ops import _checks, _token_mask
+from mimkernels.ops._token_mask import TokenMask
+from mimkernels.ops.mask_from_noise import reference
+from mimkernels.ops.mask_from_noise.spec import SPEC
+
+
+def mask_from_noise(noise: Tensor, keep: int, *, order: str = "shuffle", backend: str = "auto") -> TokenMask:
+    """Masks from given noise: the ``keep`` tokens with the least noise stay visible.
+
+    Equal to the double argsort of MAE's code, without sorting; ties go to the lower index, NaN counts as largest.
+
+    Args:
+        noise: ``[B, N]`` floating point, one draw per patch token; any strides.
+        keep: K, tokens that stay visible, in ``[1, N]``.
+        order: ``"shuffle"`` as in MAE, or ``"sorted"``: kept and removed tokens each in ascending order.
+        backend: ``"auto"`` or a name from ``mimkernels info``. A named backend never falls back.
+
+    Returns:
+        ``TokenMask(ids_keep [B, K], ids_masked [B, N - K], ids_restore [B, N], mask [B, N])``.
+
+    Raises:
+        ValueError: ``noise`` is not 2-D, or ``keep`` is not in ``[1, N]``.
+        TypeError: ``noise`` is not floating point.
+        NotImplementedError: no backend takes these inputs; lists each backend's reasons.
+
+    Source: random masking of MAE, arXiv:2111.06377.
+    """
+    in_order = _checks.sorted_order("mask_from_noise", order)
+    _checks.has_rank("mask_from_noise", "noise", noise, 2)
+    _checks.is_float("mask_from_noise", "noise", noise)
+    _checks.keep_count("mask_from_noise", keep, noise.shape[1])
+    noise = _checks.rows(noise.detach())
+    if noise.dtype in (torch.float16, torch.bfloat16):  # exact, and keeps ties
+        noise = noise.float()
+    name = SPEC.resolve(backend, noise.device.type, noise.dtype, tokens=noise.shape[1])
+    if name == "reference":
+        return _token_mask.from_op(reference.mask_from_noise(noise, keep, in_order), keep)
+    return _token_mask.from_op(SPEC.overload("mask_from_noise_fwd", name)(noise, keep, in_order), keep)

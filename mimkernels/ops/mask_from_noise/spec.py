@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+import torch
+
+from mimkernels.ops import _token_mask
+from mimkernels.ops._registry import Impl, OpSpec, register
+
+NOISE = (torch.float32,)
+
+
+def _fwd(noise, keep, in_order):
+    return _token_mask.fake(*noise.shape, noise.device)
+
+
+SPEC = register(
+    OpSpec(
+        name="mask_from_noise",
+        schemas={"mask_from_noise_fwd": "(Tensor noise, SymInt keep, bool sorted) -> (Tensor, Tensor, Tensor)"},
+        fakes={"mask_from_noise_fwd": _fwd},
+        impls=(
+            Impl("triton", NOISE, limits={"tokens": 2048}),
+            Impl("cpu", NOISE),
+            Impl("reference", (*NOISE, torch.float64)),
+        ),
+    )
+)

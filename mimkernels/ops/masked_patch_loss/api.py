@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mimkernels.ops import _checks
+from mimkernels.ops.masked_patch_loss import reference
+from mimkernels.ops.masked_patch_loss.spec import KINDS, SPEC
+
+
+def masked_patch_loss(
+    pred: Tensor,
+    images: Tensor,
+    *,
+    ids: Tensor | None = None,
+    mask: Tensor | None = None,
+    patch_size: int | Sequence[int],
+    norm_pix: bool = False,
+    kind: str = "mse",
+    beta: float = 1.0,
+    layout: str = "channels_last",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Reconstruction loss on masked patches; the targets are read from the images and never stored.
+
+    Args:
+        pred: ``[B, L, E]`` predicted pixels, fp32, fp16 or bf16 (fp64 on the reference), E = C * pixels of a patch.
+        images: ``[B, C, H, W]`` or ``[B, C, T, H, W]``, uint8 or floating point. They get no gradient.
+        ids: ``[B, L]`` int64 or int32: ``pred`` holds these patches only (usually ``ids_masked``), all counted.
+        mask: ``[B, N]`` bool, integer or float, nonzero = counted: ``pred`` holds all N patches. Exactly one of
+            ``ids`` and ``mask``.
+        patch_size: pixels per patch side, or ``(height, width)``, or ``(frames, height, width)`` for 5-D images.
+        norm_pix: targets of each patch minus their mean, over ``sqrt(unbiased variance + 1e-6)``.
+        kind: ``"mse"``, ``"l1"`` or ``"smooth_l1"``.
+        beta: where smooth L1 turns from square to linear.
+        layout: order of a patch's pixels in ``pred``: ``"channels_last"`` (T, H, W, C) as in MAE, or
+            ``"channels_first"`` (C, T, H, W) as from a convolution (SimMIM).
+        mean, std: C floats each, for pixels in [0, 1]: targets are ``(pixel - mean) / std``. uint8 pixels are
+            divided by 255 first and need both.
+        reduction: ``"mean"`` over the counted patches, or ``"none"``.
+        backend: ``"auto"`` or a name from ``mimkernels info``. A named backend never falls back.
+
+    Returns:
+        fp32 scalar (NaN if no patch is counted); with ``reduction="none"`` fp32 ``[B, L]``, each patch's mean over
+        its pixels, 0 where not counted. The gradient reaches ``pred``.
+
+    Raises:
+        ValueError: shapes, devices or normalisation disagree, or the patch does not divide the image.
+        TypeError: a dtype that the op does not take.
+        IndexError: an id is out of range (checked on CPU; on CUDA only with ``MIMKERNELS_DEBUG=1``, to avoid a sync).
+        NotImplementedError: no backend takes these inputs; lists each backend's reasons.
+
+    Source: ``forward_loss`` of MAE, arXiv:2111.06377; L1 as in SimMIM, arXiv:2111.09886.
+    """
+    op = "masked_patch_loss"
+    _checks.has_rank(op, "pred", pred, 3)
+    _checks.is_float(op, "pred", pred)
+    video = _checks.as_video(op, images)
+    _checks.same_device(op, "images", images, "pred", pred)
+    patch = _checks.patch_sizes(op, patch_size, images)
+    scale, shift = _checks.normalisation(op, images, mean, std)
+    _checks.size_is(op, "pred", pred, 0, images.shape[0], f"the batch of images {_checks.shape(images)}")
+    pixels = images.shape[1] * patch[0] * patch[1] * patch[2]
+    _checks.size_is(op, "pred", pred, 2, pixels, f"{images.shape[1]} channels x patch {patch_size}")
+    tokens = (video.shape[2] // patch[0]) * (video.shape[3] // patch[1]) * (video.shape[4] // patch[2])
+    if (ids is None) == (mask is None):
+        raise ValueError(f"{op}: give exactly one of ids and mask, got {'neither' if ids is None else 'both'}")
+    if ids is not None:
+        ids = _checks.token_ids(op, "ids", ids, (2,), "pred", pred)
+        if ids.shape != pred.shape[:2]:
+            raise ValueError(f"{op}: ids {_checks.shape(ids)} and pred {_checks.shape(pred)} must agree in [B, L]")
+    else:
+        _checks.size_is(op, "pred", pred, 1, tokens, f"the {tokens} patches of images {_checks.shape(images)}")
+        mask = _checks.token_mask(op, mask, "pred", pred)
+    if kind not in KINDS:
+        raise ValueError(f"{op}: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if layout not in ("channels_last", "channels_first"):
+        raise ValueError(f"{op}: layout must be 'channels_last' or 'channels_first', got {layout!r}")
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"{op}: reduction must be 'mean' or 'none', got {reduction!r}")
+    if kind == "smooth_l1" and beta <= 0:
+        raise ValueError(f"{op}: beta must be positive, got {beta}")
+    target = (ids, mask, *patch, scale, shift, bool(norm_pix), KINDS.index(kind), float(beta))
+    target = (*target, layout == "channels_last", reduction == "mean")
+    # A kernel takes no fp64 on either side.
+    dtype = pred.dtype if images.dtype != torch.float64 else torch.float64
+    name = SPEC.resolve(backend, pred.device.type, dtype)
+    if name == "reference":
+        return reference.masked_patch_loss(pred, video.detach(), *target)
+    return _MaskedPatchLoss.apply(_checks.rows(pred), video.detach(), *target, name)
+
+
+class _MaskedPatchLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, pred, images, ids, mask, pt, ph, pw, scale, shift, norm_pix, kind, beta, layout, mean, backend):
+        ctx.save_for_backward(pred, images, ids, mask, scale, shift)
+        ctx.patch = (pt, ph, pw)
+        ctx.options = (norm_pix, kind, beta, layout, mean)
+        ctx.backend = backend
+        return SPEC.overload("masked_patch_loss_fwd", backend)(
+            pred, images, ids, mask, pt, ph, pw, scale, shift, *ctx.options
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        pred, images, ids, mask, scale, shift = ctx.saved_tensors
+        dpred = None
+        if ctx.needs_input_grad[0]:
+            dpred = SPEC.overload("masked_patch_loss_bwd", ctx.backend)(
+                _checks.rows(grad), pred, images, ids, mask, *ctx.patch, scale, shift, *ctx.options
+            )
+        return dpred, *(None,) * 14

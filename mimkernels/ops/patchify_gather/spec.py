@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import torch
+
+from mimkernels.ops._registry import ANY_FLOAT, FLOATS, Impl, OpSpec, register
+
+
+def _fwd(images, ids, patch_t, patch_h, patch_w, scale, shift, dtype):
+    batch, channels, frames, height, width = images.shape
+    rows = (frames // patch_t) * (height // patch_h) * (width // patch_w)
+    if ids is not None:
+        batch, rows = ids.shape[0] * ids.shape[1], ids.shape[2]
+    return images.new_empty((batch, rows, channels * patch_t * patch_h * patch_w), dtype=dtype)
+
+
+def _bwd(grad, ids, batch, channels, frames, height, width, patch_t, patch_h, patch_w, scale, dtype):
+    return grad.new_empty((batch, channels, frames, height, width), dtype=dtype)
+
+
+SPEC = register(
+    OpSpec(
+        name="patchify_gather",
+        schemas={
+            "patchify_gather_fwd": "(Tensor images, Tensor? ids, SymInt patch_t, SymInt patch_h, SymInt patch_w, "
+            "Tensor? scale, Tensor? shift, ScalarType dtype) -> Tensor",
+            "patchify_gather_bwd": "(Tensor grad, Tensor? ids, SymInt batch, SymInt channels, SymInt frames, "
+            "SymInt height, SymInt width, SymInt patch_t, SymInt patch_h, SymInt patch_w, Tensor? scale, "
+            "ScalarType dtype) -> Tensor",
+        },
+        fakes={"patchify_gather_fwd": _fwd, "patchify_gather_bwd": _bwd},
+        impls=(
+            Impl("triton", (*FLOATS, torch.uint8)),
+            Impl("cpu", (*FLOATS, torch.uint8)),
+            Impl("reference", (*ANY_FLOAT, torch.uint8)),
+        ),
+    )
+)

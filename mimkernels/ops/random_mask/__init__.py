@@ -1,0 +1,1 @@
+from mimkernels.ops.random_mask.api import random_mask as random_mask

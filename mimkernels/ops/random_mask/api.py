@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mimkernels.ops import _checks, _token_mask
+from mimkernels.ops._token_mask import TokenMask
+from mimkernels.ops.random_mask import reference
+from mimkernels.ops.random_mask.spec import SPEC
+
+
+def random_mask(
+    batch: int,
+    tokens: int,
+    keep: int,
+    seed: int,
+    offset: int | Tensor = 0,
+    *,
+    order: str = "shuffle",
+    device: torch.device | str | None = None,
+    backend: str = "auto",
+) -> TokenMask:
+    """Random masks that are the same integers on every backend.
+
+    Token i of image b draws word ``i % 4`` of Philox4x32-10 with key ``seed`` and counter
+    ``(i // 4, b, offset)``; the ``keep`` tokens with the smallest draws stay visible.
+
+    Args:
+        batch: B, number of images.
+        tokens: N, patch tokens per image.
+        keep: K, tokens that stay visible, in ``[1, N]``.
+        seed: in ``[0, 2^63)``.
+        offset: usually the training step, in ``[0, 2^63)``; or a 0-d int64 tensor on ``device``, read by the
+            kernel without waiting for it, so that a captured CUDA graph draws new masks at each replay.
+        order: ``"shuffle"`` as in MAE, or ``"sorted"``: kept and removed tokens each in ascending order.
+        device: where the result lives; torch's default device if None.
+        backend: ``"auto"`` or a name from ``mimkernels info``. A named backend never falls back.
+
+    Returns:
+        ``TokenMask(ids_keep [B, K], ids_masked [B, N - K], ids_restore [B, N], mask [B, N])``.
+
+    Raises:
+        ValueError: ``keep`` is not in ``[1, tokens]``, or a negative size, seed or offset.
+        NotImplementedError: no backend takes these inputs; lists each backend's reasons.
+
+    Source: random masking of MAE, arXiv:2111.06377; Philox of Salmon et al., SC 2011.
+    """
+    in_order = _checks.sorted_order("random_mask", order)
+    _checks.keep_count("random_mask", keep, tokens)
+    step = None
+    if isinstance(offset, Tensor):
+        step, offset = offset, 0
+        if step.dim() != 0 or step.dtype != torch.int64:
+            raise ValueError(
+                f"random_mask: an offset tensor must be 0-d int64, got {_checks.shape(step)} {step.dtype}"
+            )
+        device = step.device if device is None else device
+    device = torch.get_default_device() if device is None else torch.device(device)
+    if step is not None and step.device.type != device.type:
+        raise ValueError(f"random_mask: offset is on {step.device} but device is {device}")
+    for name, value in (("batch", batch), ("seed", seed), ("offset", offset)):
+        if value < 0:
+            raise ValueError(f"random_mask: {name} must not be negative, got {value}")
+    if seed >= 2**63:
+        raise ValueError(f"random_mask: seed must be below 2^63, got {seed}")
+    name = SPEC.resolve(backend, device.type, torch.float32, tokens=tokens)
+    arguments = (seed, offset, step, batch, tokens, keep, in_order, device)
+    if name == "reference":
+        return _token_mask.from_op(reference.random_mask(*arguments), keep)
+    return _token_mask.from_op(SPEC.overload("random_mask_fwd", name)(*arguments), keep)

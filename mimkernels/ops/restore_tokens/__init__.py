@@ -1,0 +1,1 @@
+from mimkernels.ops.restore_tokens.api import restore_tokens as restore_tokens

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mimkernels.ops import _checks
+from mimkernels.ops.restore_tokens import reference
+from mimkernels.ops.restore_tokens.spec import SPEC
+
+
+def restore_tokens(
+    x: Tensor,
+    ids_restore: Tensor,
+    mask_token: Tensor,
+    pos: Tensor | None = None,
+    num_prefix: int = 0,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """The decoder's input in one pass: unshuffle the visible tokens, fill the gaps, add positions.
+
+    Args:
+        x: ``[B, P + K, D]`` prefix tokens, then the visible tokens, fp32, fp16 or bf16 (fp64 on the reference).
+        ids_restore: ``[B, N]`` int64 or int32 in ``[0, N)``: patch n is visible token ``ids_restore[b, n]`` where
+            that is below K, the mask token elsewhere.
+        mask_token: ``[D]`` or ``[1, 1, D]``.
+        pos: ``[P + N, D]`` or ``[1, P + N, D]`` positions added to every token, or None.
+        num_prefix: P, prefix tokens at the front of ``x``, which stay there.
+        backend: ``"auto"`` or a name from ``mimkernels info``. A named backend never falls back.
+
+    Returns:
+        ``[B, P + N, D]``, dtype of ``x``. Gradients reach ``x``, ``mask_token`` and ``pos``.
+
+    Raises:
+        ValueError: shapes or devices disagree; the message shows both sides.
+        TypeError: a dtype that the op does not take.
+        IndexError: an id is out of range (checked on CPU; on CUDA only with ``MIMKERNELS_DEBUG=1``, to avoid a sync).
+        NotImplementedError: no backend takes these inputs; lists each backend's reasons.
+
+    Source: the decoder input of MAE, arXiv:2111.06377.
+    """
+    op = "restore_tokens"
+    _checks.has_rank(op, "x", x, 3)
+    _checks.is_float(op, "x", x)
+    ids_restore = _checks.token_ids(op, "ids_restore", ids_restore, (2,), "x", x)
+    _checks.size_is(op, "ids_restore", ids_restore, 0, x.shape[0], f"the batch of x {_checks.shape(x)}")
+    if not 0 <= num_prefix <= x.shape[1]:
+        raise ValueError(f"{op}: num_prefix is {num_prefix} but x has {x.shape[1]} tokens ({_checks.shape(x)})")
+    tokens = ids_restore.shape[1]
+    if x.shape[1] - num_prefix > tokens:
+        raise ValueError(
+            f"{op}: x has {x.shape[1] - num_prefix} visible tokens ({_checks.shape(x)}, num_prefix {num_prefix}) "
+            f"but ids_restore {_checks.shape(ids_restore)} restores only {tokens}"
+        )
+    mask_token = _checks.parameter(op, "mask_token", mask_token, 1, "x", x)
+    _checks.size_is(op, "mask_token", mask_token, 0, x.shape[2], f"the width of x {_checks.shape(x)}")
+    if pos is not None:
+        pos = _checks.parameter(op, "pos", pos, 2, "x", x)
+        _checks.size_is(op, "pos", pos, 0, num_prefix + tokens, f"num_prefix {num_prefix} + {tokens} patches")
+        _checks.size_is(op, "pos", pos, 1, x.shape[2], f"the width of x {_checks.shape(x)}")
+    name = SPEC.resolve(backend, x.device.type, x.dtype)
+    if name == "reference":
+        return reference.restore_tokens(x, ids_restore, mask_token, pos, num_prefix)
+    return _RestoreTokens.apply(_checks.rows(x), ids_restore, mask_token, pos, num_prefix, name)
+
+
+class _RestoreTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, ids_restore, mask_token, pos, num_prefix, backend):
+        ctx.save_for_backward(ids_restore)
+        ctx.backend = backend
+        ctx.kept = x.shape[1] - num_prefix
+        ctx.num_prefix = num_prefix
+        return SPEC.overload("restore_tokens_fwd", backend)(x, ids_restore, mask_token, pos, num_prefix)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (ids_restore,) = ctx.saved_tensors
+        need_x, _, need_token, need_pos, _, _ = ctx.needs_input_grad
+        dx, dtoken, dpos = SPEC.overload("restore_tokens_bwd", ctx.backend)(
+            _checks.rows(grad), ids_restore, ctx.kept, ctx.num_prefix, need_x, need_token, need_pos
+        )
+        return dx if need_x else None, None, dtoken if need_token else None, dpos if need_pos else None, None, None

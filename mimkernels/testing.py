@@ -1,0 +1,266 @@
+"""What every implementation is tested against: input factories, the float64 oracle, the one tolerance table.
+
+A kernel passes when its error against the oracle is at most twice that of the plain PyTorch expression in the
+same dtype, plus one rounding band of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import mimkernels
+from mimkernels.ops._registry import SPECS
+
+# One rounding band: how far the nearest representable value may be, relative to the result.
+ROUNDING = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float64: 2.0**-52}
+# Below this a result of that dtype is compared absolutely (the least normal number, with room for sums).
+SMALLEST = {torch.float32: 1e-30, torch.bfloat16: 1e-30, torch.float16: 1e-7, torch.float64: 1e-300}
+TIMES_PLAIN = 2.0
+
+LAYOUTS = ("contiguous", "strided", "permuted")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of one op: how its inputs are made, and which of them get gradients."""
+
+    op: str
+    label: str
+    make: Callable[[torch.Generator], dict]
+    grads: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = field(default=(torch.float32, torch.bfloat16, torch.float16))
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.label}"
+
+    def inputs(self, dtype: torch.dtype, device: str = "cpu", layout: str = "contiguous", seed: int = 0) -> dict:
+        """Keyword arguments of the op; floating-point tensors rounded to ``dtype``."""
+        arguments = self.make(torch.Generator().manual_seed(seed))
+        return {name: _placed(name, value, dtype, device, layout) for name, value in arguments.items()}
+
+
+def _placed(name: str, value, dtype: torch.dtype, device: str, layout: str):
+    if not isinstance(value, Tensor):
+        return value
+    value = value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
+    if layout == "strided" and value.dim() >= 2:  # rows further apart than they are long
+        wide = torch.zeros((*value.shape[:-1], value.shape[-1] + 3), dtype=value.dtype, device=device)
+        wide[..., : value.shape[-1]] = value
+        return wide[..., : value.shape[-1]]
+    if layout == "permuted" and value.dim() >= 2:  # the last dim is not contiguous
+        return value.transpose(0, -1).contiguous().transpose(0, -1)
+    return value
+
+
+def call(case: Case, inputs: dict, backend: str) -> Tensor | tuple[Tensor, ...]:
+    return getattr(mimkernels, case.op)(**inputs, backend=backend)
+
+
+def run(case: Case, inputs: dict, backend: str, upstream: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Output of a differentiable op and its gradients for the given upstream gradient (drawn if None)."""
+    leaves = {name: inputs[name].detach().requires_grad_() for name in case.grads if inputs[name] is not None}
+    out = call(case, {**inputs, **leaves}, backend)
+    if not leaves:
+        return out.detach(), {}
+    if upstream is None:
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.device)
+    grads = torch.autograd.grad(out, list(leaves.values()), upstream.to(out.dtype))
+    return out.detach(), dict(zip(leaves, grads, strict=True))
+
+
+def doubled(inputs: dict) -> dict:
+    """The same inputs in float64."""
+    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def oracle(case: Case, inputs: dict, upstream: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """The reference in float64 on the same (already rounded) inputs."""
+    exact = doubled(inputs)
+    if exact.get("dtype") is not None:
+        exact["dtype"] = torch.float64
+    return run(case, exact, "reference", upstream)
+
+
+def assert_as_good_as_plain(name: str, got: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """Fail unless ``got`` is as near to ``exact`` as the rule of this module asks."""
+    assert got.shape == exact.shape, f"{name}: shape {list(got.shape)}, expected {list(exact.shape)}"
+    assert torch.equal(got.isnan().cpu(), exact.isnan().cpu()), f"{name}: NaN in other places than the oracle"
+    if exact.numel() == 0:
+        return
+    finite = exact.isfinite()
+    same_infinities = torch.equal(got.double()[~finite].nan_to_num(), exact[~finite].nan_to_num())
+    assert same_infinities, f"{name}: infinities differ from the oracle"
+    error = (got.double() - exact)[finite].abs()
+    if error.numel() == 0:
+        return
+    plain_error = (plain.double() - exact)[finite].abs()
+    plain_error = plain_error[plain_error.isfinite()]
+    worst_plain = plain_error.max() if plain_error.numel() else 0.0
+    allowed = TIMES_PLAIN * worst_plain + ROUNDING[got.dtype] * exact[finite].abs() + SMALLEST[got.dtype]
+    excess = (error - allowed).max().item()
+    assert excess <= 0, (
+        f"{name}: error {error.max().item():.3e} against the oracle, plain PyTorch has {float(worst_plain):.3e} "
+        f"({got.dtype}); beyond the allowance by {excess:.3e}"
+    )
+
+
+def cases(op: str | None = None) -> list[Case]:
+    """Every case, or those of one op."""
+    return [case for case in _CASES if op is None or case.op == op]
+
+
+def backends(op: str) -> list[str]:
+    return [impl.backend for impl in SPECS[op].impls]
+
+
+# Input factories -------------------------------------------------------------------------------------------------
+
+
+def token_ids(generator: torch.Generator, *shape: int, tokens: int) -> Tensor:
+    """Ids without repetition in the last dim."""
+    *outer, keep = shape
+    return torch.rand(*outer, tokens, generator=generator).argsort(-1)[..., :keep]
+
+
+def _gather(batch, tokens, keep, dim, *, masks=0, pos=False, prefix=0, repeat=False):
+    def make(generator):
+        outer = (masks, batch) if masks else (batch,)
+        ids = token_ids(generator, *outer, keep, tokens=tokens)
+        if repeat:
+            ids = torch.randint(tokens, (*outer, keep), generator=generator)
+        return {
+            "x": torch.randn(batch, tokens, dim, generator=generator),
+            "ids": ids,
+            "pos": torch.randn(tokens, dim, generator=generator) if pos else None,
+            "prefix": torch.randn(prefix, dim, generator=generator) if prefix else None,
+        }
+
+    return make
+
+
+def _restore(batch, tokens, keep, dim, *, pos=False, num_prefix=0, repeat=False):
+    def make(generator):
+        restore = token_ids(generator, batch, tokens, tokens=tokens)
+        if repeat:
+            restore = torch.randint(tokens, (batch, tokens), generator=generator)
+        return {
+            "x": torch.randn(batch, num_prefix + keep, dim, generator=generator),
+            "ids_restore": restore,
+            "mask_token": torch.randn(dim, generator=generator),
+            "pos": torch.randn(num_prefix + tokens, dim, generator=generator) if pos else None,
+            "num_prefix": num_prefix,
+        }
+
+    return make
+
+
+def _fill(batch, tokens, dim, ratio=0.6):
+    def make(generator):
+        return {
+            "x": torch.randn(batch, tokens, dim, generator=generator),
+            "mask": torch.rand(batch, tokens, generator=generator) < ratio,
+            "mask_token": torch.randn(dim, generator=generator),
+        }
+
+    return make
+
+
+def _images(generator, size, uint8):
+    if uint8:
+        return torch.randint(256, size, generator=generator, dtype=torch.uint8)
+    return torch.rand(size, generator=generator)
+
+
+def _normalisation(channels, given):
+    return ([0.485, 0.456, 0.406][:channels], [0.229, 0.224, 0.225][:channels]) if given else (None, None)
+
+
+def _patchify(size, patch, keep, *, masks=0, uint8=False, normalise=False, repeat=False, dtype=None):
+    def make(generator):
+        tokens = _token_count(size, patch)
+        outer = (masks, size[0]) if masks else (size[0],)
+        ids = None if keep is None else token_ids(generator, *outer, keep, tokens=tokens)
+        if repeat:
+            ids = torch.randint(tokens, (*outer, keep), generator=generator)
+        mean, std = _normalisation(size[1], normalise)
+        arguments = {"images": _images(generator, size, uint8), "ids": ids, "patch_size": patch}
+        return {**arguments, "mean": mean, "std": std, "dtype": dtype}
+
+    return make
+
+
+def _loss(size, patch, keep, *, uint8=False, normalise=False, **options):
+    def make(generator):
+        tokens = _token_count(size, patch)
+        sizes = (patch,) * (len(size) - 2) if isinstance(patch, int) else patch
+        pixels = size[1] * int(torch.tensor(sizes).prod())
+        mean, std = _normalisation(size[1], normalise)
+        arguments = {"images": _images(generator, size, uint8), "patch_size": patch, "mean": mean, "std": std}
+        arguments["pred"] = torch.randn(size[0], tokens if keep is None else keep, pixels, generator=generator)
+        if keep is None:
+            arguments["mask"] = torch.rand(size[0], tokens, generator=generator) < 0.75
+        else:
+            arguments["ids"] = token_ids(generator, size[0], keep, tokens=tokens)
+        return {**arguments, **options}
+
+    return make
+
+
+def _token_count(size, patch) -> int:
+    sizes = (patch,) * (len(size) - 2) if isinstance(patch, int) else patch
+    return int(torch.tensor([length // side for length, side in zip(size[2:], sizes, strict=True)]).prod())
+
+
+_GATHER = ("x", "pos", "prefix")
+_RESTORE = ("x", "mask_token", "pos")
+_FILL = ("x", "mask_token")
+_CASES = [
+    Case("gather_tokens", "plain", _gather(2, 16, 4, 32), _GATHER),
+    Case("gather_tokens", "mae", _gather(3, 49, 12, 64, pos=True, prefix=1), _GATHER),
+    Case("gather_tokens", "odd", _gather(3, 17, 5, 37, pos=True, prefix=2), _GATHER),
+    Case("gather_tokens", "masks", _gather(2, 20, 6, 24, masks=3, pos=True, prefix=1), _GATHER),
+    Case("gather_tokens", "repeated-ids", _gather(2, 7, 11, 19, masks=2, pos=True), _GATHER),
+    Case("gather_tokens", "keep-all", _gather(2, 9, 9, 16), _GATHER),
+    Case("gather_tokens", "one", _gather(1, 1, 1, 1, pos=True, prefix=1), _GATHER),
+    Case("gather_tokens", "no-images", _gather(0, 8, 3, 16, pos=True, prefix=1), _GATHER),
+    Case("gather_tokens", "no-ids", _gather(2, 8, 0, 16, prefix=2), _GATHER),
+    Case("restore_tokens", "plain", _restore(2, 16, 4, 32), _RESTORE),
+    Case("restore_tokens", "mae", _restore(3, 49, 12, 64, pos=True, num_prefix=1), _RESTORE),
+    Case("restore_tokens", "odd", _restore(3, 17, 5, 37, pos=True, num_prefix=2), _RESTORE),
+    Case("restore_tokens", "keep-all", _restore(2, 9, 9, 16, pos=True), _RESTORE),
+    Case("restore_tokens", "keep-none", _restore(2, 9, 0, 16, num_prefix=1), _RESTORE),
+    Case("restore_tokens", "not-a-permutation", _restore(2, 12, 5, 19, repeat=True, pos=True), _RESTORE),
+    Case("restore_tokens", "no-images", _restore(0, 8, 3, 16, pos=True, num_prefix=1), _RESTORE),
+    Case("fill_mask_tokens", "plain", _fill(3, 49, 64), _FILL),
+    Case("fill_mask_tokens", "odd", _fill(2, 17, 37), _FILL),
+    Case("fill_mask_tokens", "all-masked", _fill(2, 5, 16, ratio=2.0), _FILL),
+    Case("fill_mask_tokens", "none-masked", _fill(2, 5, 16, ratio=-1.0), _FILL),
+    Case("fill_mask_tokens", "no-images", _fill(0, 5, 16), _FILL),
+    Case("patchify_gather", "plain", _patchify((2, 3, 32, 32), 8, 4), ("images",)),
+    Case("patchify_gather", "mae", _patchify((2, 3, 32, 32), 16, 1, normalise=True), ("images",)),
+    Case("patchify_gather", "all", _patchify((2, 3, 12, 20), 4, None, normalise=True), ("images",)),
+    Case("patchify_gather", "odd", _patchify((2, 2, 9, 25), (3, 5), 7), ("images",)),
+    Case("patchify_gather", "masks", _patchify((2, 3, 16, 16), 4, 5, masks=3, normalise=True), ("images",)),
+    Case("patchify_gather", "repeated-ids", _patchify((2, 1, 8, 8), 4, 6, repeat=True), ("images",)),
+    Case("patchify_gather", "video", _patchify((2, 3, 4, 8, 12), (2, 4, 4), 5, normalise=True), ("images",)),
+    Case("patchify_gather", "uint8", _patchify((2, 3, 16, 16), 4, 5, uint8=True, normalise=True)),
+    Case("patchify_gather", "uint8-bf16", _patchify((2, 3, 8, 8), 4, 3, uint8=True, normalise=True, dtype=torch.bfloat16)),
+    Case("patchify_gather", "uint8-video", _patchify((1, 3, 4, 8, 8), 4, 3, uint8=True, normalise=True)),
+    Case("patchify_gather", "no-images", _patchify((0, 3, 8, 8), 4, 2), ("images",)),
+    Case("masked_patch_loss", "ids", _loss((2, 3, 32, 32), 8, 12), ("pred",)),
+    Case("masked_patch_loss", "mae", _loss((2, 3, 32, 32), 16, 3, norm_pix=True, normalise=True), ("pred",)),
+    Case("masked_patch_loss", "mask", _loss((3, 3, 16, 24), 8, None, norm_pix=True), ("pred",)),
+    Case("masked_patch_loss", "per-patch", _loss((2, 3, 16, 16), 4, None, reduction="none"), ("pred",)),
+    Case("masked_patch_loss", "per-patch-ids", _loss((2, 3, 16, 16), 4, 5, reduction="none", norm_pix=True), ("pred",)),
+    Case("masked_patch_loss", "l1", _loss((2, 3, 16, 16), 4, 5, kind="l1", layout="channels_first"), ("pred",)),
+    Case("masked_patch_loss", "smooth-l1", _loss((2, 3, 16, 16), 4, None, kind="smooth_l1", beta=0.5), ("pred",)),
+    Case("masked_patch_loss", "odd", _loss((2, 2, 9, 25), (3, 5), 7, norm_pix=True), ("pred",)),
+    Case("masked_patch_loss", "channels-first", _loss((2, 3, 12, 8), 4, None, layout="channels_first", norm_pix=True), ("pred",)),
+    Case("masked_patch_loss", "uint8", _loss((2, 3, 16, 16), 8, 3, uint8=True, normalise=True, norm_pix=True), ("pred",)),
+    Case("masked_patch_loss", "video", _loss((2, 3, 4, 8, 8), (2, 4, 4), 5, norm_pix=True), ("pred",)),
+    Case("masked_patch_loss", "no-images", _loss((0, 3, 8, 8), 4, 2), ("pred",)),
+]
