@@ -90,8 +90,8 @@ def run(command: list[str], what: str, remedy: str) -> None:
     print(done.stdout, flush=True)
     if done.returncode:
         lines = [line for line in done.stdout.splitlines() if line.strip()]
-        telling = [line for line in lines if "error" in line.lower()][:4] or lines[-4:]
-        raise NotBuilt(f"{what} failed: " + " | ".join(telling), remedy)
+        first = next((i for i, line in enumerate(lines) if "error" in line.lower()), max(len(lines) - 5, 0))
+        raise NotBuilt(f"{what} failed: " + " | ".join(line.strip() for line in lines[first : first + 5]), remedy)
 
 
 def compile_libraries(folder: Path, report: dict) -> dict[str, Path]:
