@@ -1,0 +1,105 @@
+"""The native libraries: which are there and loaded, and for the others why not and what to do about it."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).resolve().parent.parent / "_lib"
+OLDEST_TORCH = (2, 10)  # TORCH_TARGET_VERSION in CMakeLists.txt
+
+_REINSTALL = "reinstall mimkernels with MIMKERNELS_BUILD=require to see the whole error"
+
+
+@dataclass(frozen=True)
+class NativeLibrary:
+    """State of one native library in this process."""
+
+    name: str
+    path: Path
+    loaded: bool = False
+    reason: str | None = "not loaded yet"  # why it is not loaded
+    remedy: str | None = None
+    isa: str | None = None  # the instruction set whose kernels run
+    build: dict = field(default_factory=dict)  # compiler, flags, torch and targets, as setup.py wrote them
+
+
+_LIBRARIES = {name: NativeLibrary(name, FOLDER / f"libmimkernels_{name}.so") for name in ("cpu", "cuda")}
+_tried = False
+
+
+def library(name: str) -> NativeLibrary:
+    """The state of library ``"cpu"`` or ``"cuda"``."""
+    return _LIBRARIES[name]
+
+
+def libraries() -> tuple[NativeLibrary, ...]:
+    """The states of all native libraries."""
+    return tuple(_LIBRARIES.values())
+
+
+def load() -> None:
+    """Load what is there, once per process, after the schemas were defined. Never raises: failures are states."""
+    global _tried
+    if _tried:
+        return
+    _tried = True
+    build = _read_build()
+    for name, state in _LIBRARIES.items():
+        _LIBRARIES[name] = _load(replace(state, build=build))
+
+
+def _read_build() -> dict:
+    try:
+        build = json.loads((FOLDER / "build.json").read_text())
+        return build if isinstance(build, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _load(state: NativeLibrary) -> NativeLibrary:
+    refusal = _missing(state) or _refused_by_torch(state)
+    if refusal:
+        return replace(state, reason=refusal[0], remedy=refusal[1])
+    try:
+        torch.ops.load_library(str(state.path))
+    except Exception as error:  # whatever a broken file does, the package works without it
+        return replace(state, reason=f"{state.path.name} does not load: {_one_line(error)}", remedy=_REINSTALL)
+    return replace(state, loaded=True, reason=None, isa=_instruction_set(state.path) if state.name == "cpu" else None)
+
+
+def _missing(state: NativeLibrary) -> tuple[str, str] | None:
+    if state.path.exists():
+        return None
+    facts = state.build.get("libraries", {}).get(state.name, {})
+    if facts.get("reason"):
+        return f"not built: {facts['reason']}", facts.get("remedy") or _REINSTALL
+    if state.build:
+        return f"{state.path} was built but is gone", "reinstall mimkernels"
+    return "not built: this source tree was never installed", "make build, or pip install -e ."
+
+
+def _refused_by_torch(state: NativeLibrary) -> tuple[str, str] | None:
+    version = torch.__version__
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
+        return f"needs torch >= {'.'.join(map(str, OLDEST_TORCH))}, this is torch {version}", "update torch"
+    if state.name == "cuda" and torch.version.cuda is None:
+        return f"this torch ({version}) was built without CUDA", "install a CUDA build of torch from pytorch.org"
+    return None
+
+
+def _instruction_set(path: Path) -> str | None:
+    try:
+        function = ctypes.CDLL(str(path)).mimkernels_cpu_isa
+    except (OSError, AttributeError):
+        return None
+    function.restype = ctypes.c_char_p
+    return function().decode()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
