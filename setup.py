@@ -12,6 +12,7 @@
 Sources and compiler options are in CMakeLists.txt, metadata in pyproject.toml.
 """
 
+import atexit
 import json
 import os
 import runpy
@@ -37,6 +38,12 @@ class NotBuilt(Exception):
     def __init__(self, reason: str, remedy: str):
         super().__init__(reason)
         self.reason, self.remedy = reason, f"{remedy}, then {REINSTALL}"
+
+
+def temporary_folder() -> str:
+    folder = tempfile.mkdtemp(prefix="mimkernels-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def find_torch() -> tuple[Path, str, str | None]:
@@ -124,13 +131,19 @@ def compile_libraries(folder: Path, report: dict) -> dict[str, Path]:
 
 
 class BuildNative(Command):
-    """Puts the libraries and build.json into mimkernels/_lib, of the source tree when the install is editable."""
+    """Puts the libraries and build.json into mimkernels/_lib.
+
+    Of the source tree when the installation is editable, or for ``python setup.py build_native --inplace``,
+    the quick way to rebuild after a change in csrc.
+    """
 
     description = "build the native libraries"
-    user_options = []
-    editable_mode = False
+    user_options = [("inplace", "i", "put the libraries into the source tree")]
+    boolean_options = ["inplace"]
+    editable_mode = False  # set by setuptools
 
     def initialize_options(self):
+        self.inplace = False
         self.build_lib = None
         self.made = {}
 
@@ -141,11 +154,12 @@ class BuildNative(Command):
         mode = os.environ.get("MIMKERNELS_BUILD", "auto")
         if mode not in ("auto", "require", "off"):
             raise ValueError(f"MIMKERNELS_BUILD is {mode!r}; it can be 'auto', 'require' or 'off'")
-        target = (ROOT if self.editable_mode else Path(self.build_lib)) / "mimkernels" / "_lib"
+        inplace = self.editable_mode or self.inplace
+        target = (ROOT if inplace else Path(self.build_lib)) / "mimkernels" / "_lib"
         target.mkdir(parents=True, exist_ok=True)
         report = {"mode": mode, "libraries": {}}
-        keep = os.environ.get("MIMKERNELS_BUILD_DIR") or (self.editable_mode and ROOT / "build" / "native")
-        folder = Path(keep or tempfile.mkdtemp(prefix="mimkernels-")).resolve()
+        keep = os.environ.get("MIMKERNELS_BUILD_DIR") or (inplace and ROOT / "build" / "native")
+        folder = Path(keep or temporary_folder()).resolve()
         try:
             if mode == "off":
                 raise NotBuilt("switched off with MIMKERNELS_BUILD=off", "unset MIMKERNELS_BUILD")
@@ -162,8 +176,6 @@ class BuildNative(Command):
             else:
                 print(f"mimkernels: no native {name} library: {report['libraries'][name]['reason']}", file=sys.stderr)
         (target / "build.json").write_text(json.dumps(report, indent=2) + "\n")
-        if not keep:
-            shutil.rmtree(folder, ignore_errors=True)
         if mode == "require":
             wanted = ["cpu", "cuda"] if report.get("nvcc") and not report.get("cuda_reason") else ["cpu"]
             for name in wanted:
@@ -191,12 +203,8 @@ class Build(build):
 
     def finalize_options(self):
         if self.build_base == "build":
-            self.build_base = tempfile.mkdtemp(prefix="mimkernels-build-")
-            self.temporary = self.build_base
+            self.build_base = temporary_folder()
         super().finalize_options()
-
-    def run(self):
-        super().run()
 
 
 class Wheel(bdist_wheel):
@@ -204,11 +212,10 @@ class Wheel(bdist_wheel):
 
     def run(self):
         self.run_command("build_native")
-        self.root_is_pure = not self.get_finalized_command("build_native").made
+        native = bool(self.get_finalized_command("build_native").made)
+        self.root_is_pure = not native
+        self.distribution.has_ext_modules = lambda: native  # decides where in the wheel the package goes
         super().run()
-        temporary = getattr(self.get_finalized_command("build"), "temporary", None)
-        if temporary:
-            shutil.rmtree(temporary, ignore_errors=True)
 
     def get_tag(self):
         return ("py3", "none", "any" if self.root_is_pure else super().get_tag()[2])

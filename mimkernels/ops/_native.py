@@ -25,7 +25,7 @@ class NativeLibrary:
     reason: str | None = "not loaded yet"  # why it is not loaded
     remedy: str | None = None
     isa: str | None = None  # the instruction set whose kernels run
-    build: dict = field(default_factory=dict)  # compiler, flags, torch and targets, as setup.py wrote them
+    build: dict = field(default_factory=dict, repr=False)  # compiler, flags, torch and targets, as setup.py wrote them
 
 
 _LIBRARIES = {name: NativeLibrary(name, FOLDER / f"libmimkernels_{name}.so") for name in ("cpu", "cuda")}
