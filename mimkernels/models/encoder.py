@@ -1,0 +1,211 @@
+"""timm Vision Transformers as encoders that see the visible patches only."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+try:
+    import timm
+    from timm.layers import PatchEmbed, resample_abs_pos_embed
+    from timm.models import checkpoint_seq
+    from timm.models.vision_transformer import VisionTransformer
+except ImportError as error:
+    raise ImportError(
+        f"mimkernels.models builds on timm, which cannot be imported ({error}); pip install 'mimkernels[train]'"
+    ) from error
+
+from mimkernels.nn import embed_visible, sincos_positions_2d
+
+__all__ = [
+    "check_encoder",
+    "create_encoder",
+    "encode_visible",
+    "init_encoder",
+    "init_linears_and_norms",
+    "resample_positions",
+]
+
+# timm modules whose `vit_*` models compute positions or patches in a way that dropping patches would change.
+_OTHER_FAMILIES = {
+    "eva": "rotary positions are computed for the full grid of patches inside its forward",
+    "vision_transformer_relpos": "its relative position bias covers all N x N pairs of patches",
+    "vision_transformer_hybrid": "its convolutional stem mixes pixels of neighbouring patches, masked ones too",
+    "vision_transformer_sam": "its windowed attention needs the full grid of patches",
+}
+
+
+def create_encoder(
+    name: str,
+    *,
+    img_size: int | Sequence[int] = 224,
+    in_chans: int = 3,
+    patch_size: int | Sequence[int] | None = None,
+    **timm_kwargs: Any,
+) -> VisionTransformer:
+    """Build a timm model without pooling and head, and check that it can encode visible patches alone.
+
+    Raises:
+        ValueError: the name is unknown, the model is not a supported Vision Transformer (says why), timm refuses
+            an argument, or the patch size does not divide the image.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a timm model name, got {type(name).__name__}")
+    base = name.partition(".")[0]
+    if ":" not in name:
+        if not timm.is_model(base):
+            close = difflib.get_close_matches(base, timm.list_models("vit_*"), n=3, cutoff=0.4)
+            raise ValueError(f"timm has no model {name!r}; close names: {', '.join(close) or 'none'}")
+        family = timm.model_entrypoint(base).__module__.rpartition(".")[2]
+        if family in _OTHER_FAMILIES:
+            raise ValueError(
+                f"{name!r} cannot encode visible patches alone: {_OTHER_FAMILIES[family]}; "
+                "use a plain Vision Transformer such as 'vit_base_patch16_224'"
+            )
+    # No pooling and no head: every parameter then takes part in the loss, which DDP and weight decay rely on.
+    kwargs: dict[str, Any] = {"num_classes": 0, "global_pool": "", **timm_kwargs}
+    if patch_size is not None:
+        kwargs["patch_size"] = _as_pair(patch_size, "patch_size")
+    kwargs["img_size"] = _as_pair(img_size, "img_size")
+    try:
+        encoder = timm.create_model(name, in_chans=in_chans, **kwargs)
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"timm cannot build {name!r} with in_chans={in_chans}, {kwargs}: {error}") from error
+    try:
+        check_encoder(encoder)
+    except ValueError as error:
+        raise ValueError(f"{name!r} cannot be the encoder: {error}") from error
+    return encoder
+
+
+def check_encoder(encoder: nn.Module) -> None:
+    """Raise ValueError, naming what and why, unless `encoder` can run on visible patches alone."""
+    kind = type(encoder).__name__
+    if not isinstance(encoder, VisionTransformer):
+        raise ValueError(f"a {kind} is not a timm VisionTransformer")
+    for method in ("_pos_embed", "forward_features"):
+        if getattr(type(encoder), method) is not getattr(VisionTransformer, method):
+            raise ValueError(f"{kind} has its own {method}, which visible patches alone would bypass")
+    embed = encoder.patch_embed
+    if type(embed) is not PatchEmbed:
+        raise ValueError(f"its patch embedding is a {type(embed).__name__}, not one linear map per patch")
+    proj, patch = embed.proj, tuple(embed.patch_size)
+    plain = isinstance(proj, nn.Conv2d) and proj.groups == 1 and proj.padding in ((0, 0), "valid")
+    if not plain or not patch == proj.kernel_size == proj.stride:
+        raise ValueError(f"its patch projection {proj} is not one linear map per patch of {patch}")
+    if embed.dynamic_img_pad:
+        raise ValueError(
+            "dynamic_img_pad=True pads images; resize them to a multiple of the patch size instead"
+        )
+    if not isinstance(encoder.patch_drop, nn.Identity):
+        raise ValueError("patch_drop_rate > 0 would drop visible patches a second time; leave it at 0")
+    unused = [part for part in ("head", "attn_pool") if _has_parameters(getattr(encoder, part, None))]
+    if unused:
+        raise ValueError(
+            f"its {' and '.join(unused)} would never be trained; remove with encoder.reset_classifier(0, '')"
+        )
+    if any(size % p != 0 for size, p in zip(embed.img_size, patch, strict=True)):
+        raise ValueError(
+            f"patch size {_by(patch)} does not divide image size {_by(embed.img_size)} (height x width)"
+        )
+
+
+def encode_visible(
+    encoder: VisionTransformer,
+    images: Tensor,
+    ids: Tensor,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Tensor:
+    """The encoder's normalised output tokens ``[B, P + K, D]`` for the patches `ids` ``[B, K]`` of each image.
+
+    Equal to embedding every patch, adding positions and keeping the tokens `ids`, as MAE does. The blocks run
+    through ``encoder.blocks`` as timm runs them: hooks, drop path and gradient checkpointing act as usual.
+    """
+    embed = encoder.patch_embed
+    grid = images.shape[-2] // embed.patch_size[0], images.shape[-1] // embed.patch_size[1]
+    pos, prefix = _positions_and_prefix(encoder, grid)
+    x = embed_visible(images, ids, embed.proj, norm=embed.norm, pos=pos, prefix=prefix, mean=mean, std=std)
+    if pos is not None:
+        x = encoder.pos_drop(x)
+    x = encoder.norm_pre(x)
+    if encoder.grad_checkpointing and torch.is_grad_enabled():
+        x = checkpoint_seq(encoder.blocks, x)
+    else:
+        x = encoder.blocks(x)
+    # timm puts the final norm either here or, as fc_norm, behind the pooling that pre-training has not.
+    return encoder.fc_norm(encoder.norm(x))
+
+
+def _positions_and_prefix(
+    encoder: VisionTransformer, grid: tuple[int, int]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Patch positions ``[1, N, D]`` and prefix tokens ``[1, P, D]`` with their positions added."""
+    prefix_tokens = [token for token in (encoder.cls_token, encoder.reg_token) if token is not None]
+    prefix = torch.cat(prefix_tokens, dim=1) if prefix_tokens else None
+    pos = encoder.pos_embed
+    if pos is None:
+        return None, prefix
+    num_prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
+    pos = resample_positions(pos, grid, encoder.patch_embed.grid_size, num_prefix)
+    if num_prefix:
+        prefix = prefix + pos[:, :num_prefix]
+    return pos[:, num_prefix:], prefix
+
+
+def resample_positions(
+    pos: Tensor, grid: tuple[int, int], table_grid: tuple[int, int], num_prefix: int
+) -> Tensor:
+    """Positions for another grid, interpolated as timm's dynamic_img_size does; the table itself if equal."""
+    if tuple(grid) == tuple(table_grid):
+        return pos
+    return resample_abs_pos_embed(pos, list(grid), list(table_grid), num_prefix_tokens=num_prefix)
+
+
+def init_encoder(encoder: VisionTransformer) -> None:
+    """Initialise as MAE does: fixed 2-D sine-cosine positions, Xavier linears, tokens of deviation 0.02.
+
+    The patch projection is initialised as the linear layer it is. Its bias and LayerScale keep timm's values.
+    """
+    with torch.no_grad():
+        if encoder.pos_embed is not None:
+            num_prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
+            grid = encoder.patch_embed.grid_size
+            encoder.pos_embed.copy_(sincos_positions_2d(encoder.embed_dim, grid, num_prefix))
+        weight = encoder.patch_embed.proj.weight
+        nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
+        for token in (encoder.cls_token, encoder.reg_token):
+            if token is not None:
+                nn.init.normal_(token, std=0.02)
+        init_linears_and_norms(encoder)
+
+
+def init_linears_and_norms(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases for linear layers, ones and zeros for LayerNorm, as MAE does."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.LayerNorm) and part.elementwise_affine:
+            nn.init.ones_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+def _has_parameters(module: nn.Module | None) -> bool:
+    return module is not None and any(True for _ in module.parameters())
+
+
+def _as_pair(value: int | Sequence[int], what: str) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(size, int) and size > 0 for size in pair):
+        raise ValueError(f"{what} must be a positive integer or (height, width), got {value!r}")
+    return pair
+
+
+def _by(sizes: Sequence[int]) -> str:
+    return " x ".join(str(size) for size in sizes)

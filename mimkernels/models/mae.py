@@ -1,0 +1,390 @@
+"""Masked autoencoders: reconstruct the masked patches from a few visible ones."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mimkernels.models.checkpoint import CheckpointReport, copy_by_name, read_weights
+from mimkernels.models.decoder import DecoderBlock
+from mimkernels.models.encoder import (
+    check_encoder,
+    create_encoder,
+    encode_visible,
+    init_encoder,
+    init_linears_and_norms,
+    resample_positions,
+)
+from mimkernels.models.pictures import MAEPictures, pictures_of
+from mimkernels.nn import sincos_positions_2d
+from mimkernels.ops import TokenMask, mask_from_noise, masked_patch_loss, random_mask, restore_tokens
+
+__all__ = ["MAE", "MAEOutput"]
+
+_DECODER_NAMES = ("mask_token", "decoder_")
+
+
+class MAEOutput(NamedTuple):
+    """What one forward pass gives.
+
+    Attributes:
+        loss: fp32 scalar, the mean over all masked patches of the batch.
+        mask: which patches were visible.
+        pred: ``[B, N, E]`` the prediction for every patch, E pixels as (height, width, channel), where it was
+            asked for; else None.
+    """
+
+    loss: Tensor
+    mask: TokenMask
+    pred: Tensor | None = None
+
+
+class MAE(nn.Module):
+    """Masked autoencoder around a timm Vision Transformer.
+
+    Computes what the published code computes, with less work: only visible patches are embedded, and the last
+    decoder block's MLP and the prediction head run for masked patches only.
+
+    All prefix tokens of the encoder, registers too, go on to the decoder as [cls] does in the paper, with
+    positions of zero there. Positions of encoder and decoder are fixed: they get no gradient. Hooks on the
+    encoder's blocks and norms fire as usual; ``encoder.patch_embed`` is not called, only its weights are used.
+
+    Args:
+        encoder: a timm VisionTransformer without head, with the weights it is to start from.
+        decoder_dim, decoder_depth, decoder_heads: the decoder's width, blocks, and heads per block.
+        mask_ratio: share of patches removed.
+        norm_pix_loss: targets are normalised by each patch's own mean and deviation.
+        mean, std: per channel, for pixels in [0, 1]: images are normalised inside the kernels. uint8 images need
+            both. None: images come as the encoder wants them.
+
+    Source: arXiv:2111.06377.
+    """
+
+    config: dict[str, Any] | None = None  #: arguments of `from_timm` that rebuild this model
+
+    def __init__(
+        self,
+        encoder: VisionTransformer,
+        *,
+        decoder_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_heads: int = 16,
+        mask_ratio: float = 0.75,
+        norm_pix_loss: bool = True,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        check_encoder(encoder)
+        for name, value in (("decoder_dim", decoder_dim), ("decoder_depth", decoder_depth)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if decoder_heads < 1 or decoder_dim % decoder_heads != 0:
+            raise ValueError(f"decoder_dim {decoder_dim} is not a multiple of decoder_heads {decoder_heads}")
+        embed = encoder.patch_embed
+        self.mask_ratio = mask_ratio
+        self.norm_pix_loss = norm_pix_loss
+        self.patch_size: tuple[int, int] = tuple(embed.patch_size)
+        self.grid_size: tuple[int, int] = tuple(embed.grid_size)
+        self.in_chans: int = embed.proj.in_channels
+        self._keep(embed.num_patches)
+        self._set_pixel_statistics(mean, std)
+
+        self.encoder = encoder
+        if encoder.pos_embed is not None:
+            encoder.pos_embed.requires_grad_(False)
+        self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_dim))
+        self.decoder_pos_embed = nn.Parameter(
+            sincos_positions_2d(decoder_dim, self.grid_size, encoder.num_prefix_tokens), requires_grad=False
+        )
+        self.decoder_blocks = nn.ModuleList(
+            DecoderBlock(decoder_dim, decoder_heads, mlp_ratio=4.0, qkv_bias=True)
+            for _ in range(decoder_depth)
+        )
+        self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
+        self.decoder_pred = nn.Linear(decoder_dim, self.in_chans * self.patch_size[0] * self.patch_size[1])
+        nn.init.normal_(self.mask_token, std=0.02)
+        for part in (self.decoder_embed, self.decoder_blocks, self.decoder_norm, self.decoder_pred):
+            init_linears_and_norms(part)
+        self.grad_checkpointing = False
+
+    @classmethod
+    def from_timm(
+        cls,
+        name: str,
+        *,
+        img_size: int | Sequence[int] = 224,
+        in_chans: int = 3,
+        patch_size: int | Sequence[int] | None = None,
+        decoder_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_heads: int = 16,
+        mask_ratio: float = 0.75,
+        norm_pix_loss: bool = True,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        **timm_kwargs: Any,
+    ) -> "MAE":
+        """A new MAE around the timm model `name`, initialised as published.
+
+        Args:
+            name: any timm ``vit_*`` that treats patches independently before its blocks.
+            img_size: pixels per side, or ``(height, width)``.
+            in_chans: channels of the images.
+            patch_size: pixels per patch side, or ``(height, width)``; None takes the model's own.
+            timm_kwargs: further arguments of the timm model, such as ``reg_tokens``, ``drop_path_rate`` or
+                ``dynamic_img_size``. With ``pretrained=True`` or ``checkpoint_path`` the encoder keeps those
+                weights and positions.
+
+        The other arguments are those of the class.
+
+        Raises:
+            ValueError: the name is unknown, or the model or an argument is not supported; says what and why.
+        """
+        encoder = create_encoder(
+            name, img_size=img_size, in_chans=in_chans, patch_size=patch_size, **timm_kwargs
+        )
+        weights = {key: timm_kwargs.pop(key) for key in _WEIGHT_KWARGS if key in timm_kwargs}
+        if not any(weights.values()):
+            init_encoder(encoder)
+        own = {
+            "decoder_dim": decoder_dim,
+            "decoder_depth": decoder_depth,
+            "decoder_heads": decoder_heads,
+            "mask_ratio": mask_ratio,
+            "norm_pix_loss": norm_pix_loss,
+            "mean": None if mean is None else [float(value) for value in mean],
+            "std": None if std is None else [float(value) for value in std],
+        }
+        model = cls(encoder, **own)
+        shape = {"img_size": img_size, "in_chans": in_chans, "patch_size": patch_size}
+        model.config = {"name": name, **shape, **own, **timm_kwargs}
+        return model
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "MAE":
+        """A new model with the arguments of another: ``MAE.from_config(model.config)``; weights are fresh."""
+        return cls.from_timm(**config)
+
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        noise: Tensor | None = None,
+        seed: int = 0,
+        offset: int | Tensor = 0,
+        full_prediction: bool = False,
+    ) -> MAEOutput:
+        """Mask, encode the visible patches, predict the masked ones, compare.
+
+        Args:
+            images: ``[B, C, H, W]`` uint8 (with the model's mean and std) or floating point.
+            noise: ``[B, N]`` fp32; the patches with the smallest noise stay visible. None: drawn from `seed` and
+                `offset`, which give the same masks on every device.
+            seed: of the masks.
+            offset: usually the training step; the same `seed` and `offset` give the same masks. A 0-d int64 tensor
+                on the images' device is read without waiting for it.
+            full_prediction: predict visible patches too and return the prediction; changes no result.
+
+        Raises:
+            ValueError, TypeError: images or noise do not fit the model; the message shows both sides.
+        """
+        mask = self.draw_mask(images, noise=noise, seed=seed, offset=offset)
+        latent = self.encode(images, mask.ids_keep)
+        pred = self.decode(latent, mask, self._grid(images), full=full_prediction)
+        loss = masked_patch_loss(
+            pred,
+            images,
+            ids=None if full_prediction else mask.ids_masked,
+            mask=mask.mask.bool() if full_prediction else None,
+            patch_size=self.patch_size,
+            norm_pix=self.norm_pix_loss,
+            mean=self._pixel_mean,
+            std=self._pixel_std,
+        )
+        return MAEOutput(loss, mask, pred if full_prediction else None)
+
+    def draw_mask(
+        self, images: Tensor, *, noise: Tensor | None = None, seed: int = 0, offset: int | Tensor = 0
+    ) -> TokenMask:
+        """The mask that `forward` uses for these images and arguments."""
+        self._check_images(images)
+        grid = self._grid(images)
+        patches = grid[0] * grid[1]
+        keep = self._keep(patches)
+        if noise is None:
+            return random_mask(images.shape[0], patches, keep, seed, offset, device=images.device)
+        if tuple(noise.shape) != (images.shape[0], patches):
+            raise ValueError(
+                f"noise must be [{images.shape[0]}, {patches}], one value per image and patch, "
+                f"got {list(noise.shape)}"
+            )
+        return mask_from_noise(noise, keep)
+
+    def encode(self, images: Tensor, ids_keep: Tensor) -> Tensor:
+        """Encoder output ``[B, P + K, D]``: prefix tokens, then the visible patches `ids_keep` ``[B, K]``."""
+        return encode_visible(self.encoder, images, ids_keep, mean=self._pixel_mean, std=self._pixel_std)
+
+    def decode(self, latent: Tensor, mask: TokenMask, grid: tuple[int, int], *, full: bool = False) -> Tensor:
+        """Predicted pixels ``[B, N - K, E]`` of the masked patches, in the order of ``mask.ids_masked``.
+
+        With ``full``, ``[B, N, E]`` of every patch of the grid (rows, columns), in its order.
+        """
+        prefix = self.encoder.num_prefix_tokens
+        pos = resample_positions(self.decoder_pos_embed, grid, self.grid_size, prefix)
+        # Under autocast the projection is in its dtype; tokens go on in that of mask token and positions, the
+        # dtype that concatenating and adding them would give.
+        x = self.decoder_embed(latent).to(self.mask_token.dtype)
+        x = restore_tokens(x, mask.ids_restore, self.mask_token, pos, prefix)  # [B, P + N, D]
+        for block in self.decoder_blocks[:-1]:
+            x = self._run(block, x)
+        ids = None if full else mask.ids_masked + prefix
+        x = self._run(self.decoder_blocks[-1], x, ids)
+        if full:
+            x = x[:, prefix:]
+        return self.decoder_pred(self.decoder_norm(x))
+
+    @torch.no_grad()
+    def reconstruct(
+        self, images: Tensor, *, noise: Tensor | None = None, seed: int = 0, offset: int | Tensor = 0
+    ) -> MAEPictures:
+        """Pictures of what the model makes of the masked patches, without dropout; visible patches stay as they are.
+
+        Predictions are brought back to pixels: with norm_pix_loss by each patch's true mean and deviation, then
+        by the model's mean and std. One-channel images become grey pictures.
+        """
+        training = [part for part in self.modules() if part.training]
+        self.eval()
+        try:
+            out = self(images, noise=noise, seed=seed, offset=offset, full_prediction=True)
+        finally:
+            for part in training:
+                part.training = True
+        return pictures_of(
+            images,
+            out.pred,
+            out.mask.mask,
+            self.patch_size,
+            norm_pix=self.norm_pix_loss,
+            mean=self._pixel_mean,
+            std=self._pixel_std,
+        )
+
+    def load_checkpoint(self, source: str | os.PathLike | Mapping[str, Any]) -> CheckpointReport:
+        """Load published weights by name, all of them or none.
+
+        Args:
+            source: a file or dict, ``{"model": {...}}`` or the names themselves. Published pre-training checkpoints
+                hold encoder and decoder; those without any decoder name load the encoder alone.
+
+        Returns:
+            The names that were loaded, and the decoder's as missing where the checkpoint has the encoder alone.
+
+        Raises:
+            ValueError: another architecture (lists names and shapes of both sides), or not a file of tensors.
+        """
+        weights = {name.removeprefix("encoder."): tensor for name, tensor in read_weights(source).items()}
+        encoder_only = not any(map(_is_decoder_name, weights))
+        config = self.config or {}
+        title = (
+            f"{config.get('name', type(self.encoder).__name__)}, {self.encoder.embed_dim} wide, "
+            f"{len(self.encoder.blocks)} blocks, {self.grid_size[0]} x {self.grid_size[1]} patches; decoder "
+            f"{self.mask_token.shape[-1]} wide, {len(self.decoder_blocks)} blocks"
+        )
+        return copy_by_name(
+            self.mae_state_dict(),
+            weights,
+            title=title,
+            optional=lambda name: encoder_only and _is_decoder_name(name),
+        )
+
+    def mae_state_dict(self) -> dict[str, Tensor]:
+        """The weights under their published names (the encoder's without prefix), sharing memory with the model."""
+        return {name.removeprefix("encoder."): tensor for name, tensor in self.state_dict().items()}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks' activations in the backward pass, in encoder and decoder."""
+        self.encoder.set_grad_checkpointing(enable)
+        self.grad_checkpointing = enable
+
+    def _run(self, block: nn.Module, *args: Any) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+    def _keep(self, patches: int) -> int:
+        """How many of `patches` stay visible, rounded as published."""
+        keep = int(patches * (1 - self.mask_ratio))
+        if not 0 < self.mask_ratio < 1 or not 0 < keep < patches:
+            raise ValueError(
+                f"mask_ratio must be above 0 and below 1 and leave some of the {patches} patches visible and some "
+                f"masked, got {self.mask_ratio} ({keep} visible)"
+            )
+        return keep
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        return images.shape[-2] // self.patch_size[0], images.shape[-1] // self.patch_size[1]
+
+    def _check_images(self, images: Tensor) -> None:
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images must be a torch.Tensor, got {type(images).__name__}")
+        if images.dtype != torch.uint8 and not images.is_floating_point():
+            raise TypeError(f"images must be uint8 or floating point, got {images.dtype}")
+        size = tuple(self.encoder.patch_embed.img_size)
+        wanted = f"[B, {self.in_chans}, {size[0]}, {size[1]}]"
+        if images.dim() != 4 or images.shape[1] != self.in_chans:
+            raise ValueError(f"the model takes images {wanted}, got {list(images.shape)}")
+        if self.encoder.dynamic_img_size:
+            if images.shape[2] % self.patch_size[0] or images.shape[3] % self.patch_size[1]:
+                raise ValueError(
+                    f"patch size {self.patch_size[0]} x {self.patch_size[1]} does not divide images "
+                    f"{list(images.shape)}"
+                )
+        elif tuple(images.shape[2:]) != size:
+            raise ValueError(
+                f"the model takes images {wanted}, got {list(images.shape)}; resize them, or build the model with "
+                "that img_size or dynamic_img_size=True"
+            )
+        if images.dtype == torch.uint8 and self.mean is None:
+            raise ValueError(
+                "uint8 images need the model's mean and std, which are None; give them when building it"
+            )
+        if images.device != self.mask_token.device:
+            raise ValueError(f"images are on {images.device} but the model is on {self.mask_token.device}")
+
+    def _set_pixel_statistics(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+        if (mean is None) != (std is None):
+            raise ValueError(f"give mean and std together or neither, got mean={mean}, std={std}")
+        for name, values in (("mean", mean), ("std", std)):
+            if values is not None and len(values) != self.in_chans:
+                raise ValueError(f"{name} has {len(values)} values but images have {self.in_chans} channels")
+        if std is not None and not all(value > 0 for value in std):
+            raise ValueError(f"std must be positive, got {std}")
+        self.mean = None if mean is None else tuple(float(value) for value in mean)
+        self.std = None if std is None else tuple(float(value) for value in std)
+        # Buffers, so that no step copies them to the device; not saved: they are arguments, not weights.
+        self.register_buffer(
+            "_pixel_mean", None if mean is None else torch.tensor(self.mean), persistent=False
+        )
+        self.register_buffer("_pixel_std", None if std is None else torch.tensor(self.std), persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "MAE":
+        super()._apply(fn, recurse)
+        if self.mean is not None:
+            # A model in half precision still normalises with exact statistics; to_empty() leaves them filled.
+            device = self._pixel_mean.device
+            self._pixel_mean = torch.tensor(self.mean, dtype=torch.float32, device=device)
+            self._pixel_std = torch.tensor(self.std, dtype=torch.float32, device=device)
+        return self
+
+
+_WEIGHT_KWARGS = ("pretrained", "checkpoint_path")
+
+
+def _is_decoder_name(name: str) -> bool:
+    return name.startswith(_DECODER_NAMES)

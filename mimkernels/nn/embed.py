@@ -1,0 +1,58 @@
+"""Patch embedding of the visible patches only."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mimkernels.ops import gather_tokens, patchify_gather
+
+__all__ = ["embed_visible"]
+
+
+def embed_visible(
+    images: Tensor,
+    ids: Tensor,
+    proj: nn.Conv2d,
+    *,
+    norm: Callable[[Tensor], Tensor] | None = None,
+    pos: Tensor | None = None,
+    prefix: Tensor | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Tensor:
+    """Embed the chosen patches: pixels are gathered first, so that the GEMM sees only them.
+
+    Args:
+        images: ``[B, C, H, W]`` float, or uint8 with ``mean`` and ``std``.
+        ids: ``[B, K]`` int64, the visible patches of each image, in the order wanted.
+        proj: the patch embedding's convolution, whose stride is its kernel; used as one linear layer.
+        norm: applied to the embedded patches before positions, or None.
+        pos: ``[1, N, D]`` positions of all patches, or None.
+        prefix: ``[1, P, D]`` prefix tokens, their positions already added, or None.
+        mean, std: per channel; pixels are normalised while they are gathered.
+
+    Returns:
+        ``[B, P + K, D]``. Under autocast the GEMM runs in autocast's dtype and the tokens have the dtype of
+        the positions and prefix tokens, as plain PyTorch's promotion gives.
+    """
+    # kernel_size is the patch; conv weights [D, C, ph, pw] flatten to the pixel order of patchify_gather.
+    pixels = patchify_gather(images, ids, proj.kernel_size, mean, std, dtype=_compute_dtype(proj.weight))
+    x = F.linear(pixels, proj.weight.flatten(1), proj.bias)  # [B, K, D]
+    if norm is not None:
+        x = norm(x)
+    if pos is None:
+        return x if prefix is None else torch.cat((prefix.to(x.dtype).expand(x.shape[0], -1, -1), x), dim=1)
+    # One mask per image over a batch of one position table: prefix and chosen positions in one pass, without
+    # a copy of the table per image. Adding in place saves the concatenation, and its backward a split.
+    tokens = gather_tokens(pos, ids.unsqueeze(1), prefix=prefix)  # [B, P + K, D]
+    num_prefix = 0 if prefix is None else prefix.shape[-2]
+    tokens[:, num_prefix:].add_(x)
+    return tokens
+
+
+def _compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype the embedding GEMM will run in, so that pixels are written once, in it."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
