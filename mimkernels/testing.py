@@ -16,7 +16,12 @@ import mimkernels
 from mimkernels.ops._registry import SPECS
 
 # One rounding band: how far the nearest representable value may be, relative to the result.
-ROUNDING = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float64: 2.0**-52}
+ROUNDING = {
+    torch.float32: 2.0**-23,
+    torch.bfloat16: 2.0**-8,
+    torch.float16: 2.0**-10,
+    torch.float64: 2.0**-52,
+}
 # Below this a result of that dtype is compared absolutely (the least normal number, with room for sums).
 SMALLEST = {torch.float32: 1e-30, torch.bfloat16: 1e-30, torch.float16: 1e-7, torch.float64: 1e-300}
 TIMES_PLAIN = 2.0
@@ -37,7 +42,9 @@ class Case:
     def __str__(self) -> str:
         return f"{self.op}-{self.label}"
 
-    def inputs(self, dtype: torch.dtype, device: str = "cpu", layout: str = "contiguous", seed: int = 0) -> dict:
+    def inputs(
+        self, dtype: torch.dtype, device: str = "cpu", layout: str = "contiguous", seed: int = 0
+    ) -> dict:
         """Keyword arguments of the op; floating-point tensors rounded to ``dtype``."""
         arguments = self.make(torch.Generator().manual_seed(seed))
         return {name: _placed(name, value, dtype, device, layout) for name, value in arguments.items()}
@@ -60,7 +67,9 @@ def call(case: Case, inputs: dict, backend: str) -> Tensor | tuple[Tensor, ...]:
     return getattr(mimkernels, case.op)(**inputs, backend=backend)
 
 
-def run(case: Case, inputs: dict, backend: str, upstream: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+def run(
+    case: Case, inputs: dict, backend: str, upstream: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Output of a differentiable op and its gradients for the given upstream gradient (drawn if None)."""
     leaves = {name: inputs[name].detach().requires_grad_() for name in case.grads if inputs[name] is not None}
     out = call(case, {**inputs, **leaves}, backend)
@@ -74,7 +83,9 @@ def run(case: Case, inputs: dict, backend: str, upstream: Tensor | None = None) 
 
 def doubled(inputs: dict) -> dict:
     """The same inputs in float64."""
-    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+    return {
+        k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()
+    }
 
 
 def oracle(case: Case, inputs: dict, upstream: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -200,7 +211,9 @@ def _loss(size, patch, keep, *, uint8=False, normalise=False, **options):
         pixels = size[1] * int(torch.tensor(sizes).prod())
         mean, std = _normalisation(size[1], normalise)
         arguments = {"images": _images(generator, size, uint8), "patch_size": patch, "mean": mean, "std": std}
-        arguments["pred"] = torch.randn(size[0], tokens if keep is None else keep, pixels, generator=generator)
+        arguments["pred"] = torch.randn(
+            size[0], tokens if keep is None else keep, pixels, generator=generator
+        )
         if keep is None:
             arguments["mask"] = torch.rand(size[0], tokens, generator=generator) < 0.75
         else:
@@ -248,19 +261,45 @@ _CASES = [
     Case("patchify_gather", "repeated-ids", _patchify((2, 1, 8, 8), 4, 6, repeat=True), ("images",)),
     Case("patchify_gather", "video", _patchify((2, 3, 4, 8, 12), (2, 4, 4), 5, normalise=True), ("images",)),
     Case("patchify_gather", "uint8", _patchify((2, 3, 16, 16), 4, 5, uint8=True, normalise=True)),
-    Case("patchify_gather", "uint8-bf16", _patchify((2, 3, 8, 8), 4, 3, uint8=True, normalise=True, dtype=torch.bfloat16)),
+    Case(
+        "patchify_gather",
+        "uint8-bf16",
+        _patchify((2, 3, 8, 8), 4, 3, uint8=True, normalise=True, dtype=torch.bfloat16),
+    ),
     Case("patchify_gather", "uint8-video", _patchify((1, 3, 4, 8, 8), 4, 3, uint8=True, normalise=True)),
     Case("patchify_gather", "no-images", _patchify((0, 3, 8, 8), 4, 2), ("images",)),
     Case("masked_patch_loss", "ids", _loss((2, 3, 32, 32), 8, 12), ("pred",)),
     Case("masked_patch_loss", "mae", _loss((2, 3, 32, 32), 16, 3, norm_pix=True, normalise=True), ("pred",)),
     Case("masked_patch_loss", "mask", _loss((3, 3, 16, 24), 8, None, norm_pix=True), ("pred",)),
     Case("masked_patch_loss", "per-patch", _loss((2, 3, 16, 16), 4, None, reduction="none"), ("pred",)),
-    Case("masked_patch_loss", "per-patch-ids", _loss((2, 3, 16, 16), 4, 5, reduction="none", norm_pix=True), ("pred",)),
-    Case("masked_patch_loss", "l1", _loss((2, 3, 16, 16), 4, 5, kind="l1", layout="channels_first"), ("pred",)),
-    Case("masked_patch_loss", "smooth-l1", _loss((2, 3, 16, 16), 4, None, kind="smooth_l1", beta=0.5), ("pred",)),
+    Case(
+        "masked_patch_loss",
+        "per-patch-ids",
+        _loss((2, 3, 16, 16), 4, 5, reduction="none", norm_pix=True),
+        ("pred",),
+    ),
+    Case(
+        "masked_patch_loss", "l1", _loss((2, 3, 16, 16), 4, 5, kind="l1", layout="channels_first"), ("pred",)
+    ),
+    Case(
+        "masked_patch_loss",
+        "smooth-l1",
+        _loss((2, 3, 16, 16), 4, None, kind="smooth_l1", beta=0.5),
+        ("pred",),
+    ),
     Case("masked_patch_loss", "odd", _loss((2, 2, 9, 25), (3, 5), 7, norm_pix=True), ("pred",)),
-    Case("masked_patch_loss", "channels-first", _loss((2, 3, 12, 8), 4, None, layout="channels_first", norm_pix=True), ("pred",)),
-    Case("masked_patch_loss", "uint8", _loss((2, 3, 16, 16), 8, 3, uint8=True, normalise=True, norm_pix=True), ("pred",)),
+    Case(
+        "masked_patch_loss",
+        "channels-first",
+        _loss((2, 3, 12, 8), 4, None, layout="channels_first", norm_pix=True),
+        ("pred",),
+    ),
+    Case(
+        "masked_patch_loss",
+        "uint8",
+        _loss((2, 3, 16, 16), 8, 3, uint8=True, normalise=True, norm_pix=True),
+        ("pred",),
+    ),
     Case("masked_patch_loss", "video", _loss((2, 3, 4, 8, 8), (2, 4, 4), 5, norm_pix=True), ("pred",)),
     Case("masked_patch_loss", "no-images", _loss((0, 3, 8, 8), 4, 2), ("pred",)),
 ]

@@ -34,7 +34,7 @@ def fill_mask_tokens(x: Tensor, mask: Tensor, mask_token: Tensor, *, backend: st
     _checks.is_float(op, "x", x)
     mask = _checks.token_mask(op, mask, "x", x)
     mask_token = _checks.parameter(op, "mask_token", mask_token, 1, "x", x)
-    _checks.size_is(op, "mask_token", mask_token, 0, x.shape[2], f"the width of x {_checks.shape(x)}")
+    _checks.same_size(op, "mask_token", mask_token, 0, "x", x, 2)
     name = SPEC.resolve(backend, x.device.type, x.dtype)
     if name == "reference":
         return reference.fill_mask_tokens(x, mask, mask_token)

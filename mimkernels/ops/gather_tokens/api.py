@@ -44,14 +44,14 @@ def gather_tokens(
     ids = _checks.token_ids(op, "ids", ids, (2, 3), "x", x)
     if ids.dim() == 2:
         ids = ids.unsqueeze(0)
-    _checks.size_is(op, "ids", ids, 1, x.shape[0], f"the batch of x {_checks.shape(x)}")
+    _checks.same_size(op, "ids", ids, 1, "x", x, 0)
     if pos is not None:
         pos = _checks.parameter(op, "pos", pos, 2, "x", x)
-        _checks.size_is(op, "pos", pos, 0, x.shape[1], f"the token count of x {_checks.shape(x)}")
-        _checks.size_is(op, "pos", pos, 1, x.shape[2], f"the width of x {_checks.shape(x)}")
+        _checks.same_size(op, "pos", pos, 0, "x", x, 1)
+        _checks.same_size(op, "pos", pos, 1, "x", x, 2)
     if prefix is not None:
         prefix = _checks.parameter(op, "prefix", prefix, 2, "x", x)
-        _checks.size_is(op, "prefix", prefix, 1, x.shape[2], f"the width of x {_checks.shape(x)}")
+        _checks.same_size(op, "prefix", prefix, 1, "x", x, 2)
     name = SPEC.resolve(backend, x.device.type, x.dtype)
     if name == "reference":
         return reference.gather_tokens(x, ids, pos, prefix)
@@ -75,4 +75,10 @@ class _GatherTokens(torch.autograd.Function):
         dx, dpos, dprefix = SPEC.overload("gather_tokens_bwd", ctx.backend)(
             _checks.rows(grad), ids, ctx.tokens, ctx.num_prefix, need_x, need_pos, need_prefix
         )
-        return dx if need_x else None, None, dpos if need_pos else None, dprefix if need_prefix else None, None
+        return (
+            dx if need_x else None,
+            None,
+            dpos if need_pos else None,
+            dprefix if need_prefix else None,
+            None,
+        )

@@ -65,18 +65,30 @@ def masked_patch_loss(
     _checks.same_device(op, "images", images, "pred", pred)
     patch = _checks.patch_sizes(op, patch_size, images)
     scale, shift = _checks.normalisation(op, images, mean, std)
-    _checks.size_is(op, "pred", pred, 0, images.shape[0], f"the batch of images {_checks.shape(images)}")
+    _checks.same_size(op, "pred", pred, 0, "images", images, 0)
     pixels = images.shape[1] * patch[0] * patch[1] * patch[2]
-    _checks.size_is(op, "pred", pred, 2, pixels, f"{images.shape[1]} channels x patch {patch_size}")
+    if pred.shape[2] != pixels:
+        raise ValueError(
+            f"{op}: pred {_checks.shape(pred)} has {pred.shape[2]} pixels per patch but {images.shape[1]} channels "
+            f"of patch size {patch_size} have {pixels}"
+        )
     tokens = (video.shape[2] // patch[0]) * (video.shape[3] // patch[1]) * (video.shape[4] // patch[2])
     if (ids is None) == (mask is None):
-        raise ValueError(f"{op}: give exactly one of ids and mask, got {'neither' if ids is None else 'both'}")
+        raise ValueError(
+            f"{op}: give exactly one of ids and mask, got {'neither' if ids is None else 'both'}"
+        )
     if ids is not None:
         ids = _checks.token_ids(op, "ids", ids, (2,), "pred", pred)
         if ids.shape != pred.shape[:2]:
-            raise ValueError(f"{op}: ids {_checks.shape(ids)} and pred {_checks.shape(pred)} must agree in [B, L]")
+            raise ValueError(
+                f"{op}: ids {_checks.shape(ids)} and pred {_checks.shape(pred)} must agree in [B, L]"
+            )
     else:
-        _checks.size_is(op, "pred", pred, 1, tokens, f"the {tokens} patches of images {_checks.shape(images)}")
+        if pred.shape[1] != tokens:
+            raise ValueError(
+                f"{op}: with mask, pred {_checks.shape(pred)} must hold all {tokens} patches of images "
+                f"{_checks.shape(images)}, got {pred.shape[1]}; give ids for a part of them"
+            )
         mask = _checks.token_mask(op, mask, "pred", pred)
     if kind not in KINDS:
         raise ValueError(f"{op}: kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -98,7 +110,9 @@ def masked_patch_loss(
 
 class _MaskedPatchLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, pred, images, ids, mask, pt, ph, pw, scale, shift, norm_pix, kind, beta, layout, mean, backend):
+    def forward(
+        ctx, pred, images, ids, mask, pt, ph, pw, scale, shift, norm_pix, kind, beta, layout, mean, backend
+    ):
         ctx.save_for_backward(pred, images, ids, mask, scale, shift)
         ctx.patch = (pt, ph, pw)
         ctx.options = (norm_pix, kind, beta, layout, mean)

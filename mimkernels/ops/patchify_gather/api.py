@@ -60,7 +60,7 @@ def patchify_gather(
         ids = _checks.token_ids(op, "ids", ids, (2, 3), "images", images)
         if ids.dim() == 2:
             ids = ids.unsqueeze(0)
-        _checks.size_is(op, "ids", ids, 1, images.shape[0], f"the batch of images {_checks.shape(images)}")
+        _checks.same_size(op, "ids", ids, 1, "images", images, 0)
     # A kernel must take both dtypes; only the reference takes fp64.
     name = SPEC.resolve(backend, images.device.type, images.dtype if dtype in FLOATS else dtype)
     if name == "reference":

@@ -33,7 +33,12 @@ def noise(
         position = position + step
     groups = torch.arange((tokens + 3) // 4, dtype=torch.int64, device=device)
     images = torch.arange(batch, dtype=torch.int64, device=device)[:, None]
-    counter = [groups.expand(batch, -1), images.expand(-1, groups.shape[0]), position & _WORD, position >> 32 & _WORD]
+    counter = [
+        groups.expand(batch, -1),
+        images.expand(-1, groups.shape[0]),
+        position & _WORD,
+        position >> 32 & _WORD,
+    ]
     words = philox4x32(counter, (seed & _WORD, seed >> 32 & _WORD))
     return torch.stack(words, dim=-1).flatten(1)[:, :tokens]
 

@@ -44,9 +44,11 @@ def restore_tokens(
     _checks.has_rank(op, "x", x, 3)
     _checks.is_float(op, "x", x)
     ids_restore = _checks.token_ids(op, "ids_restore", ids_restore, (2,), "x", x)
-    _checks.size_is(op, "ids_restore", ids_restore, 0, x.shape[0], f"the batch of x {_checks.shape(x)}")
+    _checks.same_size(op, "ids_restore", ids_restore, 0, "x", x, 0)
     if not 0 <= num_prefix <= x.shape[1]:
-        raise ValueError(f"{op}: num_prefix is {num_prefix} but x has {x.shape[1]} tokens ({_checks.shape(x)})")
+        raise ValueError(
+            f"{op}: num_prefix is {num_prefix} but x has {x.shape[1]} tokens ({_checks.shape(x)})"
+        )
     tokens = ids_restore.shape[1]
     if x.shape[1] - num_prefix > tokens:
         raise ValueError(
@@ -54,11 +56,15 @@ def restore_tokens(
             f"but ids_restore {_checks.shape(ids_restore)} restores only {tokens}"
         )
     mask_token = _checks.parameter(op, "mask_token", mask_token, 1, "x", x)
-    _checks.size_is(op, "mask_token", mask_token, 0, x.shape[2], f"the width of x {_checks.shape(x)}")
+    _checks.same_size(op, "mask_token", mask_token, 0, "x", x, 2)
     if pos is not None:
         pos = _checks.parameter(op, "pos", pos, 2, "x", x)
-        _checks.size_is(op, "pos", pos, 0, num_prefix + tokens, f"num_prefix {num_prefix} + {tokens} patches")
-        _checks.size_is(op, "pos", pos, 1, x.shape[2], f"the width of x {_checks.shape(x)}")
+        if pos.shape[0] != num_prefix + tokens:
+            raise ValueError(
+                f"{op}: pos {_checks.shape(pos)} must have num_prefix {num_prefix} + {tokens} patches of "
+                f"ids_restore {_checks.shape(ids_restore)} = {num_prefix + tokens} rows"
+            )
+        _checks.same_size(op, "pos", pos, 1, "x", x, 2)
     name = SPEC.resolve(backend, x.device.type, x.dtype)
     if name == "reference":
         return reference.restore_tokens(x, ids_restore, mask_token, pos, num_prefix)
@@ -82,4 +88,11 @@ class _RestoreTokens(torch.autograd.Function):
         dx, dtoken, dpos = SPEC.overload("restore_tokens_bwd", ctx.backend)(
             _checks.rows(grad), ids_restore, ctx.kept, ctx.num_prefix, need_x, need_token, need_pos
         )
-        return dx if need_x else None, None, dtoken if need_token else None, dpos if need_pos else None, None, None
+        return (
+            dx if need_x else None,
+            None,
+            dtoken if need_token else None,
+            dpos if need_pos else None,
+            None,
+            None,
+        )

@@ -1,0 +1,191 @@
+"""Every op on every backend: the float64 oracle, gradients, determinism, opcheck, torch.compile."""
+
+import pytest
+import torch
+from conftest import DEVICE
+
+from mimkernels import testing
+from mimkernels.ops._registry import SPECS, OpSpec, backend_state
+
+ON_DEVICE = {"cpu": ("cpu", "triton", "reference"), "cuda": ("triton", "cuda", "reference")}[DEVICE]
+CASES = testing.cases()
+
+
+def backends(op: str) -> list[str]:
+    return [name for name in testing.backends(op) if name in ON_DEVICE]
+
+
+def kernels(op: str) -> list[str]:
+    return [name for name in backends(op) if name != "reference"]
+
+
+def one_case_per_op() -> list[testing.Case]:
+    return [case for case in CASES if case.label in ("mae", "plain") and _is_richest(case)]
+
+
+def _is_richest(case: testing.Case) -> bool:
+    return case.label == "mae" or not any(other.op == case.op and other.label == "mae" for other in CASES)
+
+
+def recorded_calls(case: testing.Case, backend: str, dtype: torch.dtype, monkeypatch) -> list[tuple]:
+    """The torch ops, forward and backward, that one run of the case reaches, with their arguments."""
+    calls = []
+    plain = OpSpec.overload
+
+    def recording(spec, schema, name):
+        op = plain(spec, schema, name)
+        return lambda *args: calls.append((op, args)) or op(*args)
+
+    monkeypatch.setattr(OpSpec, "overload", recording)
+    testing.run(case, case.inputs(dtype, DEVICE), backend)
+    monkeypatch.undo()
+    return calls
+
+
+@pytest.mark.parametrize("backend", ON_DEVICE)
+def test_backend_is_here(backend):
+    assert backend_state(backend) is None, f"required here: {backend_state(backend)}"
+
+
+@pytest.mark.parametrize("op", SPECS)
+def test_every_op_has_every_required_backend(op):
+    assert set(testing.backends(op)) >= {"reference", "cpu", "triton"}
+
+
+@pytest.mark.parametrize(
+    ("case", "backend", "dtype", "layout"),
+    [
+        pytest.param(case, backend, dtype, layout, id=f"{case}-{backend}-{str(dtype)[6:]}-{layout}")
+        for case in CASES
+        for backend in backends(case.op)
+        for dtype in case.dtypes
+        for layout in testing.LAYOUTS
+        if dtype == torch.float32 or layout == "contiguous"
+    ],
+)
+def test_matches_the_float64_oracle(case, backend, dtype, layout, poisoned):
+    inputs = case.inputs(dtype, DEVICE, layout)
+    out, grads = testing.run(case, inputs, backend)
+    again, grads_again = testing.run(case, inputs, backend)
+    plain, plain_grads = testing.run(case, inputs, "reference")
+    exact, exact_grads = testing.oracle(case, inputs)
+
+    assert out.dtype == plain.dtype
+    testing.assert_as_good_as_plain("output", out, plain, exact)
+    testing.assert_as_good_as_plain("second run", again, plain, exact)
+    assert torch.equal(out.nan_to_num(), again.nan_to_num()), "two runs gave different bits"
+    assert set(grads) == set(exact_grads)
+    for name, grad in grads.items():
+        assert grad.dtype == inputs[name].dtype
+        testing.assert_as_good_as_plain(f"gradient of {name}", grad, plain_grads[name], exact_grads[name])
+        assert torch.equal(grad, grads_again[name]), f"two runs gave different gradients of {name}"
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.grads and "no-" not in c.label], ids=str)
+def test_reference_gradients_are_the_numerical_ones(case):
+    inputs = testing.doubled(case.inputs(torch.float64))
+    names = [name for name in case.grads if inputs[name] is not None]
+    leaves = [inputs[name].requires_grad_() for name in names]
+    torch.autograd.gradcheck(
+        lambda *args: testing.call(case, {**inputs, **dict(zip(names, args, strict=True))}, "reference"),
+        leaves,
+        fast_mode=sum(leaf.numel() for leaf in leaves) > 1000,
+    )
+
+
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [
+        pytest.param(case, backend, id=f"{case}-{backend}")
+        for case in CASES
+        for backend in kernels(case.op)
+        if backend != "triton" or case in one_case_per_op()
+    ],
+)
+def test_opcheck(case, backend, monkeypatch):
+    calls = recorded_calls(case, backend, torch.float32, monkeypatch)
+    assert len(calls) == (2 if case.grads else 1)
+    for op, args in calls:
+        args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
+        if any(isinstance(a, torch.Tensor) and a.numel() == 0 for a in args) and "loss" in case.op:
+            continue  # the mean over no patch is NaN, which opcheck takes for a difference
+        torch.library.opcheck(op, args)
+
+
+# Inductor on top of an interpreted kernel would add minutes and show nothing that aot_eager does not.
+@pytest.mark.parametrize(
+    ("case", "backend", "compiler"),
+    [
+        pytest.param(case, backend, compiler, id=f"{case}-{backend}-{compiler}")
+        for case in one_case_per_op()
+        for backend in backends(case.op)
+        for compiler in ("aot_eager", "inductor")
+        if compiler == "aot_eager" or backend != "triton" or DEVICE == "cuda"
+    ],
+)
+def test_compiles_in_one_graph_with_dynamic_shapes(case, backend, compiler):
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda inputs: testing.call(case, inputs, backend), backend=compiler, fullgraph=True, dynamic=True
+    )
+    for copies in (1, 2):  # a larger batch must not need another graph's semantics
+        inputs = case.inputs(torch.float32, DEVICE)
+        inputs = {k: _more_images(k, v, copies) for k, v in inputs.items()}
+        leaves = {k: inputs[k].requires_grad_() for k in case.grads if inputs[k] is not None}
+        eager = testing.call(case, inputs, backend)
+        upstream = torch.randn_like(eager)
+        expected = torch.autograd.grad(eager, list(leaves.values()), upstream)
+        out = compiled(inputs)
+        got = torch.autograd.grad(out, list(leaves.values()), upstream)
+        torch.testing.assert_close(out, eager)
+        for name, a, b in zip(leaves, got, expected, strict=True):
+            torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def _more_images(name, value, copies):
+    per_image = ("x", "ids", "ids_restore", "images", "pred", "mask")
+    if not isinstance(value, torch.Tensor) or name not in per_image:
+        return value
+    return torch.cat([value] * copies)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("backend", ON_DEVICE)
+def test_nan_and_infinity_reach_the_output(backend, value):
+    for case in one_case_per_op():
+        inputs = case.inputs(torch.float32, DEVICE)
+        main = inputs[case.grads[0]]
+        main.view(-1)[0] = value
+        if "ids" in inputs and case.op == "gather_tokens":
+            inputs["ids"][0, 0] = 0
+            assert not testing.run(case, inputs, backend)[0][0, 1, 0].isfinite()
+        elif case.op == "masked_patch_loss":
+            assert not testing.run(case, inputs, backend)[0].isfinite()
+        else:
+            exact, _ = testing.oracle(case, inputs)
+            out, _ = testing.run(case, inputs, backend)
+            assert torch.equal(out.isfinite(), exact.isfinite())
+
+
+@pytest.mark.parametrize("backend", ON_DEVICE)
+def test_autocast_changes_no_dtype(backend):
+    for case in one_case_per_op():
+        inputs = case.inputs(torch.bfloat16, DEVICE)
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            under, _ = testing.run(case, inputs, backend)
+        plain, _ = testing.run(case, inputs, backend)
+        assert under.dtype == plain.dtype
+        assert torch.equal(under, plain)
+
+
+@pytest.mark.parametrize("backend", ["reference"] + [b for b in ON_DEVICE if b != "reference"])
+def test_double_backward_is_refused_not_wrong(backend):
+    case = next(c for c in CASES if str(c) == "gather_tokens-plain")
+    inputs = case.inputs(torch.float32, DEVICE)
+    x = inputs["x"].requires_grad_()
+    (grad,) = torch.autograd.grad(testing.call(case, inputs, backend).square().sum(), x, create_graph=True)
+    if backend == "reference":
+        torch.autograd.grad(grad.sum(), x)
+    else:
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            torch.autograd.grad(grad.sum(), x)
