@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -67,9 +66,10 @@ def _load(state: NativeLibrary) -> NativeLibrary:
         return replace(state, reason=refusal[0], remedy=refusal[1])
     try:
         torch.ops.load_library(str(state.path))
+        isa = torch.ops.mimkernels.cpu_isa() if state.name == "cpu" else None
     except Exception as error:  # whatever a broken file does, the package works without it
         return replace(state, reason=f"{state.path.name} does not load: {_one_line(error)}", remedy=_REINSTALL)
-    return replace(state, loaded=True, reason=None, isa=_instruction_set(state.path) if state.name == "cpu" else None)
+    return replace(state, loaded=True, reason=None, isa=isa)
 
 
 def _missing(state: NativeLibrary) -> tuple[str, str] | None:
@@ -90,15 +90,6 @@ def _refused_by_torch(state: NativeLibrary) -> tuple[str, str] | None:
     if state.name == "cuda" and torch.version.cuda is None:
         return f"this torch ({version}) was built without CUDA", "install a CUDA build of torch from pytorch.org"
     return None
-
-
-def _instruction_set(path: Path) -> str | None:
-    try:
-        function = ctypes.CDLL(str(path)).mimkernels_cpu_isa
-    except (OSError, AttributeError):
-        return None
-    function.restype = ctypes.c_char_p
-    return function().decode()
 
 
 def _one_line(error: Exception) -> str:
