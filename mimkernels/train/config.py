@@ -1,0 +1,227 @@
+"""The one source for the trainer's arguments: dataclass, command-line options, checks and the saved JSON."""
+
+import argparse
+import difflib
+import json
+import math
+import types
+import typing
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+METHODS = ("mae",)
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+DEVICES = ("auto", "cpu", "cuda")
+
+# A checkpoint made with another value of these cannot be continued at all ...
+ARCHITECTURE_FIELDS = (
+    "method", "model", "img_size", "in_chans", "patch_size", "model_kwargs",
+    "decoder_dim", "decoder_depth", "decoder_heads",
+)  # fmt: skip
+# ... and with another value of these the stream of batches would be another one.
+STREAM_FIELDS = ("data", "seed", "crop_scale", "hflip", "mask_ratio", "norm_pix_loss")
+
+
+def _arg(default: Any, help: str, group: str, **extra: Any) -> Any:
+    metadata = {"help": help, "group": group, **extra}
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class PretrainConfig:
+    """Everything a pre-training run depends on. Saved as ``config.json`` in the run folder and in every checkpoint."""
+
+    method: str = _arg("mae", "pre-training method", "model", choices=METHODS)
+    model: str = _arg("vit_tiny_patch16_224", "encoder: any timm vit_* name", "model")
+    img_size: int = _arg(224, "image side in pixels", "model")
+    in_chans: int = _arg(3, "image channels: 3 (colour) or 1 (grey)", "model")
+    patch_size: int | None = _arg(None, "patch side in pixels (default: the model's own)", "model")
+    model_kwargs: dict = _arg(
+        {}, "further timm model arguments, such as embed_dim=128 depth=4", "model", pairs=True
+    )
+    decoder_dim: int = _arg(512, "decoder width", "model")
+    decoder_depth: int = _arg(8, "decoder blocks", "model")
+    decoder_heads: int = _arg(16, "decoder attention heads", "model")
+    mask_ratio: float = _arg(0.75, "share of patches removed", "model")
+    norm_pix_loss: bool = _arg(True, "normalise each target patch by its own mean and variance", "model")
+
+    data: str = _arg("digits", "digits (embedded, no download), an image folder, or torchvision:NAME", "data")
+    data_root: str = _arg("data", "where torchvision sets are kept or downloaded to", "data")
+    crop_scale: float | None = _arg(
+        None, "smallest area of the random crop, 1 for none (default: 0.2; digits: 0.6)", "data"
+    )
+    hflip: bool | None = _arg(
+        None, "flip half of the images left to right (default: yes; digits and the like: no)", "data"
+    )
+    workers: int | None = _arg(
+        None, "data-loading processes per training process; 0 for none (default: by the cores)", "data"
+    )
+
+    batch_size: int = _arg(64, "images per process and forward pass", "optimisation")
+    accum_steps: int = _arg(1, "forward passes per optimizer step", "optimisation")
+    epochs: int = _arg(100, "passes over the data", "optimisation")
+    warmup_epochs: float = _arg(10.0, "epochs of linear learning-rate warm-up", "optimisation")
+    blr: float = _arg(1.5e-4, "base learning rate: lr = blr * effective batch size / 256", "optimisation")
+    lr: float | None = _arg(None, "learning rate as it is, in place of --blr", "optimisation")
+    min_lr: float = _arg(0.0, "learning rate at the end of the cosine", "optimisation")
+    weight_decay: float = _arg(
+        0.05, "weight decay (not on biases, norms and other 1-d parameters)", "optimisation"
+    )
+    clip_grad: float | None = _arg(
+        None, "clip the gradient norm to this (default: no clipping)", "optimisation"
+    )
+    seed: int = _arg(0, "seed of weights, order, augmentation and masks", "optimisation")
+
+    device: str = _arg("auto", "where to train", "execution", choices=DEVICES)
+    precision: str = _arg(
+        "auto", "auto takes bf16 where the device computes it fast", "execution", choices=PRECISIONS
+    )
+    compile: bool = _arg(False, "torch.compile the model", "execution")
+
+    output: str = _arg("runs/pretrain", "run folder", "output")
+    save_every: float = _arg(10.0, "epochs between checkpoints", "output")
+    keep_checkpoints: int = _arg(2, "how many of them to keep, besides the final one", "output")
+    log_every: int = _arg(10, "optimizer steps between log entries", "output")
+    pictures: int = _arg(12, "reconstructed images in the report", "output")
+    title: str = _arg("", "title of the report (default: method, model and data)", "output")
+
+    def check(self) -> None:
+        """Raise ValueError for values that cannot work, before anything is written."""
+        for name in (
+            "img_size",
+            "decoder_dim",
+            "decoder_depth",
+            "decoder_heads",
+            "batch_size",
+            "accum_steps",
+        ):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("epochs", "log_every", "keep_checkpoints"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("workers", "pictures", "seed"):
+            value = getattr(self, name)
+            _require(value is None or value >= 0, name, value, "0 or more")
+        _require(self.method in METHODS, "method", self.method, f"one of {', '.join(METHODS)}")
+        _require(self.device in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
+        _require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
+        _require(self.in_chans in (1, 3), "in_chans", self.in_chans, "1 or 3")
+        _require(0 < self.mask_ratio < 1, "mask_ratio", self.mask_ratio, "between 0 and 1, both excluded")
+        _require(
+            0 <= self.warmup_epochs <= self.epochs,
+            "warmup_epochs",
+            self.warmup_epochs,
+            f"in 0..{self.epochs} (epochs)",
+        )
+        for name in ("blr", "lr", "save_every"):
+            value = getattr(self, name)
+            _require(
+                value is None or (value > 0 and math.isfinite(value)), name, value, "positive and finite"
+            )
+        for name in ("min_lr", "weight_decay"):
+            value = getattr(self, name)
+            _require(value >= 0 and math.isfinite(value), name, value, "0 or more and finite")
+        _require(self.clip_grad is None or self.clip_grad > 0, "clip_grad", self.clip_grad, "positive")
+        _require(
+            self.crop_scale is None or 0 < self.crop_scale <= 1, "crop_scale", self.crop_scale, "in (0, 1]"
+        )
+        if self.patch_size is not None:
+            _require(self.patch_size >= 1, "patch_size", self.patch_size, "at least 1")
+            if self.img_size % self.patch_size:
+                raise ValueError(
+                    f"img_size {self.img_size} is not divisible by patch_size {self.patch_size}: "
+                    f"try --img-size {max(1, self.img_size // self.patch_size) * self.patch_size}"
+                )
+        if self.decoder_dim % self.decoder_heads:
+            raise ValueError(
+                f"decoder_dim {self.decoder_dim} is not divisible by decoder_heads {self.decoder_heads}"
+            )
+        if self.decoder_dim % 4:
+            raise ValueError(
+                f"decoder_dim must be divisible by 4 (2-d sin-cos positions), got {self.decoder_dim}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "PretrainConfig":
+        """Rebuild from saved values; unknown names are refused, with what was meant where that is clear."""
+        known = [f.name for f in fields(cls)]
+        for name in values:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                raise ValueError(
+                    f"unknown setting {name!r}" + (f": did you mean {close[0]!r}?" if close else "")
+                )
+        return cls(**values)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "PretrainConfig":
+        return cls.from_dict(json.loads(Path(path).read_text()))
+
+
+def _require(condition: bool, name: str, value: Any, wanted: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {wanted}, got {value}")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One option per field. Defaults are left out of the namespace, so that it holds what the user gave and no more."""
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for f in fields(PretrainConfig):
+        meta = f.metadata
+        group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
+        option = "--" + f.name.replace("_", "-")
+        default = f.default if f.default is not MISSING else f.default_factory()
+        kind, optional = _scalar_type(f.type)
+        text = meta["help"]
+        if not optional and kind is not dict and default != "":
+            text += f" (default: {('yes' if default else 'no') if kind is bool else default})"
+        common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
+        if meta.get("pairs"):
+            group.add_argument(option, nargs="+", type=_pair, metavar="NAME=VALUE", **common)
+        elif kind is bool:
+            group.add_argument(option, action=argparse.BooleanOptionalAction, **common)
+        else:
+            metavar = None if "choices" in meta else {int: "N", float: "X", str: "NAME"}[kind]
+            group.add_argument(option, type=kind, choices=meta.get("choices"), metavar=metavar, **common)
+
+
+def given_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given on the command line."""
+    given = {f.name: getattr(args, f.name) for f in fields(PretrainConfig) if hasattr(args, f.name)}
+    if "model_kwargs" in given:
+        given["model_kwargs"] = dict(given["model_kwargs"])
+    return given
+
+
+def _scalar_type(annotation: Any) -> tuple[type, bool]:
+    if isinstance(annotation, types.UnionType):
+        kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
+        return kinds[0], True
+    return annotation, False
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def changes(saved: PretrainConfig, now: PretrainConfig, names: typing.Iterable[str]) -> list[str]:
+    """``name: saved -> now`` for each named setting that differs."""
+    return [
+        f"{name}: {getattr(saved, name)!r} -> {getattr(now, name)!r}"
+        for name in names
+        if getattr(saved, name) != getattr(now, name)
+    ]

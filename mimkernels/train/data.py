@@ -1,0 +1,246 @@
+"""Batches: deterministic order, deterministic augmentation, broken images replaced.
+
+Nothing here has state that a checkpoint would need to hold. What batch ``t`` contains is a function of the seed and
+``t`` alone: the order of an epoch is drawn from (seed, epoch), an image's augmentation from (seed, epoch, index), so that
+a resumed run sees the same bits whatever the number of workers.
+"""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import InterpolationMode, v2
+
+from mimkernels.train.errors import DataError
+from mimkernels.train.sources import Source
+
+# So many unreadable images in a row mean that the folder is wrong, not that some files are.
+_MAX_BROKEN_IN_A_ROW = 1000
+
+_ORDER, _AUGMENT, _REPLACE = 1, 2, 3  # streams that one seed is split into
+
+
+def derived_seed(*numbers: int) -> int:
+    """A 63-bit seed from several numbers; neighbours give unrelated seeds."""
+    words = np.random.SeedSequence(numbers).generate_state(2, np.uint32)
+    return (int(words[0]) << 31) ^ int(words[1])
+
+
+class Batch(NamedTuple):
+    """What a worker hands over: uint8 images and what it could not read."""
+
+    images: torch.Tensor | None  # [B, C, H, W] uint8; None if no image could be read
+    broken: list[tuple[int, str]]  # (index, reason)
+
+
+class Augmentation:
+    """Random resized crop and mirroring, as in MAE; images stay uint8."""
+
+    def __init__(self, img_size: int, in_chans: int, crop_scale: float, hflip: bool) -> None:
+        self.in_chans = in_chans
+        steps: list = []
+        if crop_scale < 1:
+            steps.append(
+                v2.RandomResizedCrop(
+                    img_size, scale=(crop_scale, 1.0), interpolation=InterpolationMode.BICUBIC, antialias=True
+                )
+            )
+        else:
+            steps.append(_whole_image(img_size))
+        if hflip:
+            steps.append(v2.RandomHorizontalFlip())
+        self._random = v2.Compose(steps)
+        self._plain = _whole_image(img_size)
+
+    def __call__(self, image: Image.Image | torch.Tensor, seed: int) -> torch.Tensor:
+        """uint8 ``[C, S, S]``, the same bits for the same seed; the global generator is left as it was."""
+        with torch.random.fork_rng(devices=[]):
+            # Not torch.manual_seed: it would also reseed the accelerators of the training process.
+            torch.default_generator.manual_seed(seed)
+            return self._finish(self._random(to_mode(image, self.in_chans)))
+
+    def plain(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
+        """The central square, resized."""
+        return self._finish(self._plain(to_mode(image, self.in_chans)))
+
+    def _finish(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
+        pixels = image if isinstance(image, torch.Tensor) else v2.functional.pil_to_tensor(image)
+        return pixels.contiguous()
+
+
+def _whole_image(img_size: int) -> v2.Transform:
+    resize = v2.Resize(img_size, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return v2.Compose([resize, v2.CenterCrop(img_size)])
+
+
+def to_mode(image: Image.Image | torch.Tensor, in_chans: int) -> Image.Image | torch.Tensor:
+    """Colour or grey, 8 bits per channel."""
+    if isinstance(image, torch.Tensor):
+        if image.shape[0] == in_chans:
+            return image
+        return image.expand(3, -1, -1) if in_chans == 3 else v2.functional.rgb_to_grayscale(image)
+    if image.mode.startswith(("I", "F")):
+        # Pillow clips these to 0..255 on conversion; 16-bit images would turn white.
+        levels = np.asarray(image, dtype=np.float64)
+        low, high = (0.0, 65535.0) if image.mode.startswith("I;16") else (levels.min(), levels.max())
+        image = Image.fromarray(np.rint((levels - low) * (255.0 / max(high - low, 1e-12))).astype(np.uint8))
+    return image.convert("RGB" if in_chans == 3 else "L")
+
+
+class PretrainImages(Dataset):
+    """Augmented images by (epoch, index). An image that cannot be read is replaced by another one."""
+
+    def __init__(self, source: Source, augmentation: Augmentation, seed: int) -> None:
+        self.source = source
+        self.augmentation = augmentation
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor | None, list[tuple[int, str]]]:
+        epoch, index = key
+        broken: list[tuple[int, str]] = []
+        for candidate in self._candidates(epoch, index):
+            try:
+                image = self.source.read(candidate)
+                pixels = self.augmentation(image, derived_seed(self.seed, _AUGMENT, epoch, index))
+            except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as e:
+                # SyntaxError is what Pillow raises for a damaged PNG.
+                broken.append((candidate, _reason(e)))
+            else:
+                return pixels, broken
+        return None, broken
+
+    def _candidates(self, epoch: int, index: int) -> Iterator[int]:
+        yield index
+        start = derived_seed(self.seed, _REPLACE, epoch, index)
+        for k in range(min(len(self), _MAX_BROKEN_IN_A_ROW)):
+            yield (start + k) % len(self)
+
+
+def _reason(error: Exception) -> str:
+    # Pillow's own text ends in the file's path or the stream's address, which the caller names already.
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image, or a format that Pillow does not know"
+    return str(error).strip() or type(error).__name__
+
+
+def collate(samples: list) -> Batch:
+    broken = [entry for _, entries in samples for entry in entries]
+    if any(image is None for image, _ in samples):
+        return Batch(None, broken)
+    return Batch(torch.stack([image for image, _ in samples]), broken)
+
+
+class BatchPlan:
+    """Which images each forward pass of each process takes, from any step on, across epochs.
+
+    An epoch is a permutation cut into pieces of ``batch_size``; the pieces go to (step, accumulation, process) in this
+    order. Processes and accumulation are therefore interchangeable: 2 processes, or 1 process with 2 accumulation steps, take
+    the same pieces in the same optimizer step. The incomplete last step of an epoch is dropped, as in MAE.
+    """
+
+    def __init__(self, length: int, batch_size: int, accum_steps: int, processes: int, seed: int) -> None:
+        self.length, self.batch_size, self.accum_steps = length, batch_size, accum_steps
+        self.processes, self.seed = processes, seed
+        self.steps_per_epoch = length // self.effective_batch
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"the data holds {length} images, fewer than one optimizer step takes: {self.effective_batch} = "
+                f"batch_size {batch_size} x accum_steps {accum_steps} x {processes} process(es); lower --batch-size"
+            )
+
+    @property
+    def effective_batch(self) -> int:
+        return self.batch_size * self.accum_steps * self.processes
+
+    def piece(self, step: int, accum: int, rank: int) -> int:
+        """Running number of a forward pass over the whole run: the offset of its masks."""
+        return (step * self.accum_steps + accum) * self.processes + rank
+
+    def batches(self, rank: int, first_step: int, last_step: int) -> Iterator[list[tuple[int, int]]]:
+        """(epoch, index) pairs of every forward pass of process ``rank`` in steps ``first_step`` to ``last_step - 1``."""
+        epoch, order = -1, None
+        for step in range(first_step, last_step):
+            if step // self.steps_per_epoch != epoch:
+                epoch = step // self.steps_per_epoch
+                order = np.random.default_rng(derived_seed(self.seed, _ORDER, epoch)).permutation(self.length)
+            for accum in range(self.accum_steps):
+                begin = self.piece(step % self.steps_per_epoch, accum, rank) * self.batch_size
+                yield [(epoch, int(index)) for index in order[begin : begin + self.batch_size]]
+
+
+class _Stream:
+    """A batch sampler for DataLoader; one pass over it is the whole run, so workers never restart between epochs."""
+
+    def __init__(self, plan: BatchPlan, rank: int, first_step: int, last_step: int) -> None:
+        self._arguments = (plan, rank, first_step, last_step)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        plan, rank, first_step, last_step = self._arguments
+        return plan.batches(rank, first_step, last_step)
+
+    def __len__(self) -> int:
+        plan, _, first_step, last_step = self._arguments
+        return (last_step - first_step) * plan.accum_steps
+
+
+def _start_worker(_: int) -> None:
+    # Ctrl-C reaches the whole process group; the training process decides when to stop and still needs its batches.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def make_loader(
+    images: PretrainImages,
+    plan: BatchPlan,
+    *,
+    rank: int,
+    first_step: int,
+    last_step: int,
+    workers: int,
+    pin_memory: bool,
+) -> DataLoader:
+    """One iterator over all remaining forward passes of this process."""
+    return DataLoader(
+        images,
+        batch_sampler=_Stream(plan, rank, first_step, last_step),
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker,
+        prefetch_factor=4 if workers else None,
+    )
+
+
+def probe_images(images: PretrainImages) -> None:
+    """Read until one image works, so that a folder of broken files is refused before anything is written."""
+    sample, broken = images[(0, 0)]
+    if sample is None:
+        raise DataError(all_broken_message(images.source, broken))
+
+
+def all_broken_message(source: Source, broken: list[tuple[int, str]]) -> str:
+    index, reason = broken[0]
+    tried = len({i for i, _ in broken})
+    return f"none of the {tried} images tried in {source.name!r} could be read; the first, {source.label(index)}: {reason}"
+
+
+def picture_batch(source: Source, augmentation: Augmentation, count: int) -> tuple[torch.Tensor, list[int]]:
+    """``count`` readable images spread over the source, uint8 ``[n, C, S, S]``, not augmented, and their numbers."""
+    chosen: list[torch.Tensor] = []
+    numbers: list[int] = []
+    stride = max(1, len(source) // max(count, 1))
+    for index in range(0, len(source), stride):
+        if len(chosen) == count:
+            break
+        with contextlib.suppress(OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
+            chosen.append(augmentation.plain(source.read(index)))
+            numbers.append(index)
+    return torch.stack(chosen) if chosen else torch.empty(0), numbers

@@ -1,0 +1,83 @@
+"""Plots and pictures as text that a page can hold: SVG for curves, PNG data addresses for images."""
+
+import base64
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+
+INK, MUTED, LINE, ACCENT = "#1c2430", "#6b7685", "#d9dee5", "#0b66c3"
+
+
+def png_address(image: torch.Tensor) -> str:
+    """A ``[3 or 1, H, W]`` image in [0, 1] as a ``data:`` address, at its own resolution."""
+    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def smoothed(values: np.ndarray, width: int) -> np.ndarray:
+    """Running mean over ``width`` entries, over fewer at the ends; the same length."""
+    if width <= 1 or len(values) < 3:
+        return values
+    kernel = np.ones(min(width, len(values)))
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
+
+
+def loss_curve(entries: list[dict[str, float]], steps_per_epoch: int) -> str:
+    """Loss over epochs (below) and steps (above), with the learning rate in a strip of its own, as SVG."""
+    import matplotlib
+
+    # An object of its own instead of pyplot: the caller's backend and figures stay as they are.
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    step = np.array([entry["step"] for entry in entries], dtype=float)
+    loss = np.array([entry["loss"] for entry in entries])
+    epoch = step / steps_per_epoch
+    with matplotlib.rc_context(
+        {"font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 11, "svg.fonttype": "path",
+         "svg.hashsalt": "mimkernels", "axes.edgecolor": LINE, "axes.labelcolor": MUTED,
+         "xtick.color": MUTED, "ytick.color": MUTED, "axes.spines.right": False}
+    ):  # fmt: skip
+        figure = Figure(figsize=(10, 4.9), layout="constrained")
+        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+        top.plot(epoch, loss, color=ACCENT, alpha=0.28, linewidth=1)
+        top.plot(epoch, smoothed(loss, max(1, len(loss) // 40)), color=ACCENT, linewidth=2.2)
+        low, high = loss.min(), loss.max()
+        # The first steps are far above all that follow; on a log scale they do not flatten the rest.
+        if low > 0 and high / low > 8:
+            top.set_yscale("log")
+            top.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            top.yaxis.set_minor_formatter(
+                FuncFormatter(lambda value, _: f"{value:.2g}" if f"{value:.0e}"[0] in "25" else "")
+            )
+        else:
+            top.set_ylim(max(0.0, low - 0.08 * (high - low)), high + 0.05 * (high - low + 1e-12))
+        top.set_ylabel("training loss")
+        top.annotate(
+            f"{loss[-1]:.4g}", (epoch[-1], loss[-1]), xytext=(0, 9), textcoords="offset points",
+            ha="right", color=ACCENT, fontweight="bold",
+        )  # fmt: skip
+        bottom.fill_between(epoch, [entry["lr"] for entry in entries], color=LINE)
+        bottom.set_ylabel("learning\nrate")
+        bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        bottom.yaxis.set_major_locator(MaxNLocator(2))
+        bottom.set_ylim(bottom=0)
+        bottom.set_xlabel("epoch")
+        bottom.set_xlim(0, max(epoch[-1], 1e-9))
+        steps = top.secondary_xaxis(
+            "top", functions=(lambda x: x * steps_per_epoch, lambda x: x / steps_per_epoch)
+        )
+        steps.set_xlabel("optimizer step")
+        steps.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        for axes in (top, bottom):
+            axes.grid(True, color=LINE, linewidth=0.6, alpha=0.7)
+            axes.set_axisbelow(True)
+            axes.tick_params(length=0)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    # From the root element on: an HTML page takes no XML prologue.
+    return buffer.getvalue()[buffer.getvalue().index("<svg") :]

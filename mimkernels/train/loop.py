@@ -1,0 +1,249 @@
+"""The training loop: forward, backward, step, log, checkpoint. What comes before and after it is in ``run.py``."""
+
+import contextlib
+import math
+import signal
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from mimkernels.train.checkpoint import CheckpointFolder
+from mimkernels.train.config import PretrainConfig
+from mimkernels.train.data import (
+    Batch,
+    BatchPlan,
+    PretrainImages,
+    all_broken_message,
+    derived_seed,
+    make_loader,
+)
+from mimkernels.train.errors import DataError, TrainingError
+from mimkernels.train.history import History
+from mimkernels.train.progress import Progress
+from mimkernels.train.schedule import learning_rate
+from mimkernels.train.state import capture
+from mimkernels.train.stop import StopSignal
+
+_DROPOUT = 4  # stream of the seed; the others are in data.py
+
+
+class Trainer:
+    """One run from ``first_step`` to the end of its schedule, or to a stop request."""
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        accelerator: Accelerator,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        images: PretrainImages,
+        plan: BatchPlan,
+        *,
+        peak_lr: float,
+        first_step: int,
+        seconds: float,
+        history: History | None,
+        checkpoints: CheckpointFolder,
+        progress: Progress,
+        workers: int,
+        about: dict[str, Any],
+    ) -> None:
+        self.config, self.accelerator, self.model, self.optimizer = config, accelerator, model, optimizer
+        self.images, self.plan, self.peak_lr = images, plan, peak_lr
+        self.history, self.checkpoints, self.progress, self.workers = history, checkpoints, progress, workers
+        self.about = about  # goes into every checkpoint
+        self.step = first_step
+        self.total_steps = config.epochs * plan.steps_per_epoch
+        self.warmup_steps = round(config.warmup_epochs * plan.steps_per_epoch)
+        self.save_steps = max(1, round(config.save_every * plan.steps_per_epoch))
+        self.broken: dict[int, str] = {}
+        self.seconds_before = seconds
+        self.seconds_waiting = 0.0
+        self.stopped_by = 0
+        self._began = time.perf_counter()
+        self._window: list[torch.Tensor] = []
+        self._window_began = self._began
+        self._last_lr = 0.0
+        self._grad_norm: torch.Tensor | float = math.nan
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the whole run, that of the sessions before included."""
+        return self.seconds_before + time.perf_counter() - self._began
+
+    def train(self) -> None:
+        """Run to the end. A stop request saves a checkpoint and sets ``stopped_by`` to the signal's number."""
+        loader = make_loader(
+            self.images,
+            self.plan,
+            rank=self.accelerator.process_index,
+            first_step=self.step,
+            last_step=self.total_steps,
+            workers=self.workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+        self.model.train()
+        self._began = self._window_began = time.perf_counter()
+        self.progress.start(self.step)
+        try:
+            with StopSignal() as stop:
+                batches = iter(loader)
+                while self.step < self.total_steps:
+                    self._train_step(batches)
+                    # Several processes have to agree to stop, which they do at a log entry; a single one need not wait.
+                    alone = self.accelerator.num_processes == 1
+                    if (self._log_due(self.step) or (alone and stop.number)) and self._log(stop.number):
+                        self.save()
+                        return
+                    if self.step % self.save_steps == 0 and self.step < self.total_steps:
+                        self.save()
+        finally:
+            self.progress.stop()
+
+    def _train_step(self, batches: Iterator[Batch]) -> None:
+        config, accelerator, model = self.config, self.accelerator, self.model
+        self._last_lr = learning_rate(
+            self.step, self.total_steps, self.warmup_steps, self.peak_lr, config.min_lr
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._last_lr
+        total: torch.Tensor | None = None
+        for accum in range(config.accum_steps):
+            images = self._next_images(batches)
+            piece = self.plan.piece(self.step, accum, accelerator.process_index)
+            # Dropout and stochastic depth, too, are a function of the step, so that a resumed run draws the same.
+            torch.manual_seed(derived_seed(config.seed, _DROPOUT, piece))
+            # A Python integer would be a constant to the compiler, one recompilation per step.
+            offset = (
+                torch.full((), piece, dtype=torch.int64, device=images.device) if config.compile else piece
+            )
+            synchronise = accum == config.accum_steps - 1
+            with contextlib.nullcontext() if synchronise else accelerator.no_sync(model):
+                loss = model(images, seed=config.seed, offset=offset).loss / config.accum_steps
+                accelerator.backward(loss)
+            total = loss.detach() if total is None else total + loss.detach()
+        # Elsewhere this would wait for the device, or only one of several processes would stop: _log looks there.
+        if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
+            self._require_finite(total.item(), self.step)
+        self._window.append(total)
+        if config.clip_grad is not None:
+            self._grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_grad)
+        elif self._log_due(self.step + 1):
+            self._grad_norm = accelerator.clip_grad_norm_(model.parameters(), math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+
+    def _next_images(self, batches: Iterator[Batch]) -> torch.Tensor:
+        began = time.perf_counter()
+        batch = next(batches)
+        self.seconds_waiting += time.perf_counter() - began
+        if batch.images is None:
+            raise DataError(all_broken_message(self.images.source, batch.broken))
+        for index, reason in batch.broken:
+            if index not in self.broken:
+                self.broken[index] = reason
+                text = (
+                    f"cannot read {self.images.source.label(index)}, another image takes its place: {reason}"
+                )
+                warnings.warn(text, stacklevel=2)
+        return batch.images.to(self.accelerator.device, non_blocking=True)
+
+    def _log_due(self, step: int) -> bool:
+        return step % self.config.log_every == 0 or step == self.total_steps
+
+    def _log(self, stop_number: int) -> bool:
+        """Write a log entry; True where the processes agree to stop."""
+        losses, stop_asked = self._reduced_losses(stop_number)
+        now = time.perf_counter()
+        steps_per_second = len(losses) / (now - self._window_began)
+        self._window_began = now
+        loss = sum(losses) / len(losses)
+        images_per_second = steps_per_second * self.plan.effective_batch
+        values = {
+            "loss": loss,
+            "lr": self._last_lr,
+            "grad_norm": float(self._grad_norm),
+            "images_per_second": images_per_second,
+            "seconds": self.seconds,
+        }
+        if self.history is not None:
+            self.history.add(self.step, values)
+        self.progress.update(
+            self.step,
+            loss=loss,
+            lr=self._last_lr,
+            images_per_second=images_per_second,
+            steps_per_second=steps_per_second,
+        )
+        if stop_asked:
+            self.stopped_by = stop_number or signal.SIGTERM
+        return stop_asked
+
+    def _reduced_losses(self, stop_number: int) -> tuple[list[float], bool]:
+        """Losses since the last call, averaged over the processes, and whether any process was asked to stop.
+
+        The one place that waits for the device. With several processes it is also where they agree: all of them see
+        the same losses and the same stop request after the same step.
+        """
+        message = torch.stack(
+            [*self._window, torch.tensor(float(stop_number > 0), device=self._window[0].device)]
+        )
+        message = self.accelerator.reduce(message.float(), reduction="mean")
+        self._window.clear()
+        *losses, asked = message.tolist()
+        first = self.step - len(losses)
+        for i, loss in enumerate(losses):
+            self._require_finite(loss, first + i)
+        return losses, asked > 0
+
+    def _require_finite(self, loss: float, step: int) -> None:
+        if math.isfinite(loss):
+            return
+        lr = learning_rate(step, self.total_steps, self.warmup_steps, self.peak_lr, self.config.min_lr)
+        raise TrainingError(
+            f"loss became {loss} at step {step + 1} (epoch {step / self.plan.steps_per_epoch:.2f}, "
+            f"learning rate {lr:.3g}); {self._advice()}"
+        )
+
+    def _advice(self) -> str:
+        last = self.checkpoints.latest()
+        return (
+            f"last good checkpoint: {last}" if last else "no checkpoint had been written yet"
+        ) + "; try a lower --blr or --lr, a longer --warmup-epochs, --clip-grad 1, or --precision fp32"
+
+    def save(self, *, final: bool = False) -> dict[str, Any]:
+        """Write a checkpoint and return the weights; every process takes part, the first one writes."""
+        if self._window:
+            self._reduced_losses(0)
+        model_state, optimizer_state = capture(self.model, self.optimizer)
+        if self.accelerator.is_main_process:
+            self._require_finite_weights(model_state)
+            scaler = self.accelerator.scaler
+            path = self.checkpoints.save(
+                {
+                    **self.about,
+                    "step": self.step,
+                    "epoch": self.step / self.plan.steps_per_epoch,
+                    "seconds": self.seconds,
+                    "model": model_state,
+                    "optimizer": optimizer_state,
+                    "scaler": scaler.state_dict() if scaler is not None else None,
+                },
+                final=final,
+            )
+            self.progress.note(f"saved {path}")
+        self.accelerator.wait_for_everyone()
+        return model_state
+
+    def _require_finite_weights(self, state: dict[str, Any]) -> None:
+        # A gradient may be infinite where the loss still was not; the next loss would tell, but too late.
+        for name, value in state.items():
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise TrainingError(
+                    f"weight {name!r} is no longer finite at step {self.step}, nothing was saved; {self._advice()}"
+                )

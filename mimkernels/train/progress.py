@@ -1,0 +1,105 @@
+"""What a person sees while training: a live bar on a terminal, now and then a plain line elsewhere."""
+
+import sys
+import time
+from typing import TextIO
+
+
+def duration(seconds: float) -> str:
+    """``1:02:03`` or ``4:05``."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def count(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.1f}"
+
+
+class Progress:
+    """Progress of one run; silent in all processes but the first."""
+
+    def __init__(
+        self, *, total_steps: int, steps_per_epoch: int, quiet: bool, stream: TextIO | None = None
+    ) -> None:
+        self.total_steps, self.steps_per_epoch, self.quiet = total_steps, steps_per_epoch, quiet
+        self.stream = stream or sys.stdout
+        self._bar = None
+        self._started = self._printed = time.monotonic()
+
+    def start(self, first_step: int) -> None:
+        self._started = self._printed = time.monotonic()
+        if self.quiet or not self.stream.isatty():
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as RichProgress
+
+        self._bar = RichProgress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("loss [bold]{task.fields[loss]}[/]"),
+            TextColumn("lr {task.fields[lr]}"),
+            TextColumn("[green]{task.fields[rate]}[/] images/s"),
+            TextColumn("{task.fields[eta]} left"),
+            console=Console(file=self.stream),
+            expand=True,
+        )
+        self._bar.start()
+        self._task = self._bar.add_task(
+            "",
+            total=self.total_steps,
+            completed=first_step,
+            epoch=self._epoch(first_step),
+            loss="-",
+            lr="-",
+            rate="-",
+            eta="-",
+        )
+
+    def update(
+        self, step: int, *, loss: float, lr: float, images_per_second: float, steps_per_second: float
+    ) -> None:
+        """After ``step`` optimizer steps."""
+        if self.quiet:
+            return
+        left = (self.total_steps - step) / max(steps_per_second, 1e-9)
+        if self._bar is not None:
+            self._bar.update(
+                self._task,
+                completed=step,
+                epoch=self._epoch(step),
+                loss=f"{loss:.4f}",
+                lr=f"{lr:.2e}",
+                rate=count(images_per_second),
+                eta=duration(left),
+            )
+            return
+        now = time.monotonic()
+        # A line every 5 s at first, every 30 s once it is clear that all is well.
+        if step < self.total_steps and now - self._printed < (5 if now - self._started < 60 else 30):
+            return
+        self._printed = now
+        self.note(
+            f"epoch {self._epoch(step)}  step {step}/{self.total_steps}  loss {loss:.4f}  lr {lr:.2e}  "
+            f"{count(images_per_second)} images/s  {duration(left)} left"
+        )
+
+    def _epoch(self, step: int) -> str:
+        epochs = self.total_steps // self.steps_per_epoch
+        return f"{step / self.steps_per_epoch:.1f}/{epochs}"
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        if self.quiet:
+            return
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=self.stream, flush=True)
+
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

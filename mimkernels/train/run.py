@@ -1,0 +1,424 @@
+"""One pre-training run from its configuration to its report. Everything is checked before the first file is written."""
+
+import os
+import platform
+import resource
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from mimkernels._version import __version__
+from mimkernels.train import checkpoint as files
+from mimkernels.train.checkpoint import CheckpointFolder
+from mimkernels.train.config import STREAM_FIELDS, PretrainConfig, changes
+from mimkernels.train.data import Augmentation, BatchPlan, PretrainImages, picture_batch, probe_images
+from mimkernels.train.errors import TrainingError
+from mimkernels.train.hardware import (
+    available_cores,
+    choose_device,
+    choose_precision,
+    device_name,
+    set_cpu_threads,
+)
+from mimkernels.train.history import History
+from mimkernels.train.loop import Trainer
+from mimkernels.train.memory import keep_freed_memory
+from mimkernels.train.methods import build_model, check_same_architecture
+from mimkernels.train.progress import Progress, count, duration
+from mimkernels.train.report import Report, write_report
+from mimkernels.train.schedule import parameter_groups, scaled_learning_rate
+from mimkernels.train.sources import Source, open_held_out, open_source
+from mimkernels.train.state import restore
+
+_HELD_OUT_IMAGES = 512  # enough for a loss to two digits, little beside an epoch
+
+# What changes the numbers of a continued run; a person is told.
+_RESULT_FIELDS = (
+    *STREAM_FIELDS, "batch_size", "accum_steps", "epochs", "warmup_epochs", "blr", "lr", "min_lr", "weight_decay",
+    "clip_grad", "precision",
+)  # fmt: skip
+
+
+@dataclass
+class RunResult:
+    """How a run ended."""
+
+    output: Path
+    step: int
+    total_steps: int
+    stopped_by: int  # number of the signal that ended it early, 0 if it went to its end
+    broken_images: int
+    report: Path | None = None
+
+
+def pretrain(
+    config: PretrainConfig,
+    *,
+    resume: str | None = None,
+    overwrite: bool = False,
+    stream: TextIO | None = None,
+) -> RunResult:
+    """Check everything, then train; the arguments are those of ``Run``.
+
+    Raises:
+        ValueError: an argument, the data or the checkpoint does not fit; nothing has been written.
+        TrainingError: training could not go on (loss not finite, no image readable, out of memory).
+    """
+    return Run(config, resume=resume, overwrite=overwrite, stream=stream).execute()
+
+
+class Run:
+    """A run that has been checked and is ready to start: constructing it writes nothing.
+
+    Args:
+        config: what to train.
+        resume: None to start anew, ``"auto"`` to continue the newest checkpoint of ``config.output`` if there is one,
+            or the path of a checkpoint or run folder.
+        overwrite: replace a run that ``config.output`` holds already.
+        stream: where progress goes (default: standard output).
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        *,
+        resume: str | None = None,
+        overwrite: bool = False,
+        stream: TextIO | None = None,
+    ) -> None:
+        from accelerate import Accelerator
+
+        config.check()
+        self.config = config
+        self.output = Path(config.output)
+        self.checkpoints = CheckpointFolder(self.output / "checkpoints", config.keep_checkpoints)
+        self.start = _find_start(config, self.checkpoints, resume, overwrite)
+        device = choose_device(config.device)
+        self.precision, self.precision_reason = choose_precision(config.precision, device)
+        if device.type == "cpu":
+            keep_freed_memory()
+            set_cpu_threads()
+        _forget_earlier_run()
+        self.accelerator = Accelerator(
+            cpu=device.type == "cpu", mixed_precision="no" if self.precision == "fp32" else self.precision
+        )
+        torch.manual_seed(config.seed)
+        self.model = build_model(config)
+        with self.accelerator.local_main_process_first():  # one process per machine downloads
+            self.source = open_source(config.data, config.data_root)
+        self.augmentation = Augmentation(
+            config.img_size,
+            config.in_chans,
+            self.source.crop_scale if config.crop_scale is None else config.crop_scale,
+            self.source.mirrored if config.hflip is None else config.hflip,
+        )
+        self.images = PretrainImages(self.source, self.augmentation, config.seed)
+        processes = self.accelerator.num_processes
+        self.plan = BatchPlan(len(self.source), config.batch_size, config.accum_steps, processes, config.seed)
+        probe_images(self.images)
+        if self.start is not None:
+            _check_same_stream(self.start, self.source, self.plan)
+        self.peak_lr = config.lr or scaled_learning_rate(config.blr, self.plan.effective_batch)
+        self.progress = Progress(
+            total_steps=config.epochs * self.plan.steps_per_epoch,
+            steps_per_epoch=self.plan.steps_per_epoch,
+            quiet=not self.accelerator.is_main_process,
+            stream=stream,
+        )
+
+    def execute(self) -> RunResult:
+        """Train to the end of the schedule or to a stop request, then write weights, pictures and the report."""
+        config, accelerator, progress = self.config, self.accelerator, self.progress
+        first_step = 0 if self.start is None else self.start["step"]
+        facts = self._facts()
+        for line in [*self._continuation_notes(), *(f"{name:10} {fact}" for name, fact in facts.items())]:
+            progress.note(line)
+        model, optimizer = self._prepare()
+        history = self._open_folder(first_step) if accelerator.is_main_process else None
+        trainer = Trainer(
+            config,
+            accelerator,
+            model,
+            optimizer,
+            self.images,
+            self.plan,
+            peak_lr=self.peak_lr,
+            first_step=first_step,
+            seconds=0.0 if self.start is None else self.start["seconds"],
+            history=history,
+            checkpoints=self.checkpoints,
+            progress=progress,
+            workers=self._workers(),
+            about=self._about(),
+        )
+        report = None
+        try:
+            trainer.train()
+            if trainer.stopped_by:
+                progress.note(
+                    f"stopped at step {trainer.step}; continue with --output {self.output} --resume"
+                )
+            else:
+                weights = trainer.save(final=True)
+                if accelerator.is_main_process:
+                    facts["Time"] = _time_facts(trainer, first_step)
+                    if trainer.broken:
+                        facts["Broken"] = (
+                            f"{len(trainer.broken)} image files could not be read; others took their place"
+                        )
+                    report = self._finish(weights, history.entries, facts)
+                    progress.note(f"{config.epochs} epochs in {duration(trainer.seconds)}; report: {report}")
+            accelerator.wait_for_everyone()
+        except torch.OutOfMemoryError as e:
+            raise TrainingError(
+                f"out of memory on {device_name(accelerator.device)} with batch_size {config.batch_size}: lower it and "
+                f"raise --accum-steps by the same factor ({str(e).splitlines()[0]})"
+            ) from e
+        finally:
+            if history is not None:
+                history.close()
+            accelerator.free_memory()
+        return RunResult(
+            self.output, trainer.step, trainer.total_steps, trainer.stopped_by, len(trainer.broken), report
+        )
+
+    def _prepare(self) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        """Optimizer made, both wrapped for the processes there are, checkpoint loaded."""
+        _name_sharded_blocks(self.accelerator, self.model)
+        if self.config.compile:
+            self.model.compile()
+        optimizer = torch.optim.AdamW(
+            parameter_groups(self.model.named_parameters(), self.config.weight_decay),
+            lr=self.peak_lr,
+            betas=(0.9, 0.95),
+            fused=True,
+        )
+        model, optimizer = self.accelerator.prepare(self.model, optimizer)
+        if self.start is not None:
+            # Popped: the loaded copies are of no use afterwards, and as large as what is trained.
+            restore(model, optimizer.optimizer, self.start.pop("model"), self.start.pop("optimizer"))
+            if self.start["scaler"] is not None and self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(self.start["scaler"])
+        return model, optimizer
+
+    def _open_folder(self, first_step: int) -> History:
+        if self.start is None:
+            self.checkpoints.clear()
+            for path in [
+                self.output / "metrics.jsonl",
+                *(self.output / "tensorboard").glob("events.out.tfevents.*"),
+            ]:
+                path.unlink(missing_ok=True)
+        else:
+            self.checkpoints.reopen(first_step)
+        files.write_text(self.output / "config.json", self.config.to_json())
+        return History(self.output, first_step)
+
+    def _about(self) -> dict[str, Any]:
+        return {
+            "format": files.FORMAT,
+            "method": self.config.method,
+            "model_config": _plain(self.model.config),
+            "config": self.config.to_dict(),
+            "data": self.source.fingerprint(),
+            "effective_batch": self.plan.effective_batch,
+            "versions": versions(),
+        }
+
+    def _facts(self) -> dict[str, str]:
+        config, plan = self.config, self.plan
+        parameters = sum(p.numel() for p in self.model.parameters())
+        processes = self.accelerator.num_processes
+        return {
+            "Model": f"{config.model}, {parameters / 1e6:.1f} M parameters with the decoder",
+            "Data": f"{self.source.name}, {len(self.source):,} images, {config.img_size} x {config.img_size} pixels",
+            "Device": device_name(self.accelerator.device)
+            + (f", {processes} processes" if processes > 1 else ""),
+            "Precision": f"{self.precision} ({self.precision_reason})",
+            "Schedule": f"{config.epochs} epochs of {plan.steps_per_epoch} steps, effective batch "
+            f"{plan.effective_batch}, peak learning rate {self.peak_lr:.3g}",
+        }
+
+    def _continuation_notes(self) -> list[str]:
+        if self.start is None:
+            return []
+        notes = [f"continuing at step {self.start['step']} (epoch {self.start['epoch']:.1f})"]
+        different = changes(PretrainConfig.from_dict(self.start["config"]), self.config, _RESULT_FIELDS)
+        if different:
+            notes.append(f"settings that differ from the checkpoint's: {'; '.join(different)}")
+        if self.start["step"] >= self.config.epochs * self.plan.steps_per_epoch:
+            notes.append(
+                "the checkpoint is at the end of its schedule: nothing is left to train (more with --epochs)"
+            )
+        return notes
+
+    def _workers(self) -> int:
+        if self.config.workers is not None:
+            return self.config.workers
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return min(8, max(1, available_cores() // local - 1))
+
+    def _finish(
+        self, weights: dict[str, Any], entries: list[dict[str, float]], facts: dict[str, str]
+    ) -> Path:
+        """Exported weights, held-out loss, pictures and the report; on the first process, with an unwrapped model."""
+        config, device = self.config, self.accelerator.device
+        model = build_model(config)
+        model.load_state_dict(weights)
+        files.save(self.output / "mae_checkpoint.pth", {"model": model.mae_state_dict()})
+        model.to(device).eval()
+        held_out = open_held_out(config.data, config.data_root)
+        pictures = held_out_loss = None
+        if held_out is not None:
+            batch, _ = picture_batch(held_out, self.augmentation, _HELD_OUT_IMAGES)
+            held_out_loss = _mean_loss(model, batch.to(device), config)
+        if config.pictures:
+            batch, _ = picture_batch(held_out or self.source, self.augmentation, config.pictures)
+            if len(batch):
+                pictures = tuple(part.cpu() for part in model.reconstruct(batch.to(device), seed=config.seed))
+        return write_report(
+            self.output / "report.html",
+            Report(
+                config=config,
+                facts=facts,
+                entries=entries,
+                steps_per_epoch=self.plan.steps_per_epoch,
+                pictures=pictures,
+                pictures_are_new=held_out is not None,
+                held_out_loss=held_out_loss,
+                versions=versions(),
+                backends=_backends(device, self.precision),
+            ),
+        )
+
+
+@torch.no_grad()
+def _mean_loss(model: torch.nn.Module, images: torch.Tensor, config: PretrainConfig) -> float:
+    parts = images.split(config.batch_size)
+    losses = [float(model(part, seed=config.seed, offset=i).loss) * len(part) for i, part in enumerate(parts)]
+    return sum(losses) / len(images)
+
+
+def _backends(device: torch.device, precision: str) -> dict[str, str]:
+    """Which backend each op of the training step runs on."""
+    from mimkernels.ops._registry import SPECS
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    ops = ("random_mask", "patchify_gather", "gather_tokens", "restore_tokens", "masked_patch_loss")
+    # Masks are drawn and losses summed in fp32 whatever the tokens are.
+    return {
+        op: SPECS[op].resolve("auto", device.type, torch.float32 if op == "random_mask" else dtype)
+        for op in ops
+    }
+
+
+def _time_facts(trainer: Trainer, first_step: int) -> str:
+    images = (trainer.step - first_step) * trainer.plan.effective_batch
+    session = trainer.seconds - trainer.seconds_before
+    waiting = trainer.seconds_waiting / max(session, 1e-9)
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if trainer.accelerator.device.type == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    )
+    return (
+        f"{duration(trainer.seconds)}, {count(images / max(session, 1e-9))} images/s over all, "
+        f"{waiting:.0%} of it waiting for data; peak memory {peak / 2**30:.1f} GiB"
+    )
+
+
+def _find_start(
+    config: PretrainConfig, checkpoints: CheckpointFolder, resume: str | None, overwrite: bool
+) -> dict[str, Any] | None:
+    """The checkpoint to continue from, checked against the configuration; None to start anew."""
+    output = Path(config.output)
+    existing = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise ValueError(f"output {str(output)!r}: {str(existing)!r} is a file, expected a folder")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"output {str(output)!r}: no permission to write in {str(existing)!r}")
+    newest = checkpoints.latest()
+    if resume is None:
+        if newest is not None and not overwrite:
+            raise ValueError(
+                f"{str(output)!r} already holds a run ({newest.name}): continue it with --resume, "
+                "replace it with --overwrite, or choose another --output"
+            )
+        return None
+    if resume == "auto":
+        path = newest
+    else:
+        path = Path(resume)
+        if path.is_dir():
+            path = CheckpointFolder(path / "checkpoints", 1).latest()
+            if path is None:
+                raise ValueError(f"{resume!r} holds no checkpoint to resume from")
+        if newest is not None and path.resolve() != newest.resolve():
+            raise ValueError(
+                f"{str(output)!r} already holds {newest.name}, resuming from {str(path)!r} would overwrite what came "
+                "after it: choose another --output"
+            )
+    if path is None:
+        return None
+    content = files.load(path)
+    saved = PretrainConfig.from_dict(content["config"])
+    check_same_architecture(saved, config, str(path))
+    return content
+
+
+def _check_same_stream(start: dict[str, Any], source: Source, plan: BatchPlan) -> None:
+    if start["data"] != source.fingerprint():
+        raise ValueError(
+            f"the data are not those of the checkpoint: {start['data']} in the checkpoint, {source.fingerprint()} now; "
+            "restore them or start a new run"
+        )
+    if start["effective_batch"] != plan.effective_batch:
+        raise ValueError(
+            f"the effective batch (batch_size x accum_steps x processes) is {start['effective_batch']} in the "
+            f"checkpoint and {plan.effective_batch} now; adjust --batch-size or --accum-steps"
+        )
+
+
+def _name_sharded_blocks(accelerator: Any, model: torch.nn.Module) -> None:
+    """Tell FSDP2 to shard transformer block by block, unless the launch command named classes itself."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None or plugin.transformer_cls_names_to_wrap:
+        return
+    # accelerate looks here for the classes, as transformers' models declare them.
+    model._no_split_modules = sorted(
+        {type(block).__name__ for blocks in (model.encoder.blocks, model.decoder_blocks) for block in blocks}
+    )
+
+
+def _forget_earlier_run() -> None:
+    """accelerate keeps device and precision for the life of the process; a second run may want others."""
+    if "WORLD_SIZE" not in os.environ:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _plain(value: Any) -> Any:
+    """Lists, dicts and scalars only: what ``torch.load(weights_only=True)`` reads back."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that a result may depend on."""
+    found = {"mimkernels": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    for name in ("timm", "torchvision", "accelerate"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,196 @@
+"""Where images come from: the embedded digits, a folder, a torchvision set. A source reads image i; no randomness."""
+
+import difflib
+import hashlib
+import os
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+IMAGE_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+# Sets whose classes change when an image is mirrored.
+_NOT_MIRRORED = ("MNIST", "QMNIST", "EMNIST", "KMNIST", "FashionMNIST", "USPS", "SVHN", "Omniglot", "GTSRB")
+
+# scikit-learn's digits: training on the first 1500 leaves 297 images, by writers not seen before, for the pictures.
+_DIGITS_TRAIN = 1500
+
+
+class Source(Protocol):
+    """Images by number."""
+
+    name: str
+    mirrored: bool  # is a mirrored image still a sensible one
+    crop_scale: float  # smallest area of a random crop that keeps the content recognisable
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Image.Image | torch.Tensor:
+        """A PIL image or a uint8 tensor ``[C, H, W]``; OSError or ValueError where it cannot be read."""
+
+    def label(self, index: int) -> str:
+        """How to name image ``index`` to a person."""
+
+    def fingerprint(self) -> str:
+        """Changes when the images or their order change."""
+
+
+class DigitsSource:
+    """1797 handwritten digits of 8 x 8 pixels, part of scikit-learn; one half of the split."""
+
+    name = "digits"
+    mirrored = False
+    crop_scale = 0.6
+
+    def __init__(self, train: bool = True) -> None:
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as e:
+            raise ValueError("data 'digits' needs scikit-learn: pip install 'mimkernels[train]'") from e
+        # Grey levels are 0..16.
+        levels = np.rint(load_digits().images * (255 / 16)).astype(np.uint8)
+        self._images = torch.from_numpy(levels[:_DIGITS_TRAIN] if train else levels[_DIGITS_TRAIN:])[:, None]
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def read(self, index: int) -> torch.Tensor:
+        return self._images[index]
+
+    def label(self, index: int) -> str:
+        return f"digit {index}"
+
+    def fingerprint(self) -> str:
+        return f"digits/{len(self)}"
+
+
+class FolderSource:
+    """Every image below a folder, in sorted order; class folders or none makes no difference."""
+
+    mirrored = True
+    crop_scale = 0.2
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.name = str(folder)
+        if not self.folder.exists():
+            raise ValueError(
+                f"image folder {str(folder)!r} does not exist (looked for {self.folder.absolute()})"
+            )
+        if not self.folder.is_dir():
+            raise ValueError(
+                f"data must be a folder of images, 'digits' or 'torchvision:NAME'; {str(folder)!r} is a file"
+            )
+        self.files = _image_files(self.folder)
+        if not self.files:
+            raise ValueError(
+                f"no images in {str(folder)!r} or below it: looked for files ending in {', '.join(IMAGE_EXTENSIONS)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, index: int) -> Image.Image:
+        with Image.open(self.folder / self.files[index]) as image:
+            image.load()
+            return image
+
+    def label(self, index: int) -> str:
+        return str(self.folder / self.files[index])
+
+    def fingerprint(self) -> str:
+        names = "\n".join(self.files).encode(errors="surrogateescape")
+        return f"folder/{len(self)}/{hashlib.sha256(names).hexdigest()[:16]}"
+
+
+def _image_files(folder: Path) -> list[str]:
+    found = []
+    seen: set[str] = set()  # links may form a ring
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        relative = Path(parent).relative_to(folder)
+        found += [
+            (relative / name).as_posix()
+            for name in files
+            if not name.startswith(".") and name.lower().endswith(IMAGE_EXTENSIONS)
+        ]
+    return sorted(found)
+
+
+class TorchvisionSource:
+    """A torchvision classification set by its class name; labels are ignored. Downloaded on first use."""
+
+    crop_scale = 0.2
+
+    def __init__(self, name: str, root: str | Path, train: bool = True) -> None:
+        import inspect
+
+        from torchvision import datasets
+
+        kinds = [kind for kind in datasets.__all__ if inspect.isclass(getattr(datasets, kind))]
+        if name not in kinds:
+            close = difflib.get_close_matches(name, kinds, n=3)
+            raise ValueError(
+                f"torchvision has no dataset {name!r}"
+                + (f": did you mean {' or '.join(close)}?" if close else "")
+            )
+        parameters = inspect.signature(getattr(datasets, name)).parameters
+        options: dict = {}
+        if "train" in parameters:
+            options["train"] = train
+        elif "split" in parameters:
+            options["split"] = "train" if train else "test"
+        if name == "EMNIST":
+            options["split"] = "balanced"
+            options["train"] = train
+        if "download" in parameters:
+            options["download"] = True
+        try:
+            self._set = getattr(datasets, name)(str(root), **options)
+        except Exception as e:  # each set reports a missing or refused download in its own way
+            raise ValueError(f"torchvision:{name} could not be opened in {str(root)!r}: {e}") from e
+        self.name = f"torchvision:{name}"
+        self.mirrored = name not in _NOT_MIRRORED
+        self.split = "train" if train else "test"
+
+    def __len__(self) -> int:
+        return len(self._set)
+
+    def read(self, index: int) -> Image.Image:
+        item = self._set[index]
+        return item[0] if isinstance(item, tuple) else item
+
+    def label(self, index: int) -> str:
+        return f"{self.name} {self.split} image {index}"
+
+    def fingerprint(self) -> str:
+        return f"{self.name}/{self.split}/{len(self)}"
+
+
+def open_source(data: str, root: str = "data") -> Source:
+    """The training images named by ``--data``."""
+    if data == "digits":
+        return DigitsSource()
+    if data.startswith("torchvision:"):
+        return TorchvisionSource(data.removeprefix("torchvision:"), root)
+    return FolderSource(data)
+
+
+def open_held_out(data: str, root: str = "data") -> Source | None:
+    """Images that are not trained on, where the data has a fixed split; None for a plain folder."""
+    if data == "digits":
+        return DigitsSource(train=False)
+    if data.startswith("torchvision:"):
+        try:
+            return TorchvisionSource(data.removeprefix("torchvision:"), root, train=False)
+        except ValueError:  # a set with one split only
+            return None
+    return None
