@@ -1,4 +1,5 @@
-// Launchers of gather_tokens on CUDA. Torch-free: the binding has checked the tensors and chosen the stream.
+// Launchers of gather_tokens on CUDA. Torch-free: the binding has checked the tensors and chosen
+// the stream.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -8,14 +8,15 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAll = 0xffffffffu;
-// The batch is cut into at most this many slices, whose partial sums are then added in order. Fixed, so that
-// the order of a sum depends on the shape alone.
+// The batch is cut into at most this many slices, whose partial sums are then added in order.
+// Fixed, so that the order of a sum depends on the shape alone.
 constexpr int64_t kSlices = 32;
 
 int64_t slices_of(int64_t items) { return items < kSlices ? items : kSlices; }
 
-// Adds to sums[] the words v of the gradient rows that were gathered from token n of image b, in the order of
-// m, then k. Every lane of a warp calls it, `active` or not: the lanes search the ids together.
+// Adds to sums[] the words v of the gradient rows that were gathered from token n of image b, in
+// the order of m, then k. Every lane of a warp calls it, `active` or not: the lanes search the ids
+// together.
 template <typename T, int VEC>
 __device__ __forceinline__ void add_gathered(float (&sums)[VEC], const GatherTokensBwdParams& p,
                                              int64_t b, int64_t n, int v, bool active) {
@@ -44,7 +45,8 @@ __device__ __forceinline__ void add_gathered(float (&sums)[VEC], const GatherTok
 // out:      dx [B, N, D] contiguous; every element written exactly once, zero where never gathered
 // numerics: fp32 sums in the order of m, then k; rounded once
 // bounds:   the tail of a row is masked; an id outside [0, N) matches no row; offsets are int64
-// cost:     grad read once, dx written once; the ids of an image, M * K, are searched per 32 vectors of a row
+// cost:     grad read once, dx written once; the ids of an image, M * K, are searched per 32
+// vectors of a row
 //           by the whole warp, from L1; no atomics, deterministic
 template <typename T, int VEC>
 __global__ void __launch_bounds__(kThreads)
@@ -52,7 +54,8 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = threadIdx.x % kWarp;
   const int64_t warps = int64_t{gridDim.x} * (kThreads / kWarp);
   const int64_t items = p.batch * p.tokens * chunks;
-  for (int64_t item = blockIdx.x * int64_t{kThreads / kWarp} + threadIdx.x / kWarp; item < items; item += warps) {
+  for (int64_t item = blockIdx.x * int64_t{kThreads / kWarp} + threadIdx.x / kWarp; item < items;
+       item += warps) {
     int64_t chunk, n;
     const int64_t row = divide(item, chunks, chunk);
     const int64_t b = divide(row, p.tokens, n);
@@ -65,22 +68,23 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// grid:     blocks of 256 threads; a warp owns 32 vectors of one row of one slice's partial sums, then loops
-// in:       as above
-// out:      partial fp32 [slices, N + P, D]: rows 0..N-1 are dpos, the rest dprefix, each summed over the
+// grid:     blocks of 256 threads; a warp owns 32 vectors of one row of one slice's partial sums,
+// then loops in:       as above out:      partial fp32 [slices, N + P, D]: rows 0..N-1 are dpos,
+// the rest dprefix, each summed over the
 //           images b = slice, slice + slices, ...; rows that nobody asked for are left as they are
 // numerics: fp32 sums in the order of b, then m, then k (dprefix: b, then m)
 // bounds:   as above
 // cost:     grad read once, partial written once; no atomics, deterministic
 template <typename T, int VEC>
 __global__ void __launch_bounds__(kThreads)
-    gather_tokens_partial_kernel(GatherTokensBwdParams p, float* partial, int64_t slices, int vectors,
-                                 int chunks) {
+    gather_tokens_partial_kernel(GatherTokensBwdParams p, float* partial, int64_t slices,
+                                 int vectors, int chunks) {
   const int lane = threadIdx.x % kWarp;
   const int64_t warps = int64_t{gridDim.x} * (kThreads / kWarp);
   const int64_t rows = p.tokens + p.num_prefix;
   const int64_t items = slices * rows * chunks;
-  for (int64_t item = blockIdx.x * int64_t{kThreads / kWarp} + threadIdx.x / kWarp; item < items; item += warps) {
+  for (int64_t item = blockIdx.x * int64_t{kThreads / kWarp} + threadIdx.x / kWarp; item < items;
+       item += warps) {
     int64_t chunk, row;
     const int64_t slice = divide(divide(item, chunks, chunk), rows, row);
     if (row < p.tokens ? p.dpos == nullptr : p.dprefix == nullptr) {
@@ -94,7 +98,8 @@ __global__ void __launch_bounds__(kThreads)
       } else if (v < vectors) {
         for (int64_t m = 0; m < p.masks; ++m) {
           const T* const source = static_cast<const T*>(p.grad.data) +
-                                  (m * p.batch + b) * p.grad.stride0 + (row - p.tokens) * p.grad.stride1;
+                                  (m * p.batch + b) * p.grad.stride0 +
+                                  (row - p.tokens) * p.grad.stride1;
           accumulate<T, VEC>(sums, __ldg(reinterpret_cast<const Word<T, VEC>*>(source) + v));
         }
       }
@@ -120,7 +125,8 @@ __global__ void __launch_bounds__(kThreads)
     gather_tokens_sum_kernel(GatherTokensBwdParams p, const float* partial, int64_t slices) {
   const int64_t split = p.tokens * p.dim;
   const int64_t elements = split + p.num_prefix * p.dim;
-  for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < elements; i += gridDim.x * int64_t{kThreads}) {
+  for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < elements;
+       i += gridDim.x * int64_t{kThreads}) {
     T* const target = static_cast<T*>(i < split ? p.dpos : p.dprefix);
     if (target == nullptr) {
       continue;
@@ -172,7 +178,8 @@ int64_t gather_tokens_bwd_workspace(const GatherTokensBwdParams& p) {
   return sums ? slices_of(p.batch) * (p.tokens + p.num_prefix) * p.dim : 0;
 }
 
-cudaError_t gather_tokens_bwd(const GatherTokensBwdParams& p, float* workspace, cudaStream_t stream) {
+cudaError_t gather_tokens_bwd(const GatherTokensBwdParams& p, float* workspace,
+                              cudaStream_t stream) {
   if (p.dim == 0) {
     return cudaSuccess;
   }

@@ -6,12 +6,12 @@
 namespace mimkernels::cuda {
 namespace {
 
-// grid:     blocks of 256 threads; 2^lanes_log2 threads (at most a warp) own ROWS rows of out, then loop
-// in:       x [B, N, D], pos [N, D], prefix [P, D] by stride, last stride 1; ids int64 [M, B, K] by stride
-// out:      [M * B, P + K, D] contiguous; every element written exactly once
-// numerics: x + pos in fp32, rounded once; without pos and for prefix rows the bytes are copied
-// bounds:   rows past the end are neither read nor written; ids are trusted; offsets are int64
-// cost:     each kept row read once, each output row written once, pos and prefix from L2; ROWS independent
+// grid:     blocks of 256 threads; 2^lanes_log2 threads (at most a warp) own ROWS rows of out, then
+// loop in:       x [B, N, D], pos [N, D], prefix [P, D] by stride, last stride 1; ids int64 [M, B,
+// K] by stride out:      [M * B, P + K, D] contiguous; every element written exactly once numerics:
+// x + pos in fp32, rounded once; without pos and for prefix rows the bytes are copied bounds: rows
+// past the end are neither read nor written; ids are trusted; offsets are int64 cost:     each kept
+// row read once, each output row written once, pos and prefix from L2; ROWS independent
 //           16-byte loads in flight per thread; no shared memory, no atomics, deterministic
 template <typename T, int VEC, int ROWS, bool HAS_POS>
 __global__ void __launch_bounds__(kThreads)
@@ -67,11 +67,7 @@ __global__ void __launch_bounds__(kThreads)
         }
         if (HAS_POS && addend[r] != nullptr) {
           float sums[VEC] = {};
-          const T* elements = reinterpret_cast<const T*>(&words[r]);
-#pragma unroll
-          for (int e = 0; e < VEC; ++e) {
-            sums[e] = to_float(elements[e]);
-          }
+          accumulate<T, VEC>(sums, words[r]);
           accumulate<T, VEC>(sums, addends[r]);
           words[r] = pack<T, VEC>(sums);
         }
@@ -86,7 +82,8 @@ cudaError_t launch(const GatherTokensFwdParams& p, int64_t rows, cudaStream_t st
   const int vectors = static_cast<int>(p.dim / VEC);
   const int log2 = lanes_log2(vectors);
   const unsigned blocks = blocks_for(rows, static_cast<int64_t>(kThreads >> log2) * ROWS);
-  gather_tokens_fwd_kernel<T, VEC, ROWS, HAS_POS><<<blocks, kThreads, 0, stream>>>(p, rows, vectors, log2);
+  gather_tokens_fwd_kernel<T, VEC, ROWS, HAS_POS>
+      <<<blocks, kThreads, 0, stream>>>(p, rows, vectors, log2);
   return cudaGetLastError();
 }
 
@@ -96,9 +93,11 @@ cudaError_t choose_rows(const GatherTokensFwdParams& p, cudaStream_t stream) {
   // Four rows per warp only where they still fill a large device: about 132 SMs of 16 warps.
   const bool many = rows >= 4 * 16 * 132;
   if (p.pos.data != nullptr) {
-    return many ? launch<T, VEC, 4, true>(p, rows, stream) : launch<T, VEC, 1, true>(p, rows, stream);
+    return many ? launch<T, VEC, 4, true>(p, rows, stream)
+                : launch<T, VEC, 1, true>(p, rows, stream);
   }
-  return many ? launch<T, VEC, 4, false>(p, rows, stream) : launch<T, VEC, 1, false>(p, rows, stream);
+  return many ? launch<T, VEC, 4, false>(p, rows, stream)
+              : launch<T, VEC, 1, false>(p, rows, stream);
 }
 
 template <typename T>

@@ -1,4 +1,5 @@
-// Rows of D elements as rows of vectors: 16 bytes where every address allows it, one element elsewhere.
+// Rows of D elements as rows of vectors: 16 bytes where every address allows it, one element
+// elsewhere.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -6,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 namespace mimkernels::cuda {
@@ -35,7 +37,8 @@ __device__ __forceinline__ T from_float(float x) {
 // sums[e] += word[e], in fp32.
 template <typename T, int VEC>
 __device__ __forceinline__ void accumulate(float (&sums)[VEC], Word<T, VEC> word) {
-  const T* elements = reinterpret_cast<const T*>(&word);
+  T elements[VEC];
+  memcpy(elements, &word, sizeof(word));
 #pragma unroll
   for (int e = 0; e < VEC; ++e) {
     sums[e] += to_float(elements[e]);
@@ -45,16 +48,18 @@ __device__ __forceinline__ void accumulate(float (&sums)[VEC], Word<T, VEC> word
 // The sums, rounded to T.
 template <typename T, int VEC>
 __device__ __forceinline__ Word<T, VEC> pack(const float (&sums)[VEC]) {
-  Word<T, VEC> word;
-  T* elements = reinterpret_cast<T*>(&word);
+  T elements[VEC];
 #pragma unroll
   for (int e = 0; e < VEC; ++e) {
     elements[e] = from_float<T>(sums[e]);
   }
+  Word<T, VEC> word;
+  memcpy(&word, elements, sizeof(word));
   return word;
 }
 
-// Quotient and remainder of numbers that nearly always fit 32 bits, where dividing is many times cheaper.
+// Quotient and remainder of numbers that nearly always fit 32 bits, where dividing is many times
+// cheaper.
 __device__ __forceinline__ int64_t divide(int64_t number, int64_t by, int64_t& remainder) {
   if (((number | by) >> 32) == 0) {
     const uint32_t quotient = static_cast<uint32_t>(number) / static_cast<uint32_t>(by);

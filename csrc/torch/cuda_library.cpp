@@ -1,5 +1,5 @@
-// Binds the CUDA kernels to torch. Python defines the schemas; here are only the implementations, so
-// that one library serves every torch from 2.10 on.
+// Binds the CUDA kernels to torch. Python defines the schemas; here are only the implementations,
+// so that one library serves every torch from 2.10 on.
 #include <cuda_runtime.h>
 
 #include <torch/csrc/stable/accelerator.h>
@@ -80,8 +80,8 @@ Tensor gather_tokens_fwd(const Tensor& x_any, const Tensor& ids_any, OptionalTen
 }
 
 std::tuple<Tensor, Tensor, Tensor> gather_tokens_bwd(const Tensor& grad_any, const Tensor& ids_any,
-                                                     int64_t tokens, int64_t num_prefix, bool need_x,
-                                                     bool need_pos, bool need_prefix) {
+                                                     int64_t tokens, int64_t num_prefix,
+                                                     bool need_x, bool need_pos, bool need_prefix) {
   check_tensor(ids_any, "ids", grad_any, {kAny, kAny, kAny});
   check_dtype(ids_any, "ids", ScalarType::Long);
   check_size(tokens, "tokens", 0);
