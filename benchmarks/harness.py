@@ -1,0 +1,176 @@
+"""Timing several versions of one computation side by side.
+
+All versions run in one process, interleaved round by round, so that whatever else the machine does hits all of them.
+Reported are medians. The limit of a memory-bound case is a copy of as many bytes, timed in the same rounds.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+import mimkernels
+from mimkernels.ops import _native
+from mimkernels.train.memory import keep_freed_memory
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Benchmark:
+    """One case: versions that compute the same thing, and the fewest bytes that any of them must move.
+
+    Attributes:
+        versions: what is timed, by name; ``"ours"`` and ``"plain"`` are compared with each other.
+        moved_bytes: each input read once plus each output written once, or None where a GEMM decides.
+        check: raises unless the versions agree; called once before timing.
+    """
+
+    name: str
+    shape: str
+    versions: dict[str, Callable[[], object]]
+    moved_bytes: int | None = None
+    check: Callable[[], None] = lambda: None
+
+
+@dataclass
+class Timing:
+    """Seconds per call of each version, medians over rounds, with the middle half's spread."""
+
+    name: str
+    shape: str
+    dtype: str
+    median: dict[str, float]
+    spread: dict[str, float]
+    rounds: int
+    moved_bytes: int | None = None
+    extra: dict = field(default_factory=dict)
+
+    def ratio(self, version: str = "plain") -> float | None:
+        """How many times the time of ours the version takes."""
+        return self.median[version] / self.median["ours"] if version in self.median else None
+
+    @property
+    def share_of_copy(self) -> float | None:
+        """Time of a copy of the same bytes over the time of ours."""
+        return self.median["copy"] / self.median["ours"] if "copy" in self.median else None
+
+    def record(self) -> dict:
+        return {
+            "name": self.name,
+            "shape": self.shape,
+            "dtype": self.dtype,
+            "rounds": self.rounds,
+            "median_us": {k: round(v * 1e6, 1) for k, v in self.median.items()},
+            "spread_us": {k: round(v * 1e6, 1) for k, v in self.spread.items()},
+            "times_faster_than_plain": _rounded(self.ratio("plain")),
+            "times_faster_than_compiled": _rounded(self.ratio("compiled")),
+            "share_of_copy_bandwidth": _rounded(self.share_of_copy),
+            "moved_bytes": self.moved_bytes,
+            **self.extra,
+        }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
+
+
+def measure(benchmark: Benchmark, device: str, dtype: str, seconds: float = 4.0) -> Timing:
+    """Time all versions for about ``seconds``, interleaved, at least 7 rounds."""
+    benchmark.check()
+    versions = dict(benchmark.versions)
+    if benchmark.moved_bytes:
+        versions["copy"] = _copy_of(benchmark.moved_bytes, device)
+    timer = _cuda_seconds if device == "cuda" else _cpu_seconds
+    for run in versions.values():  # warm up: compile, grow the heap, fill the pools
+        run(), run()
+    once = sum(timer(run) for run in versions.values())
+    rounds = max(7, min(400, int(seconds / once)))
+    taken: dict[str, list[float]] = {name: [] for name in versions}
+    for _ in range(rounds):
+        for name, run in versions.items():
+            taken[name].append(timer(run))
+    quartiles = {name: statistics.quantiles(values, n=4) for name, values in taken.items()}
+    return Timing(
+        benchmark.name,
+        benchmark.shape,
+        dtype,
+        median={name: q[1] for name, q in quartiles.items()},
+        spread={name: q[2] - q[0] for name, q in quartiles.items()},
+        rounds=rounds,
+        moved_bytes=benchmark.moved_bytes,
+    )
+
+
+def _copy_of(moved_bytes: int, device: str) -> Callable[[], object]:
+    # A copy reads and writes every byte once: half of the moved bytes each way, into memory that is there already.
+    source = torch.ones(moved_bytes // 8, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def _cpu_seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _cuda_seconds(run: Callable[[], object]) -> float:
+    # L2 is filled with other data first, so that inputs come from device memory.
+    torch.empty(128 * 2**20, dtype=torch.uint8, device="cuda").zero_()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def prepare() -> None:
+    """Process-wide settings, the same for every version: freed memory is kept, as the trainer does."""
+    keep_freed_memory()
+    torch.manual_seed(0)
+
+
+def machine(device: str) -> dict:
+    """What the figures were measured on."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        name = _cpu_name()
+    return {
+        "device": name,
+        "threads": torch.get_num_threads() if device == "cpu" else None,
+        "cpu_isa": _native.library("cpu").isa if device == "cpu" else None,
+        "torch": torch.__version__,
+        "mimkernels": mimkernels.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def save(timings: list[Timing], device: str, name: str, folder: Path | None = None) -> Path:
+    """Write the timings as JSON under ``results/<device>/`` and return the path."""
+    about = machine(device)
+    label = "".join(c if c.isalnum() else "-" for c in about["device"].lower()).strip("-")
+    if device == "cpu":
+        label += f"-{about['threads']}-threads-{about['cpu_isa']}"
+    path = (folder or RESULTS / label) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report = {"machine": about, "results": [t.record() for t in timings]}
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    return path
