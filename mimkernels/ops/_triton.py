@@ -21,6 +21,10 @@ SMALL_BYTES = 4 * 2**20
 # not the device's size, so that every device adds in the same order.
 SUM_PROGRAMS = 1024
 
+# Ranking compares every token with every other: quadratic, so that a sort wins for long sequences.
+MAX_TOKENS = 2048
+RANK_BLOCK = 128
+
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
@@ -79,6 +83,23 @@ def batch_groups(images: int, blocks: int) -> tuple[int, int]:
     return triton.cdiv(images, per_group), per_group
 
 
+def mask_outputs(batch: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised (ids_shuffle, ids_restore, mask), each ``[B, N]``."""
+    if tokens > MAX_TOKENS:
+        raise ValueError(f"the Triton kernels rank at most {MAX_TOKENS} tokens, got {tokens}")
+    ids_shuffle = torch.empty((batch, tokens), dtype=torch.int64, device=device)
+    mask = torch.empty((batch, tokens), dtype=torch.float32, device=device)
+    return ids_shuffle, torch.empty_like(ids_shuffle), mask
+
+
+def sort_order(outputs: tuple[Tensor, Tensor, Tensor], keep: int) -> None:
+    """Fill ids_shuffle and ids_restore from the mask, kept and removed tokens each ascending."""
+    ids_shuffle, ids_restore, mask = outputs
+    batch, tokens = mask.shape
+    block = triton.next_power_of_2(tokens)
+    launch(sorted_order_kernel, batch, mask, mask, ids_shuffle, ids_restore, tokens, keep, BLOCK_N=block)
+
+
 def match_block(kept: int, block_r: int) -> int:
     """Ids compared at once by ``gathered_sum``: all of them where that is at most 64 comparisons a thread."""
     return max(16, min(triton.next_power_of_2(max(kept, 1)), 8192 // block_r))
@@ -109,6 +130,41 @@ def narrow(value, dtype: tl.constexpr):
 def valid_id(ids, size):
     # int32 ids; those outside [0, size) become -2, which equals no row and is no source.
     return tl.where((ids >= 0) & (ids < size), ids, -2).to(tl.int32)
+
+
+@triton.jit
+def precedes(key_j, j, key_i, i, tokens):
+    # int32 [I, J]: 1 where token j ranks before token i. Equal keys rank by index.
+    less = (key_j[None, :] < key_i[:, None]) | ((key_j[None, :] == key_i[:, None]) & (j[None, :] < i[:, None]))
+    return (less & (j < tokens)[None, :]).to(tl.int32)
+
+
+@triton.jit
+def store_ranks(rank, i, image, tokens, keep, shuffle_ptr, restore_ptr, mask_ptr, SORTED: tl.constexpr):
+    # What the ranks of BLOCK_I tokens of one image determine; in sorted order that is only the mask.
+    row = image.to(tl.int64) * tokens
+    tl.store(mask_ptr + row + i, (rank >= keep).to(tl.float32), mask=i < tokens)
+    if not SORTED:
+        tl.store(restore_ptr + row + i, rank.to(tl.int64), mask=i < tokens)
+        tl.store(shuffle_ptr + row + rank, i.to(tl.int64), mask=i < tokens)
+
+
+@triton.jit
+def sorted_order_kernel(mask_ptr, shuffle_ptr, restore_ptr, tokens, keep, BLOCK_N: tl.constexpr):
+    # grid:     B; a program owns one image
+    # in:       mask fp32 [B, N], contiguous, with exactly `keep` zeros per image
+    # out:      ids_shuffle and ids_restore int64 [B, N]: kept, then removed tokens, each ascending; written once
+    # numerics: integers
+    # bounds:   the tail is masked; N <= BLOCK_N; offsets are int64
+    # cost:     mask read once, both outputs written once; no atomics, deterministic
+    row = tl.program_id(0).to(tl.int64) * tokens
+    i = tl.arange(0, BLOCK_N)
+    removed = tl.load(mask_ptr + row + i, mask=i < tokens, other=1.0) != 0.0
+    kept = tl.where(removed, 0, 1)
+    kept_before = tl.cumsum(kept, axis=0) - kept
+    place = tl.where(removed, keep + i - kept_before, kept_before)
+    tl.store(restore_ptr + row + i, place.to(tl.int64), mask=i < tokens)
+    tl.store(shuffle_ptr + row + place, i.to(tl.int64), mask=i < tokens)
 
 
 @triton.jit
