@@ -216,6 +216,41 @@ def gathered_sum(
 
 
 @triton.jit
+def patch_offset(n, grid_h, grid_w, stride_t, stride_h, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr):
+    # Where patch n = (t', h', w'), row-major over the grid, starts in its image; int64, last stride 1.
+    h = n // grid_w % grid_h
+    t = n // grid_w // grid_h
+    return (t * PT).to(tl.int64) * stride_t + (h * PH).to(tl.int64) * stride_h + (n % grid_w) * PW
+
+
+@triton.jit
+def pixel_offset(
+    e,
+    stride_c,
+    stride_t,
+    stride_h,
+    CHANNELS: tl.constexpr,
+    PT: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
+    # (int64 offset from the patch's start, channel) of element e in order (t, h, w, c) or (c, t, h, w).
+    # The divisors are constants, so that the compiler sees runs of PW neighbours and loads them as vectors.
+    if CHANNELS_LAST:
+        channel = e % CHANNELS
+        pixel = e // CHANNELS
+    else:
+        channel = e // (PT * PH * PW)
+        pixel = e % (PT * PH * PW)
+    w = pixel % PW
+    h = pixel // PW % PH
+    t = pixel // (PW * PH)
+    offset = channel.to(tl.int64) * stride_c + t.to(tl.int64) * stride_t + h.to(tl.int64) * stride_h + w
+    return offset, channel
+
+
+@triton.jit
 def batch_sum_kernel(
     grad_ptr,
     out_ptr,
