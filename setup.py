@@ -1,10 +1,10 @@
 """Drives CMake, copies the native libraries into the package, and writes down why where there are none.
 
-``MIMKERNELS_BUILD``       auto (default): build what can be built, never break the installation; require: fail
-                           where the CPU library, or a CUDA library whose compiler is there, cannot be built;
-                           off: the Python part alone.
-``MIMKERNELS_BUILD_DIR``   keep CMake's build folder there and build incrementally. Editable installations keep
-                           one in build/native; all others build in a temporary folder.
+``MIMKERNELS_BUILD``       auto (default): build what can be built, never break the installation; require:
+                           fail where the CPU library, or a CUDA library whose compiler is there, cannot be
+                           built; off: the Python part alone.
+``MIMKERNELS_BUILD_DIR``   keep CMake's build folder there and build incrementally. Editable installations
+                           keep one in build/native; all others build in a temporary folder.
 ``MIMKERNELS_TORCH_DIR``   folder of the torch package to build against; by default it is searched for.
 ``MIMKERNELS_CMAKE_ARGS``  further arguments of CMake, such as -DMIMKERNELS_CUDA=off.
 ``MAX_JOBS``               compile jobs at a time.
@@ -15,6 +15,7 @@ Sources and compiler options are in CMakeLists.txt, metadata in pyproject.toml.
 import atexit
 import json
 import os
+import re
 import runpy
 import shlex
 import shutil
@@ -55,8 +56,9 @@ def find_torch() -> tuple[Path, str, str | None]:
     folder = os.environ.get("MIMKERNELS_TORCH_DIR")
     searched = ["MIMKERNELS_TORCH_DIR"]
     if not folder:
-        variables = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE", "PYTHONHOME")}
-        question = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s and s.origin else '')"
+        hiding = ("PYTHONPATH", "PYTHONNOUSERSITE", "PYTHONHOME")
+        variables = {key: value for key, value in os.environ.items() if key not in hiding}
+        question = "import importlib.util as u; s = u.find_spec('torch'); print(s and s.origin or '')"
         pythons = [(sys.executable, os.environ), (sys.executable, variables)]
         for name in ("VIRTUAL_ENV", "CONDA_PREFIX"):
             if os.environ.get(name):
@@ -74,7 +76,7 @@ def find_torch() -> tuple[Path, str, str | None]:
         raise NotBuilt(f"no torch was found by {', '.join(searched)}", "install torch >= 2.10")
     version_file = Path(folder, "version.py")
     if not version_file.exists():
-        raise NotBuilt(f"{folder} is no torch package: it has no version.py", "set MIMKERNELS_TORCH_DIR to one")
+        raise NotBuilt(f"{folder} is no torch package: it has no version.py", "set MIMKERNELS_TORCH_DIR")
     facts = runpy.run_path(str(version_file))
     version = str(facts["__version__"])
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
@@ -93,12 +95,14 @@ def find_tool(name: str) -> str:
 
 def run(command: list[str], what: str, remedy: str) -> None:
     print("mimkernels:", shlex.join(command), flush=True)
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-    print(done.stdout, flush=True)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    print(done.stdout, done.stderr, flush=True)
     if done.returncode:
-        lines = [line for line in done.stdout.splitlines() if line.strip()]
-        first = next((i for i, line in enumerate(lines) if "error" in line.lower()), max(len(lines) - 5, 0))
-        raise NotBuilt(f"{what} failed: " + " | ".join(line.strip() for line in lines[first : first + 5]), remedy)
+        # Ninja repeats whole command lines, which say nothing about what went wrong.
+        lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if 0 < len(line) < 400]
+        telling = re.compile(r"\berror\b|undefined reference|No such file", re.IGNORECASE)
+        first = next((i for i, line in enumerate(lines) if telling.search(line)), max(len(lines) - 4, 0))
+        raise NotBuilt(f"{what} failed: " + " | ".join(lines[first : first + 4]), remedy)
 
 
 def compile_libraries(folder: Path, report: dict) -> dict[str, Path]:
@@ -174,7 +178,8 @@ class BuildNative(Command):
                 shutil.copy2(self.made[name], file)
                 report["libraries"][name] = {"built": True}
             else:
-                print(f"mimkernels: no native {name} library: {report['libraries'][name]['reason']}", file=sys.stderr)
+                reason = report["libraries"][name]["reason"]
+                print(f"mimkernels: no native {name} library: {reason}", file=sys.stderr)
         (target / "build.json").write_text(json.dumps(report, indent=2) + "\n")
         if mode == "require":
             wanted = ["cpu", "cuda"] if report.get("nvcc") and not report.get("cuda_reason") else ["cpu"]

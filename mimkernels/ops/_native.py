@@ -24,7 +24,7 @@ class NativeLibrary:
     reason: str | None = "not loaded yet"  # why it is not loaded
     remedy: str | None = None
     isa: str | None = None  # the instruction set whose kernels run
-    build: dict = field(default_factory=dict, repr=False)  # compiler, flags, torch and targets, as setup.py wrote them
+    build: dict = field(default_factory=dict, repr=False)  # build.json: compiler, flags, torch, targets
 
 
 _LIBRARIES = {name: NativeLibrary(name, FOLDER / f"libmimkernels_{name}.so") for name in ("cpu", "cuda")}
@@ -42,7 +42,7 @@ def libraries() -> tuple[NativeLibrary, ...]:
 
 
 def load() -> None:
-    """Load what is there, once per process, after the schemas were defined. Never raises: failures are states."""
+    """Load what is there, once per process, after the schemas were defined. Failures are states, not errors."""
     global _tried
     if _tried:
         return
@@ -68,7 +68,8 @@ def _load(state: NativeLibrary) -> NativeLibrary:
         torch.ops.load_library(str(state.path))
         isa = torch.ops.mimkernels.cpu_isa() if state.name == "cpu" else None
     except Exception as error:  # whatever a broken file does, the package works without it
-        return replace(state, reason=f"{state.path.name} does not load: {_one_line(error)}", remedy=_REINSTALL)
+        message = " ".join(str(error).split()) or type(error).__name__
+        return replace(state, reason=f"{state.path.name} does not load: {message}", remedy=_REINSTALL)
     return replace(state, loaded=True, reason=None, isa=isa)
 
 
@@ -88,9 +89,5 @@ def _refused_by_torch(state: NativeLibrary) -> tuple[str, str] | None:
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
         return f"needs torch >= {'.'.join(map(str, OLDEST_TORCH))}, this is torch {version}", "update torch"
     if state.name == "cuda" and torch.version.cuda is None:
-        return f"this torch ({version}) was built without CUDA", "install a CUDA build of torch from pytorch.org"
+        return f"this torch ({version}) was built without CUDA", "install a CUDA build of torch (pytorch.org)"
     return None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,5 @@
+import sys
+
+from mimkernels.cli import main
+
+sys.exit(main())
