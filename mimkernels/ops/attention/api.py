@@ -1,0 +1,263 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mimkernels.ops import _checks
+from mimkernels.ops.attention import reference
+from mimkernels.ops.attention.spec import SPEC, STATISTICS
+
+
+class AttentionOutput(NamedTuple):
+    """Attention and what was captured on the way.
+
+    Attributes:
+        out: ``[B, H, Nq, D]``, a view of ``[B, Nq, H, D]`` memory: ``out.transpose(1, 2).flatten(2)`` copies nothing.
+        lse: ``[B, H, Nq]`` fp32, log-sum-exp of the scores.
+        stats: each asked statistic, ``[B, H, Nq]`` fp32, by name.
+    """
+
+    out: Tensor
+    lse: Tensor
+    stats: dict[str, Tensor]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    num_prefix: int = 0,
+    positions: Tensor | None = None,
+    stats: Sequence[str] = (),
+    backend: str = "auto",
+) -> AttentionOutput:
+    """Exact attention that captures per-head row statistics; the attention matrix never exists in memory.
+
+    With ``S = scale * q k^T + bias`` and ``P = softmax(S)``, the statistics of query i are, over keys j and over the
+    patch keys T (``j >= num_prefix``) with mass ``M_i``:
+
+    - ``entropy``: ``-sum_j P_ij log P_ij``, nats
+    - ``prefix_mass``: ``sum of P_ij over prefix keys``
+    - ``self_mass``: ``P_ii``
+    - ``distance``: ``sum over T of P_ij |x_i - x_j|``, in the units of ``positions``; 0 for prefix queries
+    - ``patch_entropy``: entropy of ``P_ij / M_i`` over T, nats
+    - ``peak``: ``max_j P_ij``, detached
+    - ``patch_mass``: ``M_i``
+
+    Gradients flow through ``out``, ``lse`` and every statistic but ``peak`` to ``q``, ``k``, ``v`` and ``bias``.
+
+    Args:
+        q: ``[B, H, Nq, D]`` fp32, fp16 or bf16 (fp64 on the reference); any strides, such as views of a packed
+            projection. D a multiple of 8, at most 128, for the kernels.
+        k, v: ``[B, H, Nk, D]``.
+        bias: added to the scores, ``[H or 1, Nq, Nk]`` or ``[B or 1, H or 1, Nq, Nk]``; dtype of ``q`` or fp32.
+        key_mask: ``[B, Nk]`` bool, True = may be attended. A query that may attend nothing gets zeros.
+        scale: of the scores; ``D ** -0.5`` if None.
+        num_prefix: P, how many leading tokens ([cls], registers) are not patches.
+        positions: patch coordinates ``[N - P, d]`` or ``[B, N - P, d]`` (or with N rows, whose first P are ignored),
+            d from 1 to 3; per image for masked encoders. Needed for ``distance`` only.
+        stats: names of the statistics to capture; those not asked for cost nothing.
+        backend: ``"auto"`` or a name from ``mimkernels info``. A named backend never falls back.
+
+    Returns:
+        ``AttentionOutput(out, lse, stats)``.
+
+    Raises:
+        ValueError: shapes or devices disagree, an unknown statistic, ``distance`` without ``positions``, or
+            ``self_mass`` or ``distance`` of cross-attention.
+        TypeError: a dtype that the op does not take.
+        NotImplementedError: no backend takes these inputs; lists each backend's reasons.
+
+    Source: online softmax as in FlashAttention, arXiv:2205.14135; the statistics' sources are in ``mimkernels.stats``.
+    """
+    _check_qkv(q, k, v)
+    batch, heads, length, dim = q.shape
+    stats = _check_stats(stats, length, k.shape[2])
+    if not 0 <= num_prefix <= k.shape[2]:
+        raise ValueError(f"attention: num_prefix is {num_prefix} but there are {k.shape[2]} keys")
+    scale = dim**-0.5 if scale is None else float(scale)
+    bias = check_bias("attention", bias, q, k)
+    key_mask = check_key_mask("attention", key_mask, k)
+    positions = _check_positions(positions, "distance" in stats, num_prefix, q)
+    name = SPEC.resolve(backend, q.device.type, q.dtype, head_dim=dim)
+    if name == "reference":
+        return AttentionOutput(
+            *reference.attention(q, k, v, bias, key_mask, scale, num_prefix, positions, stats)
+        )
+    # The gradient of patch_entropy needs M_i.
+    computed = (*stats, "patch_mass") if "patch_entropy" in stats and "patch_mass" not in stats else stats
+    bits = sum(1 << STATISTICS.index(stat) for stat in computed)
+    q, k, v = _checks.rows(q), _checks.rows(k), _checks.rows(v)
+    out, lse, rows = _Attention.apply(q, k, v, bias, key_mask, scale, num_prefix, positions, bits, name)
+    captured = [stat for stat in STATISTICS if stat in computed]
+    made = dict(zip(captured, rows.unbind(0), strict=True)) if captured else {}
+    if "peak" in made:
+        made["peak"] = made["peak"].detach()
+    return AttentionOutput(out.transpose(1, 2), lse, {stat: made[stat] for stat in stats})
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, bias, key_mask, scale, num_prefix, positions, bits, backend):
+        out, lse, rows = SPEC.overload("attention_fwd", backend)(
+            q, k, v, bias, key_mask, scale, num_prefix, positions, bits
+        )
+        ctx.save_for_backward(q, k, v, out, lse, bias, key_mask, positions, rows)
+        ctx.options = (scale, num_prefix, bits, backend)
+        ctx.set_materialize_grads(False)
+        return out, lse, rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dlse, drows):
+        q, k, v, out, lse, bias, key_mask, positions, rows = ctx.saved_tensors
+        scale, num_prefix, bits, backend = ctx.options
+        if dout is None:
+            dout = torch.zeros_like(out)
+        coef = row_coefficients(lse, rows, bits, dlse, drows)
+        need_bias = bias is not None and ctx.needs_input_grad[3]
+        dq, dk, dv, dbias = SPEC.overload("attention_bwd", backend)(
+            _checks.rows(dout),
+            *(q, k, v, out, lse, bias, key_mask, scale, num_prefix, positions if drows is not None else None),
+            coef,
+            need_bias,
+        )
+        grads = [
+            d.transpose(1, 2) if need else None
+            for d, need in zip((dq, dk, dv), ctx.needs_input_grad[:3], strict=True)
+        ]
+        return *grads, dbias if need_bias else None, *(None,) * 6
+
+
+def row_coefficients(
+    lse: Tensor, rows: Tensor, bits: int, dlse: Tensor | None, drows: Tensor | None
+) -> Tensor | None:
+    """How upstream gradients of lse and statistics enter the scores' gradient, ``[6, B, H, Nq]`` fp32 or None.
+
+    Each statistic's gradient is ``P_ij`` times a term affine in ``S_ij``, so that a row needs six numbers: constant and
+    slope on prefix keys, the same on patch keys, the weight of its own key, and the weight of the distance.
+    """
+    if dlse is None and drows is None:
+        return None
+    zero = torch.zeros_like(lse)
+    both = zero if dlse is None else dlse
+    slope = c_prefix = c_patch = a_patch = own = far = zero
+    if drows is not None:
+        captured = [name for bit, name in enumerate(STATISTICS) if bits >> bit & 1]
+        value = {name: (rows[i], drows[i]) for i, name in enumerate(captured)}
+        level = torch.where(lse.isfinite(), lse, 0.0)
+        if "entropy" in value:
+            entropy, up = value["entropy"]
+            slope = -up
+            both = both + up * (level - entropy)
+        if "prefix_mass" in value:
+            mass, up = value["prefix_mass"]
+            both = both - up * mass
+            c_prefix = up
+        if "self_mass" in value:
+            mass, own = value["self_mass"]
+            both = both - own * mass
+        if "distance" in value:
+            mean, far = value["distance"]
+            both = both - far * mean
+        if "patch_entropy" in value:
+            entropy, up = value["patch_entropy"]
+            mass = value["patch_mass"][0]
+            up = torch.where(mass > 0, up / mass, 0.0)
+            a_patch = -up
+            c_patch = up * (level + mass.log() - entropy).nan_to_num()
+        if "patch_mass" in value:
+            mass, up = value["patch_mass"]
+            both = both - up * mass
+            c_patch = c_patch + up
+    return torch.stack([both + c_prefix, slope, both + c_patch, slope + a_patch, own, far])
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    op = "attention"
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _checks.has_rank(op, name, tensor, 4)
+        _checks.is_float(op, name, tensor)
+        _checks.same_device(op, name, tensor, "q", q)
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{op}: {name} is {tensor.dtype} but q is {q.dtype}")
+    for dim in (0, 1, 3):
+        _checks.same_size(op, "k", k, dim, "q", q, dim)
+    if v.shape != k.shape:
+        raise ValueError(f"{op}: v {_checks.shape(v)} and k {_checks.shape(k)} must have the same shape")
+
+
+def _check_stats(stats: Sequence[str], queries: int, keys: int) -> tuple[str, ...]:
+    if isinstance(stats, str):
+        raise TypeError(f"attention: stats must be a sequence of names, got the string {stats!r}")
+    for name in stats:
+        if name not in STATISTICS:
+            raise ValueError(f"attention: unknown statistic {name!r}; known: {', '.join(STATISTICS)}")
+        if name in ("self_mass", "distance") and queries != keys:
+            raise ValueError(f"attention: {name} needs self-attention, got {queries} queries and {keys} keys")
+    return tuple(dict.fromkeys(stats))
+
+
+def _check_positions(positions: Tensor | None, needed: bool, num_prefix: int, q: Tensor) -> Tensor | None:
+    """fp32 (or fp64) ``[B or 1, N, d]`` with rows for the prefix tokens, or None where no statistic needs it."""
+    if not needed:
+        return None
+    if positions is None:
+        raise ValueError("attention: the statistic 'distance' needs positions, got None")
+    _checks.has_rank("attention", "positions", positions, 2, 3)
+    _checks.same_device("attention", "positions", positions, "q", q)
+    batch, tokens = q.shape[0], q.shape[2]
+    positions = positions.detach().to(torch.promote_types(q.dtype, torch.float32))
+    if positions.dim() == 2:
+        positions = positions.unsqueeze(0)
+    if positions.shape[1] == tokens - num_prefix:
+        positions = torch.nn.functional.pad(positions, (0, 0, num_prefix, 0))
+    if (
+        positions.shape[0] not in (1, batch)
+        or positions.shape[1] != tokens
+        or not 1 <= positions.shape[2] <= 3
+    ):
+        raise ValueError(
+            f"attention: positions {_checks.shape(positions)} must be [N - P, d] or [B, N - P, d] with B = {batch}, "
+            f"N = {tokens}, P = {num_prefix} and d from 1 to 3"
+        )
+    return _checks.rows(positions)
+
+
+def check_bias(op: str, bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """The bias as 4-D, each leading size 1 or full, in the dtype of q or fp32."""
+    if bias is None:
+        return None
+    _checks.has_rank(op, "bias", bias, 3, 4)
+    _checks.is_float(op, "bias", bias)
+    _checks.same_device(op, "bias", bias, "q", q)
+    if bias.dim() == 3:
+        bias = bias.unsqueeze(0)
+    batch, heads, length, _ = q.shape
+    wanted = ((1, batch), (1, heads), (length,), (k.shape[2],))
+    if any(size not in allowed for size, allowed in zip(bias.shape, wanted, strict=True)):
+        raise ValueError(
+            f"{op}: bias {_checks.shape(bias)} must be [B or 1, H or 1, Nq, Nk] for q {_checks.shape(q)} and "
+            f"k {_checks.shape(k)}"
+        )
+    return _checks.rows(bias if bias.dtype in (q.dtype, torch.float32) else bias.to(q.dtype))
+
+
+def check_key_mask(op: str, key_mask: Tensor | None, k: Tensor) -> Tensor | None:
+    if key_mask is None:
+        return None
+    _checks.has_rank(op, "key_mask", key_mask, 2)
+    _checks.same_device(op, "key_mask", key_mask, "k", k)
+    if key_mask.dtype != torch.bool:
+        raise TypeError(f"{op}: key_mask must be bool (True = may be attended), got {key_mask.dtype}")
+    if key_mask.shape[0] != k.shape[0] or key_mask.shape[1] != k.shape[2]:
+        raise ValueError(f"{op}: key_mask {_checks.shape(key_mask)} must be [B, Nk] for k {_checks.shape(k)}")
+    return _checks.rows(key_mask)

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import torch
+
+from mimkernels.ops._registry import ANY_FLOAT, Impl, OpSpec, register
+
+STATISTICS = ("entropy", "prefix_mass", "self_mass", "distance", "patch_entropy", "peak", "patch_mass")
+
+
+def _fwd(q, k, v, bias, key_mask, scale, num_prefix, positions, stats):
+    batch, heads, length, dim = q.shape
+    return (
+        q.new_empty((batch, length, heads, dim)),
+        q.new_empty((batch, heads, length), dtype=torch.float32),
+        q.new_empty((stats.bit_count(), batch, heads, length), dtype=torch.float32),
+    )
+
+
+def _bwd(dout, q, k, v, out, lse, bias, key_mask, scale, num_prefix, positions, coef, need_bias):
+    batch, heads, length, dim = k.shape
+    return (
+        q.new_empty(out.shape),
+        k.new_empty((batch, length, heads, dim)),
+        k.new_empty((batch, length, heads, dim)),
+        bias.new_empty(bias.shape) if need_bias else q.new_empty((0,)),
+    )
+
+
+SPEC = register(
+    OpSpec(
+        name="attention",
+        schemas={
+            "attention_fwd": "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_mask, float scale, "
+            "SymInt num_prefix, Tensor? positions, int stats) -> (Tensor, Tensor, Tensor)",
+            "attention_bwd": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? bias, "
+            "Tensor? key_mask, float scale, SymInt num_prefix, Tensor? positions, Tensor? coef, bool need_bias) "
+            "-> (Tensor, Tensor, Tensor, Tensor)",
+        },
+        fakes={"attention_fwd": _fwd, "attention_bwd": _bwd},
+        impls=(
+            Impl("triton", limits={"head_dim": 128}),
+            Impl("cpu", limits={"head_dim": 128}),
+            Impl("reference", ANY_FLOAT),
+        ),
+    )
+)
