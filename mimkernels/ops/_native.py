@@ -42,7 +42,7 @@ def libraries() -> tuple[NativeLibrary, ...]:
 
 
 def load() -> None:
-    """Load what is there, once per process, after the schemas were defined. Failures are states, not errors."""
+    """Load what is there, once per process, after the schemas were defined. Failing is a state, not an error."""
     global _tried
     if _tried:
         return

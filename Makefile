@@ -1,0 +1,71 @@
+# Each target works on a fresh machine with Python 3.11 or later, make and a C++ compiler. What it needs goes into
+# an environment of its own; `make test VENV=path` uses another (torch is left alone where there is one), and
+# `make build PIP_FLAGS=--index-url=https://download.pytorch.org/whl/cpu` hands pip further options.
+VENV ?= .venv
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP_FLAGS ?=
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+INSTALLED := $(VENV)/.mimkernels-installed
+BUILT := $(VENV)/.mimkernels-built
+LINTERS := $(VENV)/.mimkernels-linters
+SOURCES := CMakeLists.txt $(shell find csrc -type f)
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test bench lint format clean
+
+help: ## show the targets
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+build: $(BUILT) ## create the environment, install, compile the kernels
+	@$(BIN)/mimkernels info
+
+demo: $(BUILT) ## pre-train a small MAE on handwritten digits and write runs/demo/report.html
+	$(BIN)/mimkernels demo $(ARGS)
+
+test: $(BUILT) ## run every test (ARGS="-k gather": some)
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(BUILT) ## time the ops against plain PyTorch
+	$(BIN)/python -m benchmarks $(ARGS)
+
+lint: $(LINTERS) ## check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc -type f | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: $(LINTERS) ## mend style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -type f | xargs $(BIN)/clang-format -i
+
+clean: ## remove what was built here, but not the environment
+	rm -rf build dist mimkernels/_lib *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path "./.venv*" -prune -exec rm -rf {} +
+	rm -f $(INSTALLED) $(BUILT)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first: the kernels are compiled against the one that is there. An environment that already has a torch
+# keeps it, so the versions that belong to the known-good one are then not asked for.
+$(INSTALLED): pyproject.toml setup.py constraints.txt | $(BIN)/python
+	@$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) install $(PIP_FLAGS) -c constraints.txt torch
+	@have=$$($(BIN)/python -c "from importlib.metadata import version; print(version('torch'))"); \
+	case "$$have" in \
+	  $$(sed -n 's/^torch==//p' constraints.txt)*) cp constraints.txt $(VENV)/constraints.txt ;; \
+	  *) { grep -v '^torch' constraints.txt; echo "torch==$$have"; } > $(VENV)/constraints.txt ;; \
+	esac
+	$(PIP) install -q $(PIP_FLAGS) -c $(VENV)/constraints.txt setuptools cmake ninja
+	$(PIP) install $(PIP_FLAGS) -c $(VENV)/constraints.txt --no-build-isolation -e '.[train,dev]'
+	@touch $@
+
+$(BUILT): $(INSTALLED) $(SOURCES)
+	$(BIN)/python setup.py -q build_native --inplace
+	@touch $@
+
+$(LINTERS): constraints.txt | $(BIN)/python
+	$(PIP) install -q $(PIP_FLAGS) -c constraints.txt ruff clang-format
+	@touch $@

@@ -1,0 +1,78 @@
+"""Run the installed package under whatever torch is installed: every op and gradient of the CPU library.
+
+Not a pytest module: it runs where neither pytest nor timm is, from outside the source tree, to show that one built
+library serves several versions of torch (`.ci/run` builds under one and calls this under another).
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+import mimkernels
+from mimkernels import testing
+from mimkernels.ops import _native
+
+
+def check_libraries() -> None:
+    package, tests = Path(mimkernels.__file__).resolve(), Path(__file__).resolve()
+    assert tests.parent.parent not in package.parents, f"{package} is the source tree, not the installed package"
+    cpu, cuda = _native.library("cpu"), _native.library("cuda")
+    assert cpu.loaded, f"the CPU library did not load: {cpu.reason}"
+    assert cpu.build["torch"], "build.json does not say which torch the library was built with"
+    print(f"cpu library: {cpu.isa}, built with torch {cpu.build['torch']}, running under {torch.__version__}")
+    if cuda.path.exists() and torch.version.cuda is None:
+        assert not cuda.loaded
+        assert "built without CUDA" in cuda.reason, cuda.reason
+        assert cuda.remedy
+        print(f"cuda library: refused, {cuda.reason}")
+
+
+def check_case(case: testing.Case, dtype: torch.dtype) -> None:
+    inputs = case.inputs(dtype)
+    out, grads = testing.run(case, inputs, "cpu")
+    plain, plain_grads = testing.run(case, inputs, "reference")
+    exact, exact_grads = testing.oracle(case, inputs)
+    testing.assert_as_good_as_plain(f"{case} output", out, plain, exact)
+    assert set(grads) == set(exact_grads)
+    for name, grad in grads.items():
+        what = f"{case} gradient of {name}"
+        testing.assert_as_good_as_plain(what, grad, plain_grads[name], exact_grads[name])
+
+
+def check_masks() -> None:
+    for order in ("shuffle", "sorted"):
+        native = mimkernels.random_mask(3, 50, 12, seed=7, offset=5, order=order, backend="cpu")
+        plain = mimkernels.random_mask(3, 50, 12, seed=7, offset=5, order=order, backend="reference")
+        assert all(torch.equal(a, b) for a, b in zip(native, plain, strict=True)), f"random_mask, {order}"
+        noise = torch.rand(4, 33, generator=torch.Generator().manual_seed(0))
+        native = mimkernels.mask_from_noise(noise, 8, order=order, backend="cpu")
+        plain = mimkernels.mask_from_noise(noise, 8, order=order, backend="reference")
+        assert all(torch.equal(a, b) for a, b in zip(native, plain, strict=True)), f"mask_from_noise, {order}"
+
+
+def check_refusals() -> None:
+    x, ids = torch.zeros(2, 4, 8), torch.full((2, 3), 4)
+    try:
+        mimkernels.gather_tokens(x, ids, backend="cpu")
+    except IndexError as error:
+        assert "4" in str(error), error
+    else:
+        raise AssertionError("an id out of range was taken")
+
+
+def main() -> int:
+    check_libraries()
+    check_masks()
+    check_refusals()
+    checked = 0
+    for case in testing.cases():
+        for dtype in case.dtypes:
+            check_case(case, dtype)
+            checked += 1
+    print(f"torch {torch.__version__}: {checked} cases of {len(mimkernels.ops._registry.SPECS)} ops passed")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
