@@ -78,20 +78,21 @@ def attention(
 
     Source: online softmax as in FlashAttention, arXiv:2205.14135; the statistics' sources are in ``mimkernels.stats``.
     """
-    _check_qkv(q, k, v)
-    batch, heads, length, dim = q.shape
+    _check_qk("attention", q, k)
+    _check_same_kind("attention", "v", v, q)
+    if v.shape != k.shape:
+        raise ValueError(f"attention: v {_checks.shape(v)} and k {_checks.shape(k)} must have the same shape")
+    length, dim = q.shape[2:]
     stats = _check_stats(stats, length, k.shape[2])
     if not 0 <= num_prefix <= k.shape[2]:
         raise ValueError(f"attention: num_prefix is {num_prefix} but there are {k.shape[2]} keys")
     scale = dim**-0.5 if scale is None else float(scale)
-    bias = check_bias("attention", bias, q, k)
-    key_mask = check_key_mask("attention", key_mask, k)
+    bias = _check_bias("attention", bias, q, k)
+    key_mask = _check_key_mask("attention", key_mask, k)
     positions = _check_positions(positions, "distance" in stats, num_prefix, q)
     name = SPEC.resolve(backend, q.device.type, q.dtype, head_dim=dim)
     if name == "reference":
-        return AttentionOutput(
-            *reference.attention(q, k, v, bias, key_mask, scale, num_prefix, positions, stats)
-        )
+        return AttentionOutput(*reference.attention(q, k, v, bias, key_mask, scale, num_prefix, positions, stats))
     # The gradient of patch_entropy needs M_i.
     computed = (*stats, "patch_mass") if "patch_entropy" in stats and "patch_mass" not in stats else stats
     bits = sum(1 << STATISTICS.index(stat) for stat in computed)
@@ -131,15 +132,12 @@ class _Attention(torch.autograd.Function):
             need_bias,
         )
         grads = [
-            d.transpose(1, 2) if need else None
-            for d, need in zip((dq, dk, dv), ctx.needs_input_grad[:3], strict=True)
+            d.transpose(1, 2) if need else None for d, need in zip((dq, dk, dv), ctx.needs_input_grad[:3], strict=True)
         ]
         return *grads, dbias if need_bias else None, *(None,) * 6
 
 
-def row_coefficients(
-    lse: Tensor, rows: Tensor, bits: int, dlse: Tensor | None, drows: Tensor | None
-) -> Tensor | None:
+def row_coefficients(lse: Tensor, rows: Tensor, bits: int, dlse: Tensor | None, drows: Tensor | None) -> Tensor | None:
     """How upstream gradients of lse and statistics enter the scores' gradient, ``[6, B, H, Nq]`` fp32 or None.
 
     Each statistic's gradient is ``P_ij`` times a term affine in ``S_ij``, so that a row needs six numbers: constant and
@@ -181,18 +179,38 @@ def row_coefficients(
     return torch.stack([both + c_prefix, slope, both + c_patch, slope + a_patch, own, far])
 
 
-def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    op = "attention"
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _checks.has_rank(op, name, tensor, 4)
-        _checks.is_float(op, name, tensor)
-        _checks.same_device(op, name, tensor, "q", q)
-        if tensor.dtype != q.dtype:
-            raise TypeError(f"{op}: {name} is {tensor.dtype} but q is {q.dtype}")
+def checked_scores(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float | None,
+) -> tuple[Tensor | None, Tensor | None, float]:
+    """Checks of the ops that go back from lse to probabilities; bias, key_mask and scale as kernels take them."""
+    _check_qk(op, q, k)
+    _checks.has_rank(op, "lse", lse, 3)
+    _checks.same_device(op, "lse", lse, "q", q)
+    if lse.shape != q.shape[:3]:
+        raise ValueError(f"{op}: lse {_checks.shape(lse)} must be [B, H, Nq] of q {_checks.shape(q)}")
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    return _check_bias(op, bias, q, k), _check_key_mask(op, key_mask, k), scale
+
+
+def _check_qk(op: str, q: Tensor, k: Tensor) -> None:
+    _checks.has_rank(op, "q", q, 4)
+    _checks.is_float(op, "q", q)
+    _check_same_kind(op, "k", k, q)
     for dim in (0, 1, 3):
         _checks.same_size(op, "k", k, dim, "q", q, dim)
-    if v.shape != k.shape:
-        raise ValueError(f"{op}: v {_checks.shape(v)} and k {_checks.shape(k)} must have the same shape")
+
+
+def _check_same_kind(op: str, name: str, tensor: Tensor, q: Tensor) -> None:
+    _checks.has_rank(op, name, tensor, 4)
+    _checks.same_device(op, name, tensor, "q", q)
+    if tensor.dtype != q.dtype:
+        raise TypeError(f"{op}: {name} is {tensor.dtype} but q is {q.dtype}")
 
 
 def _check_stats(stats: Sequence[str], queries: int, keys: int) -> tuple[str, ...]:
@@ -220,11 +238,7 @@ def _check_positions(positions: Tensor | None, needed: bool, num_prefix: int, q:
         positions = positions.unsqueeze(0)
     if positions.shape[1] == tokens - num_prefix:
         positions = torch.nn.functional.pad(positions, (0, 0, num_prefix, 0))
-    if (
-        positions.shape[0] not in (1, batch)
-        or positions.shape[1] != tokens
-        or not 1 <= positions.shape[2] <= 3
-    ):
+    if positions.shape[0] not in (1, batch) or positions.shape[1] != tokens or not 1 <= positions.shape[2] <= 3:
         raise ValueError(
             f"attention: positions {_checks.shape(positions)} must be [N - P, d] or [B, N - P, d] with B = {batch}, "
             f"N = {tokens}, P = {num_prefix} and d from 1 to 3"
@@ -232,7 +246,7 @@ def _check_positions(positions: Tensor | None, needed: bool, num_prefix: int, q:
     return _checks.rows(positions)
 
 
-def check_bias(op: str, bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+def _check_bias(op: str, bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     """The bias as 4-D, each leading size 1 or full, in the dtype of q or fp32."""
     if bias is None:
         return None
@@ -251,7 +265,7 @@ def check_bias(op: str, bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | N
     return _checks.rows(bias if bias.dtype in (q.dtype, torch.float32) else bias.to(q.dtype))
 
 
-def check_key_mask(op: str, key_mask: Tensor | None, k: Tensor) -> Tensor | None:
+def _check_key_mask(op: str, key_mask: Tensor | None, k: Tensor) -> Tensor | None:
     if key_mask is None:
         return None
     _checks.has_rank(op, "key_mask", key_mask, 2)

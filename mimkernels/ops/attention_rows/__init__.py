@@ -1,0 +1,1 @@
+from mimkernels.ops.attention_rows.api import attention_rows as attention_rows

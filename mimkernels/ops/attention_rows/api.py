@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mimkernels.ops import _checks
+from mimkernels.ops.attention.api import checked_scores
+from mimkernels.ops.attention_rows import reference
+from mimkernels.ops.attention_rows.spec import SPEC
+
+
+def attention_rows(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    rows: Tensor | Sequence[int],
+    *,
+    bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The attention maps of chosen queries, such as [cls]; only those rows are computed.
+
+    Args:
+        q: ``[B, H, Nq, D]`` fp32, fp16 or bf16 (fp64 on the reference).
+        k: ``[B, H, Nk, D]``.
+        lse: ``[B, H, Nq]`` from ``attention`` with the same ``bias``, ``key_mask`` and ``scale``.
+        rows: R query indices in ``[0, Nq)``, a sequence or an int64 ``[R]`` tensor.
+        bias, key_mask, scale, backend: as in ``attention``.
+
+    Returns:
+        ``[B, H, R, Nk]`` fp32 attention probabilities. Gradients reach ``q``, ``k``, ``lse`` and ``bias``.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices disagree; the message shows both sides.
+        IndexError: a row is out of range (checked on CPU).
+
+    Source: [cls] attention maps as in DINO, arXiv:2104.14294; Beyond-[cls], arXiv:2412.03215.
+    """
+    bias, key_mask, scale = checked_scores("attention_rows", q, k, lse, bias, key_mask, scale)
+    if not isinstance(rows, Tensor):
+        rows = torch.tensor(list(rows), dtype=torch.int64, device=q.device)
+    rows = _checks.token_ids("attention_rows", "rows", rows, (1,), "q", q)
+    SPEC.resolve(backend, q.device.type, q.dtype)
+    return reference.attention_rows(q, k, lse, rows, bias, key_mask, scale)

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mimkernels.ops import _checks
+from mimkernels.ops.attention.api import checked_scores
+from mimkernels.ops.head_divergence import reference
+from mimkernels.ops.head_divergence.spec import SPEC
+
+
+@torch.no_grad()
+def head_divergence(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """How differently the heads of a layer attend: mean over queries of ``KL(P^h || P^g)``, in nats.
+
+    Args:
+        q: ``[B, H, Nq, D]`` fp32, fp16 or bf16 (fp64 on the reference).
+        k: ``[B, H, Nk, D]``.
+        lse: ``[B, H, Nq]`` from ``attention`` with the same ``bias``, ``key_mask`` and ``scale``.
+        bias, key_mask, scale, backend: as in ``attention``. Keys that the bias hides (-inf) from one head only make
+            the true divergence infinite; they are left out of it here.
+
+    Returns:
+        ``[B, H, H]`` fp32: entry (h, g) is ``KL(P^h || P^g)``, 0 on the diagonal. Carries no gradient.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices disagree; the message shows both sides.
+        NotImplementedError: no backend takes these inputs; lists each backend's reasons.
+
+    Source: the head diversity of "Revealing the Dark Secrets of Masked Image Modeling", arXiv:2205.13543.
+    """
+    bias, key_mask, scale = checked_scores("head_divergence", q, k, lse, bias, key_mask, scale)
+    name = SPEC.resolve(backend, q.device.type, q.dtype, head_dim=q.shape[3])
+    if name == "reference":
+        return reference.head_divergence(q, k, lse, bias, key_mask, scale)
+    op = SPEC.overload("head_divergence_fwd", name)
+    return op(_checks.rows(q), _checks.rows(k), lse, bias, key_mask, scale)

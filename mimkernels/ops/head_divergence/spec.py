@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+import torch
+
+from mimkernels.ops._registry import ANY_FLOAT, Impl, OpSpec, register
+
+
+def _fwd(q, k, lse, bias, key_mask, scale):
+    return q.new_empty((q.shape[0], q.shape[1], q.shape[1]), dtype=torch.float32)
+
+
+SPEC = register(
+    OpSpec(
+        name="head_divergence",
+        schemas={
+            "head_divergence_fwd": "(Tensor q, Tensor k, Tensor lse, Tensor? bias, Tensor? key_mask, float scale) "
+            "-> Tensor"
+        },
+        fakes={"head_divergence_fwd": _fwd},
+        impls=(
+            Impl("triton", limits={"head_dim": 128}),
+            Impl("cpu", limits={"head_dim": 128}),
+            Impl("reference", ANY_FLOAT),
+        ),
+    )
+)

@@ -1,0 +1,1 @@
+from mimkernels.ops.received_attention.api import received_attention as received_attention

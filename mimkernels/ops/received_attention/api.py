@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mimkernels.ops import _checks
+from mimkernels.ops.attention.api import checked_scores
+from mimkernels.ops.received_attention import reference
+from mimkernels.ops.received_attention.spec import SPEC
+
+
+@torch.no_grad()
+def received_attention(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """How much attention each key receives: the mean over queries of ``P_ij``, without the attention matrix.
+
+    Shows attention sinks, and ranks tokens for AttMask or pruning.
+
+    Args:
+        q: ``[B, H, Nq, D]`` fp32, fp16 or bf16 (fp64 on the reference).
+        k: ``[B, H, Nk, D]``.
+        lse: ``[B, H, Nq]`` from ``attention`` with the same ``bias``, ``key_mask`` and ``scale``.
+        bias, key_mask, scale, backend: as in ``attention``.
+
+    Returns:
+        ``[B, H, Nk]`` fp32, each row summing to 1 (less where a query may attend nothing). Carries no gradient.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices disagree; the message shows both sides.
+        NotImplementedError: no backend takes these inputs; lists each backend's reasons.
+
+    Source: column means of the attention matrix, as in NMI (arXiv:2305.00729) and AttMask (arXiv:2203.12719).
+    """
+    bias, key_mask, scale = checked_scores("received_attention", q, k, lse, bias, key_mask, scale)
+    name = SPEC.resolve(backend, q.device.type, q.dtype, head_dim=q.shape[3])
+    if name == "reference":
+        return reference.received_attention(q, k, lse, bias, key_mask, scale)
+    op = SPEC.overload("received_attention_fwd", name)
+    return op(_checks.rows(q), _checks.rows(k), lse, bias, key_mask, scale)
