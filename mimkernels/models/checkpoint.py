@@ -30,24 +30,30 @@ def read_weights(source: str | os.PathLike | Mapping[str, Any]) -> dict[str, Ten
     """Named tensors of a checkpoint: a file or dict, either ``{"model": {...}}`` or the names themselves.
 
     Raises:
-        ValueError: the file is not a checkpoint of tensors (nothing in it is executed), or holds no named tensors.
+        ValueError: the file is not a checkpoint of tensors (nothing in it is executed), or has none by name.
         FileNotFoundError: there is no such file.
     """
     where = "the checkpoint"
     if not isinstance(source, Mapping):
         where = os.fspath(source)
-        try:
-            # Published training checkpoints keep their command line in "args"; a Namespace only holds values.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                source = torch.load(where, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError) as error:
-            raise ValueError(f"{where} cannot be read as a checkpoint of tensors: {error}") from error
+        with open(where, "rb") as file:
+            try:
+                # Published training checkpoints keep their command line in "args": a Namespace, plain values.
+                with torch.serialization.safe_globals([argparse.Namespace]):
+                    source = torch.load(file, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError as error:
+                # torch's own message advises to switch the protection off.
+                raise ValueError(
+                    f"{where} is no torch checkpoint, or holds more than tensors and plain values, which is not "
+                    "unpickled because that could run code from the file"
+                ) from error
+            except (RuntimeError, OSError, EOFError, LookupError, AttributeError) as error:
+                reason = str(error).partition("\n")[0]
+                raise ValueError(f"{where} is damaged, or no torch checkpoint: {reason}") from error
     if not isinstance(source, Mapping):
         raise ValueError(f"{where} holds a {type(source).__name__}, not a dict of named tensors")
     weights = source["model"] if isinstance(source.get("model"), Mapping) else source
-    odd = [
-        f"{name}: {type(value).__name__}" for name, value in weights.items() if not isinstance(value, Tensor)
-    ]
+    odd = [f"{name}: {type(value).__name__}" for name, value in weights.items() if not isinstance(value, Tensor)]
     if odd or not weights:
         raise ValueError(
             f"{where} is not a dict of named tensors, nor has it one under 'model'; "
@@ -98,9 +104,7 @@ def copy_by_name(
         if names
     ]
     if problems:
-        raise ValueError(
-            "\n".join((f"the checkpoint is not of this model ({title}); nothing was loaded", *problems))
-        )
+        raise ValueError("\n".join((f"the checkpoint is not of this model ({title}); nothing was loaded", *problems)))
     with torch.no_grad():
         for name, tensor in target.items():
             if name in weights:

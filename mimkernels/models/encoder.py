@@ -14,7 +14,7 @@ try:
     from timm.models.vision_transformer import VisionTransformer
 except ImportError as error:
     raise ImportError(
-        f"mimkernels.models builds on timm, which cannot be imported ({error}); pip install 'mimkernels[train]'"
+        f"mimkernels.models needs timm, which cannot be imported ({error}); pip install 'mimkernels[train]'"
     ) from error
 
 from mimkernels.nn import embed_visible, sincos_positions_2d
@@ -32,7 +32,7 @@ __all__ = [
 _OTHER_FAMILIES = {
     "eva": "rotary positions are computed for the full grid of patches inside its forward",
     "vision_transformer_relpos": "its relative position bias covers all N x N pairs of patches",
-    "vision_transformer_hybrid": "its convolutional stem mixes pixels of neighbouring patches, masked ones too",
+    "vision_transformer_hybrid": "its convolutional stem mixes pixels of visible and masked patches",
     "vision_transformer_sam": "its windowed attention needs the full grid of patches",
 }
 
@@ -48,8 +48,8 @@ def create_encoder(
     """Build a timm model without pooling and head, and check that it can encode visible patches alone.
 
     Raises:
-        ValueError: the name is unknown, the model is not a supported Vision Transformer (says why), timm refuses
-            an argument, or the patch size does not divide the image.
+        ValueError: the name is unknown, the model is not a supported Vision Transformer (says why), timm
+            refuses an argument, or the patch size does not divide the image.
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a timm model name, got {type(name).__name__}")
@@ -96,9 +96,7 @@ def check_encoder(encoder: nn.Module) -> None:
     if not plain or not patch == proj.kernel_size == proj.stride:
         raise ValueError(f"its patch projection {proj} is not one linear map per patch of {patch}")
     if embed.dynamic_img_pad:
-        raise ValueError(
-            "dynamic_img_pad=True pads images; resize them to a multiple of the patch size instead"
-        )
+        raise ValueError("dynamic_img_pad=True pads images; resize them to a multiple of the patch size instead")
     if not isinstance(encoder.patch_drop, nn.Identity):
         raise ValueError("patch_drop_rate > 0 would drop visible patches a second time; leave it at 0")
     unused = [part for part in ("head", "attn_pool") if _has_parameters(getattr(encoder, part, None))]
@@ -107,9 +105,7 @@ def check_encoder(encoder: nn.Module) -> None:
             f"its {' and '.join(unused)} would never be trained; remove with encoder.reset_classifier(0, '')"
         )
     if any(size % p != 0 for size, p in zip(embed.img_size, patch, strict=True)):
-        raise ValueError(
-            f"patch size {_by(patch)} does not divide image size {_by(embed.img_size)} (height x width)"
-        )
+        raise ValueError(f"patch size {_by(patch)} does not divide image size {_by(embed.img_size)} (height x width)")
 
 
 def encode_visible(
@@ -120,7 +116,7 @@ def encode_visible(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Tensor:
-    """The encoder's normalised output tokens ``[B, P + K, D]`` for the patches `ids` ``[B, K]`` of each image.
+    """The encoder's normalised output ``[B, P + K, D]`` for the patches `ids` ``[B, K]`` of each image.
 
     Equal to embedding every patch, adding positions and keeping the tokens `ids`, as MAE does. The blocks run
     through ``encoder.blocks`` as timm runs them: hooks, drop path and gradient checkpointing act as usual.
@@ -140,9 +136,7 @@ def encode_visible(
     return encoder.fc_norm(encoder.norm(x))
 
 
-def _positions_and_prefix(
-    encoder: VisionTransformer, grid: tuple[int, int]
-) -> tuple[Tensor | None, Tensor | None]:
+def _positions_and_prefix(encoder: VisionTransformer, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
     """Patch positions ``[1, N, D]`` and prefix tokens ``[1, P, D]`` with their positions added."""
     prefix_tokens = [token for token in (encoder.cls_token, encoder.reg_token) if token is not None]
     prefix = torch.cat(prefix_tokens, dim=1) if prefix_tokens else None
@@ -156,9 +150,7 @@ def _positions_and_prefix(
     return pos[:, num_prefix:], prefix
 
 
-def resample_positions(
-    pos: Tensor, grid: tuple[int, int], table_grid: tuple[int, int], num_prefix: int
-) -> Tensor:
+def resample_positions(pos: Tensor, grid: tuple[int, int], table_grid: tuple[int, int], num_prefix: int) -> Tensor:
     """Positions for another grid, interpolated as timm's dynamic_img_size does; the table itself if equal."""
     if tuple(grid) == tuple(table_grid):
         return pos

@@ -51,15 +51,15 @@ class MAE(nn.Module):
 
     All prefix tokens of the encoder, registers too, go on to the decoder as [cls] does in the paper, with
     positions of zero there. Positions of encoder and decoder are fixed: they get no gradient. Hooks on the
-    encoder's blocks and norms fire as usual; ``encoder.patch_embed`` is not called, only its weights are used.
+    encoder's blocks and norms fire as usual; ``encoder.patch_embed`` is not called, its weights are used.
 
     Args:
         encoder: a timm VisionTransformer without head, with the weights it is to start from.
         decoder_dim, decoder_depth, decoder_heads: the decoder's width, blocks, and heads per block.
         mask_ratio: share of patches removed.
         norm_pix_loss: targets are normalised by each patch's own mean and deviation.
-        mean, std: per channel, for pixels in [0, 1]: images are normalised inside the kernels. uint8 images need
-            both. None: images come as the encoder wants them.
+        mean, std: per channel, for pixels in [0, 1]: images are normalised inside the kernels. uint8 images
+            need both. None: images come as the encoder wants them.
 
     Source: arXiv:2111.06377.
     """
@@ -103,8 +103,7 @@ class MAE(nn.Module):
             sincos_positions_2d(decoder_dim, self.grid_size, encoder.num_prefix_tokens), requires_grad=False
         )
         self.decoder_blocks = nn.ModuleList(
-            DecoderBlock(decoder_dim, decoder_heads, mlp_ratio=4.0, qkv_bias=True)
-            for _ in range(decoder_depth)
+            DecoderBlock(decoder_dim, decoder_heads, mlp_ratio=4.0, qkv_bias=True) for _ in range(decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_dim, self.in_chans * self.patch_size[0] * self.patch_size[1])
@@ -146,9 +145,7 @@ class MAE(nn.Module):
         Raises:
             ValueError: the name is unknown, or the model or an argument is not supported; says what and why.
         """
-        encoder = create_encoder(
-            name, img_size=img_size, in_chans=in_chans, patch_size=patch_size, **timm_kwargs
-        )
+        encoder = create_encoder(name, img_size=img_size, in_chans=in_chans, patch_size=patch_size, **timm_kwargs)
         weights = {key: timm_kwargs.pop(key) for key in _WEIGHT_KWARGS if key in timm_kwargs}
         if not any(weights.values()):
             init_encoder(encoder)
@@ -184,11 +181,11 @@ class MAE(nn.Module):
 
         Args:
             images: ``[B, C, H, W]`` uint8 (with the model's mean and std) or floating point.
-            noise: ``[B, N]`` fp32; the patches with the smallest noise stay visible. None: drawn from `seed` and
-                `offset`, which give the same masks on every device.
+            noise: ``[B, N]`` fp32; the patches with the smallest noise stay visible. None: drawn from `seed`
+                and `offset`, which give the same masks on every device.
             seed: of the masks.
-            offset: usually the training step; the same `seed` and `offset` give the same masks. A 0-d int64 tensor
-                on the images' device is read without waiting for it.
+            offset: usually the training step; the same `seed` and `offset` give the same masks. A 0-d int64
+                tensor on the images' device is read without waiting for it.
             full_prediction: predict visible patches too and return the prediction; changes no result.
 
         Raises:
@@ -221,8 +218,7 @@ class MAE(nn.Module):
             return random_mask(images.shape[0], patches, keep, seed, offset, device=images.device)
         if tuple(noise.shape) != (images.shape[0], patches):
             raise ValueError(
-                f"noise must be [{images.shape[0]}, {patches}], one value per image and patch, "
-                f"got {list(noise.shape)}"
+                f"noise must be [{images.shape[0]}, {patches}], one value per image and patch, got {list(noise.shape)}"
             )
         return mask_from_noise(noise, keep)
 
@@ -253,10 +249,10 @@ class MAE(nn.Module):
     def reconstruct(
         self, images: Tensor, *, noise: Tensor | None = None, seed: int = 0, offset: int | Tensor = 0
     ) -> MAEPictures:
-        """Pictures of what the model makes of the masked patches, without dropout; visible patches stay as they are.
+        """Pictures of what the model makes of the masked patches; visible patches stay as they are.
 
-        Predictions are brought back to pixels: with norm_pix_loss by each patch's true mean and deviation, then
-        by the model's mean and std. One-channel images become grey pictures.
+        Runs without dropout and gradients. Predictions are brought back to pixels: with norm_pix_loss by each
+        patch's true mean and deviation, then by the model's mean and std. One channel becomes a grey picture.
         """
         training = [part for part in self.modules() if part.training]
         self.eval()
@@ -279,11 +275,11 @@ class MAE(nn.Module):
         """Load published weights by name, all of them or none.
 
         Args:
-            source: a file or dict, ``{"model": {...}}`` or the names themselves. Published pre-training checkpoints
-                hold encoder and decoder; those without any decoder name load the encoder alone.
+            source: a file or dict, ``{"model": {...}}`` or the names themselves. Published pre-training
+                checkpoints hold encoder and decoder; one without any decoder name loads the encoder alone.
 
         Returns:
-            The names that were loaded, and the decoder's as missing where the checkpoint has the encoder alone.
+            The names that were loaded, and as missing the decoder's where there is only an encoder.
 
         Raises:
             ValueError: another architecture (lists names and shapes of both sides), or not a file of tensors.
@@ -304,7 +300,7 @@ class MAE(nn.Module):
         )
 
     def mae_state_dict(self) -> dict[str, Tensor]:
-        """The weights under their published names (the encoder's without prefix), sharing memory with the model."""
+        """The weights under their published names (the encoder's without prefix); they share its memory."""
         return {name.removeprefix("encoder."): tensor for name, tensor in self.state_dict().items()}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -322,8 +318,8 @@ class MAE(nn.Module):
         keep = int(patches * (1 - self.mask_ratio))
         if not 0 < self.mask_ratio < 1 or not 0 < keep < patches:
             raise ValueError(
-                f"mask_ratio must be above 0 and below 1 and leave some of the {patches} patches visible and some "
-                f"masked, got {self.mask_ratio} ({keep} visible)"
+                f"mask_ratio must lie between 0 and 1 and leave some of the {patches} patches visible and "
+                f"some masked, got {self.mask_ratio} ({keep} visible)"
             )
         return keep
 
@@ -347,13 +343,11 @@ class MAE(nn.Module):
                 )
         elif tuple(images.shape[2:]) != size:
             raise ValueError(
-                f"the model takes images {wanted}, got {list(images.shape)}; resize them, or build the model with "
-                "that img_size or dynamic_img_size=True"
+                f"the model takes images {wanted}, got {list(images.shape)}; resize them, or build the model "
+                "with that img_size or dynamic_img_size=True"
             )
         if images.dtype == torch.uint8 and self.mean is None:
-            raise ValueError(
-                "uint8 images need the model's mean and std, which are None; give them when building it"
-            )
+            raise ValueError("uint8 images need the model's mean and std, which are None; give them when building it")
         if images.device != self.mask_token.device:
             raise ValueError(f"images are on {images.device} but the model is on {self.mask_token.device}")
 
@@ -368,9 +362,7 @@ class MAE(nn.Module):
         self.mean = None if mean is None else tuple(float(value) for value in mean)
         self.std = None if std is None else tuple(float(value) for value in std)
         # Buffers, so that no step copies them to the device; not saved: they are arguments, not weights.
-        self.register_buffer(
-            "_pixel_mean", None if mean is None else torch.tensor(self.mean), persistent=False
-        )
+        self.register_buffer("_pixel_mean", None if mean is None else torch.tensor(self.mean), persistent=False)
         self.register_buffer("_pixel_std", None if std is None else torch.tensor(self.std), persistent=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MAE":

@@ -37,7 +37,7 @@ def pictures_of(
 
     Args:
         mask: ``[B, N]``, nonzero = masked.
-        norm_pix: predictions are in units of each patch's own mean and deviation, which are taken from the image.
+        norm_pix: predictions are relative to each patch's own mean and deviation, which the image gives.
         mean, std: per channel, what the model normalises pixels with; None if it takes pixels as they are.
     """
     channels = images.shape[1]
@@ -80,6 +80,4 @@ def _patchify(pixels: Tensor, patch_size: tuple[int, int], grid: tuple[int, int]
 def _unpatchify(patches: Tensor, patch_size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     batch, channels = patches.shape[0], patches.shape[-1]
     cut = patches.reshape(batch, *grid, *patch_size, channels)
-    return cut.permute(0, 5, 1, 3, 2, 4).reshape(
-        batch, channels, grid[0] * patch_size[0], grid[1] * patch_size[1]
-    )
+    return cut.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, grid[0] * patch_size[0], grid[1] * patch_size[1])
