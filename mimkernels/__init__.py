@@ -2,26 +2,36 @@
 
 from mimkernels._version import __version__
 from mimkernels.ops import (
+    AttentionOutput,
     TokenMask,
+    attention,
+    attention_rows,
     fill_mask_tokens,
     gather_tokens,
+    head_divergence,
     mask_from_noise,
     masked_patch_loss,
     patchify_gather,
     random_mask,
+    received_attention,
     restore_tokens,
     use_backend,
 )
 
 __all__ = [
+    "AttentionOutput",
     "TokenMask",
     "__version__",
+    "attention",
+    "attention_rows",
     "fill_mask_tokens",
     "gather_tokens",
+    "head_divergence",
     "mask_from_noise",
     "masked_patch_loss",
     "patchify_gather",
     "random_mask",
+    "received_attention",
     "restore_tokens",
     "use_backend",
 ]

@@ -42,9 +42,7 @@ class Case:
     def __str__(self) -> str:
         return f"{self.op}-{self.label}"
 
-    def inputs(
-        self, dtype: torch.dtype, device: str = "cpu", layout: str = "contiguous", seed: int = 0
-    ) -> dict:
+    def inputs(self, dtype: torch.dtype, device: str = "cpu", layout: str = "contiguous", seed: int = 0) -> dict:
         """Keyword arguments of the op; floating-point tensors rounded to ``dtype``."""
         arguments = self.make(torch.Generator().manual_seed(seed))
         return {name: _placed(name, value, dtype, device, layout) for name, value in arguments.items()}
@@ -63,37 +61,41 @@ def _placed(name: str, value, dtype: torch.dtype, device: str, layout: str):
     return value
 
 
-def call(case: Case, inputs: dict, backend: str) -> Tensor | tuple[Tensor, ...]:
-    return getattr(mimkernels, case.op)(**inputs, backend=backend)
+def call(case: Case, inputs: dict, backend: str) -> dict[str, Tensor]:
+    """The op's outputs by name."""
+    made = getattr(mimkernels, case.op)(**inputs, backend=backend)
+    if isinstance(made, Tensor):
+        return {"output": made}
+    return {"out": made.out, "lse": made.lse, **made.stats}
 
 
-def run(
-    case: Case, inputs: dict, backend: str, upstream: Tensor | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Output of a differentiable op and its gradients for the given upstream gradient (drawn if None)."""
+def run(case: Case, inputs: dict, backend: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Outputs of a differentiable op, and the gradients of all outputs together, each with its own drawn upstream."""
     leaves = {name: inputs[name].detach().requires_grad_() for name in case.grads if inputs[name] is not None}
-    out = call(case, {**inputs, **leaves}, backend)
+    outputs = call(case, {**inputs, **leaves}, backend)
+    detached = {name: out.detach() for name, out in outputs.items()}
     if not leaves:
-        return out.detach(), {}
-    if upstream is None:
-        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.device)
-    grads = torch.autograd.grad(out, list(leaves.values()), upstream.to(out.dtype))
-    return out.detach(), dict(zip(leaves, grads, strict=True))
+        return detached, {}
+    generator = torch.Generator().manual_seed(1)
+    upstream = {name: torch.randn(out.shape, generator=generator).to(out) for name, out in outputs.items()}
+    tracked = [name for name, out in outputs.items() if out.requires_grad]
+    grads = torch.autograd.grad(
+        [outputs[name] for name in tracked], list(leaves.values()), [upstream[name] for name in tracked]
+    )
+    return detached, dict(zip(leaves, grads, strict=True))
 
 
 def doubled(inputs: dict) -> dict:
     """The same inputs in float64."""
-    return {
-        k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()
-    }
+    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
 
 
-def oracle(case: Case, inputs: dict, upstream: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+def oracle(case: Case, inputs: dict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The reference in float64 on the same (already rounded) inputs."""
     exact = doubled(inputs)
     if exact.get("dtype") is not None:
         exact["dtype"] = torch.float64
-    return run(case, exact, "reference", upstream)
+    return run(case, exact, "reference")
 
 
 def assert_as_good_as_plain(name: str, got: Tensor, plain: Tensor, exact: Tensor) -> None:
@@ -122,6 +124,40 @@ def assert_as_good_as_plain(name: str, got: Tensor, plain: Tensor, exact: Tensor
 def cases(op: str | None = None) -> list[Case]:
     """Every case, or those of one op."""
     return [case for case in _CASES if op is None or case.op == op]
+
+
+def _attention(batch, heads, length, dim, *, keys=None, bias=None, mask=False, prefix=0, stats=(), **options):
+    """``positions``: "shared" or "per-image"; ``logits``: the size of the scores; ``hidden``: -inf in the bias."""
+
+    def make(generator):
+        nk = length if keys is None else keys
+        # Views of one packed projection, as in every ViT.
+        packed = torch.randn(batch, max(length, nk), 3, heads, dim, generator=generator)
+        q, k, v = packed.permute(2, 0, 3, 1, 4)
+        made = {"q": q[:, :, :length] * options.get("logits", 1.0), "k": k[:, :, :nk], "v": v[:, :, :nk]}
+        made["bias"] = None if bias is None else torch.randn(bias, generator=generator)
+        if options.get("hidden"):
+            made["bias"].masked_fill_(torch.rand(bias, generator=generator) < 0.3, float("-inf"))
+        made["key_mask"] = torch.rand(batch, nk, generator=generator) < 0.7 if mask else None
+        if mask and batch > 1:
+            made["key_mask"][-1] = False  # an image that may attend nothing
+        images = {"shared": (), "per-image": (batch,)}.get(options.get("positions", "shared"))
+        coordinates = torch.rand(*images, max(0, length - prefix), 2, generator=generator) * 14
+        made["positions"] = coordinates if "distance" in stats else None
+        return {**made, "num_prefix": prefix, "stats": stats}
+
+    return make
+
+
+def _companion(batch, heads, length, dim, **options):
+    def make(generator):
+        made = _attention(batch, heads, length, dim, **options)(generator)
+        kept = {name: made[name] for name in ("q", "k", "bias", "key_mask")}
+        exact = {name: value for name, value in made.items() if name not in ("stats", "num_prefix", "positions")}
+        kept["lse"] = mimkernels.attention(**doubled(exact), backend="reference").lse
+        return kept
+
+    return make
 
 
 def backends(op: str) -> list[str]:
@@ -211,9 +247,7 @@ def _loss(size, patch, keep, *, uint8=False, normalise=False, **options):
         pixels = size[1] * int(torch.tensor(sizes).prod())
         mean, std = _normalisation(size[1], normalise)
         arguments = {"images": _images(generator, size, uint8), "patch_size": patch, "mean": mean, "std": std}
-        arguments["pred"] = torch.randn(
-            size[0], tokens if keep is None else keep, pixels, generator=generator
-        )
+        arguments["pred"] = torch.randn(size[0], tokens if keep is None else keep, pixels, generator=generator)
         if keep is None:
             arguments["mask"] = torch.rand(size[0], tokens, generator=generator) < 0.75
         else:
@@ -226,6 +260,47 @@ def _loss(size, patch, keep, *, uint8=False, normalise=False, **options):
 def _token_count(size, patch) -> int:
     sizes = (patch,) * (len(size) - 2) if isinstance(patch, int) else patch
     return int(torch.tensor([length // side for length, side in zip(size[2:], sizes, strict=True)]).prod())
+
+
+_ALL = ("entropy", "prefix_mass", "self_mass", "distance", "patch_entropy", "peak", "patch_mass")
+_QKV = ("q", "k", "v", "bias")
+
+
+def _attention_cases() -> list[Case]:
+    made = {
+        "plain": _attention(2, 2, 17, 16),
+        "mae": _attention(2, 3, 50, 32, prefix=1, stats=_ALL),
+        "everything": _attention(
+            3, 2, 21, 24, bias=(3, 2, 21, 21), mask=True, prefix=2, stats=_ALL, positions="per-image"
+        ),
+        "cross": _attention(2, 2, 9, 16, keys=23, prefix=1, stats=("entropy", "prefix_mass", "patch_entropy", "peak")),
+        "bias-per-head": _attention(2, 3, 18, 16, bias=(3, 18, 18)),
+        "bias-per-image": _attention(2, 3, 18, 16, bias=(2, 1, 18, 18), stats=("entropy",)),
+        "bias-shared": _attention(2, 3, 18, 16, bias=(1, 1, 18, 18)),
+        "bias-hides": _attention(2, 2, 20, 16, bias=(2, 20, 20), hidden=True, prefix=1, stats=_ALL),
+        "key-mask": _attention(3, 2, 19, 16, mask=True, prefix=1, stats=_ALL),
+        "huge-logits": _attention(1, 2, 33, 16, logits=300.0, prefix=1, stats=("entropy", "prefix_mass", "peak")),
+        "no-images": _attention(0, 2, 5, 16, stats=("entropy",)),
+        "all-prefix": _attention(1, 1, 3, 8, prefix=3, stats=("entropy", "prefix_mass", "patch_entropy", "patch_mass")),
+    }
+    for stat in _ALL:
+        made[f"only-{stat}"] = _attention(1, 2, 26, 16, prefix=1, stats=(stat,))
+    for length in (1, 2, 49, 64, 197, 256, 257, 1025):
+        made[f"length-{length}"] = _attention(1, 1 if length > 64 else 2, length, 16, stats=("entropy", "self_mass"))
+    for dim in (8, 64, 72, 80, 88, 96, 128):
+        made[f"dim-{dim}"] = _attention(1, 1, 17, dim, stats=("entropy", "peak"))
+    return [Case("attention", label, make, _QKV) for label, make in made.items()]
+
+
+def _companion_cases(op: str) -> list[Case]:
+    made = {
+        "plain": _companion(2, 3, 50, 32),
+        "masked": _companion(2, 2, 21, 16, mask=True, bias=(2, 21, 21)),
+        "long": _companion(1, 2, 300, 16),
+        "cross": _companion(2, 2, 9, 24, keys=30),
+        "no-images": _companion(0, 2, 5, 16),
+    }
+    return [Case(op, label, make) for label, make in made.items()]
 
 
 _GATHER = ("x", "pos", "prefix")
@@ -278,9 +353,7 @@ _CASES = [
         _loss((2, 3, 16, 16), 4, 5, reduction="none", norm_pix=True),
         ("pred",),
     ),
-    Case(
-        "masked_patch_loss", "l1", _loss((2, 3, 16, 16), 4, 5, kind="l1", layout="channels_first"), ("pred",)
-    ),
+    Case("masked_patch_loss", "l1", _loss((2, 3, 16, 16), 4, 5, kind="l1", layout="channels_first"), ("pred",)),
     Case(
         "masked_patch_loss",
         "smooth-l1",
@@ -303,3 +376,4 @@ _CASES = [
     Case("masked_patch_loss", "video", _loss((2, 3, 4, 8, 8), (2, 4, 4), 5, norm_pix=True), ("pred",)),
     Case("masked_patch_loss", "no-images", _loss((0, 3, 8, 8), 4, 2), ("pred",)),
 ]
+_CASES += _attention_cases() + _companion_cases("received_attention") + _companion_cases("head_divergence")

@@ -3,24 +3,33 @@
 from mimkernels.ops import _registry
 from mimkernels.ops._registry import use_backend
 from mimkernels.ops._token_mask import TokenMask
+from mimkernels.ops.attention import AttentionOutput, attention
+from mimkernels.ops.attention_rows import attention_rows
 from mimkernels.ops.fill_mask_tokens import fill_mask_tokens
 from mimkernels.ops.gather_tokens import gather_tokens
+from mimkernels.ops.head_divergence import head_divergence
 from mimkernels.ops.mask_from_noise import mask_from_noise
 from mimkernels.ops.masked_patch_loss import masked_patch_loss
 from mimkernels.ops.patchify_gather import patchify_gather
 from mimkernels.ops.random_mask import random_mask
+from mimkernels.ops.received_attention import received_attention
 from mimkernels.ops.restore_tokens import restore_tokens
 
 _registry.finish_loading()
 
 __all__ = [
+    "AttentionOutput",
     "TokenMask",
+    "attention",
+    "attention_rows",
     "fill_mask_tokens",
     "gather_tokens",
+    "head_divergence",
     "mask_from_noise",
     "masked_patch_loss",
     "patchify_gather",
     "random_mask",
+    "received_attention",
     "restore_tokens",
     "use_backend",
 ]

@@ -156,9 +156,7 @@ def test_an_id_out_of_range_is_an_index_error(backend, op, wrong):
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_a_compiled_graph_refuses_a_wild_id_too(backend):
     torch._dynamo.reset()
-    compiled = torch.compile(
-        lambda ids: gather(ids=ids, backend=backend), backend="aot_eager", fullgraph=True
-    )
+    compiled = torch.compile(lambda ids: gather(ids=ids, backend=backend), backend="aot_eager", fullgraph=True)
     assert compiled(IDS).shape == (2, 2, 8)
     with pytest.raises(IndexError, match=r"77\b.*\[0, 6\)"):
         compiled(torch.full_like(IDS, 77))

@@ -187,15 +187,16 @@ def checked_scores(
     bias: Tensor | None,
     key_mask: Tensor | None,
     scale: float | None,
-) -> tuple[Tensor | None, Tensor | None, float]:
-    """Checks of the ops that go back from lse to probabilities; bias, key_mask and scale as kernels take them."""
+) -> tuple[Tensor, Tensor | None, Tensor | None, float]:
+    """Checks of the ops that go back from lse to probabilities; lse, bias, key_mask and scale as kernels take them."""
     _check_qk(op, q, k)
     _checks.has_rank(op, "lse", lse, 3)
     _checks.same_device(op, "lse", lse, "q", q)
     if lse.shape != q.shape[:3]:
         raise ValueError(f"{op}: lse {_checks.shape(lse)} must be [B, H, Nq] of q {_checks.shape(q)}")
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    return _check_bias(op, bias, q, k), _check_key_mask(op, key_mask, k), scale
+    lse = _checks.rows(lse.to(torch.promote_types(q.dtype, torch.float32)))
+    return lse, _check_bias(op, bias, q, k), _check_key_mask(op, key_mask, k), scale
 
 
 def _check_qk(op: str, q: Tensor, k: Tensor) -> None:

@@ -40,7 +40,7 @@ def attention_rows(
 
     Source: [cls] attention maps as in DINO, arXiv:2104.14294; Beyond-[cls], arXiv:2412.03215.
     """
-    bias, key_mask, scale = checked_scores("attention_rows", q, k, lse, bias, key_mask, scale)
+    lse, bias, key_mask, scale = checked_scores("attention_rows", q, k, lse, bias, key_mask, scale)
     if not isinstance(rows, Tensor):
         rows = torch.tensor(list(rows), dtype=torch.int64, device=q.device)
     rows = _checks.token_ids("attention_rows", "rows", rows, (1,), "q", q)

@@ -38,7 +38,7 @@ def head_divergence(
 
     Source: the head diversity of "Revealing the Dark Secrets of Masked Image Modeling", arXiv:2205.13543.
     """
-    bias, key_mask, scale = checked_scores("head_divergence", q, k, lse, bias, key_mask, scale)
+    lse, bias, key_mask, scale = checked_scores("head_divergence", q, k, lse, bias, key_mask, scale)
     name = SPEC.resolve(backend, q.device.type, q.dtype, head_dim=q.shape[3])
     if name == "reference":
         return reference.head_divergence(q, k, lse, bias, key_mask, scale)

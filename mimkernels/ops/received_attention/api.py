@@ -39,7 +39,7 @@ def received_attention(
 
     Source: column means of the attention matrix, as in NMI (arXiv:2305.00729) and AttMask (arXiv:2203.12719).
     """
-    bias, key_mask, scale = checked_scores("received_attention", q, k, lse, bias, key_mask, scale)
+    lse, bias, key_mask, scale = checked_scores("received_attention", q, k, lse, bias, key_mask, scale)
     name = SPEC.resolve(backend, q.device.type, q.dtype, head_dim=q.shape[3])
     if name == "reference":
         return reference.received_attention(q, k, lse, bias, key_mask, scale)
