@@ -103,8 +103,9 @@ def test_environment_variable_names_the_backend():
 
 
 def test_limits_are_reasons():
-    impl = Impl("reference", (torch.float32,), limits={"tokens": 8})
-    assert impl.reasons("cpu", torch.float32, {"tokens": 8}) == []
+    impl = Impl("reference", (torch.float32,), limits={"tokens": 8}, multiples={"head_dim": 8})
+    assert impl.reasons("cpu", torch.float32, {"tokens": 8, "head_dim": 16}) == []
+    assert impl.reasons("cpu", torch.float32, {"head_dim": 12}) == ["takes head_dim in multiples of 8, got 12"]
     assert impl.reasons("cpu", torch.float16, {"tokens": 9}) == [
         "takes float32, got float16",
         "takes at most 8 tokens, got 9",

@@ -55,11 +55,12 @@ BACKENDS: dict[str, Backend] = {
 
 @dataclass(frozen=True)
 class Impl:
-    """One row of an op's table: a backend, the dtypes it takes and its upper limits on named sizes."""
+    """One row of an op's table: a backend, the dtypes it takes, upper limits and divisors of named sizes."""
 
     backend: str
     dtypes: tuple[torch.dtype, ...] = FLOATS
     limits: dict[str, int] = field(default_factory=dict)
+    multiples: dict[str, int] = field(default_factory=dict)
 
     def reasons(
         self, device: str, dtype: torch.dtype, sizes: dict[str, int], named: bool = False
@@ -78,6 +79,9 @@ class Impl:
         for name, most in self.limits.items():
             if name in sizes and sizes[name] > most:
                 found.append(f"takes at most {most} {name}, got {sizes[name]}")
+        for name, divisor in self.multiples.items():
+            if name in sizes and sizes[name] % divisor:
+                found.append(f"takes {name} in multiples of {divisor}, got {sizes[name]}")
         return found
 
 

@@ -18,8 +18,8 @@ SPEC = register(
         },
         fakes={"head_divergence_fwd": _fwd},
         impls=(
-            Impl("triton", limits={"head_dim": 128}),
-            Impl("cpu", limits={"head_dim": 128}),
+            Impl("triton", limits={"head_dim": 128}, multiples={"head_dim": 8}),
+            Impl("cpu", limits={"head_dim": 128}, multiples={"head_dim": 8}),
             Impl("reference", ANY_FLOAT),
         ),
     )
