@@ -61,6 +61,12 @@ class MAE(nn.Module):
         mean, std: per channel, for pixels in [0, 1]: images are normalised inside the kernels. uint8 images
             need both. None: images come as the encoder wants them.
 
+    Example::
+
+        model = MAE.from_timm("vit_base_patch16_224")
+        for step, images in enumerate(loader):
+            loss = model(images, seed=0, offset=step).loss  # without offset, every step has the same masks
+
     Source: arXiv:2111.06377.
     """
 

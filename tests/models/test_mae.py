@@ -375,7 +375,10 @@ def test_a_bf16_model_normalises_with_exact_statistics():
 
 @pytest.mark.parametrize(
     ("backend", "offsets"),
-    [("aot_eager", (0, 5, 9)), ("inductor", (torch.tensor(0), torch.tensor(5)))],
+    [
+        ("aot_eager", (0, 5, 9)),
+        pytest.param("inductor", (torch.tensor(0), torch.tensor(5)), marks=pytest.mark.slow),
+    ],
     ids=["aot_eager, offset as int", "inductor, offset on the device"],
 )
 def test_compiles_into_one_graph(backend, offsets):
