@@ -113,9 +113,9 @@ def load(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"checkpoint {str(path)!r} does not exist")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # zip, pickle and torch each have their own
+    except Exception as e:  # zip, pickle and torch each have their own, some many lines long
         raise ValueError(
-            f"checkpoint {str(path)!r} cannot be read (damaged, or not a checkpoint): {e}"
+            f"checkpoint {str(path)!r} cannot be read, it is damaged or no checkpoint: {str(e).partition(chr(10))[0]}"
         ) from e
     if not isinstance(content, dict) or "step" not in content or "optimizer" not in content:
         held = sorted(content)[:6] if isinstance(content, dict) else type(content).__name__

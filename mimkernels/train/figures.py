@@ -32,7 +32,7 @@ def loss_curve(entries: list[dict[str, float]], steps_per_epoch: int) -> str:
 
     # An object of its own instead of pyplot: the caller's backend and figures stay as they are.
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import FuncFormatter
 
     step = np.array([entry["step"] for entry in entries], dtype=float)
     loss = np.array([entry["loss"] for entry in entries])
@@ -63,9 +63,9 @@ def loss_curve(entries: list[dict[str, float]], steps_per_epoch: int) -> str:
         )  # fmt: skip
         bottom.fill_between(epoch, [entry["lr"] for entry in entries], color=LINE)
         bottom.set_ylabel("learning\nrate")
-        bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-        bottom.yaxis.set_major_locator(MaxNLocator(2))
-        bottom.set_ylim(bottom=0)
+        highest = max(entry["lr"] for entry in entries)
+        bottom.set_ylim(0, 1.15 * highest if highest > 0 else 1)
+        bottom.set_yticks([0, highest], ["0", f"{highest:.2g}"])
         bottom.set_xlabel("epoch")
         bottom.set_xlim(0, max(epoch[-1], 1e-9))
         steps = top.secondary_xaxis(

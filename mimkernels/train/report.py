@@ -13,7 +13,7 @@ from mimkernels.train.config import PretrainConfig
 from mimkernels.train.figures import loss_curve, png_address
 from mimkernels.train.progress import count, duration
 
-_PICTURE_WIDTH = 144  # pixels on the page that a small picture is enlarged to, at least
+_PICTURE_WIDTH = 128  # pixels on the page that a small picture is enlarged to, at least
 
 
 @dataclass
@@ -106,7 +106,9 @@ def _pictures(report: Report) -> str:
         return ""
     originals, masked, reconstructions = report.pictures
     # Whole multiples keep the pixels of small images square and equal.
-    side = originals.shape[-1] * max(1, -(-_PICTURE_WIDTH // originals.shape[-1]))
+    size = originals.shape[-1]
+    side = size * max(1, -(-_PICTURE_WIDTH // size))
+    enlarged = " enlarged" if side > size else ""
     whose = (
         "Images that were not trained on." if report.pictures_are_new else "Images from the training data."
     )
@@ -125,7 +127,7 @@ def _pictures(report: Report) -> str:
     return (
         f"<section><h2>Reconstructions</h2><p>{whose} The model is given the middle picture only; "
         f"its own visible patches are kept in the right one.{note}</p>"
-        f'<div class=cards style="--side:{side}px">{"".join(cards)}</div></section>'
+        f'<div class="cards{enlarged}" style="--side:{side}px">{"".join(cards)}</div></section>'
     )
 
 
@@ -165,9 +167,10 @@ section>p{margin:.1em 0 1em;color:var(--muted);max-width:75ch}
 .tiles span{color:var(--muted);font-size:.92rem}
 figure{margin:0}
 .curve svg{display:block;width:100%;height:auto}
-.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,calc(3*min(var(--side),150px) + 56px)),1fr));gap:18px}
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,calc(3*min(var(--side),128px) + 42px)),1fr));gap:18px}
 .card{display:grid;grid-template-columns:repeat(3,1fr);gap:8px;padding:12px;border:1px solid var(--line);border-radius:10px;background:#fbfcfd}
-.card img{display:block;width:100%;max-width:var(--side);margin:0 auto;image-rendering:pixelated;border-radius:4px}
+.card img{display:block;width:100%;max-width:var(--side);margin:0 auto;border-radius:4px}
+.enlarged img{image-rendering:pixelated}
 figcaption{margin-top:4px;text-align:center;font-size:.85rem;color:var(--muted)}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:8px 24px;margin:0 0 16px}
 dt{color:var(--muted)}dd{margin:0;overflow-wrap:anywhere}

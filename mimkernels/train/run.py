@@ -31,7 +31,7 @@ from mimkernels.train.methods import build_model, check_same_architecture
 from mimkernels.train.progress import Progress, count, duration
 from mimkernels.train.report import Report, write_report
 from mimkernels.train.schedule import parameter_groups, scaled_learning_rate
-from mimkernels.train.sources import Source, open_held_out, open_source
+from mimkernels.train.sources import DigitsSource, Source, open_held_out, open_source
 from mimkernels.train.state import restore
 
 _HELD_OUT_IMAGES = 512  # enough for a loss to two digits, little beside an epoch
@@ -259,6 +259,8 @@ class Run:
     def _workers(self) -> int:
         if self.config.workers is not None:
             return self.config.workers
+        if self.accelerator.device.type == "cpu" and isinstance(self.source, DigitsSource):
+            return 0  # they are in memory, and a worker would take a core from the training threads
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return min(8, max(1, available_cores() // local - 1))
 
@@ -415,7 +417,7 @@ def _plain(value: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """Versions of everything that a result may depend on."""
-    found = {"mimkernels": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    found = {"mimkernels": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
     for name in ("timm", "torchvision", "accelerate"):
         try:
             found[name] = metadata.version(name)

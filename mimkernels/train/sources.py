@@ -15,7 +15,7 @@ IMAGE_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".t
 # Sets whose classes change when an image is mirrored.
 _NOT_MIRRORED = ("MNIST", "QMNIST", "EMNIST", "KMNIST", "FashionMNIST", "USPS", "SVHN", "Omniglot", "GTSRB")
 
-# scikit-learn's digits: training on the first 1500 leaves 297 images, by writers not seen before, for the pictures.
+# scikit-learn's digits: training on the first 1500 leaves 297 images for the pictures.
 _DIGITS_TRAIN = 1500
 
 

@@ -1,0 +1,104 @@
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mimkernels.train.checkpoint import CheckpointFolder
+from mimkernels.train.cli import add_demo_parser, add_pretrain_parser
+from mimkernels.train.demo import demo_config
+
+SMALL = [
+    "--img-size", "16", "--in-chans", "1", "--patch-size", "4", "--model-kwargs", "embed_dim=16", "depth=1", "num_heads=2",
+    "--decoder-dim", "16", "--decoder-depth", "1", "--decoder-heads", "2", "--batch-size", "300", "--epochs", "1",
+    "--warmup-epochs", "0", "--workers", "0", "--device", "cpu", "--precision", "fp32", "--pictures", "2",
+]  # fmt: skip
+
+
+def run(*words: str) -> int:
+    parser = argparse.ArgumentParser()
+    subparsers = parser.add_subparsers(required=True)
+    add_pretrain_parser(subparsers)
+    add_demo_parser(subparsers)
+    args = parser.parse_args(list(words))
+    return args.func(args)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "vit_tiny_patch16_2244"], "vit_tiny_patch16_224"),
+        (["--model", "resnet18"], "resnet18"),
+        (["--data", "missing_folder"], "image folder 'missing_folder' does not exist"),
+        (["--data", "torchvision:CIFAR01"], "did you mean"),
+        (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
+        (["--batch-size", "2000"], "the data holds 1500 images"),
+        (["--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["--mask-ratio", "1"], "mask_ratio must be between 0 and 1"),
+        (["--mask-ratio", "0.99"], "mask_ratio"),
+        (["--img-size", "30", "--patch-size", "4"], "img_size 30 is not divisible by patch_size 4"),
+        (["--img-size", "100", "--patch-size", "16"], "not divisible"),
+        (["--model-kwargs", "embedding=3"], "embedding"),
+        (["--resume", "missing.pt"], "checkpoint 'missing.pt' does not exist"),
+        (["--precision", "fp16"], "needs a GPU"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    assert run("pretrain", *SMALL, "--output", "run", *words) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert len(told) == 1 and told[0].startswith("mimkernels: error: ") and message in told[0]
+    assert os.listdir(tmp_path) == []
+
+
+def test_debug_shows_where_an_error_comes_from(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        run("pretrain", "--data", str(tmp_path / "nowhere"), "--output", str(tmp_path / "run"), "--debug")
+
+
+def test_resume_takes_the_settings_of_the_run(tmp_path, capsys):
+    output = str(tmp_path / "run")
+    assert run("pretrain", *SMALL, "--output", output) == 0
+    assert run("pretrain", "--output", output, "--resume") == 0
+    assert "nothing is left to train" in capsys.readouterr().out
+    assert run("pretrain", "--output", output, "--resume", "--epochs", "2") == 0
+    assert "step 10/10" in capsys.readouterr().out
+    assert run("pretrain", "--output", output, "--resume", "--decoder-dim", "32") == 2
+    assert "decoder_dim: 16 -> 32" in capsys.readouterr().err
+
+
+def test_the_demo_writes_its_report_and_may_be_repeated(tmp_path, capsys, monkeypatch):
+    def small(output, epochs):
+        config = demo_config(output, epochs)
+        config.batch_size, config.pictures, config.img_size = 500, 2, 16
+        return config
+
+    monkeypatch.setattr("mimkernels.train.demo.demo_config", small)
+    output = tmp_path / "demo"
+    for _ in range(2):
+        assert run("demo", "--output", str(output), "--epochs", "1") == 0
+        told = capsys.readouterr().out
+        assert str(output / "report.html") in told and "mimkernels pretrain --data DIR" in told
+    assert run("pretrain", *SMALL, "--output", str(tmp_path / "mine")) == 0
+    assert run("demo", "--output", str(tmp_path / "mine"), "--epochs", "1") == 2  # not a demo: never replaced
+
+
+def test_ctrl_c_saves_and_exits_with_its_code(tmp_path):
+    command = [sys.executable, "-m", "mimkernels.train", *SMALL, "--output", str(tmp_path / "run"), "--epochs", "9999"]
+    command[command.index("--workers") + 1] = "1"
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: workers get it too
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    saved = CheckpointFolder(tmp_path / "run" / "checkpoints", 2).steps()
+    assert len(saved) == 1 and f"stopped at step {saved[0]}" in out

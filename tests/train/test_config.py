@@ -1,0 +1,69 @@
+import argparse
+import dataclasses
+import json
+
+import pytest
+
+from mimkernels.train.config import PretrainConfig, add_arguments, given_arguments
+
+
+def parse(*words: str) -> PretrainConfig:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return PretrainConfig(**given_arguments(parser.parse_args(list(words))))
+
+
+def test_no_option_gives_the_defaults():
+    assert parse() == PretrainConfig()
+
+
+def test_every_field_has_an_option_of_its_type():
+    config = parse(
+        "--model", "vit_small_patch16_224", "--no-norm-pix-loss", "--lr", "1e-3", "--patch-size", "8",
+        "--model-kwargs", "embed_dim=64", "act_layer=gelu", "drop_path_rate=0.1", "--compile", "--hflip",
+    )  # fmt: skip
+    assert config.model == "vit_small_patch16_224" and config.norm_pix_loss is False
+    assert (config.lr, config.patch_size, config.compile, config.hflip) == (1e-3, 8, True, True)
+    assert config.model_kwargs == {"embed_dim": 64, "act_layer": "gelu", "drop_path_rate": 0.1}
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    options = {action.dest for action in parser._actions}
+    assert {f.name for f in dataclasses.fields(PretrainConfig)} <= options
+
+
+def test_saved_settings_come_back(tmp_path):
+    config = parse("--model-kwargs", "depth=2", "--clip-grad", "1")
+    (tmp_path / "config.json").write_text(config.to_json())
+    assert PretrainConfig.load(tmp_path / "config.json") == config
+    assert json.loads(config.to_json())["clip_grad"] == 1.0
+
+
+def test_an_unknown_setting_is_refused_with_the_close_one():
+    with pytest.raises(ValueError, match=r"'batchsize'.*'batch_size'"):
+        PretrainConfig.from_dict({"batchsize": 3})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"accum_steps": -1}, "accum_steps must be at least 1"),
+        ({"mask_ratio": 0.0}, "mask_ratio must be between 0 and 1"),
+        ({"mask_ratio": 1.0}, "mask_ratio must be between 0 and 1"),
+        ({"mask_ratio": float("nan")}, "mask_ratio must be between 0 and 1"),
+        ({"img_size": 30, "patch_size": 4}, "img_size 30 is not divisible by patch_size 4: try --img-size 28"),
+        ({"decoder_dim": 30, "decoder_heads": 4}, "decoder_dim 30 is not divisible by decoder_heads 4"),
+        ({"warmup_epochs": 101.0}, "warmup_epochs must be in 0..100"),
+        ({"lr": -1.0}, "lr must be positive"),
+        ({"blr": float("inf")}, "blr must be positive and finite"),
+        ({"workers": -1}, "workers must be 0 or more"),
+        ({"in_chans": 2}, "in_chans must be 1 or 3"),
+        ({"precision": "fp8"}, "precision must be one of auto, fp32, bf16, fp16"),
+        ({"method": "beit"}, "method must be one of mae"),
+        ({"crop_scale": 1.5}, "crop_scale must be in"),
+    ],
+)
+def test_values_that_cannot_work_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        PretrainConfig(**changes).check()

@@ -1,0 +1,89 @@
+"""Two processes on one machine, started as a user would; gloo on the CPU."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mimkernels.train.checkpoint import load
+from mimkernels.train.history import read_entries
+from mimkernels.train.run import pretrain
+
+SETTINGS = {"batch_size": 150, "epochs": 2, "save_every": 1.0, "pictures": 2}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def options(config) -> list[str]:
+    words = []
+    for name, value in config.to_dict().items():
+        option = "--" + name.replace("_", "-")
+        if value is None or value == "":
+            continue
+        if isinstance(value, bool):
+            words.append(option if value else option.replace("--", "--no-", 1))
+        elif isinstance(value, dict):
+            words += [option, *(f"{key}={item}" for key, item in value.items())]
+        else:
+            words += [option, str(value)]
+    return words
+
+
+def launch(words: list[str], *, expect: int = 0, **environment: str) -> str:
+    launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, "-m", "mimkernels.train", *words],
+        env={**os.environ, **environment}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def losses(folder) -> list[float]:
+    return [entry["loss"] for entry in read_entries(folder / "metrics.jsonl")]
+
+
+def assert_same_training(one, two):
+    assert losses(two) == pytest.approx(losses(one), rel=2e-5)
+    a, b = (load(folder / "checkpoints" / "final.pt") for folder in (one, two))
+    for name, value in a["model"].items():
+        torch.testing.assert_close(b["model"][name], value, rtol=1e-3, atol=2e-5)
+
+
+def test_two_processes_train_as_one_and_resume(tiny, tmp_path):
+    pretrain(tiny(**SETTINGS, accum_steps=2, output=str(tmp_path / "one")))
+    config = tiny(**SETTINGS, output=str(tmp_path / "two"))
+    out = launch(options(config))
+    assert len(re.findall(r"saved .*step-00000005\.pt", out)) == 1 and len(re.findall(r"saved .*final\.pt", out)) == 1
+    assert len(re.findall(r"^Device .*2 processes", out, re.M)) == 1
+    assert_same_training(tmp_path / "one", tmp_path / "two")
+    assert (tmp_path / "two" / "report.html").exists()
+
+    # Again from the end of the first epoch.
+    (tmp_path / "two" / "checkpoints" / "final.pt").unlink()
+    out = launch(["--output", str(tmp_path / "two"), "--resume"])
+    assert "continuing at step 5" in out
+    assert_same_training(tmp_path / "one", tmp_path / "two")
+
+
+def test_bad_input_ends_every_process(tiny, tmp_path):
+    config = tiny(data=str(tmp_path / "nowhere"))
+    out = launch(options(config), expect=1)
+    assert "mimkernels: error: image folder" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_sharded_parameters_train_as_whole_ones(tiny, tmp_path):
+    pretrain(tiny(**SETTINGS, accum_steps=2, output=str(tmp_path / "one")))
+    config = tiny(**SETTINGS, output=str(tmp_path / "two"))
+    # What `accelerate launch --use_fsdp --fsdp_version 2` sets.
+    launch(options(config), ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP")
+    assert_same_training(tmp_path / "one", tmp_path / "two")
