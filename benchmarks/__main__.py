@@ -1,4 +1,4 @@
-"""Run the benchmarks on this machine: ``python -m benchmarks.run``."""
+"""Run the benchmarks on this machine: ``python -m benchmarks``."""
 
 from __future__ import annotations
 
