@@ -1,0 +1,406 @@
+"""Triton kernels of attention: the forward pass with its row statistics, and how they are launched."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mimkernels.ops import _triton
+from mimkernels.ops.attention import triton_configs
+from mimkernels.ops.attention.triton_blocks import (
+    LN2,
+    LOG2E,
+    architecture,
+    bias_block,
+    bias_strides,
+    distance_block,
+    dot_precision,
+    head_split,
+    load_point,
+    load_rows,
+    masked_keys,
+    position_strides,
+    store_rows,
+    strides,
+)
+
+ENTROPY = tl.constexpr(1)
+PREFIX_MASS = tl.constexpr(2)
+SELF_MASS = tl.constexpr(4)
+DISTANCE = tl.constexpr(8)
+PATCH_ENTROPY = tl.constexpr(16)
+PEAK = tl.constexpr(32)
+PATCH_MASS = tl.constexpr(64)
+# Statistics that need sums over patch keys and over prefix keys apart, and those that need the mean score.
+SPLITTING = tl.constexpr(2 | 16 | 64)
+EXPECTING = tl.constexpr(1 | 16)
+
+# Sizes and strides take no part in specialisation: alignment is known from UNIT, and so one binary serves every N.
+INTEGERS = (
+    *("heads", "queries", "keys", "num_prefix", "row_blocks", "plane", "mask_stride_b", "pos_stride_b", "pos_stride_n"),
+    *(f"{name}_stride_{dim}" for name in ("q", "k", "v", "bias") for dim in "bhn"),
+)
+
+
+@triton.constexpr_function
+def asked(stats, statistics):
+    return (stats & statistics) != 0
+
+
+@triton.jit
+def attend_block(
+    acc0,
+    acc1,
+    level,
+    mass,
+    mass_prefix,
+    energy,
+    energy_prefix,
+    far,
+    own,
+    q0,
+    q1,
+    rows,
+    x0,
+    x1,
+    x2,
+    k_head,
+    v_head,
+    bias_rows,
+    mask_row,
+    pos_image,
+    start,
+    keys,
+    num_prefix,
+    scale_log2,
+    k_stride_n,
+    v_stride_n,
+    pos_stride_n,
+    STATS: tl.constexpr,
+    HAS_PREFIX: tl.constexpr,
+    FOLD: tl.constexpr,
+    FIRST: tl.constexpr,
+    CHECK: tl.constexpr,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DIMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # One step of the online softmax over BLOCK_N keys from `start`. All sums are relative to 2 ** level, the running
+    # maximum of the scores in units of log2(e): mass of exp2(t), energy of exp2(t) * t, far of exp2(t) * distance,
+    # with t = score - level. Sums are of patch keys where a statistic tells them from prefix keys, else of all.
+    # CHECK: the block may hold keys beyond the last or prefix keys. FIRST: nothing was summed before.
+    SPLIT: tl.constexpr = HAS_PREFIX and CHECK and asked(STATS, SPLITTING)
+    cols = start + tl.arange(0, BLOCK_N)
+    k_block = k_head + start * k_stride_n
+    v_block = v_head + start * v_stride_n
+    left = keys - start
+    k0 = load_rows(k_block, left, k_stride_n, 0, D0, D, BLOCK_N, CHECK)
+    score = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)  # [M, N]
+    if D1 > 0:
+        k1 = load_rows(k_block, left, k_stride_n, D0, D1, D, BLOCK_N, CHECK)
+        score = tl.dot(q1, tl.trans(k1), score, input_precision=PRECISION)
+    v0 = load_rows(v_block, left, v_stride_n, 0, D0, D, BLOCK_N, CHECK)
+    if not FOLD:
+        score = score * scale_log2
+        if bias_rows is not None:
+            score += bias_block(bias_rows, cols, keys, CHECK)
+    if CHECK or mask_row is not None:
+        score = masked_keys(score, mask_row, cols, keys, CHECK)
+    if asked(STATS, SELF_MASS) and CHECK:
+        own += tl.sum(tl.where(rows[:, None] == cols[None, :], score, 0.0), axis=1)
+    top = tl.max(score, axis=1)
+    if FOLD:
+        top = top * scale_log2
+    if FIRST:
+        new_level = top
+    else:
+        new_level = tl.maximum(level, top)
+    base = tl.where(new_level == float("-inf"), 0.0, new_level)
+    if FOLD:
+        t = score * scale_log2 - base[:, None]
+    else:
+        t = score - base[:, None]
+    if asked(STATS, EXPECTING):
+        # A masked key's t is -inf; its product with p = 0 must be 0.
+        t = tl.maximum(t, -1000.0, propagate_nan=tl.PropagateNan.ALL)
+    p = tl.exp2(t)
+    if not FIRST:
+        shift = tl.maximum(level - base, -1000.0)
+        shrink = tl.exp2(shift)
+        if asked(STATS, EXPECTING):
+            energy = (energy + mass * shift) * shrink
+            if HAS_PREFIX and asked(STATS, SPLITTING):
+                energy_prefix = (energy_prefix + mass_prefix * shift) * shrink
+        if HAS_PREFIX and asked(STATS, SPLITTING):
+            mass_prefix = mass_prefix * shrink
+        mass = mass * shrink
+        far = far * shrink
+        acc0 = acc0 * shrink[:, None]
+        if D1 > 0:
+            acc1 = acc1 * shrink[:, None]
+    if SPLIT:
+        in_patch = (cols >= num_prefix)[None, :]
+        mass += tl.sum(tl.where(in_patch, p, 0.0), axis=1)
+        mass_prefix += tl.sum(tl.where(in_patch, 0.0, p), axis=1)
+        if asked(STATS, EXPECTING):
+            energy += tl.sum(tl.where(in_patch, p * t, 0.0), axis=1)
+            if asked(STATS, ENTROPY):
+                energy_prefix += tl.sum(tl.where(in_patch, 0.0, p * t), axis=1)
+    else:
+        mass += tl.sum(p, axis=1)
+        if asked(STATS, EXPECTING):
+            energy += tl.sum(p * t, axis=1)
+    if asked(STATS, DISTANCE):
+        d = distance_block(x0, x1, x2, pos_image, cols, keys, pos_stride_n, DIMS)
+        if HAS_PREFIX and CHECK:
+            d = tl.where((cols >= num_prefix)[None, :], d, 0.0)
+        far += tl.sum(p * d, axis=1)
+    p = p.to(v0.dtype)
+    acc0 = tl.dot(p, v0, acc0, input_precision=PRECISION)
+    if D1 > 0:
+        v1 = load_rows(v_block, left, v_stride_n, D0, D1, D, BLOCK_N, CHECK)
+        acc1 = tl.dot(p, v1, acc1, input_precision=PRECISION)
+    return acc0, acc1, new_level, mass, mass_prefix, energy, energy_prefix, far, own
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def attention_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    bias_ptr,
+    mask_ptr,
+    pos_ptr,
+    out_ptr,
+    lse_ptr,
+    rows_ptr,
+    scale_log2,
+    heads,
+    queries,
+    keys,
+    num_prefix,
+    row_blocks,
+    plane,
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    v_stride_b,
+    v_stride_h,
+    v_stride_n,
+    bias_stride_b,
+    bias_stride_h,
+    bias_stride_n,
+    mask_stride_b,
+    pos_stride_b,
+    pos_stride_n,
+    STATS: tl.constexpr,
+    HAS_PREFIX: tl.constexpr,
+    FOLD: tl.constexpr,
+    ONE_PASS: tl.constexpr,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    DIMS: tl.constexpr,
+    UNIT: tl.constexpr,
+    BIAS_UNIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # grid:     cdiv(Nq, BLOCK_M) * B * H, row blocks fastest; a program owns BLOCK_M queries of one head and sees all keys
+    # in:       q [B, H, Nq, D], k, v [B, H, Nk, D] by stride in units of UNIT elements, last stride 1; bias [B, H, Nq, Nk]
+    #           by stride (0 where broadcast), key mask [B, Nk], positions fp32 [B, N, DIMS], each or None
+    # out:      out [B, Nq, H, D], lse fp32 [B, H, Nq], rows fp32 [S, B, H, Nq] in the order of the bits of STATS;
+    #           contiguous, every element written once
+    # numerics: scores, maxima and sums in fp32, in units of log2(e); p rounded to the dtype of v. Statistics come from
+    #           sums relative to the row's maximum, so that large scores do not cancel. FOLD: no bias and a positive
+    #           scale, so that scaling and subtracting the maximum are one multiply-add
+    # bounds:   keys beyond the last and masked keys have score -inf; query tails are masked; offsets are int64
+    # cost:     q read once, k and v cdiv(Nq, BLOCK_M) times; ONE_PASS: all keys in one block, nothing is rescaled;
+    #           statistics not in STATS leave no instruction; no atomics, deterministic
+    pid = tl.program_id(0)
+    head = pid // row_blocks
+    b = (head // heads).to(tl.int64)
+    h = (head % heads).to(tl.int64)
+    first = pid % row_blocks * BLOCK_M
+    rows = first + tl.arange(0, BLOCK_M)
+    some = rows < queries
+    q_head = q_ptr + (b * q_stride_b + h * q_stride_h) * UNIT
+    k_head = k_ptr + (b * k_stride_b + h * k_stride_h) * UNIT
+    v_head = v_ptr + (b * v_stride_b + h * v_stride_h) * UNIT
+    q_stride_n = q_stride_n.to(tl.int64) * UNIT
+    k_stride_n = k_stride_n.to(tl.int64) * UNIT
+    v_stride_n = v_stride_n.to(tl.int64) * UNIT
+    q_block = q_head + first * q_stride_n
+    # Rows beyond the last read the last one's bias and position.
+    inside = tl.minimum(rows, queries - 1).to(tl.int64)
+    bias_rows = None
+    if bias_ptr is not None:
+        bias_rows = bias_ptr + (b * bias_stride_b + h * bias_stride_h + inside * bias_stride_n) * BIAS_UNIT
+    mask_row = None
+    if mask_ptr is not None:
+        mask_row = mask_ptr + b * mask_stride_b
+    pos_image = None
+    x0 = 0.0
+    x1 = 0.0
+    x2 = 0.0
+    if asked(STATS, DISTANCE):
+        pos_image = pos_ptr + b * pos_stride_b
+        x0, x1, x2 = load_point(pos_image + inside * pos_stride_n, DIMS)
+    q0 = load_rows(q_block, queries - first, q_stride_n, 0, D0, D, BLOCK_M, True)
+    q1 = q0
+    if D1 > 0:
+        q1 = load_rows(q_block, queries - first, q_stride_n, D0, D1, D, BLOCK_M, True)
+    acc0 = tl.zeros([BLOCK_M, D0], dtype=tl.float32)
+    acc1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 16], dtype=tl.float32)
+    level = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    mass = tl.zeros([BLOCK_M], dtype=tl.float32)
+    mass_prefix = mass
+    energy = mass
+    energy_prefix = mass
+    far = mass
+    own = mass
+    if ONE_PASS:
+        acc0, acc1, level, mass, mass_prefix, energy, energy_prefix, far, own = attend_block(
+            acc0, acc1, level, mass, mass_prefix, energy, energy_prefix, far, own,
+            q0, q1, rows, x0, x1, x2, k_head, v_head, bias_rows, mask_row, pos_image,
+            0, keys, num_prefix, scale_log2, k_stride_n, v_stride_n, pos_stride_n,
+            STATS, HAS_PREFIX, FOLD, True, True, D, D0, D1, BLOCK_N, DIMS, PRECISION,
+        )  # fmt: skip
+    else:
+        # Blocks that need no check come first; then those with prefix keys or the queries' own keys, where a statistic
+        # sets these apart, and the tail.
+        blocks = tl.cdiv(keys, BLOCK_N)
+        special = 0
+        if HAS_PREFIX and (asked(STATS, SPLITTING) or asked(STATS, DISTANCE)):
+            special = tl.cdiv(num_prefix, BLOCK_N)
+        tail = tl.maximum(keys // BLOCK_N, special)
+        own_first = tail
+        own_blocks = 0
+        if asked(STATS, SELF_MASS):
+            own_first = tl.minimum(tl.maximum(first // BLOCK_N, special), tail)
+            own_blocks = tl.minimum(tl.maximum(tl.cdiv(first + BLOCK_M, BLOCK_N), special), tail) - own_first
+        for i in tl.range(special, tail - own_blocks):
+            block = i + tl.where(i >= own_first, own_blocks, 0)
+            acc0, acc1, level, mass, mass_prefix, energy, energy_prefix, far, own = attend_block(
+                acc0, acc1, level, mass, mass_prefix, energy, energy_prefix, far, own,
+                q0, q1, rows, x0, x1, x2, k_head, v_head, bias_rows, mask_row, pos_image,
+                block * BLOCK_N, keys, num_prefix, scale_log2, k_stride_n, v_stride_n, pos_stride_n,
+                STATS, HAS_PREFIX, FOLD, False, False, D, D0, D1, BLOCK_N, DIMS, PRECISION,
+            )  # fmt: skip
+        for i in tl.range(0, special + own_blocks + blocks - tail, num_stages=1):
+            block = tl.where(i < special, i, tl.where(i < special + own_blocks, own_first + i - special, blocks - 1))
+            acc0, acc1, level, mass, mass_prefix, energy, energy_prefix, far, own = attend_block(
+                acc0, acc1, level, mass, mass_prefix, energy, energy_prefix, far, own,
+                q0, q1, rows, x0, x1, x2, k_head, v_head, bias_rows, mask_row, pos_image,
+                block * BLOCK_N, keys, num_prefix, scale_log2, k_stride_n, v_stride_n, pos_stride_n,
+                STATS, HAS_PREFIX, FOLD, False, True, D, D0, D1, BLOCK_N, DIMS, PRECISION,
+            )  # fmt: skip
+
+    total = mass
+    if HAS_PREFIX and asked(STATS, SPLITTING):
+        total = mass + mass_prefix
+    # A row that may attend nothing has total 0; any other at least 1, from its maximum.
+    empty = total == 0.0
+    inverse = tl.where(empty, 0.0, 1.0 / total)
+    place = head.to(tl.int64) * queries + rows
+    tl.store(lse_ptr + place, (level + tl.log2(total)) * LN2, mask=some)
+    out_stride_n = heads.to(tl.int64) * D
+    out_block = out_ptr + (b * queries + first) * out_stride_n + h * D
+    store_rows(out_block, acc0 * inverse[:, None], queries - first, out_stride_n, 0, D0, D, BLOCK_M)
+    if D1 > 0:
+        store_rows(out_block, acc1 * inverse[:, None], queries - first, out_stride_n, D0, D1, D, BLOCK_M)
+
+    target = rows_ptr + place
+    if asked(STATS, ENTROPY):
+        both = energy
+        if HAS_PREFIX and asked(STATS, SPLITTING):
+            both = energy + energy_prefix
+        entropy = tl.where(empty, 0.0, (tl.log2(total) - both * inverse) * LN2)
+        tl.store(target, entropy, mask=some)
+        target += plane
+    if asked(STATS, PREFIX_MASS):
+        if HAS_PREFIX:
+            tl.store(target, mass_prefix * inverse, mask=some)
+        else:
+            tl.store(target, tl.zeros([BLOCK_M], dtype=tl.float32), mask=some)
+        target += plane
+    if asked(STATS, SELF_MASS):
+        if FOLD:
+            own = own * scale_log2
+        p = tl.where(empty, 0.0, tl.exp2(own - level) * inverse)
+        tl.store(target, p, mask=some)
+        target += plane
+    if asked(STATS, DISTANCE):
+        if HAS_PREFIX:
+            far = tl.where(rows >= num_prefix, far, 0.0)
+        tl.store(target, far * inverse, mask=some)
+        target += plane
+    if asked(STATS, PATCH_ENTROPY):
+        # M_i = mass / total must not be 0, or mass is the sum over no key.
+        none = mass * inverse == 0.0
+        safe = tl.where(none, 1.0, mass)
+        tl.store(target, tl.where(none, 0.0, (tl.log2(safe) - energy / safe) * LN2), mask=some)
+        target += plane
+    if asked(STATS, PEAK):
+        tl.store(target, inverse, mask=some)
+        target += plane
+    if asked(STATS, PATCH_MASS):
+        tl.store(target, mass * inverse, mask=some)
+
+
+def attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
+    num_prefix: int,
+    positions: Tensor | None,
+    stats: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, queries, dim = q.shape
+    keys = k.shape[2]
+    out = q.new_empty((batch, queries, heads, dim))
+    lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
+    rows = q.new_empty((stats.bit_count(), batch, heads, queries), dtype=torch.float32)
+    if lse.numel() == 0:
+        return out, lse, rows
+    d0, d1 = head_split(dim)
+    config = triton_configs.forward(architecture(q.device), q.element_size() * 8, d0 + d1, keys)
+    row_blocks = triton.cdiv(queries, config.block_m)
+    unit, qkv_strides = strides(q, k, v)
+    bias_unit, of_bias = bias_strides(bias)
+    _triton.launch(
+        attention_fwd_kernel,
+        row_blocks * batch * heads,
+        q,
+        *(q, k, v, bias, key_mask, positions, out, lse, rows),
+        *(scale * LOG2E.value, heads, queries, keys, num_prefix, row_blocks, lse.numel()),
+        *(*qkv_strides, *of_bias, *position_strides(key_mask, positions)),
+        STATS=stats,
+        HAS_PREFIX=num_prefix > 0,
+        FOLD=bias is None and scale > 0,
+        ONE_PASS=keys <= config.block_n,
+        D=dim,
+        D0=d0,
+        D1=d1,
+        DIMS=0 if positions is None else positions.shape[2],
+        UNIT=unit,
+        BIAS_UNIT=bias_unit,
+        PRECISION=dot_precision(q.dtype),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return out, lse, rows

@@ -1,0 +1,161 @@
+"""What the Triton kernels of attention and of its companion ops share: tiles, scores, distances, launch arguments."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mimkernels.ops._triton import narrow
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+# Strides of head-dim rows are passed in units of 8 elements where all are multiples of 8: then the compiler knows
+# that rows start on 16 bytes and loads them whole.
+UNIT = 8
+
+
+@triton.jit
+def load_rows(
+    ptr,
+    count,
+    stride,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    # Columns FIRST to FIRST + WIDTH of the rows at ptr, [BLOCK, WIDTH]; zeros beyond column D and, with CHECK, beyond
+    # `count` rows.
+    rows = tl.arange(0, BLOCK)
+    cols = FIRST + tl.arange(0, WIDTH)
+    ptrs = ptr + rows.to(tl.int64)[:, None] * stride + cols[None, :]
+    if CHECK and FIRST + WIDTH > D:
+        return tl.load(ptrs, mask=(rows < count)[:, None] & (cols < D)[None, :], other=0.0)
+    elif CHECK:
+        return tl.load(ptrs, mask=(rows < count)[:, None], other=0.0)
+    elif FIRST + WIDTH > D:
+        return tl.load(ptrs, mask=(cols < D)[None, :], other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def store_rows(
+    ptr, value, count, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
+):
+    # The columns of load_rows, rounded to the dtype of ptr; what is beyond `count` rows or column D is left alone.
+    rows = tl.arange(0, BLOCK)
+    cols = FIRST + tl.arange(0, WIDTH)
+    ptrs = ptr + rows.to(tl.int64)[:, None] * stride + cols[None, :]
+    mask = (rows < count)[:, None]
+    if FIRST + WIDTH > D:
+        mask = mask & (cols < D)[None, :]
+    tl.store(ptrs, narrow(value, ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def bias_block(bias_rows, cols, keys, CHECK: tl.constexpr):
+    # The bias in units of log2(e), fp32 [M, N]; 0 beyond the last key.
+    ptrs = bias_rows[:, None] + cols[None, :]
+    if CHECK:
+        value = tl.load(ptrs, mask=(cols < keys)[None, :], other=0.0)
+    else:
+        value = tl.load(ptrs)
+    return value.to(tl.float32) * LOG2E
+
+
+@triton.jit
+def allowed_keys(mask_row, cols, keys):
+    # bool [N]: keys that exist and that the key mask, where there is one, lets attend.
+    if mask_row is not None:
+        return tl.load(mask_row + cols, mask=cols < keys, other=0) != 0
+    else:
+        return cols < keys
+
+
+@triton.jit
+def masked_keys(score, mask_row, cols, keys, CHECK: tl.constexpr):
+    # score with -inf in the columns of keys that may not be attended.
+    if CHECK:
+        allowed = allowed_keys(mask_row, cols, keys)
+    else:
+        allowed = tl.load(mask_row + cols) != 0
+    return tl.where(allowed[None, :], score, float("-inf"))
+
+
+@triton.jit
+def load_point(ptr, DIMS: tl.constexpr):
+    # Up to three coordinates of each point; those beyond DIMS are 0.
+    x0 = tl.load(ptr)
+    x1 = x0 * 0.0
+    x2 = x1
+    if DIMS > 1:
+        x1 = tl.load(ptr + 1)
+    if DIMS > 2:
+        x2 = tl.load(ptr + 2)
+    return x0, x1, x2
+
+
+@triton.jit
+def distance_block(x0, x1, x2, pos_image, cols, keys, stride, DIMS: tl.constexpr):
+    # Euclidean distances [M, N] from the points x to the keys' points. Keys beyond the last get the last one's.
+    inside = tl.minimum(cols, keys - 1).to(tl.int64)
+    y0, y1, y2 = load_point(pos_image + inside * stride, DIMS)
+    difference = x0[:, None] - y0[None, :]
+    square = difference * difference
+    if DIMS > 1:
+        difference = x1[:, None] - y1[None, :]
+        square += difference * difference
+    if DIMS > 2:
+        difference = x2[:, None] - y2[None, :]
+        square += difference * difference
+    return tl.sqrt(square)
+
+
+def head_split(dim: int) -> tuple[int, int]:
+    """(D0, D1): the head dim as one power of two, or as two where that pads less: 80 = 64 + 16. D1 = 0 for one."""
+    whole = max(16, triton.next_power_of_2(dim))
+    rest = dim - whole // 2
+    second = max(16, triton.next_power_of_2(rest))
+    return (whole // 2, second) if whole > 32 and whole // 2 + second < whole else (whole, 0)
+
+
+def strides(*tensors: Tensor) -> tuple[int, list[int]]:
+    """(unit, the three outer strides of each tensor in that unit)."""
+    found = [tensor.stride(dim) for tensor in tensors for dim in range(3)]
+    unit = UNIT if all(stride % UNIT == 0 for stride in found) else 1
+    return unit, [stride // unit for stride in found]
+
+
+def bias_strides(bias: Tensor | None) -> tuple[int, list[int]]:
+    """(unit, the three outer strides of the bias in that unit), 0 along dims of size 1."""
+    if bias is None:
+        return 1, [0, 0, 0]
+    found = [0 if bias.shape[dim] == 1 else bias.stride(dim) for dim in range(2)] + [bias.stride(2)]
+    unit = UNIT if all(stride % UNIT == 0 for stride in found) else 1
+    return unit, [stride // unit for stride in found]
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """TF32 products of fp32 inputs only where torch's own setting allows them."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def position_strides(key_mask: Tensor | None, positions: Tensor | None) -> tuple[int, int, int]:
+    """Strides (mask over images, positions over images, positions over tokens), 0 where one serves all images."""
+    if positions is None:
+        return 0 if key_mask is None else key_mask.stride(0), 0, 0
+    over_images = 0 if positions.shape[0] == 1 else positions.stride(0)
+    return 0 if key_mask is None else key_mask.stride(0), over_images, positions.stride(1)
+
+
+def architecture(device: torch.device) -> int:
+    """The architecture whose committed block sizes serve this device: 80, 90 or 100."""
+    if device.type != "cuda":
+        return 90
+    major, _ = torch.cuda.get_device_capability(device)
+    return {9: 90, 10: 100}.get(major, 80)
