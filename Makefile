@@ -1,6 +1,6 @@
 # Each target works on a fresh machine with Python 3.11 or later, make and a C++ compiler. What it needs goes into
-# an environment of its own; `make test VENV=path` uses another (torch is left alone where there is one), and
-# `make build PIP_FLAGS=--index-url=https://download.pytorch.org/whl/cpu` hands pip further options.
+# an environment of its own; `make test VENV=path` uses another (torch is left alone where there is one).
+# `make build PIP_FLAGS=...` hands pip further options, such as another index.
 VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_FLAGS ?=
