@@ -1,0 +1,243 @@
+"""What can be recorded, and the settings with which published code computes it, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["BEYOND_CLS", "PRESETS", "QUANTITIES", "Preset", "Quantity", "patch_grid_positions", "required_stats"]
+
+UNITS = ("pixel", "patch", "unit")
+UNIT_NAMES = {"pixel": "pixels", "patch": "patches", "unit": "image sides"}
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One number per image and head (or per image and layer), and what it is made of.
+
+    Attributes:
+        name: as in tables, files and plots.
+        label: for people.
+        unit: "nats", "" for a pure number, or "distance": the unit of the positions given to ``attention``.
+        row_stats: names to ask of ``attention(..., stats=...)``.
+        inputs: what ``HeadStatistics.update`` needs besides: any of "q", "k", "lse", "tokens", "output".
+        per_head: False where a layer has one number.
+    """
+
+    name: str
+    label: str
+    unit: str = ""
+    row_stats: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
+    per_head: bool = True
+
+
+_QK = ("q", "k", "lse")
+# The eight of Beyond-[cls], in the published order.
+BEYOND_CLS = (
+    "cls_cls_attention",
+    "pos_self_attention",
+    "cls_cls_attention_adj",
+    "pos_self_attention_adj",
+    "cls_pos_attention",
+    "pos_cls_attention",
+    "cls_pos_entropy",
+    "pos_pos_entropy",
+)
+QUANTITIES: dict[str, Quantity] = {
+    quantity.name: quantity
+    for quantity in (
+        Quantity("entropy", "attention entropy", "nats", ("entropy",)),
+        Quantity("patch_entropy", "attention entropy over patches", "nats", ("patch_entropy",)),
+        Quantity("prefix_mass", "attention mass on prefix tokens", "", ("prefix_mass",)),
+        Quantity("patch_mass", "attention mass on patches", "", ("patch_mass",)),
+        Quantity("self_mass", "attention to oneself", "", ("self_mass",)),
+        Quantity("peak", "largest attention weight", "", ("peak",)),
+        Quantity("distance", "attention distance", "distance", ("distance",)),
+        Quantity("renormalized_distance", "attention distance, renormalised", "distance", ("distance", "patch_mass")),
+        Quantity("nmi", "normalised mutual information", "", ("patch_entropy", "patch_mass"), _QK),
+        Quantity("head_divergence", "divergence from other heads", "nats", (), _QK),
+        Quantity("patch_head_divergence", "divergence from other heads over patches", "nats", ("patch_mass",), _QK),
+        Quantity("cls_cls_attention", "[cls] to [cls]", "", ("self_mass",)),
+        Quantity("pos_self_attention", "patch to itself", "", ("self_mass",)),
+        Quantity("cls_cls_attention_adj", "[cls] to [cls] / to patches", "", ("self_mass", "patch_mass")),
+        Quantity("pos_self_attention_adj", "patch to itself / to patches", "", ("self_mass", "patch_mass")),
+        Quantity("cls_pos_attention", "[cls] to a patch", "", ("patch_mass",)),
+        Quantity("pos_cls_attention", "patch to [cls]", "", ("prefix_mass",)),
+        Quantity("cls_pos_entropy", "entropy of [cls] over patches", "nats", ("patch_entropy", "patch_mass")),
+        Quantity("pos_pos_entropy", "entropy of patches over patches", "nats", ("patch_entropy", "patch_mass")),
+        Quantity("cls_magnitude", "norm of [cls]", "", (), ("tokens",), per_head=False),
+        Quantity("pos_magnitude", "norm of patch tokens", "", (), ("tokens",), per_head=False),
+        Quantity("cls_output_magnitude", "norm of attention's output, [cls]", "", (), ("output",), per_head=False),
+        Quantity("pos_output_magnitude", "norm of attention's output, patches", "", (), ("output",), per_head=False),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How one source computes its numbers, as settings of this library.
+
+    Attributes:
+        name: of the preset.
+        source: paper and code that it reproduces.
+        quantities: what it records, names in ``QUANTITIES``.
+        unit: of distances, "pixel" | "patch" | "unit"; None where it has no distances.
+        exclude_prefix: prefix queries are left out of the mean over queries.
+        renormalize: rows are divided by their mass on patches before distances are taken.
+        eps: in denominators.
+        notes: where the source's own constants show.
+    """
+
+    name: str
+    source: str
+    quantities: tuple[str, ...]
+    unit: str | None = None
+    exclude_prefix: bool = True
+    renormalize: bool = False
+    eps: float = 0.0
+    notes: str = ""
+
+    @property
+    def row_stats(self) -> tuple[str, ...]:
+        """Names to ask of ``attention(..., stats=...)``."""
+        return required_stats(self)
+
+    def positions(self, grid: int | Sequence[int], patch_size: int | Sequence[int] | None = None) -> Tensor:
+        """``[N, d]`` patch coordinates in this preset's unit, to be given to ``attention``."""
+        if self.unit is None:
+            raise ValueError(f"the preset {self.name!r} has no distances, so it needs no positions")
+        return patch_grid_positions(grid, self.unit, patch_size)
+
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            "dosovitskiy",
+            "An Image Is Worth 16x16 Words, arXiv:2010.11929, Fig. 11, from the ViT authors' snippet; also Keras "
+            "'probing ViTs' and the line of 'Do Vision Transformers See Like CNNs', arXiv:2108.08810",
+            ("distance",),
+            unit="pixel",
+            notes="Prefix rows and columns are dropped and rows are not renormalised: attention to [cls] shortens.",
+        ),
+        Preset(
+            "park",
+            "What Do Self-Supervised Vision Transformers Learn, arXiv:2305.00729, github.com/naver-ai/cl-vs-mim",
+            ("renormalized_distance", "nmi"),
+            unit="pixel",
+            renormalize=True,
+            notes="The source adds 1e-32 to A before distances and 1e-8 before mutual information. The first shows "
+            "only in rows with less than about 1e-28 of their mass on patches, which count as 0 here; the second "
+            "moves NMI by about N * 1e-8 * log(1e8), 4e-5 at N = 196.",
+        ),
+        Preset(
+            "walmer",
+            "Teaching Matters, arXiv:2212.03862, github.com/mwalmer-umd/vit_analysis",
+            ("renormalized_distance",),
+            unit="unit",
+            renormalize=True,
+            notes="Coordinates run from 0 at the first patch's centre to 1 at the last one's. The source takes square "
+            "grids; on others each axis is scaled by itself.",
+        ),
+        Preset(
+            "beyond_cls",
+            "Beyond [cls], arXiv:2412.03215, and its code",
+            BEYOND_CLS,
+            eps=1e-6,
+            notes="The source's eps in denominators is kept exactly. Its eps inside the logarithm of the entropies "
+            "lowers them by at most N * eps (2e-4 nats at N = 196), which row statistics cannot know; "
+            "HeadStatistics(exact_eps=True) computes the published expression from q and k. With registers, "
+            "pos_cls_attention is the mass on all prefix tokens.",
+        ),
+    )
+}
+
+
+def find_preset(preset: str | Preset) -> Preset:
+    if isinstance(preset, Preset):
+        return preset
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+    return PRESETS[preset]
+
+
+def find_quantity(name: str) -> Quantity:
+    if name not in QUANTITIES:
+        raise ValueError(f"unknown quantity {name!r}; known: {', '.join(QUANTITIES)}")
+    return QUANTITIES[name]
+
+
+def required_stats(wanted: str | Preset | Iterable[str | Preset]) -> tuple[str, ...]:
+    """The row statistics that ``attention`` must capture.
+
+    Args:
+        wanted: a preset or quantity, by name or as an object, or several of them.
+
+    Returns:
+        names for ``attention(..., stats=...)``, each once.
+
+    Raises:
+        ValueError: an unknown name; lists the known ones.
+    """
+    wanted = (wanted,) if isinstance(wanted, str | Preset) else tuple(wanted)
+    names: list[str] = []
+    for item in wanted:
+        if isinstance(item, Preset) or item in PRESETS:
+            names.extend(find_preset(item).quantities)
+        elif item in QUANTITIES:
+            names.append(item)
+        else:
+            raise ValueError(
+                f"{item!r} is neither a preset ({', '.join(PRESETS)}) nor a quantity ({', '.join(QUANTITIES)})"
+            )
+    return tuple(dict.fromkeys(stat for name in names for stat in QUANTITIES[name].row_stats))
+
+
+def patch_grid_positions(
+    grid: int | Sequence[int],
+    unit: str = "patch",
+    patch_size: int | Sequence[int] | None = None,
+    *,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Coordinates of patch centres, row-major, so that ``attention`` measures distances in the unit wanted.
+
+    Args:
+        grid: patches per axis, ``(rows, columns)`` or ``(frames, rows, columns)``; an int for a square grid.
+        unit: "patch": steps of the grid; "pixel": times ``patch_size``; "unit": from 0 to 1 along each axis, the first
+            patch's centre at 0 and the last one's at 1.
+        patch_size: pixels per patch, one number or one per axis; needed for "pixel" only.
+        device: of the result.
+
+    Returns:
+        ``[N, d]`` fp32, d the number of axes. For masked encoders, ``positions[ids_keep]`` gives ``[B, K, d]``.
+
+    Raises:
+        ValueError: an unknown unit, an empty grid, or "pixel" without ``patch_size``.
+    """
+    sizes = (grid, grid) if isinstance(grid, int) else tuple(int(size) for size in grid)
+    if not 1 <= len(sizes) <= 3 or min(sizes) < 1:
+        raise ValueError(f"grid must have 1 to 3 axes of at least one patch, got {grid}")
+    if unit not in UNITS:
+        raise ValueError(f"unknown unit {unit!r}; known: {', '.join(UNITS)}")
+    steps: tuple[float, ...]
+    if unit == "pixel":
+        if patch_size is None:
+            raise ValueError("positions in pixels need patch_size, got None")
+        steps = (patch_size,) * len(sizes) if isinstance(patch_size, int) else tuple(patch_size)
+        if len(steps) != len(sizes) or min(steps) <= 0:
+            raise ValueError(f"patch_size {patch_size} does not fit the grid {sizes}: one positive size per axis")
+    elif unit == "unit":
+        steps = tuple(1.0 / max(1, size - 1) for size in sizes)
+    else:
+        steps = (1.0,) * len(sizes)
+    offset = 0.5 if unit == "pixel" else 0.0
+    axes = [
+        (torch.arange(size, dtype=torch.float32, device=device) + offset) * step
+        for size, step in zip(sizes, steps, strict=True)
+    ]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
