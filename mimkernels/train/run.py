@@ -237,7 +237,7 @@ class Run:
             "Model": f"{config.model}, {parameters / 1e6:.1f} M parameters with the decoder",
             "Data": f"{self.source.name}, {len(self.source):,} images, {config.img_size} x {config.img_size} pixels",
             "Device": device_name(self.accelerator.device)
-            + (f", {processes} processes" if processes > 1 else ""),
+            + (f", {processes} processes ({_sharing(self.accelerator)})" if processes > 1 else ""),
             "Precision": f"{self.precision} ({self.precision_reason})",
             "Schedule": f"{config.epochs} epochs of {plan.steps_per_epoch} steps, effective batch "
             f"{plan.effective_batch}, peak learning rate {self.peak_lr:.3g}",
@@ -394,6 +394,12 @@ def _name_sharded_blocks(accelerator: Any, model: torch.nn.Module) -> None:
     model._no_split_modules = sorted(
         {type(block).__name__ for blocks in (model.encoder.blocks, model.decoder_blocks) for block in blocks}
     )
+
+
+def _sharing(accelerator: Any) -> str:
+    """How several processes share the work: ``DDP``, ``FSDP2`` ..."""
+    kind = accelerator.distributed_type.value
+    return f"FSDP{accelerator.state.fsdp_plugin.fsdp_version}" if kind == "FSDP" else kind.replace("MULTI_", "DDP on ")
 
 
 def _forget_earlier_run() -> None:
