@@ -1,0 +1,86 @@
+// Chooses the instruction set at run time. The only file here that is compiled once, for the
+// baseline CPU.
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace mimkernels {
+
+namespace portable {
+extern const CpuKernels kernel_table;
+}
+#if defined(MIMKERNELS_HAVE_X86_ISAS)
+namespace avx2 {
+extern const CpuKernels kernel_table;
+}
+namespace avx512 {
+extern const CpuKernels kernel_table;
+}
+namespace avx512_bf16 {
+extern const CpuKernels kernel_table;
+}
+#endif
+
+namespace {
+
+struct Choice {
+  const CpuKernels* kernels;
+  bool runs_here;
+};
+
+constexpr int kChoices = 4;
+
+// Best first. __builtin_cpu_supports also asks whether the operating system saves the registers.
+int list_choices(Choice (&choices)[kChoices]) {
+  int count = 0;
+#if defined(MIMKERNELS_HAVE_X86_ISAS)
+  __builtin_cpu_init();
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("f16c");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                          __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool has_avx512_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+  choices[count++] = {&avx512_bf16::kernel_table, has_avx512_bf16};
+  choices[count++] = {&avx512::kernel_table, has_avx512};
+  choices[count++] = {&avx2::kernel_table, has_avx2};
+#endif
+  choices[count++] = {&portable::kernel_table, true};
+  return count;
+}
+
+const CpuKernels* choose() {
+  Choice choices[kChoices];
+  const int count = list_choices(choices);
+  const char* wanted = std::getenv("MIMKERNELS_CPU_ISA");
+  std::string runnable;
+  for (int i = 0; i < count; ++i) {
+    if (!choices[i].runs_here) continue;
+    runnable += runnable.empty() ? "" : ", ";
+    runnable += choices[i].kernels->isa;
+  }
+  for (int i = 0; i < count; ++i) {
+    if (wanted == nullptr || *wanted == '\0') {
+      if (choices[i].runs_here) return choices[i].kernels;
+      continue;
+    }
+    if (std::string(wanted) != choices[i].kernels->isa) continue;
+    if (choices[i].runs_here) return choices[i].kernels;
+    throw std::invalid_argument("MIMKERNELS_CPU_ISA=" + std::string(wanted) +
+                                ": this CPU does not support it; it runs: " + runnable);
+  }
+  throw std::invalid_argument(
+      "MIMKERNELS_CPU_ISA=" + std::string(wanted) +
+      " is not an instruction set of this library; this CPU runs: " + runnable);
+}
+
+}  // namespace
+
+const CpuKernels& cpu_kernels() {
+  static const CpuKernels* const chosen = choose();
+  return *chosen;
+}
+
+}  // namespace mimkernels

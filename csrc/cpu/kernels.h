@@ -1,0 +1,23 @@
+// The launchers of one instruction set; defined in the op files, collected by table.cpp.
+#pragma once
+
+#include "../core/parallel.h"
+#include "../core/params.h"
+#include "../core/status.h"
+
+namespace mimkernels::MIMKERNELS_ISA {
+
+Status random_mask_fwd(const RandomMaskParams& params, ParallelFor parallel_for);
+Status mask_from_noise_fwd(const MaskFromNoiseParams& params, ParallelFor parallel_for);
+Status gather_tokens_fwd(const GatherTokensFwdParams& params, ParallelFor parallel_for);
+Status gather_tokens_bwd(const GatherTokensBwdParams& params, ParallelFor parallel_for);
+Status patchify_gather_fwd(const PatchifyGatherFwdParams& params, ParallelFor parallel_for);
+Status patchify_gather_bwd(const PatchifyGatherBwdParams& params, ParallelFor parallel_for);
+Status restore_tokens_fwd(const RestoreTokensFwdParams& params, ParallelFor parallel_for);
+Status restore_tokens_bwd(const RestoreTokensBwdParams& params, ParallelFor parallel_for);
+Status fill_mask_tokens_fwd(const FillMaskTokensFwdParams& params, ParallelFor parallel_for);
+Status fill_mask_tokens_bwd(const FillMaskTokensBwdParams& params, ParallelFor parallel_for);
+Status masked_patch_loss_fwd(const MaskedPatchLossParams& params, ParallelFor parallel_for);
+Status masked_patch_loss_bwd(const MaskedPatchLossParams& params, ParallelFor parallel_for);
+
+}  // namespace mimkernels::MIMKERNELS_ISA

@@ -1,0 +1,93 @@
+// dpred[b, j, :] = g * d kind(pred[b, j, :] - target) / d pred, g = grad / E, over the number of
+// patches counted too if the loss is their mean; 0 where mask is false.
+//
+// in:       grad fp32, one number or [B, L] by strides; the rest as in the forward
+// out:      dpred [B, L, E] contiguous, of the type of pred; written once, past the cache when it
+// is large numerics: the target is computed again as in the forward; fp32, rounded once cost: pred
+// and the pixels of counted patches read once, dpred written once
+#include "kernels.h"
+#include "patch_loss.h"
+
+namespace mimkernels::MIMKERNELS_ISA {
+namespace {
+
+template <LossKind kKind>
+MIMKERNELS_INLINE Pack16 element_grad(const Pack16& d, const Pack16& beta, const Pack16& g) {
+  if constexpr (kKind == LossKind::kMse) {
+    return (d + d) * g;
+  } else if constexpr (kKind == LossKind::kL1) {
+    return sign(d) * g;
+  } else {
+    // Where |d| >= beta fails, d / beta: NaN passes through, as in torch.
+    return where_less(beta, abs(d), sign(d), d / beta) * g;
+  }
+}
+
+template <LossKind kKind, bool kStream, typename T>
+MIMKERNELS_INLINE void patch_grad(T* dpred, const T* pred, const float* tile, int64_t n,
+                                  float beta_value, float grad) {
+  const Pack16 beta = broadcast<16>(beta_value);
+  const Pack16 g = broadcast<16>(grad / static_cast<float>(n));
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const Pack16 d = load<16>(pred + i) - load<16>(tile + i);
+    put<kStream>(dpred + i, element_grad<kKind>(d, beta, g));
+  }
+  if (i < n) {
+    const Pack16 d = load_some<16>(pred + i, n - i) - load_some<16>(tile + i, n - i);
+    store_some<16>(dpred + i, element_grad<kKind>(d, beta, g), n - i);
+  }
+}
+
+template <typename T, LossKind kKind, bool kStream>
+bool grad_range(const MaskedPatchLossParams& p, float mean_grad, int64_t begin, int64_t end) {
+  TargetReader reader(p);
+  if (reader.failed()) return false;
+  const int64_t n = reader.elements();
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t b = i / p.length;
+    const int64_t j = i % p.length;
+    T* dpred = static_cast<T*>(p.dpred) + i * n;
+    if (!counts(p, b, j)) {
+      zero_row<kStream>(dpred, n);
+      continue;
+    }
+    const bool has_next = j + 1 < p.length && counts(p, b, j + 1);
+    if (has_next) prefetch_row(row_at<T>(p.pred, b, j + 1), n * static_cast<int64_t>(sizeof(T)));
+    const float* tile = reader.read(b, j, has_next);
+    const float grad = p.mean ? mean_grad : p.grad[b * p.grad_strides[0] + j * p.grad_strides[1]];
+    patch_grad<kKind, kStream>(dpred, row_at<T>(p.pred, b, j), tile, n, p.beta, grad);
+  }
+  return true;
+}
+
+}  // namespace
+
+Status masked_patch_loss_bwd(const MaskedPatchLossParams& p, ParallelFor parallel_for) {
+  const Status status = check_loss_ids(p);
+  if (!status.ok()) return status;
+  const int64_t patches = p.grid.batch * p.length;
+  const int64_t elements = layout_of(p.grid).elements;
+  if (patches == 0 || elements == 0) return Status{};
+  const float mean_grad = p.mean ? p.grad[0] / static_cast<float>(count_patches(p)) : 0.0f;
+  int failures = 0;
+  const Status done = with_float_type(p.dtype, [&](auto pred) {
+    using T = decltype(pred);
+    const int64_t row_bytes = elements * static_cast<int64_t>(sizeof(T));
+    const bool streams = may_stream(p.dpred, patches * row_bytes, row_bytes);
+    with_kind(p, [&](auto kind) {
+      constexpr LossKind kKind = decltype(kind)::value;
+      run_parallel(
+          parallel_for, patches, grain_for(2 * row_bytes), [&](int64_t begin, int64_t end) {
+            const bool good = streams ? grad_range<T, kKind, true>(p, mean_grad, begin, end)
+                                      : grad_range<T, kKind, false>(p, mean_grad, begin, end);
+            if (!good) __atomic_store_n(&failures, 1, __ATOMIC_RELAXED);
+          });
+    });
+    return Status{};
+  });
+  if (!done.ok()) return done;
+  return failures != 0 ? out_of_memory() : Status{};
+}
+
+}  // namespace mimkernels::MIMKERNELS_ISA

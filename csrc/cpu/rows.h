@@ -1,0 +1,325 @@
+// Whole rows of features: copied, added, zeroed and summed. The building blocks of the token ops.
+#pragma once
+
+#include <cstdlib>
+
+#include "../core/dtype.h"
+#include "../core/parallel.h"
+#include "../core/params.h"
+#include "../core/status.h"
+#include "vec.h"
+
+namespace mimkernels::MIMKERNELS_ISA {
+
+// Outputs from this size on bypass the cache: they would not fit in it anyway, and a plain store
+// first reads the line that it is about to overwrite.
+constexpr int64_t kStreamBytes = int64_t{4} << 20;
+// The least work, in bytes moved, that is worth a thread.
+constexpr int64_t kGrainBytes = int64_t{64} << 10;
+
+// Streaming needs whole cache lines: a partly written line costs more than a plain store.
+MIMKERNELS_INLINE bool may_stream(const void* out, int64_t total_bytes, int64_t row_bytes) {
+  return total_bytes >= kStreamBytes && row_bytes % 64 == 0 &&
+         reinterpret_cast<uintptr_t>(out) % 64 == 0;
+}
+
+MIMKERNELS_INLINE int64_t grain_for(int64_t bytes_per_item) {
+  return max_of(1, kGrainBytes / max_of(1, bytes_per_item));
+}
+
+// Calls body(begin, end) on the pool.
+template <typename Body>
+MIMKERNELS_INLINE void run_parallel(ParallelFor parallel_for, int64_t count, int64_t grain,
+                                    const Body& body) {
+  if (count <= 0) return;
+  parallel_for(
+      0, count, grain,
+      [](int64_t begin, int64_t end, void* context) {
+        (*static_cast<const Body*>(context))(begin, end);
+        stream_fence();
+      },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+// Scratch memory that frees itself; null when the system has none left.
+template <typename T>
+class Scratch {
+ public:
+  // rows * columns elements; a product that overflows counts as out of memory.
+  explicit Scratch(int64_t rows, int64_t columns = 1) {
+    int64_t bytes = 0;
+    if (__builtin_mul_overflow(rows, columns, &bytes) ||
+        __builtin_mul_overflow(bytes, static_cast<int64_t>(sizeof(T)), &bytes)) {
+      return;
+    }
+    data_ = static_cast<T*>(malloc(static_cast<size_t>(max_of(bytes, 1))));
+  }
+  ~Scratch() { free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* get() const { return data_; }
+  bool failed() const { return data_ == nullptr; }
+
+ private:
+  T* data_ = nullptr;
+};
+
+MIMKERNELS_INLINE Status out_of_memory() {
+  Status status;
+  status.code = StatusCode::kOutOfMemory;
+  return status;
+}
+
+MIMKERNELS_INLINE Status unsupported() {
+  Status status;
+  status.code = StatusCode::kUnsupported;
+  return status;
+}
+
+// Every id in [0, limit)? Run before any output is written.
+MIMKERNELS_INLINE Status check_ids(const Ids& ids, int64_t masks, int64_t batch, int64_t kept,
+                                   int64_t limit) {
+  Status status;
+  const uint64_t end = static_cast<uint64_t>(limit);
+  for (int64_t m = 0; m < masks; ++m) {
+    for (int64_t b = 0; b < batch; ++b) {
+      const int64_t* row = ids.data + m * ids.stride0 + b * ids.stride1;
+      uint64_t bad = 0;
+      for (int64_t k = 0; k < kept; ++k) {
+        bad |= static_cast<uint64_t>(static_cast<uint64_t>(row[k]) >= end);
+      }
+      if (bad == 0) continue;
+      for (int64_t k = 0; k < kept; ++k) {
+        if (static_cast<uint64_t>(row[k]) < end) continue;
+        status.code = StatusCode::kIdOutOfRange;
+        status.position[0] = m;
+        status.position[1] = b;
+        status.position[2] = k;
+        status.value = row[k];
+        status.limit = limit;
+        return status;
+      }
+    }
+  }
+  return status;
+}
+
+template <typename T>
+MIMKERNELS_INLINE const T* row_at(const Rows& rows, int64_t i, int64_t j) {
+  return static_cast<const T*>(rows.data) + i * rows.stride0 + j * rows.stride1;
+}
+
+template <bool kStream, int N, typename T>
+MIMKERNELS_INLINE void put(T* dst, const Pack<N>& value) {
+  if constexpr (kStream) {
+    stream<N>(dst, value);
+  } else {
+    store<N>(dst, value);
+  }
+}
+
+MIMKERNELS_INLINE void prefetch(const void* address) { __builtin_prefetch(address, 0, 3); }
+
+// The first lines of a row, which the hardware prefetcher would miss; it follows from there.
+MIMKERNELS_INLINE void prefetch_row(const void* row, int64_t bytes) {
+  const char* line = static_cast<const char*>(row);
+  const int64_t ahead = min_of(bytes, 512);
+  for (int64_t at = 0; at < ahead; at += 64) prefetch(line + at);
+}
+
+template <bool kStream, typename T>
+MIMKERNELS_INLINE void copy_row(T* dst, const T* src, int64_t n) {
+  if constexpr (kStream) {
+    using U = typename VecTypes<kLanes>::U;
+    constexpr int64_t kStep = static_cast<int64_t>(sizeof(U));
+    const char* from = reinterpret_cast<const char*>(src);
+    char* to = reinterpret_cast<char*>(dst);
+    const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
+    for (int64_t i = 0; i < bytes; i += 64) {
+      MIMKERNELS_UNROLL
+      for (int64_t j = 0; j < 64; j += kStep) {
+        U bits;
+        memcpy(&bits, from + i + j, sizeof(bits));
+        stream_bits(to + i + j, bits);
+      }
+    }
+  } else {
+    memcpy(dst, src, static_cast<size_t>(n) * sizeof(T));
+  }
+}
+
+template <bool kStream, typename T>
+MIMKERNELS_INLINE void zero_row(T* dst, int64_t n) {
+  if constexpr (kStream) {
+    using U = typename VecTypes<kLanes>::U;
+    const U zero = {};
+    char* to = reinterpret_cast<char*>(dst);
+    const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
+    for (int64_t i = 0; i < bytes; i += static_cast<int64_t>(sizeof(U))) stream_bits(to + i, zero);
+  } else {
+    memset(dst, 0, static_cast<size_t>(n) * sizeof(T));
+  }
+}
+
+// dst = a + b, added in fp32 and rounded once.
+template <bool kStream, typename T>
+MIMKERNELS_INLINE void add_rows(T* dst, const T* a, const T* b, int64_t n) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) put<kStream>(dst + i, load<16>(a + i) + load<16>(b + i));
+  if (i < n)
+    store_some<16>(dst + i, load_some<16>(a + i, n - i) + load_some<16>(b + i, n - i), n - i);
+}
+
+// acc = row, acc += row, row = acc: fp32 accumulators beside rows of any float type.
+template <typename T>
+MIMKERNELS_INLINE void set_acc(float* acc, const T* row, int64_t n) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) store<16>(acc + i, load<16>(row + i));
+  if (i < n) store_some<16>(acc + i, load_some<16>(row + i, n - i), n - i);
+}
+
+template <typename T>
+MIMKERNELS_INLINE void add_to_acc(float* acc, const T* row, int64_t n) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) store<16>(acc + i, load<16>(acc + i) + load<16>(row + i));
+  if (i < n) {
+    store_some<16>(acc + i, load_some<16>(acc + i, n - i) + load_some<16>(row + i, n - i), n - i);
+  }
+}
+
+template <bool kStream, typename T>
+MIMKERNELS_INLINE void round_acc(T* dst, const float* acc, int64_t n) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) put<kStream>(dst + i, load<16>(acc + i));
+  if (i < n) store_some<16>(dst + i, load_some<16>(acc + i, n - i), n - i);
+}
+
+// Sums many rows into one in a fixed order: runs of kStep rows, runs of kStep such runs, and so on,
+// so that the rounding error grows with the logarithm of the count, like torch's own sum. Works on
+// a tile of at most kTile columns; levels are assigned on first use and never need zeroing.
+class RowSum {
+ public:
+  static constexpr int64_t kTile = 1024;
+  static constexpr int kLevels = 4;
+  static constexpr int kShift = 4;
+
+  MIMKERNELS_INLINE void reset() { count_ = 0; }
+
+  template <typename T>
+  MIMKERNELS_INLINE void add(const T* row, int64_t n) {
+    if ((count_ & kMask) == 0) {
+      set_acc(level_[0], row, n);
+    } else {
+      add_to_acc(level_[0], row, n);
+    }
+    ++count_;
+    int64_t runs = count_;
+    for (int l = 0; l + 1 < kLevels && (runs & kMask) == 0; ++l) {
+      runs >>= kShift;
+      // This is run number `runs` of level l; it opens a run of the next level if it is its first.
+      const bool opens = l + 2 < kLevels ? ((runs - 1) & kMask) == 0 : runs == 1;
+      if (opens) {
+        set_acc(level_[l + 1], level_[l], n);
+      } else {
+        add_to_acc(level_[l + 1], level_[l], n);
+      }
+    }
+  }
+
+  // The total in fp32, in a buffer of this object.
+  MIMKERNELS_INLINE const float* total(int64_t n) {
+    float* sum = nullptr;
+    int64_t runs = count_;
+    for (int l = 0; l < kLevels; ++l) {
+      const bool open = l + 1 < kLevels ? (runs & kMask) != 0 : runs != 0;
+      if (open) {
+        if (sum == nullptr) {
+          sum = level_[l];
+        } else {
+          add_to_acc(sum, level_[l], n);
+        }
+      }
+      runs >>= kShift;
+    }
+    if (sum == nullptr) {
+      sum = level_[0];
+      for (int64_t i = 0; i < n; ++i) sum[i] = 0.0f;
+    }
+    return sum;
+  }
+
+ private:
+  static constexpr int64_t kMask = (int64_t{1} << kShift) - 1;
+  alignas(64) float level_[kLevels][kTile];
+  int64_t count_ = 0;
+};
+
+// out[o, :] = the sum over i < count of row_at(o, i), a null row counting as zeros. Cut into chunks
+// that depend on the shape alone, so that few outputs over many rows still use every thread and the
+// bits do not depend on how many there are.
+template <typename T, typename In, typename RowAt>
+MIMKERNELS_INLINE Status sum_rows(ParallelFor parallel_for, int64_t outputs, int64_t count,
+                                  int64_t dim, T* out, In, const RowAt& row_at) {
+  constexpr int64_t kTile = RowSum::kTile;
+  const int64_t tiles = ceil_div(dim, kTile);
+  const int64_t wanted = outputs >= 64 ? 1 : ceil_div(64, max_of(outputs, 1));
+  const int64_t chunks = max_of(1, min_of(wanted, count / 32));
+  const int64_t chunk = ceil_div(count, chunks);
+  Scratch<float> partial(chunks > 1 ? chunks * outputs : 0, dim);
+  if (partial.failed()) return out_of_memory();
+  const int64_t chunk_bytes = chunk * min_of(dim, kTile) * static_cast<int64_t>(sizeof(In));
+  run_parallel(parallel_for, outputs * chunks * tiles, grain_for(chunk_bytes),
+               [&](int64_t begin, int64_t end) {
+                 RowSum sum;
+                 for (int64_t task = begin; task < end; ++task) {
+                   const int64_t at = (task % tiles) * kTile;
+                   const int64_t n = min_of(kTile, dim - at);
+                   const int64_t c = task / tiles % chunks;
+                   const int64_t o = task / tiles / chunks;
+                   const int64_t stop = min_of(count, (c + 1) * chunk);
+                   sum.reset();
+                   for (int64_t i = c * chunk; i < stop; ++i) {
+                     const In* row = row_at(o, i);
+                     if (row != nullptr) sum.add(row + at, n);
+                   }
+                   if (chunks > 1) {
+                     set_acc(partial.get() + (c * outputs + o) * dim + at, sum.total(n), n);
+                   } else {
+                     round_acc<false>(out + o * dim + at, sum.total(n), n);
+                   }
+                 }
+               });
+  if (chunks == 1) return Status{};
+  run_parallel(parallel_for, outputs * tiles, grain_for(chunks * min_of(dim, kTile) * 4),
+               [&](int64_t begin, int64_t end) {
+                 RowSum sum;
+                 for (int64_t task = begin; task < end; ++task) {
+                   const int64_t at = (task % tiles) * kTile;
+                   const int64_t n = min_of(kTile, dim - at);
+                   const int64_t o = task / tiles;
+                   sum.reset();
+                   for (int64_t c = 0; c < chunks; ++c) {
+                     sum.add(partial.get() + (c * outputs + o) * dim + at, n);
+                   }
+                   round_acc<false>(out + o * dim + at, sum.total(n), n);
+                 }
+               });
+  return Status{};
+}
+
+// Calls body(T{}) with the element type of a float dtype.
+template <typename Body>
+MIMKERNELS_INLINE Status with_float_type(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return body(float{});
+    case DType::kBFloat16:
+      return body(bf16{});
+    case DType::kFloat16:
+      return body(fp16{});
+    default:
+      return unsupported();
+  }
+}
+
+}  // namespace mimkernels::MIMKERNELS_ISA

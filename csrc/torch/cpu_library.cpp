@@ -1,0 +1,40 @@
+// Binds the CPU kernels to torch. Python defines the schemas; here are only the implementations, so
+// that one library serves every torch from 2.10 on. Op by op in cpu_*.h.
+#include <string>
+
+#include "../cpu/dispatch.h"
+#include "cpu_loss.h"
+#include "cpu_masks.h"
+#include "cpu_patches.h"
+#include "cpu_tokens.h"
+
+namespace {
+
+std::string cpu_isa() { return mimkernels::cpu_kernels().isa; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mimkernels, m) {
+  // The name of the instruction set whose kernels this process runs.
+  m.def("cpu_isa() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mimkernels, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("random_mask_fwd.cpu", TORCH_BOX(&mimkernels::binding::random_mask_fwd));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mimkernels, CPU, m) {
+  namespace binding = mimkernels::binding;
+  m.impl("mask_from_noise_fwd.cpu", TORCH_BOX(&binding::mask_from_noise_fwd));
+  m.impl("gather_tokens_fwd.cpu", TORCH_BOX(&binding::gather_tokens_fwd));
+  m.impl("gather_tokens_bwd.cpu", TORCH_BOX(&binding::gather_tokens_bwd));
+  m.impl("patchify_gather_fwd.cpu", TORCH_BOX(&binding::patchify_gather_fwd));
+  m.impl("patchify_gather_bwd.cpu", TORCH_BOX(&binding::patchify_gather_bwd));
+  m.impl("restore_tokens_fwd.cpu", TORCH_BOX(&binding::restore_tokens_fwd));
+  m.impl("restore_tokens_bwd.cpu", TORCH_BOX(&binding::restore_tokens_bwd));
+  m.impl("fill_mask_tokens_fwd.cpu", TORCH_BOX(&binding::fill_mask_tokens_fwd));
+  m.impl("fill_mask_tokens_bwd.cpu", TORCH_BOX(&binding::fill_mask_tokens_bwd));
+  m.impl("masked_patch_loss_fwd.cpu", TORCH_BOX(&binding::masked_patch_loss_fwd));
+  m.impl("masked_patch_loss_bwd.cpu", TORCH_BOX(&binding::masked_patch_loss_bwd));
+}
