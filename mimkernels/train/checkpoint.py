@@ -16,7 +16,7 @@ _NAME = re.compile(r"^step-(\d+)\.pt$")
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a temporary file in ``path``'s folder; it takes the name ``path`` only if the block ends without an error."""
+    """Open a temporary file beside ``path``; it takes that name only if the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -55,9 +55,7 @@ def write_text(path: str | Path, text: str) -> None:
         file.write(text.encode())
 
 
-def save(
-    path: str | Path, content: dict[str, Any], writer: Callable[[Any, BinaryIO], None] = torch.save
-) -> None:
+def save(path: str | Path, content: dict[str, Any], writer: Callable[[Any, BinaryIO], None] = torch.save) -> None:
     with atomic_file(path) as file:
         writer(content, file)
 

@@ -30,12 +30,10 @@ def add_demo_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "demo",
         help="pre-train a small MAE on handwritten digits in two minutes and write a report",
-        description="Pre-train a small masked autoencoder on scikit-learn's handwritten digits (nothing is downloaded), "
-        "in about two minutes on two CPU cores, and write a report with its reconstructions.",
+        description="Pre-train a small masked autoencoder on scikit-learn's handwritten digits (no download) in "
+        "about two minutes on two CPU cores, and write a report with its reconstructions.",
     )
-    parser.add_argument(
-        "--output", default="runs/demo", metavar="DIR", help="run folder (default: runs/demo)"
-    )
+    parser.add_argument("--output", default="runs/demo", metavar="DIR", help="run folder (default: runs/demo)")
     parser.add_argument("--epochs", type=int, default=None, metavar="N", help="train shorter or longer")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(func=_demo)
@@ -94,7 +92,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _guarded(prepare: Callable[[], Callable[[], int]], debug: bool) -> int:
-    """Bad input is one line and exit code 2, a failed training one line and 1; anything else is a bug and shows itself."""
+    """Bad input is one line and exit code 2, failed training one line and 1; anything else is a bug and shows."""
     try:
         execute = prepare()
     except (ValueError, TypeError, NotImplementedError, OSError, ImportError, TrainingError) as e:

@@ -24,10 +24,7 @@ STREAM_FIELDS = ("data", "seed", "crop_scale", "hflip", "mask_ratio", "norm_pix_
 
 
 def _arg(default: Any, help: str, group: str, **extra: Any) -> Any:
-    metadata = {"help": help, "group": group, **extra}
-    if isinstance(default, (dict, list)):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={"help": help, "group": group, **extra})
 
 
 @dataclass
@@ -39,8 +36,9 @@ class PretrainConfig:
     img_size: int = _arg(224, "image side in pixels", "model")
     in_chans: int = _arg(3, "image channels: 3 (colour) or 1 (grey)", "model")
     patch_size: int | None = _arg(None, "patch side in pixels (default: the model's own)", "model")
-    model_kwargs: dict = _arg(
-        {}, "further timm model arguments, such as embed_dim=128 depth=4", "model", pairs=True
+    model_kwargs: dict = field(
+        default_factory=dict,
+        metadata={"help": "further timm model arguments, such as embed_dim=128 depth=4", "group": "model"},
     )
     decoder_dim: int = _arg(512, "decoder width", "model")
     decoder_depth: int = _arg(8, "decoder blocks", "model")
@@ -67,18 +65,12 @@ class PretrainConfig:
     blr: float = _arg(1.5e-4, "base learning rate: lr = blr * effective batch size / 256", "optimisation")
     lr: float | None = _arg(None, "learning rate as it is, in place of --blr", "optimisation")
     min_lr: float = _arg(0.0, "learning rate at the end of the cosine", "optimisation")
-    weight_decay: float = _arg(
-        0.05, "weight decay (not on biases, norms and other 1-d parameters)", "optimisation"
-    )
-    clip_grad: float | None = _arg(
-        None, "clip the gradient norm to this (default: no clipping)", "optimisation"
-    )
+    weight_decay: float = _arg(0.05, "weight decay (not on biases, norms and other 1-d parameters)", "optimisation")
+    clip_grad: float | None = _arg(None, "clip the gradient norm to this (default: no clipping)", "optimisation")
     seed: int = _arg(0, "seed of weights, order, augmentation and masks", "optimisation")
 
     device: str = _arg("auto", "where to train", "execution", choices=DEVICES)
-    precision: str = _arg(
-        "auto", "auto takes bf16 where the device computes it fast", "execution", choices=PRECISIONS
-    )
+    precision: str = _arg("auto", "auto takes bf16 where the device computes it fast", "execution", choices=PRECISIONS)
     compile: bool = _arg(False, "torch.compile the model", "execution")
 
     output: str = _arg("runs/pretrain", "run folder", "output")
@@ -117,16 +109,12 @@ class PretrainConfig:
         )
         for name in ("blr", "lr", "save_every"):
             value = getattr(self, name)
-            _require(
-                value is None or (value > 0 and math.isfinite(value)), name, value, "positive and finite"
-            )
+            _require(value is None or (value > 0 and math.isfinite(value)), name, value, "positive and finite")
         for name in ("min_lr", "weight_decay"):
             value = getattr(self, name)
             _require(value >= 0 and math.isfinite(value), name, value, "0 or more and finite")
         _require(self.clip_grad is None or self.clip_grad > 0, "clip_grad", self.clip_grad, "positive")
-        _require(
-            self.crop_scale is None or 0 < self.crop_scale <= 1, "crop_scale", self.crop_scale, "in (0, 1]"
-        )
+        _require(self.crop_scale is None or 0 < self.crop_scale <= 1, "crop_scale", self.crop_scale, "in (0, 1]")
         if self.patch_size is not None:
             _require(self.patch_size >= 1, "patch_size", self.patch_size, "at least 1")
             if self.img_size % self.patch_size:
@@ -135,13 +123,9 @@ class PretrainConfig:
                     f"try --img-size {max(1, self.img_size // self.patch_size) * self.patch_size}"
                 )
         if self.decoder_dim % self.decoder_heads:
-            raise ValueError(
-                f"decoder_dim {self.decoder_dim} is not divisible by decoder_heads {self.decoder_heads}"
-            )
+            raise ValueError(f"decoder_dim {self.decoder_dim} is not divisible by decoder_heads {self.decoder_heads}")
         if self.decoder_dim % 4:
-            raise ValueError(
-                f"decoder_dim must be divisible by 4 (2-d sin-cos positions), got {self.decoder_dim}"
-            )
+            raise ValueError(f"decoder_dim must be divisible by 4 (2-d sin-cos positions), got {self.decoder_dim}")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -156,9 +140,7 @@ class PretrainConfig:
         for name in values:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
-                raise ValueError(
-                    f"unknown setting {name!r}" + (f": did you mean {close[0]!r}?" if close else "")
-                )
+                raise ValueError(f"unknown setting {name!r}" + (f": did you mean {close[0]!r}?" if close else ""))
         return cls(**values)
 
     @classmethod
@@ -184,7 +166,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if not optional and kind is not dict and default != "":
             text += f" (default: {('yes' if default else 'no') if kind is bool else default})"
         common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
-        if meta.get("pairs"):
+        if kind is dict:
             group.add_argument(option, nargs="+", type=_pair, metavar="NAME=VALUE", **common)
         elif kind is bool:
             group.add_argument(option, action=argparse.BooleanOptionalAction, **common)

@@ -1,8 +1,8 @@
 """Batches: deterministic order, deterministic augmentation, broken images replaced.
 
-Nothing here has state that a checkpoint would need to hold. What batch ``t`` contains is a function of the seed and
-``t`` alone: the order of an epoch is drawn from (seed, epoch), an image's augmentation from (seed, epoch, index), so that
-a resumed run sees the same bits whatever the number of workers.
+Nothing here has state that a checkpoint would need to hold. What batch ``t`` contains is a function of the
+seed and ``t`` alone: the order of an epoch is drawn from (seed, epoch), an image's augmentation from (seed, epoch,
+index), so that a resumed run sees the same bits whatever the number of workers.
 """
 
 import contextlib
@@ -141,9 +141,9 @@ def collate(samples: list) -> Batch:
 class BatchPlan:
     """Which images each forward pass of each process takes, from any step on, across epochs.
 
-    An epoch is a permutation cut into pieces of ``batch_size``; the pieces go to (step, accumulation, process) in this
-    order. Processes and accumulation are therefore interchangeable: 2 processes, or 1 process with 2 accumulation steps, take
-    the same pieces in the same optimizer step. The incomplete last step of an epoch is dropped, as in MAE.
+    An epoch is a permutation cut into pieces of ``batch_size``; the pieces go to (step, accumulation, process) in
+    this order. Processes and accumulation are therefore interchangeable: 2 processes, or 1 process with 2 accumulation
+    steps, take the same pieces in the same optimizer step. The incomplete last step of an epoch is dropped, as in MAE.
     """
 
     def __init__(self, length: int, batch_size: int, accum_steps: int, processes: int, seed: int) -> None:
@@ -165,7 +165,7 @@ class BatchPlan:
         return (step * self.accum_steps + accum) * self.processes + rank
 
     def batches(self, rank: int, first_step: int, last_step: int) -> Iterator[list[tuple[int, int]]]:
-        """(epoch, index) pairs of every forward pass of process ``rank`` in steps ``first_step`` to ``last_step - 1``."""
+        """(epoch, index) pairs of each forward pass of process ``rank``, steps ``first_step`` to ``last_step - 1``."""
         epoch, order = -1, None
         for step in range(first_step, last_step):
             if step // self.steps_per_epoch != epoch:
@@ -229,7 +229,9 @@ def probe_images(images: PretrainImages) -> None:
 def all_broken_message(source: Source, broken: list[tuple[int, str]]) -> str:
     index, reason = broken[0]
     tried = len({i for i, _ in broken})
-    return f"none of the {tried} images tried in {source.name!r} could be read; the first, {source.label(index)}: {reason}"
+    return (
+        f"none of the {tried} images tried in {source.name!r} could be read; the first, {source.label(index)}: {reason}"
+    )
 
 
 def picture_batch(source: Source, augmentation: Augmentation, count: int) -> tuple[torch.Tensor, list[int]]:

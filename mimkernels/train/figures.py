@@ -68,9 +68,7 @@ def loss_curve(entries: list[dict[str, float]], steps_per_epoch: int) -> str:
         bottom.set_yticks([0, highest], ["0", f"{highest:.2g}"])
         bottom.set_xlabel("epoch")
         bottom.set_xlim(0, max(epoch[-1], 1e-9))
-        steps = top.secondary_xaxis(
-            "top", functions=(lambda x: x * steps_per_epoch, lambda x: x / steps_per_epoch)
-        )
+        steps = top.secondary_xaxis("top", functions=(lambda x: x * steps_per_epoch, lambda x: x / steps_per_epoch))
         steps.set_xlabel("optimizer step")
         steps.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         for axes in (top, bottom):

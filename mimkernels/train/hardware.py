@@ -38,9 +38,7 @@ def choose_precision(name: str, device: torch.device) -> tuple[str, str]:
         return ("bf16", "native on this CPU") if native else ("fp32", "this CPU has no bf16 instructions")
     return (
         name,
-        "as asked"
-        if native
-        else "as asked, but this CPU has no bf16 instructions: expect it to be very slow",
+        "as asked" if native else "as asked, but this CPU has no bf16 instructions: expect it to be very slow",
     )
 
 

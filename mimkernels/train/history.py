@@ -18,9 +18,7 @@ class History:
         # What was logged after the checkpoint that training continues from will be logged again.
         write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in self.entries))
         self._file = self.path.open("a")
-        self._board = SummaryWriter(
-            str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None
-        )
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         entry = {"step": step, **values}

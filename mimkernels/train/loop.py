@@ -106,9 +106,7 @@ class Trainer:
 
     def _train_step(self, batches: Iterator[Batch]) -> None:
         config, accelerator, model = self.config, self.accelerator, self.model
-        self._last_lr = learning_rate(
-            self.step, self.total_steps, self.warmup_steps, self.peak_lr, config.min_lr
-        )
+        self._last_lr = learning_rate(self.step, self.total_steps, self.warmup_steps, self.peak_lr, config.min_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = self._last_lr
         total: torch.Tensor | None = None
@@ -118,9 +116,7 @@ class Trainer:
             # Dropout and stochastic depth, too, are a function of the step, so that a resumed run draws the same.
             torch.manual_seed(derived_seed(config.seed, _DROPOUT, piece))
             # A Python integer would be a constant to the compiler, one recompilation per step.
-            offset = (
-                torch.full((), piece, dtype=torch.int64, device=images.device) if config.compile else piece
-            )
+            offset = torch.full((), piece, dtype=torch.int64, device=images.device) if config.compile else piece
             synchronise = accum == config.accum_steps - 1
             with contextlib.nullcontext() if synchronise else accelerator.no_sync(model):
                 loss = model(images, seed=config.seed, offset=offset).loss / config.accum_steps
@@ -147,9 +143,7 @@ class Trainer:
         for index, reason in batch.broken:
             if index not in self.broken:
                 self.broken[index] = reason
-                text = (
-                    f"cannot read {self.images.source.label(index)}, another image takes its place: {reason}"
-                )
+                text = f"cannot read {self.images.source.label(index)}, another image takes its place: {reason}"
                 warnings.warn(text, stacklevel=2)
         return batch.images.to(self.accelerator.device, non_blocking=True)
 
@@ -190,9 +184,7 @@ class Trainer:
         The one place that waits for the device. With several processes it is also where they agree: all of them see
         the same losses and the same stop request after the same step.
         """
-        message = torch.stack(
-            [*self._window, torch.tensor(float(stop_number > 0), device=self._window[0].device)]
-        )
+        message = torch.stack([*self._window, torch.tensor(float(stop_number > 0), device=self._window[0].device)])
         message = self.accelerator.reduce(message.float(), reduction="mean")
         self._window.clear()
         *losses, asked = message.tolist()

@@ -28,9 +28,7 @@ def build_model(config: PretrainConfig) -> torch.nn.Module:
     }
     repeated = sorted(own.keys() & config.model_kwargs)
     if repeated:
-        raise ValueError(
-            f"model_kwargs repeats {', '.join(repeated)}, which is given by an option of its own"
-        )
+        raise ValueError(f"model_kwargs repeats {', '.join(repeated)}, which is given by an option of its own")
     return MAE.from_timm(config.model, **own, **config.model_kwargs)
 
 
@@ -39,5 +37,6 @@ def check_same_architecture(saved: PretrainConfig, now: PretrainConfig, path: st
     different = changes(saved, now, ARCHITECTURE_FIELDS)
     if different:
         raise ValueError(
-            f"checkpoint {path!r} is of another architecture or method (checkpoint -> asked for): {'; '.join(different)}"
+            f"checkpoint {path!r} is of another architecture or method (checkpoint -> asked for): "
+            f"{'; '.join(different)}"
         )

@@ -19,9 +19,7 @@ def count(number: float) -> str:
 class Progress:
     """Progress of one run; silent in all processes but the first."""
 
-    def __init__(
-        self, *, total_steps: int, steps_per_epoch: int, quiet: bool, stream: TextIO | None = None
-    ) -> None:
+    def __init__(self, *, total_steps: int, steps_per_epoch: int, quiet: bool, stream: TextIO | None = None) -> None:
         self.total_steps, self.steps_per_epoch, self.quiet = total_steps, steps_per_epoch, quiet
         self.stream = stream or sys.stdout
         self._bar = None
@@ -58,9 +56,7 @@ class Progress:
             eta="-",
         )
 
-    def update(
-        self, step: int, *, loss: float, lr: float, images_per_second: float, steps_per_second: float
-    ) -> None:
+    def update(self, step: int, *, loss: float, lr: float, images_per_second: float, steps_per_second: float) -> None:
         """After ``step`` optimizer steps."""
         if self.quiet:
             return

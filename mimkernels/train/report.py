@@ -42,7 +42,8 @@ def render(report: Report) -> str:
     title = config.title or f"{config.method.upper()} pre-training of {config.model} on {config.data}"
     body = "\n".join(
         [
-            f"<header><p class=kicker>mimkernels</p><h1>{html.escape(title)}</h1><p class=lead>{_lead(report)}</p></header>",
+            f"<header><p class=kicker>mimkernels</p><h1>{html.escape(title)}</h1>"
+            f"<p class=lead>{_lead(report)}</p></header>",
             _tiles(report),
             _curve(report),
             _pictures(report),
@@ -59,7 +60,7 @@ def render(report: Report) -> str:
 </head>
 <body><main>
 {body}
-<footer>Written by mimkernels {html.escape(report.versions.get("mimkernels", ""))} on {datetime.date.today():%d %B %Y}.</footer>
+<footer>Written by mimkernels {report.versions["mimkernels"]} on {datetime.date.today():%d %B %Y}.</footer>
 </main></body>
 </html>
 """
@@ -89,14 +90,12 @@ def _tiles(report: Report) -> str:
 
 def _curve(report: Report) -> str:
     kind = (
-        "each patch normalised by its own mean and variance"
-        if report.config.norm_pix_loss
-        else "of normalised pixels"
+        "each patch normalised by its own mean and variance" if report.config.norm_pix_loss else "of normalised pixels"
     )
     return (
         "<section><h2>Loss</h2>"
-        f"<p>Mean squared error on the masked patches, {kind}. Each point is the mean of the steps since the one before; "
-        "the strong line is a running mean.</p>"
+        f"<p>Mean squared error on the masked patches, {kind}. Each point is the mean of the steps since the "
+        "one before; the strong line is a running mean.</p>"
         f"<figure class=curve>{loss_curve(report.entries, report.steps_per_epoch)}</figure></section>"
     )
 
@@ -109,9 +108,7 @@ def _pictures(report: Report) -> str:
     size = originals.shape[-1]
     side = size * max(1, -(-_PICTURE_WIDTH // size))
     enlarged = " enlarged" if side > size else ""
-    whose = (
-        "Images that were not trained on." if report.pictures_are_new else "Images from the training data."
-    )
+    whose = "Images that were not trained on." if report.pictures_are_new else "Images from the training data."
     note = (
         " Brightness and contrast of each painted patch are those of the original, as the loss ignores them."
         if report.config.norm_pix_loss
@@ -120,7 +117,8 @@ def _pictures(report: Report) -> str:
     cards = []
     for number, triple in enumerate(zip(originals, masked, reconstructions, strict=True), 1):
         cells = "".join(
-            f'<figure><img src="{png_address(image)}" alt="image {number}, {label}"><figcaption>{label}</figcaption></figure>'
+            f'<figure><img src="{png_address(image)}" alt="image {number}, {label}">'
+            f"<figcaption>{label}</figcaption></figure>"
             for image, label in zip(triple, ("original", "masked", "reconstruction"), strict=True)
         )
         cards.append(f"<div class=card>{cells}</div>")
@@ -153,7 +151,8 @@ def _backends(backends: dict[str, str]) -> str:
 _STYLE = """
 :root{color-scheme:light;--ink:#1c2430;--muted:#5d6877;--line:#e3e7ec;--accent:#0b66c3}
 *{box-sizing:border-box}
-body{margin:0;background:#f5f7f9;color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
+body{margin:0;background:#f5f7f9;color:var(--ink);
+  font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
 main{max-width:1080px;margin:0 auto;padding:40px 24px 56px}
 .kicker{margin:0;color:var(--accent);font-weight:600;letter-spacing:.02em}
 h1{margin:.1em 0 .3em;font-size:clamp(1.6rem,4vw,2.3rem);line-height:1.2;letter-spacing:-.015em}
@@ -167,8 +166,10 @@ section>p{margin:.1em 0 1em;color:var(--muted);max-width:75ch}
 .tiles span{color:var(--muted);font-size:.92rem}
 figure{margin:0}
 .curve svg{display:block;width:100%;height:auto}
-.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,calc(3*min(var(--side),128px) + 42px)),1fr));gap:18px}
-.card{display:grid;grid-template-columns:repeat(3,1fr);gap:8px;padding:12px;border:1px solid var(--line);border-radius:10px;background:#fbfcfd}
+.cards{display:grid;gap:18px;
+  grid-template-columns:repeat(auto-fill,minmax(min(100%,calc(3*min(var(--side),128px) + 42px)),1fr))}
+.card{display:grid;grid-template-columns:repeat(3,1fr);gap:8px;padding:12px;
+  border:1px solid var(--line);border-radius:10px;background:#fbfcfd}
 .card img{display:block;width:100%;max-width:var(--side);margin:0 auto;border-radius:4px}
 .enlarged img{image-rendering:pixelated}
 figcaption{margin-top:4px;text-align:center;font-size:.85rem;color:var(--muted)}
@@ -177,6 +178,7 @@ dt{color:var(--muted)}dd{margin:0;overflow-wrap:anywhere}
 summary{cursor:pointer;color:var(--accent)}
 pre{overflow:auto;padding:16px;background:#f5f7f9;border-radius:8px;font-size:.85rem}
 footer{margin-top:24px;color:var(--muted);font-size:.9rem}
-@media (max-width:640px){main{padding:24px 14px}section{padding:16px}dl{grid-template-columns:1fr;gap:2px}dd{margin-bottom:10px}}
+@media (max-width:640px){main{padding:24px 14px}section{padding:16px}
+  dl{grid-template-columns:1fr;gap:2px}dd{margin-bottom:10px}}
 @media print{body{background:#fff}section{break-inside:avoid}}
 """

@@ -159,9 +159,7 @@ class Run:
         try:
             trainer.train()
             if trainer.stopped_by:
-                progress.note(
-                    f"stopped at step {trainer.step}; continue with --output {self.output} --resume"
-                )
+                progress.note(f"stopped at step {trainer.step}; continue with --output {self.output} --resume")
             else:
                 weights = trainer.save(final=True)
                 if accelerator.is_main_process:
@@ -251,9 +249,7 @@ class Run:
         if different:
             notes.append(f"settings that differ from the checkpoint's: {'; '.join(different)}")
         if self.start["step"] >= self.config.epochs * self.plan.steps_per_epoch:
-            notes.append(
-                "the checkpoint is at the end of its schedule: nothing is left to train (more with --epochs)"
-            )
+            notes.append("the checkpoint is at the end of its schedule: nothing is left to train (more with --epochs)")
         return notes
 
     def _workers(self) -> int:
@@ -264,9 +260,7 @@ class Run:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return min(8, max(1, available_cores() // local - 1))
 
-    def _finish(
-        self, weights: dict[str, Any], entries: list[dict[str, float]], facts: dict[str, str]
-    ) -> Path:
+    def _finish(self, weights: dict[str, Any], entries: list[dict[str, float]], facts: dict[str, str]) -> Path:
         """Exported weights, held-out loss, pictures and the report; on the first process, with an unwrapped model."""
         config, device = self.config, self.accelerator.device
         model = build_model(config)
@@ -312,10 +306,7 @@ def _backends(device: torch.device, precision: str) -> dict[str, str]:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     ops = ("random_mask", "patchify_gather", "gather_tokens", "restore_tokens", "masked_patch_loss")
     # Masks are drawn and losses summed in fp32 whatever the tokens are.
-    return {
-        op: SPECS[op].resolve("auto", device.type, torch.float32 if op == "random_mask" else dtype)
-        for op in ops
-    }
+    return {op: SPECS[op].resolve("auto", device.type, torch.float32 if op == "random_mask" else dtype) for op in ops}
 
 
 def _time_facts(trainer: Trainer, first_step: int) -> str:

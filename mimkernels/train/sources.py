@@ -77,9 +77,7 @@ class FolderSource:
         self.folder = Path(folder)
         self.name = str(folder)
         if not self.folder.exists():
-            raise ValueError(
-                f"image folder {str(folder)!r} does not exist (looked for {self.folder.absolute()})"
-            )
+            raise ValueError(f"image folder {str(folder)!r} does not exist (looked for {self.folder.absolute()})")
         if not self.folder.is_dir():
             raise ValueError(
                 f"data must be a folder of images, 'digits' or 'torchvision:NAME'; {str(folder)!r} is a file"
@@ -139,8 +137,7 @@ class TorchvisionSource:
         if name not in kinds:
             close = difflib.get_close_matches(name, kinds, n=3)
             raise ValueError(
-                f"torchvision has no dataset {name!r}"
-                + (f": did you mean {' or '.join(close)}?" if close else "")
+                f"torchvision has no dataset {name!r}" + (f": did you mean {' or '.join(close)}?" if close else "")
             )
         parameters = inspect.signature(getattr(datasets, name)).parameters
         options: dict = {}

@@ -1,4 +1,4 @@
-"""Weights and optimizer state as plain tensors on the CPU, the same whether the model is wrapped, sharded or neither."""
+"""Weights and optimizer state as plain CPU tensors, the same whether the model is wrapped, sharded or neither."""
 
 from typing import Any
 
@@ -6,9 +6,7 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 
-def capture(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def capture(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
     """Model and optimizer state with parameter names as keys. With several processes every one of them must call this.
 
     Named keys make the file independent of how it was trained: DDP, FSDP2 and a single process read each other's.

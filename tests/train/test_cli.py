@@ -12,8 +12,9 @@ from mimkernels.train.cli import add_demo_parser, add_pretrain_parser
 from mimkernels.train.demo import demo_config
 
 SMALL = [
-    "--img-size", "16", "--in-chans", "1", "--patch-size", "4", "--model-kwargs", "embed_dim=16", "depth=1", "num_heads=2",
-    "--decoder-dim", "16", "--decoder-depth", "1", "--decoder-heads", "2", "--batch-size", "300", "--epochs", "1",
+    "--img-size", "16", "--in-chans", "1", "--patch-size", "4", "--model-kwargs", "embed_dim=16",
+    "depth=1", "num_heads=2", "--decoder-dim", "16", "--decoder-depth", "1", "--decoder-heads", "2",
+    "--batch-size", "300", "--epochs", "1",
     "--warmup-epochs", "0", "--workers", "0", "--device", "cpu", "--precision", "fp32", "--pictures", "2",
 ]  # fmt: skip
 

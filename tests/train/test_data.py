@@ -26,7 +26,9 @@ def truncate(path):
 
 
 def dataset(source, seed=0, **options) -> PretrainImages:
-    return PretrainImages(source, Augmentation(**{"img_size": 16, "in_chans": 3, "crop_scale": 0.2, "hflip": True} | options), seed)
+    return PretrainImages(
+        source, Augmentation(**{"img_size": 16, "in_chans": 3, "crop_scale": 0.2, "hflip": True} | options), seed
+    )
 
 
 def batches(images, workers, first_step=0, last_step=3, plan=None):

@@ -85,6 +85,8 @@ def test_sharded_parameters_train_as_whole_ones(tiny, tmp_path):
     pretrain(tiny(**SETTINGS, accum_steps=2, output=str(tmp_path / "one")))
     config = tiny(**SETTINGS, output=str(tmp_path / "two"))
     # What `accelerate launch --use_fsdp --fsdp_version 2` sets.
-    out = launch(options(config), ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP")
+    out = launch(
+        options(config), ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP"
+    )
     assert "2 processes (FSDP2)" in out
     assert_same_training(tmp_path / "one", tmp_path / "two")

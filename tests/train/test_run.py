@@ -160,7 +160,7 @@ def test_a_run_folder_is_not_overwritten_unless_asked(tiny, tmp_path):
     config = tiny(pictures=0)
     pretrain(config)
     before = (tmp_path / "run" / "checkpoints" / "final.pt").read_bytes()
-    with pytest.raises(ValueError, match="already holds a run .*--resume.*--overwrite"):
+    with pytest.raises(ValueError, match=r"already holds a run .*--resume.*--overwrite"):
         pretrain(config)
     assert (tmp_path / "run" / "checkpoints" / "final.pt").read_bytes() == before
     config.seed = 1
@@ -169,9 +169,9 @@ def test_a_run_folder_is_not_overwritten_unless_asked(tiny, tmp_path):
     assert len(losses(tmp_path / "run")) == 5
 
     other = tiny(decoder_dim=32)
-    with pytest.raises(ValueError, match="another architecture or method .*decoder_dim: 16 -> 32"):
+    with pytest.raises(ValueError, match=r"another architecture or method .*decoder_dim: 16 -> 32"):
         pretrain(other, resume="auto")
-    with pytest.raises(ValueError, match="effective batch .* is 300 in the checkpoint and 600 now"):
+    with pytest.raises(ValueError, match=r"effective batch .* is 300 in the checkpoint and 600 now"):
         pretrain(tiny(accum_steps=2), resume="auto")
 
     longer = tiny(seed=1, epochs=2)
@@ -186,7 +186,9 @@ def test_what_is_exported_rebuilds_the_model(tiny, tmp_path):
     model.load_checkpoint(tmp_path / "run" / "mae_checkpoint.pth")
     assert_same_bits(dict(saved["model"]), dict(model.state_dict()))
     published = torch.load(tmp_path / "run" / "mae_checkpoint.pth", weights_only=True)["model"]
-    assert {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "mask_token"} <= set(published)
+    assert {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "mask_token"} <= set(
+        published
+    )
     assert any(name.startswith("decoder_blocks.0.") for name in published)
 
 
@@ -224,7 +226,15 @@ def test_the_report_stands_alone_and_tells_what_was_run(tiny, tmp_path):
     assert "A &lt;title&gt; &amp; more" in page
     for outside in ("<link", "<script", "@import", "url(http", 'src="http', "src=http"):
         assert outside not in page
-    for word in ("original", "masked", "reconstruction", "optimizer", "images per second", "vit_tiny_patch16_224", "torch"):
+    for word in (
+        "original",
+        "masked",
+        "reconstruction",
+        "optimizer",
+        "images per second",
+        "vit_tiny_patch16_224",
+        "torch",
+    ):
         assert word in page
     settings = json.loads((tmp_path / "run" / "config.json").read_text())
     assert settings["title"] == "A <title> & more"
