@@ -13,7 +13,7 @@ _BAD_INPUT, _FAILED = 2, 1
 
 
 def add_pretrain_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Add ``pretrain``; its ``func`` returns the exit code."""
+    """Add ``pretrain``; its ``func`` (and ``run``) returns the exit code."""
     parser = subparsers.add_parser(
         "pretrain",
         help="pre-train a Vision Transformer on images without labels",
@@ -22,11 +22,11 @@ def add_pretrain_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     add_arguments(parser)
     _add_run_options(parser)
-    parser.set_defaults(func=_pretrain)
+    parser.set_defaults(func=_pretrain, run=_pretrain)
 
 
 def add_demo_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Add ``demo``; its ``func`` returns the exit code."""
+    """Add ``demo``; its ``func`` (and ``run``) returns the exit code."""
     parser = subparsers.add_parser(
         "demo",
         help="pre-train a small MAE on handwritten digits in two minutes and write a report",
@@ -36,7 +36,7 @@ def add_demo_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--output", default="runs/demo", metavar="DIR", help="run folder (default: runs/demo)")
     parser.add_argument("--epochs", type=int, default=None, metavar="N", help="train shorter or longer")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.set_defaults(func=_demo)
+    parser.set_defaults(func=_demo, run=_demo)
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +76,7 @@ def _config(args: argparse.Namespace) -> PretrainConfig:
 
 def _demo(args: argparse.Namespace) -> int:
     def prepare() -> Callable[[], int]:
-        from mimkernels.train.demo import prepare_demo
+        from mimkernels.train.presets import prepare_demo
 
         run, closing_words = prepare_demo(args.output, args.epochs)
 

@@ -9,7 +9,7 @@ import pytest
 
 from mimkernels.train.checkpoint import CheckpointFolder
 from mimkernels.train.cli import add_demo_parser, add_pretrain_parser
-from mimkernels.train.demo import demo_config
+from mimkernels.train.presets import demo_config
 
 SMALL = [
     "--img-size", "16", "--in-chans", "1", "--patch-size", "4", "--model-kwargs", "embed_dim=16",
@@ -77,7 +77,7 @@ def test_the_demo_writes_its_report_and_may_be_repeated(tmp_path, capsys, monkey
         config.batch_size, config.pictures, config.img_size = 500, 2, 16
         return config
 
-    monkeypatch.setattr("mimkernels.train.demo.demo_config", small)
+    monkeypatch.setattr("mimkernels.train.presets.demo_config", small)
     output = tmp_path / "demo"
     for _ in range(2):
         assert run("demo", "--output", str(output), "--epochs", "1") == 0

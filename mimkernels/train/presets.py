@@ -1,0 +1,53 @@
+"""The demo: ``pretrain`` with settings for handwritten digits on two CPU cores."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from mimkernels.train.config import PretrainConfig
+from mimkernels.train.run import Run, RunResult
+
+_TITLE = "A masked autoencoder learns handwritten digits"
+
+
+def demo_config(output: str = "runs/demo", epochs: int | None = None) -> PretrainConfig:
+    """Small enough for two minutes on two cores, large enough that the reconstructions can be recognised."""
+    epochs = 60 if epochs is None else epochs
+    return PretrainConfig(
+        title=_TITLE,
+        data="digits",
+        img_size=32,
+        in_chans=1,
+        patch_size=4,
+        model_kwargs={"embed_dim": 128, "depth": 4, "num_heads": 4},
+        decoder_dim=96,
+        decoder_depth=2,
+        decoder_heads=4,
+        mask_ratio=0.75,
+        norm_pix_loss=False,
+        batch_size=50,
+        epochs=epochs,
+        warmup_epochs=min(4.0, epochs / 4),
+        lr=1.5e-3,
+        save_every=max(1, epochs // 3),
+        output=output,
+    )
+
+
+def prepare_demo(output: str, epochs: int | None) -> tuple[Run, Callable[[RunResult], str]]:
+    """The checked run, and what to say after it. A demo replaces an earlier demo, and nothing else."""
+    config = demo_config(output, epochs)
+    saved = Path(output) / "config.json"
+    earlier = saved.is_file() and PretrainConfig.load(saved).title == _TITLE
+    return Run(config, overwrite=earlier), _closing_words
+
+
+def _closing_words(result: RunResult) -> str:
+    return f"""
+The report is {result.report} (open it in a browser).
+
+Next, on images of your own (a folder, with or without class folders):
+  mimkernels pretrain --data DIR --model vit_small_patch16_224 --output runs/mine
+The training curves:
+  tensorboard --logdir {result.output}
+The encoder, in the format of the published MAE checkpoints:
+  {result.output / "mae_checkpoint.pth"}"""
