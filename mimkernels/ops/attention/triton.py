@@ -9,7 +9,9 @@ from torch import Tensor
 
 from mimkernels.ops import _triton
 from mimkernels.ops.attention import triton_configs
+from mimkernels.ops.attention.triton_bias_grad import attention_dbias_kernel
 from mimkernels.ops.attention.triton_blocks import (
+    INTEGERS,
     LN2,
     LOG2E,
     architecture,
@@ -25,6 +27,7 @@ from mimkernels.ops.attention.triton_blocks import (
     store_rows,
     strides,
 )
+from mimkernels.ops.attention.triton_bwd import attention_bwd_kernel, attention_dkv_kernel, attention_dq_kernel
 
 ENTROPY = tl.constexpr(1)
 PREFIX_MASS = tl.constexpr(2)
@@ -36,12 +39,6 @@ PATCH_MASS = tl.constexpr(64)
 # Statistics that need sums over patch keys and over prefix keys apart, and those that need the mean score.
 SPLITTING = tl.constexpr(2 | 16 | 64)
 EXPECTING = tl.constexpr(1 | 16)
-
-# Sizes and strides take no part in specialisation: alignment is known from UNIT, and so one binary serves every N.
-INTEGERS = (
-    *("heads", "queries", "keys", "num_prefix", "row_blocks", "plane", "mask_stride_b", "pos_stride_b", "pos_stride_n"),
-    *(f"{name}_stride_{dim}" for name in ("q", "k", "v", "bias") for dim in "bhn"),
-)
 
 
 @triton.constexpr_function
@@ -156,7 +153,9 @@ def attend_block(
         if asked(STATS, EXPECTING):
             energy += tl.sum(p * t, axis=1)
     if asked(STATS, DISTANCE):
-        d = distance_block(x0, x1, x2, pos_image, cols, keys, pos_stride_n, DIMS)
+        # Adding what comes from the scores (0; NaN in a row of NaN) has the distances made in the layout of p.
+        zero = base * 0.0
+        d = distance_block(x0 + zero, x1 + zero, x2 + zero, pos_image, cols, keys, pos_stride_n, DIMS)
         if HAS_PREFIX and CHECK:
             d = tl.where((cols >= num_prefix)[None, :], d, 0.0)
         far += tl.sum(p * d, axis=1)
@@ -404,3 +403,81 @@ def attention_fwd(
         num_stages=config.stages,
     )
     return out, lse, rows
+
+
+def attention_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
+    num_prefix: int,
+    positions: Tensor | None,
+    coef: Tensor | None,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, heads, queries, dim = q.shape
+    keys = k.shape[2]
+    dq = q.new_empty((batch, queries, heads, dim))
+    dk, dv = (k.new_empty((batch, keys, heads, dim)) for _ in range(2))
+    dbias = bias.new_empty(bias.shape) if need_bias else q.new_empty((0,))
+    d0, d1 = head_split(dim)
+    fused, dq_config, dkv_config = triton_configs.backward(
+        architecture(q.device), q.element_size() * 8, d0 + d1, queries
+    )
+    unit, qkvg_strides = strides(q, k, v, dout)
+    bias_unit, of_bias = bias_strides(bias)
+    full_bias = need_bias and bias.shape[:2] == (batch, heads)
+    # Programs of the dQ kernel write the gradient of a bias that nothing shares; another kernel sums a shared one.
+    fused = None if full_bias else fused
+    delta = torch.empty_like(lse) if fused is None or need_bias else None
+    given = (coef, bias, key_mask, positions)
+    sizes = (scale, scale * LOG2E.value, heads, queries, keys, num_prefix)
+    options = {
+        "HAS_PREFIX": num_prefix > 0 and coef is not None,
+        "D": dim,
+        "D0": d0,
+        "D1": d1,
+        "DIMS": 0 if positions is None or coef is None else positions.shape[2],
+        "UNIT": unit,
+        "BIAS_UNIT": bias_unit,
+        "PRECISION": dot_precision(q.dtype),
+    }
+    all_strides = (*qkvg_strides, *of_bias, *position_strides(key_mask, positions))
+    plane = lse.numel()
+
+    def run(kernel, programs, tensors, blocks, config):
+        if programs:
+            _triton.launch(
+                kernel,
+                programs,
+                q,
+                *(*tensors, *sizes, *blocks, plane, *all_strides),
+                **options,
+                BLOCK_M=config.block_m,
+                BLOCK_N=config.block_n,
+                num_warps=config.warps,
+                num_stages=config.stages,
+            )
+
+    if fused is not None:
+        run(attention_bwd_kernel, batch * heads, (q, k, v, dout, out, lse, *given, delta, dq, dk, dv), (), fused)
+    else:
+        row_blocks = triton.cdiv(queries, dq_config.block_m)
+        tensors = (q, k, v, dout, out, lse, *given, delta, dq, dbias if full_bias else None)
+        run(attention_dq_kernel, row_blocks * batch * heads, tensors, (row_blocks,), dq_config)
+        key_blocks = triton.cdiv(keys, dkv_config.block_n)
+        tensors = (q, k, v, dout, lse, delta, *given, dk, dv)
+        run(attention_dkv_kernel, key_blocks * batch * heads, tensors, (key_blocks,), dkv_config)
+    if need_bias and not full_bias:
+        row_blocks = triton.cdiv(queries, dq_config.block_m)
+        key_blocks = triton.cdiv(keys, dq_config.block_n)
+        kept_heads = bias.shape[1]
+        programs = row_blocks * key_blocks * bias.shape[0] * kept_heads
+        blocks = (row_blocks, key_blocks, batch if bias.shape[0] == 1 else 1, kept_heads)
+        run(attention_dbias_kernel, programs, (q, k, v, dout, lse, delta, *given, dbias), blocks, dq_config)
+    return dq, dk, dv, dbias

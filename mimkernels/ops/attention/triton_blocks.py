@@ -16,6 +16,12 @@ LN2 = tl.constexpr(0.6931471805599453)
 # that rows start on 16 bytes and loads them whole.
 UNIT = 8
 
+# Sizes and strides take no part in specialisation: alignment is known from UNIT, and so one binary serves every N.
+INTEGERS = (
+    *("heads", "queries", "keys", "num_prefix", "row_blocks", "key_blocks", "shared_images", "kept_heads", "plane", "mask_stride_b", "pos_stride_b", "pos_stride_n"),
+    *(f"{name}_stride_{dim}" for name in ("q", "k", "v", "g", "bias") for dim in "bhn"),
+)
+
 
 @triton.jit
 def load_rows(
@@ -41,6 +47,25 @@ def load_rows(
         return tl.load(ptrs, mask=(cols < D)[None, :], other=0.0)
     else:
         return tl.load(ptrs)
+
+
+@triton.jit
+def load_head(
+    ptr,
+    count,
+    stride,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    # Both pieces of the rows at ptr; the first one twice where there is no second.
+    piece0 = load_rows(ptr, count, stride, 0, D0, D, BLOCK, CHECK)
+    if D1 > 0:
+        return piece0, load_rows(ptr, count, stride, D0, D1, D, BLOCK, CHECK)
+    else:
+        return piece0, piece0
 
 
 @triton.jit

@@ -22,3 +22,14 @@ def forward(arch: int, bits: int, padded_dim: int, keys: int) -> Config:
     if keys <= 256:
         return Config(64, 256, 4, 1)
     return Config(64, 64, 4, 2)
+
+
+def backward(arch: int, bits: int, padded_dim: int, queries: int) -> tuple[Config | None, Config, Config]:
+    if bits == 32:
+        return None, Config(32, 32, 4, 1), Config(32, 32, 4, 1)
+    fused = None
+    if queries <= 64:
+        fused = Config(64, 64, 4, 1)
+    elif queries <= 128:
+        fused = Config(128, 64, 8, 1)
+    return fused, Config(64, 64, 4, 2), Config(64, 64, 4, 2)

@@ -1,0 +1,594 @@
+"""Triton kernels of attention's gradients, through the output, the log-sum-exp and every row statistic."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mimkernels.ops._triton import narrow
+from mimkernels.ops.attention.triton_blocks import (
+    INTEGERS,
+    LN2,
+    LOG2E,
+    allowed_keys,
+    load_point,
+    load_head,
+    load_rows,
+    store_rows,
+)
+
+
+@triton.jit
+def along(value, QUERIES: tl.constexpr, TRANSPOSED: tl.constexpr):
+    # A vector over queries or keys, as the rows or columns of a tile [queries, keys], or of its transpose.
+    if QUERIES != TRANSPOSED:
+        return value[:, None]
+    else:
+        return value[None, :]
+
+
+@triton.jit
+def load_row(ptr, place, some):
+    return tl.load(ptr + place, mask=some, other=0.0)
+
+
+@triton.jit
+def load_levels(lse_ptr, place, some):
+    # (lse in units of log2(e), lse or 0) of some queries. Where nothing may be attended, and beyond the last query, the
+    # former is +inf: then every probability is 0.
+    lse = tl.load(lse_ptr + place, mask=some, other=float("inf"))
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    return lse * LOG2E, tl.where(lse == float("inf"), 0.0, lse)
+
+
+@triton.jit
+def load_coefficients(coef_ptr, place, plane, some, lse, HAS_PREFIX: tl.constexpr, DIMS: tl.constexpr):
+    # (c_prefix, a_prefix, c_patch, a_patch, own, far) of some queries, changed so that c + a * t with
+    # t = (S - lse) * log2(e) is what c + a * S was.
+    slope = load_row(coef_ptr, place + 3 * plane, some)
+    c_patch = load_row(coef_ptr, place + 2 * plane, some) + slope * lse
+    a_patch = slope * LN2
+    c_prefix = c_patch
+    a_prefix = a_patch
+    if HAS_PREFIX:
+        slope = load_row(coef_ptr, place + plane, some)
+        c_prefix = load_row(coef_ptr, place, some) + slope * lse
+        a_prefix = slope * LN2
+    own = load_row(coef_ptr, place + 4 * plane, some)
+    far = own
+    if DIMS > 0:
+        far = load_row(coef_ptr, place + 5 * plane, some)
+    return c_prefix, a_prefix, c_patch, a_patch, own, far
+
+
+@triton.jit
+def key_distances(x0, x1, x2, y0, y1, y2, cols, num_prefix, TRANSPOSED: tl.constexpr, DIMS: tl.constexpr):
+    # Distances between the queries' points x and the keys' points y, 0 on prefix keys.
+    difference = along(x0, True, TRANSPOSED) - along(y0, False, TRANSPOSED)
+    square = difference * difference
+    if DIMS > 1:
+        difference = along(x1, True, TRANSPOSED) - along(y1, False, TRANSPOSED)
+        square += difference * difference
+    if DIMS > 2:
+        difference = along(x2, True, TRANSPOSED) - along(y2, False, TRANSPOSED)
+        square += difference * difference
+    return tl.where(along(cols >= num_prefix, False, TRANSPOSED), tl.sqrt(square), 0.0)
+
+
+@triton.jit
+def score_gradient(
+    q0,
+    q1,
+    k0,
+    k1,
+    v0,
+    v1,
+    g0,
+    g1,
+    rows,
+    cols,
+    level,
+    lse,
+    delta,
+    some,
+    place,
+    plane,
+    coef_ptr,
+    bias_head,
+    mask_row,
+    pos_image,
+    queries,
+    keys,
+    num_prefix,
+    scale_log2,
+    bias_stride_n,
+    pos_stride_n,
+    HAS_PREFIX: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    CHECK: tl.constexpr,
+    D1: tl.constexpr,
+    DIMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # (P, dS), fp32 [queries, keys], or the transposes [keys, queries]. CHECK: keys may lie beyond the last; their P is 0.
+    if TRANSPOSED:
+        score = tl.dot(k0, tl.trans(q0), input_precision=PRECISION)
+        if D1 > 0:
+            score = tl.dot(k1, tl.trans(q1), score, input_precision=PRECISION)
+        dp = tl.dot(v0, tl.trans(g0), input_precision=PRECISION)
+        if D1 > 0:
+            dp = tl.dot(v1, tl.trans(g1), dp, input_precision=PRECISION)
+    else:
+        score = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
+        if D1 > 0:
+            score = tl.dot(q1, tl.trans(k1), score, input_precision=PRECISION)
+        dp = tl.dot(g0, tl.trans(v0), input_precision=PRECISION)
+        if D1 > 0:
+            dp = tl.dot(g1, tl.trans(v1), dp, input_precision=PRECISION)
+    if bias_head is not None:
+        # Tails read the last row's or column's bias.
+        over_rows = tl.minimum(rows, queries - 1).to(tl.int64) * bias_stride_n
+        over_cols = tl.minimum(cols, keys - 1)
+        bias = tl.load(bias_head + along(over_rows, True, TRANSPOSED) + along(over_cols, False, TRANSPOSED))
+        score = score * scale_log2 + bias.to(tl.float32) * LOG2E
+        t = score - along(level, True, TRANSPOSED)
+    else:
+        t = score * scale_log2 - along(level, True, TRANSPOSED)
+    if CHECK or mask_row is not None:
+        allowed = allowed_keys(mask_row, cols, keys)
+        t = tl.where(along(allowed, False, TRANSPOSED), t, float("-inf"))
+    if coef_ptr is None:
+        p = tl.exp2(t)
+        ds = p * (dp - along(delta, True, TRANSPOSED))
+    else:
+        # A masked key's t is -inf; its product with p = 0 must be 0.
+        t = tl.maximum(t, -1000.0, propagate_nan=tl.PropagateNan.ALL)
+        p = tl.exp2(t)
+        c_prefix, a_prefix, c_patch, a_patch, own, far = load_coefficients(
+            coef_ptr, place, plane, some, lse, HAS_PREFIX, DIMS
+        )
+        c = along(c_patch - delta, True, TRANSPOSED)
+        a = along(a_patch, True, TRANSPOSED)
+        if HAS_PREFIX:
+            in_prefix = along(cols < num_prefix, False, TRANSPOSED)
+            c = tl.where(in_prefix, along(c_prefix - delta, True, TRANSPOSED), c)
+            a = tl.where(in_prefix, along(a_prefix, True, TRANSPOSED), a)
+        inner = dp + c + a * t
+        is_own = along(rows, True, TRANSPOSED) == along(cols, False, TRANSPOSED)
+        inner += tl.where(is_own, along(own, True, TRANSPOSED), 0.0)
+        if DIMS > 0:
+            inside = tl.minimum(rows, queries - 1).to(tl.int64)
+            x0, x1, x2 = load_point(pos_image + inside * pos_stride_n, DIMS)
+            inside = tl.minimum(cols, keys - 1).to(tl.int64)
+            y0, y1, y2 = load_point(pos_image + inside * pos_stride_n, DIMS)
+            d = key_distances(x0, x1, x2, y0, y1, y2, cols, num_prefix, TRANSPOSED, DIMS)
+            inner += along(far, True, TRANSPOSED) * d
+        ds = p * inner
+    return p, ds
+
+
+@triton.jit
+def locate(pid, heads, row_blocks, BLOCK: tl.constexpr):
+    # (head among all images, image, head, first row) of a program; blocks of one head are neighbours.
+    head = pid // row_blocks
+    return head, (head // heads).to(tl.int64), (head % heads).to(tl.int64), pid % row_blocks * BLOCK
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def attention_dq_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    g_ptr,
+    out_ptr,
+    lse_ptr,
+    coef_ptr,
+    bias_ptr,
+    mask_ptr,
+    pos_ptr,
+    delta_ptr,
+    dq_ptr,
+    dbias_ptr,
+    scale,
+    scale_log2,
+    heads,
+    queries,
+    keys,
+    num_prefix,
+    row_blocks,
+    plane,
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    v_stride_b,
+    v_stride_h,
+    v_stride_n,
+    g_stride_b,
+    g_stride_n,
+    g_stride_h,
+    bias_stride_b,
+    bias_stride_h,
+    bias_stride_n,
+    mask_stride_b,
+    pos_stride_b,
+    pos_stride_n,
+    HAS_PREFIX: tl.constexpr,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    DIMS: tl.constexpr,
+    UNIT: tl.constexpr,
+    BIAS_UNIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # grid:     cdiv(Nq, BLOCK_M) * B * H, row blocks fastest; a program owns BLOCK_M queries of one head and sees all keys
+    # in:       q, k, v [B, H, N, D] and g = dout [B, Nq, H, D] by stride in units of UNIT elements, last stride 1; out
+    #           [B, Nq, H, D], lse [B, H, Nq] and coef [6, B, H, Nq] or None contiguous; bias, key mask and positions as forward
+    # out:      dq [B, Nq, H, D]; delta fp32 [B, H, Nq] = sum of dout * out; dbias [B, H, Nq, Nk], where given; contiguous,
+    #           every element written once
+    # numerics: as attention_fwd_kernel; P from lse, dS rounded to the dtype of k
+    # bounds:   keys beyond the last have P = 0; query tails are masked; offsets are int64
+    # cost:     q, dout, out read once, k and v cdiv(Nq, BLOCK_M) times; no atomics, deterministic
+    head, b, h, first = locate(tl.program_id(0), heads, row_blocks, BLOCK_M)
+    rows = first + tl.arange(0, BLOCK_M)
+    some = rows < queries
+    left = queries - first
+    place = head.to(tl.int64) * queries + rows
+    out_stride_n = heads.to(tl.int64) * D
+    q_stride_n = q_stride_n.to(tl.int64) * UNIT
+    k_stride_n = k_stride_n.to(tl.int64) * UNIT
+    v_stride_n = v_stride_n.to(tl.int64) * UNIT
+    g_stride_n = g_stride_n.to(tl.int64) * UNIT
+    bias_stride_n = bias_stride_n.to(tl.int64) * BIAS_UNIT
+    q_block = q_ptr + (b * q_stride_b + h * q_stride_h) * UNIT + first * q_stride_n
+    k_head = k_ptr + (b * k_stride_b + h * k_stride_h) * UNIT
+    v_head = v_ptr + (b * v_stride_b + h * v_stride_h) * UNIT
+    g_block = g_ptr + (b * g_stride_b + h * g_stride_h) * UNIT + first * g_stride_n
+    out_block = out_ptr + (b * queries + first) * out_stride_n + h * D
+    bias_head = None
+    if bias_ptr is not None:
+        bias_head = bias_ptr + (b * bias_stride_b + h * bias_stride_h) * BIAS_UNIT
+    mask_row = None
+    if mask_ptr is not None:
+        mask_row = mask_ptr + b * mask_stride_b
+    pos_image = None
+    if pos_ptr is not None:
+        pos_image = pos_ptr + b * pos_stride_b
+    level, lse = load_levels(lse_ptr, place, some)
+    q0 = load_rows(q_block, left, q_stride_n, 0, D0, D, BLOCK_M, True)
+    g0 = load_rows(g_block, left, g_stride_n, 0, D0, D, BLOCK_M, True)
+    out0 = load_rows(out_block, left, out_stride_n, 0, D0, D, BLOCK_M, True)
+    delta = tl.sum(g0.to(tl.float32) * out0.to(tl.float32), axis=1)
+    q1 = q0
+    g1 = g0
+    if D1 > 0:
+        q1 = load_rows(q_block, left, q_stride_n, D0, D1, D, BLOCK_M, True)
+        g1 = load_rows(g_block, left, g_stride_n, D0, D1, D, BLOCK_M, True)
+        out1 = load_rows(out_block, left, out_stride_n, D0, D1, D, BLOCK_M, True)
+        delta += tl.sum(g1.to(tl.float32) * out1.to(tl.float32), axis=1)
+    tl.store(delta_ptr + place, delta, mask=some)
+    dq0 = tl.zeros([BLOCK_M, D0], dtype=tl.float32)
+    dq1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 16], dtype=tl.float32)
+    full = keys // BLOCK_N
+    # All but the last block are full.
+    for block in tl.range(0, full):
+        dq0, dq1 = dq_step(
+            dq0, dq1, q0, q1, g0, g1, rows, level, lse, delta, some, place, plane,
+            k_head, v_head, coef_ptr, bias_head, mask_row, pos_image, dbias_ptr,
+            block * BLOCK_N, queries, keys, num_prefix, scale_log2,
+            k_stride_n, v_stride_n, bias_stride_n, pos_stride_n,
+            HAS_PREFIX, False, D, D0, D1, BLOCK_N, DIMS, PRECISION,
+        )  # fmt: skip
+    for block in tl.range(full, tl.cdiv(keys, BLOCK_N), num_stages=1):
+        dq0, dq1 = dq_step(
+            dq0, dq1, q0, q1, g0, g1, rows, level, lse, delta, some, place, plane,
+            k_head, v_head, coef_ptr, bias_head, mask_row, pos_image, dbias_ptr,
+            block * BLOCK_N, queries, keys, num_prefix, scale_log2,
+            k_stride_n, v_stride_n, bias_stride_n, pos_stride_n,
+            HAS_PREFIX, True, D, D0, D1, BLOCK_N, DIMS, PRECISION,
+        )  # fmt: skip
+    dq_block = dq_ptr + (b * queries + first) * out_stride_n + h * D
+    store_rows(dq_block, dq0 * scale, left, out_stride_n, 0, D0, D, BLOCK_M)
+    if D1 > 0:
+        store_rows(dq_block, dq1 * scale, left, out_stride_n, D0, D1, D, BLOCK_M)
+
+
+@triton.jit
+def dq_step(
+    dq0,
+    dq1,
+    q0,
+    q1,
+    g0,
+    g1,
+    rows,
+    level,
+    lse,
+    delta,
+    some,
+    place,
+    plane,
+    k_head,
+    v_head,
+    coef_ptr,
+    bias_head,
+    mask_row,
+    pos_image,
+    dbias_ptr,
+    start,
+    queries,
+    keys,
+    num_prefix,
+    scale_log2,
+    k_stride_n,
+    v_stride_n,
+    bias_stride_n,
+    pos_stride_n,
+    HAS_PREFIX: tl.constexpr,
+    CHECK: tl.constexpr,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DIMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # dq / scale plus what BLOCK_N keys from `start` add to it; stores their dbias.
+    cols = start + tl.arange(0, BLOCK_N)
+    k0, k1 = load_head(k_head + start * k_stride_n, keys - start, k_stride_n, D, D0, D1, BLOCK_N, CHECK)
+    v0, v1 = load_head(v_head + start * v_stride_n, keys - start, v_stride_n, D, D0, D1, BLOCK_N, CHECK)
+    _, ds = score_gradient(
+        q0, q1, k0, k1, v0, v1, g0, g1, rows, cols, level, lse, delta, some, place, plane,
+        coef_ptr, bias_head, mask_row, pos_image, queries, keys, num_prefix, scale_log2, bias_stride_n, pos_stride_n,
+        HAS_PREFIX, False, CHECK, D1, DIMS, PRECISION,
+    )  # fmt: skip
+    if dbias_ptr is not None:
+        target = dbias_ptr + place[:, None] * keys + cols[None, :]
+        tl.store(target, narrow(ds, dbias_ptr.dtype.element_ty), mask=some[:, None] & (cols < keys)[None, :])
+    ds = ds.to(k0.dtype)
+    dq0 = tl.dot(ds, k0, dq0, input_precision=PRECISION)
+    if D1 > 0:
+        dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
+    return dq0, dq1
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def attention_dkv_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    g_ptr,
+    lse_ptr,
+    delta_ptr,
+    coef_ptr,
+    bias_ptr,
+    mask_ptr,
+    pos_ptr,
+    dk_ptr,
+    dv_ptr,
+    scale,
+    scale_log2,
+    heads,
+    queries,
+    keys,
+    num_prefix,
+    row_blocks,
+    plane,
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    v_stride_b,
+    v_stride_h,
+    v_stride_n,
+    g_stride_b,
+    g_stride_n,
+    g_stride_h,
+    bias_stride_b,
+    bias_stride_h,
+    bias_stride_n,
+    mask_stride_b,
+    pos_stride_b,
+    pos_stride_n,
+    HAS_PREFIX: tl.constexpr,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    DIMS: tl.constexpr,
+    UNIT: tl.constexpr,
+    BIAS_UNIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # grid:     cdiv(Nk, BLOCK_N) * B * H, key blocks fastest; a program owns BLOCK_N keys of one head and sees all queries
+    # in:       as attention_dq_kernel, whose delta it reads
+    # out:      dk, dv [B, Nk, H, D]; contiguous, every element written once
+    # numerics: as attention_dq_kernel; tiles are [keys, queries], so that P and dS enter the products from registers
+    # bounds:   queries beyond the last have P = 0; key tails are masked at the store; offsets are int64
+    # cost:     k and v read once, q and dout cdiv(Nk, BLOCK_N) times; no atomics, deterministic
+    head, b, h, first = locate(tl.program_id(0), heads, row_blocks, BLOCK_N)
+    cols = first + tl.arange(0, BLOCK_N)
+    left = keys - first
+    out_stride_n = heads.to(tl.int64) * D
+    q_stride_n = q_stride_n.to(tl.int64) * UNIT
+    k_stride_n = k_stride_n.to(tl.int64) * UNIT
+    v_stride_n = v_stride_n.to(tl.int64) * UNIT
+    g_stride_n = g_stride_n.to(tl.int64) * UNIT
+    bias_stride_n = bias_stride_n.to(tl.int64) * BIAS_UNIT
+    q_head = q_ptr + (b * q_stride_b + h * q_stride_h) * UNIT
+    k_block = k_ptr + (b * k_stride_b + h * k_stride_h) * UNIT + first * k_stride_n
+    v_block = v_ptr + (b * v_stride_b + h * v_stride_h) * UNIT + first * v_stride_n
+    g_head = g_ptr + (b * g_stride_b + h * g_stride_h) * UNIT
+    bias_head = None
+    if bias_ptr is not None:
+        bias_head = bias_ptr + (b * bias_stride_b + h * bias_stride_h) * BIAS_UNIT
+    mask_row = None
+    if mask_ptr is not None:
+        mask_row = mask_ptr + b * mask_stride_b
+    pos_image = None
+    if pos_ptr is not None:
+        pos_image = pos_ptr + b * pos_stride_b
+    k0, k1 = load_head(k_block, left, k_stride_n, D, D0, D1, BLOCK_N, True)
+    v0, v1 = load_head(v_block, left, v_stride_n, D, D0, D1, BLOCK_N, True)
+    dk0 = tl.zeros([BLOCK_N, D0], dtype=tl.float32)
+    dv0 = tl.zeros([BLOCK_N, D0], dtype=tl.float32)
+    dk1 = tl.zeros([BLOCK_N, D1 if D1 > 0 else 16], dtype=tl.float32)
+    dv1 = tl.zeros([BLOCK_N, D1 if D1 > 0 else 16], dtype=tl.float32)
+    for block in tl.range(0, tl.cdiv(queries, BLOCK_M)):
+        start = block * BLOCK_M
+        rows = start + tl.arange(0, BLOCK_M)
+        some = rows < queries
+        place = head.to(tl.int64) * queries + rows
+        q0, q1 = load_head(q_head + start * q_stride_n, queries - start, q_stride_n, D, D0, D1, BLOCK_M, True)
+        g0, g1 = load_head(g_head + start * g_stride_n, queries - start, g_stride_n, D, D0, D1, BLOCK_M, True)
+        level, lse = load_levels(lse_ptr, place, some)
+        delta = load_row(delta_ptr, place, some)
+        p, ds = score_gradient(
+            q0, q1, k0, k1, v0, v1, g0, g1, rows, cols, level, lse, delta, some, place, plane,
+            coef_ptr, bias_head, mask_row, pos_image, queries, keys, num_prefix, scale_log2, bias_stride_n, pos_stride_n,
+            HAS_PREFIX, True, False, D1, DIMS, PRECISION,
+        )  # fmt: skip
+        p = p.to(g0.dtype)
+        ds = ds.to(q0.dtype)
+        dv0 = tl.dot(p, g0, dv0, input_precision=PRECISION)
+        dk0 = tl.dot(ds, q0, dk0, input_precision=PRECISION)
+        if D1 > 0:
+            dv1 = tl.dot(p, g1, dv1, input_precision=PRECISION)
+            dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
+    target = (b * keys + first) * out_stride_n + h * D
+    store_rows(dk_ptr + target, dk0 * scale, left, out_stride_n, 0, D0, D, BLOCK_N)
+    store_rows(dv_ptr + target, dv0, left, out_stride_n, 0, D0, D, BLOCK_N)
+    if D1 > 0:
+        store_rows(dk_ptr + target, dk1 * scale, left, out_stride_n, D0, D1, D, BLOCK_N)
+        store_rows(dv_ptr + target, dv1, left, out_stride_n, D0, D1, D, BLOCK_N)
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def attention_bwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    g_ptr,
+    out_ptr,
+    lse_ptr,
+    coef_ptr,
+    bias_ptr,
+    mask_ptr,
+    pos_ptr,
+    delta_ptr,
+    dq_ptr,
+    dk_ptr,
+    dv_ptr,
+    scale,
+    scale_log2,
+    heads,
+    queries,
+    keys,
+    num_prefix,
+    plane,
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    v_stride_b,
+    v_stride_h,
+    v_stride_n,
+    g_stride_b,
+    g_stride_n,
+    g_stride_h,
+    bias_stride_b,
+    bias_stride_h,
+    bias_stride_n,
+    mask_stride_b,
+    pos_stride_b,
+    pos_stride_n,
+    HAS_PREFIX: tl.constexpr,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    DIMS: tl.constexpr,
+    UNIT: tl.constexpr,
+    BIAS_UNIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # grid:     B * H; a program owns one head whose queries fit one block, Nq <= BLOCK_M
+    # in, out:  as attention_dq_kernel and attention_dkv_kernel together, without dbias; delta may be None
+    # numerics: as theirs
+    # bounds:   as theirs
+    # cost:     every input read once, five products instead of seven; no atomics, deterministic
+    head, b, h, _ = locate(tl.program_id(0), heads, 1, BLOCK_M)
+    rows = tl.arange(0, BLOCK_M)
+    some = rows < queries
+    place = head.to(tl.int64) * queries + rows
+    out_stride_n = heads.to(tl.int64) * D
+    q_stride_n = q_stride_n.to(tl.int64) * UNIT
+    k_stride_n = k_stride_n.to(tl.int64) * UNIT
+    v_stride_n = v_stride_n.to(tl.int64) * UNIT
+    g_stride_n = g_stride_n.to(tl.int64) * UNIT
+    bias_stride_n = bias_stride_n.to(tl.int64) * BIAS_UNIT
+    q_head = q_ptr + (b * q_stride_b + h * q_stride_h) * UNIT
+    k_head = k_ptr + (b * k_stride_b + h * k_stride_h) * UNIT
+    v_head = v_ptr + (b * v_stride_b + h * v_stride_h) * UNIT
+    g_head = g_ptr + (b * g_stride_b + h * g_stride_h) * UNIT
+    out_head = out_ptr + b * queries * out_stride_n + h * D
+    bias_head = None
+    if bias_ptr is not None:
+        bias_head = bias_ptr + (b * bias_stride_b + h * bias_stride_h) * BIAS_UNIT
+    mask_row = None
+    if mask_ptr is not None:
+        mask_row = mask_ptr + b * mask_stride_b
+    pos_image = None
+    if pos_ptr is not None:
+        pos_image = pos_ptr + b * pos_stride_b
+    level, lse = load_levels(lse_ptr, place, some)
+    q0, q1 = load_head(q_head, queries, q_stride_n, D, D0, D1, BLOCK_M, True)
+    g0, g1 = load_head(g_head, queries, g_stride_n, D, D0, D1, BLOCK_M, True)
+    out0, out1 = load_head(out_head, queries, out_stride_n, D, D0, D1, BLOCK_M, True)
+    delta = tl.sum(g0.to(tl.float32) * out0.to(tl.float32), axis=1)
+    if D1 > 0:
+        delta += tl.sum(g1.to(tl.float32) * out1.to(tl.float32), axis=1)
+    if delta_ptr is not None:
+        tl.store(delta_ptr + place, delta, mask=some)
+    dq0 = tl.zeros([BLOCK_M, D0], dtype=tl.float32)
+    dq1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 16], dtype=tl.float32)
+    for block in tl.range(0, tl.cdiv(keys, BLOCK_N)):
+        start = block * BLOCK_N
+        left = keys - start
+        cols = start + tl.arange(0, BLOCK_N)
+        k0, k1 = load_head(k_head + start * k_stride_n, left, k_stride_n, D, D0, D1, BLOCK_N, True)
+        v0, v1 = load_head(v_head + start * v_stride_n, left, v_stride_n, D, D0, D1, BLOCK_N, True)
+        p, ds = score_gradient(
+            q0, q1, k0, k1, v0, v1, g0, g1, rows, cols, level, lse, delta, some, place, plane,
+            coef_ptr, bias_head, mask_row, pos_image, queries, keys, num_prefix, scale_log2, bias_stride_n, pos_stride_n,
+            HAS_PREFIX, False, True, D1, DIMS, PRECISION,
+        )  # fmt: skip
+        p = tl.trans(p.to(g0.dtype))
+        ds = ds.to(q0.dtype)
+        target = (b * keys + start) * out_stride_n + h * D
+        dv0 = tl.dot(p, g0, input_precision=PRECISION)
+        store_rows(dv_ptr + target, dv0, left, out_stride_n, 0, D0, D, BLOCK_N)
+        dk0 = tl.dot(tl.trans(ds), q0, input_precision=PRECISION)
+        store_rows(dk_ptr + target, dk0 * scale, left, out_stride_n, 0, D0, D, BLOCK_N)
+        dq0 = tl.dot(ds, k0, dq0, input_precision=PRECISION)
+        if D1 > 0:
+            dv1 = tl.dot(p, g1, input_precision=PRECISION)
+            store_rows(dv_ptr + target, dv1, left, out_stride_n, D0, D1, D, BLOCK_N)
+            dk1 = tl.dot(tl.trans(ds), q1, input_precision=PRECISION)
+            store_rows(dk_ptr + target, dk1 * scale, left, out_stride_n, D0, D1, D, BLOCK_N)
+            dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
+    dq_head = dq_ptr + b * queries * out_stride_n + h * D
+    store_rows(dq_head, dq0 * scale, queries, out_stride_n, 0, D0, D, BLOCK_M)
+    if D1 > 0:
+        store_rows(dq_head, dq1 * scale, queries, out_stride_n, D0, D1, D, BLOCK_M)
