@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -68,16 +69,15 @@ def plot_heads(
     with _style():
         columns = min(len(named), 4)
         rows = math.ceil(len(named) / columns)
-        figure = _figure(1.6 + 3.9 * columns if columns > 1 else 6.4, 0.6 + 3.4 * rows)
+        figure = _figure(6.6 if columns == 1 else 0.9 + 3.7 * columns, 0.7 + 3.3 * rows)
         grid = figure.subplots(rows, columns, sharey=share_y, squeeze=False)
-        for place, axes in enumerate(grid.flat):
-            if place >= len(named):
+        for place, (axes, name) in enumerate(itertools.zip_longest(grid.flat, named)):
+            if name is None:
                 axes.set_visible(False)
                 continue
-            name, seen = list(named.items())[place]
-            _draw(axes, seen, quantity, COLORS[place % len(COLORS)])
-            if name:
-                axes.set_title(name)
+            _draw(axes, named[name], quantity, COLORS[place % len(COLORS)])
+            axes.set_ylim(*_limits(named.values() if share_y else [named[name]], quantity))
+            axes.set_title(name)
             if place % columns == 0 or not share_y:
                 axes.set_ylabel(label)
             if place + columns >= len(named):
@@ -92,7 +92,7 @@ def plot_overview(
     *,
     title: str | None = None,
 ) -> Figure:
-    """Several quantities at once: a row of panels per model or epoch, a column per quantity; columns share their axis.
+    """Several quantities at once. Several models or epochs stand side by side, a row for each quantity with one axis.
 
     Args:
         recorded: the statistics, or several by name.
@@ -111,31 +111,39 @@ def plot_overview(
     if quantities is None:
         common = [name for name in next(iter(named.values())).names if all(name in s.names for s in named.values())]
         quantities = [name for name in OVERVIEW if name in common] or common
+        if "distance" in quantities and "renormalized_distance" in quantities:
+            quantities.remove("renormalized_distance")
     if not quantities:
         raise ValueError("the statistics have no quantity in common")
-    labels = [_common_label(named, quantity) for quantity in quantities]
-    # One model: panels wrap after three. Several: a row each.
-    columns = len(quantities) if len(named) > 1 else min(3, len(quantities))
-    if len(named) == 1 and len(quantities) == 4:
-        columns = 2
-    rows = len(named) if len(named) > 1 else math.ceil(len(quantities) / columns)
+    for quantity in quantities:
+        _common_label(named, quantity)
+    one = len(named) == 1
+    if one:
+        columns = 2 if len(quantities) in (2, 4) else min(3, len(quantities))
+        panels = [(next(iter(named)), quantity) for quantity in quantities]
+    else:
+        columns = len(named)
+        panels = [(name, quantity) for quantity in quantities for name in named]
+    rows = math.ceil(len(panels) / columns)
+    order = list(named)
     with _style():
-        figure = _figure(0.6 + 4.3 * columns, 0.6 + 3.1 * rows)
-        grid = figure.subplots(rows, columns, squeeze=False, sharey="col" if len(named) > 1 else False)
-        for place, axes in enumerate(grid.flat):
-            if len(named) == 1 and place >= len(quantities):
+        width = 4.2 if columns <= 3 else max(2.4, 14 / columns)
+        figure = _figure(0.8 + width * columns, 0.7 + 2.9 * rows)
+        grid = figure.subplots(rows, columns, squeeze=False, sharey=False if one else "row")
+        for place, (axes, panel) in enumerate(itertools.zip_longest(grid.flat, panels)):
+            if panel is None:
                 axes.set_visible(False)
                 continue
-            row, column = divmod(place, columns)
-            which = column if len(named) > 1 else place
-            name, seen = list(named.items())[row if len(named) > 1 else 0]
-            _draw(axes, seen, quantities[which], COLORS[(row if len(named) > 1 else 0) % len(COLORS)])
-            axes.set_ylabel(labels[which])
-            if name and column == 0:
-                axes.set_title(name, loc="left", fontweight="bold")
-            if (len(named) > 1 and row == rows - 1) or (len(named) == 1 and place + columns >= len(quantities)):
+            name, quantity = panel
+            _draw(axes, named[name], quantity, COLORS[order.index(name) % len(COLORS)])
+            axes.set_ylim(*_limits(named.values(), quantity))
+            if one or place % columns == 0:
+                axes.set_ylabel(_common_label(named, quantity))
+            if not one and place < columns:
+                axes.set_title(name)
+            if place + columns >= len(panels):
                 axes.set_xlabel("layer")
-        _finish(figure, title)
+        _finish(figure, title or (order[0] if one else None))
     return figure
 
 
@@ -221,18 +229,27 @@ def _draw(axes: Axes, seen: HeadStatistics, quantity: str, color: str) -> None:
     if mean.shape[1] > 1:
         x = layers[:, None].expand_as(mean).flatten()
         axes.scatter(x, mean.flatten(), s=30, color=color, alpha=0.55, linewidths=0.5, edgecolors="white", zorder=2)
-    axes.plot(layers, seen.layer_mean(quantity), color=INK, linewidth=1.6, marker="_", markersize=9, zorder=3)
+    axes.plot(layers, seen.layer_mean(quantity), color=INK, linewidth=1.6, marker="o", markersize=3, zorder=3)
     axes.set_xlim(layers[0].item() - 0.6, layers[-1].item() + 0.6)
     if len(layers) <= 12:
         axes.set_xticks(seen.layers)
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=4))
-    finite = mean[mean.isfinite()]
-    if len(finite) and finite.min() >= 0:
-        axes.set_ylim(bottom=0)
     axes.grid(True, axis="y", color=LINE, linewidth=0.6, alpha=0.7)
     axes.set_axisbelow(True)
     axes.tick_params(length=0)
+
+
+def _limits(shown: Iterable[HeadStatistics], quantity: str) -> tuple[float, float]:
+    """Of the vertical axis: all dots with room around them; from 0 unless that would flatten the differences."""
+    values = torch.cat([seen.mean(quantity).flatten() for seen in shown])
+    values = values[values.isfinite()]
+    if not len(values):
+        return 0.0, 1.0
+    low, high = values.min().item(), values.max().item()
+    room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    # Dots at 0 stay whole.
+    return (-room / 2 if low < room else 0.0) if 0 <= low <= 0.6 * high else low - room, high + room
 
 
 def _finish(figure: Figure, title: str | None) -> None:
@@ -240,7 +257,7 @@ def _finish(figure: Figure, title: str | None) -> None:
     from matplotlib.lines import Line2D
 
     dot = Line2D([], [], linestyle="", marker="o", markersize=6, color=MUTED, alpha=0.7, markeredgecolor="white")
-    line = Line2D([], [], color=INK, linewidth=1.6, marker="_", markersize=9)
+    line = Line2D([], [], color=INK, linewidth=1.6, marker="o", markersize=3)
     figure.legend(
         [dot, line],
         ["one head", "mean over heads"],
