@@ -42,14 +42,13 @@ def embed_visible(
     x = F.linear(pixels, proj.weight.flatten(1), proj.bias)  # [B, K, D]
     if norm is not None:
         x = norm(x)
-    if pos is None:
-        return x if prefix is None else torch.cat((prefix.to(x.dtype).expand(x.shape[0], -1, -1), x), dim=1)
-    # One mask per image over a batch of one position table: prefix and chosen positions in one pass, without
-    # a copy of the table per image. Adding in place saves the concatenation, and its backward a split.
-    tokens = gather_tokens(pos, ids.unsqueeze(1), prefix=prefix)  # [B, P + K, D]
-    num_prefix = 0 if prefix is None else prefix.shape[-2]
-    tokens[:, num_prefix:].add_(x)
-    return tokens
+    if pos is not None:
+        # One mask per image over a batch of one position table: no copy of the table per image.
+        x = x + gather_tokens(pos, ids.unsqueeze(1))
+    if prefix is not None:
+        # cat copies once more than adding into a buffer would, but its backward is free: views of the gradient.
+        x = torch.cat((prefix.expand(x.shape[0], -1, -1), x), dim=1)
+    return x
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:
