@@ -21,9 +21,12 @@ SMALL_BYTES = 4 * 2**20
 # not the device's size, so that every device adds in the same order.
 SUM_PROGRAMS = 1024
 
+# ptxas spills a few registers of the summing kernels to fit one more program on a multiprocessor, unless it is given
+# a cap of its own; 12 warps of 168 registers have enough loads in flight.
+SUM_REGISTERS = 168
 # Ranking compares every token with every other: quadratic, so that a sort wins for long sequences.
 MAX_TOKENS = 2048
-RANK_BLOCK = 128
+RANK_BLOCK = 64
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -67,10 +70,16 @@ def column_block(columns: int, most: int = 1024) -> int:
     return widths[padded.index(min(padded))]
 
 
-def tile(samples: int, rows: int, columns: int, itemsize: int) -> tuple[int, int, int]:
-    """(BLOCK_R, BLOCK_D, num_warps) for a memory-bound pass over ``[samples, rows, columns]``."""
+def tile(samples: int, rows: int, columns: int, itemsize: int, run: int = 16) -> tuple[int, int, int]:
+    """(BLOCK_R, BLOCK_D, num_warps) for a memory-bound pass over ``[samples, rows, columns]``.
+
+    ``run`` elements are neighbours in memory on the other side of the pass.
+    """
     small = samples * rows * columns * itemsize < SMALL_BYTES
     size, warps = (SMALL_TILE_BYTES, SMALL_TILE_WARPS) if small else (TILE_BYTES, TILE_WARPS)
+    if columns % 16 or run % 8:
+        # Element-wise accesses keep one 64-bit address each in registers; a full tile of them would spill.
+        size = size // 4
     elements = size // max(itemsize, 2)
     block_d = column_block(columns, min(1024, elements))
     return min(elements // block_d, triton.next_power_of_2(max(rows, 1))), block_d, warps

@@ -176,6 +176,9 @@ def gather_tokens_bwd(
     if grad.numel() == 0 or tokens == 0 or not (need_x or need_pos):
         return dx.zero_(), grad.new_zeros((tokens, columns) if need_pos else (0,)), dprefix
     block_r, block_d, warps = _triton.tile(images, tokens, columns, grad.element_size())
+    if need_pos:
+        # Two sums in registers at once: half a tile each.
+        block_r = max(1, block_r // 2)
     row_blocks, chunks = triton.cdiv(tokens, block_r), triton.cdiv(columns, block_d)
     groups, per_group = _triton.batch_groups(images, row_blocks * chunks) if need_pos else (images, 1)
     partial, dpos = _triton.partials(groups, (tokens, columns), grad) if need_pos else (None, grad.new_empty(0))
@@ -190,5 +193,6 @@ def gather_tokens_bwd(
         BLOCK_D=block_d,
         BLOCK_K=_triton.match_block(kept, block_r),
         num_warps=warps,
+        maxnreg=_triton.SUM_REGISTERS,
     )
     return dx, _triton.sum_partials(partial, dpos) if need_pos else dpos, dprefix

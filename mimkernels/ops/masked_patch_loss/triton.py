@@ -179,7 +179,7 @@ def masked_patch_loss_fwd_kernel(
     tl.store(loss_ptr + pid, loss)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def masked_patch_loss_bwd_kernel(
     grad_ptr,
     count_ptr,
@@ -229,11 +229,11 @@ def masked_patch_loss_bwd_kernel(
     counted, patch = is_counted(ids_ptr, mask_ptr, image, row, patches, ids_stride, mask_stride)
     out = dpred_ptr + pid.to(tl.int64) * PIXELS
     if counted:
-        divisor = tl.to_tensor(count)
+        divisor = count.to(tl.float32)
         if count_ptr is not None:
-            divisor = tl.load(count_ptr)
+            divisor = tl.load(count_ptr).to(tl.float32)
         grad = tl.load(grad_ptr + image * grad_stride_b + row.to(tl.int64) * grad_stride_l)
-        grad = tl.math.div_rn(grad, divisor.to(tl.float32)) / PIXELS
+        grad = tl.math.div_rn(grad, divisor) / PIXELS
         pred_row = pred_ptr + image * pred_stride_b + row.to(tl.int64) * pred_stride_l
         patch_ptr = images_ptr + image * stride_b
         patch_ptr += patch_offset(patch, grid_h, grid_w, stride_t, stride_h, PT, PH, PW)

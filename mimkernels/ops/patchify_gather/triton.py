@@ -167,7 +167,7 @@ def patchify_gather_fwd(
     out = images.new_empty((masks * batch, kept, columns), dtype=dtype)  # [M * B, K, E]
     if out.numel() == 0:
         return out
-    block_r, block_e, warps = _triton.tile(*out.shape, out.element_size())
+    block_r, block_e, warps = _triton.tile(*out.shape, out.element_size(), run=patch_w)
     row_blocks, chunks = triton.cdiv(kept, block_r), triton.cdiv(columns, block_e)
     _triton.launch(
         patchify_gather_fwd_kernel,
@@ -213,7 +213,7 @@ def patchify_gather_bwd(
     if grad.numel() == 0:
         return dimages.zero_()
     columns = grad.shape[2]
-    block_r, block_e, warps = _triton.tile(batch, patches, columns, dimages.element_size())
+    block_r, block_e, warps = _triton.tile(batch, patches, columns, dimages.element_size(), run=patch_w)
     row_blocks, chunks = triton.cdiv(patches, block_r), triton.cdiv(columns, block_e)
     _triton.launch(
         patchify_gather_bwd_kernel,
@@ -231,5 +231,6 @@ def patchify_gather_bwd(
         BLOCK_E=block_e,
         BLOCK_K=_triton.match_block(kept, block_r),
         num_warps=warps,
+        maxnreg=_triton.SUM_REGISTERS,
     )
     return dimages

@@ -47,12 +47,12 @@ def random_mask_kernel(
     image = pid // blocks
     i = pid % blocks * BLOCK_I + tl.arange(0, BLOCK_I)
     # Whatever the types of the arguments, the sum wraps modulo 2^64.
-    offset = tl.to_tensor(offset).to(tl.uint64)
+    offset = offset.to(tl.uint64)
     if step_ptr is not None:
         offset = tl.add(offset, tl.load(step_ptr).to(tl.uint64), sanitize_overflow=False)
-    w0, w1, w2, w3 = philox(seed, i // 4, image, offset)
+    first, second, third, fourth = philox(seed, i // 4, image, offset)
     lane = i % 4
-    key = tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
+    key = tl.where(lane < 2, tl.where(lane == 0, first, second), tl.where(lane == 2, third, fourth))
     before = tl.zeros([BLOCK_I, BLOCK_Q], dtype=tl.int32)
     for start in range(0, tokens, 4 * BLOCK_Q):
         quad = start // 4 + tl.arange(0, BLOCK_Q)

@@ -238,6 +238,7 @@ def _bwd_x(grad: Tensor, ids_restore: Tensor, dx: Tensor, kept: int, num_prefix:
         BLOCK_D=block_d,
         BLOCK_K=_triton.match_block(tokens, block_r),
         num_warps=warps,
+        maxnreg=_triton.SUM_REGISTERS,
     )
 
 
@@ -250,6 +251,9 @@ def _bwd_sums(
     if not (need_mask_token or need_pos):
         return token_out, pos_out
     block_r, block_d, warps = _triton.tile(*grad.shape, grad.element_size())
+    if need_mask_token and need_pos:
+        # Two sums in registers at once: half a tile each.
+        block_r = max(1, block_r // 2)
     row_blocks, chunks = triton.cdiv(length, block_r), triton.cdiv(columns, block_d)
     groups, per_group = _triton.batch_groups(images, row_blocks * chunks)
     if need_mask_token:
@@ -266,6 +270,7 @@ def _bwd_sums(
         BLOCK_R=block_r,
         BLOCK_D=block_d,
         num_warps=warps,
+        maxnreg=_triton.SUM_REGISTERS,
     )
     if need_mask_token:
         _triton.sum_partials(dtoken, token_out)
