@@ -21,6 +21,8 @@ class Quantity:
     Attributes:
         name: as in tables, files and plots.
         label: for people.
+        formula: per query i where it has an index, then a mean over patch queries. P is the attention, T the patch
+            keys, M_i the sum of P_ij over T.
         unit: "nats", "" for a pure number, or "distance": the unit of the positions given to ``attention``.
         row_stats: names to ask of ``attention(..., stats=...)``.
         inputs: what ``HeadStatistics.update`` needs besides: any of "q", "k", "lse", "tokens", "output".
@@ -29,6 +31,7 @@ class Quantity:
 
     name: str
     label: str
+    formula: str
     unit: str = ""
     row_stats: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
@@ -47,32 +50,63 @@ BEYOND_CLS = (
     "cls_pos_entropy",
     "pos_pos_entropy",
 )
+_MASSES = ("self_mass", "patch_mass")
+_ENTROPY = ("patch_entropy", "patch_mass")
 QUANTITIES: dict[str, Quantity] = {
     quantity.name: quantity
     for quantity in (
-        Quantity("entropy", "attention entropy", "nats", ("entropy",)),
-        Quantity("patch_entropy", "attention entropy over patches", "nats", ("patch_entropy",)),
-        Quantity("prefix_mass", "mass on prefix tokens", "", ("prefix_mass",)),
-        Quantity("patch_mass", "mass on patches", "", ("patch_mass",)),
-        Quantity("self_mass", "attention to oneself", "", ("self_mass",)),
-        Quantity("peak", "largest attention weight", "", ("peak",)),
-        Quantity("distance", "attention distance", "distance", ("distance",)),
-        Quantity("renormalized_distance", "renormalised attention distance", "distance", ("distance", "patch_mass")),
-        Quantity("nmi", "normalised mutual information", "", ("patch_entropy", "patch_mass"), _QK),
-        Quantity("head_divergence", "head divergence", "nats", (), _QK),
-        Quantity("patch_head_divergence", "head divergence over patches", "nats", ("patch_mass",), _QK),
-        Quantity("cls_cls_attention", "[cls] to [cls]", "", ("self_mass",)),
-        Quantity("pos_self_attention", "patch to itself", "", ("self_mass",)),
-        Quantity("cls_cls_attention_adj", "[cls] to [cls] / to patches", "", ("self_mass", "patch_mass")),
-        Quantity("pos_self_attention_adj", "patch to itself / to patches", "", ("self_mass", "patch_mass")),
-        Quantity("cls_pos_attention", "[cls] to a patch", "", ("patch_mass",)),
-        Quantity("pos_cls_attention", "patch to [cls]", "", ("prefix_mass",)),
-        Quantity("cls_pos_entropy", "entropy of [cls] over patches", "nats", ("patch_entropy", "patch_mass")),
-        Quantity("pos_pos_entropy", "entropy of patches over patches", "nats", ("patch_entropy", "patch_mass")),
-        Quantity("cls_magnitude", "norm of [cls]", "", (), ("tokens",), per_head=False),
-        Quantity("pos_magnitude", "norm of patch tokens", "", (), ("tokens",), per_head=False),
-        Quantity("cls_output_magnitude", "norm of attention's output, [cls]", "", (), ("output",), per_head=False),
-        Quantity("pos_output_magnitude", "norm of attention's output, patches", "", (), ("output",), per_head=False),
+        Quantity("entropy", "attention entropy", "-sum_j P_ij log P_ij", "nats", ("entropy",)),
+        Quantity(
+            "patch_entropy", "attention entropy over patches", "entropy of P_ij / M_i", "nats", ("patch_entropy",)
+        ),
+        Quantity("prefix_mass", "mass on prefix tokens", "1 - M_i: the [cls] mass", "", ("prefix_mass",)),
+        Quantity("patch_mass", "mass on patches", "M_i", "", ("patch_mass",)),
+        Quantity("self_mass", "attention to oneself", "P_ii", "", ("self_mass",)),
+        Quantity("peak", "largest attention weight", "max_j P_ij", "", ("peak",)),
+        Quantity("distance", "attention distance", "sum over T of P_ij |x_i - x_j|", "distance", ("distance",)),
+        Quantity(
+            "renormalized_distance",
+            "renormalised attention distance",
+            "distance_i / M_i; 0 where M_i = 0",
+            "distance",
+            ("distance", "patch_mass"),
+        ),
+        Quantity(
+            "nmi",
+            "normalised mutual information",
+            "(H(p_k) - mean_i H_i) / sqrt(log N H(p_k)), patch queries and keys, rows P_ij / M_i",
+            "",
+            _ENTROPY,
+            _QK,
+        ),
+        Quantity(
+            "head_divergence",
+            "head divergence",
+            "mean over g != h of KL(P^h || P^g), itself a mean over all queries, [cls] too, and over all keys",
+            "nats",
+            (),
+            _QK,
+        ),
+        Quantity(
+            "patch_head_divergence",
+            "head divergence over patches",
+            "the same over patch queries and patch keys, rows P_ij / M_i",
+            "nats",
+            ("patch_mass",),
+            _QK,
+        ),
+        Quantity("cls_cls_attention", "[cls] to [cls]", "P_00", "", ("self_mass",)),
+        Quantity("pos_self_attention", "patch to itself", "P_ii", "", ("self_mass",)),
+        Quantity("cls_cls_attention_adj", "[cls] to [cls] / to patches", "P_00 / (M_0 + eps)", "", _MASSES),
+        Quantity("pos_self_attention_adj", "patch to itself / to patches", "P_ii / (M_i + eps)", "", _MASSES),
+        Quantity("cls_pos_attention", "[cls] to a patch", "M_0 / N", "", ("patch_mass",)),
+        Quantity("pos_cls_attention", "patch to [cls]", "1 - M_i", "", ("prefix_mass",)),
+        Quantity("cls_pos_entropy", "entropy of [cls] over patches", "of P_0j / (M_0 + eps)", "nats", _ENTROPY),
+        Quantity("pos_pos_entropy", "entropy of patches over patches", "of P_ij / (M_i + eps)", "nats", _ENTROPY),
+        Quantity("cls_magnitude", "norm of [cls]", "|x_0|", inputs=("tokens",), per_head=False),
+        Quantity("pos_magnitude", "norm of patch tokens", "|x_i|", inputs=("tokens",), per_head=False),
+        Quantity("cls_output_magnitude", "norm of output, [cls]", "|y_0|", inputs=("output",), per_head=False),
+        Quantity("pos_output_magnitude", "norm of output, patches", "|y_i|", inputs=("output",), per_head=False),
     )
 }
 
@@ -87,7 +121,6 @@ class Preset:
         quantities: what it records, names in ``QUANTITIES``.
         unit: of distances, "pixel" | "patch" | "unit"; None where it has no distances.
         exclude_prefix: prefix queries are left out of the mean over queries.
-        renormalize: rows are divided by their mass on patches before distances are taken.
         eps: in denominators.
         notes: where the source's own constants show.
     """
@@ -97,9 +130,13 @@ class Preset:
     quantities: tuple[str, ...]
     unit: str | None = None
     exclude_prefix: bool = True
-    renormalize: bool = False
     eps: float = 0.0
     notes: str = ""
+
+    @property
+    def renormalize(self) -> bool:
+        """Whether rows are divided by their mass on patches before distances are taken."""
+        return "renormalized_distance" in self.quantities
 
     @property
     def row_stats(self) -> tuple[str, ...]:
@@ -129,7 +166,6 @@ PRESETS: dict[str, Preset] = {
             "What Do Self-Supervised Vision Transformers Learn, arXiv:2305.00729, github.com/naver-ai/cl-vs-mim",
             ("renormalized_distance", "nmi"),
             unit="pixel",
-            renormalize=True,
             notes="The source adds 1e-32 to A before distances and 1e-8 before mutual information. The first shows "
             "only in rows with less than about 1e-28 of their mass on patches, which count as 0 here; the second "
             "moves NMI by about N * 1e-8 * log(1e8), 4e-5 at N = 196.",
@@ -139,7 +175,6 @@ PRESETS: dict[str, Preset] = {
             "Teaching Matters, arXiv:2212.03862, github.com/mwalmer-umd/vit_analysis",
             ("renormalized_distance",),
             unit="unit",
-            renormalize=True,
             notes="Coordinates run from 0 at the first patch's centre to 1 at the last one's. The source takes square "
             "grids; on others each axis is scaled by itself.",
         ),

@@ -49,11 +49,13 @@ class HeadStatistics:
             ``beyond_cls``) or a ``Preset``, or several. See ``PRESETS`` for sources.
         quantities: more to record, names in ``QUANTITIES``: row statistics of ``attention`` (``entropy``,
             ``distance``, ``prefix_mass``, ...), ``renormalized_distance``, ``nmi``, ``head_divergence``,
-            ``patch_head_divergence``, token magnitudes.
+            ``patch_head_divergence``, token magnitudes. Mutual information and head divergences cost a further pass
+            over q and k each; row statistics cost almost nothing.
         num_prefix: P, leading tokens ([cls], registers) that are no patches; the same as given to ``attention``.
         unit: of distances, "pixel" | "patch" | "unit": that of the positions given to ``attention``. The presets' if
             None, "patch" without presets.
-        exclude_prefix: leave prefix queries out of the means over queries. The presets' if None, else True.
+        exclude_prefix: leave prefix queries out of the means of row statistics (they have distance 0, which would
+            shorten it). The presets' if None, else True.
         symmetrize: head divergences are the mean of both directions.
         exact_eps: Beyond-[cls] entropies with the eps inside the logarithm, as published. Needs q, k and lse, and
             costs another pass of plain attention; without it they are within ``N * 1e-6`` nats.
