@@ -184,7 +184,6 @@ def eps_patch_entropy(
     bias: Tensor | None = None,
     key_mask: Tensor | None = None,
     scale: float | None = None,
-    backend: str = "auto",
 ) -> Tensor:
     """Patch entropy exactly as Beyond-[cls] prints it: ``w = A_ij / (M_i + eps)``, ``-sum_j w log(w + eps)``.
 
@@ -193,7 +192,7 @@ def eps_patch_entropy(
         lse: ``[B, H, N]`` from ``attention`` with the same arguments.
         num_prefix: leading tokens that are no patches; left out of the sums.
         eps: in the denominator and inside the logarithm.
-        bias, key_mask, scale, backend: as in ``attention``.
+        bias, key_mask, scale: as in ``attention``.
 
     Returns:
         ``[B, H, N]`` nats, of every query. Made from blocks of attention rows: memory linear in N, time that of a
@@ -204,7 +203,8 @@ def eps_patch_entropy(
     made = []
     for first in range(0, q.shape[2], ROWS):
         rows = torch.arange(first, min(first + ROWS, q.shape[2]), device=q.device)
-        a = attention_rows(q, k, lse, rows, bias=bias, key_mask=key_mask, scale=scale, backend=backend)
+        # The one implementation of attention_rows, also where another backend is named for the other ops.
+        a = attention_rows(q, k, lse, rows, bias=bias, key_mask=key_mask, scale=scale, backend="reference")
         made.append(_eps_entropy(a[..., num_prefix:], eps))
     return torch.cat(made, dim=-1)
 
