@@ -8,7 +8,6 @@ from torch import Tensor
 from mimkernels.ops import _checks
 from mimkernels.ops.attention.api import checked_scores
 from mimkernels.ops.attention_rows import reference
-from mimkernels.ops.attention_rows.spec import SPEC
 
 
 def attention_rows(
@@ -20,16 +19,17 @@ def attention_rows(
     bias: Tensor | None = None,
     key_mask: Tensor | None = None,
     scale: float | None = None,
-    backend: str = "auto",
 ) -> Tensor:
     """The attention maps of chosen queries, such as [cls]; only those rows are computed.
+
+    R x N outputs from R x D queries are a small GEMM and one exponential: plain torch on every device, no kernels.
 
     Args:
         q: ``[B, H, Nq, D]`` fp32, fp16 or bf16 (fp64 on the reference).
         k: ``[B, H, Nk, D]``.
         lse: ``[B, H, Nq]`` from ``attention`` with the same ``bias``, ``key_mask`` and ``scale``.
         rows: R query indices in ``[0, Nq)``, a sequence or an int64 ``[R]`` tensor.
-        bias, key_mask, scale, backend: as in ``attention``.
+        bias, key_mask, scale: as in ``attention``.
 
     Returns:
         ``[B, H, R, Nk]`` fp32 attention probabilities. Gradients reach ``q``, ``k``, ``lse`` and ``bias``.
@@ -44,5 +44,4 @@ def attention_rows(
     if not isinstance(rows, Tensor):
         rows = torch.tensor(list(rows), dtype=torch.int64, device=q.device)
     rows = _checks.token_ids("attention_rows", "rows", rows, (1,), "q", q)
-    SPEC.resolve(backend, q.device.type, q.dtype)
     return reference.attention_rows(q, k, lse, rows, bias, key_mask, scale)
