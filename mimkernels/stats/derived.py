@@ -203,7 +203,6 @@ def eps_patch_entropy(
     made = []
     for first in range(0, q.shape[2], ROWS):
         rows = torch.arange(first, min(first + ROWS, q.shape[2]), device=q.device)
-        # The one implementation of attention_rows, also where another backend is named for the other ops.
         a = attention_rows(q, k, lse, rows, bias=bias, key_mask=key_mask, scale=scale)
         made.append(_eps_entropy(a[..., num_prefix:], eps))
     return torch.cat(made, dim=-1)
