@@ -1,0 +1,281 @@
+"""What is inside the libraries and the wheels, and what an installation does where something is missing."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from mimkernels.ops import _native
+
+ROOT = Path(__file__).resolve().parent.parent
+WIDE = {"avx2", "avx512", "avx512_bf16"}
+BUILT = [library for library in _native.libraries() if library.path.exists()]
+
+# Sources that build in seconds and say who they are.
+STUB = """
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <string>
+std::string cpu_isa() { return "stub"; }
+STABLE_TORCH_LIBRARY_FRAGMENT(mimkernels, m) { m.def("cpu_isa() -> str"); }
+STABLE_TORCH_LIBRARY_IMPL(mimkernels, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
+"""
+
+
+def test_the_cpu_library_is_here():
+    library = _native.library("cpu")
+    assert library.loaded, f"{library.reason}; {library.remedy}"
+    assert library.isa in library.build["isas"]
+
+
+# What is inside the libraries.
+
+
+def symbols(library: _native.NativeLibrary) -> list[tuple[str, str]]:
+    """(kind, demangled name) of every dynamic symbol."""
+    lines = subprocess.run(["nm", "-DC", library.path], capture_output=True, text=True, check=True).stdout
+    return [tuple(match) for match in re.findall(r"^[ 0-9a-f]* ([A-Za-z]) (.*)$", lines, re.M)]
+
+
+@pytest.mark.parametrize("library", BUILT, ids=lambda library: library.name)
+def test_only_the_stable_abi_is_used(library):
+    undefined = [name for kind, name in symbols(library) if kind in "Uw"]
+    assert any(name.startswith("aoti_torch_") for name in undefined)
+    unstable = [name for name in undefined if re.search(r"\b(at|c10|caffe2|torch)::", name)]
+    assert not unstable, f"{library.path.name} needs {unstable}"
+
+
+@pytest.mark.parametrize("library", BUILT, ids=lambda library: library.name)
+def test_nothing_is_exported(library):
+    exported = [name for kind, name in symbols(library) if kind not in "Uw"]
+    assert not exported, f"{library.path.name} exports {exported}"
+
+
+def functions(path: Path):
+    """(demangled name, disassembly) of every function of a library."""
+    command = ["objdump", "-dC", "--no-show-raw-insn", "-j", ".text", path]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    parts = re.split(r"^[0-9a-f]+ <(.*)>:$", text, flags=re.M)[1:]
+    return zip(parts[::2], parts[1::2], strict=True)
+
+
+def test_every_function_stays_within_its_instruction_set():
+    """A wide instruction outside the namespace of its instruction set stops a CPU that has none.
+
+    That happens when an inline function of the standard library, or ours, is compiled for several instruction
+    sets and the linker keeps the wide one for all.
+    """
+    vex = re.compile(r"\t(v[a-z0-9]{3,}|shlx|shrx|sarx|rorx|mulx|andn|bextr|pdep|pext|blsr|blsi|blsmsk|lzcnt)\s")
+    evex = re.compile(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])\b|%k[0-7]")
+    library = _native.library("cpu")
+    if set(library.build["isas"]) == {"portable"}:
+        return
+    seen = dict.fromkeys(WIDE, 0)
+    for name, body in functions(library.path):
+        namespaces = set(re.findall(r"\bmimkernels::(\w+)::", name)) & WIDE
+        if not namespaces:
+            assert not vex.search(body), f"{name} uses {vex.search(body).group().strip()}"
+        if not namespaces & {"avx512", "avx512_bf16"}:
+            assert not evex.search(body), f"{name} uses {evex.search(body).group()}"
+        for namespace in namespaces:
+            seen[namespace] += bool(vex.search(body))
+    assert all(seen.values()), f"functions with wide instructions, by instruction set: {seen}"
+
+
+def test_the_cuda_library_holds_every_architecture():
+    library = _native.library("cuda")
+    if not library.build.get("nvcc"):
+        assert "nvcc" in library.reason
+        return
+    assert library.path.exists(), f"nvcc is here, but: {library.reason}"
+    tool = shutil.which("cuobjdump")
+    if not tool:
+        import triton
+
+        tool = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    command = [tool, "--list-elf", "--list-ptx", library.path]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert {"sm_80.cubin", "sm_90a.cubin", "sm_100.cubin", "sm_80.ptx"} <= set(re.findall(r"sm_\w+\.\w+", listed))
+
+
+def test_the_cuda_library_is_refused_by_name_under_a_torch_without_cuda():
+    library = _native.library("cuda")
+    if library.path.exists():
+        needed = subprocess.run(["readelf", "-d", library.path], capture_output=True, text=True, check=True).stdout
+        assert "libtorch_cuda.so" in needed
+        assert "libcudart" not in needed, "cudart is linked statically"
+
+
+# States of a library, without one.
+
+
+def test_a_broken_library_is_a_reason(tmp_path):
+    broken = tmp_path / "libmimkernels_cpu.so"
+    broken.write_bytes(b"no library")
+    state = _native._load(_native.NativeLibrary("cpu", broken))
+    assert not state.loaded and "does not load" in state.reason and state.remedy
+
+
+def test_an_older_torch_is_a_reason(tmp_path, monkeypatch):
+    (tmp_path / "libmimkernels_cpu.so").write_bytes(b"")
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    state = _native._load(_native.NativeLibrary("cpu", tmp_path / "libmimkernels_cpu.so"))
+    assert not state.loaded and "2.10" in state.reason and "2.9.1" in state.reason
+
+
+def test_a_torch_without_cuda_is_a_reason(tmp_path, monkeypatch):
+    (tmp_path / "libmimkernels_cuda.so").write_bytes(b"")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    state = _native._load(_native.NativeLibrary("cuda", tmp_path / "libmimkernels_cuda.so"))
+    assert not state.loaded and "without CUDA" in state.reason and state.remedy
+
+
+def test_a_tree_that_was_never_installed_is_a_reason(tmp_path):
+    state = _native._load(_native.NativeLibrary("cpu", tmp_path / "libmimkernels_cpu.so"))
+    assert "never installed" in state.reason and "make build" in state.remedy
+
+
+# Installing.
+
+
+@pytest.fixture
+def tree(tmp_path) -> Path:
+    """A copy of the sources, with what earlier builds may have left in it."""
+    tree = tmp_path / "tree"
+    shutil.copytree(ROOT / "mimkernels", tree / "mimkernels", ignore=shutil.ignore_patterns("_lib", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    (tree / "csrc" / "torch").mkdir(parents=True)
+    (tree / "csrc" / "torch" / "cpu_library.cpp").write_text(STUB)
+    for stale in (
+        "build/lib/mimkernels/stale.py",
+        "build/lib.linux-x86_64-cpython-311/mimkernels/stale.py",
+        "mimkernels/_lib/libmimkernels_cuda.so",
+        "mimkernels/_lib/libstale.so",
+    ):
+        (tree / stale).parent.mkdir(parents=True, exist_ok=True)
+        (tree / stale).write_text("")
+    return tree
+
+
+def build_wheel(tree: Path, **variables: str) -> subprocess.CompletedProcess:
+    """What pip runs to make a wheel, into tree/wheels."""
+    unset = ("MIMKERNELS_BUILD", "MIMKERNELS_BUILD_DIR", "MIMKERNELS_TORCH_DIR")
+    env = {key: value for key, value in os.environ.items() if key not in unset}
+    env |= {"MIMKERNELS_CMAKE_ARGS": "-DMIMKERNELS_CUDA=off", **variables}
+    code = "from setuptools import build_meta; build_meta.build_wheel('wheels')"
+    return subprocess.run([sys.executable, "-c", code], cwd=tree, env=env, capture_output=True, text=True)
+
+
+def unpack(tree: Path) -> tuple[str, Path, dict]:
+    """Name of the wheel, folder of its contents, its build.json."""
+    (wheel,) = (tree / "wheels").glob("*.whl")
+    folder = tree.parent / "unpacked"
+    zipfile.ZipFile(wheel).extractall(folder)
+    return wheel.name, folder, json.loads((folder / "mimkernels/_lib/build.json").read_text())
+
+
+def library_state(folder: Path, name: str = "cpu") -> dict:
+    """State of a library as the unpacked package reports it."""
+    code = "import json, mimkernels.info as i; print(json.dumps(i.collect()['libraries']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    return {state["name"]: state for state in json.loads(done.stdout.splitlines()[-1])}[name]
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in (folder / "mimkernels" / "_lib").iterdir()}
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_what_was_built_and_nothing_stale(tree):
+    done = build_wheel(tree, MIMKERNELS_BUILD="require")
+    assert done.returncode == 0, done.stdout + done.stderr
+    name, folder, build = unpack(tree)
+    assert re.fullmatch(r"mimkernels-[\d.]+-py3-none-(?!any).*\.whl", name), "one wheel for every Python"
+    assert files(folder) == {"build.json", "libmimkernels_cpu.so"}
+    assert not list(folder.rglob("*stale*"))
+    assert (folder / "mimkernels" / "py.typed").exists()
+    assert build["torch"] == torch.__version__ and build["compiler"] and "portable" in build["isas"]
+    state = library_state(folder)
+    assert state["loaded"] and state["instruction_set"] == "stub"
+    assert "MIMKERNELS_CUDA=off" in library_state(folder, "cuda")["reason"]
+
+
+@pytest.mark.slow
+def test_without_a_compiler_it_installs_and_says_why(tree):
+    done = build_wheel(tree, PATH="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    name, folder, build = unpack(tree)
+    assert name.endswith("-py3-none-any.whl") and files(folder) == {"build.json"}
+    reason = build["libraries"]["cpu"]["reason"]
+    assert re.match(r"no (C\+\+ compiler|cmake|ninja)", reason)
+    assert f"no native cpu library: {reason}" in done.stderr
+    state = library_state(folder)
+    assert not state["loaded"] and reason in state["reason"] and "install" in state["remedy"]
+
+
+@pytest.mark.slow
+def test_require_fails_where_nothing_can_be_built(tree):
+    done = build_wheel(tree, PATH="", MIMKERNELS_BUILD="require")
+    assert done.returncode != 0
+    assert re.search(r"MIMKERNELS_BUILD=require, but the cpu library was not built: no .* Remedy: ", done.stderr)
+    assert not list((tree / "wheels").glob("*.whl"))
+
+
+@pytest.mark.slow
+def test_a_compile_error_is_the_reason(tree):
+    with (tree / "csrc" / "torch" / "cpu_library.cpp").open("a") as file:
+        file.write('#error "this cannot compile"\n')
+    done = build_wheel(tree)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "this cannot compile" in unpack(tree)[2]["libraries"]["cpu"]["reason"]
+
+
+@pytest.mark.slow
+def test_off_builds_nothing(tree):
+    done = build_wheel(tree, MIMKERNELS_BUILD="off")
+    assert done.returncode == 0, done.stdout + done.stderr
+    name, folder, build = unpack(tree)
+    assert name.endswith("-py3-none-any.whl") and files(folder) == {"build.json"}
+    assert build["libraries"]["cpu"]["reason"] == "switched off with MIMKERNELS_BUILD=off"
+
+
+def test_an_unknown_mode_is_refused(tree):
+    done = build_wheel(tree, MIMKERNELS_BUILD="yes")
+    assert done.returncode != 0 and "'yes'; it can be 'auto', 'require' or 'off'" in done.stderr
+
+
+def test_an_older_torch_is_not_built_against(tree):
+    old = tree.parent / "old" / "torch"
+    old.mkdir(parents=True)
+    (old / "version.py").write_text("__version__ = '2.9.1'\ncuda = None\n")
+    assert build_wheel(tree, MIMKERNELS_TORCH_DIR=str(old)).returncode == 0
+    assert "2.9.1" in unpack(tree)[2]["libraries"]["cpu"]["reason"]
+
+
+def test_torch_is_found_under_build_isolation(tree):
+    """Pip hides the environment's packages from the build and offers only the build requirements."""
+    overlay = tree.parent / "overlay"
+    overlay.mkdir()
+    packages = Path(torch.__file__).parents[1]
+    import setuptools
+
+    for source in Path(setuptools.__file__).parents[1].glob("setuptools*"):  # with its metadata
+        (overlay / source.name).symlink_to(source)
+    (overlay / "sitecustomize.py").write_text(
+        f"import sys\nsys.path[:] = [path for path in sys.path if path != {str(packages)!r}]\n"
+    )
+    hidden = subprocess.run(
+        [sys.executable, "-c", "import torch"], env={**os.environ, "PYTHONPATH": str(overlay)}, capture_output=True
+    )
+    assert hidden.returncode != 0, "the stand-in for pip's isolation does not hide torch"
+    done = build_wheel(tree, PYTHONPATH=str(overlay), PYTHONNOUSERSITE="1", PATH="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert unpack(tree)[2]["torch"] == torch.__version__
