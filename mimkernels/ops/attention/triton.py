@@ -24,6 +24,7 @@ from mimkernels.ops.attention.triton_blocks import (
     load_rows,
     masked_keys,
     position_strides,
+    power,
     store_rows,
     strides,
 )
@@ -71,13 +72,15 @@ def attend_block(
     start,
     keys,
     num_prefix,
-    scale_log2,
+    scale,
+    factor,
     k_stride_n,
     v_stride_n,
     pos_stride_n,
     STATS: tl.constexpr,
     HAS_PREFIX: tl.constexpr,
     FOLD: tl.constexpr,
+    EXACT: tl.constexpr,
     FIRST: tl.constexpr,
     CHECK: tl.constexpr,
     D: tl.constexpr,
@@ -87,10 +90,11 @@ def attend_block(
     DIMS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # One step of the online softmax over BLOCK_N keys from `start`. All sums are relative to 2 ** level, the running
-    # maximum of the scores in units of log2(e): mass of exp2(t), energy of exp2(t) * t, far of exp2(t) * distance,
-    # with t = score - level. Sums are of patch keys where a statistic tells them from prefix keys, else of all.
-    # CHECK: the block may hold keys beyond the last or prefix keys. FIRST: nothing was summed before.
+    # One step of the online softmax over BLOCK_N keys from `start`. level is the running maximum of the scores, which FOLD
+    # leaves unscaled; all sums are relative to it: mass of p = 2 ** t, energy of p * t, far of p * distance, with
+    # t = (score - level) * factor. Sums are of patch keys where a statistic tells them from prefix keys, else of all;
+    # own is the score of the query's own key. FIRST: nothing was summed before. CHECK: the block may hold prefix keys, the
+    # queries' own keys or keys beyond the last. EXACT: p = e ** t, with rounding as in plain fp32.
     SPLIT: tl.constexpr = HAS_PREFIX and CHECK and asked(STATS, SPLITTING)
     cols = start + tl.arange(0, BLOCK_N)
     k_block = k_head + start * k_stride_n
@@ -103,7 +107,7 @@ def attend_block(
         score = tl.dot(q1, tl.trans(k1), score, input_precision=PRECISION)
     v0 = load_rows(v_block, left, v_stride_n, 0, D0, D, BLOCK_N, CHECK)
     if not FOLD:
-        score = score * scale_log2
+        score = score * scale
         if bias_rows is not None:
             score += bias_block(bias_rows, cols, keys, CHECK)
     if CHECK or mask_row is not None:
@@ -111,24 +115,22 @@ def attend_block(
     if asked(STATS, SELF_MASS) and CHECK:
         own += tl.sum(tl.where(rows[:, None] == cols[None, :], score, 0.0), axis=1)
     top = tl.max(score, axis=1)
-    if FOLD:
-        top = top * scale_log2
     if FIRST:
         new_level = top
     else:
         new_level = tl.maximum(level, top)
     base = tl.where(new_level == float("-inf"), 0.0, new_level)
-    if FOLD:
-        t = score * scale_log2 - base[:, None]
+    if EXACT:
+        t = (score - base[:, None]) * factor
     else:
-        t = score - base[:, None]
+        t = score * factor - (base * factor)[:, None]
     if asked(STATS, EXPECTING):
         # A masked key's t is -inf; its product with p = 0 must be 0.
         t = tl.maximum(t, -1000.0, propagate_nan=tl.PropagateNan.ALL)
-    p = tl.exp2(t)
+    p = power(t, EXACT)
     if not FIRST:
-        shift = tl.maximum(level - base, -1000.0)
-        shrink = tl.exp2(shift)
+        shift = tl.maximum((level - base) * factor, -1000.0)
+        shrink = power(shift, EXACT)
         if asked(STATS, EXPECTING):
             energy = (energy + mass * shift) * shrink
             if HAS_PREFIX and asked(STATS, SPLITTING):
@@ -178,7 +180,8 @@ def attention_fwd_kernel(
     out_ptr,
     lse_ptr,
     rows_ptr,
-    scale_log2,
+    scale,
+    factor,
     heads,
     queries,
     keys,
@@ -203,6 +206,7 @@ def attention_fwd_kernel(
     STATS: tl.constexpr,
     HAS_PREFIX: tl.constexpr,
     FOLD: tl.constexpr,
+    EXACT: tl.constexpr,
     ONE_PASS: tl.constexpr,
     D: tl.constexpr,
     D0: tl.constexpr,
@@ -219,9 +223,9 @@ def attention_fwd_kernel(
     #           by stride (0 where broadcast), key mask [B, Nk], positions fp32 [B, N, DIMS], each or None
     # out:      out [B, Nq, H, D], lse fp32 [B, H, Nq], rows fp32 [S, B, H, Nq] in the order of the bits of STATS;
     #           contiguous, every element written once
-    # numerics: scores, maxima and sums in fp32, in units of log2(e); p rounded to the dtype of v. Statistics come from
-    #           sums relative to the row's maximum, so that large scores do not cancel. FOLD: no bias and a positive
-    #           scale, so that scaling and subtracting the maximum are one multiply-add
+    # numerics: scores, maxima and sums in fp32; p = 2 ** ((score - maximum) * factor), rounded to the dtype of v, with log2(e)
+    #           folded into factor; EXACT: e ** (...), for fp32. FOLD: no bias and a positive scale, which then is in factor.
+    #           Statistics come from sums relative to the row's maximum, so that large scores do not cancel
     # bounds:   keys beyond the last and masked keys have score -inf; query tails are masked; offsets are int64
     # cost:     q read once, k and v cdiv(Nq, BLOCK_M) times; ONE_PASS: all keys in one block, nothing is rescaled;
     #           statistics not in STATS leave no instruction; no atomics, deterministic
@@ -271,8 +275,8 @@ def attention_fwd_kernel(
         acc0, acc1, level, mass, mass_prefix, energy, energy_prefix, far, own = attend_block(
             acc0, acc1, level, mass, mass_prefix, energy, energy_prefix, far, own,
             q0, q1, rows, x0, x1, x2, k_head, v_head, bias_rows, mask_row, pos_image,
-            0, keys, num_prefix, scale_log2, k_stride_n, v_stride_n, pos_stride_n,
-            STATS, HAS_PREFIX, FOLD, True, True, D, D0, D1, BLOCK_N, DIMS, PRECISION,
+            0, keys, num_prefix, scale, factor, k_stride_n, v_stride_n, pos_stride_n,
+            STATS, HAS_PREFIX, FOLD, EXACT, True, True, D, D0, D1, BLOCK_N, DIMS, PRECISION,
         )  # fmt: skip
     else:
         # Blocks that need no check come first; then those with prefix keys or the queries' own keys, where a statistic
@@ -292,16 +296,16 @@ def attention_fwd_kernel(
             acc0, acc1, level, mass, mass_prefix, energy, energy_prefix, far, own = attend_block(
                 acc0, acc1, level, mass, mass_prefix, energy, energy_prefix, far, own,
                 q0, q1, rows, x0, x1, x2, k_head, v_head, bias_rows, mask_row, pos_image,
-                block * BLOCK_N, keys, num_prefix, scale_log2, k_stride_n, v_stride_n, pos_stride_n,
-                STATS, HAS_PREFIX, FOLD, False, False, D, D0, D1, BLOCK_N, DIMS, PRECISION,
+                block * BLOCK_N, keys, num_prefix, scale, factor, k_stride_n, v_stride_n, pos_stride_n,
+                STATS, HAS_PREFIX, FOLD, EXACT, False, False, D, D0, D1, BLOCK_N, DIMS, PRECISION,
             )  # fmt: skip
         for i in tl.range(0, special + own_blocks + blocks - tail, num_stages=1):
             block = tl.where(i < special, i, tl.where(i < special + own_blocks, own_first + i - special, blocks - 1))
             acc0, acc1, level, mass, mass_prefix, energy, energy_prefix, far, own = attend_block(
                 acc0, acc1, level, mass, mass_prefix, energy, energy_prefix, far, own,
                 q0, q1, rows, x0, x1, x2, k_head, v_head, bias_rows, mask_row, pos_image,
-                block * BLOCK_N, keys, num_prefix, scale_log2, k_stride_n, v_stride_n, pos_stride_n,
-                STATS, HAS_PREFIX, FOLD, False, True, D, D0, D1, BLOCK_N, DIMS, PRECISION,
+                block * BLOCK_N, keys, num_prefix, scale, factor, k_stride_n, v_stride_n, pos_stride_n,
+                STATS, HAS_PREFIX, FOLD, EXACT, False, True, D, D0, D1, BLOCK_N, DIMS, PRECISION,
             )  # fmt: skip
 
     total = mass
@@ -311,7 +315,11 @@ def attention_fwd_kernel(
     empty = total == 0.0
     inverse = tl.where(empty, 0.0, 1.0 / total)
     place = head.to(tl.int64) * queries + rows
-    tl.store(lse_ptr + place, (level + tl.log2(total)) * LN2, mask=some)
+    log_total = tl.log2(total) * LN2
+    if FOLD:
+        tl.store(lse_ptr + place, level * scale + log_total, mask=some)
+    else:
+        tl.store(lse_ptr + place, level + log_total, mask=some)
     out_stride_n = heads.to(tl.int64) * D
     out_block = out_ptr + (b * queries + first) * out_stride_n + h * D
     store_rows(out_block, acc0 * inverse[:, None], queries - first, out_stride_n, 0, D0, D, BLOCK_M)
@@ -319,11 +327,12 @@ def attention_fwd_kernel(
         store_rows(out_block, acc1 * inverse[:, None], queries - first, out_stride_n, D0, D1, D, BLOCK_M)
 
     target = rows_ptr + place
+    unit: tl.constexpr = 1.0 if EXACT else LN2  # of t
     if asked(STATS, ENTROPY):
         both = energy
         if HAS_PREFIX and asked(STATS, SPLITTING):
             both = energy + energy_prefix
-        entropy = tl.where(empty, 0.0, (tl.log2(total) - both * inverse) * LN2)
+        entropy = tl.where(empty, 0.0, log_total - both * inverse * unit)
         tl.store(target, entropy, mask=some)
         target += plane
     if asked(STATS, PREFIX_MASS):
@@ -333,9 +342,7 @@ def attention_fwd_kernel(
             tl.store(target, tl.zeros([BLOCK_M], dtype=tl.float32), mask=some)
         target += plane
     if asked(STATS, SELF_MASS):
-        if FOLD:
-            own = own * scale_log2
-        p = tl.where(empty, 0.0, tl.exp2(own - level) * inverse)
+        p = tl.where(empty, 0.0, power((own - level) * factor, EXACT) * inverse)
         tl.store(target, p, mask=some)
         target += plane
     if asked(STATS, DISTANCE):
@@ -347,7 +354,7 @@ def attention_fwd_kernel(
         # M_i = mass / total must not be 0, or mass is the sum over no key.
         none = mass * inverse == 0.0
         safe = tl.where(none, 1.0, mass)
-        tl.store(target, tl.where(none, 0.0, (tl.log2(safe) - energy / safe) * LN2), mask=some)
+        tl.store(target, tl.where(none, 0.0, tl.log2(safe) * LN2 - energy / safe * unit), mask=some)
         target += plane
     if asked(STATS, PEAK):
         tl.store(target, inverse, mask=some)
@@ -379,16 +386,21 @@ def attention_fwd(
     row_blocks = triton.cdiv(queries, config.block_m)
     unit, qkv_strides = strides(q, k, v)
     bias_unit, of_bias = bias_strides(bias)
+    precision = dot_precision(q.dtype)
+    exact = q.dtype == torch.float32 and precision == "ieee"
+    fold = bias is None and scale > 0
     _triton.launch(
         attention_fwd_kernel,
         row_blocks * batch * heads,
         q,
         *(q, k, v, bias, key_mask, positions, out, lse, rows),
-        *(scale * LOG2E.value, heads, queries, keys, num_prefix, row_blocks, lse.numel()),
+        *(scale, (scale if fold else 1.0) * (1.0 if exact else LOG2E.value)),
+        *(heads, queries, keys, num_prefix, row_blocks, lse.numel()),
         *(*qkv_strides, *of_bias, *position_strides(key_mask, positions)),
         STATS=stats,
         HAS_PREFIX=num_prefix > 0,
-        FOLD=bias is None and scale > 0,
+        FOLD=fold,
+        EXACT=exact,
         ONE_PASS=keys <= config.block_n,
         D=dim,
         D0=d0,
@@ -396,7 +408,7 @@ def attention_fwd(
         DIMS=0 if positions is None else positions.shape[2],
         UNIT=unit,
         BIAS_UNIT=bias_unit,
-        PRECISION=dot_precision(q.dtype),
+        PRECISION=precision,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         num_warps=config.warps,
@@ -436,7 +448,9 @@ def attention_bwd(
     fused = None if full_bias else fused
     delta = torch.empty_like(lse) if fused is None or need_bias else None
     given = (coef, bias, key_mask, positions)
-    sizes = (scale, scale * LOG2E.value, heads, queries, keys, num_prefix)
+    precision = dot_precision(q.dtype)
+    exact = q.dtype == torch.float32 and precision == "ieee"
+    sizes = (scale, scale if exact else scale * LOG2E.value, heads, queries, keys, num_prefix)
     options = {
         "HAS_PREFIX": num_prefix > 0 and coef is not None,
         "D": dim,
@@ -445,7 +459,8 @@ def attention_bwd(
         "DIMS": 0 if positions is None or coef is None else positions.shape[2],
         "UNIT": unit,
         "BIAS_UNIT": bias_unit,
-        "PRECISION": dot_precision(q.dtype),
+        "PRECISION": precision,
+        "EXACT": exact,
     }
     all_strides = (*qkvg_strides, *of_bias, *position_strides(key_mask, positions))
     plane = lse.numel()

@@ -24,7 +24,7 @@ def attention_dbias_kernel(
     pos_ptr,
     dbias_ptr,
     scale,
-    scale_log2,
+    factor,
     heads,
     queries,
     keys,
@@ -60,6 +60,7 @@ def attention_dbias_kernel(
     UNIT: tl.constexpr,
     BIAS_UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -100,7 +101,7 @@ def attention_dbias_kernel(
         pos_image = None
         if pos_ptr is not None:
             pos_image = pos_ptr + b * pos_stride_b
-        level, lse = load_levels(lse_ptr, place, some)
+        level, lse = load_levels(lse_ptr, place, some, EXACT)
         delta = load_row(delta_ptr, place, some)
         q0, q1 = load_head(q_block, queries - first_row, q_stride_n, D, D0, D1, BLOCK_M, True)
         g0, g1 = load_head(g_block, queries - first_row, g_stride_n, D, D0, D1, BLOCK_M, True)
@@ -108,8 +109,8 @@ def attention_dbias_kernel(
         v0, v1 = load_head(v_block, keys - first_col, v_stride_n, D, D0, D1, BLOCK_N, True)
         _, ds = score_gradient(
             q0, q1, k0, k1, v0, v1, g0, g1, rows, cols, level, lse, delta, some, place, plane,
-            coef_ptr, bias_head, mask_row, pos_image, queries, keys, num_prefix, scale_log2, bias_stride_n, pos_stride_n,
-            HAS_PREFIX, False, False, D1, DIMS, PRECISION,
+            coef_ptr, bias_head, mask_row, pos_image, queries, keys, num_prefix, factor, bias_stride_n, pos_stride_n,
+            HAS_PREFIX, False, False, D1, DIMS, PRECISION, EXACT,
         )  # fmt: skip
         acc += ds
     target = dbias_ptr + (kept.to(tl.int64) * queries + rows)[:, None] * keys + cols[None, :]

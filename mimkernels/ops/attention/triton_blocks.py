@@ -18,9 +18,35 @@ UNIT = 8
 
 # Sizes and strides take no part in specialisation: alignment is known from UNIT, and so one binary serves every N.
 INTEGERS = (
-    *("heads", "queries", "keys", "num_prefix", "row_blocks", "key_blocks", "shared_images", "kept_heads", "plane", "mask_stride_b", "pos_stride_b", "pos_stride_n"),
+    *(
+        "heads",
+        "queries",
+        "keys",
+        "num_prefix",
+        "row_blocks",
+        "key_blocks",
+        "shared_images",
+        "kept_heads",
+        "plane",
+        "mask_stride_b",
+        "pos_stride_b",
+        "pos_stride_n",
+    ),
     *(f"{name}_stride_{dim}" for name in ("q", "k", "v", "g", "bias") for dim in "bhn"),
 )
+
+
+@triton.jit
+def power(t, EXACT: tl.constexpr):
+    # 2 ** t, or with EXACT e ** t to the last bits, where a product with log2(e) would have been rounded first.
+    if EXACT:
+        t = tl.maximum(t, -200.0, propagate_nan=tl.PropagateNan.ALL)
+        n = tl.floor(t * LOG2E + 0.5)
+        # n times the leading bits of ln 2 is exact.
+        rest = (t - n * 0.693359375) + n * 2.12194440e-4
+        return tl.exp2(rest * LOG2E) * tl.exp2(n)
+    else:
+        return tl.exp2(t)
 
 
 @triton.jit
@@ -84,13 +110,13 @@ def store_rows(
 
 @triton.jit
 def bias_block(bias_rows, cols, keys, CHECK: tl.constexpr):
-    # The bias in units of log2(e), fp32 [M, N]; 0 beyond the last key.
+    # The bias, fp32 [M, N]; 0 beyond the last key.
     ptrs = bias_rows[:, None] + cols[None, :]
     if CHECK:
         value = tl.load(ptrs, mask=(cols < keys)[None, :], other=0.0)
     else:
         value = tl.load(ptrs)
-    return value.to(tl.float32) * LOG2E
+    return value.to(tl.float32)
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from mimkernels.ops.attention.triton_blocks import (
     load_point,
     load_head,
     load_rows,
+    power,
     store_rows,
 )
 
@@ -33,31 +34,35 @@ def load_row(ptr, place, some):
 
 
 @triton.jit
-def load_levels(lse_ptr, place, some):
-    # (lse in units of log2(e), lse or 0) of some queries. Where nothing may be attended, and beyond the last query, the
-    # former is +inf: then every probability is 0.
+def load_levels(lse_ptr, place, some, EXACT: tl.constexpr):
+    # (lse in the units of scaled scores, lse or 0) of some queries. Where nothing may be attended, and beyond the last
+    # query, the former is +inf: then every probability is 0.
     lse = tl.load(lse_ptr + place, mask=some, other=float("inf"))
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
-    return lse * LOG2E, tl.where(lse == float("inf"), 0.0, lse)
+    finite = tl.where(lse == float("inf"), 0.0, lse)
+    if EXACT:
+        return lse, finite
+    else:
+        return lse * LOG2E, finite
 
 
 @triton.jit
-def load_coefficients(coef_ptr, place, plane, some, lse, HAS_PREFIX: tl.constexpr, DIMS: tl.constexpr):
+def load_coefficients(coef_ptr, place, plane, some, lse, is_patch, unit, HAS_PREFIX: tl.constexpr, DIMS: tl.constexpr):
     # (c_prefix, a_prefix, c_patch, a_patch, own, far) of some queries, changed so that c + a * t with
-    # t = (S - lse) * log2(e) is what c + a * S was.
+    # t = (S - lse) / unit is what c + a * S was. far is 0 for prefix queries.
     slope = load_row(coef_ptr, place + 3 * plane, some)
     c_patch = load_row(coef_ptr, place + 2 * plane, some) + slope * lse
-    a_patch = slope * LN2
+    a_patch = slope * unit
     c_prefix = c_patch
     a_prefix = a_patch
     if HAS_PREFIX:
         slope = load_row(coef_ptr, place + plane, some)
         c_prefix = load_row(coef_ptr, place, some) + slope * lse
-        a_prefix = slope * LN2
+        a_prefix = slope * unit
     own = load_row(coef_ptr, place + 4 * plane, some)
     far = own
     if DIMS > 0:
-        far = load_row(coef_ptr, place + 5 * plane, some)
+        far = load_row(coef_ptr, place + 5 * plane, some & is_patch)
     return c_prefix, a_prefix, c_patch, a_patch, own, far
 
 
@@ -100,7 +105,7 @@ def score_gradient(
     queries,
     keys,
     num_prefix,
-    scale_log2,
+    factor,
     bias_stride_n,
     pos_stride_n,
     HAS_PREFIX: tl.constexpr,
@@ -109,8 +114,10 @@ def score_gradient(
     D1: tl.constexpr,
     DIMS: tl.constexpr,
     PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     # (P, dS), fp32 [queries, keys], or the transposes [keys, queries]. CHECK: keys may lie beyond the last; their P is 0.
+    # Scores are in units of log2(e), folded into factor; EXACT: in their own, where lse is rounded once less.
     if TRANSPOSED:
         score = tl.dot(k0, tl.trans(q0), input_precision=PRECISION)
         if D1 > 0:
@@ -130,22 +137,24 @@ def score_gradient(
         over_rows = tl.minimum(rows, queries - 1).to(tl.int64) * bias_stride_n
         over_cols = tl.minimum(cols, keys - 1)
         bias = tl.load(bias_head + along(over_rows, True, TRANSPOSED) + along(over_cols, False, TRANSPOSED))
-        score = score * scale_log2 + bias.to(tl.float32) * LOG2E
-        t = score - along(level, True, TRANSPOSED)
+        bias = bias.to(tl.float32)
+        if not EXACT:
+            bias = bias * LOG2E
+        t = score * factor + bias - along(level, True, TRANSPOSED)
     else:
-        t = score * scale_log2 - along(level, True, TRANSPOSED)
+        t = score * factor - along(level, True, TRANSPOSED)
     if CHECK or mask_row is not None:
         allowed = allowed_keys(mask_row, cols, keys)
         t = tl.where(along(allowed, False, TRANSPOSED), t, float("-inf"))
     if coef_ptr is None:
-        p = tl.exp2(t)
+        p = power(t, EXACT)
         ds = p * (dp - along(delta, True, TRANSPOSED))
     else:
         # A masked key's t is -inf; its product with p = 0 must be 0.
         t = tl.maximum(t, -1000.0, propagate_nan=tl.PropagateNan.ALL)
-        p = tl.exp2(t)
+        p = power(t, EXACT)
         c_prefix, a_prefix, c_patch, a_patch, own, far = load_coefficients(
-            coef_ptr, place, plane, some, lse, HAS_PREFIX, DIMS
+            coef_ptr, place, plane, some, lse, rows >= num_prefix, 1.0 if EXACT else LN2, HAS_PREFIX, DIMS
         )
         c = along(c_patch - delta, True, TRANSPOSED)
         a = along(a_patch, True, TRANSPOSED)
@@ -190,7 +199,7 @@ def attention_dq_kernel(
     dq_ptr,
     dbias_ptr,
     scale,
-    scale_log2,
+    factor,
     heads,
     queries,
     keys,
@@ -223,6 +232,7 @@ def attention_dq_kernel(
     UNIT: tl.constexpr,
     BIAS_UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -259,7 +269,7 @@ def attention_dq_kernel(
     pos_image = None
     if pos_ptr is not None:
         pos_image = pos_ptr + b * pos_stride_b
-    level, lse = load_levels(lse_ptr, place, some)
+    level, lse = load_levels(lse_ptr, place, some, EXACT)
     q0 = load_rows(q_block, left, q_stride_n, 0, D0, D, BLOCK_M, True)
     g0 = load_rows(g_block, left, g_stride_n, 0, D0, D, BLOCK_M, True)
     out0 = load_rows(out_block, left, out_stride_n, 0, D0, D, BLOCK_M, True)
@@ -280,17 +290,17 @@ def attention_dq_kernel(
         dq0, dq1 = dq_step(
             dq0, dq1, q0, q1, g0, g1, rows, level, lse, delta, some, place, plane,
             k_head, v_head, coef_ptr, bias_head, mask_row, pos_image, dbias_ptr,
-            block * BLOCK_N, queries, keys, num_prefix, scale_log2,
+            block * BLOCK_N, queries, keys, num_prefix, factor,
             k_stride_n, v_stride_n, bias_stride_n, pos_stride_n,
-            HAS_PREFIX, False, D, D0, D1, BLOCK_N, DIMS, PRECISION,
+            HAS_PREFIX, False, D, D0, D1, BLOCK_N, DIMS, PRECISION, EXACT,
         )  # fmt: skip
     for block in tl.range(full, tl.cdiv(keys, BLOCK_N), num_stages=1):
         dq0, dq1 = dq_step(
             dq0, dq1, q0, q1, g0, g1, rows, level, lse, delta, some, place, plane,
             k_head, v_head, coef_ptr, bias_head, mask_row, pos_image, dbias_ptr,
-            block * BLOCK_N, queries, keys, num_prefix, scale_log2,
+            block * BLOCK_N, queries, keys, num_prefix, factor,
             k_stride_n, v_stride_n, bias_stride_n, pos_stride_n,
-            HAS_PREFIX, True, D, D0, D1, BLOCK_N, DIMS, PRECISION,
+            HAS_PREFIX, True, D, D0, D1, BLOCK_N, DIMS, PRECISION, EXACT,
         )  # fmt: skip
     dq_block = dq_ptr + (b * queries + first) * out_stride_n + h * D
     store_rows(dq_block, dq0 * scale, left, out_stride_n, 0, D0, D, BLOCK_M)
@@ -324,7 +334,7 @@ def dq_step(
     queries,
     keys,
     num_prefix,
-    scale_log2,
+    factor,
     k_stride_n,
     v_stride_n,
     bias_stride_n,
@@ -337,6 +347,7 @@ def dq_step(
     BLOCK_N: tl.constexpr,
     DIMS: tl.constexpr,
     PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     # dq / scale plus what BLOCK_N keys from `start` add to it; stores their dbias.
     cols = start + tl.arange(0, BLOCK_N)
@@ -344,8 +355,8 @@ def dq_step(
     v0, v1 = load_head(v_head + start * v_stride_n, keys - start, v_stride_n, D, D0, D1, BLOCK_N, CHECK)
     _, ds = score_gradient(
         q0, q1, k0, k1, v0, v1, g0, g1, rows, cols, level, lse, delta, some, place, plane,
-        coef_ptr, bias_head, mask_row, pos_image, queries, keys, num_prefix, scale_log2, bias_stride_n, pos_stride_n,
-        HAS_PREFIX, False, CHECK, D1, DIMS, PRECISION,
+        coef_ptr, bias_head, mask_row, pos_image, queries, keys, num_prefix, factor, bias_stride_n, pos_stride_n,
+        HAS_PREFIX, False, CHECK, D1, DIMS, PRECISION, EXACT,
     )  # fmt: skip
     if dbias_ptr is not None:
         target = dbias_ptr + place[:, None] * keys + cols[None, :]
@@ -372,7 +383,7 @@ def attention_dkv_kernel(
     dk_ptr,
     dv_ptr,
     scale,
-    scale_log2,
+    factor,
     heads,
     queries,
     keys,
@@ -405,13 +416,15 @@ def attention_dkv_kernel(
     UNIT: tl.constexpr,
     BIAS_UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     # grid:     cdiv(Nk, BLOCK_N) * B * H, key blocks fastest; a program owns BLOCK_N keys of one head and sees all queries
     # in:       as attention_dq_kernel, whose delta it reads
     # out:      dk, dv [B, Nk, H, D]; contiguous, every element written once
-    # numerics: as attention_dq_kernel; tiles are [keys, queries], so that P and dS enter the products from registers
+    # numerics: as attention_dq_kernel; tiles are [keys, queries], so that P and dS enter the products from registers. EXACT:
+    #           [queries, keys] as in the forward kernel, so that scores have the same bits
     # bounds:   queries beyond the last have P = 0; key tails are masked at the store; offsets are int64
     # cost:     k and v read once, q and dout cdiv(Nk, BLOCK_N) times; no atomics, deterministic
     head, b, h, first = locate(tl.program_id(0), heads, row_blocks, BLOCK_N)
@@ -436,6 +449,7 @@ def attention_dkv_kernel(
     pos_image = None
     if pos_ptr is not None:
         pos_image = pos_ptr + b * pos_stride_b
+    TRANSPOSED: tl.constexpr = not EXACT
     k0, k1 = load_head(k_block, left, k_stride_n, D, D0, D1, BLOCK_N, True)
     v0, v1 = load_head(v_block, left, v_stride_n, D, D0, D1, BLOCK_N, True)
     dk0 = tl.zeros([BLOCK_N, D0], dtype=tl.float32)
@@ -449,15 +463,18 @@ def attention_dkv_kernel(
         place = head.to(tl.int64) * queries + rows
         q0, q1 = load_head(q_head + start * q_stride_n, queries - start, q_stride_n, D, D0, D1, BLOCK_M, True)
         g0, g1 = load_head(g_head + start * g_stride_n, queries - start, g_stride_n, D, D0, D1, BLOCK_M, True)
-        level, lse = load_levels(lse_ptr, place, some)
+        level, lse = load_levels(lse_ptr, place, some, EXACT)
         delta = load_row(delta_ptr, place, some)
         p, ds = score_gradient(
             q0, q1, k0, k1, v0, v1, g0, g1, rows, cols, level, lse, delta, some, place, plane,
-            coef_ptr, bias_head, mask_row, pos_image, queries, keys, num_prefix, scale_log2, bias_stride_n, pos_stride_n,
-            HAS_PREFIX, True, False, D1, DIMS, PRECISION,
+            coef_ptr, bias_head, mask_row, pos_image, queries, keys, num_prefix, factor, bias_stride_n, pos_stride_n,
+            HAS_PREFIX, TRANSPOSED, False, D1, DIMS, PRECISION, EXACT,
         )  # fmt: skip
         p = p.to(g0.dtype)
         ds = ds.to(q0.dtype)
+        if not TRANSPOSED:
+            p = tl.trans(p)
+            ds = tl.trans(ds)
         dv0 = tl.dot(p, g0, dv0, input_precision=PRECISION)
         dk0 = tl.dot(ds, q0, dk0, input_precision=PRECISION)
         if D1 > 0:
@@ -488,7 +505,7 @@ def attention_bwd_kernel(
     dk_ptr,
     dv_ptr,
     scale,
-    scale_log2,
+    factor,
     heads,
     queries,
     keys,
@@ -520,6 +537,7 @@ def attention_bwd_kernel(
     UNIT: tl.constexpr,
     BIAS_UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -552,7 +570,7 @@ def attention_bwd_kernel(
     pos_image = None
     if pos_ptr is not None:
         pos_image = pos_ptr + b * pos_stride_b
-    level, lse = load_levels(lse_ptr, place, some)
+    level, lse = load_levels(lse_ptr, place, some, EXACT)
     q0, q1 = load_head(q_head, queries, q_stride_n, D, D0, D1, BLOCK_M, True)
     g0, g1 = load_head(g_head, queries, g_stride_n, D, D0, D1, BLOCK_M, True)
     out0, out1 = load_head(out_head, queries, out_stride_n, D, D0, D1, BLOCK_M, True)
@@ -571,8 +589,8 @@ def attention_bwd_kernel(
         v0, v1 = load_head(v_head + start * v_stride_n, left, v_stride_n, D, D0, D1, BLOCK_N, True)
         p, ds = score_gradient(
             q0, q1, k0, k1, v0, v1, g0, g1, rows, cols, level, lse, delta, some, place, plane,
-            coef_ptr, bias_head, mask_row, pos_image, queries, keys, num_prefix, scale_log2, bias_stride_n, pos_stride_n,
-            HAS_PREFIX, False, True, D1, DIMS, PRECISION,
+            coef_ptr, bias_head, mask_row, pos_image, queries, keys, num_prefix, factor, bias_stride_n, pos_stride_n,
+            HAS_PREFIX, False, True, D1, DIMS, PRECISION, EXACT,
         )  # fmt: skip
         p = tl.trans(p.to(g0.dtype))
         ds = ds.to(q0.dtype)
