@@ -1,0 +1,369 @@
+"""timm's attention layers on ``mimkernels.attention``, and a recorder of what their heads do."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+try:
+    from timm.layers import Attention as TimmAttention
+    from timm.layers import register_notrace_module
+except ImportError as error:
+    raise ImportError(
+        f"mimkernels.nn.attention needs timm, which cannot be imported ({error}); pip install 'mimkernels[train]'"
+    ) from error
+
+from mimkernels.ops import attention
+from mimkernels.ops.attention.spec import STATISTICS
+
+__all__ = ["Attention", "HeadRecorder", "LayerHeads", "record_heads", "use_mimkernels_attention"]
+
+_KEPT = ("q", "k", "lse", "output")
+
+
+@register_notrace_module  # torch.fx takes it as one node: the op chooses its backend by the tensors it gets
+class Attention(TimmAttention):
+    """timm's ``Attention`` computed by ``mimkernels.attention``: same parameters, same names, same results.
+
+    q, k and v are views of the packed projection and the output is written as the next projection reads it, so that
+    nothing is transposed in memory. With attention dropout (``attn_drop > 0`` in training) timm's own code runs.
+    Made by ``use_mimkernels_attention``, or built like timm's (``attn_layer=Attention`` of timm's models).
+    """
+
+    _slot: _Slot | None = None  # where this layer's heads are recorded, inside `record_heads` only
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """``[B, N, C]`` to ``[B, N, C']``; arguments as timm's. A query that may attend to nothing gets zeros."""
+        slot = self._slot
+        if self.training and self.attn_drop.p > 0:
+            if slot is not None:
+                raise RuntimeError(
+                    f"heads cannot be recorded under attention dropout (attn_drop = {self.attn_drop.p}): set it to 0, "
+                    "or the model to eval()"
+                )
+            # Arguments only where given: older releases of timm have no is_causal.
+            causal = {"is_causal": True} if is_causal else {}
+            return super().forward(x, attn_mask=attn_mask, **causal)
+        batch, tokens, _ = x.shape
+        gate = getattr(self, "gate", None)
+        packed = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
+        q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, N, D] each, views
+        q, k = self.q_norm(q), self.k_norm(k)
+        # Norms may leave q and k wider than v; as scaled_dot_product_attention, run in autocast's dtype.
+        dtype = _compute_dtype(v)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        bias, key_mask = _as_bias(attn_mask, is_causal, q)
+        again = _is_recomputing()
+        settings = _settings_of_recorded_pass(self) if again else slot.settings if slot is not None else _NOTHING
+        made = attention(
+            q,
+            k,
+            v,
+            bias=bias,
+            key_mask=key_mask,
+            scale=self.scale,
+            num_prefix=settings.num_prefix,
+            positions=settings.positions,
+            stats=settings.stats,
+        )
+        y = self.norm(made.out.transpose(1, 2).flatten(2))  # [B, N, H * D], a view
+        if gate is not None:
+            y = y * gate(x).sigmoid()
+        y = self.proj(y)
+        if slot is not None and not again:
+            slot.fill(LayerHeads(made.stats, self.scale, q, k, made.lse, y, bias, key_mask))
+            _await_backward(self, settings, made.lse)
+        return self.proj_drop(y)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy made inside `record_heads` does not record.
+        return {name: value for name, value in self.__dict__.items() if name != "_slot"}
+
+
+def use_mimkernels_attention(module: nn.Module, *, required: bool = True) -> list[Attention]:
+    """Let every timm ``Attention`` inside `module` (or `module` itself) compute with ``mimkernels.attention``, in place.
+
+    Parameters, buffers, hooks, modes and state-dict names stay; only the layers' class changes. Subclasses of timm's
+    Attention and other kinds (rotary, differential, windowed, ...) are left as they are.
+
+    Args:
+        module: any model.
+        required: refuse a model that has no such layer.
+
+    Returns:
+        the layers that now do, in the model's order, with those that did before.
+
+    Raises:
+        ValueError: there is no timm Attention in the model; lists what there is.
+    """
+    layers = []
+    for part in module.modules():
+        if type(part) is TimmAttention:
+            part.__class__ = Attention
+        if isinstance(part, Attention):
+            layers.append(part)
+    if required and not layers:
+        raise ValueError(f"{type(module).__name__} has no timm.layers.Attention{_other_kinds(module)}")
+    return layers
+
+
+class LayerHeads(NamedTuple):
+    """What one layer recorded.
+
+    Attributes:
+        stats: each asked statistic, ``[B, H, N]`` fp32 with gradients, by name.
+        scale: of the scores.
+        q, k: ``[B, H, N, D]`` as given to attention, if kept; else None.
+        lse: ``[B, H, N]`` fp32, if kept; else None.
+        output: ``[B, N, C]`` after the output projection, before its dropout, if kept; else None.
+        bias, key_mask: of the scores, as given to attention, if q and k are kept; mostly None.
+
+    Example::
+
+        received_attention(heads.q, heads.k, heads.lse, **heads.options)
+    """
+
+    stats: dict[str, Tensor]
+    scale: float
+    q: Tensor | None = None
+    k: Tensor | None = None
+    lse: Tensor | None = None
+    output: Tensor | None = None
+    bias: Tensor | None = None
+    key_mask: Tensor | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the companion ops and ``HeadStatistics.update`` need besides q, k and lse."""
+        return {"bias": self.bias, "key_mask": self.key_mask, "scale": self.scale}
+
+
+class HeadRecorder:
+    """What ``record_heads`` gives: per attention layer, in the model's order, its ``LayerHeads``.
+
+    A sequence: ``heads[3].stats["entropy"]``, ``for layer in heads``. Readable as soon as a layer has run.
+    """
+
+    def __init__(self, layers: Sequence[Attention], settings: _Settings, keep: tuple[str, ...]) -> None:
+        self._layers = list(layers)
+        self._slots = [_Slot(settings, keep, number) for number in range(len(layers))]
+        self._with_grad = False
+
+    @property
+    def stats(self) -> list[dict[str, Tensor]]:
+        """The statistics of every layer, as ``regularization_loss`` takes them."""
+        return [heads.stats for heads in self]
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __getitem__(self, layer: int) -> LayerHeads:
+        slot = self._slots[layer]
+        if slot.heads is None:
+            raise RuntimeError(f"layer {slot.number} of {len(self)} has not run inside record_heads yet")
+        return slot.heads
+
+    def __iter__(self) -> Iterator[LayerHeads]:
+        return (self[number] for number in range(len(self)))
+
+    def __enter__(self) -> HeadRecorder:
+        if not self._layers:
+            raise RuntimeError("this recorder was used before; call record_heads for every forward pass")
+        for layer in self._layers:
+            if layer._slot is not None:
+                raise RuntimeError("these layers are already being recorded: record_heads cannot be nested")
+        self._with_grad = torch.is_grad_enabled()
+        for layer, slot in zip(self._layers, self._slots, strict=True):
+            layer._slot = slot
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
+        layers, self._layers = self._layers, []
+        for layer in layers:
+            layer._slot = None
+        if kind is not None:
+            return
+        silent = [slot.number for slot in self._slots if slot.heads is None]
+        if silent:
+            raise RuntimeError(
+                f"{len(silent)} of {len(layers)} attention layers recorded nothing ({_listed(silent)}): they did not "
+                "run inside record_heads"
+            )
+        if self._with_grad and any(
+            not slot.with_grad and layer.training and any(weight.requires_grad for weight in layer.parameters())
+            for layer, slot in zip(layers, self._slots, strict=True)
+        ):
+            raise RuntimeError(
+                "statistics were recorded without gradients: layers ran under no_grad inside record_heads, as "
+                "reentrant gradient checkpointing does. Use use_reentrant=False, or put torch.no_grad() around "
+                "record_heads if no gradients are wanted"
+            )
+
+
+def record_heads(
+    model: nn.Module | Iterable[nn.Module],
+    stats: Sequence[str] = (),
+    *,
+    num_prefix: int = 0,
+    positions: Tensor | None = None,
+    keep: Sequence[str] = (),
+) -> HeadRecorder:
+    """Record what the heads of a model do during one forward pass; a context manager.
+
+    Statistics come out of the attention pass itself and carry gradients, so that they can be terms of the loss. Nothing
+    stays behind in the model. Gradient checkpointing must be non-reentrant (timm's and torch's default); two passes
+    with different positions may then not wait for their backward passes at once, which is refused.
+
+    Args:
+        model: with attention by ``use_mimkernels_attention``; or several modules, such as its blocks.
+        stats: row statistics of ``attention`` to record.
+        num_prefix: P, leading tokens ([cls], registers) that are no patches.
+        positions: patch coordinates ``[N - P, d]`` or ``[B, N - P, d]``, for ``distance``; as in ``attention``.
+        keep: what else to keep, of "q", "k", "lse", "output"; such as ``HeadStatistics.inputs``. The companion ops
+            need q, k and lse.
+
+    Raises:
+        ValueError: an unknown name, or no layer that could record.
+        RuntimeError: on leaving, layers that recorded nothing, or without gradients though in training; inside,
+            a layer that runs twice, attention dropout, nesting.
+
+    Example::
+
+        use_mimkernels_attention(model)
+        with record_heads(model, ["entropy"], num_prefix=1) as heads:
+            loss = criterion(model(images), labels)
+        loss = loss + regularization_loss({"entropy": 1e-3}, heads.stats, num_prefix=1)
+    """
+    modules = [model] if isinstance(model, nn.Module) else list(model)
+    for part in modules:
+        if not isinstance(part, nn.Module):
+            raise TypeError(f"record_heads takes a module or several, got {type(part).__name__}")
+    found = [layer for part in modules for layer in part.modules() if isinstance(layer, Attention)]
+    layers = list(dict.fromkeys(found))
+    if not layers:
+        if any(isinstance(layer, TimmAttention) for part in modules for layer in part.modules()):
+            raise ValueError("the model's attention cannot record; call use_mimkernels_attention(model) first")
+        raise ValueError(f"there is no attention layer that can record{_other_kinds(*modules)}")
+    for name, given, known in (("stats", stats, STATISTICS), ("keep", keep, _KEPT)):
+        if isinstance(given, str):
+            raise TypeError(f"{name} must be a sequence of names, got the string {given!r}")
+        unknown = [item for item in given if item not in known]
+        if unknown:
+            raise ValueError(f"unknown {unknown[0]!r} in {name}; known: {', '.join(known)}")
+    if "distance" in stats and positions is None:
+        raise ValueError("the statistic 'distance' needs positions, got None")
+    return HeadRecorder(layers, _Settings(tuple(dict.fromkeys(stats)), num_prefix, positions), tuple(keep))
+
+
+@dataclass(frozen=True, eq=False)
+class _Settings:
+    """What every layer of one recorded pass computes."""
+
+    stats: tuple[str, ...] = ()
+    num_prefix: int = 0
+    positions: Tensor | None = None
+
+    def computes_the_same(self, other: _Settings) -> bool:
+        same_places = self.positions is other.positions or "distance" not in self.stats
+        return self.stats == other.stats and self.num_prefix == other.num_prefix and same_places
+
+
+_NOTHING = _Settings()
+
+
+class _Slot:
+    """One layer's place in a recorder."""
+
+    def __init__(self, settings: _Settings, keep: tuple[str, ...], number: int) -> None:
+        self.settings = settings
+        self.keep = keep
+        self.number = number
+        self.heads: LayerHeads | None = None
+        self.with_grad = False
+
+    def fill(self, heads: LayerHeads) -> None:
+        if self.heads is not None:
+            raise RuntimeError(
+                f"attention layer {self.number} ran a second time inside record_heads; record each forward pass by itself"
+            )
+        keep = self.keep
+        scores = "q" in keep or "k" in keep
+        self.heads = LayerHeads(
+            heads.stats,
+            heads.scale,
+            heads.q if "q" in keep else None,
+            heads.k if "k" in keep else None,
+            heads.lse if "lse" in keep else None,
+            heads.output if "output" in keep else None,
+            heads.bias if scores else None,
+            heads.key_mask if scores else None,
+        )
+        self.with_grad = torch.is_grad_enabled()
+
+
+# Gradient checkpointing runs a layer again inside the backward pass, when the recorder is long gone, and must find the
+# same tensors saved: so a recorded pass leaves its settings with the autograd node of its lse, for as long as that lives.
+_awaiting_backward: weakref.WeakKeyDictionary[Attention, weakref.WeakSet[_Settings]] = weakref.WeakKeyDictionary()
+
+
+def _is_recomputing() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _await_backward(layer: Attention, settings: _Settings, lse: Tensor) -> None:
+    if torch.compiler.is_compiling() or lse.grad_fn is None:
+        return
+    lse.grad_fn.metadata["mimkernels.recorded"] = settings
+    _awaiting_backward.setdefault(layer, weakref.WeakSet()).add(settings)
+
+
+def _settings_of_recorded_pass(layer: Attention) -> _Settings:
+    first, *others = _awaiting_backward.get(layer, ()) or (_NOTHING,)
+    if not all(first.computes_the_same(other) for other in others):
+        raise RuntimeError(
+            "under gradient checkpointing, two passes recorded with different statistics or positions wait for their "
+            "backward passes: run each backward pass before the next forward pass"
+        )
+    return first
+
+
+def _compute_dtype(v: Tensor) -> torch.dtype:
+    device = v.device.type
+    if v.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return v.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def _as_bias(attn_mask: Tensor | None, is_causal: bool, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """timm's mask (bool, True = attend, or added to the scores) as the op's bias or key mask."""
+    batch, _, tokens, _ = q.shape
+    if is_causal:
+        if attn_mask is not None:
+            raise ValueError("attention takes either attn_mask or is_causal=True, got both")
+        attn_mask = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()
+    if attn_mask is None:
+        return None, None
+    if attn_mask.dim() > 4:
+        raise ValueError(f"attn_mask must broadcast to [B, H, N, N], got {list(attn_mask.shape)}")
+    mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+    if mask.dtype == torch.bool:
+        if mask.shape[1] == 1 and mask.shape[2] == 1:
+            return None, mask[:, 0, 0].expand(batch, tokens)
+        mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, float("-inf"))
+    return mask.expand(-1, -1, tokens, tokens), None
+
+
+def _other_kinds(*modules: nn.Module) -> str:
+    names = {type(part).__name__ for module in modules for part in module.modules()}
+    names = sorted(name for name in names if "attention" in name.lower())
+    return f"; its attention: {', '.join(names)}" if names else ""
+
+
+def _listed(numbers: Sequence[int], most: int = 8) -> str:
+    shown = ", ".join(str(number) for number in numbers[:most])
+    return f"{shown}, ..." if len(numbers) > most else shown

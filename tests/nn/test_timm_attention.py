@@ -1,0 +1,240 @@
+"""timm's attention layers on mimkernels.attention: the same numbers, the same names, in the same objects."""
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+timm = pytest.importorskip("timm")
+from timm.layers import Attention as TimmAttention
+
+from mimkernels.nn import Attention, use_mimkernels_attention
+
+HEADS = 3
+
+
+def layer(seed=0, dim=48, **options):
+    torch.manual_seed(seed)
+    options = {"qkv_bias": True, **options}
+    made = TimmAttention(dim, num_heads=HEADS, **options)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return made
+
+
+def ours_of(module):
+    module = copy.deepcopy(module)
+    use_mimkernels_attention(module)
+    return module
+
+
+def tokens(batch=2, length=17, dim=48, seed=1):
+    return torch.randn(batch, length, dim, generator=torch.Generator().manual_seed(seed))
+
+
+def run(module, x, **arguments):
+    """Output, and gradients of the input, of a mask that has one, and of all parameters."""
+    module = copy.deepcopy(module).to(x.dtype)
+    x = x.clone().requires_grad_()
+    mask = arguments.get("attn_mask")
+    if mask is not None and mask.is_floating_point():
+        arguments["attn_mask"] = mask = mask.detach().to(x.dtype, copy=True).requires_grad_()
+    out = module(x, **arguments)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
+    out.backward(upstream)
+    made = {"out": out.detach(), "x": x.grad, **{name: p.grad for name, p in module.named_parameters()}}
+    if mask is not None and mask.requires_grad:
+        made["attn_mask"] = mask.grad
+    return made
+
+
+def assert_same_as_timm(plain_layer, x, **arguments):
+    ours, plain = run(ours_of(plain_layer), x, **arguments), run(plain_layer, x, **arguments)
+    exact = run(plain_layer, x.double(), **arguments)
+    assert ours.keys() == plain.keys() == exact.keys()
+    for name, value in ours.items():
+        assert value.dtype == plain[name].dtype and value.shape == plain[name].shape
+        allowed = 2 * (plain[name].double() - exact[name]).abs().max()
+        allowed = allowed + 8 * torch.finfo(torch.float32).eps * exact[name].abs().max()
+        error = (value.double() - exact[name]).abs().max()
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+NORMS = {"qk_norm": True, "norm_layer": nn.LayerNorm}
+LAYERS = {
+    "plain": {},
+    "no bias": {"qkv_bias": False, "proj_bias": False},
+    "qk-norm": NORMS,
+    "qk-norm and scale norm": {**NORMS, "scale_norm": True},
+}
+if "gated" in inspect.signature(TimmAttention).parameters:
+    LAYERS["gated"] = {"gated": True}
+    LAYERS["heads narrower than the model"] = {"attn_head_dim": 8, "dim_out": 24}
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["sdpa", "plain softmax"])
+@pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS.keys())
+def test_output_and_gradients_are_timm_s(options, fused):
+    plain = layer(**options)
+    plain.fused_attn = fused
+    assert_same_as_timm(plain, tokens())
+
+
+MASKS = {
+    "keys": lambda: (torch.rand(2, 1, 1, 17) < 0.7).index_fill(3, torch.tensor([0]), True),
+    "keys, one for all": lambda: (torch.rand(1, 1, 1, 17) < 0.7).index_fill(3, torch.tensor([0]), True),
+    "pairs": lambda: (torch.rand(17, 17) < 0.5) | torch.eye(17, dtype=torch.bool),
+    "pairs per image": lambda: (torch.rand(2, 1, 17, 17) < 0.5) | torch.eye(17, dtype=torch.bool),
+    "bias": lambda: torch.randn(17, 17),
+    "bias per head": lambda: torch.randn(1, HEADS, 17, 17),
+    "bias per head, three dims": lambda: torch.randn(HEADS, 17, 17),
+    "bias per key": lambda: torch.randn(2, 1, 1, 17),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+def test_masks_mean_what_they_mean_to_timm(mask):
+    torch.manual_seed(3)
+    assert_same_as_timm(layer(), tokens(), attn_mask=mask())
+
+
+@pytest.mark.skipif("is_causal" not in inspect.signature(TimmAttention.forward).parameters, reason="older timm")
+def test_causal_attention():
+    assert_same_as_timm(layer(), tokens(), is_causal=True)
+    with pytest.raises(ValueError, match="either attn_mask or is_causal"):
+        ours_of(layer())(tokens(), attn_mask=torch.ones(17, 17), is_causal=True)
+
+
+def test_the_scale_of_the_layer_counts():
+    plain = layer()
+    plain.fused_attn = False
+    plain.scale = 0.7
+    assert_same_as_timm(plain, tokens())
+
+
+def test_attention_dropout_in_training_is_timm_s():
+    plain = layer(attn_drop=0.4, proj_drop=0.2)
+    ours = ours_of(plain)
+    for fused in (True, False):
+        plain.fused_attn = ours.fused_attn = fused
+        made = []
+        for module in (plain, ours):
+            torch.manual_seed(5)
+            made.append(module(tokens()))
+        assert torch.equal(*made)
+    torch.testing.assert_close(ours.eval()(tokens()), plain.eval()(tokens()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, NORMS], ids=["plain", "qk-norm"])
+def test_autocast_gives_timm_s_dtype_and_values(options):
+    plain = layer(**options)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = ours_of(plain)(tokens()), plain(tokens())
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    torch.testing.assert_close(ours.float(), plain(tokens()), rtol=0.05, atol=0.05)
+
+
+def test_nothing_is_transposed_in_memory():
+    ours = ours_of(layer())
+    seen = {}
+    ours.proj.register_forward_pre_hook(lambda _, args: seen.update(projected=args[0]))
+    ours.qkv.register_forward_hook(lambda _, args, out: seen.update(packed=out))
+    ours.q_norm.register_forward_pre_hook(lambda _, args: seen.update(q=args[0]))
+    ours(tokens())
+    assert seen["q"].data_ptr() == seen["packed"].data_ptr() and seen["q"].stride() == (17 * 144, 16, 144, 1)
+    assert seen["projected"].is_contiguous()
+
+
+def vit(**options):
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": HEADS, "num_classes": 5}
+    return timm.create_model("vit_tiny_patch16_224", **sizes, **options)
+
+
+def images(batch=2):
+    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(4))
+
+
+def test_a_model_keeps_its_parameters_names_hooks_and_modes():
+    model = vit()
+    model.blocks[1].eval()
+    before = {name: (tensor, tensor.data_ptr()) for name, tensor in model.state_dict().items()}
+    parameters = list(model.parameters())
+    expected = model(images())
+    calls = []
+    model.blocks[0].attn.register_forward_hook(lambda *_: calls.append("old"))
+    layers = use_mimkernels_attention(model)
+    model.blocks[0].attn.register_forward_hook(lambda *_: calls.append("new"))
+    assert layers == [block.attn for block in model.blocks] and all(type(part) is Attention for part in layers)
+    assert isinstance(layers[0], TimmAttention)
+    assert list(model.state_dict()) == list(before)
+    assert all(tensor.data_ptr() == before[name][1] for name, tensor in model.state_dict().items())
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    assert [block.attn.training for block in model.blocks] == [True, False, True]
+    torch.testing.assert_close(model(images()), expected, rtol=1e-4, atol=1e-5)
+    assert calls == ["old", "new"]
+    assert use_mimkernels_attention(model) == layers
+    vit().load_state_dict(model.state_dict())
+    model.load_state_dict(vit().state_dict())
+
+
+def test_copies_and_pickles_of_a_model_compute_the_same():
+    model = vit()
+    use_mimkernels_attention(model)
+    expected = model(images())
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert all(type(block.attn) is Attention for block in other.blocks)
+        assert torch.equal(other(images()), expected)
+
+
+def test_timm_builds_models_with_it_directly():
+    if "attn_layer" not in inspect.signature(timm.models.vision_transformer.VisionTransformer).parameters:
+        pytest.skip("older timm")
+    built, swapped = vit(attn_layer=Attention), vit()
+    use_mimkernels_attention(swapped)
+    assert torch.equal(built(images()), swapped(images()))
+
+
+def test_other_attention_is_left_alone_and_a_model_without_any_is_refused():
+    class Own(TimmAttention):
+        pass
+
+    module = nn.Sequential(Own(48, num_heads=HEADS), nn.MultiheadAttention(48, HEADS))
+    with pytest.raises(ValueError, match=r"no timm.layers.Attention; its attention: MultiheadAttention"):
+        use_mimkernels_attention(nn.Sequential(nn.MultiheadAttention(48, HEADS)))
+    with pytest.raises(ValueError, match=r"Sequential has no timm.layers.Attention$"):
+        use_mimkernels_attention(module[:1])
+    assert use_mimkernels_attention(module, required=False) == [] and type(module[0]) is Own
+
+
+def test_a_model_compiles_into_one_graph():
+    model = vit()
+    use_mimkernels_attention(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for batch in (2, 3):
+        expected = model(images(batch))
+        expected.sum().backward()
+        grad = model.blocks[0].attn.qkv.weight.grad.clone()
+        model.zero_grad()
+        out = compiled(images(batch))
+        out.sum().backward()
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model.blocks[0].attn.qkv.weight.grad, grad, rtol=1e-4, atol=1e-5)
+        model.zero_grad()
+
+
+def test_torch_fx_sees_one_node_per_layer():
+    from timm.models import create_feature_extractor
+
+    model = vit().eval()
+    use_mimkernels_attention(model)
+    features = create_feature_extractor(model, ["blocks.1.attn"])
+    layer_in = {}
+    model.blocks[1].attn.register_forward_hook(lambda _, args, out: layer_in.update(out=out))
+    model(images())
+    torch.testing.assert_close(next(iter(features(images()).values())), layer_in["out"], rtol=1e-5, atol=1e-5)
