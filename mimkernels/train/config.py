@@ -46,8 +46,10 @@ class PretrainConfig:
     mask_ratio: float = _arg(0.75, "share of patches removed", "model")
     norm_pix_loss: bool = _arg(True, "normalise each target patch by its own mean and variance", "model")
 
-    data: str = _arg("digits", "digits (embedded, no download), an image folder, or torchvision:NAME", "data")
-    data_root: str = _arg("data", "where torchvision sets are kept or downloaded to", "data")
+    data: str = _arg(
+        "digits", "digits (embedded, no download), an image folder, or torchvision:NAME", "data", metavar="DATA"
+    )
+    data_root: str = _arg("data", "where torchvision sets are kept or downloaded to", "data", metavar="DIR")
     crop_scale: float | None = _arg(
         None, "smallest area of the random crop, 1 for none (default: 0.2; digits: 0.6)", "data"
     )
@@ -61,7 +63,9 @@ class PretrainConfig:
     batch_size: int = _arg(64, "images per process and forward pass", "optimisation")
     accum_steps: int = _arg(1, "forward passes per optimizer step", "optimisation")
     epochs: int = _arg(100, "passes over the data", "optimisation")
-    warmup_epochs: float = _arg(10.0, "epochs of linear learning-rate warm-up", "optimisation")
+    warmup_epochs: float | None = _arg(
+        None, "epochs of linear learning-rate warm-up (default: a twentieth of all)", "optimisation"
+    )
     blr: float = _arg(1.5e-4, "base learning rate: lr = blr * effective batch size / 256", "optimisation")
     lr: float | None = _arg(None, "learning rate as it is, in place of --blr", "optimisation")
     min_lr: float = _arg(0.0, "learning rate at the end of the cosine", "optimisation")
@@ -73,7 +77,7 @@ class PretrainConfig:
     precision: str = _arg("auto", "auto takes bf16 where the device computes it fast", "execution", choices=PRECISIONS)
     compile: bool = _arg(False, "torch.compile the model", "execution")
 
-    output: str = _arg("runs/pretrain", "run folder", "output")
+    output: str = _arg("runs/pretrain", "run folder", "output", metavar="DIR")
     save_every: float = _arg(10.0, "epochs between checkpoints", "output")
     keep_checkpoints: int = _arg(2, "how many of them to keep, besides the final one", "output")
     log_every: int = _arg(10, "optimizer steps between log entries", "output")
@@ -101,12 +105,8 @@ class PretrainConfig:
         _require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
         _require(self.in_chans in (1, 3), "in_chans", self.in_chans, "1 or 3")
         _require(0 < self.mask_ratio < 1, "mask_ratio", self.mask_ratio, "between 0 and 1, both excluded")
-        _require(
-            0 <= self.warmup_epochs <= self.epochs,
-            "warmup_epochs",
-            self.warmup_epochs,
-            f"in 0..{self.epochs} (epochs)",
-        )
+        warmup = self.warmup_epochs
+        _require(warmup is None or 0 <= warmup <= self.epochs, "warmup_epochs", warmup, f"in 0..{self.epochs} (epochs)")
         for name in ("blr", "lr", "save_every"):
             value = getattr(self, name)
             _require(value is None or (value > 0 and math.isfinite(value)), name, value, "positive and finite")
@@ -171,7 +171,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         elif kind is bool:
             group.add_argument(option, action=argparse.BooleanOptionalAction, **common)
         else:
-            metavar = None if "choices" in meta else {int: "N", float: "X", str: "NAME"}[kind]
+            metavar = None if "choices" in meta else meta.get("metavar", {int: "N", float: "X", str: "NAME"}[kind])
             group.add_argument(option, type=kind, choices=meta.get("choices"), metavar=metavar, **common)
 
 

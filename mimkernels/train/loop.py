@@ -58,7 +58,8 @@ class Trainer:
         self.about = about  # goes into every checkpoint
         self.step = first_step
         self.total_steps = config.epochs * plan.steps_per_epoch
-        self.warmup_steps = round(config.warmup_epochs * plan.steps_per_epoch)
+        warmup = config.epochs / 20 if config.warmup_epochs is None else config.warmup_epochs  # as MAE: 40 of 800
+        self.warmup_steps = round(warmup * plan.steps_per_epoch)
         self.save_steps = max(1, round(config.save_every * plan.steps_per_epoch))
         self.broken: dict[int, str] = {}
         self.seconds_before = seconds

@@ -238,3 +238,14 @@ def test_the_report_stands_alone_and_tells_what_was_run(tiny, tmp_path):
         assert word in page
     settings = json.loads((tmp_path / "run" / "config.json").read_text())
     assert settings["title"] == "A <title> & more"
+
+
+def test_warm_up_is_a_twentieth_of_any_number_of_epochs(tiny):
+    from mimkernels.train.run import Run
+
+    run = Run(tiny(warmup_epochs=None, epochs=8))
+    trainer = Trainer(
+        run.config, run.accelerator, run.model, None, run.images, run.plan, peak_lr=1.0, first_step=0, seconds=0.0,
+        history=None, checkpoints=run.checkpoints, progress=run.progress, workers=0, about={},
+    )  # fmt: skip
+    assert (trainer.total_steps, trainer.warmup_steps) == (40, 2)
