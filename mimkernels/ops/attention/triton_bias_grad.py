@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 from mimkernels.ops._triton import narrow
-from mimkernels.ops.attention.triton_blocks import INTEGERS, load_head
-from mimkernels.ops.attention.triton_bwd import load_levels, load_row, score_gradient
+from mimkernels.ops.attention.triton_blocks import INTEGERS, load_head, load_levels, load_row
+from mimkernels.ops.attention.triton_bwd import score_gradient
 
 
 @triton.jit(do_not_specialize=INTEGERS)

@@ -167,6 +167,75 @@ def distance_block(x0, x1, x2, pos_image, cols, keys, stride, DIMS: tl.constexpr
     return tl.sqrt(square)
 
 
+@triton.jit
+def along(value, QUERIES: tl.constexpr, TRANSPOSED: tl.constexpr):
+    # A vector over queries or keys, as the rows or columns of a tile [queries, keys], or of its transpose.
+    if QUERIES != TRANSPOSED:
+        return value[:, None]
+    else:
+        return value[None, :]
+
+
+@triton.jit
+def load_row(ptr, place, some):
+    return tl.load(ptr + place, mask=some, other=0.0)
+
+
+@triton.jit
+def load_levels(lse_ptr, place, some, EXACT: tl.constexpr):
+    # (lse in the units of scaled scores, lse or 0) of some queries. Where nothing may be attended, and beyond the last
+    # query, the former is +inf: then every probability is 0.
+    lse = tl.load(lse_ptr + place, mask=some, other=float("inf"))
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    finite = tl.where(lse == float("inf"), 0.0, lse)
+    if EXACT:
+        return lse, finite
+    else:
+        return lse * LOG2E, finite
+
+
+@triton.jit
+def exponents(
+    score,
+    rows,
+    cols,
+    level,
+    bias_head,
+    mask_row,
+    queries,
+    keys,
+    factor,
+    bias_stride_n,
+    TRANSPOSED: tl.constexpr,
+    CHECK: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    # t of P = 2 ** t (e ** t if EXACT) from dots q k and the levels of load_levels; -inf where a key is masked or, with
+    # CHECK, beyond the last.
+    if bias_head is not None:
+        # Tails read the last row's or column's bias.
+        over_rows = tl.minimum(rows, queries - 1).to(tl.int64) * bias_stride_n
+        over_cols = tl.minimum(cols, keys - 1)
+        bias = tl.load(bias_head + along(over_rows, True, TRANSPOSED) + along(over_cols, False, TRANSPOSED))
+        bias = bias.to(tl.float32)
+        if not EXACT:
+            bias = bias * LOG2E
+        t = score * factor + bias - along(level, True, TRANSPOSED)
+    else:
+        t = score * factor - along(level, True, TRANSPOSED)
+    if CHECK or mask_row is not None:
+        allowed = allowed_keys(mask_row, cols, keys)
+        t = tl.where(along(allowed, False, TRANSPOSED), t, float("-inf"))
+    return t
+
+
+@triton.jit
+def locate(pid, heads, row_blocks, BLOCK: tl.constexpr):
+    # (head among all images, image, head, first row) of a program; blocks of one head are neighbours.
+    head = pid // row_blocks
+    return head, (head // heads).to(tl.int64), (head % heads).to(tl.int64), pid % row_blocks * BLOCK
+
+
 def head_split(dim: int) -> tuple[int, int]:
     """(D0, D1): the head dim as one power of two, or as two where that pads less: 80 = 64 + 16. D1 = 0 for one."""
     whole = max(16, triton.next_power_of_2(dim))

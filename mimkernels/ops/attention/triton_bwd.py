@@ -9,41 +9,17 @@ from mimkernels.ops._triton import narrow
 from mimkernels.ops.attention.triton_blocks import (
     INTEGERS,
     LN2,
-    LOG2E,
-    allowed_keys,
-    load_point,
+    along,
+    exponents,
     load_head,
+    load_levels,
+    load_point,
+    load_row,
     load_rows,
+    locate,
     power,
     store_rows,
 )
-
-
-@triton.jit
-def along(value, QUERIES: tl.constexpr, TRANSPOSED: tl.constexpr):
-    # A vector over queries or keys, as the rows or columns of a tile [queries, keys], or of its transpose.
-    if QUERIES != TRANSPOSED:
-        return value[:, None]
-    else:
-        return value[None, :]
-
-
-@triton.jit
-def load_row(ptr, place, some):
-    return tl.load(ptr + place, mask=some, other=0.0)
-
-
-@triton.jit
-def load_levels(lse_ptr, place, some, EXACT: tl.constexpr):
-    # (lse in the units of scaled scores, lse or 0) of some queries. Where nothing may be attended, and beyond the last
-    # query, the former is +inf: then every probability is 0.
-    lse = tl.load(lse_ptr + place, mask=some, other=float("inf"))
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)
-    finite = tl.where(lse == float("inf"), 0.0, lse)
-    if EXACT:
-        return lse, finite
-    else:
-        return lse * LOG2E, finite
 
 
 @triton.jit
@@ -132,20 +108,9 @@ def score_gradient(
         dp = tl.dot(g0, tl.trans(v0), input_precision=PRECISION)
         if D1 > 0:
             dp = tl.dot(g1, tl.trans(v1), dp, input_precision=PRECISION)
-    if bias_head is not None:
-        # Tails read the last row's or column's bias.
-        over_rows = tl.minimum(rows, queries - 1).to(tl.int64) * bias_stride_n
-        over_cols = tl.minimum(cols, keys - 1)
-        bias = tl.load(bias_head + along(over_rows, True, TRANSPOSED) + along(over_cols, False, TRANSPOSED))
-        bias = bias.to(tl.float32)
-        if not EXACT:
-            bias = bias * LOG2E
-        t = score * factor + bias - along(level, True, TRANSPOSED)
-    else:
-        t = score * factor - along(level, True, TRANSPOSED)
-    if CHECK or mask_row is not None:
-        allowed = allowed_keys(mask_row, cols, keys)
-        t = tl.where(along(allowed, False, TRANSPOSED), t, float("-inf"))
+    t = exponents(
+        score, rows, cols, level, bias_head, mask_row, queries, keys, factor, bias_stride_n, TRANSPOSED, CHECK, EXACT
+    )
     if coef_ptr is None:
         p = power(t, EXACT)
         ds = p * (dp - along(delta, True, TRANSPOSED))
@@ -174,13 +139,6 @@ def score_gradient(
             inner += along(far, True, TRANSPOSED) * d
         ds = p * inner
     return p, ds
-
-
-@triton.jit
-def locate(pid, heads, row_blocks, BLOCK: tl.constexpr):
-    # (head among all images, image, head, first row) of a program; blocks of one head are neighbours.
-    head = pid // row_blocks
-    return head, (head // heads).to(tl.int64), (head % heads).to(tl.int64), pid % row_blocks * BLOCK
 
 
 @triton.jit(do_not_specialize=INTEGERS)

@@ -33,3 +33,8 @@ def backward(arch: int, bits: int, padded_dim: int, queries: int) -> tuple[Confi
     elif queries <= 128:
         fused = Config(128, 64, 8, 1)
     return fused, Config(64, 64, 4, 2), Config(64, 64, 4, 2)
+
+
+def companion(bits: int) -> Config:
+    """received_attention and head_divergence."""
+    return Config(32, 32, 4, 1) if bits == 32 else Config(64, 64, 4, 2)

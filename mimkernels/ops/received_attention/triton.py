@@ -1,0 +1,133 @@
+"""Triton kernel of received_attention."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mimkernels.ops import _triton
+from mimkernels.ops.attention import triton_configs
+from mimkernels.ops.attention.triton_blocks import (
+    INTEGERS,
+    LOG2E,
+    bias_strides,
+    dot_precision,
+    exponents,
+    head_split,
+    load_head,
+    load_levels,
+    locate,
+    power,
+    strides,
+)
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def received_attention_kernel(
+    q_ptr,
+    k_ptr,
+    lse_ptr,
+    bias_ptr,
+    mask_ptr,
+    out_ptr,
+    factor,
+    heads,
+    queries,
+    keys,
+    row_blocks,
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    bias_stride_b,
+    bias_stride_h,
+    bias_stride_n,
+    mask_stride_b,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    UNIT: tl.constexpr,
+    BIAS_UNIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # grid:     cdiv(Nk, BLOCK_N) * B * H, key blocks fastest; a program owns BLOCK_N keys of one head and sees all queries
+    # in:       q, k [B, H, N, D] by stride in units of UNIT elements, last stride 1; lse fp32 [B, H, Nq] contiguous; bias
+    #           [B, H, Nq, Nk] by stride (0 where broadcast) and key mask [B, Nk], each or None
+    # out:      out fp32 [B, H, Nk] = mean over queries of P; contiguous, every element written once
+    # numerics: fp32; P from lse as in the backward of attention; queries are added in order, block by block
+    # bounds:   queries beyond the last, and those that may attend nothing, have P = 0; offsets are int64
+    # cost:     k read once, q cdiv(Nk, BLOCK_N) times; no atomics, deterministic
+    head, b, h, first = locate(tl.program_id(0), heads, row_blocks, BLOCK_N)
+    cols = first + tl.arange(0, BLOCK_N)
+    q_stride_n = q_stride_n.to(tl.int64) * UNIT
+    k_stride_n = k_stride_n.to(tl.int64) * UNIT
+    bias_stride_n = bias_stride_n.to(tl.int64) * BIAS_UNIT
+    q_head = q_ptr + (b * q_stride_b + h * q_stride_h) * UNIT
+    k_block = k_ptr + (b * k_stride_b + h * k_stride_h) * UNIT + first * k_stride_n
+    bias_head = None
+    if bias_ptr is not None:
+        bias_head = bias_ptr + (b * bias_stride_b + h * bias_stride_h) * BIAS_UNIT
+    mask_row = None
+    if mask_ptr is not None:
+        mask_row = mask_ptr + b * mask_stride_b
+    k0, k1 = load_head(k_block, keys - first, k_stride_n, D, D0, D1, BLOCK_N, True)
+    total = tl.zeros([BLOCK_N], dtype=tl.float32)
+    for block in tl.range(0, tl.cdiv(queries, BLOCK_M)):
+        start = block * BLOCK_M
+        rows = start + tl.arange(0, BLOCK_M)
+        level, _ = load_levels(lse_ptr, head.to(tl.int64) * queries + rows, rows < queries, EXACT)
+        q0, q1 = load_head(q_head + start * q_stride_n, queries - start, q_stride_n, D, D0, D1, BLOCK_M, True)
+        score = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
+        if D1 > 0:
+            score = tl.dot(q1, tl.trans(k1), score, input_precision=PRECISION)
+        t = exponents(
+            score, rows, cols, level, bias_head, mask_row, queries, keys, factor, bias_stride_n, False, False, EXACT
+        )
+        total += tl.sum(power(t, EXACT), axis=0)
+    tl.store(out_ptr + head.to(tl.int64) * keys + cols, total / queries, mask=cols < keys)
+
+
+def received_attention_fwd(
+    q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, key_mask: Tensor | None, scale: float
+) -> Tensor:
+    batch, heads, queries, dim = q.shape
+    keys = k.shape[2]
+    out = q.new_empty((batch, heads, keys), dtype=torch.float32)
+    if queries == 0:
+        return out.fill_(float("nan"))  # a mean over nothing
+    if out.numel() == 0:
+        return out
+    d0, d1 = head_split(dim)
+    config = triton_configs.companion(q.element_size() * 8)
+    key_blocks = triton.cdiv(keys, config.block_n)
+    unit, of_qk = strides(q, k)
+    bias_unit, of_bias = bias_strides(bias)
+    precision = dot_precision(q.dtype)
+    exact = q.dtype == torch.float32 and precision == "ieee"
+    _triton.launch(
+        received_attention_kernel,
+        key_blocks * batch * heads,
+        q,
+        *(q, k, lse.contiguous(), bias, key_mask, out),
+        *(scale if exact else scale * LOG2E.value, heads, queries, keys, key_blocks),
+        *(*of_qk, *of_bias, 0 if key_mask is None else key_mask.stride(0)),
+        D=dim,
+        D0=d0,
+        D1=d1,
+        UNIT=unit,
+        BIAS_UNIT=bias_unit,
+        PRECISION=precision,
+        EXACT=exact,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return out
