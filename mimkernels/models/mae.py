@@ -20,11 +20,12 @@ from mimkernels.models.encoder import (
     resample_positions,
 )
 from mimkernels.models.pictures import MAEPictures, pictures_of
-from mimkernels.nn import sincos_positions_2d
+from mimkernels.nn import record_heads, sincos_positions_2d, use_mimkernels_attention
 from mimkernels.ops import TokenMask, mask_from_noise, masked_patch_loss, random_mask, restore_tokens
 
 __all__ = ["MAE", "MAEOutput"]
 
+_ATTENTION = ("mimkernels", "timm")
 _DECODER_NAMES = ("mask_token", "decoder_")
 
 
@@ -36,11 +37,14 @@ class MAEOutput(NamedTuple):
         mask: which patches were visible.
         pred: ``[B, N, E]`` the prediction for every patch, E pixels as (height, width, channel), where it was
             asked for; else None.
+        head_stats: per encoder block, each asked statistic ``[B, H, P + K]`` fp32 with gradients, by name; None
+            if none was asked for.
     """
 
     loss: Tensor
     mask: TokenMask
     pred: Tensor | None = None
+    head_stats: list[dict[str, Tensor]] | None = None
 
 
 class MAE(nn.Module):
@@ -60,6 +64,9 @@ class MAE(nn.Module):
         norm_pix_loss: targets are normalised by each patch's own mean and deviation.
         mean, std: per channel, for pixels in [0, 1]: images are normalised inside the kernels. uint8 images
             need both. None: images come as the encoder wants them.
+        attention: "mimkernels" lets the blocks of decoder and encoder compute attention with
+            ``mimkernels.attention`` (in place, as ``use_mimkernels_attention`` does; of an encoder whose attention is
+            of another kind, that stays); "timm" leaves them as they are. Weights and results are the same.
 
     Example::
 
@@ -83,9 +90,12 @@ class MAE(nn.Module):
         norm_pix_loss: bool = True,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        attention: str = "timm",
     ) -> None:
         super().__init__()
         check_encoder(encoder)
+        if attention not in _ATTENTION:
+            raise ValueError(f"attention must be one of {', '.join(_ATTENTION)}, got {attention!r}")
         for name, value in (("decoder_dim", decoder_dim), ("decoder_depth", decoder_depth)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -116,6 +126,9 @@ class MAE(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_norm, self.decoder_pred):
             init_linears_and_norms(part)
+        if attention == "mimkernels":
+            use_mimkernels_attention(encoder.blocks, required=False)
+            use_mimkernels_attention(self.decoder_blocks)
         self.grad_checkpointing = False
 
     @classmethod
@@ -133,6 +146,7 @@ class MAE(nn.Module):
         norm_pix_loss: bool = True,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        attention: str = "timm",
         **timm_kwargs: Any,
     ) -> "MAE":
         """A new MAE around the timm model `name`, initialised as published.
@@ -163,6 +177,7 @@ class MAE(nn.Module):
             "norm_pix_loss": norm_pix_loss,
             "mean": None if mean is None else [float(value) for value in mean],
             "std": None if std is None else [float(value) for value in std],
+            "attention": attention,
         }
         model = cls(encoder, **own)
         shape = {"img_size": img_size, "in_chans": in_chans, "patch_size": patch_size}
@@ -182,6 +197,7 @@ class MAE(nn.Module):
         seed: int = 0,
         offset: int | Tensor = 0,
         full_prediction: bool = False,
+        head_stats: Sequence[str] = (),
     ) -> MAEOutput:
         """Mask, encode the visible patches, predict the masked ones, compare.
 
@@ -193,12 +209,22 @@ class MAE(nn.Module):
             offset: usually the training step; the same `seed` and `offset` give the same masks. A 0-d int64
                 tensor on the images' device is read without waiting for it.
             full_prediction: predict visible patches too and return the prediction; changes no result.
+            head_stats: statistics of ``mimkernels.attention`` to return for every encoder block, over the visible
+                patches; distances are in patches. They carry gradients: terms of them can be added to the loss.
 
         Raises:
-            ValueError, TypeError: images or noise do not fit the model; the message shows both sides.
+            ValueError, TypeError: images or noise do not fit the model; the message shows both sides. Or the encoder's
+                attention cannot record statistics.
         """
         mask = self.draw_mask(images, noise=noise, seed=seed, offset=offset)
-        latent = self.encode(images, mask.ids_keep)
+        heads = None
+        if head_stats:
+            positions = self.patch_positions(images, mask.ids_keep)
+            prefix = self.encoder.num_prefix_tokens
+            with record_heads(self.encoder.blocks, head_stats, num_prefix=prefix, positions=positions) as heads:
+                latent = self.encode(images, mask.ids_keep)
+        else:
+            latent = self.encode(images, mask.ids_keep)
         pred = self.decode(latent, mask, self._grid(images), full=full_prediction)
         loss = masked_patch_loss(
             pred,
@@ -210,7 +236,7 @@ class MAE(nn.Module):
             mean=self._pixel_mean,
             std=self._pixel_std,
         )
-        return MAEOutput(loss, mask, pred if full_prediction else None)
+        return MAEOutput(loss, mask, pred if full_prediction else None, None if heads is None else heads.stats)
 
     def draw_mask(
         self, images: Tensor, *, noise: Tensor | None = None, seed: int = 0, offset: int | Tensor = 0
@@ -231,6 +257,11 @@ class MAE(nn.Module):
     def encode(self, images: Tensor, ids_keep: Tensor) -> Tensor:
         """Encoder output ``[B, P + K, D]``: prefix tokens, then the visible patches `ids_keep` ``[B, K]``."""
         return encode_visible(self.encoder, images, ids_keep, mean=self._pixel_mean, std=self._pixel_std)
+
+    def patch_positions(self, images: Tensor, ids: Tensor) -> Tensor:
+        """Row and column in the grid of patches, ``[B, K, 2]`` fp32, of the patches `ids` ``[B, K]``."""
+        columns = self._grid(images)[1]
+        return torch.stack((ids // columns, ids % columns), dim=-1).float()
 
     def decode(self, latent: Tensor, mask: TokenMask, grid: tuple[int, int], *, full: bool = False) -> Tensor:
         """Predicted pixels ``[B, N - K, E]`` of the masked patches, in the order of ``mask.ids_masked``.

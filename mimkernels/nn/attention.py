@@ -86,7 +86,7 @@ class Attention(TimmAttention):
 
 
 def use_mimkernels_attention(module: nn.Module, *, required: bool = True) -> list[Attention]:
-    """Let every timm ``Attention`` inside `module` (or `module` itself) compute with ``mimkernels.attention``, in place.
+    """Let every timm ``Attention`` in `module`, or `module` itself, compute with ``mimkernels.attention``, in place.
 
     Parameters, buffers, hooks, modes and state-dict names stay; only the layers' class changes. Subclasses of timm's
     Attention and other kinds (rotary, differential, windowed, ...) are left as they are.
@@ -289,7 +289,8 @@ class _Slot:
     def fill(self, heads: LayerHeads) -> None:
         if self.heads is not None:
             raise RuntimeError(
-                f"attention layer {self.number} ran a second time inside record_heads; record each forward pass by itself"
+                f"attention layer {self.number} ran a second time inside record_heads; record each forward pass "
+                "by itself"
             )
         keep = self.keep
         scores = "q" in keep or "k" in keep
@@ -306,8 +307,8 @@ class _Slot:
         self.with_grad = torch.is_grad_enabled()
 
 
-# Gradient checkpointing runs a layer again inside the backward pass, when the recorder is long gone, and must find the
-# same tensors saved: so a recorded pass leaves its settings with the autograd node of its lse, for as long as that lives.
+# Gradient checkpointing runs a layer again inside the backward pass, when the recorder is long gone, and must save the
+# same tensors: so a recorded pass leaves its settings with the autograd node of its lse, for as long as that lives.
 _awaiting_backward: weakref.WeakKeyDictionary[Attention, weakref.WeakSet[_Settings]] = weakref.WeakKeyDictionary()
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-timm = pytest.importorskip("timm")
+pytest.importorskip("timm")
+import timm
 from timm.layers import Attention as TimmAttention
 
 from mimkernels.nn import Attention, use_mimkernels_attention
