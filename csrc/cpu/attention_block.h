@@ -118,6 +118,16 @@ MIMKERNELS_INLINE const T* head_at(const HeadRows& rows, int64_t b, int64_t h, i
          token * rows.stride_token;
 }
 
+// Asks for rows of features that will be needed soon: they lie too far apart for the hardware to guess.
+template <typename T>
+MIMKERNELS_INLINE void prefetch_rows(const T* src, int64_t stride, int64_t rows, int64_t dim) {
+  const int64_t bytes = dim * static_cast<int64_t>(sizeof(T));
+  for (int64_t i = 0; i < rows; ++i) {
+    const char* row = reinterpret_cast<const char*>(src + i * stride);
+    for (int64_t at = 0; at < bytes; at += 64) prefetch(row + at);
+  }
+}
+
 MIMKERNELS_INLINE const uint8_t* mask_of(const BoolMask& mask, int64_t b) {
   return mask.data == nullptr ? nullptr : mask.data + b * mask.stride0;
 }

@@ -119,6 +119,9 @@ class Worker {
     const int64_t chunk = task % chunks_;
     b_ = head / s_.heads;
     h_ = head % s_.heads;
+    const int64_t next = head + 1;
+    next_b_ = blocks_.blocks == 1 && chunk + 1 == chunks_ && next < s_.batch * s_.heads ? next / s_.heads : -1;
+    next_h_ = next % s_.heads;
     distances_.set_image(b_);
     const int64_t begin = tiles_.tiles * chunk / chunks_;
     const int64_t end = tiles_.tiles * (chunk + 1) / chunks_;
@@ -173,11 +176,19 @@ class Worker {
     tile.scores = scores_;
     tile.maxima = maxima_;
     start_.template set_rows<kStride>(tile, row, rows);
+    T* out = static_cast<T*>(p_.out) + ((b_ * s_.queries + row) * s_.heads + h_) * s_.dim;
+    if (block + 1 == blocks_.blocks) prefetch_rows(out, s_.heads * s_.dim, rows, s_.dim);
+    prefetch_next(s_.q, row, rows);
+    prefetch_next(s_.k, row, rows);
+    if (row + 2 * rows <= s_.queries) {
+      prefetch_rows(head_at<T>(s_.q, b_, h_, row + rows), s_.q.stride_token, rows, s_.dim);
+    }
     with_row_count(rows, [&](auto n) { score_rows<kStride, true, n.value>(tile); });
 
     float* result = result_ + (blocks_.blocks > 1 ? (row - first_row_) * kDimStride : 0);
     float rescale[kRowTile];
     softmax_rows(row, rows, block, rescale);
+    prefetch_next(p_.v, row, rows);
     if (block > 0) {
       for (int64_t i = 0; i < rows; ++i) {
         write_row(result + i * kDimStride, result + i * kDimStride, padded_columns(s_.dim), rescale[i]);
@@ -191,11 +202,16 @@ class Worker {
       });
     }
     if (block + 1 < blocks_.blocks) return;
-    T* out = static_cast<T*>(p_.out) + ((b_ * s_.queries + row) * s_.heads + h_) * s_.dim;
     for (int64_t i = 0; i < rows; ++i) {
       const float sum = *state(kSum, row + i);
       write_row(out + i * s_.heads * s_.dim, result + i * kDimStride, s_.dim, sum == 0.0f ? 0.0f : 1.0f / sum);
     }
+  }
+
+  // The next head's tokens, a few at a time while this head is computed.
+  void prefetch_next(const HeadRows& tokens, int64_t row, int64_t rows) const {
+    if (next_b_ < 0 || row + rows > s_.keys) return;
+    prefetch_rows(head_at<T>(tokens, next_b_, next_h_, row), tokens.stride_token, rows, s_.dim);
   }
 
   void softmax_rows(int64_t row, int64_t rows, int64_t block, float* rescale) {
@@ -313,6 +329,8 @@ class Worker {
   Visit packed_;
   int64_t b_ = 0;
   int64_t h_ = 0;
+  int64_t next_b_ = -1;  // -1: none, or too long to be kept
+  int64_t next_h_ = 0;
   int64_t first_row_ = 0;
   float* keys_ = nullptr;
   float* values_ = nullptr;

@@ -147,14 +147,13 @@ MIMKERNELS_INLINE void transpose_square(SquareRow (&rows)[kSquare]) {
 #endif
 }
 
-// Below this exp would be subnormal; it is 0 instead.
-constexpr float kLeastExponent = -87.33654f;
+// Here the power of two in exp_clamped is 2^-127, whose bits are those of 0.
+constexpr float kLeastExponent = -88.0f;
 
-// exp(x), at most 1 unit in the last place off for x in [kLeastExponent, 88]; 0 below (also for -inf),
-// NaN for NaN. `clamped` becomes max(x, kLeastExponent), so that exp(x) * clamped is 0 for x = -inf.
+// exp(x), at most 1 unit in the last place off for x in [-87.3, 88]; 0 from -87.7 down (also for -inf), NaN
+// for NaN. `clamped` becomes max(x, kLeastExponent), so that exp(x) * clamped is 0 for x = -inf.
 MIMKERNELS_INLINE Floats exp_clamped(Floats x, Floats& clamped) {
-  const Floats least = splat(kLeastExponent);
-  clamped = max_or_second(least, x);
+  clamped = max_or_second(splat(kLeastExponent), x);
   // Adding 1.5 * 2^23 rounds to an integer n, which stays readable in the low bits of the sum.
   const Floats shifter = splat(12582912.0f);
   const Floats shifted = mul_add(clamped, splat(1.44269504f), shifter);
@@ -163,16 +162,14 @@ MIMKERNELS_INLINE Floats exp_clamped(Floats x, Floats& clamped) {
   Floats r = mul_add(n, splat(-0.693359375f), clamped);
   r = mul_add(n, splat(2.12194440e-4f), r);
   // Minimax on |r| <= ln(2) / 2, the first two coefficients kept at 1: relative error 3.2e-9.
-  Floats y = splat(0.00138230005f);
-  y = mul_add(y, r, splat(0.00836884044f));
-  y = mul_add(y, r, splat(0.0416682437f));
-  y = mul_add(y, r, splat(0.166665196f));
-  y = mul_add(y, r, splat(0.49999994f));
-  y = mul_add(y, r, splat(1.0f));
-  y = mul_add(y, r, splat(1.0f));
+  const Floats r2 = r * r;
+  Floats high = mul_add(splat(0.00836884044f), r, splat(0.0416682437f));
+  Floats low = mul_add(splat(0.166665196f), r, splat(0.49999994f));
+  high = mul_add(splat(0.00138230005f), r2, high);
+  low = mul_add(high, r2, low);
+  const Floats y = mul_add(low, r2, r) + 1.0f;
   const Floats power = (Floats)(((Words)shifted << 23) + 0x3f800000u);
-  y *= power;
-  return (Floats)((Ints)y & ~(Ints)(x < least));
+  return y * power;
 }
 
 MIMKERNELS_INLINE Floats exp_lanes(Floats x) {

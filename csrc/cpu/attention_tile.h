@@ -84,18 +84,22 @@ void pack_transposed(const T* src, int64_t stride, int64_t count, int64_t dim, c
 // Panels [count, width] of the rows' features; padding is 0.
 template <typename T>
 void pack_rows(const T* src, int64_t stride, int64_t count, int64_t dim, float* dst) {
-  for (int64_t first = 0; first < dim; first += kPanel) {
-    const int64_t width = min_of(kPanel, padded_columns(dim - first));
-    const int64_t valid = min_of(width, dim - first);
-    for (int64_t j = 0; j < count; ++j) {
-      const T* row = src + j * stride + first;
-      float* to = dst + j * width;
-      for (int64_t c = 0; c < width; c += kLanes) {
-        const bool whole = valid - c >= kLanes;
-        store_floats(to + c, whole ? load_part<kLanes>(row + c) : load_some<kLanes>(row + c, valid - c).v[0]);
+  for (int64_t j = 0; j < count; ++j) {
+    const T* row = src + j * stride;
+    float* panel = dst;
+    int64_t c = 0;
+    for (; c + kPanel <= dim; c += kPanel, panel += count * kPanel) {
+      MIMKERNELS_UNROLL
+      for (int v = 0; v < 2; ++v) {
+        store_floats(panel + j * kPanel + v * kLanes, load_part<kLanes>(row + c + v * kLanes));
       }
     }
-    dst += count * width;
+    const int64_t width = padded_columns(dim - c);
+    for (int64_t v = 0; v < width; v += kLanes) {
+      const bool whole = dim - c - v >= kLanes;
+      store_floats(panel + j * width + v, whole ? load_part<kLanes>(row + c + v)
+                                                : load_some<kLanes>(row + c + v, dim - c - v).v[0]);
+    }
   }
 }
 
@@ -132,6 +136,7 @@ MIMKERNELS_INLINE void write_row(T* dst, const float* src, int64_t dim, float sc
 template <int kRows, int kVectors>
 MIMKERNELS_INLINE void multiply(Floats (&acc)[kRows][kVectors], const float* a, int64_t a_row,
                                 int64_t a_step, const float* b, int64_t b_step, int64_t count) {
+#pragma GCC unroll 4
   for (int64_t k = 0; k < count; ++k) {
     Floats right[kVectors];
     MIMKERNELS_UNROLL
