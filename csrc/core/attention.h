@@ -1,0 +1,107 @@
+// What the attention launchers take. As in params.h: pointers, sizes and element strides only, and the
+// binding has checked them.
+//
+// Letters: B images, H heads, Nq queries, Nk keys, D features of a head, P prefix tokens.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+#include "params.h"
+
+namespace mimkernels {
+
+// A tensor indexed by (image, head, token) whatever the order of its dims; the features are contiguous.
+struct HeadRows {
+  const void* data = nullptr;
+  int64_t stride_batch = 0;
+  int64_t stride_head = 0;
+  int64_t stride_token = 0;
+};
+
+// [B or 1, H or 1, Nq, Nk], the last dim contiguous; strides of broadcast dims are 0. data is null
+// where there is no bias.
+struct ScoreBias {
+  const void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t batch = 1;
+  int64_t heads = 1;
+  int64_t stride_batch = 0;
+  int64_t stride_head = 0;
+  int64_t stride_query = 0;
+};
+
+// fp32 [B or 1, N, dims], the last dim contiguous; stride_batch is 0 where all images share them.
+struct Positions {
+  const float* data = nullptr;
+  int64_t stride_batch = 0;
+  int64_t stride_token = 0;
+  int dims = 0;
+};
+
+// Bits of AttentionFwdParams::stats, in the order of the rows that are written.
+enum AttentionStat : int64_t {
+  kEntropy = 1 << 0,
+  kPrefixMass = 1 << 1,
+  kSelfMass = 1 << 2,
+  kDistance = 1 << 3,
+  kPatchEntropy = 1 << 4,
+  kPeak = 1 << 5,
+  kPatchMass = 1 << 6,
+  kAllStats = (1 << 7) - 1,
+};
+
+// The scores S = scale * q k^T + bias, -inf on keys that key_mask switches off.
+struct AttentionScores {
+  DType dtype = DType::kFloat32;
+  int64_t batch = 0;
+  int64_t heads = 0;
+  int64_t queries = 0;
+  int64_t keys = 0;
+  int64_t dim = 0;
+  float scale = 1.0f;
+  HeadRows q;
+  HeadRows k;
+  ScoreBias bias;
+  BoolMask key_mask;  // [B, Nk]
+};
+
+struct AttentionFwdParams {
+  AttentionScores scores;
+  HeadRows v;
+  int64_t num_prefix = 0;
+  Positions positions;
+  int64_t stats = 0;
+  void* out = nullptr;    // [B, Nq, H, D]
+  float* lse = nullptr;   // [B, H, Nq]
+  float* rows = nullptr;  // [popcount(stats), B, H, Nq]
+};
+
+struct AttentionBwdParams {
+  AttentionScores scores;
+  HeadRows v;
+  HeadRows out;
+  HeadRows dout;
+  int64_t num_prefix = 0;
+  Positions positions;
+  const float* lse = nullptr;   // [B, H, Nq]
+  const float* coef = nullptr;  // [6, B, H, Nq] or null
+  void* dq = nullptr;           // [B, Nq, H, D]
+  void* dk = nullptr;           // [B, Nk, H, D]
+  void* dv = nullptr;           // [B, Nk, H, D]
+  void* dbias = nullptr;        // as bias, contiguous, or null
+};
+
+struct ReceivedAttentionParams {
+  AttentionScores scores;
+  const float* lse = nullptr;  // [B, H, Nq]
+  float* out = nullptr;        // [B, H, Nk]
+};
+
+struct HeadDivergenceParams {
+  AttentionScores scores;
+  const float* lse = nullptr;  // [B, H, Nq]
+  float* out = nullptr;        // [B, H, H]
+};
+
+}  // namespace mimkernels

@@ -1,0 +1,205 @@
+// One register of floats: fused multiply-add, reductions, transposes, exp and log, for the attention
+// kernels. They fuse multiplications and additions where the instruction set can, so that their results
+// differ between instruction sets in the last bits (and not between runs or thread counts).
+#pragma once
+
+#include <cmath>
+
+#include "vec.h"
+
+namespace mimkernels::MIMKERNELS_ISA {
+
+using Floats = VecTypes<kLanes>::F;
+using Ints = VecTypes<kLanes>::I;
+using Words = VecTypes<kLanes>::U;
+
+constexpr float kInfinity = __builtin_inff();
+
+MIMKERNELS_INLINE Floats splat(float value) { return value - (Floats){}; }
+MIMKERNELS_INLINE Floats load_floats(const float* src) { return load_part<kLanes>(src); }
+MIMKERNELS_INLINE void store_floats(float* dst, Floats value) { store_part<kLanes>(dst, value); }
+
+// a * b + c
+MIMKERNELS_INLINE Floats mul_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+// The larger; b where either is NaN.
+MIMKERNELS_INLINE Floats max_or_second(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (Floats)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+MIMKERNELS_INLINE Floats root(Floats x) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_maskz_sqrt_ps(0xffff, (__m512)x);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_sqrt_ps((__m256)x);
+#elif defined(__SSE2__)
+  return (Floats)_mm_sqrt_ps((__m128)x);
+#else
+  for (int i = 0; i < kLanes; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+
+// yes where the mask is set (all ones), else no.
+MIMKERNELS_INLINE Floats choose_lanes(Ints mask, Floats yes, Floats no) { return mask ? yes : no; }
+
+// 0, 1, 2, ... plus first.
+MIMKERNELS_INLINE Ints lane_numbers(int32_t first) {
+  Ints out;
+  for (int i = 0; i < kLanes; ++i) out[i] = first + i;
+  return out;
+}
+
+#if defined(__AVX2__)
+MIMKERNELS_INLINE __m128 fold_add(Floats x) {
+#if defined(__AVX512F__)
+  const __m256 half = _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, (__m512)x, 0),
+                                    _mm512_maskz_extractf32x8_ps(0xff, (__m512)x, 1));
+#else
+  const __m256 half = (__m256)x;
+#endif
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+MIMKERNELS_INLINE __m128 fold_max(Floats x) {
+#if defined(__AVX512F__)
+  const __m256 half = _mm256_max_ps(_mm512_maskz_extractf32x8_ps(0xff, (__m512)x, 0),
+                                    _mm512_maskz_extractf32x8_ps(0xff, (__m512)x, 1));
+#else
+  const __m256 half = (__m256)x;
+#endif
+  return _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+MIMKERNELS_INLINE float add_lanes(Floats x) {
+  __m128 v = fold_add(x);
+  v = _mm_add_ps(v, _mm_movehl_ps(v, v));
+  return _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)));
+}
+
+MIMKERNELS_INLINE float max_lanes(Floats x) {
+  __m128 v = fold_max(x);
+  v = _mm_max_ps(v, _mm_movehl_ps(v, v));
+  return _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)));
+}
+#else
+MIMKERNELS_INLINE float add_lanes(Floats x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+
+MIMKERNELS_INLINE float max_lanes(Floats x) {
+  float best = x[0];
+  for (int i = 1; i < kLanes; ++i) best = best > x[i] ? best : x[i];
+  return best;
+}
+#endif
+
+// kSquare x kSquare floats, transposed in registers.
+#if defined(__AVX2__)
+constexpr int kSquare = 8;
+#else
+constexpr int kSquare = 4;
+#endif
+using SquareRow = VecTypes<kSquare>::F;
+
+MIMKERNELS_INLINE void transpose_square(SquareRow (&rows)[kSquare]) {
+#if defined(__AVX2__)
+  __m256 pairs[8];
+  MIMKERNELS_UNROLL
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps((__m256)rows[i], (__m256)rows[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_ps((__m256)rows[i], (__m256)rows[i + 1]);
+  }
+  __m256 fours[8];
+  MIMKERNELS_UNROLL
+  for (int i = 0; i < 8; i += 4) {
+    MIMKERNELS_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      fours[i + 2 * j] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0x44);
+      fours[i + 2 * j + 1] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0xee);
+    }
+  }
+  MIMKERNELS_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = (SquareRow)_mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
+    rows[i + 4] = (SquareRow)_mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
+  }
+#else
+  SquareRow out[kSquare];
+  for (int i = 0; i < kSquare; ++i) {
+    for (int j = 0; j < kSquare; ++j) out[i][j] = rows[j][i];
+  }
+  for (int i = 0; i < kSquare; ++i) rows[i] = out[i];
+#endif
+}
+
+// Here the power of two in exp_clamped is 2^-127, whose bits are those of 0.
+constexpr float kLeastExponent = -88.0f;
+
+// exp(x), at most 1 unit in the last place off for x in [-87.3, 88]; 0 from -87.7 down (also for -inf), NaN
+// for NaN. `clamped` becomes max(x, kLeastExponent), so that exp(x) * clamped is 0 for x = -inf.
+MIMKERNELS_INLINE Floats exp_clamped(Floats x, Floats& clamped) {
+  clamped = max_or_second(splat(kLeastExponent), x);
+  // Adding 1.5 * 2^23 rounds to an integer n, which stays readable in the low bits of the sum.
+  const Floats shifter = splat(12582912.0f);
+  const Floats shifted = mul_add(clamped, splat(1.44269504f), shifter);
+  const Floats n = shifted - shifter;
+  // ln 2 in two parts; n times the first one is exact.
+  Floats r = mul_add(n, splat(-0.693359375f), clamped);
+  r = mul_add(n, splat(2.12194440e-4f), r);
+  // Minimax on |r| <= ln(2) / 2, the first two coefficients kept at 1: relative error 3.2e-9.
+  const Floats r2 = r * r;
+  Floats high = mul_add(splat(0.00836884044f), r, splat(0.0416682437f));
+  Floats low = mul_add(splat(0.166665196f), r, splat(0.49999994f));
+  high = mul_add(splat(0.00138230005f), r2, high);
+  low = mul_add(high, r2, low);
+  const Floats y = mul_add(low, r2, r) + 1.0f;
+  const Floats power = (Floats)(((Words)shifted << 23) + 0x3f800000u);
+  return y * power;
+}
+
+MIMKERNELS_INLINE Floats exp_lanes(Floats x) {
+  Floats clamped;
+  return exp_clamped(x, clamped);
+}
+
+// log(x) for x >= 0, at most 1 unit in the last place off; -inf for 0, NaN for NaN.
+MIMKERNELS_INLINE Floats log_lanes(Floats x) {
+  const Ints tiny = (Ints)(x < splat(1.17549435e-38f));
+  const Floats scaled = choose_lanes(tiny, x * 8388608.0f, x);
+  // x = 2^e * m with m in [sqrt(1/2), sqrt(2)).
+  const Words offset = (Words)scaled - 0x3f3504f3u;
+  const Ints exponent = ((Ints)offset >> 23) - (tiny & 23);
+  const Floats m = (Floats)((offset & 0x007fffffu) + 0x3f3504f3u);
+  // log(1 + f) = f - s * (f - R) with s = f / (2 + f), R = 2 s^2 / 3 + 2 s^4 / 5 + ...
+  const Floats f = m - 1.0f;
+  const Floats s = f / (f + 2.0f);
+  const Floats z = s * s;
+  Floats tail = splat(2.0f / 9.0f);
+  tail = mul_add(tail, z, splat(2.0f / 7.0f));
+  tail = mul_add(tail, z, splat(2.0f / 5.0f));
+  tail = mul_add(tail, z, splat(2.0f / 3.0f));
+  tail *= z;
+  const Floats e = __builtin_convertvector(exponent, Floats);
+  const Floats small = mul_add(e, splat(-2.12194440e-4f), -(s * (f - tail)));
+  Floats out = mul_add(e, splat(0.693359375f), f + small);
+  out = choose_lanes((Ints)(x == 0.0f), splat(-kInfinity), out);
+  // Infinity stays, NaN stays.
+  return choose_lanes((Ints)(x < splat(kInfinity)), out, x);
+}
+
+}  // namespace mimkernels::MIMKERNELS_ISA
