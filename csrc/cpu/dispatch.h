@@ -1,6 +1,7 @@
 // One set of CPU kernels per instruction set, chosen once per process.
 #pragma once
 
+#include "../core/attention.h"
 #include "../core/parallel.h"
 #include "../core/params.h"
 #include "../core/status.h"
@@ -21,6 +22,10 @@ struct CpuKernels {
   Status (*fill_mask_tokens_bwd)(const FillMaskTokensBwdParams&, ParallelFor);
   Status (*masked_patch_loss_fwd)(const MaskedPatchLossParams&, ParallelFor);
   Status (*masked_patch_loss_bwd)(const MaskedPatchLossParams&, ParallelFor);
+  Status (*attention_fwd)(const AttentionFwdParams&, ParallelFor);
+  Status (*attention_bwd)(const AttentionBwdParams&, ParallelFor);
+  Status (*received_attention_fwd)(const ReceivedAttentionParams&, ParallelFor);
+  Status (*head_divergence_fwd)(const HeadDivergenceParams&, ParallelFor);
 };
 
 // The best set this CPU runs, or the one MIMKERNELS_CPU_ISA names. Throws std::invalid_argument

@@ -1,6 +1,7 @@
 // The launchers of one instruction set; defined in the op files, collected by table.cpp.
 #pragma once
 
+#include "../core/attention.h"
 #include "../core/parallel.h"
 #include "../core/params.h"
 #include "../core/status.h"
@@ -19,5 +20,9 @@ Status fill_mask_tokens_fwd(const FillMaskTokensFwdParams& params, ParallelFor p
 Status fill_mask_tokens_bwd(const FillMaskTokensBwdParams& params, ParallelFor parallel_for);
 Status masked_patch_loss_fwd(const MaskedPatchLossParams& params, ParallelFor parallel_for);
 Status masked_patch_loss_bwd(const MaskedPatchLossParams& params, ParallelFor parallel_for);
+Status attention_fwd(const AttentionFwdParams& params, ParallelFor parallel_for);
+Status attention_bwd(const AttentionBwdParams& params, ParallelFor parallel_for);
+Status received_attention_fwd(const ReceivedAttentionParams& params, ParallelFor parallel_for);
+Status head_divergence_fwd(const HeadDivergenceParams& params, ParallelFor parallel_for);
 
 }  // namespace mimkernels::MIMKERNELS_ISA

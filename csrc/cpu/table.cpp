@@ -22,6 +22,10 @@ const CpuKernels kernel_table = {
     &fill_mask_tokens_bwd,
     &masked_patch_loss_fwd,
     &masked_patch_loss_bwd,
+    &attention_fwd,
+    &attention_bwd,
+    &received_attention_fwd,
+    &head_divergence_fwd,
 };
 
 }  // namespace mimkernels::MIMKERNELS_ISA

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "../cpu/dispatch.h"
+#include "cpu_attention.h"
 #include "cpu_loss.h"
 #include "cpu_masks.h"
 #include "cpu_patches.h"
@@ -37,4 +38,8 @@ STABLE_TORCH_LIBRARY_IMPL(mimkernels, CPU, m) {
   m.impl("fill_mask_tokens_bwd.cpu", TORCH_BOX(&binding::fill_mask_tokens_bwd));
   m.impl("masked_patch_loss_fwd.cpu", TORCH_BOX(&binding::masked_patch_loss_fwd));
   m.impl("masked_patch_loss_bwd.cpu", TORCH_BOX(&binding::masked_patch_loss_bwd));
+  m.impl("attention_fwd.cpu", TORCH_BOX(&binding::attention_fwd));
+  m.impl("attention_bwd.cpu", TORCH_BOX(&binding::attention_bwd));
+  m.impl("received_attention_fwd.cpu", TORCH_BOX(&binding::received_attention_fwd));
+  m.impl("head_divergence_fwd.cpu", TORCH_BOX(&binding::head_divergence_fwd));
 }
