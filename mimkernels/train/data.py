@@ -49,9 +49,7 @@ class Augmentation:
         steps: list[v2.Transform] = []
         if crop_scale < 1:
             bicubic = InterpolationMode.BICUBIC
-            steps.append(
-                v2.RandomResizedCrop(img_size, scale=(crop_scale, 1.0), interpolation=bicubic, antialias=True)
-            )
+            steps.append(v2.RandomResizedCrop(img_size, scale=(crop_scale, 1.0), interpolation=bicubic, antialias=True))
         if hflip:
             steps.append(v2.RandomHorizontalFlip())
         self._random = v2.Compose(steps) if steps else None

@@ -83,7 +83,7 @@ def _tiles(report: Report) -> str:
         (duration(last["seconds"]), f"for {report.config.epochs} epochs, {last['step']:,} steps"),
     ]
     if report.held_out_loss is not None:
-        tiles.insert(1, (f"{report.held_out_loss:.4g}", "loss on images not trained on"))
+        tiles.insert(1, (f"{report.held_out_loss:.4g}", "loss on new images"))
     cells = "".join(f"<div><b>{value}</b><span>{html.escape(label)}</span></div>" for value, label in tiles)
     return f"<section class=tiles>{cells}</section>"
 
@@ -165,7 +165,8 @@ section>p{margin:.1em 0 1em;color:var(--muted);max-width:75ch}
 .tiles b{display:block;font-size:1.9rem;line-height:1.2;font-variant-numeric:tabular-nums;letter-spacing:-.02em}
 .tiles span{color:var(--muted);font-size:.92rem}
 figure{margin:0}
-.curve svg{display:block;width:100%;height:auto}
+.curve{overflow-x:auto}
+.curve svg{display:block;width:100%;min-width:640px;height:auto}
 .cards{display:grid;gap:18px;
   grid-template-columns:repeat(auto-fill,minmax(min(100%,calc(3*min(var(--side),128px) + 42px)),1fr))}
 .card{display:grid;grid-template-columns:repeat(3,1fr);gap:8px;padding:12px;

@@ -231,8 +231,15 @@ class Run:
         config, plan = self.config, self.plan
         parameters = sum(p.numel() for p in self.model.parameters())
         processes = self.accelerator.num_processes
+        own = {**({"patch_size": config.patch_size} if config.patch_size else {}), **config.model_kwargs}
         return {
-            "Model": f"{config.model}, {parameters / 1e6:.1f} M parameters with the decoder",
+            "Model": ", ".join(
+                [
+                    config.model,
+                    *(f"{k} {v}" for k, v in own.items()),
+                    f"{parameters / 1e6:.2g} M parameters with decoder",
+                ]
+            ),
             "Data": f"{self.source.name}, {len(self.source):,} images, {config.img_size} x {config.img_size} pixels",
             "Device": device_name(self.accelerator.device)
             + (f", {processes} processes ({_sharing(self.accelerator)})" if processes > 1 else ""),
