@@ -25,6 +25,7 @@ from mimkernels.ops.attention.triton_blocks import (
     masked_keys,
     position_strides,
     power,
+    precision_name,
     store_rows,
     strides,
 )
@@ -90,11 +91,11 @@ def attend_block(
     DIMS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # One step of the online softmax over BLOCK_N keys from `start`. level is the running maximum of the scores, which FOLD
-    # leaves unscaled; all sums are relative to it: mass of p = 2 ** t, energy of p * t, far of p * distance, with
-    # t = (score - level) * factor. Sums are of patch keys where a statistic tells them from prefix keys, else of all;
-    # own is the score of the query's own key. FIRST: nothing was summed before. CHECK: the block may hold prefix keys, the
-    # queries' own keys or keys beyond the last. EXACT: p = e ** t, with rounding as in plain fp32.
+    # One step of the online softmax over BLOCK_N keys from `start`. level is the running maximum of the scores, which
+    # FOLD leaves unscaled; all sums are relative to it: mass of p = 2 ** t, energy of p * t, far of p * distance,
+    # with t = (score - level) * factor. Sums are of patch keys where a statistic tells them from prefix keys, else of
+    # all; own is the score of the query's own key. FIRST: nothing was summed before. CHECK: the block may hold prefix
+    # keys, the queries' own keys or keys beyond the last. EXACT: p = e ** t, with rounding as in plain fp32.
     SPLIT: tl.constexpr = HAS_PREFIX and CHECK and asked(STATS, SPLITTING)
     cols = start + tl.arange(0, BLOCK_N)
     k_block = k_head + start * k_stride_n
@@ -218,14 +219,16 @@ def attention_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    # grid:     cdiv(Nq, BLOCK_M) * B * H, row blocks fastest; a program owns BLOCK_M queries of one head and sees all keys
-    # in:       q [B, H, Nq, D], k, v [B, H, Nk, D] by stride in units of UNIT elements, last stride 1; bias [B, H, Nq, Nk]
-    #           by stride (0 where broadcast), key mask [B, Nk], positions fp32 [B, N, DIMS], each or None
+    # grid:     cdiv(Nq, BLOCK_M) * B * H, row blocks fastest; a program owns BLOCK_M queries of one head and sees all
+    #           keys
+    # in:       q [B, H, Nq, D], k, v [B, H, Nk, D] by stride in units of UNIT elements, last stride 1; bias [B, H,
+    #           Nq, Nk] by stride (0 where broadcast), key mask [B, Nk], positions fp32 [B, N, DIMS], each or None
     # out:      out [B, Nq, H, D], lse fp32 [B, H, Nq], rows fp32 [S, B, H, Nq] in the order of the bits of STATS;
     #           contiguous, every element written once
-    # numerics: scores, maxima and sums in fp32; p = 2 ** ((score - maximum) * factor), rounded to the dtype of v, with log2(e)
-    #           folded into factor; EXACT: e ** (...), for fp32. FOLD: no bias and a positive scale, which then is in factor.
-    #           Statistics come from sums relative to the row's maximum, so that large scores do not cancel
+    # numerics: scores, maxima and sums in fp32; p = 2 ** ((score - maximum) * factor), rounded to the dtype of v,
+    #           with log2(e) folded into factor; EXACT: e ** (...), for fp32. FOLD: no bias and a positive scale,
+    #           which then is in factor. Statistics come from sums relative to the row's maximum, so that large scores
+    #           do not cancel
     # bounds:   keys beyond the last and masked keys have score -inf; query tails are masked; offsets are int64
     # cost:     q read once, k and v cdiv(Nq, BLOCK_M) times; ONE_PASS: all keys in one block, nothing is rescaled;
     #           statistics not in STATS leave no instruction; no atomics, deterministic
@@ -382,7 +385,9 @@ def attention_fwd(
     if lse.numel() == 0:
         return out, lse, rows
     d0, d1 = head_split(dim)
-    config = triton_configs.forward(architecture(q.device), q.element_size() * 8, d0 + d1, keys)
+    config = triton_configs.config(
+        "forward", architecture(q.device), precision_name(q.dtype), d0 + d1, keys, stats & ~PEAK.value > 0
+    )
     row_blocks = triton.cdiv(queries, config.block_m)
     unit, qkv_strides = strides(q, k, v)
     bias_unit, of_bias = bias_strides(bias)
@@ -438,9 +443,8 @@ def attention_bwd(
     dk, dv = (k.new_empty((batch, keys, heads, dim)) for _ in range(2))
     dbias = bias.new_empty(bias.shape) if need_bias else q.new_empty((0,))
     d0, d1 = head_split(dim)
-    fused, dq_config, dkv_config = triton_configs.backward(
-        architecture(q.device), q.element_size() * 8, d0 + d1, queries
-    )
+    target = (architecture(q.device), precision_name(q.dtype), d0 + d1, queries, coef is not None)
+    fused, dq_config, dkv_config = (triton_configs.config(kernel, *target) for kernel in ("fused", "dq", "dkv"))
     unit, qkvg_strides = strides(q, k, v, dout)
     bias_unit, of_bias = bias_strides(bias)
     full_bias = need_bias and bias.shape[:2] == (batch, heads)

@@ -65,7 +65,8 @@ def attention_dbias_kernel(
     BLOCK_N: tl.constexpr,
 ):
     # grid:     cdiv(Nk, BLOCK_N) * cdiv(Nq, BLOCK_M) * bias images * bias heads; a program owns one tile of dbias
-    # in:       as attention_dq_kernel, whose delta it reads; shared_images images and heads / kept_heads heads share a tile
+    # in:       as attention_dq_kernel, whose delta it reads; shared_images images and heads / kept_heads heads share
+    #           a tile
     # out:      dbias [B or 1, H or 1, Nq, Nk], contiguous, every element written once
     # numerics: fp32 sum of dS, images and then heads ascending; rounded once
     # bounds:   tails are masked at the store; offsets are int64

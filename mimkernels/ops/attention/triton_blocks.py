@@ -260,6 +260,13 @@ def bias_strides(bias: Tensor | None) -> tuple[int, list[int]]:
     return unit, [stride // unit for stride in found]
 
 
+def precision_name(dtype: torch.dtype) -> str:
+    """The column of the table of block sizes."""
+    if dtype != torch.float32:
+        return "half"
+    return "fp32" if dot_precision(dtype) == "ieee" else "tf32"
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """TF32 products of fp32 inputs only where torch's own setting allows them."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"

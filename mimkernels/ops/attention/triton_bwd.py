@@ -92,8 +92,8 @@ def score_gradient(
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    # (P, dS), fp32 [queries, keys], or the transposes [keys, queries]. CHECK: keys may lie beyond the last; their P is 0.
-    # Scores are in units of log2(e), folded into factor; EXACT: in their own, where lse is rounded once less.
+    # (P, dS), fp32 [queries, keys], or the transposes [keys, queries]. CHECK: keys may lie beyond the last; their P
+    # is 0. Scores are in units of log2(e), folded into factor; EXACT: in their own, where lse is rounded once less.
     if TRANSPOSED:
         score = tl.dot(k0, tl.trans(q0), input_precision=PRECISION)
         if D1 > 0:
@@ -194,11 +194,13 @@ def attention_dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    # grid:     cdiv(Nq, BLOCK_M) * B * H, row blocks fastest; a program owns BLOCK_M queries of one head and sees all keys
-    # in:       q, k, v [B, H, N, D] and g = dout [B, Nq, H, D] by stride in units of UNIT elements, last stride 1; out
-    #           [B, Nq, H, D], lse [B, H, Nq] and coef [6, B, H, Nq] or None contiguous; bias, key mask and positions as forward
-    # out:      dq [B, Nq, H, D]; delta fp32 [B, H, Nq] = sum of dout * out; dbias [B, H, Nq, Nk], where given; contiguous,
-    #           every element written once
+    # grid:     cdiv(Nq, BLOCK_M) * B * H, row blocks fastest; a program owns BLOCK_M queries of one head and sees all
+    #           keys
+    # in:       q, k, v [B, H, N, D] and g = dout [B, Nq, H, D] by stride in units of UNIT elements, last stride 1;
+    #           out [B, Nq, H, D], lse [B, H, Nq] and coef [6, B, H, Nq] or None contiguous; bias, key mask and
+    #           positions as forward
+    # out:      dq [B, Nq, H, D]; delta fp32 [B, H, Nq] = sum of dout * out; dbias [B, H, Nq, Nk], where given;
+    #           contiguous, every element written once
     # numerics: as attention_fwd_kernel; P from lse, dS rounded to the dtype of k
     # bounds:   keys beyond the last have P = 0; query tails are masked; offsets are int64
     # cost:     q, dout, out read once, k and v cdiv(Nq, BLOCK_M) times; no atomics, deterministic
@@ -378,11 +380,12 @@ def attention_dkv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    # grid:     cdiv(Nk, BLOCK_N) * B * H, key blocks fastest; a program owns BLOCK_N keys of one head and sees all queries
+    # grid:     cdiv(Nk, BLOCK_N) * B * H, key blocks fastest; a program owns BLOCK_N keys of one head and sees all
+    #           queries
     # in:       as attention_dq_kernel, whose delta it reads
     # out:      dk, dv [B, Nk, H, D]; contiguous, every element written once
-    # numerics: as attention_dq_kernel; tiles are [keys, queries], so that P and dS enter the products from registers. EXACT:
-    #           [queries, keys] as in the forward kernel, so that scores have the same bits
+    # numerics: as attention_dq_kernel; tiles are [keys, queries], so that P and dS enter the products from registers.
+    #           EXACT: [queries, keys] as in the forward kernel, so that scores have the same bits
     # bounds:   queries beyond the last have P = 0; key tails are masked at the store; offsets are int64
     # cost:     k and v read once, q and dout cdiv(Nk, BLOCK_N) times; no atomics, deterministic
     head, b, h, first = locate(tl.program_id(0), heads, row_blocks, BLOCK_N)

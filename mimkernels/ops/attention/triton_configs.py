@@ -1,40 +1,44 @@
-"""Block sizes of the Triton attention kernels, by architecture; ``benchmarks/tune_attention.py`` makes this table."""
+"""Which block sizes the Triton attention kernels run with: a committed table, so that no user waits for a search."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+from mimkernels.ops.attention.triton_table import TABLE
+
+ANY = 1 << 40
+DIMS = (64, 128)  # the head dim as the kernels pad it, at most
+LENGTHS = {"forward": (64, 128, 256, ANY), "fused": (64, 128), "dq": (ANY,), "dkv": (ANY,), "companion": (ANY,)}
+ARCHITECTURES = (80, 90, 100)
+# half: fp16 and bf16. fp32 products run without tensor cores: on every architecture alike, and so do not differ.
+PRECISIONS = ("half", "tf32", "fp32")
+
 
 class Config(NamedTuple):
+    """Queries and keys per block, warps per program, and stages of the loop's software pipeline."""
+
     block_m: int
     block_n: int
     warps: int
     stages: int
 
 
-def forward(arch: int, bits: int, padded_dim: int, keys: int) -> Config:
-    if bits == 32:
-        return Config(32, 32, 4, 1)
-    if keys <= 64:
-        return Config(64, 64, 4, 1)
-    if keys <= 128:
-        return Config(64, 128, 4, 1)
-    if keys <= 256:
-        return Config(64, 256, 4, 1)
-    return Config(64, 64, 4, 2)
+def key(kernel: str, arch: int, precision: str, dim: int, length: int, extra: bool) -> tuple | None:
+    """The table's key for a call, or None where the table leaves this kernel out.
+
+    Args:
+        kernel: of ``LENGTHS``.
+        dim: the head dim as padded.
+        length: keys of the forward, queries of the backward kernels.
+        extra: whether row statistics are captured, or have gradients.
+    """
+    most_dim = next(most for most in DIMS if dim <= most)
+    most_length = next((most for most in LENGTHS[kernel] if length <= most), None)
+    found = (kernel, arch if precision == "half" else 0, precision, most_dim, most_length, extra)
+    return found if found in TABLE else None
 
 
-def backward(arch: int, bits: int, padded_dim: int, queries: int) -> tuple[Config | None, Config, Config]:
-    if bits == 32:
-        return None, Config(32, 32, 4, 1), Config(32, 32, 4, 1)
-    fused = None
-    if queries <= 64:
-        fused = Config(64, 64, 4, 1)
-    elif queries <= 128:
-        fused = Config(128, 64, 8, 1)
-    return fused, Config(64, 64, 4, 2), Config(64, 64, 4, 2)
-
-
-def companion(bits: int) -> Config:
-    """received_attention and head_divergence."""
-    return Config(32, 32, 4, 1) if bits == 32 else Config(64, 64, 4, 2)
+def config(kernel: str, arch: int, precision: str, dim: int, length: int, extra: bool) -> Config | None:
+    """The committed block sizes of a call, or None where the table leaves this kernel out."""
+    found = key(kernel, arch, precision, dim, length, extra)
+    return None if found is None else Config(*TABLE[found])

@@ -12,11 +12,13 @@ from mimkernels.ops.attention import triton_configs
 from mimkernels.ops.attention.triton_blocks import (
     INTEGERS,
     allowed_keys,
+    architecture,
     bias_strides,
     dot_precision,
     head_split,
     load_head,
     power,
+    precision_name,
     strides,
 )
 
@@ -94,10 +96,12 @@ def head_divergence_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    # grid:     cdiv(Nq, BLOCK_M) * B * H, heads fastest; a program compares BLOCK_M queries of one head with all heads
-    # in:       q, k [B, H, N, D] by stride in units of UNIT elements, last stride 1; lse fp32 [B, H, Nq] contiguous; bias
-    #           [B, H, Nq, Nk] by stride (0 where broadcast) and key mask [B, Nk], each or None
-    # out:      out fp32 [row blocks, B, H, H] = sum of P^h (log P^h - log P^g) / Nq; contiguous, every element written once
+    # grid:     cdiv(Nq, BLOCK_M) * B * H, heads fastest; a program compares BLOCK_M queries of one head with all
+    #           heads
+    # in:       q, k [B, H, N, D] by stride in units of UNIT elements, last stride 1; lse fp32 [B, H, Nq] contiguous;
+    #           bias [B, H, Nq, Nk] by stride (0 where broadcast) and key mask [B, Nk], each or None
+    # out:      out fp32 [row blocks, B, H, H] = sum of P^h (log P^h - log P^g) / Nq; contiguous, every element
+    #           written once
     # numerics: fp32; logarithms are subtracted before they are weighted, so that equal heads give 0
     # bounds:   keys beyond the last and masked keys, and queries beyond the last, have P = 0; offsets are int64
     # cost:     H + 1 score tiles per tile of P, from q and k in L2; no N x N memory, no atomics, deterministic
@@ -156,7 +160,8 @@ def head_divergence_fwd(
     if out.numel() == 0:
         return out
     d0, d1 = head_split(dim)
-    config = triton_configs.companion(q.element_size() * 8)
+    target = (architecture(q.device), precision_name(q.dtype), d0 + d1, queries, False)
+    config = triton_configs.config("companion", *target)
     row_blocks = triton.cdiv(queries, config.block_m)
     partial, out = _triton.partials(row_blocks, (batch, heads, heads), out)
     unit, of_qk = strides(q, k)

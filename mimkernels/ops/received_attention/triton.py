@@ -12,6 +12,7 @@ from mimkernels.ops.attention import triton_configs
 from mimkernels.ops.attention.triton_blocks import (
     INTEGERS,
     LOG2E,
+    architecture,
     bias_strides,
     dot_precision,
     exponents,
@@ -20,6 +21,7 @@ from mimkernels.ops.attention.triton_blocks import (
     load_levels,
     locate,
     power,
+    precision_name,
     strides,
 )
 
@@ -57,9 +59,10 @@ def received_attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    # grid:     cdiv(Nk, BLOCK_N) * B * H, key blocks fastest; a program owns BLOCK_N keys of one head and sees all queries
-    # in:       q, k [B, H, N, D] by stride in units of UNIT elements, last stride 1; lse fp32 [B, H, Nq] contiguous; bias
-    #           [B, H, Nq, Nk] by stride (0 where broadcast) and key mask [B, Nk], each or None
+    # grid:     cdiv(Nk, BLOCK_N) * B * H, key blocks fastest; a program owns BLOCK_N keys of one head and sees all
+    #           queries
+    # in:       q, k [B, H, N, D] by stride in units of UNIT elements, last stride 1; lse fp32 [B, H, Nq] contiguous;
+    #           bias [B, H, Nq, Nk] by stride (0 where broadcast) and key mask [B, Nk], each or None
     # out:      out fp32 [B, H, Nk] = mean over queries of P; contiguous, every element written once
     # numerics: fp32; P from lse as in the backward of attention; queries are added in order, block by block
     # bounds:   queries beyond the last, and those that may attend nothing, have P = 0; offsets are int64
@@ -105,7 +108,8 @@ def received_attention_fwd(
     if out.numel() == 0:
         return out
     d0, d1 = head_split(dim)
-    config = triton_configs.companion(q.element_size() * 8)
+    target = (architecture(q.device), precision_name(q.dtype), d0 + d1, queries, False)
+    config = triton_configs.config("companion", *target)
     key_blocks = triton.cdiv(keys, config.block_n)
     unit, of_qk = strides(q, k)
     bias_unit, of_bias = bias_strides(bias)
