@@ -8,7 +8,7 @@ from mimkernels.ops.attention.triton_table import TABLE
 
 ANY = 1 << 40
 DIMS = (64, 128)  # the head dim as the kernels pad it, at most
-LENGTHS = {"forward": (64, 128, 256, ANY), "fused": (64, 128), "dq": (ANY,), "dkv": (ANY,), "companion": (ANY,)}
+LENGTHS = {"forward": (64, 128, 256, ANY), "fused": (64, 128, 256), "dq": (ANY,), "dkv": (ANY,), "companion": (ANY,)}
 ARCHITECTURES = (80, 90, 100)
 # half: fp16 and bf16. fp32 products run without tensor cores: on every architecture alike, and so do not differ.
 PRECISIONS = ("half", "tf32", "fp32")
@@ -30,7 +30,7 @@ def key(kernel: str, arch: int, precision: str, dim: int, length: int, extra: bo
         kernel: of ``LENGTHS``.
         dim: the head dim as padded.
         length: keys of the forward, queries of the backward kernels.
-        extra: whether row statistics are captured, or have gradients.
+        extra: whether row statistics are captured, or have gradients; never for a companion.
     """
     most_dim = next(most for most in DIMS if dim <= most)
     most_length = next((most for most in LENGTHS[kernel] if length <= most), None)
