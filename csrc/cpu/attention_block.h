@@ -54,6 +54,12 @@ struct SplitScale {
   }
 };
 
+// How many products of a score are summed at a time. A few queries or keys can afford short sums, whose
+// rounding errors are smaller; BLAS libraries do the same there.
+MIMKERNELS_INLINE int64_t score_run(const AttentionScores& scores) {
+  return min_of(scores.queries, scores.keys) < 16 ? min_of(scores.dim, 16) : scores.dim;
+}
+
 // ---- scratch memory ----
 
 // Memory that a thread keeps between calls: fresh pages cost more than the attention of a small ViT.

@@ -5,7 +5,7 @@
 //
 // in:       q, k, v, out, dout by strides, features contiguous; lse; coef [6, B, H, Nq] or none
 // out:      dq [B, Nq, H, D], dk and dv [B, Nk, H, D], dbias like bias; every element written
-// numerics: everything in fp32, rounded once
+// numerics: everything in fp32, rounded once; delta is the sum of P dP where one block holds all keys
 // cost:     per block of keys (packed three ways, in L2) and block of rows five products: scores and dP a
 //           few rows at a time, dq from them, then dk and dv for the whole block of rows
 // order:    a head belongs to one task, its sums run over rows in order; few heads are cut into chunks of
@@ -34,22 +34,23 @@ struct RowCoef {
   float far = 0.0f;
 };
 
-// Replaces scores s by P and dP by dS, for one row.
+// For one row, replaces scores s by P, and dP by dP + c(j) + a(j) S + w d; returns the sum of P dP.
 template <bool kCoef, bool kFarther>
-MIMKERNELS_INLINE void gradient_row(float* s, float* dp, const float* distance, int64_t padded,
-                                    int64_t prefix, float lse, float delta, const RowCoef& coef) {
+MIMKERNELS_INLINE float probability_row(float* s, float* dp, const float* distance, int64_t padded,
+                                        int64_t prefix, float lse, const RowCoef& coef) {
   const Floats shift = splat(lse);
-  const Floats minus = splat(delta);
   const Floats least = splat(lse + kLeastExponent);
+  Floats sum = {};
   const auto step = [&](int64_t j, Floats c, Floats a) MIMKERNELS_LAMBDA_INLINE {
     const Floats score = load_floats(s + j);
     const Floats p = exp_lanes(score - shift);
-    Floats t = load_floats(dp + j) - minus;
+    Floats t = load_floats(dp + j);
+    sum = mul_add(p, t, sum);
+    store_floats(s + j, p);
     // Where p is 0 the score may be -inf: any finite number will do.
     if constexpr (kCoef) t += mul_add(a, max_or_second(least, score), c);
     if constexpr (kFarther) t = mul_add(splat(coef.far), load_floats(distance + j), t);
-    store_floats(s + j, p);
-    store_floats(dp + j, p * t);
+    if constexpr (kCoef) store_floats(dp + j, t);
   };
   int64_t j = 0;
   if constexpr (kCoef) {
@@ -62,6 +63,15 @@ MIMKERNELS_INLINE void gradient_row(float* s, float* dp, const float* distance, 
   const Floats c = splat(coef.c_patch);
   const Floats a = splat(coef.a_patch);
   for (; j < padded; j += kLanes) step(j, c, a);
+  return add_lanes(sum);
+}
+
+// dS = P * (t - delta), in t's place.
+MIMKERNELS_INLINE void gradient_row(const float* p, float* t, int64_t padded, float delta) {
+  const Floats minus = splat(delta);
+  for (int64_t j = 0; j < padded; j += kLanes) {
+    store_floats(t + j, load_floats(p + j) * (load_floats(t + j) - minus));
+  }
 }
 
 template <typename T>
@@ -227,6 +237,7 @@ class Worker {
     scores.rows = query_ + at * kDimStride;
     scores.panels = keys_;
     scores.dim = s_.dim;
+    scores.run = score_run(s_);
     scores.keys = count;
     scores.scale = scale_.products;
     scores.scores = s;
@@ -235,6 +246,7 @@ class Worker {
     products.rows = upstream_ + at * kDimStride;
     products.panels = values_;
     products.dim = s_.dim;
+    products.run = s_.dim;
     products.keys = count;
     products.scores = ds;
     with_row_count(rows, [&](auto n) {
@@ -243,27 +255,33 @@ class Worker {
     });
     const int64_t plane = s_.batch * s_.heads * s_.queries;
     const int64_t prefix = max_of(0, min_of(p_.num_prefix - first, count));
+    const int64_t columns = padded_columns(count);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t index = (b_ * s_.heads + h_) * s_.queries + row + i;
       const float lse = p_.lse[index] == -kInfinity ? 0.0f : p_.lse[index];
-      const float delta = dot_row(upstream_ + (at + i) * kDimStride, head_at<T>(p_.out, b_, h_, row + i), s_.dim);
       float* s_row = s + i * kStride;
       float* ds_row = ds + i * kStride;
       RowCoef coef;
+      float delta = 0.0f;
       if (p_.coef == nullptr) {
-        gradient_row<false, false>(s_row, ds_row, nullptr, padded_columns(count), 0, lse, delta, coef);
+        delta = probability_row<false, false>(s_row, ds_row, nullptr, columns, 0, lse, coef);
       } else {
         const float* from = p_.coef + index;
         coef = {from[0], from[plane], from[2 * plane], from[3 * plane], from[4 * plane], from[5 * plane]};
         if (p_.positions.data == nullptr) {
-          gradient_row<true, false>(s_row, ds_row, nullptr, padded_columns(count), prefix, lse, delta, coef);
+          delta = probability_row<true, false>(s_row, ds_row, nullptr, columns, prefix, lse, coef);
         } else {
           const float* distance = distances_.row(row + i, i, first, count);
-          gradient_row<true, true>(s_row, ds_row, distance, padded_columns(count), prefix, lse, delta, coef);
+          delta = probability_row<true, true>(s_row, ds_row, distance, columns, prefix, lse, coef);
         }
-        const int64_t own = row + i - first;
-        if (own >= 0 && own < count) ds_row[own] += s_row[own] * coef.own;
       }
+      // With all keys at hand delta = sum of P dP, free of out's rounding.
+      if (blocks_.blocks > 1) {
+        delta = dot_row(upstream_ + (at + i) * kDimStride, head_at<T>(p_.out, b_, h_, row + i), s_.dim);
+      }
+      gradient_row(s_row, ds_row, columns, delta);
+      const int64_t own = row + i - first;
+      if (coef.own != 0.0f && own >= 0 && own < count) ds_row[own] += s_row[own] * coef.own;
       if (pass_.bias) put_bias(row + i, first, count, ds_row);
     }
   }

@@ -171,6 +171,7 @@ class Worker {
     tile.rows = query_;
     tile.panels = keys_;
     tile.dim = s_.dim;
+    tile.run = score_run(s_);
     tile.keys = count;
     tile.scale = scale_.products;
     tile.scores = scores_;

@@ -47,6 +47,7 @@ class ScoreRows {
     tile.rows = query_;
     tile.panels = keys_;
     tile.dim = s_.dim;
+    tile.run = score_run(s_);
     tile.keys = blocks_.length(block_);
     tile.scale = scale_.products;
     tile.scores = scores;

@@ -171,6 +171,15 @@ MIMKERNELS_INLINE void load_tile(Floats (&acc)[kRows][kVectors], const float* sr
 }
 
 template <int kRows, int kVectors>
+MIMKERNELS_INLINE void add_tile(Floats (&acc)[kRows][kVectors], const float* src, int64_t stride) {
+  MIMKERNELS_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    MIMKERNELS_UNROLL
+    for (int v = 0; v < kVectors; ++v) acc[r][v] += load_floats(src + r * stride + v * kLanes);
+  }
+}
+
+template <int kRows, int kVectors>
 MIMKERNELS_INLINE void store_tile(const Floats (&acc)[kRows][kVectors], float* dst, int64_t stride) {
   MIMKERNELS_UNROLL
   for (int r = 0; r < kRows; ++r) {
@@ -184,6 +193,7 @@ struct ScoreTile {
   const float* rows = nullptr;    // [rows, D], kDimStride apart
   const float* panels = nullptr;  // the keys, from pack_transposed
   int64_t dim = 0;
+  int64_t run = 0;  // how many products are summed at a time, at most dim
   int64_t keys = 0;
   float scale = 1.0f;            // of the products
   const float* start = nullptr;  // added to the scores of all panels, or null
@@ -196,9 +206,16 @@ struct ScoreTile {
 template <int kStride, bool kMaxima, int kRows, int kVectors>
 MIMKERNELS_INLINE void score_panel(const ScoreTile& t, const float* panel, int64_t first,
                                    const float* start, int64_t start_stride) {
+  constexpr int64_t kStep = kVectors * kLanes;
   Floats acc[kRows][kVectors];
   clear(acc);
-  multiply(acc, t.rows, kDimStride, 1, panel, kVectors * kLanes, t.dim);
+  multiply(acc, t.rows, kDimStride, 1, panel, kStep, t.run);
+  for (int64_t c = t.run; c < t.dim; c += t.run) {
+    store_tile(acc, t.scores + first, kStride);
+    clear(acc);
+    multiply(acc, t.rows + c, kDimStride, 1, panel + c * kStep, kStep, min_of(t.dim - c, t.run));
+    add_tile(acc, t.scores + first, kStride);
+  }
   // Scale and start come last: rounding errors stay those of the product alone.
   if (start != nullptr) {
     const Floats scale = splat(t.scale);
