@@ -7,6 +7,7 @@ PIP_FLAGS ?=
 ARGS ?=
 
 BIN := $(VENV)/bin
+export PATH := $(abspath $(BIN)):$(PATH)
 PIP := $(BIN)/python -m pip
 INSTALLED := $(VENV)/.mimkernels-installed
 BUILT := $(VENV)/.mimkernels-built

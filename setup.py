@@ -85,7 +85,7 @@ def find_torch() -> tuple[Path, str, str | None]:
 
 
 def find_tool(name: str) -> str:
-    """Path of cmake or ninja: of the pip package where there is one, else of the system."""
+    """Path of cmake or ninja: on PATH, where build isolation puts pip's, else beside the interpreter."""
     beside = Path(sys.executable).parent / name
     found = shutil.which(name) or (str(beside) if beside.exists() else None)
     if not found:
