@@ -73,6 +73,18 @@ class PretrainConfig:
     clip_grad: float | None = _arg(None, "clip the gradient norm to this (default: no clipping)", "optimisation")
     seed: int = _arg(0, "seed of weights, order, augmentation and masks", "optimisation")
 
+    head_stats: str = _arg(
+        "", "statistics of the encoder's heads to record, such as entropy,distance,prefix_mass", "heads", metavar="NAMES"
+    )
+    head_stats_every: int = _arg(100, "optimizer steps between records of --head-stats", "heads")
+    regularize: dict = field(
+        default_factory=dict,
+        metadata={
+            "help": "head statistics to add to the loss, such as entropy=1e-3 (a positive weight lowers the statistic)",
+            "group": "heads",
+        },
+    )
+
     device: str = _arg("auto", "where to train", "execution", choices=DEVICES)
     precision: str = _arg("auto", "auto takes bf16 where the device computes it fast", "execution", choices=PRECISIONS)
     compile: bool = _arg(False, "torch.compile the model", "execution")
@@ -95,7 +107,7 @@ class PretrainConfig:
             "accum_steps",
         ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("epochs", "log_every", "keep_checkpoints"):
+        for name in ("epochs", "log_every", "keep_checkpoints", "head_stats_every"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("workers", "pictures", "seed"):
             value = getattr(self, name)
@@ -178,9 +190,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def given_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The settings that were given on the command line."""
     given = {f.name: getattr(args, f.name) for f in fields(PretrainConfig) if hasattr(args, f.name)}
-    if "model_kwargs" in given:
-        given["model_kwargs"] = dict(given["model_kwargs"])
-    return given
+    return {name: dict(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
 def _scalar_type(annotation: Any) -> tuple[type, bool]:

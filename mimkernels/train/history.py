@@ -4,16 +4,19 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from mimkernels.stats import HeadStatistics
 from mimkernels.train.checkpoint import write_text
+from mimkernels.train.heads import HeadHistory, layer_means
 
 
 class History:
     """Log entries of a run in ``metrics.jsonl`` and ``tensorboard/``; entry ``step`` is the number of steps done."""
 
-    def __init__(self, folder: Path, first_step: int) -> None:
+    def __init__(self, folder: Path, first_step: int, heads: HeadHistory) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = folder / "metrics.jsonl"
+        self.heads = heads
         self.entries = [entry for entry in read_entries(self.path) if entry["step"] <= first_step]
         # What was logged after the checkpoint that training continues from will be logged again.
         write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in self.entries))
@@ -27,6 +30,11 @@ class History:
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(f"train/{name}", value, step)
+
+    def add_heads(self, step: int, seen: HeadStatistics) -> None:
+        self.heads.add(step, seen)
+        for name, value in layer_means(seen).items():
+            self._board.add_scalar(f"heads/{name}", value, step)
 
     def close(self) -> None:
         self._file.close()

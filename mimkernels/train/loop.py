@@ -22,6 +22,7 @@ from mimkernels.train.data import (
     make_loader,
 )
 from mimkernels.train.errors import DataError, TrainingError
+from mimkernels.train.heads import HeadWatch
 from mimkernels.train.history import History
 from mimkernels.train.progress import Progress
 from mimkernels.train.schedule import learning_rate
@@ -47,6 +48,7 @@ class Trainer:
         first_step: int,
         seconds: float,
         history: History | None,
+        heads: HeadWatch,
         checkpoints: CheckpointFolder,
         progress: Progress,
         workers: int,
@@ -55,6 +57,7 @@ class Trainer:
         self.config, self.accelerator, self.model, self.optimizer = config, accelerator, model, optimizer
         self.images, self.plan, self.peak_lr = images, plan, peak_lr
         self.history, self.checkpoints, self.progress, self.workers = history, checkpoints, progress, workers
+        self.heads = heads
         self.about = about  # goes into every checkpoint
         self.step = first_step
         self.total_steps = config.epochs * plan.steps_per_epoch
@@ -110,6 +113,7 @@ class Trainer:
         self._last_lr = learning_rate(self.step, self.total_steps, self.warmup_steps, self.peak_lr, config.min_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = self._last_lr
+        stats = self.heads.wanted(self.step + 1)
         total: torch.Tensor | None = None
         for accum in range(config.accum_steps):
             images = self._next_images(batches)
@@ -120,8 +124,11 @@ class Trainer:
             offset = torch.full((), piece, dtype=torch.int64, device=images.device) if config.compile else piece
             synchronise = accum == config.accum_steps - 1
             with contextlib.nullcontext() if synchronise else accelerator.no_sync(model):
-                loss = model(images, seed=config.seed, offset=offset).loss / config.accum_steps
-                accelerator.backward(loss)
+                out = model(images, seed=config.seed, offset=offset, **({"head_stats": stats} if stats else {}))
+                loss = out.loss / config.accum_steps
+                accelerator.backward(loss + self.heads.penalty(out.head_stats) / config.accum_steps)
+            if stats:
+                self.heads.see(out.head_stats)
             total = loss.detach() if total is None else total + loss.detach()
         # Elsewhere this would wait for the device, or only one of several processes would stop: _log looks there.
         if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
@@ -134,6 +141,9 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        seen = self.heads.collect()
+        if seen is not None and self.history is not None:
+            self.history.add_heads(self.step, seen)
 
     def _next_images(self, batches: Iterator[Batch]) -> torch.Tensor:
         began = time.perf_counter()

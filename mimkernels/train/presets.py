@@ -29,6 +29,8 @@ def demo_config(output: str = "runs/demo", epochs: int | None = None) -> Pretrai
         epochs=epochs,
         warmup_epochs=epochs / 20,
         lr=3e-3,
+        head_stats="entropy,distance,prefix_mass",
+        head_stats_every=200,
         save_every=max(1, epochs // 3),
         output=output,
     )

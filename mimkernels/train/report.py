@@ -23,6 +23,7 @@ class Report:
     config: PretrainConfig
     facts: dict[str, str]
     entries: list[dict[str, float]]
+    heads: str | None  # picture of the head statistics as a data address
     steps_per_epoch: int
     pictures: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None  # original, masked, reconstruction
     pictures_are_new: bool  # not seen in training
@@ -47,6 +48,7 @@ def render(report: Report) -> str:
             _tiles(report),
             _curve(report),
             _pictures(report),
+            _heads(report),
             _facts(report),
         ]
     )
@@ -129,6 +131,17 @@ def _pictures(report: Report) -> str:
     )
 
 
+def _heads(report: Report) -> str:
+    if report.heads is None:
+        return ""
+    return (
+        "<section><h2>What the heads do</h2><p>One dot per attention head of the encoder, averaged over the patches "
+        "and images of a training step; the line is each layer's mean. Distances are in patches, entropies in nats.</p>"
+        f'<figure><img class=plot src="{report.heads}" alt="statistics of the attention heads per layer"></figure>'
+        "</section>"
+    )
+
+
 def _facts(report: Report) -> str:
     rows = {
         **report.facts,
@@ -173,6 +186,7 @@ figure{margin:0}
   border:1px solid var(--line);border-radius:10px;background:#fbfcfd}
 .card img{display:block;width:100%;max-width:var(--side);margin:0 auto;border-radius:4px}
 .enlarged img{image-rendering:pixelated}
+.plot{display:block;width:100%;height:auto}
 figcaption{margin-top:4px;text-align:center;font-size:.85rem;color:var(--muted)}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:8px 24px;margin:0 0 16px}
 dt{color:var(--muted)}dd{margin:0;overflow-wrap:anywhere}

@@ -24,6 +24,7 @@ from mimkernels.train.hardware import (
     device_name,
     set_cpu_threads,
 )
+from mimkernels.train.heads import HeadHistory, HeadWatch
 from mimkernels.train.history import History
 from mimkernels.train.loop import Trainer
 from mimkernels.train.memory import keep_freed_memory
@@ -39,7 +40,7 @@ _HELD_OUT_IMAGES = 512  # enough for a loss to two digits, little beside an epoc
 # What changes the numbers of a continued run; a person is told.
 _RESULT_FIELDS = (
     *STREAM_FIELDS, "batch_size", "accum_steps", "epochs", "warmup_epochs", "blr", "lr", "min_lr", "weight_decay",
-    "clip_grad", "precision",
+    "clip_grad", "precision", "regularize",
 )  # fmt: skip
 
 
@@ -106,8 +107,12 @@ class Run:
         self.accelerator = Accelerator(
             cpu=device.type == "cpu", mixed_precision="no" if self.precision == "fp32" else self.precision
         )
+        if device.type == "cpu" and _asked_to_shard() and self.accelerator.distributed_type.value != "FSDP":
+            # accelerate would fall back to DDP without a word.
+            raise ValueError("FSDP was asked for, but accelerate shards on accelerators only and the device is 'cpu'")
         torch.manual_seed(config.seed)
         self.model = build_model(config)
+        self.heads = HeadWatch(config, self.model.encoder.num_prefix_tokens)
         with self.accelerator.local_main_process_first():  # one process per machine downloads
             self.source = open_source(config.data, config.data_root)
         self.augmentation = Augmentation(
@@ -150,6 +155,7 @@ class Run:
             first_step=first_step,
             seconds=0.0 if self.start is None else self.start["seconds"],
             history=history,
+            heads=self.heads,
             checkpoints=self.checkpoints,
             progress=progress,
             workers=self._workers(),
@@ -168,7 +174,7 @@ class Run:
                         facts["Broken"] = (
                             f"{len(trainer.broken)} image files could not be read; others took their place"
                         )
-                    report = self._finish(weights, history.entries, facts)
+                    report = self._finish(weights, history, facts)
                     progress.note(f"{config.epochs} epochs in {duration(trainer.seconds)}; report: {report}")
             accelerator.wait_for_everyone()
         except torch.OutOfMemoryError as e:
@@ -208,13 +214,14 @@ class Run:
             self.checkpoints.clear()
             for path in [
                 self.output / "metrics.jsonl",
+                self.output / "heads.jsonl",
                 *(self.output / "tensorboard").glob("events.out.tfevents.*"),
             ]:
                 path.unlink(missing_ok=True)
         else:
             self.checkpoints.reopen(first_step)
         files.write_text(self.output / "config.json", self.config.to_json())
-        return History(self.output, first_step)
+        return History(self.output, first_step, HeadHistory(self.output, first_step))
 
     def _about(self) -> dict[str, Any]:
         return {
@@ -267,7 +274,7 @@ class Run:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return min(8, max(1, available_cores() // local - 1))
 
-    def _finish(self, weights: dict[str, Any], entries: list[dict[str, float]], facts: dict[str, str]) -> Path:
+    def _finish(self, weights: dict[str, Any], history: History, facts: dict[str, str]) -> Path:
         """Exported weights, held-out loss, pictures and the report; on the first process, with an unwrapped model."""
         config, device = self.config, self.accelerator.device
         model = build_model(config)
@@ -288,7 +295,8 @@ class Run:
             Report(
                 config=config,
                 facts=facts,
-                entries=entries,
+                entries=history.entries,
+                heads=history.heads.picture(),
                 steps_per_epoch=self.plan.steps_per_epoch,
                 pictures=pictures,
                 pictures_are_new=held_out is not None,
@@ -392,6 +400,10 @@ def _name_sharded_blocks(accelerator: Any, model: torch.nn.Module) -> None:
     model._no_split_modules = sorted(
         {type(block).__name__ for blocks in (model.encoder.blocks, model.decoder_blocks) for block in blocks}
     )
+
+
+def _asked_to_shard() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def _sharing(accelerator: Any) -> str:

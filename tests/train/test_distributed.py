@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,10 +38,10 @@ def options(config) -> list[str]:
     return words
 
 
-def launch(words: list[str], *, expect: int = 0, **environment: str) -> str:
+def launch(words: list[str], *, expect: int = 0, program=("-m", "mimkernels.train"), **environment: str) -> str:
     launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
     done = subprocess.run(
-        [sys.executable, "-m", *launcher, "-m", "mimkernels.train", *words],
+        [sys.executable, "-m", *launcher, *program, *words],
         env={**os.environ, **environment}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == expect, done.stdout + done.stderr
@@ -81,12 +82,25 @@ def test_bad_input_ends_every_process(tiny, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_sharded_parameters_train_as_whole_ones(tiny, tmp_path):
-    pretrain(tiny(**SETTINGS, accum_steps=2, output=str(tmp_path / "one")))
-    config = tiny(**SETTINGS, output=str(tmp_path / "two"))
-    # What `accelerate launch --use_fsdp --fsdp_version 2` sets.
+def test_sharded_parameters_continue_what_one_process_began(tiny, tmp_path):
+    """FSDP2 reads a checkpoint of a single process, trains as one, and writes a checkpoint like its."""
+    for name in ("one", "two"):
+        pretrain(tiny(**SETTINGS, accum_steps=2, output=str(tmp_path / name)))
+    (tmp_path / "two" / "checkpoints" / "final.pt").unlink()
     out = launch(
-        options(config), ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP"
+        ["--output", str(tmp_path / "two"), "--resume", "--accum-steps", "1"],
+        program=[str(Path(__file__).with_name("sharded_on_cpu.py"))],
+        ACCELERATE_USE_FSDP="true",
+        FSDP_VERSION="2",
+        FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
+        FSDP_CPU_RAM_EFFICIENT_LOADING="false",
     )
-    assert "2 processes (FSDP2)" in out
+    assert "2 processes (FSDP2)" in out and "continuing at step 5" in out
+    assert "sharded: ['FSDPBlock', 'FSDPDecoderBlock'" in out
     assert_same_training(tmp_path / "one", tmp_path / "two")
+
+
+def test_sharding_on_the_cpu_is_refused_not_ignored(tiny, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"FSDP.*'cpu'"):
+        pretrain(tiny())

@@ -1,0 +1,75 @@
+import json
+
+import pytest
+
+from mimkernels.stats import HeadStatistics
+from mimkernels.train.heads import HeadHistory, HeadWatch
+from mimkernels.train.run import Run, pretrain
+
+
+def recorded(folder):
+    return [json.loads(line) for line in (folder / "heads.jsonl").read_text().splitlines()]
+
+
+def test_heads_are_recorded_every_so_many_steps_and_shown(tiny, tmp_path):
+    config = tiny(head_stats="entropy,distance,prefix_mass", head_stats_every=4, epochs=2, output=str(tmp_path / "run"))
+    result = pretrain(config)
+    entries = recorded(tmp_path / "run")
+    assert [entry["step"] for entry in entries] == [1, 4, 8]
+    seen = HeadStatistics.from_dict(entries[-1]["heads"])
+    assert set(seen.names) == {"entropy", "distance", "prefix_mass"}
+    assert len(seen.layers) == config.model_kwargs["depth"]
+    assert (seen.mean("prefix_mass") > 0).all() and (seen.mean("prefix_mass") < 1).all()
+    assert "What the heads do" in result.report.read_text()
+
+
+def test_a_run_without_head_statistics_has_no_section_of_them(tiny, tmp_path):
+    result = pretrain(tiny(output=str(tmp_path / "run")))
+    assert not (tmp_path / "run" / "heads.jsonl").exists()
+    assert "What the heads do" not in result.report.read_text()
+
+
+def test_recording_changes_no_result(tiny, tmp_path):
+    plain = pretrain(tiny(output=str(tmp_path / "a")))
+    watched = pretrain(tiny(output=str(tmp_path / "b"), head_stats="entropy", head_stats_every=2))
+    losses = [
+        [json.loads(line)["loss"] for line in (run.output / "metrics.jsonl").read_text().splitlines()]
+        for run in (plain, watched)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_positive_weight_lowers_the_entropy(tiny, tmp_path):
+    settings = {"head_stats": "entropy", "head_stats_every": 5, "epochs": 3, "lr": 3e-3}
+    pretrain(tiny(**settings, output=str(tmp_path / "free")))
+    pretrain(tiny(**settings, regularize={"entropy": 10.0}, output=str(tmp_path / "low")))
+    free, low = (HeadStatistics.from_dict(recorded(tmp_path / name)[-1]["heads"]) for name in ("free", "low"))
+    assert low.mean("entropy").mean() < free.mean("entropy").mean() - 0.05
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head_stats": "entropi"}, "unknown statistic 'entropi'; known: entropy"),
+        ({"head_stats": "nmi"}, "unknown statistic 'nmi'"),
+        ({"regularize": {"peak": 1.0}}, "peak"),
+        ({"regularize": {"distanc": 1.0}}, "distanc"),
+        ({"head_stats_every": 0}, "head_stats_every must be at least 1, got 0"),
+    ],
+)
+def test_refuses_before_anything_is_written(tiny, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        Run(tiny(**changes, output=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_records_after_the_resumed_step_are_dropped(tiny, tmp_path):
+    watch = HeadWatch(tiny(head_stats="entropy"), 1)
+    assert watch.wanted(1) == ("entropy",) and watch.wanted(2) == ("entropy",)[:0]
+    seen = HeadStatistics(quantities=["entropy"], num_prefix=1)
+    history = HeadHistory(tmp_path, 0)
+    for step in (1, 4, 8):
+        history.add(step, seen)
+    with (tmp_path / "heads.jsonl").open("a") as file:
+        file.write('{"step": 9, "he')
+    assert [entry["step"] for entry in HeadHistory(tmp_path, 4).entries] == [1, 4]
