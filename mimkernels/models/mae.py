@@ -90,7 +90,7 @@ class MAE(nn.Module):
         norm_pix_loss: bool = True,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
-        attention: str = "timm",
+        attention: str = "mimkernels",
     ) -> None:
         super().__init__()
         check_encoder(encoder)
@@ -146,7 +146,7 @@ class MAE(nn.Module):
         norm_pix_loss: bool = True,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
-        attention: str = "timm",
+        attention: str = "mimkernels",
         **timm_kwargs: Any,
     ) -> "MAE":
         """A new MAE around the timm model `name`, initialised as published.
