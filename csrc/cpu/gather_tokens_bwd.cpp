@@ -70,7 +70,7 @@ void scatter_and_sum(const GatherTokensBwdParams& p, const Inverse& inverse, int
         if (offsets[1] > offsets[0]) {
           prefetch_row(
               row_at<T>(p.grad, b + 1, p.num_prefix) + at + inverse.entries(b + 1)[offsets[0]],
-              n * static_cast<int64_t>(sizeof(T)));
+              n * static_cast<int64_t>(sizeof(T)), kWholeRow);
         }
       }
       scatter_row<T, kStream>(p, inverse, b, token, at, n, &sum);

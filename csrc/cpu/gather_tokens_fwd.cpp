@@ -28,7 +28,7 @@ void gather_range(const GatherTokensFwdParams& p, int64_t begin, int64_t end) {
         continue;
       }
       const int64_t k = j - p.num_prefix;
-      if (k + 1 < p.kept) prefetch_row(row_at<T>(p.x, b, ids[k + 1]), row_bytes);
+      if (k + 1 < p.kept) prefetch_row(row_at<T>(p.x, b, ids[k + 1]), row_bytes, kRowHead);
       const T* x = row_at<T>(p.x, b, ids[k]);
       if (p.pos.data != nullptr) {
         add_rows<kStream>(out, x, row_at<T>(p.pos, 0, ids[k]), p.dim);

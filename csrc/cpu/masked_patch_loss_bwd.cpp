@@ -24,12 +24,13 @@ MIMKERNELS_INLINE Pack16 element_grad(const Pack16& d, const Pack16& beta, const
 }
 
 template <LossKind kKind, bool kStream, typename T>
-MIMKERNELS_INLINE void patch_grad(T* dpred, const T* pred, const float* tile, int64_t n,
-                                  float beta_value, float grad) {
+MIMKERNELS_INLINE void patch_grad(T* dpred, const T* pred, const T* next, const float* tile,
+                                  int64_t n, float beta_value, float grad) {
   const Pack16 beta = broadcast<16>(beta_value);
   const Pack16 g = broadcast<16>(grad / static_cast<float>(n));
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) {
+    prefetch(next + i);
     const Pack16 d = load<16>(pred + i) - load<16>(tile + i);
     put<kStream>(dpred + i, element_grad<kKind>(d, beta, g));
   }
@@ -44,20 +45,18 @@ bool grad_range(const MaskedPatchLossParams& p, float mean_grad, int64_t begin, 
   TargetReader reader(p);
   if (reader.failed()) return false;
   const int64_t n = reader.elements();
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t b = i / p.length;
-    const int64_t j = i % p.length;
-    T* dpred = static_cast<T*>(p.dpred) + i * n;
-    if (!counts(p, b, j)) {
-      zero_row<kStream>(dpred, n);
-      continue;
-    }
-    const bool has_next = j + 1 < p.length && counts(p, b, j + 1);
-    if (has_next) prefetch_row(row_at<T>(p.pred, b, j + 1), n * static_cast<int64_t>(sizeof(T)));
-    const float* tile = reader.read(b, j, has_next);
-    const float grad = p.mean ? mean_grad : p.grad[b * p.grad_strides[0] + j * p.grad_strides[1]];
-    patch_grad<kKind, kStream>(dpred, row_at<T>(p.pred, b, j), tile, n, p.beta, grad);
-  }
+  T* dpred = static_cast<T*>(p.dpred);
+  for_each_patch(
+      p, begin, end,
+      [&](int64_t i, int64_t next) {
+        const float* tile = reader.read(i, next);
+        const T* pred = pred_row<T>(p, i);
+        const float* grads = p.grad + i / p.length * p.grad_strides[0];
+        const float grad = p.mean ? mean_grad : grads[i % p.length * p.grad_strides[1]];
+        patch_grad<kKind, kStream>(dpred + i * n, pred, next < 0 ? pred : pred_row<T>(p, next),
+                                   tile, n, p.beta, grad);
+      },
+      [&](int64_t i) { zero_row<kStream>(dpred + i * n, n); });
   return true;
 }
 

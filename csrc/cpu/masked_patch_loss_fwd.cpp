@@ -29,11 +29,14 @@ MIMKERNELS_INLINE Pack16 element_loss(const Pack16& d, const Pack16& beta) {
 }
 
 template <LossKind kKind, typename T>
-MIMKERNELS_INLINE float patch_loss(const T* pred, const float* tile, int64_t n, float beta_value) {
+MIMKERNELS_INLINE float patch_loss(const T* pred, const T* next, const float* tile, int64_t n,
+                                   float beta_value) {
   const Pack16 beta = broadcast<16>(beta_value);
   Pack16 sums[2] = {broadcast<16>(0.0f), broadcast<16>(0.0f)};
   int64_t i = 0;
   for (; i + 32 <= n; i += 32) {
+    prefetch(next + i);
+    if (sizeof(T) == 4) prefetch(next + i + 16);
     const Pack16 a = load<16>(pred + i) - load<16>(tile + i);
     const Pack16 b = load<16>(pred + i + 16) - load<16>(tile + i + 16);
     sums[0] = sums[0] + element_loss<kKind>(a, beta);
@@ -52,18 +55,15 @@ bool loss_range(const MaskedPatchLossParams& p, float* losses, int64_t begin, in
   TargetReader reader(p);
   if (reader.failed()) return false;
   const int64_t n = reader.elements();
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t b = i / p.length;
-    const int64_t j = i % p.length;
-    if (!counts(p, b, j)) {
-      losses[i] = 0.0f;
-      continue;
-    }
-    const bool has_next = j + 1 < p.length && counts(p, b, j + 1);
-    if (has_next) prefetch_row(row_at<T>(p.pred, b, j + 1), n * static_cast<int64_t>(sizeof(T)));
-    const float* tile = reader.read(b, j, has_next);
-    losses[i] = patch_loss<kKind>(row_at<T>(p.pred, b, j), tile, n, p.beta);
-  }
+  for_each_patch(
+      p, begin, end,
+      [&](int64_t i, int64_t next) {
+        const float* tile = reader.read(i, next);
+        const T* pred = pred_row<T>(p, i);
+        losses[i] =
+            patch_loss<kKind>(pred, next < 0 ? pred : pred_row<T>(p, next), tile, n, p.beta);
+      },
+      [&](int64_t i) { losses[i] = 0.0f; });
   return true;
 }
 

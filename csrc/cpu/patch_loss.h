@@ -30,26 +30,29 @@ MIMKERNELS_INLINE void interleave_three(float* dst, const typename VecTypes<L>::
 class TargetReader {
  public:
   explicit TargetReader(const MaskedPatchLossParams& p)
-      : p_(p), layout_(layout_of(p.grid)), tile_(layout_.elements + 16) {}
+      : p_(p),
+        layout_(layout_of(p.grid)),
+        tile_(layout_.elements + 16),
+        planes_(layout_.elements) {}
 
-  bool failed() const { return tile_.failed(); }
+  bool failed() const { return tile_.failed() || planes_.failed(); }
   int64_t elements() const { return layout_.elements; }
 
-  // The target of patch j of pred's image b, valid until the next call. Asks for the pixels of
-  // patch j + 1 on the way if `has_next`.
-  MIMKERNELS_INLINE const float* read(int64_t b, int64_t j, bool has_next) {
+  // The target of pred's patch i (of B * L), valid until the next call. Asks for the pixels of
+  // patch `next` on the way, unless that is negative.
+  MIMKERNELS_INLINE const float* read(int64_t i, int64_t next) {
     switch (p_.images.dtype) {
       case DType::kFloat32:
-        read_as<float>(b, j, has_next);
+        read_as<float>(i, next);
         break;
       case DType::kBFloat16:
-        read_as<bf16>(b, j, has_next);
+        read_as<bf16>(i, next);
         break;
       case DType::kFloat16:
-        read_as<fp16>(b, j, has_next);
+        read_as<fp16>(i, next);
         break;
       case DType::kUInt8:
-        read_as<uint8_t>(b, j, has_next);
+        read_as<uint8_t>(i, next);
         break;
     }
     if (p_.norm_pix) normalise();
@@ -57,54 +60,42 @@ class TargetReader {
   }
 
  private:
-  static constexpr int64_t kLine = 64;
   static constexpr int kStep = kLanes < 8 ? kLanes : 8;
 
   template <typename Src>
-  const Src* patch(int64_t b, int64_t j) const {
+  MIMKERNELS_INLINE const Src* patch(int64_t i) const {
+    if (i < 0) return nullptr;
+    const int64_t b = i / p_.length;
+    const int64_t j = i % p_.length;
     const int64_t n = p_.has_mask ? j : p_.ids.data[b * p_.ids.stride1 + j];
     return patch_at<Src>(p_.images, p_.grid, layout_, b, n);
   }
 
+  // Planes first, as they lie in memory: the order that hardware prefetchers follow.
   template <typename Src>
-  __attribute__((noinline)) void read_as(int64_t b, int64_t j, bool has_next) {
-    const Src* next = has_next ? patch<Src>(b, j + 1) : nullptr;
-    if (!p_.channels_last || p_.grid.channels == 1) {
-      read_patch<false>(tile_.get(), patch<Src>(b, j), next, p_.images, p_.grid);
-    } else {
-      read_interleaved(patch<Src>(b, j), next);
-    }
+  __attribute__((noinline)) void read_as(int64_t i, int64_t next) {
+    const bool in_order = !p_.channels_last || p_.grid.channels == 1;
+    read_patch<false>(in_order ? tile_.get() : planes_.get(), patch<Src>(i), patch<Src>(next),
+                      p_.images, p_.grid);
+    if (!in_order) interleave();
   }
 
-  template <typename Src>
-  MIMKERNELS_INLINE void read_interleaved(const Src* patch, const Src* next) {
-    const PatchGrid& g = p_.grid;
-    const Images& images = p_.images;
-    const int64_t channels = g.channels;
-    alignas(64) float line[3 * kLine];
-    for (int64_t t = 0; t < g.patch_t; ++t) {
-      for (int64_t h = 0; h < g.patch_h; ++h) {
-        for (int64_t w = 0; w < g.patch_w; w += kLine) {
-          const int64_t n = min_of(kLine, g.patch_w - w);
-          const int64_t at = t * images.stride_frame + h * images.stride_row + w;
-          float* dst = tile_.get() + ((t * g.patch_h + h) * g.patch_w + w) * channels;
-          const bool three = channels == 3 && n % kStep == 0;
-          for (int64_t c = 0; c < channels; ++c) {
-            const int64_t from = at + c * images.stride_channel;
-            float* to = three ? line + c * kLine : line;
-            if (next != nullptr) prefetch_pixels(next + from, n);
-            convert_pixels<false>(to, patch + from, n, pixel_map(images, c));
-            if (three) continue;
-            for (int64_t i = 0; i < n; ++i) dst[i * channels + c] = to[i];
-          }
-          if (!three) continue;
-          for (int64_t i = 0; i < n; i += kStep) {
-            interleave_three<kStep>(dst + 3 * i, load_part<kStep>(line + i),
-                                    load_part<kStep>(line + kLine + i),
-                                    load_part<kStep>(line + 2 * kLine + i));
-          }
-        }
+  // (c, t, h, w) to (t, h, w, c) within L1.
+  __attribute__((noinline)) void interleave() {
+    const int64_t channels = p_.grid.channels;
+    const int64_t n = layout_.elements / max_of(channels, 1);
+    const float* planes = planes_.get();
+    float* tile = tile_.get();
+    int64_t i = 0;
+    if (channels == 3) {
+      for (; i + kStep <= n; i += kStep) {
+        interleave_three<kStep>(tile + 3 * i, load_part<kStep>(planes + i),
+                                load_part<kStep>(planes + n + i),
+                                load_part<kStep>(planes + 2 * n + i));
       }
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t at = i; at < n; ++at) tile[at * channels + c] = planes[c * n + at];
     }
   }
 
@@ -147,10 +138,32 @@ class TargetReader {
   const MaskedPatchLossParams& p_;
   PatchLayout layout_;
   Scratch<float> tile_;
+  Scratch<float> planes_;
 };
 
-MIMKERNELS_INLINE bool counts(const MaskedPatchLossParams& p, int64_t b, int64_t j) {
-  return !p.has_mask || p.mask.data[b * p.mask.stride0 + j] != 0;
+MIMKERNELS_INLINE bool counts(const MaskedPatchLossParams& p, int64_t i) {
+  return !p.has_mask || p.mask.data[i / p.length * p.mask.stride0 + i % p.length] != 0;
+}
+
+// counted(i, next) for every patch in [begin, end) that counts, `next` the one after it or -1;
+// skipped(i) for the others.
+template <typename Counted, typename Skipped>
+MIMKERNELS_INLINE void for_each_patch(const MaskedPatchLossParams& p, int64_t begin, int64_t end,
+                                      const Counted& counted, const Skipped& skipped) {
+  const auto find = [&](int64_t i) {
+    for (; i < end && !counts(p, i); ++i) skipped(i);
+    return i;
+  };
+  for (int64_t i = find(begin); i < end;) {
+    const int64_t next = find(i + 1);
+    counted(i, next < end ? next : -1);
+    i = next;
+  }
+}
+
+template <typename T>
+MIMKERNELS_INLINE const T* pred_row(const MaskedPatchLossParams& p, int64_t i) {
+  return row_at<T>(p.pred, i / p.length, i % p.length);
 }
 
 MIMKERNELS_INLINE int64_t count_patches(const MaskedPatchLossParams& p) {

@@ -17,10 +17,10 @@ template <bool kStream, typename Dst, typename Src>
 MIMKERNELS_INLINE void sum_run(Dst* dst, const Src* grad, const int64_t* entries, int64_t count,
                                int64_t n, PixelMap map) {
   if (count == 0) {
-    if constexpr (kStream && sizeof(Dst) == 4) {
-      zero_row<true>(dst, n);
+    if constexpr (kStream) {
+      for (int64_t i = 0; i < n; i += 16) stream<16>(dst + i, broadcast<16>(0.0f));
     } else {
-      for (int64_t i = 0; i < n; ++i) dst[i] = Dst{};
+      zero_row<false>(dst, n);
     }
     return;
   }

@@ -22,7 +22,6 @@ template <typename T, bool kStream>
 void sum_positions(const RestoreTokensBwdParams& p, bool copies_x, float* mask_partial,
                    int64_t begin, int64_t end) {
   const int64_t tiles = ceil_div(p.dim, kTile);
-  const int64_t row_bytes = p.dim * static_cast<int64_t>(sizeof(T));
   T* dx = static_cast<T*>(p.dx);
   RowSum masked;
   RowSum visible;
@@ -34,7 +33,8 @@ void sum_positions(const RestoreTokensBwdParams& p, bool copies_x, float* mask_p
     visible.reset();
     for (int64_t b = 0; b < p.batch; ++b) {
       const T* grad = row_at<T>(p.grad, b, j) + at;
-      if (b + 1 < p.batch) prefetch_row(grad + p.grad.stride0, row_bytes);
+      if (b + 1 < p.batch)
+        prefetch_row(grad + p.grad.stride0, n * static_cast<int64_t>(sizeof(T)), kWholeRow);
       const int64_t i = j - p.num_prefix;
       const int64_t r = i < 0 ? i : p.ids_restore.data[b * p.ids_restore.stride1 + i];
       if (r >= p.kept) {

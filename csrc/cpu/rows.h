@@ -120,10 +120,14 @@ MIMKERNELS_INLINE void put(T* dst, const Pack<N>& value) {
 
 MIMKERNELS_INLINE void prefetch(const void* address) { __builtin_prefetch(address, 0, 3); }
 
-// The first lines of a row, which the hardware prefetcher would miss; it follows from there.
-MIMKERNELS_INLINE void prefetch_row(const void* row, int64_t bytes) {
+// The first lines of a row: the hardware prefetcher notices it too late, but follows from there.
+constexpr int64_t kRowHead = 512;
+// A whole row, for passes whose arithmetic leaves the hardware prefetcher behind.
+constexpr int64_t kWholeRow = 4096;
+
+MIMKERNELS_INLINE void prefetch_row(const void* row, int64_t bytes, int64_t limit) {
   const char* line = static_cast<const char*>(row);
-  const int64_t ahead = min_of(bytes, 512);
+  const int64_t ahead = min_of(bytes, limit);
   for (int64_t at = 0; at < ahead; at += 64) prefetch(line + at);
 }
 

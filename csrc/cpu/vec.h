@@ -15,6 +15,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -71,17 +72,29 @@ MIMKERNELS_INLINE typename VecTypes<L>::F load_part(const float* src) {
 
 template <int L>
 MIMKERNELS_INLINE typename VecTypes<L>::F load_part(const bf16* src) {
+  using F = typename VecTypes<L>::F;
+  using U = typename VecTypes<L>::U;
   typename VecTypes<L>::H raw;
   memcpy(&raw, src, sizeof(raw));
-  return (typename VecTypes<L>::F)(__builtin_convertvector(raw, typename VecTypes<L>::U) << 16);
+#if defined(__AVX2__)
+  if constexpr (L == 8) return (F)((U)_mm256_cvtepu16_epi32((__m128i)raw) << 16);
+#endif
+  return (F)(__builtin_convertvector(raw, U) << 16);
 }
 
 template <int L>
 MIMKERNELS_INLINE typename VecTypes<L>::F load_part(const uint8_t* src) {
+  using F = typename VecTypes<L>::F;
+  using I = typename VecTypes<L>::I;
+#if defined(__AVX2__)
+  if constexpr (L == 8) {
+    const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(src));
+    return __builtin_convertvector((I)_mm256_cvtepu8_epi32(raw), F);
+  }
+#endif
   typename VecTypes<L>::B raw;
   memcpy(&raw, src, sizeof(raw));
-  return __builtin_convertvector(__builtin_convertvector(raw, typename VecTypes<L>::I),
-                                 typename VecTypes<L>::F);
+  return __builtin_convertvector(__builtin_convertvector(raw, I), F);
 }
 
 template <int L>
@@ -122,13 +135,24 @@ MIMKERNELS_INLINE typename VecTypes<L>::F load_part(const fp16* src) {
 // fp32 to bf16 bits: nearest even; NaN keeps its top bits and turns quiet; subnormals are kept.
 // The bf16 conversion instructions flush subnormals, so no instruction set uses them here.
 template <int L>
-MIMKERNELS_INLINE typename VecTypes<L>::H to_bf16_bits(typename VecTypes<L>::F value) {
+MIMKERNELS_INLINE typename VecTypes<L>::U to_bf16_words(typename VecTypes<L>::F value) {
   using U = typename VecTypes<L>::U;
   const U bits = (U)value;
-  const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const U quiet = (bits >> 16) | 0x0040u;
-  const U is_nan = (U)((bits & 0x7fffffffu) > 0x7f800000u);
-  return __builtin_convertvector((rounded & ~is_nan) | (quiet & is_nan), typename VecTypes<L>::H);
+  const U top = bits >> 16;
+  const U rounded = (bits + (top & 1u) + 0x7fffu) >> 16;
+  return value != value ? top | 0x0040u : rounded;
+}
+
+template <int L>
+MIMKERNELS_INLINE typename VecTypes<L>::H to_bf16_bits(typename VecTypes<L>::F value) {
+  const typename VecTypes<L>::U words = to_bf16_words<L>(value);
+#if defined(__AVX2__)
+  if constexpr (L == 8) {
+    return (typename VecTypes<L>::H)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)words),
+                                                     _mm256_extracti128_si256((__m256i)words, 1));
+  }
+#endif
+  return __builtin_convertvector(words, typename VecTypes<L>::H);
 }
 
 template <int L>
@@ -254,8 +278,25 @@ MIMKERNELS_INLINE Pack<N> load_some(const T* src, int64_t n) {
   return load<N>(buffer);
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Both registers of a Pack16 narrowed with one shuffle.
+MIMKERNELS_INLINE VecTypes<16>::H to_bf16_bits(const Pack16& value) {
+  const __m256i packed = _mm256_packus_epi32((__m256i)to_bf16_words<8>(value.v[0]),
+                                             (__m256i)to_bf16_words<8>(value.v[1]));
+  return (VecTypes<16>::H)_mm256_permute4x64_epi64(packed, 0xD8);
+}
+
+#endif
+
 template <int N, typename T>
 MIMKERNELS_INLINE void store(T* dst, const Pack<N>& value) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (N == 16 && std::is_same_v<T, bf16>) {
+    const VecTypes<16>::H bits = to_bf16_bits(value);
+    memcpy(dst, &bits, sizeof(bits));
+    return;
+  }
+#endif
   MIMKERNELS_UNROLL
   for (int p = 0; p < Pack<N>::kParts; ++p) {
     store_part<Pack<N>::kWidth>(dst + p * Pack<N>::kWidth, value.v[p]);
@@ -273,6 +314,12 @@ MIMKERNELS_INLINE void store_some(T* dst, const Pack<N>& value, int64_t n) {
 
 template <int N, typename T>
 MIMKERNELS_INLINE void stream(T* dst, const Pack<N>& value) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (N == 16 && std::is_same_v<T, bf16>) {
+    stream_bits(dst, to_bf16_bits(value));
+    return;
+  }
+#endif
   MIMKERNELS_UNROLL
   for (int p = 0; p < Pack<N>::kParts; ++p) {
     stream_part<Pack<N>::kWidth>(dst + p * Pack<N>::kWidth, value.v[p]);
