@@ -27,7 +27,7 @@ def options(config) -> list[str]:
     words = []
     for name, value in config.to_dict().items():
         option = "--" + name.replace("_", "-")
-        if value is None or value == "":
+        if value is None or value in ("", {}):
             continue
         if isinstance(value, bool):
             words.append(option if value else option.replace("--", "--no-", 1))
