@@ -24,7 +24,6 @@ SMALL = {
     "decoder_depth": 2,
     "decoder_heads": 4,
     "mask_ratio": 0.6,
-    "attention": "mimkernels",
 }
 NAMES = ("entropy", "distance", "prefix_mass", "self_mass", "patch_entropy")
 PREFIX, KEEP = 2, 9
@@ -106,6 +105,8 @@ def test_config_remembers_the_attention():
         model = build(attention=attention)
         assert model.config["attention"] == attention
         assert type(MAE.from_config(model.config).encoder.blocks[0].attn) is type(model.encoder.blocks[0].attn)
+    old = {name: value for name, value in build().config.items() if name != "attention"}
+    assert type(MAE.from_config(old).decoder_blocks[0].attn) is Attention
     with pytest.raises(ValueError, match="attention must be one of mimkernels, timm, got 'flash'"):
         build(attention="flash")
 

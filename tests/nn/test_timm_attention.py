@@ -60,7 +60,9 @@ def assert_same_as_timm(plain_layer, x, **arguments):
     for name, value in ours.items():
         assert value.dtype == plain[name].dtype and value.shape == plain[name].shape
         allowed = 2 * (plain[name].double() - exact[name]).abs().max()
-        allowed = allowed + 8 * torch.finfo(torch.float32).eps * exact[name].abs().max()
+        # What all keys share moves no softmax: the gradient of that bias is 0, and its error that of its terms.
+        terms = exact["q_norm.bias" if name == "k_norm.bias" else name]
+        allowed = allowed + 8 * torch.finfo(torch.float32).eps * terms.abs().max()
         error = (value.double() - exact[name]).abs().max()
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
