@@ -442,7 +442,8 @@ def attention_bwd(
     dq = q.new_empty((batch, queries, heads, dim))
     dk, dv = (k.new_empty((batch, keys, heads, dim)) for _ in range(2))
     dbias = bias.new_empty(bias.shape) if need_bias else q.new_empty((0,))
-    d0, d1 = head_split(dim)
+    # Without tensor cores the products of the backward pass over 128 columns want more registers than there are.
+    d0, d1 = head_split(dim, 64 if precision_name(q.dtype) == "fp32" else 128)
     target = (architecture(q.device), precision_name(q.dtype), d0 + d1, queries, coef is not None)
     fused, dq_config, dkv_config = (triton_configs.config(kernel, *target) for kernel in ("fused", "dq", "dkv"))
     unit, qkvg_strides = strides(q, k, v, dout)

@@ -236,12 +236,16 @@ def locate(pid, heads, row_blocks, BLOCK: tl.constexpr):
     return head, (head // heads).to(tl.int64), (head % heads).to(tl.int64), pid % row_blocks * BLOCK
 
 
-def head_split(dim: int) -> tuple[int, int]:
-    """(D0, D1): the head dim as one power of two, or as two where that pads less: 80 = 64 + 16. D1 = 0 for one."""
+def head_split(dim: int, most: int = 128) -> tuple[int, int]:
+    """(D0, D1): the head dim as one power of two, or as two where that pads less: 80 = 64 + 16. D1 = 0 for one.
+
+    most: of one piece, 64 or 128.
+    """
     whole = max(16, triton.next_power_of_2(dim))
     rest = dim - whole // 2
     second = max(16, triton.next_power_of_2(rest))
-    return (whole // 2, second) if whole > 32 and whole // 2 + second < whole else (whole, 0)
+    shorter = whole // 2 + second < whole
+    return (whole // 2, second) if whole > 32 and (shorter or whole > most) else (whole, 0)
 
 
 def strides(*tensors: Tensor) -> tuple[int, list[int]]:
