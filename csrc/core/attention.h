@@ -1,5 +1,5 @@
-// What the attention launchers take. As in params.h: pointers, sizes and element strides only, and the
-// binding has checked them.
+// What the attention launchers take. As in params.h: pointers, sizes and element strides only, and
+// the binding has checked them.
 //
 // Letters: B images, H heads, Nq queries, Nk keys, D features of a head, P prefix tokens.
 #pragma once
@@ -11,7 +11,8 @@
 
 namespace mimkernels {
 
-// A tensor indexed by (image, head, token) whatever the order of its dims; the features are contiguous.
+// A tensor indexed by (image, head, token) whatever the order of its dims; the features are
+// contiguous.
 struct HeadRows {
   const void* data = nullptr;
   int64_t stride_batch = 0;

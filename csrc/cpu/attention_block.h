@@ -1,5 +1,5 @@
-// What the attention kernels share: how work is cut, scratch memory, score rows with bias and masks,
-// distances between tokens.
+// What the attention kernels share: how work is cut, scratch memory, score rows with bias and
+// masks, distances between tokens.
 #pragma once
 
 #include "../core/attention.h"
@@ -9,8 +9,8 @@ namespace mimkernels::MIMKERNELS_ISA {
 
 // ---- cutting ----
 
-// `count` rows in tiles of at most kRowTile whose sizes differ by at most one: 50 rows are nine tiles of 5
-// or 6, none of them nearly empty.
+// `count` rows in tiles of at most kRowTile whose sizes differ by at most one: 50 rows are nine
+// tiles of 5 or 6, none of them nearly empty.
 struct RowTiles {
   int64_t count = 0;
   int64_t tiles = 0;
@@ -34,14 +34,15 @@ struct KeyBlocks {
   int64_t length(int64_t block) const { return min_of(size, count - block * size); }
 };
 
-// Into how many chunks the rows of one head are cut so that few heads still feed many threads. Depends on
-// the shape alone: results must not depend on the number of threads.
-MIMKERNELS_INLINE int64_t row_chunks(int64_t heads, int64_t rows, int64_t least_rows, int64_t tasks) {
+// Into how many chunks the rows of one head are cut so that few heads still feed many threads.
+// Depends on the shape alone: results must not depend on the number of threads.
+MIMKERNELS_INLINE int64_t row_chunks(int64_t heads, int64_t rows, int64_t least_rows,
+                                     int64_t tasks) {
   return max_of(1, min_of(ceil_div(tasks, max_of(heads, 1)), rows / least_rows));
 }
 
-// A power of two goes into the rows, exactly; any other scale is applied to the finished products, so that
-// 16-bit inputs keep their exact products.
+// A power of two goes into the rows, exactly; any other scale is applied to the finished products,
+// so that 16-bit inputs keep their exact products.
 struct SplitScale {
   float rows = 1.0f;
   float products = 1.0f;
@@ -54,15 +55,16 @@ struct SplitScale {
   }
 };
 
-// How many products of a score are summed at a time. A few queries or keys can afford short sums, whose
-// rounding errors are smaller; BLAS libraries do the same there.
+// How many products of a score are summed at a time. A few queries or keys can afford short sums,
+// whose rounding errors are smaller; BLAS libraries do the same there.
 MIMKERNELS_INLINE int64_t score_run(const AttentionScores& scores) {
   return min_of(scores.queries, scores.keys) < 16 ? min_of(scores.dim, 16) : scores.dim;
 }
 
 // ---- scratch memory ----
 
-// Memory that a thread keeps between calls: fresh pages cost more than the attention of a small ViT.
+// Memory that a thread keeps between calls: fresh pages cost more than the attention of a small
+// ViT.
 class ThreadMemory {
  public:
   ~ThreadMemory() { free(data_); }
@@ -92,8 +94,8 @@ class ThreadMemory {
 
 inline thread_local ThreadMemory thread_memory;
 
-// Hands out pieces of one block: first every piece is measured, then the block is reserved, then the same
-// calls return memory.
+// Hands out pieces of one block: first every piece is measured, then the block is reserved, then
+// the same calls return memory.
 class Arena {
  public:
   ~Arena() {
@@ -124,7 +126,8 @@ MIMKERNELS_INLINE const T* head_at(const HeadRows& rows, int64_t b, int64_t h, i
          token * rows.stride_token;
 }
 
-// Asks for rows of features that will be needed soon: they lie too far apart for the hardware to guess.
+// Asks for rows of features that will be needed soon: they lie too far apart for the hardware to
+// guess.
 template <typename T>
 MIMKERNELS_INLINE void prefetch_rows(const T* src, int64_t stride, int64_t rows, int64_t dim) {
   const int64_t bytes = dim * static_cast<int64_t>(sizeof(T));
@@ -139,15 +142,17 @@ MIMKERNELS_INLINE const uint8_t* mask_of(const BoolMask& mask, int64_t b) {
 }
 
 // 0 where a key may be attended, -inf where it may not, and -inf on the padding.
-MIMKERNELS_INLINE void fill_mask_row(const uint8_t* allowed, int64_t keys, int64_t padded, float* dst) {
-  for (int64_t j = 0; j < keys; ++j) dst[j] = allowed == nullptr || allowed[j] != 0 ? 0.0f : -kInfinity;
+MIMKERNELS_INLINE void fill_mask_row(const uint8_t* allowed, int64_t keys, int64_t padded,
+                                     float* dst) {
+  for (int64_t j = 0; j < keys; ++j)
+    dst[j] = allowed == nullptr || allowed[j] != 0 ? 0.0f : -kInfinity;
   for (int64_t j = keys; j < padded; ++j) dst[j] = -kInfinity;
 }
 
 // The bias of some query rows in fp32, -inf where mask_row is.
 template <typename T>
-void fill_bias_rows(const T* bias, int64_t stride, int64_t rows, int64_t keys, const float* mask_row,
-                    float* dst, int64_t dst_stride) {
+void fill_bias_rows(const T* bias, int64_t stride, int64_t rows, int64_t keys,
+                    const float* mask_row, float* dst, int64_t dst_stride) {
   const Floats never = splat(-kInfinity);
   for (int64_t i = 0; i < rows; ++i) {
     const T* from = bias + i * stride;
@@ -162,7 +167,8 @@ void fill_bias_rows(const T* bias, int64_t stride, int64_t rows, int64_t keys, c
   }
 }
 
-// The start of a block's scores: nothing, the mask, or bias and mask. `scores` receives the bias rows.
+// The start of a block's scores: nothing, the mask, or bias and mask. `scores` receives the bias
+// rows.
 class ScoreStart {
  public:
   explicit ScoreStart(const AttentionScores& p) : p_(p) {}
@@ -175,7 +181,8 @@ class ScoreStart {
     first_ = first;
     count_ = count;
     const uint8_t* allowed = mask_of(p_.key_mask, b);
-    fill_mask_row(allowed == nullptr ? nullptr : allowed + first, count, padded_columns(count), mask_row_);
+    fill_mask_row(allowed == nullptr ? nullptr : allowed + first, count, padded_columns(count),
+                  mask_row_);
   }
 
   template <int kStride>
@@ -188,8 +195,8 @@ class ScoreStart {
                              query * p_.bias.stride_query + first_;
       with_float_type(p_.bias.dtype, [&](auto type) {
         using T = decltype(type);
-        fill_bias_rows(static_cast<const T*>(p_.bias.data) + offset, p_.bias.stride_query, rows, count_,
-                       mask_row_, tile.scores, kStride);
+        fill_bias_rows(static_cast<const T*>(p_.bias.data) + offset, p_.bias.stride_query, rows,
+                       count_, mask_row_, tile.scores, kStride);
         return Status{};
       });
       tile.start = tile.scores;
@@ -210,8 +217,8 @@ class ScoreStart {
 
 // ---- distances ----
 
-// Rows of the distance matrix, made when asked for. Short ones are kept as long as the image stays the
-// same, so that its heads share them.
+// Rows of the distance matrix, made when asked for. Short ones are kept as long as the image stays
+// the same, so that its heads share them.
 class Distances {
  public:
   static constexpr int64_t kKeptTokens = 272;
@@ -243,8 +250,8 @@ class Distances {
     if (kept_) memset(made_, 0, static_cast<size_t>(tokens_) * sizeof(float));
   }
 
-  // Distances of token i to all keys of [first, first + padded count), 0 to and from prefix tokens. `slot`
-  // tells apart the rows of a block.
+  // Distances of token i to all keys of [first, first + padded count), 0 to and from prefix tokens.
+  // `slot` tells apart the rows of a block.
   const float* row(int64_t i, int64_t slot, int64_t first, int64_t count) {
     if (!kept_) {
       float* dst = matrix_ + slot * stride_;

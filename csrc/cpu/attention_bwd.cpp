@@ -5,10 +5,12 @@
 //
 // in:       q, k, v, out, dout by strides, features contiguous; lse; coef [6, B, H, Nq] or none
 // out:      dq [B, Nq, H, D], dk and dv [B, Nk, H, D], dbias like bias; every element written
-// numerics: everything in fp32, rounded once; delta is the sum of P dP where one block holds all keys
-// cost:     per block of keys (packed three ways, in L2) and block of rows five products: scores and dP a
+// numerics: everything in fp32, rounded once; delta is the sum of P dP where one block holds all
+// keys cost:     per block of keys (packed three ways, in L2) and block of rows five products:
+// scores and dP a
 //           few rows at a time, dq from them, then dk and dv for the whole block of rows
-// order:    a head belongs to one task, its sums run over rows in order; few heads are cut into chunks of
+// order:    a head belongs to one task, its sums run over rows in order; few heads are cut into
+// chunks of
 //           rows, by shape alone, whose dk and dv are added in order; so is dbias, head by head
 #include "attention_block.h"
 #include "kernels.h"
@@ -55,7 +57,8 @@ MIMKERNELS_INLINE float probability_row(float* s, float* dp, const float* distan
   int64_t j = 0;
   if constexpr (kCoef) {
     for (; j < prefix; j += kLanes) {
-      const Ints patch = (Ints)(lane_numbers(static_cast<int32_t>(j)) >= static_cast<int32_t>(prefix));
+      const Ints patch =
+          (Ints)(lane_numbers(static_cast<int32_t>(j)) >= static_cast<int32_t>(prefix));
       step(j, choose_lanes(patch, splat(coef.c_patch), splat(coef.c_prefix)),
            choose_lanes(patch, splat(coef.a_patch), splat(coef.a_prefix)));
     }
@@ -78,7 +81,8 @@ template <typename T>
 MIMKERNELS_INLINE float dot_row(const float* a, const T* b, int64_t dim) {
   Floats sum = {};
   int64_t c = 0;
-  for (; c + kLanes <= dim; c += kLanes) sum = mul_add(load_floats(a + c), load_part<kLanes>(b + c), sum);
+  for (; c + kLanes <= dim; c += kLanes)
+    sum = mul_add(load_floats(a + c), load_part<kLanes>(b + c), sum);
   if (c < dim) sum = mul_add(load_floats(a + c), load_some<kLanes>(b + c, dim - c).v[0], sum);
   return add_lanes(sum);
 }
@@ -122,7 +126,8 @@ struct Pass {
   bool bias = false;
   HeadGroups groups;
   int64_t chunks = 1;
-  float* parts = nullptr;      // [2, chunks, B, H, Nk, D]: dk and dv of each chunk, if there are several
+  float* parts =
+      nullptr;  // [2, chunks, B, H, Nk, D]: dk and dv of each chunk, if there are several
   float* bias_sums = nullptr;  // [groups, Nq, Nk] where dbias is 16-bit and sums over heads
 };
 
@@ -187,9 +192,10 @@ class Worker {
     const int64_t count = blocks_.length(block);
     const uint8_t* allowed = mask_of(s_.key_mask, b_);
     const T* k = head_at<T>(s_.k, b_, h_, first);
-    pack_transposed(k, s_.k.stride_token, count, s_.dim, allowed == nullptr ? nullptr : allowed + first,
-                    keys_);
-    pack_transposed(head_at<T>(p_.v, b_, h_, first), p_.v.stride_token, count, s_.dim, nullptr, values_);
+    pack_transposed(k, s_.k.stride_token, count, s_.dim,
+                    allowed == nullptr ? nullptr : allowed + first, keys_);
+    pack_transposed(head_at<T>(p_.v, b_, h_, first), p_.v.stride_token, count, s_.dim, nullptr,
+                    values_);
     start_.set_block(mask_row_, b_, h_, first, count);
     if (pass_.grads) {
       pack_rows(k, s_.k.stride_token, count, s_.dim, key_rows_);
@@ -209,7 +215,8 @@ class Worker {
     const int64_t rows = tiles_.first(end) - top;
     const int64_t count = blocks_.length(block);
     copy_rows(head_at<T>(s_.q, b_, h_, top), s_.q.stride_token, rows, s_.dim, scale_.rows, query_);
-    copy_rows(head_at<T>(p_.dout, b_, h_, top), p_.dout.stride_token, rows, s_.dim, 1.0f, upstream_);
+    copy_rows(head_at<T>(p_.dout, b_, h_, top), p_.dout.stride_token, rows, s_.dim, 1.0f,
+              upstream_);
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t row = tiles_.first(tile);
       const int64_t n = tiles_.first(tile + 1) - row;
@@ -221,8 +228,10 @@ class Worker {
     for (int64_t tile = 0; tile < key_tiles.tiles; ++tile) {
       const int64_t key = key_tiles.first(tile);
       with_row_count(key_tiles.first(tile + 1) - key, [&](auto n) {
-        gather_panels<kStride, n.value>(p_rows_ + key, upstream_, rows, s_.dim, dv_ + key * columns_, columns_);
-        gather_panels<kStride, n.value>(ds_rows_ + key, query_, rows, s_.dim, dk_ + key * columns_, columns_);
+        gather_panels<kStride, n.value>(p_rows_ + key, upstream_, rows, s_.dim,
+                                        dv_ + key * columns_, columns_);
+        gather_panels<kStride, n.value>(ds_rows_ + key, query_, rows, s_.dim, dk_ + key * columns_,
+                                        columns_);
       });
     }
   }
@@ -267,7 +276,8 @@ class Worker {
         delta = probability_row<false, false>(s_row, ds_row, nullptr, columns, 0, lse, coef);
       } else {
         const float* from = p_.coef + index;
-        coef = {from[0], from[plane], from[2 * plane], from[3 * plane], from[4 * plane], from[5 * plane]};
+        coef = {from[0],         from[plane],     from[2 * plane],
+                from[3 * plane], from[4 * plane], from[5 * plane]};
         if (p_.positions.data == nullptr) {
           delta = probability_row<true, false>(s_row, ds_row, nullptr, columns, prefix, lse, coef);
         } else {
@@ -277,7 +287,8 @@ class Worker {
       }
       // With all keys at hand delta = sum of P dP, free of out's rounding.
       if (blocks_.blocks > 1) {
-        delta = dot_row(upstream_ + (at + i) * kDimStride, head_at<T>(p_.out, b_, h_, row + i), s_.dim);
+        delta =
+            dot_row(upstream_ + (at + i) * kDimStride, head_at<T>(p_.out, b_, h_, row + i), s_.dim);
       }
       gradient_row(s_row, ds_row, columns, delta);
       const int64_t own = row + i - first;
@@ -291,9 +302,11 @@ class Worker {
     const int64_t count = blocks_.length(block);
     with_row_count(rows, [&](auto n) {
       if (block > 0) {
-        weigh_panels<kStride, 1, true, n.value>(ds_rows_ + at * kStride, key_rows_, count, s_.dim, dq);
+        weigh_panels<kStride, 1, true, n.value>(ds_rows_ + at * kStride, key_rows_, count, s_.dim,
+                                                dq);
       } else {
-        weigh_panels<kStride, 1, false, n.value>(ds_rows_ + at * kStride, key_rows_, count, s_.dim, dq);
+        weigh_panels<kStride, 1, false, n.value>(ds_rows_ + at * kStride, key_rows_, count, s_.dim,
+                                                 dq);
       }
     });
     if (block + 1 < blocks_.blocks) return;
@@ -434,8 +447,8 @@ Status run_backward(const AttentionBwdParams& p, ParallelFor parallel_for) {
   Scratch<float> bias_sums(
       sums_bias && s.bias.dtype != DType::kFloat32 ? sharing.count() * s.queries : 0, s.keys);
   if (bias_sums.failed()) return out_of_memory();
-  // Heads that share a bias are one task, in order. Where that leaves too few tasks, dbias gets a pass of
-  // its own, which recomputes dS and cuts the rows instead.
+  // Heads that share a bias are one task, in order. Where that leaves too few tasks, dbias gets a
+  // pass of its own, which recomputes dS and cuts the rows instead.
   const bool together = p.dbias != nullptr && (!sums_bias || sharing.count() >= kLeastGroups);
   Pass main;
   main.bias = together;

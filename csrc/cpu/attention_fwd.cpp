@@ -1,13 +1,16 @@
 // out = softmax(S) v, lse, and the row statistics asked for, S = scale * q k^T + bias.
 //
 // in:       q, k, v by strides, features contiguous, fp32, bf16 or fp16; bias, key mask, positions
-// out:      out [B, Nq, H, D]; lse [B, H, Nq] and the statistics in fp32; every element written once
-// numerics: everything in fp32; scores relative to the row's maximum; statistics are accumulated relative
+// out:      out [B, Nq, H, D]; lse [B, H, Nq] and the statistics in fp32; every element written
+// once numerics: everything in fp32; scores relative to the row's maximum; statistics are
+// accumulated relative
 //           to it as well, so that entropies lose nothing to cancellation
-// cost:     a head's keys and values are packed once per block of 512 keys and stay in L2; the scores of a
+// cost:     a head's keys and values are packed once per block of 512 keys and stay in L2; the
+// scores of a
 //           few rows stay in L1; up to 512 keys a row's softmax is final at once, beyond that it is
 //           rescaled from block to block
-// order:    a row's sums depend on its keys alone: the same bits for any number of threads, and the same
+// order:    a row's sums depend on its keys alone: the same bits for any number of threads, and the
+// same
 //           out and lse whichever statistics are asked for
 #include "attention_block.h"
 #include "kernels.h"
@@ -31,11 +34,11 @@ struct RowSums {
   float far = 0.0f;
 };
 
-// Replaces the scores s of one row by p = exp(s - top) and sums, with x = s - top: p, p x, both over the
-// patch keys too, p * distance. `prefix` of the keys are prefix keys.
+// Replaces the scores s of one row by p = exp(s - top) and sums, with x = s - top: p, p x, both
+// over the patch keys too, p * distance. `prefix` of the keys are prefix keys.
 template <bool kExpect, bool kPatch, bool kFarther>
-MIMKERNELS_INLINE RowSums softmax_row(float* s, const float* distance, int64_t padded, int64_t prefix,
-                                      float top) {
+MIMKERNELS_INLINE RowSums softmax_row(float* s, const float* distance, int64_t padded,
+                                      int64_t prefix, float top) {
   const Floats shift = splat(top);
   Floats sum = {}, expected = {}, patch_sum = {}, patch_expected = {}, far = {};
   int64_t j = 0;
@@ -46,7 +49,8 @@ MIMKERNELS_INLINE RowSums softmax_row(float* s, const float* distance, int64_t p
       const Floats p = exp_clamped(load_floats(s + j) - shift, x);
       store_floats(s + j, p);
       sum += p;
-      const Ints is_patch = (Ints)(lane_numbers(static_cast<int32_t>(j)) >= static_cast<int32_t>(prefix));
+      const Ints is_patch =
+          (Ints)(lane_numbers(static_cast<int32_t>(j)) >= static_cast<int32_t>(prefix));
       const Floats patch_p = choose_lanes(is_patch, p, (Floats){});
       patch_sum += patch_p;
       if constexpr (kExpect) {
@@ -120,7 +124,9 @@ class Worker {
     b_ = head / s_.heads;
     h_ = head % s_.heads;
     const int64_t next = head + 1;
-    next_b_ = blocks_.blocks == 1 && chunk + 1 == chunks_ && next < s_.batch * s_.heads ? next / s_.heads : -1;
+    next_b_ = blocks_.blocks == 1 && chunk + 1 == chunks_ && next < s_.batch * s_.heads
+                  ? next / s_.heads
+                  : -1;
     next_h_ = next % s_.heads;
     distances_.set_image(b_);
     const int64_t begin = tiles_.tiles * chunk / chunks_;
@@ -192,7 +198,8 @@ class Worker {
     prefetch_next(p_.v, row, rows);
     if (block > 0) {
       for (int64_t i = 0; i < rows; ++i) {
-        write_row(result + i * kDimStride, result + i * kDimStride, padded_columns(s_.dim), rescale[i]);
+        write_row(result + i * kDimStride, result + i * kDimStride, padded_columns(s_.dim),
+                  rescale[i]);
       }
       with_row_count(rows, [&](auto n) {
         weigh_panels<kStride, 1, true, n.value>(scores_, values_, count, s_.dim, result);
@@ -205,7 +212,8 @@ class Worker {
     if (block + 1 < blocks_.blocks) return;
     for (int64_t i = 0; i < rows; ++i) {
       const float sum = *state(kSum, row + i);
-      write_row(out + i * s_.heads * s_.dim, result + i * kDimStride, s_.dim, sum == 0.0f ? 0.0f : 1.0f / sum);
+      write_row(out + i * s_.heads * s_.dim, result + i * kDimStride, s_.dim,
+                sum == 0.0f ? 0.0f : 1.0f / sum);
     }
   }
 
@@ -254,13 +262,14 @@ class Worker {
       }
       *state(kTop, row + i) = top;
       const RowSums sums = softmax_row<kExpect, kPatch, kFarther>(s, distance, padded, prefix,
-                                                                 top == -kInfinity ? 0.0f : top);
+                                                                  top == -kInfinity ? 0.0f : top);
       const float scale = rescale[i];
       // sum p (s - top) under a new top: every term scales, and shifts by change * p.
       const auto add = [&](int field, float value, int mass_field) {
         float& kept = *state(field, row + i);
         float old = 0.0f;
-        if (block > 0) old = scale * (mass_field < 0 ? kept : kept + change * *state(mass_field, row + i));
+        if (block > 0)
+          old = scale * (mass_field < 0 ? kept : kept + change * *state(mass_field, row + i));
         kept = old + value;
       };
       if constexpr (kExpect) add(kExpected, sums.expected, kSum);

@@ -1,8 +1,9 @@
-// Statistics of the attention map that are no row sums: attention received per key, divergence of heads.
-// Both recompute P = exp(S - lse) a few rows at a time and keep nothing N x N.
+// Statistics of the attention map that are no row sums: attention received per key, divergence of
+// heads. Both recompute P = exp(S - lse) a few rows at a time and keep nothing N x N.
 //
 // in:       q, k by strides, features contiguous; lse [B, H, Nq]; bias, key mask
-// out:      received [B, H, Nk] = mean over queries of P_ij; divergence [B, H, H] = mean over queries of
+// out:      received [B, H, Nk] = mean over queries of P_ij; divergence [B, H, H] = mean over
+// queries of
 //           KL(P^h || P^g); fp32, every element written once
 // numerics: fp32; the sums over queries run in order
 #include "attention_block.h"
@@ -13,7 +14,8 @@ namespace {
 
 constexpr int64_t kBlockKeys = 512;
 constexpr int kStride = kBlockKeys + 16;
-// Stands in for log 0 = -inf, so that 0 * log 0 = 0; a divergence that it enters with weight is infinite.
+// Stands in for log 0 = -inf, so that 0 * log 0 = 0; a divergence that it enters with weight is
+// infinite.
 constexpr float kLogZero = -1e30f;
 constexpr float kCertainlyInfinite = 1e15f;
 
@@ -21,7 +23,8 @@ constexpr float kCertainlyInfinite = 1e15f;
 template <typename T>
 class ScoreRows {
  public:
-  explicit ScoreRows(const AttentionScores& scores) : s_(scores), blocks_(scores.keys, kBlockKeys) {}
+  explicit ScoreRows(const AttentionScores& scores)
+      : s_(scores), blocks_(scores.keys, kBlockKeys) {}
 
   void allocate(Arena& arena) {
     keys_ = arena.floats(blocks_.size * s_.dim);
@@ -95,7 +98,8 @@ MIMKERNELS_INLINE Status run_tasks(const Params& params, int64_t tasks, Parallel
 template <typename T>
 class ReceivedWorker {
  public:
-  explicit ReceivedWorker(const ReceivedAttentionParams& params) : p_(params), rows_(params.scores) {}
+  explicit ReceivedWorker(const ReceivedAttentionParams& params)
+      : p_(params), rows_(params.scores) {}
 
   bool reserve() {
     allocate();
@@ -121,7 +125,8 @@ class ReceivedWorker {
       for (int64_t j = 0; j < columns; j += kLanes) {
         Floats sum = {};
         for (int64_t i = 0; i < rows; ++i) {
-          sum += exp_lanes(load_floats(scores_ + i * kStride + j) - splat(rows_.shift(p_.lse, row + i)));
+          sum += exp_lanes(load_floats(scores_ + i * kStride + j) -
+                           splat(rows_.shift(p_.lse, row + i)));
         }
         store_floats(sums_ + j, load_floats(sums_ + j) + sum);
       }
@@ -150,8 +155,8 @@ class ReceivedWorker {
 constexpr int kSide = 3;
 
 template <int kRows, int kColumns>
-MIMKERNELS_INLINE void cross_tile(const float* p, const float* logs, int64_t stride, int64_t columns,
-                                  float* sums, int64_t sums_stride) {
+MIMKERNELS_INLINE void cross_tile(const float* p, const float* logs, int64_t stride,
+                                  int64_t columns, float* sums, int64_t sums_stride) {
   Floats acc[kRows][kColumns];
   clear(acc);
   for (int64_t j = 0; j < columns; j += kLanes) {
@@ -176,15 +181,18 @@ void cross_heads(const float* p, const float* logs, int64_t stride, int64_t colu
   for (; h + kSide <= heads; h += kSide) {
     int64_t g = 0;
     for (; g + kSide <= heads; g += kSide) {
-      cross_tile<kSide, kSide>(p + h * stride, logs + g * stride, stride, columns, sums + h * heads + g, heads);
+      cross_tile<kSide, kSide>(p + h * stride, logs + g * stride, stride, columns,
+                               sums + h * heads + g, heads);
     }
     for (; g < heads; ++g) {
-      cross_tile<kSide, 1>(p + h * stride, logs + g * stride, stride, columns, sums + h * heads + g, heads);
+      cross_tile<kSide, 1>(p + h * stride, logs + g * stride, stride, columns, sums + h * heads + g,
+                           heads);
     }
   }
   for (; h < heads; ++h) {
     for (int64_t g = 0; g < heads; ++g) {
-      cross_tile<1, 1>(p + h * stride, logs + g * stride, stride, columns, sums + h * heads + g, heads);
+      cross_tile<1, 1>(p + h * stride, logs + g * stride, stride, columns, sums + h * heads + g,
+                       heads);
     }
   }
 }
@@ -193,7 +201,8 @@ void cross_heads(const float* p, const float* logs, int64_t stride, int64_t colu
 template <typename T>
 class DivergenceWorker {
  public:
-  explicit DivergenceWorker(const HeadDivergenceParams& params) : p_(params), rows_(params.scores) {}
+  explicit DivergenceWorker(const HeadDivergenceParams& params)
+      : p_(params), rows_(params.scores) {}
 
   bool reserve() {
     allocate();
@@ -207,21 +216,17 @@ class DivergenceWorker {
     const KeyBlocks& blocks = rows_.blocks();
     const RowTiles tiles(s.queries);
     const int64_t cells = s.heads * s.heads;
-    for (int64_t i = 0; i < cells; ++i) totals_[i] = 0.0f;
+    for (int64_t i = 0; i < cells; ++i) totals_[i] = 0.0;
     const int64_t spans = ceil_div(tiles.tiles, kSpanTiles);
     for (int64_t span = 0; span < spans; ++span) {
       const int64_t begin = tiles.tiles * span / spans;
       const int64_t end = tiles.tiles * (span + 1) / spans;
       for (int64_t block = 0; block < blocks.blocks; ++block) visit(b, tiles, begin, end, block);
     }
-    // KL(h || g) = sum P^h log P^h - sum P^h log P^g
     float* out = p_.out + b * cells;
-    const float queries = static_cast<float>(s.queries);
-    for (int64_t h = 0; h < s.heads; ++h) {
-      for (int64_t g = 0; g < s.heads; ++g) {
-        const float value = (totals_[h * s.heads + h] - totals_[h * s.heads + g]) / queries;
-        out[h * s.heads + g] = value > kCertainlyInfinite ? kInfinity : value;
-      }
+    for (int64_t i = 0; i < cells; ++i) {
+      const float value = static_cast<float>(totals_[i] / static_cast<double>(s.queries));
+      out[i] = value > kCertainlyInfinite ? kInfinity : value;
     }
   }
 
@@ -255,8 +260,15 @@ class DivergenceWorker {
     const int64_t cells = s.heads * s.heads;
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t c = 0; c < cells; ++c) sums_[c] = 0.0f;
-      cross_heads(weights_ + i * kStride, logs_ + i * kStride, head_stride, rows_.columns(), s.heads, sums_);
-      for (int64_t c = 0; c < cells; ++c) totals_[c] += sums_[c];
+      cross_heads(weights_ + i * kStride, logs_ + i * kStride, head_stride, rows_.columns(),
+                  s.heads, sums_);
+      // KL(h || g) = sum P^h log P^h - sum P^h log P^g: nearly equal sums, subtracted before they
+      // grow.
+      for (int64_t h = 0; h < s.heads; ++h) {
+        const float* row = sums_ + h * s.heads;
+        for (int64_t g = 0; g < s.heads; ++g)
+          totals_[h * s.heads + g] += double{row[h]} - double{row[g]};
+      }
     }
   }
 
@@ -266,7 +278,7 @@ class DivergenceWorker {
     weights_ = arena_.floats(s.heads * kSpanRows * kStride);
     logs_ = arena_.floats(s.heads * kSpanRows * kStride);
     sums_ = arena_.floats(s.heads * s.heads);
-    totals_ = arena_.floats(s.heads * s.heads);
+    totals_ = reinterpret_cast<double*>(arena_.floats(2 * s.heads * s.heads));
   }
 
   const HeadDivergenceParams& p_;
@@ -275,7 +287,7 @@ class DivergenceWorker {
   float* weights_ = nullptr;
   float* logs_ = nullptr;
   float* sums_ = nullptr;
-  float* totals_ = nullptr;
+  double* totals_ = nullptr;
 };
 
 }  // namespace

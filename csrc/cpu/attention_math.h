@@ -1,6 +1,7 @@
-// One register of floats: fused multiply-add, reductions, transposes, exp and log, for the attention
-// kernels. They fuse multiplications and additions where the instruction set can, so that their results
-// differ between instruction sets in the last bits (and not between runs or thread counts).
+// One register of floats: fused multiply-add, reductions, transposes, exp and log, for the
+// attention kernels. They fuse multiplications and additions where the instruction set can, so that
+// their results differ between instruction sets in the last bits (and not between runs or thread
+// counts).
 #pragma once
 
 #include <cmath>
@@ -150,8 +151,9 @@ MIMKERNELS_INLINE void transpose_square(SquareRow (&rows)[kSquare]) {
 // Here the power of two in exp_clamped is 2^-127, whose bits are those of 0.
 constexpr float kLeastExponent = -88.0f;
 
-// exp(x), at most 1 unit in the last place off for x in [-87.3, 88]; 0 from -87.7 down (also for -inf), NaN
-// for NaN. `clamped` becomes max(x, kLeastExponent), so that exp(x) * clamped is 0 for x = -inf.
+// exp(x), at most 1 unit in the last place off for x in [-87.3, 88]; 0 from -87.7 down (also for
+// -inf), NaN for NaN. `clamped` becomes max(x, kLeastExponent), so that exp(x) * clamped is 0 for x
+// = -inf.
 MIMKERNELS_INLINE Floats exp_clamped(Floats x, Floats& clamped) {
   clamped = max_or_second(splat(kLeastExponent), x);
   // Adding 1.5 * 2^23 rounds to an integer n, which stays readable in the low bits of the sum.

@@ -1,8 +1,9 @@
 // Register-tiled products of the attention kernels, and the packing that feeds them.
 //
-// A tile of C = A B is kRowTile rows by one panel of kPanel columns, all of it in registers. A's elements
-// are broadcast one by one, B's are read as contiguous registers: B is packed in panels [k, kPanel], the
-// last panel half as wide where its columns fit. Rows of A and C live in row buffers, a fixed stride apart.
+// A tile of C = A B is kRowTile rows by one panel of kPanel columns, all of it in registers. A's
+// elements are broadcast one by one, B's are read as contiguous registers: B is packed in panels
+// [k, kPanel], the last panel half as wide where its columns fit. Rows of A and C live in row
+// buffers, a fixed stride apart.
 #pragma once
 
 #include "attention_math.h"
@@ -53,10 +54,11 @@ MIMKERNELS_INLINE int64_t padded_columns(int64_t count) { return ceil_div(count,
 
 // ---- packing ----
 
-// Panels [D, width] of the transposed rows; rows that `allowed` switches off, and the padding, are 0.
+// Panels [D, width] of the transposed rows; rows that `allowed` switches off, and the padding, are
+// 0.
 template <typename T>
-void pack_transposed(const T* src, int64_t stride, int64_t count, int64_t dim, const uint8_t* allowed,
-                     float* dst) {
+void pack_transposed(const T* src, int64_t stride, int64_t count, int64_t dim,
+                     const uint8_t* allowed, float* dst) {
   for (int64_t first = 0; first < count; first += kPanel) {
     const int64_t width = min_of(kPanel, padded_columns(count - first));
     for (int64_t j = 0; j < width; j += kSquare) {
@@ -105,14 +107,15 @@ void pack_rows(const T* src, int64_t stride, int64_t count, int64_t dim, float* 
 
 // Rows of features in fp32, times scale, kDimStride apart; padding to whole registers is 0.
 template <typename T>
-MIMKERNELS_INLINE void copy_rows(const T* src, int64_t stride, int64_t count, int64_t dim, float scale,
-                                 float* dst) {
+MIMKERNELS_INLINE void copy_rows(const T* src, int64_t stride, int64_t count, int64_t dim,
+                                 float scale, float* dst) {
   const Floats factor = splat(scale);
   for (int64_t i = 0; i < count; ++i) {
     const T* row = src + i * stride;
     float* to = dst + i * kDimStride;
     int64_t c = 0;
-    for (; c + kLanes <= dim; c += kLanes) store_floats(to + c, load_part<kLanes>(row + c) * factor);
+    for (; c + kLanes <= dim; c += kLanes)
+      store_floats(to + c, load_part<kLanes>(row + c) * factor);
     if (c < dim) store_floats(to + c, load_some<kLanes>(row + c, dim - c).v[0] * factor);
   }
 }
@@ -180,7 +183,8 @@ MIMKERNELS_INLINE void add_tile(Floats (&acc)[kRows][kVectors], const float* src
 }
 
 template <int kRows, int kVectors>
-MIMKERNELS_INLINE void store_tile(const Floats (&acc)[kRows][kVectors], float* dst, int64_t stride) {
+MIMKERNELS_INLINE void store_tile(const Floats (&acc)[kRows][kVectors], float* dst,
+                                  int64_t stride) {
   MIMKERNELS_UNROLL
   for (int r = 0; r < kRows; ++r) {
     MIMKERNELS_UNROLL
@@ -268,10 +272,11 @@ void score_rows(const ScoreTile& t) {
   }
 }
 
-// out[r, :] (+)= sum over keys of weights[r * kRowStride + key * kKeyStride] * panels[key, :], with the
-// panels of pack_rows.
+// out[r, :] (+)= sum over keys of weights[r * kRowStride + key * kKeyStride] * panels[key, :], with
+// the panels of pack_rows.
 template <int kRowStride, int kKeyStride, bool kAdd, int kRows>
-void weigh_panels(const float* weights, const float* panels, int64_t keys, int64_t dim, float* out) {
+void weigh_panels(const float* weights, const float* panels, int64_t keys, int64_t dim,
+                  float* out) {
   const auto panel_of = [&](auto vectors, const float* panel, float* to) MIMKERNELS_LAMBDA_INLINE {
     Floats acc[kRows][vectors.value];
     if constexpr (kAdd) {
@@ -289,8 +294,8 @@ void weigh_panels(const float* weights, const float* panels, int64_t keys, int64
   if (c < dim) panel_of(Constant<1>{}, panels, out + c);
 }
 
-// out[key, :] += sum over rows of weights[row * kRowStride + key] * right[row, :] for kKeys keys; right and
-// out are row buffers.
+// out[key, :] += sum over rows of weights[row * kRowStride + key] * right[row, :] for kKeys keys;
+// right and out are row buffers.
 template <int kRowStride, int kKeys>
 void gather_panels(const float* weights, const float* right, int64_t rows, int64_t dim, float* out,
                    int64_t out_stride) {

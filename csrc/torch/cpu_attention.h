@@ -230,8 +230,8 @@ inline Tensor received_attention_fwd(const Tensor& q_any, const Tensor& k_any,
   params.scores = s;
   params.lse = static_cast<const float*>(lse.data_ptr());
   params.out = static_cast<float*>(out.data_ptr());
-  raise_if_failed(cpu_kernels().received_attention_fwd(params, &torch_pool), "received_attention", "",
-                  false);
+  raise_if_failed(cpu_kernels().received_attention_fwd(params, &torch_pool), "received_attention",
+                  "", false);
   return out;
 }
 

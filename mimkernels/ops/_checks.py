@@ -37,9 +37,7 @@ def same_device(op: str, name: str, tensor: Tensor, main_name: str, main: Tensor
         raise ValueError(f"{op}: {name} is on {tensor.device} but {main_name} is on {main.device}")
 
 
-def same_size(
-    op: str, name: str, tensor: Tensor, dim: int, main_name: str, main: Tensor, main_dim: int
-) -> None:
+def same_size(op: str, name: str, tensor: Tensor, dim: int, main_name: str, main: Tensor, main_dim: int) -> None:
     if tensor.shape[dim] != main.shape[main_dim]:
         raise ValueError(
             f"{op}: {name} {shape(tensor)} has size {tensor.shape[dim]} in dimension {dim} but {main_name} "
@@ -47,9 +45,7 @@ def same_size(
         )
 
 
-def token_ids(
-    op: str, name: str, ids: Tensor, ranks: tuple[int, ...], main_name: str, main: Tensor
-) -> Tensor:
+def token_ids(op: str, name: str, ids: Tensor, ranks: tuple[int, ...], main_name: str, main: Tensor) -> Tensor:
     """Checked ids as int64 with a contiguous last dim."""
     has_rank(op, name, ids, *ranks)
     if ids.dtype not in (torch.int64, torch.int32):
@@ -125,18 +121,12 @@ def patch_sizes(op: str, patch_size: int | Sequence[int], images: Tensor) -> tup
         patch = tuple(patch_size)
     if len(patch) != images.dim() - 2:
         wanted = "(frames, height, width)" if frames else "(height, width)"
-        raise ValueError(
-            f"{op}: patch_size must be an int or {wanted} for images {shape(images)}, got {patch}"
-        )
-    for name, size, length in zip(
-        ("frames", "height", "width")[-len(patch) :], patch, images.shape[2:], strict=True
-    ):
+        raise ValueError(f"{op}: patch_size must be an int or {wanted} for images {shape(images)}, got {patch}")
+    for name, size, length in zip(("frames", "height", "width")[-len(patch) :], patch, images.shape[2:], strict=True):
         if size <= 0:
             raise ValueError(f"{op}: patch_size must be positive, got {patch}")
         if length % size:
-            raise ValueError(
-                f"{op}: patch {name} {size} does not divide the image {name} {length} ({shape(images)})"
-            )
+            raise ValueError(f"{op}: patch {name} {size} does not divide the image {name} {length} ({shape(images)})")
     return patch if frames else (1, *patch)
 
 

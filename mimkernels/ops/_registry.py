@@ -62,9 +62,7 @@ class Impl:
     limits: dict[str, int] = field(default_factory=dict)
     multiples: dict[str, int] = field(default_factory=dict)
 
-    def reasons(
-        self, device: str, dtype: torch.dtype, sizes: dict[str, int], named: bool = False
-    ) -> list[str]:
+    def reasons(self, device: str, dtype: torch.dtype, sizes: dict[str, int], named: bool = False) -> list[str]:
         """Why this implementation does not take these inputs; empty if it does."""
         backend = BACKENDS[self.backend]
         found = []
@@ -122,9 +120,7 @@ class OpSpec:
 
     def refusal(self, wanted: str, device: str, dtype: torch.dtype, sizes: dict[str, int]) -> str:
         """The message of a refused call: the inputs, and every backend's reasons."""
-        given = ", ".join(
-            [f"device {device}", f"dtype {_words((dtype,))}", *(f"{k} {v}" for k, v in sizes.items())]
-        )
+        given = ", ".join([f"device {device}", f"dtype {_words((dtype,))}", *(f"{k} {v}" for k, v in sizes.items())])
         lines = [f"{self.name}: backend {wanted!r} does not take these inputs ({given})."]
         rows = {impl.backend: impl for impl in self.impls}
         for name in BACKENDS:

@@ -74,7 +74,10 @@ class PretrainConfig:
     seed: int = _arg(0, "seed of weights, order, augmentation and masks", "optimisation")
 
     head_stats: str = _arg(
-        "", "statistics of the encoder's heads to record, such as entropy,distance,prefix_mass", "heads", metavar="NAMES"
+        "",
+        "statistics of the encoder's heads to record, such as entropy,distance,prefix_mass",
+        "heads",
+        metavar="NAMES",
     )
     head_stats_every: int = _arg(100, "optimizer steps between records of --head-stats", "heads")
     regularize: dict = field(

@@ -53,7 +53,5 @@ class _FillMaskTokens(torch.autograd.Function):
     def backward(ctx, grad):
         (mask,) = ctx.saved_tensors
         need_x, _, need_token, _ = ctx.needs_input_grad
-        dx, dtoken = SPEC.overload("fill_mask_tokens_bwd", ctx.backend)(
-            _checks.rows(grad), mask, need_x, need_token
-        )
+        dx, dtoken = SPEC.overload("fill_mask_tokens_bwd", ctx.backend)(_checks.rows(grad), mask, need_x, need_token)
         return dx if need_x else None, None, dtoken if need_token else None, None

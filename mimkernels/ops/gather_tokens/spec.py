@@ -26,6 +26,6 @@ SPEC = register(
             "bool need_pos, bool need_prefix) -> (Tensor, Tensor, Tensor)",
         },
         fakes={"gather_tokens_fwd": _fwd, "gather_tokens_bwd": _bwd},
-        impls=(Impl("triton"), Impl("cpu"), Impl("reference", ANY_FLOAT)),
+        impls=(Impl("triton"), Impl("cuda"), Impl("cpu"), Impl("reference", ANY_FLOAT)),
     )
 )

@@ -15,9 +15,7 @@ def _fwd(noise, keep, in_order):
 SPEC = register(
     OpSpec(
         name="mask_from_noise",
-        schemas={
-            "mask_from_noise_fwd": "(Tensor noise, SymInt keep, bool sorted) -> (Tensor, Tensor, Tensor)"
-        },
+        schemas={"mask_from_noise_fwd": "(Tensor noise, SymInt keep, bool sorted) -> (Tensor, Tensor, Tensor)"},
         fakes={"mask_from_noise_fwd": _fwd},
         impls=(
             Impl("triton", NOISE, limits={"tokens": 2048}),

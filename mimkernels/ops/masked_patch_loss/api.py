@@ -74,15 +74,11 @@ def masked_patch_loss(
         )
     tokens = (video.shape[2] // patch[0]) * (video.shape[3] // patch[1]) * (video.shape[4] // patch[2])
     if (ids is None) == (mask is None):
-        raise ValueError(
-            f"{op}: give exactly one of ids and mask, got {'neither' if ids is None else 'both'}"
-        )
+        raise ValueError(f"{op}: give exactly one of ids and mask, got {'neither' if ids is None else 'both'}")
     if ids is not None:
         ids = _checks.token_ids(op, "ids", ids, (2,), "pred", pred)
         if ids.shape != pred.shape[:2]:
-            raise ValueError(
-                f"{op}: ids {_checks.shape(ids)} and pred {_checks.shape(pred)} must agree in [B, L]"
-            )
+            raise ValueError(f"{op}: ids {_checks.shape(ids)} and pred {_checks.shape(pred)} must agree in [B, L]")
     else:
         if pred.shape[1] != tokens:
             raise ValueError(
@@ -110,9 +106,7 @@ def masked_patch_loss(
 
 class _MaskedPatchLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, pred, images, ids, mask, pt, ph, pw, scale, shift, norm_pix, kind, beta, layout, mean, backend
-    ):
+    def forward(ctx, pred, images, ids, mask, pt, ph, pw, scale, shift, norm_pix, kind, beta, layout, mean, backend):
         ctx.save_for_backward(pred, images, ids, mask, scale, shift)
         ctx.patch = (pt, ph, pw)
         ctx.options = (norm_pix, kind, beta, layout, mean)

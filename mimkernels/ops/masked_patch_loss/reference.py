@@ -49,16 +49,12 @@ def targets(
     channels_last: bool,
 ) -> Tensor:
     """Every patch's pixels ``[B, N, E]`` as the loss wants them, at least fp32."""
-    patches = patchify(images, patch).to(
-        torch.promote_types(images.dtype, torch.float32)
-    )  # [B, N, C, t, h, w]
+    patches = patchify(images, patch).to(torch.promote_types(images.dtype, torch.float32))  # [B, N, C, t, h, w]
     if scale is not None:
         patches = patches * scale[:, None, None, None] + shift[:, None, None, None]
     if channels_last:
         patches = patches.movedim(2, -1)
     target = patches.flatten(2)
     if norm_pix:
-        target = (target - target.mean(dim=-1, keepdim=True)) / (
-            target.var(dim=-1, keepdim=True) + 1e-6
-        ).sqrt()
+        target = (target - target.mean(dim=-1, keepdim=True)) / (target.var(dim=-1, keepdim=True) + 1e-6).sqrt()
     return target

@@ -51,9 +51,7 @@ def random_mask(
     if isinstance(offset, Tensor):
         step, offset = offset, 0
         if step.dim() != 0 or step.dtype != torch.int64:
-            raise ValueError(
-                f"random_mask: an offset tensor must be 0-d int64, got {_checks.shape(step)} {step.dtype}"
-            )
+            raise ValueError(f"random_mask: an offset tensor must be 0-d int64, got {_checks.shape(step)} {step.dtype}")
         device = step.device if device is None else device
     device = torch.get_default_device() if device is None else torch.device(device)
     if step is not None and step.device.type != device.type:

@@ -24,9 +24,7 @@ def random_mask(
     return _token_mask.from_keys(keys, keep, in_order)
 
 
-def noise(
-    seed: int, offset: int, step: Tensor | None, batch: int, tokens: int, device: torch.device
-) -> Tensor:
+def noise(seed: int, offset: int, step: Tensor | None, batch: int, tokens: int, device: torch.device) -> Tensor:
     """``[batch, tokens]`` int64 in [0, 2^32): word i % 4 of Philox4x32-10 at counter (i // 4, b, offset)."""
     position = torch.zeros((), dtype=torch.int64, device=device) + offset
     if step is not None:

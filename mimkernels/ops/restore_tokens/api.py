@@ -46,9 +46,7 @@ def restore_tokens(
     ids_restore = _checks.token_ids(op, "ids_restore", ids_restore, (2,), "x", x)
     _checks.same_size(op, "ids_restore", ids_restore, 0, "x", x, 0)
     if not 0 <= num_prefix <= x.shape[1]:
-        raise ValueError(
-            f"{op}: num_prefix is {num_prefix} but x has {x.shape[1]} tokens ({_checks.shape(x)})"
-        )
+        raise ValueError(f"{op}: num_prefix is {num_prefix} but x has {x.shape[1]} tokens ({_checks.shape(x)})")
     tokens = ids_restore.shape[1]
     if x.shape[1] - num_prefix > tokens:
         raise ValueError(

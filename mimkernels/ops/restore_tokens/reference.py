@@ -6,9 +6,7 @@ from torch import Tensor
 from mimkernels.ops import _checks
 
 
-def restore_tokens(
-    x: Tensor, ids_restore: Tensor, mask_token: Tensor, pos: Tensor | None, num_prefix: int
-) -> Tensor:
+def restore_tokens(x: Tensor, ids_restore: Tensor, mask_token: Tensor, pos: Tensor | None, num_prefix: int) -> Tensor:
     batch, tokens = ids_restore.shape
     _checks.in_range("restore_tokens", "ids_restore", ids_restore, tokens)
     prefix, kept = x[:, :num_prefix], x[:, num_prefix:]
