@@ -19,7 +19,8 @@ def attention(
     s = scores(q, k, bias, key_mask, scale)  # [B, H, Nq, Nk], at least fp32
     lse = s.logsumexp(dim=-1)
     p = probabilities(s, lse)
-    out = p.to(q.dtype) @ v
+    with torch.autocast(q.device.type, enabled=False):
+        out = p.to(q.dtype) @ v
     made = {name: _STATISTICS[name](s, p, lse, num_prefix, positions) for name in stats}
     return out, lse, made
 
@@ -27,7 +28,8 @@ def attention(
 def scores(q: Tensor, k: Tensor, bias: Tensor | None, key_mask: Tensor | None, scale: float) -> Tensor:
     """``scale * q k^T + bias``, -inf on masked keys."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    s = (q.to(wide) @ k.to(wide).transpose(-2, -1)) * scale
+    with torch.autocast(q.device.type, enabled=False):  # which would round the product to half precision
+        s = (q.to(wide) @ k.to(wide).transpose(-2, -1)) * scale
     if bias is not None:
         s = s + bias
     if key_mask is not None:

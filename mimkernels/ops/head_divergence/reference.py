@@ -21,5 +21,7 @@ def head_divergence(
         log_p = s.masked_fill(s == float("-inf"), 0.0) - level[..., None]
         # sum over i, j of P^h (log P^h - log P^g): the own term, and an H x H product.
         own = (p * log_p).sum((2, 3))
-        total = total + own[:, :, None] - p.flatten(2) @ log_p.flatten(2).transpose(1, 2)
+        with torch.autocast(q.device.type, enabled=False):
+            crossed = p.flatten(2) @ log_p.flatten(2).transpose(1, 2)
+        total = total + own[:, :, None] - crossed
     return total / length
