@@ -319,7 +319,7 @@ class Worker {
       if (asks(kPatchEntropy)) {
         const Floats mass = field(kPatchSum);
         const Floats entropy = log_lanes(mass) - field(kPatchExpected) / mass;
-        next(choose_lanes((Ints)(mass == 0.0f), zero, entropy));
+        next(choose_lanes((Ints)(mass > 0.0f), entropy, zero));
       }
       if (asks(kPeak)) next(inverse);
       if (asks(kPatchMass)) next(field(kPatchSum) * inverse);
