@@ -1,4 +1,4 @@
-"""What the CPU kernels of attention promise beyond the contract: their exponential, their bits, their instruction sets."""
+"""What the CPU kernels of attention promise beyond the contract: exponential, bits, instruction sets."""
 
 import math
 import os
