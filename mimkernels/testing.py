@@ -16,6 +16,8 @@ from torch import Tensor
 import mimkernels
 from mimkernels.ops._registry import SPECS
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the tests run
+
 # One rounding band: how far the nearest representable value may be, relative to the result.
 ROUNDING = {
     torch.float32: 2.0**-23,

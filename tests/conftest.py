@@ -9,13 +9,6 @@ if not torch.cuda.is_available():
 
 import pytest
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture
-def device() -> str:
-    return DEVICE
-
 
 @pytest.fixture
 def poisoned():

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import DEVICE
 
 from mimkernels import testing
 from mimkernels.ops._registry import SPECS, OpSpec, backend_state
+from mimkernels.testing import DEVICE
 
 ON_DEVICE = {"cpu": ("cpu", "triton", "reference"), "cuda": ("triton", "cuda", "reference")}[DEVICE]
 CASES = testing.cases()

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from conftest import DEVICE
 
 from mimkernels import attention, attention_rows, head_divergence, received_attention
+from mimkernels.testing import DEVICE
 
 HERE = ("cpu", "triton", "reference") if DEVICE == "cpu" else ("triton", "reference")
 ALL = ("entropy", "prefix_mass", "self_mass", "distance", "patch_entropy", "peak", "patch_mass")

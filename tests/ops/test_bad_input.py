@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import DEVICE
 
 import mimkernels as mk
+from mimkernels.testing import DEVICE
 
 HERE = ("cpu", "triton", "reference") if DEVICE == "cpu" else ("triton", "reference")
 X = torch.randn(2, 6, 8)

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from conftest import DEVICE
 
 from mimkernels import mask_from_noise, random_mask
 from mimkernels.ops.random_mask.reference import noise, philox4x32
-from mimkernels.testing import backends
+from mimkernels.testing import DEVICE, backends
 
 HERE = [name for name in backends("random_mask") if name != "cuda" and (DEVICE == "cuda") <= (name != "cpu")]
 KERNELS = [name for name in HERE if name != "reference"]
