@@ -1,17 +1,19 @@
-// Gradients of attention, of its lse and of its row statistics, from lse, without the N x N matrix:
+// Gradients of attention, its lse and its row statistics, from lse, without the N x N matrix:
 //   P = exp(S - lse),  dP = dout v^T,  delta = dout . out,
 //   dS = P * (dP - delta + c(j) + a(j) S + [i = j] s + w d),  dq = scale dS k,  dk = scale dS^T q,
 //   dv = P^T dout,  dbias = dS summed over the dims that bias broadcasts over.
 //
 // in:       q, k, v, out, dout by strides, features contiguous; lse; coef [6, B, H, Nq] or none
 // out:      dq [B, Nq, H, D], dk and dv [B, Nk, H, D], dbias like bias; every element written
-// numerics: everything in fp32, rounded once; delta is the sum of P dP where one block holds all
-// keys cost:     per block of keys (packed three ways, in L2) and block of rows five products:
-// scores and dP a
-//           few rows at a time, dq from them, then dk and dv for the whole block of rows
+// numerics: everything in fp32, rounded once; delta is the sum of P dP where one block of keys
+// holds
+//           them all
+// cost:     per block of keys (packed three ways, in L2) and block of rows five products: scores
+// and
+//           dP a few rows at a time, dq from them, then dk and dv for the whole block of rows
 // order:    a head belongs to one task, its sums run over rows in order; few heads are cut into
-// chunks of
-//           rows, by shape alone, whose dk and dv are added in order; so is dbias, head by head
+//           chunks of rows, by shape alone, whose dk and dv are added in order; so is dbias, head
+//           by head
 #include "attention_block.h"
 #include "kernels.h"
 

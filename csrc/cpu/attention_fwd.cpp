@@ -1,17 +1,14 @@
 // out = softmax(S) v, lse, and the row statistics asked for, S = scale * q k^T + bias.
 //
 // in:       q, k, v by strides, features contiguous, fp32, bf16 or fp16; bias, key mask, positions
-// out:      out [B, Nq, H, D]; lse [B, H, Nq] and the statistics in fp32; every element written
-// once numerics: everything in fp32; scores relative to the row's maximum; statistics are
-// accumulated relative
-//           to it as well, so that entropies lose nothing to cancellation
-// cost:     a head's keys and values are packed once per block of 512 keys and stay in L2; the
-// scores of a
-//           few rows stay in L1; up to 512 keys a row's softmax is final at once, beyond that it is
+// out:      out [B, Nq, H, D]; lse [B, H, Nq] and statistics in fp32; every element written once
+// numerics: everything in fp32; scores and statistics are taken relative to the row's maximum, so
+//           that entropies lose nothing to cancellation
+// cost:     keys and values are packed once per block of 512 keys and stay in L2, the scores of a
+//           few rows in L1; up to 512 keys a row's softmax is final at once, beyond that it is
 //           rescaled from block to block
 // order:    a row's sums depend on its keys alone: the same bits for any number of threads, and the
-// same
-//           out and lse whichever statistics are asked for
+//           same out and lse whichever statistics are asked for
 #include "attention_block.h"
 #include "kernels.h"
 

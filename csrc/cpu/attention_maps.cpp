@@ -3,9 +3,8 @@
 //
 // in:       q, k by strides, features contiguous; lse [B, H, Nq]; bias, key mask
 // out:      received [B, H, Nk] = mean over queries of P_ij; divergence [B, H, H] = mean over
-// queries of
-//           KL(P^h || P^g); fp32, every element written once
-// numerics: fp32; the sums over queries run in order
+//           queries of KL(P^h || P^g); fp32, every element written once
+// numerics: fp32, totals of divergence over queries in fp64; sums over queries run in order
 #include "attention_block.h"
 #include "kernels.h"
 
