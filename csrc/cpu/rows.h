@@ -16,7 +16,7 @@ namespace mimkernels::MIMKERNELS_ISA {
 // and leave the output in the cache for the op that reads it.
 constexpr int64_t kStreamBytes = int64_t{16} << 20;
 // The least work, in bytes moved, that is worth a thread.
-constexpr int64_t kGrainBytes = int64_t{64} << 10;
+constexpr int64_t kGrainBytes = int64_t{256} << 10;
 
 // Streaming needs whole cache lines: a partly written line costs more than a plain store.
 MIMKERNELS_INLINE bool may_stream(const void* out, int64_t total_bytes, int64_t row_bytes) {
