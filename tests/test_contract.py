@@ -22,6 +22,13 @@ def kernels(op: str) -> list[str]:
     return [name for name in backends(op) if name != "reference"]
 
 
+def takes_minutes(case: testing.Case, dtype: torch.dtype, layout: str) -> bool:
+    """Interpreted, a long sequence is run once, on either side of where one block holds all keys."""
+    if case.label not in ("length-197", "length-256", "length-257", "length-1025"):
+        return False
+    return case.label in ("length-256", "length-1025") or dtype != torch.float32 or layout != "contiguous"
+
+
 def one_case_per_op() -> list[testing.Case]:
     return [case for case in CASES if case.label in ("mae", "plain") and _is_richest(case)]
 
@@ -64,6 +71,7 @@ def test_every_op_has_every_required_backend(op):
         for dtype in case.dtypes
         for layout in testing.LAYOUTS
         if (dtype == torch.float32 or layout == "contiguous")
+        and not (INTERPRETED and backend == "triton" and takes_minutes(case, dtype, layout))
         and not (INTERPRETED and backend == "triton" and dtype == torch.bfloat16 and case.op in ATTENTION)
     ],
 )
