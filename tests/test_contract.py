@@ -91,7 +91,7 @@ def test_reference_gradients_are_the_numerical_ones(case):
     leaves = [inputs[name].requires_grad_() for name in names]
     torch.autograd.gradcheck(
         lambda *args: tuple(
-            out
+            out.nan_to_num(neginf=0.0)  # the lse of a query that may attend nothing
             for out in testing.call(case, {**inputs, **dict(zip(names, args, strict=True))}, "reference").values()
             if out.requires_grad
         ),
