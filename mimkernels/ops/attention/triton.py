@@ -355,7 +355,7 @@ def attention_fwd_kernel(
         target += plane
     if asked(STATS, PATCH_ENTROPY):
         # M_i = mass / total must not be 0, or mass is the sum over no key.
-        none = mass * inverse == 0.0
+        none = (mass * inverse > 0.0) == 0
         safe = tl.where(none, 1.0, mass)
         tl.store(target, tl.where(none, 0.0, tl.log2(safe) * LN2 - energy / safe * unit), mask=some)
         target += plane
