@@ -49,10 +49,10 @@ class Case:
     def inputs(self, dtype: torch.dtype, device: str = "cpu", layout: str = "contiguous", seed: int = 0) -> dict:
         """Keyword arguments of the op; floating-point tensors rounded to ``dtype``."""
         arguments = self.make(torch.Generator().manual_seed(seed))
-        return {name: _placed(name, value, dtype, device, layout) for name, value in arguments.items()}
+        return {name: _placed(value, dtype, device, layout) for name, value in arguments.items()}
 
 
-def _placed(name: str, value, dtype: torch.dtype, device: str, layout: str):
+def _placed(value, dtype: torch.dtype, device: str, layout: str):
     if not isinstance(value, Tensor):
         return value
     value = value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)

@@ -354,10 +354,10 @@ def attention_fwd_kernel(
         tl.store(target, far * inverse, mask=some)
         target += plane
     if asked(STATS, PATCH_ENTROPY):
-        # M_i = mass / total must not be 0, or mass is the sum over no key.
-        none = (mass * inverse > 0.0) == 0
-        safe = tl.where(none, 1.0, mass)
-        tl.store(target, tl.where(none, 0.0, tl.log2(safe) * LN2 - energy / safe * unit), mask=some)
+        # 0 where M_i = mass / total is 0 (or mass the sum over no key), and where it is not a number.
+        any_mass = mass * inverse > 0.0
+        safe = tl.where(any_mass, mass, 1.0)
+        tl.store(target, tl.where(any_mass, tl.log2(safe) * LN2 - energy / safe * unit, 0.0), mask=some)
         target += plane
     if asked(STATS, PEAK):
         tl.store(target, inverse, mask=some)
