@@ -17,3 +17,11 @@ def poisoned():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def device() -> str:
+    """The device that every op's kernels are tested on: the GPU if there is one."""
+    from mimkernels.testing import DEVICE
+
+    return DEVICE
