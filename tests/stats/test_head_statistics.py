@@ -174,6 +174,7 @@ dist.init_process_group("gloo", init_method=sys.argv[2], rank=1, world_size=2)
 seen, cka = shares(1)
 seen.reduce()
 cka.reduce()
+dist.destroy_process_group()
 """
 
 
