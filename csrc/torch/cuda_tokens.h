@@ -9,7 +9,7 @@
 namespace mimkernels::binding {
 
 inline Tensor gather_tokens_fwd(const Tensor& x_any, const Tensor& ids_any, OptionalTensor pos_any,
-                         OptionalTensor prefix_any) {
+                                OptionalTensor prefix_any) {
   check_tensor(x_any, "x", x_any, {kAny, kAny, kAny});
   const ScalarType type = x_any.scalar_type();
   GatherTokensFwdParams params;
@@ -46,9 +46,10 @@ inline Tensor gather_tokens_fwd(const Tensor& x_any, const Tensor& ids_any, Opti
   return out;
 }
 
-inline std::tuple<Tensor, Tensor, Tensor> gather_tokens_bwd(const Tensor& grad_any, const Tensor& ids_any,
-                                                     int64_t tokens, int64_t num_prefix,
-                                                     bool need_x, bool need_pos, bool need_prefix) {
+inline std::tuple<Tensor, Tensor, Tensor> gather_tokens_bwd(const Tensor& grad_any,
+                                                            const Tensor& ids_any, int64_t tokens,
+                                                            int64_t num_prefix, bool need_x,
+                                                            bool need_pos, bool need_prefix) {
   check_tensor(ids_any, "ids", grad_any, {kAny, kAny, kAny});
   check_dtype(ids_any, "ids", ScalarType::Long);
   check_size(tokens, "tokens", 0);
@@ -82,7 +83,7 @@ inline std::tuple<Tensor, Tensor, Tensor> gather_tokens_bwd(const Tensor& grad_a
   const Tensor workspace =
       new_output_like(grad, {cuda::gather_tokens_bwd_workspace(params)}, ScalarType::Float);
   check_cuda(cuda::gather_tokens_bwd(params, static_cast<float*>(workspace.data_ptr()),
-                                         current_stream(grad)));
+                                     current_stream(grad)));
   return {dx, dpos, dprefix};
 }
 
