@@ -119,7 +119,8 @@ def compile_libraries(folder: Path, report: dict, names: list[str]) -> dict[str,
         raise NotBuilt("no C++ compiler (c++, g++, clang++) was found", "install g++ 11 or later")
     run(
         [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
-         f"-DMIMKERNELS_TORCH_DIR={torch_dir}", *shlex.split(os.environ.get("MIMKERNELS_CMAKE_ARGS", ""))],
+         f"-DMIMKERNELS_TORCH_DIR={torch_dir}", f"-DMIMKERNELS_EMULATION={int(EMULATED[0] in names)}",
+         *shlex.split(os.environ.get("MIMKERNELS_CMAKE_ARGS", ""))],
         "CMake's configuration", "mend what it names",
     )  # fmt: skip
     configured = json.loads((folder / "configured.json").read_text())

@@ -307,6 +307,15 @@ def rounded_once(a, b, c, dtype):
     return torch.stack(values)
 
 
+@pytest.mark.skipif("libasan" not in os.environ.get("LD_PRELOAD", ""), reason="make sanitize runs it")
+def test_tensors_of_torch_have_red_zones():
+    x = torch.randn(1, 16, 32)
+    for past_the_end in (-1, 16):
+        ids = torch.tensor([[[0, past_the_end]]])
+        with pytest.raises(RuntimeError, match="global memory, which no allocation holds"):
+            torch.ops.mimkernels.gather_tokens_fwd.cuda_emulated(x, ids, None, None)
+
+
 def test_the_backend_is_taken_by_name_only():
     for spec in SPECS.values():
         rows = [impl.backend for impl in spec.impls]
