@@ -172,6 +172,7 @@ void note_read(Cell& cell, const Thread& thread, uint32_t place) {
         all_seen = seen(thread, __builtin_ctz(left), cell.read_clock);
       }
       cell.readers = all_seen ? bit : cell.readers | bit;
+      cell.read_place = place;
       cell.read_clock = all_seen ? own : std::min(cell.read_clock, own);
     }
     return;
@@ -320,7 +321,7 @@ inline void on_access(const void* address, size_t bytes, bool write, const void*
 
 using mimkernels::emulation::on_access;
 
-// What GCC and Clang call. Of atomic accesses there is only the one that guards static variables of
+// What GCC calls. Of atomic accesses there is only the one that guards static variables of
 // host functions: kernels have none.
 #define MIMKERNELS_ON_ACCESS(name, bytes, write)                   \
   extern "C" void __tsan_##name(void* address) {                   \
