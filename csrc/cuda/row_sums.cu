@@ -230,14 +230,14 @@ cudaError_t row_sums(const RowSumsParams& p, float* workspace, cudaStream_t stre
       return error;
     }
   }
-  if (all != nullptr) {
+  if (p.dall != nullptr) {
     const cudaError_t error =
         sum_partials(p.dtype, all, cut.slices, p.rows * p.dim, p.dall, stream);
     if (error != cudaSuccess) {
       return error;
     }
   }
-  if (masked == nullptr) {
+  if (p.dmasked == nullptr) {
     return cudaSuccess;
   }
   return sum_partials(p.dtype, masked, cut.slices * cut.row_blocks, p.dim, p.dmasked, stream);
