@@ -78,6 +78,19 @@ struct AttentionFwdParams {
   float* rows = nullptr;  // [popcount(stats), B, H, Nq]
 };
 
+// How upstream gradients of lse and of the statistics enter the gradient of a row's scores: each
+// statistic's is P_ij times a term affine in S_ij, so that a row needs six numbers: constant and
+// slope on prefix keys, the same on patch keys, the weight of its own key and that of the distance.
+struct AttentionCoefParams {
+  int64_t count = 0;             // B * H * Nq
+  int64_t stats = 0;             // the planes of rows and drows
+  const float* lse = nullptr;    // [count]
+  const float* dlse = nullptr;   // [count] or null
+  const float* rows = nullptr;   // [popcount(stats), count]
+  const float* drows = nullptr;  // the same, or null
+  float* coef = nullptr;         // [6, count]
+};
+
 struct AttentionBwdParams {
   AttentionScores scores;
   HeadRows v;

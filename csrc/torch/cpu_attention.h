@@ -136,6 +136,14 @@ inline void check_prefix(int64_t num_prefix, const AttentionScores& s) {
                      std::to_string(s.keys) + " keys");
 }
 
+// The statistics that `stats` has bits for.
+inline int64_t count_planes(int64_t stats) {
+  check_argument(stats >= 0 && stats <= kAllStats, "stats is " + std::to_string(stats) +
+                                                       ", expected bits below " +
+                                                       std::to_string(kAllStats + 1));
+  return __builtin_popcountll(static_cast<uint64_t>(stats));
+}
+
 inline std::tuple<Tensor, Tensor, Tensor> attention_fwd(
     const Tensor& q_any, const Tensor& k_any, const Tensor& v_any, OptionalTensor bias_any,
     OptionalTensor key_mask_any, double scale, int64_t num_prefix, OptionalTensor positions_any,
@@ -146,9 +154,6 @@ inline std::tuple<Tensor, Tensor, Tensor> attention_fwd(
   const Tensor v = checked_values(v_any, s, type);
   const OptionalTensor positions = checked_positions(positions_any, s);
   check_prefix(num_prefix, s);
-  check_argument(stats >= 0 && stats <= kAllStats, "stats is " + std::to_string(stats) +
-                                                       ", expected bits below " +
-                                                       std::to_string(kAllStats + 1));
   check_argument((stats & kDistance) == 0 || positions.has_value(), "distance needs positions");
   check_argument((stats & kSelfMass) == 0 || s.queries == s.keys,
                  "self_mass needs as many queries as keys, got " + std::to_string(s.queries) +
@@ -159,8 +164,7 @@ inline std::tuple<Tensor, Tensor, Tensor> attention_fwd(
   params.num_prefix = num_prefix;
   params.positions = view_positions(positions);
   params.stats = stats;
-  int64_t planes = 0;
-  for (int64_t bits = stats; bits != 0; bits &= bits - 1) ++planes;
+  const int64_t planes = count_planes(stats);
   Tensor out = new_output({s.batch, s.queries, s.heads, s.dim}, type);
   Tensor lse = new_output({s.batch, s.heads, s.queries}, ScalarType::Float);
   Tensor rows = new_output({planes, s.batch, s.heads, s.queries}, ScalarType::Float);
@@ -169,6 +173,37 @@ inline std::tuple<Tensor, Tensor, Tensor> attention_fwd(
   params.rows = static_cast<float*>(rows.data_ptr());
   raise_if_failed(cpu_kernels().attention_fwd(params, &torch_pool), "attention", "", false);
   return {out, lse, rows};
+}
+
+inline Tensor attention_coef(const Tensor& lse_any, OptionalTensor dlse_any, const Tensor& rows_any,
+                             OptionalTensor drows_any, int64_t stats) {
+  check_shape(lse_any, "lse", {kAny, kAny, kAny});
+  const int64_t batch = lse_any.size(0), heads = lse_any.size(1), queries = lse_any.size(2);
+  const int64_t planes = count_planes(stats);
+  check_argument((stats & kPatchEntropy) == 0 || (stats & kPatchMass) != 0,
+                 "the gradient of patch_entropy needs patch_mass");
+  // Contiguous fp32; `tensor` keeps a copy alive.
+  const auto numbers = [](Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) {
+    check_shape(tensor, name, sizes);
+    check_dtype(tensor, name, ScalarType::Float);
+    tensor = torch::stable::contiguous(tensor);
+    return static_cast<const float*>(tensor.data_ptr());
+  };
+  Tensor lse = lse_any;
+  Tensor rows = rows_any;
+  AttentionCoefParams params;
+  params.count = batch * heads * queries;
+  params.stats = stats;
+  params.lse = numbers(lse, "lse", {batch, heads, queries});
+  params.rows = numbers(rows, "rows", {planes, batch, heads, queries});
+  if (dlse_any.has_value()) params.dlse = numbers(*dlse_any, "dlse", {batch, heads, queries});
+  if (drows_any.has_value()) {
+    params.drows = numbers(*drows_any, "drows", {planes, batch, heads, queries});
+  }
+  Tensor coef = new_output({6, batch, heads, queries}, ScalarType::Float);
+  params.coef = static_cast<float*>(coef.data_ptr());
+  raise_if_failed(cpu_kernels().attention_coef(params, &torch_pool), "attention", "", false);
+  return coef;
 }
 
 inline std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(

@@ -30,6 +30,7 @@ from mimkernels.ops.attention.triton_blocks import (
     strides,
 )
 from mimkernels.ops.attention.triton_bwd import attention_bwd_kernel, attention_dkv_kernel, attention_dq_kernel
+from mimkernels.ops.attention.triton_coef import attention_coef as attention_coef
 
 ENTROPY = tl.constexpr(1)
 PREFIX_MASS = tl.constexpr(2)
