@@ -32,9 +32,11 @@ struct ScoreBias {
   int64_t stride_query = 0;
 };
 
-// fp32 [B or 1, N, dims], the last dim contiguous; stride_batch is 0 where all images share them.
+// fp32 [B or 1, N - first, dims], the last dim contiguous: row i is where token first + i lies, and
+// no earlier token lies anywhere. stride_batch is 0 where all images share them.
 struct Positions {
   const float* data = nullptr;
+  int64_t first = 0;
   int64_t stride_batch = 0;
   int64_t stride_token = 0;
   int dims = 0;

@@ -104,36 +104,43 @@ inline Tensor checked_lse(const Tensor& lse, const AttentionScores& s) {
   return torch::stable::contiguous(lse);
 }
 
-inline OptionalTensor checked_positions(const OptionalTensor& positions, const AttentionScores& s) {
+// With rows for all tokens, or for those after the prefix alone.
+inline OptionalTensor checked_positions(const OptionalTensor& positions, const AttentionScores& s,
+                                        int64_t num_prefix) {
+  check_argument(num_prefix >= 0 && num_prefix <= s.keys,
+                 "num_prefix is " + std::to_string(num_prefix) + " but there are " +
+                     std::to_string(s.keys) + " keys");
   if (!positions.has_value()) return positions;
-  check_shape(*positions, "positions", {kAny, s.keys, kAny});
+  const int64_t rank = positions->dim();
+  const bool patches_alone = rank >= 2 && positions->size(rank - 2) == s.keys - num_prefix;
+  const int64_t tokens = patches_alone ? s.keys - num_prefix : s.keys;
+  if (rank == 2) {
+    check_shape(*positions, "positions", {tokens, kAny});
+  } else {
+    check_shape(*positions, "positions", {kAny, tokens, kAny});
+  }
   check_dtype(*positions, "positions", ScalarType::Float);
   check_argument(s.queries == s.keys, "positions need as many queries as keys, got " +
                                           std::to_string(s.queries) + " and " +
                                           std::to_string(s.keys));
-  check_argument((positions->size(0) == 1 || positions->size(0) == s.batch) &&
-                     positions->size(2) >= 1 && positions->size(2) <= 3,
-                 "positions have shape " +
-                     shape_text(positions->sizes().data(), positions->sizes().size()) +
-                     ", expected [1 or " + std::to_string(s.batch) + ", " + std::to_string(s.keys) +
+  check_argument((rank == 2 || positions->size(0) == 1 || positions->size(0) == s.batch) &&
+                     positions->size(rank - 1) >= 1 && positions->size(rank - 1) <= 3,
+                 "positions have shape " + shape_text(positions->sizes().data(), rank) +
+                     ", expected [1 or " + std::to_string(s.batch) + ", " + std::to_string(tokens) +
                      ", 1 to 3]");
   return rows_of(positions);
 }
 
-inline Positions view_positions(const OptionalTensor& positions) {
+inline Positions view_positions(const OptionalTensor& positions, const AttentionScores& s) {
   Positions view;
   if (!positions.has_value()) return view;
+  const int64_t rank = positions->dim();
+  view.first = s.keys - positions->size(rank - 2);
   view.data = static_cast<const float*>(positions->data_ptr());
-  view.stride_batch = positions->size(0) == 1 ? 0 : positions->stride(0);
-  view.stride_token = positions->stride(1);
-  view.dims = static_cast<int>(positions->size(2));
+  view.stride_batch = rank == 2 || positions->size(0) == 1 ? 0 : positions->stride(0);
+  view.stride_token = positions->stride(rank - 2);
+  view.dims = static_cast<int>(positions->size(rank - 1));
   return view;
-}
-
-inline void check_prefix(int64_t num_prefix, const AttentionScores& s) {
-  check_argument(num_prefix >= 0 && num_prefix <= s.keys,
-                 "num_prefix is " + std::to_string(num_prefix) + " but there are " +
-                     std::to_string(s.keys) + " keys");
 }
 
 // The statistics that `stats` has bits for.
@@ -152,8 +159,7 @@ inline std::tuple<Tensor, Tensor, Tensor> attention_fwd(
   const AttentionScores& s = tensors.scores;
   const ScalarType type = tensors.q.scalar_type();
   const Tensor v = checked_values(v_any, s, type);
-  const OptionalTensor positions = checked_positions(positions_any, s);
-  check_prefix(num_prefix, s);
+  const OptionalTensor positions = checked_positions(positions_any, s, num_prefix);
   check_argument((stats & kDistance) == 0 || positions.has_value(), "distance needs positions");
   check_argument((stats & kSelfMass) == 0 || s.queries == s.keys,
                  "self_mass needs as many queries as keys, got " + std::to_string(s.queries) +
@@ -162,7 +168,7 @@ inline std::tuple<Tensor, Tensor, Tensor> attention_fwd(
   params.scores = s;
   params.v = view_heads(v);
   params.num_prefix = num_prefix;
-  params.positions = view_positions(positions);
+  params.positions = view_positions(positions, s);
   params.stats = stats;
   const int64_t planes = count_planes(stats);
   Tensor out = new_output({s.batch, s.queries, s.heads, s.dim}, type);
@@ -222,8 +228,7 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
   const Tensor out = rows_of(out_any);
   const Tensor dout = rows_of(dout_any);
   const Tensor lse = checked_lse(lse_any, s);
-  const OptionalTensor positions = checked_positions(positions_any, s);
-  check_prefix(num_prefix, s);
+  const OptionalTensor positions = checked_positions(positions_any, s, num_prefix);
   OptionalTensor coef;
   if (coef_any.has_value()) {
     check_shape(*coef_any, "coef", {6, s.batch, s.heads, s.queries});
@@ -237,7 +242,7 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
   params.out = view_tokens(out);
   params.dout = view_tokens(dout);
   params.num_prefix = num_prefix;
-  params.positions = view_positions(positions);
+  params.positions = view_positions(positions, s);
   params.lse = static_cast<const float*>(lse.data_ptr());
   if (coef.has_value()) params.coef = static_cast<const float*>(coef->data_ptr());
   Tensor dq = new_output({s.batch, s.queries, s.heads, s.dim}, type);

@@ -191,7 +191,7 @@ def _check_stats(stats: Sequence[str], queries: int, keys: int) -> tuple[str, ..
 
 
 def _check_positions(positions: Tensor | None, needed: bool, num_prefix: int, q: Tensor) -> Tensor | None:
-    """fp32 (or fp64) ``[B or 1, N, d]`` with rows for the prefix tokens, or None where no statistic needs it."""
+    """fp32 (or fp64) ``[N or N - P, d]`` or one of those per image, or None where no statistic needs it."""
     if not needed:
         return None
     if positions is None:
@@ -199,12 +199,11 @@ def _check_positions(positions: Tensor | None, needed: bool, num_prefix: int, q:
     _checks.has_rank("attention", "positions", positions, 2, 3)
     _checks.same_device("attention", "positions", positions, "q", q)
     batch, tokens = q.shape[0], q.shape[2]
-    positions = positions.detach().to(torch.promote_types(q.dtype, torch.float32))
-    if positions.dim() == 2:
-        positions = positions.unsqueeze(0)
-    if num_prefix and positions.shape[1] == tokens - num_prefix:
-        positions = torch.constant_pad_nd(positions, (0, 0, num_prefix, 0))
-    if positions.shape[0] not in (1, batch) or positions.shape[1] != tokens or not 1 <= positions.shape[2] <= 3:
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if positions.requires_grad or positions.dtype != wide:
+        positions = positions.detach().to(wide)
+    *images, places, dims = positions.shape
+    if images not in ([], [1], [batch]) or places not in (tokens, tokens - num_prefix) or not 1 <= dims <= 3:
         raise ValueError(
             f"attention: positions {_checks.shape(positions)} must be [N - P, d] or [B, N - P, d] with B = {batch}, "
             f"N = {tokens}, P = {num_prefix} and d from 1 to 3"
