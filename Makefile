@@ -15,7 +15,7 @@ LINTERS := $(VENV)/.mimkernels-linters
 SOURCES := CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test bench lint format clean
+.PHONY: help build demo test bench gpu lint format clean
 
 help: ## show the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -31,6 +31,10 @@ test: $(BUILT) ## run every test (ARGS="-k gather": some)
 
 bench: $(BUILT) ## time the ops against plain PyTorch
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# Not through the environment above: a machine with a GPU often has its own torch, and no way to install another.
+gpu: ## on a machine with an NVIDIA GPU: build, test, sanitize, time (PYTHON=... with torch; ARGS=--dry-run without GPU)
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 lint: $(LINTERS) ## check style
 	$(BIN)/ruff check .

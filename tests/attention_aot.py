@@ -43,13 +43,8 @@ def recorded_launches(arch: int, module: object) -> Iterator[list]:
         _triton.launch, module.architecture = before
 
 
-def launches(
-    kernel: str, arch: int, precision: str, dim: int, length: int, extra: bool, masked: bool = False
-) -> list[tuple]:
-    """What the launchers run for one entry of the table: views of a packed projection, one prefix token.
-
-    ``masked`` adds a bias and a key mask to the forward kernel.
-    """
+def launches(kernel: str, arch: int, precision: str, dim: int, length: int, extra: bool) -> list[tuple]:
+    """What the launchers run for one entry of the table: views of a packed projection, one prefix token."""
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     dtype = torch.float16 if precision == "half" else torch.float32
     tokens = min(length, 1025)
@@ -67,14 +62,15 @@ def launches(
         return found
     module = importlib.import_module("mimkernels.ops.attention.triton")
     with recorded_launches(arch, module) as found:
-        if kernel == "forward":
-            bias = torch.empty(1, 2, tokens, tokens, dtype=dtype) if masked else None
-            key_mask = torch.empty(1, tokens, dtype=torch.bool) if masked else None
+        if kernel in ("forward", "masked"):
+            bias = torch.empty(1, 2, tokens, tokens, dtype=dtype) if kernel == "masked" else None
+            key_mask = torch.empty(1, tokens, dtype=torch.bool) if kernel == "masked" else None
             module.attention_fwd(q, k, v, bias, key_mask, scale, 1, positions, ALL_STATISTICS if extra else 0)
         else:
             coef = torch.empty(6, 1, 2, tokens) if extra else None
             module.attention_bwd(out, q, k, v, out, lse, None, None, scale, 1, positions, coef, False)
-    name = {"forward": "attention_fwd_kernel", "fused": "attention_bwd_kernel"}.get(
+    forward = "attention_fwd_kernel"
+    name = {"forward": forward, "masked": forward, "fused": "attention_bwd_kernel"}.get(
         kernel, f"attention_{kernel}_kernel"
     )
     return [launch for launch in found if launch[0].__name__ == name]
@@ -114,8 +110,8 @@ def resources(launch: tuple, arch: int) -> dict:
 def main() -> None:
     for line in sys.stdin:
         entry = json.loads(line)
-        kernel, arch, precision, dim, length, *flags = entry
-        for launch in launches(kernel, arch, precision, dim, length or triton_configs.ANY, *flags):
+        kernel, arch, precision, dim, length, extra = entry
+        for launch in launches(kernel, arch, precision, dim, length or triton_configs.ANY, extra):
             print(json.dumps({"entry": entry, **resources(launch, arch)}), flush=True)
 
 
