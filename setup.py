@@ -9,6 +9,9 @@
 ``MIMKERNELS_CMAKE_ARGS``  further arguments of CMake, such as -DMIMKERNELS_CUDA=off.
 ``MAX_JOBS``               compile jobs at a time.
 
+In a source tree (editable, or build_native --inplace) the CUDA kernels are also compiled for the host, for tests
+(csrc/emulation). No wheel has them.
+
 Sources and compiler options are in CMakeLists.txt, metadata in pyproject.toml.
 """
 
@@ -30,6 +33,7 @@ from setuptools.command.build import build
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)
+EMULATED = ("cuda_emulated", "emulation_tests")
 REINSTALL = "pip install --no-cache-dir --force-reinstall --no-deps mimkernels (from a clone: pip install .)"
 
 
@@ -105,8 +109,8 @@ def run(command: list[str], what: str, remedy: str) -> None:
         raise NotBuilt(f"{what} failed: " + " | ".join(lines[first : first + 4]), remedy)
 
 
-def compile_libraries(folder: Path, report: dict) -> dict[str, Path]:
-    """Compiles into ``folder``, fills ``report``, returns the libraries that were made."""
+def compile_libraries(folder: Path, report: dict, names: list[str]) -> dict[str, Path]:
+    """Compiles the named libraries into ``folder``, fills ``report``, returns those that were made."""
     torch_dir, torch_version, torch_cuda = find_torch()
     report["torch"], report["torch_cuda"] = torch_version, torch_cuda
     cmake, ninja = find_tool("cmake"), find_tool("ninja")
@@ -115,16 +119,22 @@ def compile_libraries(folder: Path, report: dict) -> dict[str, Path]:
         raise NotBuilt("no C++ compiler (c++, g++, clang++) was found", "install g++ 11 or later")
     run(
         [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
-         f"-DMIMKERNELS_TORCH_DIR={torch_dir}", *shlex.split(os.environ.get("MIMKERNELS_CMAKE_ARGS", ""))],
+         f"-DMIMKERNELS_TORCH_DIR={torch_dir}", f"-DMIMKERNELS_EMULATION={int(EMULATED[0] in names)}",
+         *shlex.split(os.environ.get("MIMKERNELS_CMAKE_ARGS", ""))],
         "CMake's configuration", "mend what it names",
     )  # fmt: skip
     configured = json.loads((folder / "configured.json").read_text())
     report.update(configured)
     made = {}
-    for name in ("cpu", "cuda"):
+    emulation = (configured["emulation_reason"], "use g++ on Linux")
+    cannot = {
+        "cuda": (configured["cuda_reason"], "install the CUDA toolkit (nvcc) 12.8 or later"),
+        **dict.fromkeys(EMULATED, emulation),
+    }
+    for name in names:
         try:
-            if name == "cuda" and configured["cuda_reason"]:
-                raise NotBuilt(configured["cuda_reason"], "install the CUDA toolkit (nvcc) 12.8 or later")
+            if name in cannot and cannot[name][0]:
+                raise NotBuilt(*cannot[name])
             jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
             run([cmake, "--build", str(folder), "--target", f"mimkernels_{name}", "--parallel", jobs],
                 f"compiling the {name} library", "mend what it names")  # fmt: skip
@@ -161,17 +171,18 @@ class BuildNative(Command):
         inplace = self.editable_mode or self.inplace
         target = (ROOT if inplace else Path(self.build_lib)) / "mimkernels" / "_lib"
         target.mkdir(parents=True, exist_ok=True)
+        names = ["cpu", "cuda", *(EMULATED if inplace else [])]
         report = {"mode": mode, "libraries": {}}
         keep = os.environ.get("MIMKERNELS_BUILD_DIR") or (inplace and ROOT / "build" / "native")
         folder = Path(keep or temporary_folder()).resolve()
         try:
             if mode == "off":
                 raise NotBuilt("switched off with MIMKERNELS_BUILD=off", "unset MIMKERNELS_BUILD")
-            self.made = compile_libraries(folder, report)
+            self.made = compile_libraries(folder, report, names)
         except NotBuilt as error:
             missing = {"built": False, "reason": error.reason, "remedy": error.remedy}
-            report["libraries"] = {"cpu": missing, "cuda": missing}
-        for name in ("cpu", "cuda"):
+            report["libraries"] = dict.fromkeys(names, missing)
+        for name in names:
             file = target / f"libmimkernels_{name}.so"
             file.unlink(missing_ok=True)  # never overwritten in place: a running process may have it mapped
             if name in self.made:
@@ -182,9 +193,9 @@ class BuildNative(Command):
                 print(f"mimkernels: no native {name} library: {reason}", file=sys.stderr)
         (target / "build.json").write_text(json.dumps(report, indent=2) + "\n")
         if mode == "require":
-            wanted = ["cpu", "cuda"] if report.get("nvcc") and not report.get("cuda_reason") else ["cpu"]
-            for name in wanted:
-                if name not in self.made:
+            can_be = {"cuda": report.get("nvcc") and not report.get("cuda_reason")}
+            for name in names:
+                if name not in self.made and can_be.get(name, True):
                     facts = report["libraries"][name]
                     raise RuntimeError(
                         f"MIMKERNELS_BUILD=require, but the {name} library was not built: {facts['reason']}. "
