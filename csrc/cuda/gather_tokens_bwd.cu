@@ -1,5 +1,6 @@
 #include <limits>
 
+#include "cuda/device.cuh"
 #include "cuda/gather_tokens.h"
 #include "cuda/vector.cuh"
 
@@ -140,26 +141,33 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, int VEC>
-cudaError_t launch(const GatherTokensBwdParams& p, float* workspace, cudaStream_t stream) {
+cudaError_t start(const GatherTokensBwdParams& p, float* workspace, cudaStream_t stream) {
   const int vectors = static_cast<int>(p.dim / VEC);
   const int chunks = (vectors + kWarp - 1) / kWarp;
   constexpr int kWarps = kThreads / kWarp;
   if (p.dx != nullptr && p.batch * p.tokens > 0) {
     const unsigned blocks = blocks_for(p.batch * p.tokens * chunks, kWarps);
-    gather_tokens_dx_kernel<T, VEC><<<blocks, kThreads, 0, stream>>>(p, vectors, chunks);
+    const cudaError_t error = launch(gather_tokens_dx_kernel<T, VEC>, dim3(blocks), kThreads, 0,
+                                     stream, p, vectors, chunks);
+    if (error != cudaSuccess) {
+      return error;
+    }
   }
   const int64_t rows = p.tokens + p.num_prefix;
   if ((p.dpos != nullptr || p.dprefix != nullptr) && rows > 0) {
     const int64_t slices = slices_of(p.batch);
     if (slices > 0) {
       const unsigned blocks = blocks_for(slices * rows * chunks, kWarps);
-      gather_tokens_partial_kernel<T, VEC>
-          <<<blocks, kThreads, 0, stream>>>(p, workspace, slices, vectors, chunks);
+      const cudaError_t error = launch(gather_tokens_partial_kernel<T, VEC>, dim3(blocks), kThreads,
+                                       0, stream, p, workspace, slices, vectors, chunks);
+      if (error != cudaSuccess) {
+        return error;
+      }
     }
-    gather_tokens_sum_kernel<T>
-        <<<blocks_for(rows * p.dim, kThreads), kThreads, 0, stream>>>(p, workspace, slices);
+    return launch(gather_tokens_sum_kernel<T>, dim3(blocks_for(rows * p.dim, kThreads)), kThreads,
+                  0, stream, p, workspace, slices);
   }
-  return cudaGetLastError();
+  return cudaSuccess;
 }
 
 template <typename T>
@@ -168,7 +176,7 @@ cudaError_t choose_vectors(const GatherTokensBwdParams& p, float* workspace, cud
   const bool aligned = p.dim % kVec == 0 &&
                        rows_aligned(p.grad.data, p.grad.stride0, p.grad.stride1, sizeof(T)) &&
                        rows_aligned(p.dx, 0, p.dim, sizeof(T));
-  return aligned ? launch<T, kVec>(p, workspace, stream) : launch<T, 1>(p, workspace, stream);
+  return aligned ? start<T, kVec>(p, workspace, stream) : start<T, 1>(p, workspace, stream);
 }
 
 }  // namespace

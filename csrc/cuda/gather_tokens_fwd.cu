@@ -1,5 +1,6 @@
 #include <limits>
 
+#include "cuda/device.cuh"
 #include "cuda/gather_tokens.h"
 #include "cuda/vector.cuh"
 
@@ -78,13 +79,12 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, int VEC, int ROWS, bool HAS_POS>
-cudaError_t launch(const GatherTokensFwdParams& p, int64_t rows, cudaStream_t stream) {
+cudaError_t start(const GatherTokensFwdParams& p, int64_t rows, cudaStream_t stream) {
   const int vectors = static_cast<int>(p.dim / VEC);
   const int log2 = lanes_log2(vectors);
   const unsigned blocks = blocks_for(rows, static_cast<int64_t>(kThreads >> log2) * ROWS);
-  gather_tokens_fwd_kernel<T, VEC, ROWS, HAS_POS>
-      <<<blocks, kThreads, 0, stream>>>(p, rows, vectors, log2);
-  return cudaGetLastError();
+  return launch(gather_tokens_fwd_kernel<T, VEC, ROWS, HAS_POS>, dim3(blocks), kThreads, 0, stream,
+                p, rows, vectors, log2);
 }
 
 template <typename T, int VEC>
@@ -93,11 +93,9 @@ cudaError_t choose_rows(const GatherTokensFwdParams& p, cudaStream_t stream) {
   // Four rows per warp only where they still fill a large device: about 132 SMs of 16 warps.
   const bool many = rows >= 4 * 16 * 132;
   if (p.pos.data != nullptr) {
-    return many ? launch<T, VEC, 4, true>(p, rows, stream)
-                : launch<T, VEC, 1, true>(p, rows, stream);
+    return many ? start<T, VEC, 4, true>(p, rows, stream) : start<T, VEC, 1, true>(p, rows, stream);
   }
-  return many ? launch<T, VEC, 4, false>(p, rows, stream)
-              : launch<T, VEC, 1, false>(p, rows, stream);
+  return many ? start<T, VEC, 4, false>(p, rows, stream) : start<T, VEC, 1, false>(p, rows, stream);
 }
 
 template <typename T>
