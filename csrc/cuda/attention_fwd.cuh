@@ -78,17 +78,6 @@ __device__ __forceinline__ void add_statistics(RowSums& sums, const AttentionFwd
   }
 }
 
-// A sum of the four lanes of a row, in all of them.
-__device__ __forceinline__ float add_quad(float x) {
-  x += __shfl_xor_sync(kAll, x, 1);
-  return x + __shfl_xor_sync(kAll, x, 2);
-}
-
-__device__ __forceinline__ float max_quad(float x) {
-  x = fmaxf(x, __shfl_xor_sync(kAll, x, 1));
-  return fmaxf(x, __shfl_xor_sync(kAll, x, 2));
-}
-
 // Everything that was summed, relative to the new maxima.
 template <bool STATS, int TILES>
 __device__ __forceinline__ void rescale(RowSums& sums, float (&acc)[TILES][4], int half,

@@ -35,6 +35,17 @@ __host__ __device__ constexpr int row_stride(int padded_dim) {
   return padded_dim + kChunk<T>;
 }
 
+// Sizes of rows in shared memory that kernels without a size of their own in the type take.
+template <typename T>
+struct RowShape {
+  int steps = 0;
+  int chunks = 0;
+  int stride = 0;
+
+  explicit RowShape(int64_t dim)
+      : steps(cut_up(dim, kStep<T>)), chunks(2 * steps), stride(row_stride<T>(steps * kStep<T>)) {}
+};
+
 // Exponents of 16-bit inputs are base 2, with log2(e) in the factor of the scores; those of fp32
 // stay base e, where a product would be rounded once more.
 template <typename T>
@@ -51,6 +62,17 @@ __device__ __forceinline__ float power(float t) {
   } else {
     return exp2_fast(t);
   }
+}
+
+// A sum of the four lanes of a row, in all of them.
+__device__ __forceinline__ float add_quad(float x) {
+  x += __shfl_xor_sync(kAll, x, 1);
+  return x + __shfl_xor_sync(kAll, x, 2);
+}
+
+__device__ __forceinline__ float max_quad(float x) {
+  x = fmaxf(x, __shfl_xor_sync(kAll, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kAll, x, 2));
 }
 
 // ---- rows ----
@@ -397,6 +419,44 @@ __device__ __forceinline__ void finish_scores(float (&score)[2][4], const GroupT
         score[i / 4][i % 4] = -kInfinity;
       }
     }
+  }
+}
+
+// Which of a lane's queries element i of a group belongs to: one of 4 columns where rows are keys,
+// else one of 2 rows; and the token of the n-th of them.
+template <bool KEYS>
+constexpr int kQueries = KEYS ? 4 : 2;
+template <bool KEYS>
+__device__ __forceinline__ constexpr int query_of(int i) {
+  return KEYS ? i / 4 * 2 + i % 2 : i % 4 / 2;
+}
+template <bool KEYS>
+__device__ __forceinline__ int query_token(int first_row, int first_column, int n) {
+  const int lane = threadIdx.x % kWarp;
+  return KEYS ? first_column + n / 2 * 8 + lane % 4 * 2 + n % 2 : first_row + lane / 4 + n * 8;
+}
+
+// lse of a query as an exponent; +inf where P is 0: nothing may be attended, or no such query.
+template <typename T>
+__device__ __forceinline__ float load_level(const float* lse, int64_t head, int queries,
+                                            int query) {
+  const float level = query < queries ? lse[head * queries + query] : kInfinity;
+  return level == -kInfinity ? kInfinity : level * kUnitsOfOne<T>;
+}
+
+// Products become P = exp(S - lse), whose exponents are kept.
+template <typename T, bool KEYS>
+__device__ __forceinline__ void make_probabilities(float (&score)[2][4], float (&exponent)[2][4],
+                                                   const GroupTerms& terms,
+                                                   const float (&level)[kQueries<KEYS>],
+                                                   float scale) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const float start =
+        fmaf(terms.bias[i / 4][i % 4], kUnitsOfOne<T>, -level[query_of<KEYS>(i)]);
+    const float t = fmaf(score[i / 4][i % 4], scale * kUnitsOfOne<T>, start);
+    exponent[i / 4][i % 4] = terms.hidden >> i & 1 ? -kInfinity : t;
+    score[i / 4][i % 4] = power<T>(exponent[i / 4][i % 4]);
   }
 }
 
