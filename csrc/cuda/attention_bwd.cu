@@ -26,7 +26,8 @@ struct BiasAligned {
   bool dout = false;
 };
 
-// grid:     key blocks, fastest, row blocks, heads and images of dbias; a block owns a tile of dbias
+// grid:     key blocks, fastest, row blocks, heads and images of dbias; a block owns a tile of
+// dbias
 //           and visits all images and heads that share it
 // in:       as attention_bwd_kernel, whose delta it reads
 // out:      dbias [B or 1, H or 1, Nq, Nk], contiguous, every element written once
@@ -36,8 +37,8 @@ struct BiasAligned {
 //           deterministic
 template <typename T>
 __global__ void __launch_bounds__(256, 1)
-    attention_dbias_kernel(AttentionBwdParams p, BiasCut cut, RowShape<T> shape, BiasAligned aligned,
-                           const float* delta) {
+    attention_dbias_kernel(AttentionBwdParams p, BiasCut cut, RowShape<T> shape,
+                           BiasAligned aligned, const float* delta) {
   const AttentionScores& s = p.scores;
   const int heads = static_cast<int>(s.heads);
   const int queries = static_cast<int>(s.queries);

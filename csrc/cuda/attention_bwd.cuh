@@ -49,7 +49,8 @@ __device__ __forceinline__ void strip_delta(float (&delta)[2], const T* dout, in
       }
 #pragma unroll
       for (int e = 0; e < kChunk<T>; ++e) {
-        sum = fmaf(to_float(elements[e]), to_float(dout[row * stride + chunk * kChunk<T> + e]), sum);
+        sum =
+            fmaf(to_float(elements[e]), to_float(dout[row * stride + chunk * kChunk<T> + e]), sum);
       }
     }
   }
@@ -106,7 +107,7 @@ __device__ __forceinline__ void visit_side(const AttentionBwdParams& p, const St
     start(0);
   }
 
-  float acc0[DIM / 8][4] = {};              // dQ, or dK
+  float acc0[DIM / 8][4] = {};             // dQ, or dK
   float acc1[KEYS ? DIM / 8 : 2][4] = {};  // dV
   float level[kQueries<KEYS>];
   float row_delta[kQueries<KEYS>];
@@ -120,19 +121,19 @@ __device__ __forceinline__ void visit_side(const AttentionBwdParams& p, const St
       continue;
     }
     if constexpr (!KEYS) {
-     if (tile == 0) {
-      const T* const out = head_at<T>(p.out, b, h, place.first);
-      strip_delta<T>(row_delta, strip1, kStride, out, p.out.stride_token,
-                     own_tokens - place.first, dim, aligned.out);
+      if (tile == 0) {
+        const T* const out = head_at<T>(p.out, b, h, place.first);
+        strip_delta<T>(row_delta, strip1, kStride, out, p.out.stride_token,
+                       own_tokens - place.first, dim, aligned.out);
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        const int query = query_token<KEYS>(place.first, 0, n);
-        level[n] = load_level<T>(p.lse, place.head, own_tokens, query);
-        if (lane % 4 == 0 && query < own_tokens) {
-          delta[place.head * s.queries + query] = row_delta[n];
+        for (int n = 0; n < 2; ++n) {
+          const int query = query_token<KEYS>(place.first, 0, n);
+          level[n] = load_level<T>(p.lse, place.head, own_tokens, query);
+          if (lane % 4 == 0 && query < own_tokens) {
+            delta[place.head * s.queries + query] = row_delta[n];
+          }
         }
       }
-     }
     }
     const T* const rows0 = slots + tile % 2 * 2 * matrix + place.local_head * cut.tile * kStride;
     const T* const rows1 = rows0 + matrix;
@@ -147,8 +148,7 @@ __device__ __forceinline__ void visit_side(const AttentionBwdParams& p, const St
         for (int n = 0; n < 4; ++n) {
           const int query = query_token<KEYS>(0, first, n);
           level[n] = load_level<T>(p.lse, place.head, other_tokens, query);
-          row_delta[n] =
-              query < other_tokens ? delta[place.head * s.queries + query] : 0.0f;
+          row_delta[n] = query < other_tokens ? delta[place.head * s.queries + query] : 0.0f;
         }
       }
       float score[2][4];
@@ -174,8 +174,8 @@ __device__ __forceinline__ void visit_side(const AttentionBwdParams& p, const St
   store_strip(acc0, s.scale, s.scale, strip0, kStride, static_cast<T*>(KEYS ? p.dk : p.dq) + offset,
               s.heads * s.dim, rows, dim);
   if constexpr (KEYS) {
-    store_strip(acc1, 1.0f, 1.0f, strip1, kStride, static_cast<T*>(p.dv) + offset,
-                s.heads * s.dim, rows, dim);
+    store_strip(acc1, 1.0f, 1.0f, strip1, kStride, static_cast<T*>(p.dv) + offset, s.heads * s.dim,
+                rows, dim);
   }
 }
 
@@ -212,8 +212,7 @@ cudaError_t launch_attention_bwd(const AttentionBwdParams& p, bool dbias, float*
   const AttentionScores& s = p.scores;
   const int all_heads = static_cast<int>(s.batch * s.heads);
   const int row_bytes = row_stride<T>(DIM) * sizeof(T);
-  const StripCut of_queries =
-      cut_strips(s.queries, s.keys, 2, 2, row_bytes, kBwdWarps, kBwdTile);
+  const StripCut of_queries = cut_strips(s.queries, s.keys, 2, 2, row_bytes, kBwdWarps, kBwdTile);
   const StripCut of_keys = cut_strips(s.keys, s.queries, 2, 2, row_bytes, kBwdWarps, kBwdTile);
   const BwdAligned aligned = {aligned_rows(s.q, sizeof(T)), aligned_rows(s.k, sizeof(T)),
                               aligned_rows(p.v, sizeof(T)), aligned_rows(p.out, sizeof(T)),

@@ -2,6 +2,7 @@
 
 namespace mimkernels::cuda {
 
-template cudaError_t attention_bwd_of<__half>(const AttentionBwdParams&, bool, float*, cudaStream_t);
+template cudaError_t attention_bwd_of<__half>(const AttentionBwdParams&, bool, float*,
+                                              cudaStream_t);
 
 }  // namespace mimkernels::cuda

@@ -11,9 +11,8 @@ cudaError_t attention_fwd(const AttentionFwdParams& p, cudaStream_t stream) {
   if (p.scores.batch * p.scores.heads * p.scores.queries == 0) {
     return cudaSuccess;
   }
-  return with_float_type(p.scores.dtype, [&](auto type) {
-    return attention_fwd_of<decltype(type)>(p, stream);
-  });
+  return with_float_type(p.scores.dtype,
+                         [&](auto type) { return attention_fwd_of<decltype(type)>(p, stream); });
 }
 
 }  // namespace mimkernels::cuda

@@ -7,12 +7,13 @@
 
 namespace mimkernels::cuda {
 
-// Warps of a block, and blocks that the registers of an SM should hold: 16 warps where 128 registers
-// suffice, else 12 (168 registers) or 8.
+// Warps of a block, and blocks that the registers of an SM should hold: 16 warps where 128
+// registers suffice, else 12 (168 registers) or 8.
 template <typename T, int DIM, bool STATS>
 constexpr int kMostWarps = !kExact<T> && DIM <= 64 && !STATS ? 8 : 4;
 template <typename T, int DIM, bool STATS>
-constexpr int kLeastBlocks = DIM <= 64 && kMostWarps<T, DIM, STATS> == 4 && !(kExact<T> && STATS) ? 3 : 2;
+constexpr int kLeastBlocks =
+    DIM <= 64 && kMostWarps<T, DIM, STATS> == 4 && !(kExact<T> && STATS) ? 3 : 2;
 
 // Which operands start every row on 16 bytes.
 struct FwdAligned {
@@ -21,8 +22,8 @@ struct FwdAligned {
   bool v = false;
 };
 
-// What a lane sums for its two rows while it sees keys, relative to the maximum so far: p = power(t)
-// and p t. The four lanes of a row have a quarter of the keys each.
+// What a lane sums for its two rows while it sees keys, relative to the maximum so far: p =
+// power(t) and p t. The four lanes of a row have a quarter of the keys each.
 struct RowSums {
   float level[2] = {-kInfinity, -kInfinity};
   float sum[2] = {};
@@ -162,7 +163,7 @@ __device__ __forceinline__ void write_row(const AttentionFwdParams& p, const Row
 // cost:     q read once, k and v once per row block, two tiles of keys in shared memory; up to
 //           two tiles of keys (128; fp32: 64) nothing is read twice; no atomics, deterministic
 template <typename T, int DIM, bool STATS>
-__global__ void __launch_bounds__(kMostWarps<T, DIM, STATS> * kWarp, kLeastBlocks<T, DIM, STATS>)
+__global__ void __launch_bounds__(kMostWarps<T, DIM, STATS>* kWarp, kLeastBlocks<T, DIM, STATS>)
     attention_fwd_kernel(AttentionFwdParams p, StripCut cut, FwdAligned aligned) {
   constexpr int kTile = kExact<T> ? 32 : 64;
   constexpr int kGroups = kTile / kStrip;
@@ -224,8 +225,7 @@ __global__ void __launch_bounds__(kMostWarps<T, DIM, STATS> * kWarp, kLeastBlock
         }
       }
     }
-    const T* const k_rows =
-        slots + tile % 2 * 2 * matrix + place.local_head * cut.tile * kStride;
+    const T* const k_rows = slots + tile % 2 * 2 * matrix + place.local_head * cut.tile * kStride;
     const T* const v_rows = k_rows + matrix;
     const int first_key = tile * cut.tile;
     const int groups = (min(keys - first_key, cut.tile) + kStrip - 1) / kStrip;
@@ -309,8 +309,7 @@ __global__ void __launch_bounds__(kMostWarps<T, DIM, STATS> * kWarp, kLeastBlock
     write_row<T, STATS>(p, sums, half, total, inverse[half], fold ? s.scale : 1.0f, place.head,
                         place.first + lane / 4 + 8 * half);
   }
-  T* const out = static_cast<T*>(p.out) +
-                 ((b * s.queries + place.first) * s.heads + h) * s.dim;
+  T* const out = static_cast<T*>(p.out) + ((b * s.queries + place.first) * s.heads + h) * s.dim;
   store_strip(acc, inverse[0], inverse[1], strip, kStride, out, s.heads * s.dim,
               queries - place.first, dim);
 }

@@ -73,8 +73,7 @@ __device__ __forceinline__ void add_coefficients(float (&ds)[2][4], const float 
 // are keys. level and delta are those of the lane's queries.
 template <typename T, bool KEYS>
 __device__ __forceinline__ void score_gradient(float (&score)[2][4], float (&ds)[2][4],
-                                               const AttentionBwdParams& p,
-                                               const GroupTerms& group,
+                                               const AttentionBwdParams& p, const GroupTerms& group,
                                                const float (&level)[kQueries<KEYS>],
                                                const float (&delta)[kQueries<KEYS>],
                                                const HeadPositions& positions, int head,

@@ -77,9 +77,9 @@ __device__ __forceinline__ float max_quad(float x) {
 
 // ---- rows ----
 
-// Starts copying `count` rows, of which `valid` exist, from global memory to shared memory, `chunks`
-// chunks each; zeros stand beyond the last row and beyond feature `dim`. `worker` is one of
-// `workers` threads that share the copy. Where rows are not aligned it is done on return.
+// Starts copying `count` rows, of which `valid` exist, from global memory to shared memory,
+// `chunks` chunks each; zeros stand beyond the last row and beyond feature `dim`. `worker` is one
+// of `workers` threads that share the copy. Where rows are not aligned it is done on return.
 template <typename T>
 __device__ __forceinline__ void load_rows(T* to, int stride, int chunks, const T* from,
                                           int64_t from_stride, int count, int valid, int dim,
@@ -91,7 +91,7 @@ __device__ __forceinline__ void load_rows(T* to, int stride, int chunks, const T
     const T* const source = inside ? from + row * from_stride + feature : from;
     T* const target = to + row * stride + feature;
     if (aligned) {
-      copy_async(target, source, inside);
+      cuda::copy_async(target, source, inside);
     } else {
 #pragma unroll
       for (int e = 0; e < kChunk<T>; ++e) {
@@ -132,8 +132,9 @@ __device__ __forceinline__ void load_strip(T* to, int stride, int chunks, const 
                                            int heads, const WarpPlace& place, int tokens, int dim,
                                            bool aligned) {
   const int head = place.busy ? place.head : place.first_head;
-  load_rows(to, stride, chunks, head_at<T>(rows, head / heads, head % heads, 0) +
-                                    (place.busy ? place.first * rows.stride_token : 0),
+  load_rows(to, stride, chunks,
+            head_at<T>(rows, head / heads, head % heads, 0) +
+                (place.busy ? place.first * rows.stride_token : 0),
             rows.stride_token, kStrip, place.busy ? tokens - place.first : 0, dim, aligned,
             static_cast<int>(threadIdx.x) % kWarp, kWarp);
 }
@@ -452,8 +453,7 @@ __device__ __forceinline__ void make_probabilities(float (&score)[2][4], float (
                                                    float scale) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const float start =
-        fmaf(terms.bias[i / 4][i % 4], kUnitsOfOne<T>, -level[query_of<KEYS>(i)]);
+    const float start = fmaf(terms.bias[i / 4][i % 4], kUnitsOfOne<T>, -level[query_of<KEYS>(i)]);
     const float t = fmaf(score[i / 4][i % 4], scale * kUnitsOfOne<T>, start);
     exponent[i / 4][i % 4] = terms.hidden >> i & 1 ? -kInfinity : t;
     score[i / 4][i % 4] = power<T>(exponent[i / 4][i % 4]);

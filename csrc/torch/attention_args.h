@@ -113,9 +113,9 @@ struct ScoreTensors {
     if (!positions.has_value()) return positions;
     place.check(*positions, "positions", {kAny, scores.keys, kAny});
     check_dtype(*positions, "positions", ScalarType::Float);
-    check_argument(scores.queries == scores.keys,
-                   "positions need as many queries as keys, got " + std::to_string(scores.queries) +
-                       " and " + std::to_string(scores.keys));
+    check_argument(scores.queries == scores.keys, "positions need as many queries as keys, got " +
+                                                      std::to_string(scores.queries) + " and " +
+                                                      std::to_string(scores.keys));
     check_argument((positions->size(0) == 1 || positions->size(0) == scores.batch) &&
                        positions->size(2) >= 1 && positions->size(2) <= 3,
                    "positions have shape " +

@@ -18,9 +18,11 @@ struct OnCpu {
   }
 };
 
-inline std::tuple<Tensor, Tensor, Tensor> attention_fwd(
-    const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor bias, OptionalTensor key_mask,
-    double scale, int64_t num_prefix, OptionalTensor positions, int64_t stats) {
+inline std::tuple<Tensor, Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k,
+                                                        const Tensor& v, OptionalTensor bias,
+                                                        OptionalTensor key_mask, double scale,
+                                                        int64_t num_prefix,
+                                                        OptionalTensor positions, int64_t stats) {
   return attention_fwd_at(OnCpu{}, q, k, v, bias, key_mask, scale, num_prefix, positions, stats,
                           [](const AttentionFwdParams& params) {
                             raise_if_failed(cpu_kernels().attention_fwd(params, &torch_pool),
@@ -50,12 +52,11 @@ inline Tensor received_attention_fwd(const Tensor& q, const Tensor& k, const Ten
 
 inline Tensor head_divergence_fwd(const Tensor& q, const Tensor& k, const Tensor& lse,
                                   OptionalTensor bias, OptionalTensor key_mask, double scale) {
-  return head_divergence_at(OnCpu{}, q, k, lse, bias, key_mask, scale,
-                            [](const HeadDivergenceParams& params) {
-                              raise_if_failed(
-                                  cpu_kernels().head_divergence_fwd(params, &torch_pool),
-                                  "head_divergence", "", false);
-                            });
+  return head_divergence_at(
+      OnCpu{}, q, k, lse, bias, key_mask, scale, [](const HeadDivergenceParams& params) {
+        raise_if_failed(cpu_kernels().head_divergence_fwd(params, &torch_pool), "head_divergence",
+                        "", false);
+      });
 }
 
 }  // namespace mimkernels::binding

@@ -32,9 +32,11 @@ class OnDeviceOf {
   OnDevice device_;
 };
 
-inline std::tuple<Tensor, Tensor, Tensor> attention_fwd(
-    const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor bias, OptionalTensor key_mask,
-    double scale, int64_t num_prefix, OptionalTensor positions, int64_t stats) {
+inline std::tuple<Tensor, Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k,
+                                                        const Tensor& v, OptionalTensor bias,
+                                                        OptionalTensor key_mask, double scale,
+                                                        int64_t num_prefix,
+                                                        OptionalTensor positions, int64_t stats) {
   const OnDeviceOf place(q);
   return attention_fwd_at(place, q, k, v, bias, key_mask, scale, num_prefix, positions, stats,
                           [&](const AttentionFwdParams& params) {
@@ -47,34 +49,34 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     const Tensor& lse, OptionalTensor bias, OptionalTensor key_mask, double scale,
     int64_t num_prefix, OptionalTensor positions, OptionalTensor coef, bool need_bias) {
   const OnDeviceOf place(q);
-  return attention_bwd_at(
-      place, dout, q, k, v, out, lse, bias, key_mask, scale, num_prefix, positions, coef, need_bias,
-      [&](const AttentionBwdParams& params) {
-        const AttentionScores& s = params.scores;
-        // Freed on return, while the kernels may still run: torch's allocator reuses it in stream
-        // order.
-        const Tensor delta = place.empty({s.batch, s.heads, s.queries}, ScalarType::Float);
-        check_cuda(cuda::attention_bwd(params, static_cast<float*>(delta.data_ptr()),
-                                       place.stream()));
-      });
+  return attention_bwd_at(place, dout, q, k, v, out, lse, bias, key_mask, scale, num_prefix,
+                          positions, coef, need_bias, [&](const AttentionBwdParams& params) {
+                            const AttentionScores& s = params.scores;
+                            // Freed on return, while the kernels may still run: torch's allocator
+                            // reuses it in stream order.
+                            const Tensor delta =
+                                place.empty({s.batch, s.heads, s.queries}, ScalarType::Float);
+                            check_cuda(cuda::attention_bwd(
+                                params, static_cast<float*>(delta.data_ptr()), place.stream()));
+                          });
 }
 
 inline Tensor received_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& lse,
                                      OptionalTensor bias, OptionalTensor key_mask, double scale) {
   const OnDeviceOf place(q);
-  return received_attention_at(
-      place, q, k, lse, bias, key_mask, scale, [&](const ReceivedAttentionParams& params) {
-        check_cuda(cuda::received_attention_fwd(params, place.stream()));
-      });
+  return received_attention_at(place, q, k, lse, bias, key_mask, scale,
+                               [&](const ReceivedAttentionParams& params) {
+                                 check_cuda(cuda::received_attention_fwd(params, place.stream()));
+                               });
 }
 
 inline Tensor head_divergence_fwd(const Tensor& q, const Tensor& k, const Tensor& lse,
                                   OptionalTensor bias, OptionalTensor key_mask, double scale) {
   const OnDeviceOf place(q);
-  return head_divergence_at(
-      place, q, k, lse, bias, key_mask, scale, [&](const HeadDivergenceParams& params) {
-        check_cuda(cuda::head_divergence_fwd(params, place.stream()));
-      });
+  return head_divergence_at(place, q, k, lse, bias, key_mask, scale,
+                            [&](const HeadDivergenceParams& params) {
+                              check_cuda(cuda::head_divergence_fwd(params, place.stream()));
+                            });
 }
 
 }  // namespace mimkernels::binding
