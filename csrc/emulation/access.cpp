@@ -111,6 +111,12 @@ struct Access {
   }
 };
 
+// Whether another block of this launch, of those that ran before, did that.
+bool by_earlier_block(const Access& access, uint32_t epoch) {
+  return access.space == Space::kGlobal && epoch >= engine.launch_epoch &&
+         epoch < engine.block_epoch;
+}
+
 bool seen(const Thread& thread, int lane, uint32_t clock) { return thread.clock[lane] >= clock; }
 
 // The last write must have happened before this access.
@@ -124,7 +130,7 @@ void check_last_write(const Access& access, const Cell& cell) {
           ", which thread " + std::to_string(cell.writer) + " wrote, with no barrier between them",
           place_at(cell.write_place));
     }
-  } else if (cell.write_epoch >= engine.launch_epoch && cell.write_epoch < engine.block_epoch) {
+  } else if (by_earlier_block(access, cell.write_epoch)) {
     access.fail(", which another block of this launch wrote (its thread " +
                     std::to_string(cell.writer) + ")",
                 place_at(cell.write_place));
@@ -145,8 +151,9 @@ void check_last_reads(const Access& access, const Cell& cell) {
                   place_at(cell.read_place));
     }
   }
-  if (cell.read_epoch >= engine.launch_epoch &&
-      (cell.read_epoch < engine.block_epoch || (cell.state & kReadByEarlierBlock) != 0)) {
+  const bool flagged = access.space == Space::kGlobal && cell.read_epoch >= engine.block_epoch &&
+                       (cell.state & kReadByEarlierBlock) != 0;
+  if (flagged || by_earlier_block(access, cell.read_epoch)) {
     access.fail(", which another block of this launch read", place_at(cell.read_place));
   }
 }
@@ -186,6 +193,7 @@ void note_write(Cell& cell, const Thread& thread, uint32_t place) {
   cell.write_clock = thread.clock[thread.lane];
   cell.write_place = place;
   cell.writer = static_cast<uint16_t>(thread.number);
+  cell.state &= static_cast<uint8_t>(~kInFlight);
 }
 
 void check_cell(const Access& access, Cell& cell, uint32_t place) {
@@ -197,7 +205,7 @@ void check_cell(const Access& access, Cell& cell, uint32_t place) {
                   place_at(cell.write_place));
     }
     if (!written && !access.write) {
-      access.fail(", which this block has not written");
+      access.fail(", which no thread of the block has written so far (a missing barrier?)");
     }
   }
   check_last_write(access, cell);
@@ -286,7 +294,6 @@ void check_copy(Thread& thread, void* to, const void* caller) {
 void finish_copy(Thread& thread, void* to) {
   Cell* const cells = shared_cells + (static_cast<unsigned char*>(to) - engine.shared);
   for (int i = 0; i < 16; ++i) {
-    cells[i].state &= static_cast<uint8_t>(~kInFlight);
     note_write(cells[i], thread, cells[i].write_place);
   }
 }
@@ -313,7 +320,8 @@ inline void on_access(const void* address, size_t bytes, bool write, const void*
 
 using mimkernels::emulation::on_access;
 
-// What GCC and Clang call. Atomic accesses are not here: kernels have none.
+// What GCC and Clang call. Of atomic accesses there is only the one that guards static variables of
+// host functions: kernels have none.
 #define MIMKERNELS_ON_ACCESS(name, bytes, write)                   \
   extern "C" void __tsan_##name(void* address) {                   \
     on_access(address, bytes, write, __builtin_return_address(0)); \
@@ -337,6 +345,9 @@ void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 void __tsan_vptr_read(void*) {}
 void __tsan_vptr_update(void*, void*) {}
+unsigned char __tsan_atomic8_load(const volatile unsigned char* address, int) {
+  return __atomic_load_n(address, __ATOMIC_ACQUIRE);
+}
 void __tsan_read_range(void* address, size_t bytes) {
   on_access(address, bytes, false, __builtin_return_address(0));
 }

@@ -141,11 +141,16 @@ MIMKERNELS_FLOAT16 __forceinline__ T __hfma(T a, T b, T c) {
   return T(::mimkernels::emulation::fma_to_odd(static_cast<float>(a), static_cast<float>(b),
                                                static_cast<float>(c)));
 }
+// With one NaN, of whatever kind, the other argument.
 MIMKERNELS_FLOAT16 __forceinline__ T __hmax(T a, T b) {
-  return T(fmaxf(static_cast<float>(a), static_cast<float>(b)));
+  return isnan(static_cast<float>(a))   ? b
+         : isnan(static_cast<float>(b)) ? a
+                                        : T(fmaxf(static_cast<float>(a), static_cast<float>(b)));
 }
 MIMKERNELS_FLOAT16 __forceinline__ T __hmin(T a, T b) {
-  return T(fminf(static_cast<float>(a), static_cast<float>(b)));
+  return isnan(static_cast<float>(a))   ? b
+         : isnan(static_cast<float>(b)) ? a
+                                        : T(fminf(static_cast<float>(a), static_cast<float>(b)));
 }
 MIMKERNELS_FLOAT16 __forceinline__ bool __hisnan(T a) { return isnan(static_cast<float>(a)); }
 MIMKERNELS_FLOAT16 __forceinline__ bool __heq(T a, T b) { return a == b; }
