@@ -12,8 +12,6 @@
 
 namespace mimkernels::cuda {
 
-constexpr int kWarp = 32;
-constexpr unsigned kAll = 0xffffffffu;
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
@@ -513,21 +511,6 @@ __device__ __forceinline__ void load_distances(float (&d)[2][4], const HeadPosit
 inline bool aligned_rows(const HeadRows& rows, int64_t size) {
   return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.stride_batch * size % 16 == 0 &&
          rows.stride_head * size % 16 == 0 && rows.stride_token * size % 16 == 0;
-}
-
-// Calls run(T{}) with the type of `dtype`.
-template <typename Run>
-cudaError_t with_float_type(DType dtype, Run run) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return run(float{});
-    case DType::kBFloat16:
-      return run(__nv_bfloat16{});
-    case DType::kFloat16:
-      return run(__half{});
-    default:
-      return cudaErrorInvalidValue;
-  }
 }
 
 }  // namespace mimkernels::cuda

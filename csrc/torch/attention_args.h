@@ -70,7 +70,7 @@ inline int64_t count_planes(int64_t stats) {
 // What every call takes: tensors that the parameters point into, kept alive together.
 template <typename Place>
 struct ScoreTensors {
-  Place place;
+  const Place& place;
   Tensor q;
   Tensor k;
   OptionalTensor bias;
