@@ -26,8 +26,9 @@ build: $(BUILT) ## create the environment, install, compile the kernels
 demo: $(BUILT) ## pre-train a small MAE on handwritten digits and write runs/demo/report.html
 	$(BIN)/mimkernels demo $(ARGS)
 
+# A process per core, with one thread each: most tests are too small for more.
 test: $(BUILT) ## run every test (ARGS="-k gather": some)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
 
 # libstdc++ as well: Python brings no exceptions of C++ for AddressSanitizer to intercept. The planted accesses of
 # test_emulation.py show that it is there and at work.

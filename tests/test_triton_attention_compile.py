@@ -18,6 +18,8 @@ pytest.importorskip("triton")
 from mimkernels.ops.attention import triton_configs
 from mimkernels.ops.attention.triton_table import TABLE
 
+pytestmark = pytest.mark.xdist_group("attention-compile")  # what is compiled once serves all of them
+
 HERE = Path(__file__).parent
 # Bytes of shared memory per block. 80 is also what consumer GPUs of compute capability 8.6, 8.9 and 12.0 get.
 SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
