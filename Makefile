@@ -15,7 +15,7 @@ LINTERS := $(VENV)/.mimkernels-linters
 SOURCES := CMakeLists.txt $(shell find csrc tests/emulation -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test sanitize bench lint format clean
+.PHONY: help build demo test sanitize bench gpu lint format clean
 
 help: ## show the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -26,8 +26,9 @@ build: $(BUILT) ## create the environment, install, compile the kernels
 demo: $(BUILT) ## pre-train a small MAE on handwritten digits and write runs/demo/report.html
 	$(BIN)/mimkernels demo $(ARGS)
 
+# A process per core, with one thread each: most tests are too small for more.
 test: $(BUILT) ## run every test (ARGS="-k gather": some)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
 
 # libstdc++ as well: Python brings no exceptions of C++ for AddressSanitizer to intercept. The planted accesses of
 # test_emulation.py show that it is there and at work.
@@ -38,6 +39,10 @@ sanitize: $(BUILT) ## run the CUDA kernels on the host under AddressSanitizer
 
 bench: $(BUILT) ## time the ops against plain PyTorch
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# Not through the environment above: a machine with a GPU often has its own torch, and no way to install another.
+gpu: ## on a machine with an NVIDIA GPU: build, test, sanitize, time (PYTHON=... with torch; ARGS=--dry-run without GPU)
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 lint: $(LINTERS) ## check style
 	$(BIN)/ruff check .

@@ -15,8 +15,8 @@ from mimkernels.ops import _native
 
 
 def check_libraries() -> None:
-    package, tests = Path(mimkernels.__file__).resolve(), Path(__file__).resolve()
-    assert tests.parent.parent not in package.parents, f"{package} is the source tree, not the installed package"
+    package, source = Path(mimkernels.__file__).resolve().parent, Path(__file__).resolve().parent.parent / "mimkernels"
+    assert package != source, f"{package} is the source tree, not the installed package"
     cpu, cuda = _native.library("cpu"), _native.library("cuda")
     assert cpu.loaded, f"the CPU library did not load: {cpu.reason}"
     assert cpu.build["torch"], "build.json does not say which torch the library was built with"

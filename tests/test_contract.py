@@ -116,7 +116,8 @@ def test_reference_gradients_are_the_numerical_ones(case):
 )
 def test_opcheck(case, backend, monkeypatch):
     calls = recorded_calls(case, backend, torch.float32, monkeypatch)
-    assert len(calls) == (2 if case.grads else 1)
+    names = {op._schema.name.removeprefix(f"mimkernels::{case.op}_") for op, _ in calls}
+    assert names >= ({"fwd", "bwd"} if case.grads else {"fwd"}), names
     for op, args in calls:
         args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
         torch.library.opcheck(op, args)

@@ -32,9 +32,11 @@ struct ScoreBias {
   int64_t stride_query = 0;
 };
 
-// fp32 [B or 1, N, dims], the last dim contiguous; stride_batch is 0 where all images share them.
+// fp32 [B or 1, N - first, dims], the last dim contiguous: row i is where token first + i lies, and
+// no earlier token lies anywhere. stride_batch is 0 where all images share them.
 struct Positions {
   const float* data = nullptr;
+  int64_t first = 0;
   int64_t stride_batch = 0;
   int64_t stride_token = 0;
   int dims = 0;
@@ -76,6 +78,19 @@ struct AttentionFwdParams {
   void* out = nullptr;    // [B, Nq, H, D]
   float* lse = nullptr;   // [B, H, Nq]
   float* rows = nullptr;  // [popcount(stats), B, H, Nq]
+};
+
+// How upstream gradients of lse and of the statistics enter the gradient of a row's scores: each
+// statistic's is P_ij times a term affine in S_ij, so that a row needs six numbers: constant and
+// slope on prefix keys, the same on patch keys, the weight of its own key and that of the distance.
+struct AttentionCoefParams {
+  int64_t count = 0;             // B * H * Nq
+  int64_t stats = 0;             // the planes of rows and drows
+  const float* lse = nullptr;    // [count]
+  const float* dlse = nullptr;   // [count] or null
+  const float* rows = nullptr;   // [popcount(stats), count]
+  const float* drows = nullptr;  // the same, or null
+  float* coef = nullptr;         // [6, count]
 };
 
 struct AttentionBwdParams {

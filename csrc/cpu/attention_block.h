@@ -244,7 +244,11 @@ class Distances {
     const float* src = positions_.data + image * positions_.stride_batch;
     for (int d = 0; d < positions_.dims; ++d) {
       float* dst = points_ + d * stride_;
-      for (int64_t j = 0; j < tokens_; ++j) dst[j] = src[j * positions_.stride_token + d];
+      const int64_t first = positions_.first;
+      for (int64_t j = 0; j < first; ++j) dst[j] = 0.0f;
+      for (int64_t j = first; j < tokens_; ++j) {
+        dst[j] = src[(j - first) * positions_.stride_token + d];
+      }
       for (int64_t j = tokens_; j < stride_; ++j) dst[j] = 0.0f;
     }
     if (kept_) memset(made_, 0, static_cast<size_t>(tokens_) * sizeof(float));

@@ -23,6 +23,7 @@ struct CpuKernels {
   Status (*masked_patch_loss_fwd)(const MaskedPatchLossParams&, ParallelFor);
   Status (*masked_patch_loss_bwd)(const MaskedPatchLossParams&, ParallelFor);
   Status (*attention_fwd)(const AttentionFwdParams&, ParallelFor);
+  Status (*attention_coef)(const AttentionCoefParams&, ParallelFor);
   Status (*attention_bwd)(const AttentionBwdParams&, ParallelFor);
   Status (*received_attention_fwd)(const ReceivedAttentionParams&, ParallelFor);
   Status (*head_divergence_fwd)(const HeadDivergenceParams&, ParallelFor);

@@ -21,6 +21,7 @@ Status fill_mask_tokens_bwd(const FillMaskTokensBwdParams& params, ParallelFor p
 Status masked_patch_loss_fwd(const MaskedPatchLossParams& params, ParallelFor parallel_for);
 Status masked_patch_loss_bwd(const MaskedPatchLossParams& params, ParallelFor parallel_for);
 Status attention_fwd(const AttentionFwdParams& params, ParallelFor parallel_for);
+Status attention_coef(const AttentionCoefParams& params, ParallelFor parallel_for);
 Status attention_bwd(const AttentionBwdParams& params, ParallelFor parallel_for);
 Status received_attention_fwd(const ReceivedAttentionParams& params, ParallelFor parallel_for);
 Status head_divergence_fwd(const HeadDivergenceParams& params, ParallelFor parallel_for);

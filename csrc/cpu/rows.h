@@ -14,7 +14,7 @@ namespace mimkernels::MIMKERNELS_ISA {
 // Outputs from this size on bypass the cache: the next op would not find them there anyway, and a
 // plain store first reads the line that it is about to overwrite. Below, plain stores are as fast
 // and leave the output in the cache for the op that reads it.
-constexpr int64_t kStreamBytes = int64_t{16} << 20;
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
 // The least work, in bytes moved, that is worth a thread.
 constexpr int64_t kGrainBytes = int64_t{256} << 10;
 

@@ -23,6 +23,7 @@ const CpuKernels kernel_table = {
     &masked_patch_loss_fwd,
     &masked_patch_loss_bwd,
     &attention_fwd,
+    &attention_coef,
     &attention_bwd,
     &received_attention_fwd,
     &head_divergence_fwd,

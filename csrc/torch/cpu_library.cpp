@@ -39,6 +39,7 @@ STABLE_TORCH_LIBRARY_IMPL(mimkernels, CPU, m) {
   m.impl("masked_patch_loss_fwd.cpu", TORCH_BOX(&binding::masked_patch_loss_fwd));
   m.impl("masked_patch_loss_bwd.cpu", TORCH_BOX(&binding::masked_patch_loss_bwd));
   m.impl("attention_fwd.cpu", TORCH_BOX(&binding::attention_fwd));
+  m.impl("attention_coef.cpu", TORCH_BOX(&binding::attention_coef));
   m.impl("attention_bwd.cpu", TORCH_BOX(&binding::attention_bwd));
   m.impl("received_attention_fwd.cpu", TORCH_BOX(&binding::received_attention_fwd));
   m.impl("head_divergence_fwd.cpu", TORCH_BOX(&binding::head_divergence_fwd));

@@ -7,6 +7,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdlib>
 #include <string>
 
 #include "tensor_args.h"
@@ -85,10 +86,48 @@ inline void check_tensor(const Tensor& tensor, const char* name, const Tensor& f
                      MIMKERNELS_CUDA_OVERLOAD + " takes");
 }
 
+// check_tensor beside the first tensor of a call, for the functions that the CPU shares.
+struct SameDevice {
+  const Tensor& first;
+
+  void operator()(const Tensor& tensor, const char* name,
+                  std::initializer_list<int64_t> expected) const {
+    check_tensor(tensor, name, first, expected);
+  }
+};
+
+// With MIMKERNELS_DEBUG=1, refuses ids [..., K] outside [0, limit), which waits for the device.
+// Otherwise nothing is checked: kernels read zeros for such ids, or count nothing.
+inline void check_ids(const char* op, const char* name, const OptionalTensor& ids_any,
+                      int64_t limit) {
+  const char* const debug = std::getenv("MIMKERNELS_DEBUG");
+  if (!ids_any.has_value() || debug == nullptr || *debug == 0 || std::string(debug) == "0") return;
+  const Tensor ids = torch::stable::contiguous(
+      torch::stable::to(*ids_any, torch::stable::Device(torch::headeronly::DeviceType::CPU)));
+  const int64_t* const data = static_cast<const int64_t*>(ids.data_ptr());
+  for (int64_t i = 0; i < ids.numel(); ++i) {
+    if (data[i] >= 0 && data[i] < limit) continue;
+    throw std::out_of_range(std::string(op) + ": " + name + " holds " + std::to_string(data[i]) +
+                            ", outside [0, " + std::to_string(limit) + ")");
+  }
+}
+
 inline Tensor new_output_like(const Tensor& like, std::initializer_list<int64_t> sizes,
                               ScalarType type) {
   return torch::stable::new_empty(
       like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
+}
+
+inline Tensor new_output_like_if(bool needed, const Tensor& like,
+                                 std::initializer_list<int64_t> sizes, ScalarType type) {
+  return needed ? new_output_like(like, sizes, type) : new_output_like(like, {0}, type);
+}
+
+// Memory for kernels alone. It may be freed while they still run: torch's allocator reuses it in
+// stream order.
+inline Tensor new_workspace(const Tensor& like, int64_t elements,
+                            ScalarType type = ScalarType::Float) {
+  return new_output_like(like, {elements}, type);
 }
 
 }  // namespace mimkernels::binding

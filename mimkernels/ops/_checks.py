@@ -81,6 +81,11 @@ def rows(tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd will want a backward; where it will not, a call goes to the kernel directly."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def in_range(op: str, name: str, ids: Tensor, size: int) -> None:
     """For the reference on CPU tensors; kernels check for themselves. On CUDA it would wait for the device."""
     if torch.compiler.is_compiling() or ids.device.type != "cpu" or ids.numel() == 0:

@@ -33,6 +33,9 @@ class Backend:
     library: str | None = None  # the native library that holds its kernels
     testing_devices: tuple[str, ...] = ()  # taken by name, never by "auto"
 
+    def runs_on(self, device: str, named: bool) -> bool:
+        return self.devices is None or device in self.devices or (named and device in self.testing_devices)
+
     def unavailable(self) -> str | None:
         """Why nothing of this backend can run in this process, or None."""
         if self.library is not None:
@@ -72,11 +75,10 @@ class Impl:
         found = []
         if self.backend in _UNAVAILABLE:
             found.append(_UNAVAILABLE[self.backend])
-        if backend.devices is not None and device not in backend.devices:
-            if not (named and device in backend.testing_devices):
-                hint = " (TRITON_INTERPRET=1 runs it on CPU tensors)" if self.backend == "triton" else ""
-                runs_on = _words(backend.devices or backend.testing_devices)
-                found.append(f"runs on {runs_on}, the inputs are on {device}{hint}")
+        if not backend.runs_on(device, named):
+            hint = " (TRITON_INTERPRET=1 runs it on CPU tensors)" if self.backend == "triton" else ""
+            runs_on = _words(backend.devices or backend.testing_devices)
+            found.append(f"runs on {runs_on}, the inputs are on {device}{hint}")
         if dtype not in self.dtypes:
             found.append(f"takes {_words(self.dtypes)}, got {_words((dtype,))}")
         for name, most in self.limits.items():
@@ -119,7 +121,9 @@ class OpSpec:
             raise ValueError(f"{self.name}: unknown backend {wanted!r}; known: auto, {', '.join(BACKENDS)}")
         for impl in self.impls:
             named = impl.backend == wanted
-            if (named or wanted == "auto") and not impl.reasons(device, dtype, sizes, named):
+            if not (named or wanted == "auto") or not BACKENDS[impl.backend].runs_on(device, named):
+                continue
+            if not impl.reasons(device, dtype, sizes, named):
                 return impl.backend
         raise NotImplementedError(self.refusal(wanted, device, dtype, sizes))
 

@@ -83,26 +83,30 @@ def attention(
     if v.shape != k.shape:
         raise ValueError(f"attention: v {_checks.shape(v)} and k {_checks.shape(k)} must have the same shape")
     length, dim = q.shape[2:]
-    stats = _check_stats(stats, length, k.shape[2])
+    planes, bits = _asked(stats, length, k.shape[2])
     if not 0 <= num_prefix <= k.shape[2]:
         raise ValueError(f"attention: num_prefix is {num_prefix} but there are {k.shape[2]} keys")
     scale = dim**-0.5 if scale is None else float(scale)
     bias = _check_bias("attention", bias, q, k)
     key_mask = _check_key_mask("attention", key_mask, k)
-    positions = _check_positions(positions, "distance" in stats, num_prefix, q)
+    positions = _check_positions(positions, "distance" in planes, num_prefix, q)
     name = SPEC.resolve(backend, q.device.type, q.dtype, head_dim=dim)
     if name == "reference":
-        return AttentionOutput(*reference.attention(q, k, v, bias, key_mask, scale, num_prefix, positions, stats))
-    # The gradient of patch_entropy needs M_i.
-    computed = (*stats, "patch_mass") if "patch_entropy" in stats and "patch_mass" not in stats else stats
-    bits = sum(1 << STATISTICS.index(stat) for stat in computed)
+        return AttentionOutput(*reference.attention(q, k, v, bias, key_mask, scale, num_prefix, positions, planes))
     q, k, v = _checks.rows(q), _checks.rows(k), _checks.rows(v)
-    out, lse, rows = _Attention.apply(q, k, v, bias, key_mask, scale, num_prefix, positions, bits, name)
-    captured = [stat for stat in STATISTICS if stat in computed]
-    made = dict(zip(captured, rows.unbind(0), strict=True)) if captured else {}
-    if "peak" in made:
+    arguments = (q, k, v, bias, key_mask, scale, num_prefix, positions, bits)
+    if _checks.needs_grad(q, k, v, bias):
+        out, lse, rows = _Attention.apply(*arguments, name)
+    else:
+        out, lse, rows = SPEC.overload("attention_fwd", name)(*arguments)
+        out = out.transpose(1, 2)
+    if not planes:
+        return AttentionOutput(out, lse, {})
+    by_plane = rows.unbind(0)
+    made = {name: by_plane[plane] for name, plane in planes.items()}
+    if rows.requires_grad and "peak" in made:
         made["peak"] = made["peak"].detach()
-    return AttentionOutput(out.transpose(1, 2), lse, {stat: made[stat] for stat in stats})
+    return AttentionOutput(out, lse, made)
 
 
 class _Attention(torch.autograd.Function):
@@ -114,16 +118,17 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, out, lse, bias, key_mask, positions, rows)
         ctx.options = (scale, num_prefix, bits, backend)
         ctx.set_materialize_grads(False)
-        return out, lse, rows
+        return out.transpose(1, 2), lse, rows
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dlse, drows):
         q, k, v, out, lse, bias, key_mask, positions, rows = ctx.saved_tensors
         scale, num_prefix, bits, backend = ctx.options
-        if dout is None:
-            dout = torch.zeros_like(out)
-        coef = row_coefficients(lse, rows, bits, dlse, drows)
+        dout = torch.zeros_like(out) if dout is None else dout.transpose(1, 2)
+        coef = None
+        if dlse is not None or drows is not None:
+            coef = SPEC.overload("attention_coef", backend)(lse, dlse, rows, drows, bits)
         need_bias = bias is not None and ctx.needs_input_grad[3]
         dq, dk, dv, dbias = SPEC.overload("attention_bwd", backend)(
             _checks.rows(dout),
@@ -135,48 +140,6 @@ class _Attention(torch.autograd.Function):
             d.transpose(1, 2) if need else None for d, need in zip((dq, dk, dv), ctx.needs_input_grad[:3], strict=True)
         ]
         return *grads, dbias if need_bias else None, *(None,) * 6
-
-
-def row_coefficients(lse: Tensor, rows: Tensor, bits: int, dlse: Tensor | None, drows: Tensor | None) -> Tensor | None:
-    """How upstream gradients of lse and statistics enter the scores' gradient, ``[6, B, H, Nq]`` fp32 or None.
-
-    Each statistic's gradient is ``P_ij`` times a term affine in ``S_ij``, so that a row needs six numbers: constant and
-    slope on prefix keys, the same on patch keys, the weight of its own key, and the weight of the distance.
-    """
-    if dlse is None and drows is None:
-        return None
-    zero = torch.zeros_like(lse)
-    both = zero if dlse is None else dlse
-    slope = c_prefix = c_patch = a_patch = own = far = zero
-    if drows is not None:
-        captured = [name for bit, name in enumerate(STATISTICS) if bits >> bit & 1]
-        value = {name: (rows[i], drows[i]) for i, name in enumerate(captured)}
-        level = torch.where(lse.isfinite(), lse, 0.0)
-        if "entropy" in value:
-            entropy, up = value["entropy"]
-            slope = -up
-            both = both + up * (level - entropy)
-        if "prefix_mass" in value:
-            mass, up = value["prefix_mass"]
-            both = both - up * mass
-            c_prefix = up
-        if "self_mass" in value:
-            mass, own = value["self_mass"]
-            both = both - own * mass
-        if "distance" in value:
-            mean, far = value["distance"]
-            both = both - far * mean
-        if "patch_entropy" in value:
-            entropy, up = value["patch_entropy"]
-            mass = value["patch_mass"][0]
-            up = torch.where(mass > 0, up / mass, 0.0)
-            a_patch = -up
-            c_patch = up * (level + mass.log() - entropy).nan_to_num()
-        if "patch_mass" in value:
-            mass, up = value["patch_mass"]
-            both = both - up * mass
-            c_patch = c_patch + up
-    return torch.stack([both + c_prefix, slope, both + c_patch, slope + a_patch, own, far])
 
 
 def checked_scores(
@@ -214,19 +177,33 @@ def _check_same_kind(op: str, name: str, tensor: Tensor, q: Tensor) -> None:
         raise TypeError(f"{op}: {name} is {tensor.dtype} but q is {q.dtype}")
 
 
-def _check_stats(stats: Sequence[str], queries: int, keys: int) -> tuple[str, ...]:
+# What names asked for before come to: their planes in the op's rows, and the op's bits.
+_ASKED: dict[tuple[str, ...], tuple[dict[str, int], int]] = {(): ({}, 0)}
+
+
+def _asked(stats: Sequence[str], queries: int, keys: int) -> tuple[dict[str, int], int]:
     if isinstance(stats, str):
         raise TypeError(f"attention: stats must be a sequence of names, got the string {stats!r}")
-    for name in stats:
-        if name not in STATISTICS:
-            raise ValueError(f"attention: unknown statistic {name!r}; known: {', '.join(STATISTICS)}")
-        if name in ("self_mass", "distance") and queries != keys:
-            raise ValueError(f"attention: {name} needs self-attention, got {queries} queries and {keys} keys")
-    return tuple(dict.fromkeys(stats))
+    names = tuple(stats)
+    if names not in _ASKED:
+        for name in names:
+            if name not in STATISTICS:
+                raise ValueError(f"attention: unknown statistic {name!r}; known: {', '.join(STATISTICS)}")
+        # The gradient of patch_entropy needs M_i.
+        computed = {*names, "patch_mass"} if "patch_entropy" in names else {*names}
+        order = [name for name in STATISTICS if name in computed]
+        bits = sum(1 << STATISTICS.index(name) for name in order)
+        _ASKED[names] = {name: order.index(name) for name in names}, bits
+    planes, bits = _ASKED[names]
+    if queries != keys:
+        for name in ("self_mass", "distance"):
+            if name in planes:
+                raise ValueError(f"attention: {name} needs self-attention, got {queries} queries and {keys} keys")
+    return planes, bits
 
 
 def _check_positions(positions: Tensor | None, needed: bool, num_prefix: int, q: Tensor) -> Tensor | None:
-    """fp32 (or fp64) ``[B or 1, N, d]`` with rows for the prefix tokens, or None where no statistic needs it."""
+    """fp32 (or fp64) ``[N or N - P, d]`` or one of those per image, or None where no statistic needs it."""
     if not needed:
         return None
     if positions is None:
@@ -234,12 +211,11 @@ def _check_positions(positions: Tensor | None, needed: bool, num_prefix: int, q:
     _checks.has_rank("attention", "positions", positions, 2, 3)
     _checks.same_device("attention", "positions", positions, "q", q)
     batch, tokens = q.shape[0], q.shape[2]
-    positions = positions.detach().to(torch.promote_types(q.dtype, torch.float32))
-    if positions.dim() == 2:
-        positions = positions.unsqueeze(0)
-    if positions.shape[1] == tokens - num_prefix:
-        positions = torch.nn.functional.pad(positions, (0, 0, num_prefix, 0))
-    if positions.shape[0] not in (1, batch) or positions.shape[1] != tokens or not 1 <= positions.shape[2] <= 3:
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if positions.requires_grad or positions.dtype != wide:
+        positions = positions.detach().to(wide)
+    *images, places, dims = positions.shape
+    if images not in ([], [1], [batch]) or places not in (tokens, tokens - num_prefix) or not 1 <= dims <= 3:
         raise ValueError(
             f"attention: positions {_checks.shape(positions)} must be [N - P, d] or [B, N - P, d] with B = {batch}, "
             f"N = {tokens}, P = {num_prefix} and d from 1 to 3"

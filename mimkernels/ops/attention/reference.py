@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ def attention(
     scale: float,
     num_prefix: int,
     positions: Tensor | None,
-    stats: tuple[str, ...],
+    stats: Iterable[str],
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Materialised attention: out ``[B, H, Nq, D]``, lse ``[B, H, Nq]`` and the asked statistics."""
     s = scores(q, k, bias, key_mask, scale)  # [B, H, Nq, Nk], at least fp32
@@ -55,7 +57,8 @@ def _self_mass(s, p, lse, num_prefix, positions):
 
 
 def _distance(s, p, lse, num_prefix, positions):
-    d = distances(positions.to(p.dtype), num_prefix)  # [B or 1, Nq, Nk]
+    positions = with_prefix_rows(positions.to(p.dtype), num_prefix, p.shape[-1])
+    d = distances(positions, num_prefix)  # [B or 1, Nq, Nk]
     return (p * d[:, None]).sum(-1)
 
 
@@ -84,6 +87,15 @@ _STATISTICS = {
     "peak": _peak,
     "patch_mass": _patch_mass,
 }
+
+
+def with_prefix_rows(positions: Tensor, num_prefix: int, tokens: int) -> Tensor:
+    """Positions ``[N or N - P, d]``, or one of those per image, as ``[B or 1, N, d]``."""
+    if positions.dim() == 2:
+        positions = positions[None]
+    if positions.shape[1] == tokens:
+        return positions
+    return torch.constant_pad_nd(positions, (0, 0, num_prefix, 0))
 
 
 def distances(positions: Tensor, num_prefix: int) -> Tensor:

@@ -16,6 +16,10 @@ def _fwd(q, k, v, bias, key_mask, scale, num_prefix, positions, stats):
     )
 
 
+def _coef(lse, dlse, rows, drows, stats):
+    return lse.new_empty((6, *lse.shape))
+
+
 def _bwd(dout, q, k, v, out, lse, bias, key_mask, scale, num_prefix, positions, coef, need_bias):
     batch, heads, length, dim = k.shape
     return (
@@ -32,13 +36,15 @@ SPEC = register(
         schemas={
             "attention_fwd": "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_mask, float scale, "
             "SymInt num_prefix, Tensor? positions, int stats) -> (Tensor, Tensor, Tensor)",
+            "attention_coef": "(Tensor lse, Tensor? dlse, Tensor rows, Tensor? drows, int stats) -> Tensor",
             "attention_bwd": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? bias, "
             "Tensor? key_mask, float scale, SymInt num_prefix, Tensor? positions, Tensor? coef, bool need_bias) "
             "-> (Tensor, Tensor, Tensor, Tensor)",
         },
-        fakes={"attention_fwd": _fwd, "attention_bwd": _bwd},
+        fakes={"attention_fwd": _fwd, "attention_coef": _coef, "attention_bwd": _bwd},
         impls=(
             Impl("triton", limits={"head_dim": 128}, multiples={"head_dim": 8}),
+            Impl("cuda", limits={"head_dim": 128}, multiples={"head_dim": 8}),
             Impl("cpu", limits={"head_dim": 128}, multiples={"head_dim": 8}),
             Impl("reference", ANY_FLOAT),
         ),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mimkernels.ops import _triton
 from mimkernels.ops.attention import triton_configs
+from mimkernels.ops.attention.reference import with_prefix_rows
 from mimkernels.ops.attention.triton_bias_grad import attention_dbias_kernel
 from mimkernels.ops.attention.triton_blocks import (
     INTEGERS,
@@ -30,6 +31,7 @@ from mimkernels.ops.attention.triton_blocks import (
     strides,
 )
 from mimkernels.ops.attention.triton_bwd import attention_bwd_kernel, attention_dkv_kernel, attention_dq_kernel
+from mimkernels.ops.attention.triton_coef import attention_coef as attention_coef
 
 ENTROPY = tl.constexpr(1)
 PREFIX_MASS = tl.constexpr(2)
@@ -384,9 +386,12 @@ def attention_fwd(
     rows = q.new_empty((stats.bit_count(), batch, heads, queries), dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse, rows
+    if positions is not None:
+        positions = with_prefix_rows(positions, num_prefix, keys)
     d0, d1 = head_split(dim)
+    kernel = "forward" if bias is None and key_mask is None else "masked"
     config = triton_configs.config(
-        "forward", architecture(q.device), precision_name(q.dtype), d0 + d1, keys, stats & ~PEAK.value > 0
+        kernel, architecture(q.device), precision_name(q.dtype), d0 + d1, keys, stats & ~PEAK.value > 0
     )
     row_blocks = triton.cdiv(queries, config.block_m)
     unit, qkv_strides = strides(q, k, v)
@@ -442,6 +447,8 @@ def attention_bwd(
     dq = q.new_empty((batch, queries, heads, dim))
     dk, dv = (k.new_empty((batch, keys, heads, dim)) for _ in range(2))
     dbias = bias.new_empty(bias.shape) if need_bias else q.new_empty((0,))
+    if positions is not None:
+        positions = with_prefix_rows(positions, num_prefix, keys)
     # Without tensor cores the products of the backward pass over 128 columns want more registers than there are.
     d0, d1 = head_split(dim, 64 if precision_name(q.dtype) == "fp32" else 128)
     target = (architecture(q.device), precision_name(q.dtype), d0 + d1, queries, coef is not None)
