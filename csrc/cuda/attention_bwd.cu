@@ -11,14 +11,6 @@ cudaError_t attention_bwd_of(const AttentionBwdParams& p, bool dbias, float* del
 
 namespace {
 
-// A block owns strips of 16 queries by groups of 16 keys, one of each per warp.
-struct BiasCut {
-  int strips = 1;
-  int groups = 1;
-  int row_blocks = 0;
-  int key_blocks = 0;
-};
-
 struct BiasAligned {
   bool q = false;
   bool k = false;
@@ -126,25 +118,15 @@ template <typename T>
 cudaError_t launch_dbias(const AttentionBwdParams& p, const float* delta, cudaStream_t stream) {
   const AttentionScores& s = p.scores;
   const RowShape<T> shape(s.dim);
-  // Two members' rows of queries and of keys, two matrices each.
-  BiasCut cut = {4, 2, 0, 0};
-  const auto shared_bytes = [&] {
-    return 4 * (cut.strips + cut.groups) * kStrip * shape.stride * static_cast<int>(sizeof(T));
-  };
-  while (shared_bytes() > kSharedBudget) {
-    (cut.strips > cut.groups ? cut.strips : cut.groups) /= 2;
-  }
-  cut.row_blocks = cut_up(s.queries, cut.strips * kStrip);
-  cut.key_blocks = cut_up(s.keys, cut.groups * kStrip);
+  const BiasCut cut = cut_bias(s.queries, s.keys, static_cast<int>(s.dim), sizeof(T));
   const BiasAligned aligned = {aligned_rows(s.q, sizeof(T)), aligned_rows(s.k, sizeof(T)),
                                aligned_rows(p.v, sizeof(T)), aligned_rows(p.dout, sizeof(T))};
   const int64_t blocks = s.bias.batch * s.bias.heads * cut.row_blocks * cut.key_blocks;
   if (blocks == 0) {
     return cudaSuccess;
   }
-  return launch(attention_dbias_kernel<T>, dim3(static_cast<unsigned>(blocks)),
-                cut.strips * cut.groups * kWarp, shared_bytes(), stream, p, cut, shape, aligned,
-                delta);
+  return launch(attention_dbias_kernel<T>, dim3(static_cast<unsigned>(blocks)), cut.warps() * kWarp,
+                cut.shared_bytes, stream, p, cut, shape, aligned, delta);
 }
 
 }  // namespace

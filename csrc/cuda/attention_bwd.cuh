@@ -23,9 +23,6 @@ struct BwdSides {
   bool dbias = false;  // with the queries
 };
 
-constexpr int kBwdWarps = 4;
-constexpr int kBwdTile = 64;
-
 // dout . out of a lane's two queries of the strip, dout in shared memory.
 template <typename T>
 __device__ __forceinline__ void strip_delta(float (&delta)[2], const T* dout, int stride,
@@ -103,21 +100,20 @@ __device__ __forceinline__ void visit_side(const AttentionBwdParams& p, const St
   };
   load_strip(strip0, kStride, kChunks, own0, heads, place, own_tokens, dim, own0_aligned);
   load_strip(strip1, kStride, kChunks, own1, heads, place, own_tokens, dim, own1_aligned);
-  if (cut.tiles > 0) {
-    start(0);
-  }
 
   float acc0[DIM / 8][4] = {};             // dQ, or dK
   float acc1[KEYS ? DIM / 8 : 2][4] = {};  // dV
   float level[kQueries<KEYS>];
   float row_delta[kQueries<KEYS>];
-  for (int tile = 0; tile < cut.tiles; ++tile) {
-    copy_async_wait<0>();
-    __syncthreads();
+  for (int tile = -1; tile < cut.tiles; ++tile) {
+    if (tile >= 0) {
+      copy_async_wait<0>();
+      __syncthreads();
+    }
     if (tile + 1 < cut.tiles) {
       start(tile + 1);
     }
-    if (!place.busy) {
+    if (tile < 0 || !place.busy) {
       continue;
     }
     if constexpr (!KEYS) {
@@ -192,7 +188,7 @@ __device__ __forceinline__ void visit_side(const AttentionBwdParams& p, const St
 // cost:     seven products, so that every sum stays in one warp; own rows read once, the other
 //           side's once per row block, two tiles in shared memory; no atomics, deterministic
 template <typename T, int DIM>
-__global__ void __launch_bounds__(kBwdWarps* kWarp, DIM <= 64 && !kExact<T> ? 3 : 2)
+__global__ void __launch_bounds__(kBackwardWarps* kWarp, backward_blocks(DIM, sizeof(T)))
     attention_bwd_kernel(AttentionBwdParams p, StripCut of_queries, StripCut of_keys,
                          BwdSides sides, BwdAligned aligned, float* delta) {
   if (sides.queries) {
@@ -211,9 +207,8 @@ cudaError_t launch_attention_bwd(const AttentionBwdParams& p, bool dbias, float*
                                  cudaStream_t stream) {
   const AttentionScores& s = p.scores;
   const int all_heads = static_cast<int>(s.batch * s.heads);
-  const int row_bytes = row_stride<T>(DIM) * sizeof(T);
-  const StripCut of_queries = cut_strips(s.queries, s.keys, 2, 2, row_bytes, kBwdWarps, kBwdTile);
-  const StripCut of_keys = cut_strips(s.keys, s.queries, 2, 2, row_bytes, kBwdWarps, kBwdTile);
+  const StripCut of_queries = cut_backward(s.queries, s.keys, DIM, sizeof(T));
+  const StripCut of_keys = cut_backward(s.keys, s.queries, DIM, sizeof(T));
   const BwdAligned aligned = {aligned_rows(s.q, sizeof(T)), aligned_rows(s.k, sizeof(T)),
                               aligned_rows(p.v, sizeof(T)), aligned_rows(p.out, sizeof(T)),
                               aligned_rows(p.dout, sizeof(T))};

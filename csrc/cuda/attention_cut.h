@@ -54,4 +54,85 @@ inline StripCut cut_strips(int64_t own_tokens, int64_t other_tokens, int own, in
   return cut;
 }
 
+// Bytes of a row of `dim` features of `size` bytes in shared memory: 16 more than a multiple of 32.
+constexpr int row_bytes_of(int dim, int size) { return (dim * size + 31) / 32 * 32 + 16; }
+
+// attention_fwd: warps of a block, and blocks that the registers of a multiprocessor should hold:
+// 16 warps where 128 registers suffice, else 12 (168 registers) or 8.
+constexpr int forward_warps(int dim, int size, bool stats) {
+  return size == 2 && dim <= 64 && !stats ? 8 : 4;
+}
+constexpr int forward_blocks(int dim, int size, bool stats) {
+  return forward_warps(dim, size, stats) == 4 && dim <= 64 && !(size == 4 && stats) ? 3 : 2;
+}
+// Keys whose scores a warp holds in registers.
+constexpr int forward_tile(int size) { return size == 4 ? 32 : 64; }
+
+inline StripCut cut_forward(int64_t queries, int64_t keys, int dim, int size, bool stats) {
+  return cut_strips(queries, keys, 1, 2, row_bytes_of(dim, size), forward_warps(dim, size, stats),
+                    forward_tile(size));
+}
+
+// attention_bwd, where `own` are the tokens whose strips warps own.
+constexpr int kBackwardWarps = 4;
+constexpr int backward_blocks(int dim, int size) { return dim <= 64 && size == 2 ? 3 : 2; }
+
+inline StripCut cut_backward(int64_t own, int64_t others, int dim, int size) {
+  return cut_strips(own, others, 2, 2, row_bytes_of(dim, size), kBackwardWarps, 64);
+}
+
+// The gradient of a shared bias: a block owns strips of 16 queries by groups of 16 keys, one of
+// each per warp, with two heads' rows of queries and of keys in shared memory, two matrices each.
+struct BiasCut {
+  int strips = 4;
+  int groups = 2;
+  int row_blocks = 0;
+  int key_blocks = 0;
+  int shared_bytes = 0;
+
+  int warps() const { return strips * groups; }
+};
+
+inline BiasCut cut_bias(int64_t queries, int64_t keys, int dim, int size) {
+  BiasCut cut;
+  const auto bytes = [&] {
+    return 4 * (cut.strips + cut.groups) * kStrip * row_bytes_of(dim, size);
+  };
+  while (bytes() > kSharedBudget) {
+    (cut.strips > cut.groups ? cut.strips : cut.groups) /= 2;
+  }
+  cut.shared_bytes = bytes();
+  cut.row_blocks = cut_up(queries, cut.strips * kStrip);
+  cut.key_blocks = cut_up(keys, cut.groups * kStrip);
+  return cut;
+}
+
+// received_attention
+constexpr int kReceivedWarps = 4;
+
+inline StripCut cut_received(int64_t queries, int64_t keys, int dim, int size) {
+  return cut_strips(keys, queries, 1, 1, row_bytes_of(dim, size), kReceivedWarps, 64);
+}
+
+// head_divergence: a block compares half of its heads with the other half. Shared memory has two
+// heads' 16 queries and 16 keys per warp, and nine words per lane and head.
+constexpr int kDivergenceWarps = 4;
+constexpr int kDivergenceHeads = 8;
+
+struct DivergenceCut {
+  int warps = kDivergenceWarps;
+  int shared_bytes = 0;
+
+  DivergenceCut(int dim, int size) {
+    const auto bytes = [&] {
+      return 2 * (1 + warps) * kStrip * row_bytes_of(dim, size) +
+             warps * kDivergenceHeads * 9 * 32 * 4;
+    };
+    while (bytes() > kSharedBudget) {
+      warps /= 2;
+    }
+    shared_bytes = bytes();
+  }
+};
+
 }  // namespace mimkernels::cuda

@@ -7,14 +7,6 @@
 
 namespace mimkernels::cuda {
 
-// Warps of a block, and blocks that the registers of an SM should hold: 16 warps where 128
-// registers suffice, else 12 (168 registers) or 8.
-template <typename T, int DIM, bool STATS>
-constexpr int kMostWarps = !kExact<T> && DIM <= 64 && !STATS ? 8 : 4;
-template <typename T, int DIM, bool STATS>
-constexpr int kLeastBlocks =
-    DIM <= 64 && kMostWarps<T, DIM, STATS> == 4 && !(kExact<T> && STATS) ? 3 : 2;
-
 // Which operands start every row on 16 bytes.
 struct FwdAligned {
   bool q = false;
@@ -163,9 +155,10 @@ __device__ __forceinline__ void write_row(const AttentionFwdParams& p, const Row
 // cost:     q read once, k and v once per row block, two tiles of keys in shared memory; up to
 //           two tiles of keys (128; fp32: 64) nothing is read twice; no atomics, deterministic
 template <typename T, int DIM, bool STATS>
-__global__ void __launch_bounds__(kMostWarps<T, DIM, STATS>* kWarp, kLeastBlocks<T, DIM, STATS>)
+__global__ void __launch_bounds__(forward_warps(DIM, sizeof(T), STATS) * kWarp,
+                                  forward_blocks(DIM, sizeof(T), STATS))
     attention_fwd_kernel(AttentionFwdParams p, StripCut cut, FwdAligned aligned) {
-  constexpr int kTile = kExact<T> ? 32 : 64;
+  constexpr int kTile = forward_tile(sizeof(T));
   constexpr int kGroups = kTile / kStrip;
   constexpr int kSteps = DIM / kStep<T>;
   constexpr int kStride = row_stride<T>(DIM);
@@ -198,21 +191,20 @@ __global__ void __launch_bounds__(kMostWarps<T, DIM, STATS>* kWarp, kLeastBlocks
     copy_async_commit();
   };
   load_strip(strip, kStride, kChunks, s.q, heads, place, queries, dim, aligned.q);
-  if (cut.tiles > 0) {
-    start(0);
-  }
 
   RowSums sums;
   float acc[DIM / 8][4] = {};
   constexpr bool kKeep = !kExact<T> && (DIM != 64 || STATS);
   Left<T> left[kKeep ? kSteps : 1];  // the queries, where they fit registers
-  for (int tile = 0; tile < cut.tiles; ++tile) {
-    copy_async_wait<0>();
-    __syncthreads();
+  for (int tile = -1; tile < cut.tiles; ++tile) {
+    if (tile >= 0) {
+      copy_async_wait<0>();
+      __syncthreads();
+    }
     if (tile + 1 < cut.tiles) {
       start(tile + 1);
     }
-    if (!place.busy) {
+    if (tile < 0 || !place.busy) {
       continue;
     }
     if constexpr (kKeep) {
@@ -318,8 +310,7 @@ template <typename T, int DIM, bool STATS>
 cudaError_t launch_attention_fwd(const AttentionFwdParams& p, cudaStream_t stream) {
   const AttentionScores& s = p.scores;
   const int all_heads = static_cast<int>(s.batch * s.heads);
-  const StripCut cut = cut_strips(s.queries, s.keys, 1, 2, row_stride<T>(DIM) * sizeof(T),
-                                  kMostWarps<T, DIM, STATS>, kExact<T> ? 32 : 64);
+  const StripCut cut = cut_forward(s.queries, s.keys, DIM, sizeof(T), STATS);
   const FwdAligned aligned = {aligned_rows(s.q, sizeof(T)), aligned_rows(s.k, sizeof(T)),
                               aligned_rows(p.v, sizeof(T))};
   return launch(attention_fwd_kernel<T, DIM, STATS>, dim3(cut.blocks(all_heads)),

@@ -5,9 +5,8 @@
 namespace mimkernels::cuda {
 namespace {
 
-constexpr int kWarps = 4;
-constexpr int kTile = 64;
-constexpr int kSide = 4;  // heads that a block compares with as many others
+constexpr int kSide = kDivergenceHeads / 2;  // heads that a block compares with as many others
+constexpr int kHeads = kDivergenceHeads;
 
 // grid:     row blocks of 16 keys per warp, fastest, times B * H; short heads share a block
 // in:       q, k by stride, features contiguous; lse fp32 [B, H, Nq] contiguous; bias by stride (0
@@ -18,7 +17,7 @@ constexpr int kSide = 4;  // heads that a block compares with as many others
 // cost:     k read once, q once per row block, two tiles in shared memory; no atomics,
 //           deterministic
 template <typename T>
-__global__ void __launch_bounds__(kWarps* kWarp)
+__global__ void __launch_bounds__(kReceivedWarps* kWarp)
     received_attention_kernel(ReceivedAttentionParams p, StripCut cut, RowShape<T> shape,
                               bool q_aligned, bool k_aligned) {
   const AttentionScores& s = p.scores;
@@ -41,18 +40,17 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     copy_async_commit();
   };
   load_strip(strip, shape.stride, shape.chunks, s.k, heads, place, keys, dim, k_aligned);
-  if (cut.tiles > 0) {
-    start(0);
-  }
 
   float sum[2] = {};
-  for (int tile = 0; tile < cut.tiles; ++tile) {
-    copy_async_wait<0>();
-    __syncthreads();
+  for (int tile = -1; tile < cut.tiles; ++tile) {
+    if (tile >= 0) {
+      copy_async_wait<0>();
+      __syncthreads();
+    }
     if (tile + 1 < cut.tiles) {
       start(tile + 1);
     }
-    if (!place.busy) {
+    if (tile < 0 || !place.busy) {
       continue;
     }
     const T* const rows = slots + tile % 2 * matrix + place.local_head * cut.tile * shape.stride;
@@ -102,8 +100,10 @@ struct HeadPair {
     first[0] = block / blocks % blocks * kSide;
     first[1] = block % blocks * kSide;
   }
-  // The i-th of the block's 2 * kSide heads.
-  __device__ __forceinline__ int head(int i) const { return first[i / kSide] + i % kSide; }
+  // The i-th of the block's heads.
+  __device__ __forceinline__ int head(int i) const {
+    return (i < kSide ? first[0] : first[1]) + i % kSide;
+  }
 };
 
 // grid:     B * cdiv(H, 4)^2; a block compares 4 heads with 4 others over all queries and keys
@@ -114,12 +114,14 @@ struct HeadPair {
 // numerics: fp32; logarithms are subtracted before they are weighted, so that equal heads give 0.
 //           A key that the bias hides has P = 0 and counts as a score of 0 in the logarithm
 // bounds:   keys beyond the last and masked keys, and queries beyond the last, have P = 0
-// cost:     a warp holds the logarithms of a 16 x 16 group of 8 heads in registers; q and k of a
-//           head are read cdiv(H, 4) * 2 times from L2; no atomics, deterministic
+// cost:     the logarithms of a 16 x 16 group of 8 heads lie in shared memory, where only the lane
+//           that wrote them reads them; q and k of a head are read cdiv(H, 4) * 2 times from L2; no
+//           atomics, deterministic
 template <typename T>
-__global__ void __launch_bounds__(kWarps* kWarp)
+__global__ void __launch_bounds__(kDivergenceWarps* kWarp)
     head_divergence_kernel(HeadDivergenceParams p, int blocks, RowShape<T> shape, bool q_aligned,
                            bool k_aligned) {
+  constexpr int kWords = 9;  // of a lane and head: 8 logarithms, and bits that say whose P is not 0
   const AttentionScores& s = p.scores;
   const int heads = static_cast<int>(s.heads);
   const int queries = static_cast<int>(s.queries);
@@ -127,50 +129,53 @@ __global__ void __launch_bounds__(kWarps* kWarp)
   const int dim = static_cast<int>(s.dim);
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
+  const int warps = blockDim.x / kWarp;
+  const int tile = warps * kStrip;
+  const int tiles = (keys + tile - 1) / tile;
+  const int steps = (queries + kStrip - 1) / kStrip * tiles * kHeads;
   const HeadPair pair(blocks);
-  const int tiles = (keys + kTile - 1) / kTile;
-  const int steps = (queries + kStrip - 1) / kStrip * tiles * 2 * kSide;
   T* const shared = reinterpret_cast<T*>(shared_memory());
-  const int slot = (kStrip + kTile) * shape.stride;
-  // A step is one head's 16 queries and 64 keys.
+  const int slot = (kStrip + tile) * shape.stride;
+  float* const words =
+      reinterpret_cast<float*>(shared + 2 * slot) + warp * kHeads * kWords * kWarp + lane;
+  // A step is one head's 16 queries and its keys of one tile.
   const auto start = [&](int step) {
-    const int head = pair.head(step % (2 * kSide));
-    const int first_key = step / (2 * kSide) % tiles * kTile;
-    const int first_query = step / (2 * kSide) / tiles * kStrip;
+    const int head = pair.head(step % kHeads);
+    const int first_key = step / kHeads % tiles * tile;
+    const int first_query = step / kHeads / tiles * kStrip;
     T* const to = shared + step % 2 * slot;
     if (head < heads) {
       load_rows(to, shape.stride, shape.chunks, head_at<T>(s.q, pair.image, head, first_query),
                 s.q.stride_token, kStrip, queries - first_query, dim, q_aligned,
                 static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
       load_rows(to + kStrip * shape.stride, shape.stride, shape.chunks,
-                head_at<T>(s.k, pair.image, head, first_key), s.k.stride_token, kTile,
+                head_at<T>(s.k, pair.image, head, first_key), s.k.stride_token, tile,
                 keys - first_key, dim, k_aligned, static_cast<int>(threadIdx.x),
                 static_cast<int>(blockDim.x));
     }
     copy_async_commit();
   };
-  if (steps > 0) {
-    start(0);
-  }
 
   float sum[kSide][kSide] = {};
-  for (int step = 0; step < steps; step += 2 * kSide) {
-    const int first_key = step / (2 * kSide) % tiles * kTile + warp * kStrip;
-    const int first_query = step / (2 * kSide) / tiles * kStrip;
-    float log_p[2 * kSide][2][4];
-    unsigned seen[kSide];  // of the weighing heads; bits as of GroupTerms::hidden
-#pragma unroll
-    for (int i = 0; i < 2 * kSide; ++i) {
+  for (int step = -1; step < steps; ++step) {
+    if (step >= 0) {
       copy_async_wait<0>();
       __syncthreads();
-      if (step + i + 1 < steps) {
-        start(step + i + 1);
-      }
-      const int head = pair.head(i);
-      if (head >= heads || first_key >= keys) {
-        continue;
-      }
-      const T* const rows = shared + i % 2 * slot;
+    }
+    if (step + 1 < steps) {
+      start(step + 1);
+    }
+    if (step < 0) {
+      continue;
+    }
+    const int first_key = step / kHeads % tiles * tile + warp * kStrip;
+    const int first_query = step / kHeads / tiles * kStrip;
+    const int head = pair.head(step % kHeads);
+    if (first_key >= keys) {
+      continue;
+    }
+    if (head < heads) {
+      const T* const rows = shared + step % 2 * slot;
       const GroupTerms group =
           load_terms<T, false>(HeadTerms(s, pair.image, head), first_query, first_key);
       float level[2];
@@ -181,38 +186,42 @@ __global__ void __launch_bounds__(kWarps* kWarp)
             query < queries ? p.lse[(int64_t{pair.image} * heads + head) * queries + query] : 0.0f;
         level[n] = lse == -kInfinity ? 0.0f : lse;
       }
-      multiply_rows<T>(log_p[i], left_row(rows, shape.stride),
+      float score[2][4];
+      multiply_rows<T>(score, left_row(rows, shape.stride),
                        right_row(rows + (kStrip + warp * kStrip) * shape.stride, shape.stride),
                        shape.steps);
-      finish_scores(log_p[i], group, false, true, s.scale);
-      unsigned here = 0;
+      finish_scores(score, group, false, true, s.scale);
+      float* const own = words + step % kHeads * kWords * kWarp;
+      unsigned weighs = 0;
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
-        float& x = log_p[i][e / 4][e % 4];
-        const int query = query_token<false>(first_query, 0, query_of<false>(e));
-        here |= static_cast<unsigned>(x != -kInfinity && query < queries) << e;
-        x = (x == -kInfinity ? 0.0f : x) - level[query_of<false>(e)];
+        const float x = score[e / 4][e % 4];
+        const int n = query_of<false>(e);
+        const bool here = x != -kInfinity && query_token<false>(first_query, 0, n) < queries;
+        weighs |= static_cast<unsigned>(here) << e;
+        own[e * kWarp] = (x == -kInfinity ? 0.0f : x) - level[n];
       }
-      if (i < kSide) {
-        seen[i] = here;
-      }
+      own[8 * kWarp] = __uint_as_float(weighs);
     }
-    if (first_key >= keys) {
+    if (step % kHeads + 1 < kHeads) {
       continue;
     }
+#pragma unroll 1
+    for (int e = 0; e < 8; ++e) {
 #pragma unroll
-    for (int h = 0; h < kSide; ++h) {
-      if (pair.first[0] + h >= heads) {
-        continue;
-      }
-#pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        const float own = log_p[h][e / 4][e % 4];
-        const float weight = seen[h] >> e & 1 ? power<T>(own * kUnitsOfOne<T>) : 0.0f;
+      for (int h = 0; h < kSide; ++h) {
+        if (pair.first[0] + h >= heads) {
+          continue;
+        }
+        const float* const own = words + h * kWords * kWarp;
+        const float log_p = own[e * kWarp];
+        const bool weighs = __float_as_uint(own[8 * kWarp]) >> e & 1;
+        const float weight = weighs ? power<T>(log_p * kUnitsOfOne<T>) : 0.0f;
 #pragma unroll
         for (int g = 0; g < kSide; ++g) {
           if (pair.first[1] + g < heads) {
-            sum[h][g] = fmaf(weight, own - log_p[kSide + g][e / 4][e % 4], sum[h][g]);
+            const float log_other = words[((kSide + g) * kWords + e) * kWarp];
+            sum[h][g] = fmaf(weight, log_p - log_other, sum[h][g]);
           }
         }
       }
@@ -230,7 +239,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     total += __shfl_xor_sync(kAll, total, 8);
     total += __shfl_xor_sync(kAll, total, 16);
     if (lane == 0) {
-      of_warps[i * kWarps + warp] = total;
+      of_warps[i * warps + warp] = total;
     }
   }
   __syncthreads();
@@ -238,8 +247,8 @@ __global__ void __launch_bounds__(kWarps* kWarp)
   const int g = pair.first[1] + static_cast<int>(threadIdx.x) % kSide;
   if (threadIdx.x < kSide * kSide && h < heads && g < heads) {
     float total = 0.0f;
-    for (int w = 0; w < kWarps; ++w) {
-      total += of_warps[threadIdx.x * kWarps + w];
+    for (int w = 0; w < warps; ++w) {
+      total += of_warps[threadIdx.x * warps + w];
     }
     p.out[(int64_t{pair.image} * heads + h) * heads + g] = total / static_cast<float>(queries);
   }
@@ -255,8 +264,7 @@ cudaError_t received_attention_fwd(const ReceivedAttentionParams& p, cudaStream_
   return with_float_type(s.dtype, [&](auto type) {
     using T = decltype(type);
     const RowShape<T> shape(s.dim);
-    const StripCut cut =
-        cut_strips(s.keys, s.queries, 1, 1, shape.stride * sizeof(T), kWarps, kTile);
+    const StripCut cut = cut_received(s.queries, s.keys, static_cast<int>(s.dim), sizeof(T));
     return launch(received_attention_kernel<T>, dim3(cut.blocks(s.batch * s.heads)),
                   cut.warps() * kWarp, cut.shared_bytes, stream, p, cut, shape,
                   aligned_rows(s.q, sizeof(T)), aligned_rows(s.k, sizeof(T)));
@@ -271,10 +279,10 @@ cudaError_t head_divergence_fwd(const HeadDivergenceParams& p, cudaStream_t stre
   return with_float_type(s.dtype, [&](auto type) {
     using T = decltype(type);
     const RowShape<T> shape(s.dim);
+    const DivergenceCut cut(static_cast<int>(s.dim), sizeof(T));
     const int blocks = cut_up(s.heads, kSide);
-    const int shared_bytes = 2 * (kStrip + kTile) * shape.stride * static_cast<int>(sizeof(T));
     return launch(head_divergence_kernel<T>, dim3(static_cast<unsigned>(s.batch) * blocks * blocks),
-                  kWarps * kWarp, shared_bytes, stream, p, blocks, shape,
+                  cut.warps * kWarp, cut.shared_bytes, stream, p, blocks, shape,
                   aligned_rows(s.q, sizeof(T)), aligned_rows(s.k, sizeof(T)));
   });
 }

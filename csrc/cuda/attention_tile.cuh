@@ -91,7 +91,7 @@ __device__ __forceinline__ void load_rows(T* to, int stride, int chunks, const T
     if (aligned) {
       cuda::copy_async(target, source, inside);
     } else {
-#pragma unroll
+#pragma unroll 1
       for (int e = 0; e < kChunk<T>; ++e) {
         target[e] = inside ? source[e] : from_float<T>(0.0f);
       }
