@@ -100,10 +100,8 @@ __global__ void __launch_bounds__(256, 1)
                             warp / cut.strips * kStrip * shape.stride;
     float score[2][4];
     float ds[2][4];
-    multiply_rows<T>(score, left_row(q_rows, shape.stride), right_row(k_rows, shape.stride),
-                     shape.steps);
-    multiply_rows<T>(ds, left_row(q_rows + query_rows, shape.stride),
-                     right_row(k_rows + key_rows, shape.stride), shape.steps);
+    multiply_rows<T>(score, q_rows, k_rows, shape.stride, shape.steps);
+    multiply_rows<T>(ds, q_rows + query_rows, k_rows + key_rows, shape.stride, shape.steps);
     score_gradient<T, false>(score, ds, p, group, level, row_delta,
                              HeadPositions(p.positions, b, keys), head, row, column);
 #pragma unroll

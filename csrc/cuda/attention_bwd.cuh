@@ -149,8 +149,8 @@ __device__ __forceinline__ void visit_side(const AttentionBwdParams& p, const St
       }
       float score[2][4];
       float ds[2][4];
-      multiply_rows<T>(score, left_row(strip0, kStride), right_row(rows0 + row, kStride), kSteps);
-      multiply_rows<T>(ds, left_row(strip1, kStride), right_row(rows1 + row, kStride), kSteps);
+      multiply_rows<T>(score, strip0, rows0 + row, kStride, kSteps);
+      multiply_rows<T>(ds, strip1, rows1 + row, kStride, kSteps);
       score_gradient<T, KEYS>(score, ds, p, group, level, row_delta, positions, place.head,
                               place.first, first);
       if constexpr (KEYS) {
@@ -182,7 +182,6 @@ __device__ __forceinline__ void visit_side(const AttentionBwdParams& p, const St
 // out:      dq [B, Nq, H, D], dk, dv [B, Nk, H, D]; delta fp32 [B, H, Nq] = dout . out, which keys
 //           read; dbias where nothing shares it; contiguous, every element written once
 // numerics: P from lse, everything in fp32; P and dS rounded to the type of v for their products;
-//           fp32 products as three of TF32
 // bounds:   keys beyond the last and masked keys have P = 0, and so have queries beyond the last;
 //           tails are not stored; offsets into tensors are int64
 // cost:     seven products, so that every sum stays in one warp; own rows read once, the other

@@ -7,6 +7,10 @@
 
 namespace mimkernels::cuda {
 
+// Keys whose scores a warp holds in registers.
+template <typename T>
+constexpr int kForwardTile = forward_tile(sizeof(T));
+
 // Which operands start every row on 16 bytes.
 struct FwdAligned {
   bool q = false;
@@ -148,7 +152,7 @@ __device__ __forceinline__ void write_row(const AttentionFwdParams& p, const Row
 // out:      out [B, Nq, H, D], lse fp32 [B, H, Nq], rows fp32 [S, B, H, Nq] in the order of the
 //           bits of stats; contiguous, every element written once
 // numerics: scores, maxima and sums in fp32; p = power((score - maximum) * factor), rounded to the
-//           type of v for its product; fp32 products as three of TF32. FOLD (no bias, positive
+//           type of v for its product; FOLD (no bias, positive
 //           scale): the scale is in factor. Statistics are sums relative to the row's maximum
 // bounds:   keys beyond the last and masked keys have score -inf, their rows are zeros; query
 //           tails are not stored; offsets into tensors are int64
@@ -158,8 +162,7 @@ template <typename T, int DIM, bool STATS>
 __global__ void __launch_bounds__(forward_warps(DIM, sizeof(T), STATS) * kWarp,
                                   forward_blocks(DIM, sizeof(T), STATS))
     attention_fwd_kernel(AttentionFwdParams p, StripCut cut, FwdAligned aligned) {
-  constexpr int kTile = forward_tile(sizeof(T));
-  constexpr int kGroups = kTile / kStrip;
+  constexpr int kGroups = kForwardTile<T> / kStrip;
   constexpr int kSteps = DIM / kStep<T>;
   constexpr int kStride = row_stride<T>(DIM);
   constexpr int kChunks = DIM / kChunk<T>;
@@ -195,7 +198,7 @@ __global__ void __launch_bounds__(forward_warps(DIM, sizeof(T), STATS) * kWarp,
   RowSums sums;
   float acc[DIM / 8][4] = {};
   constexpr bool kKeep = !kExact<T> && (DIM != 64 || STATS);
-  Left<T> left[kKeep ? kSteps : 1];  // the queries, where they fit registers
+  uint32_t left[kKeep ? kSteps : 1][4];  // the queries, where they fit registers
   for (int tile = -1; tile < cut.tiles; ++tile) {
     if (tile >= 0) {
       copy_async_wait<0>();
@@ -211,9 +214,7 @@ __global__ void __launch_bounds__(forward_warps(DIM, sizeof(T), STATS) * kWarp,
       if (tile == 0) {
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
-          uint32_t a[4];
-          load_matrices(a, left_row(strip, kStride) + step * kStep<T>);
-          left[step] = make_left<T>(a);
+          load_matrices(left[step], left_row(strip, kStride) + step * kStep<T>);
         }
       }
     }
@@ -234,18 +235,15 @@ __global__ void __launch_bounds__(forward_warps(DIM, sizeof(T), STATS) * kWarp,
       if (!fold || checks) {
         group = load_terms<T, false>(terms, place.first, first_key + j * kStrip);
       }
-      const T* const right = right_row(k_rows + j * kStrip * kStride, kStride);
-      if constexpr (!kKeep) {
-        multiply_rows<T>(score[j], left_row(strip, kStride), right, kSteps);
-      } else {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          score[j][i / 4][i % 4] = 0.0f;
-        }
+      const T* const rows = k_rows + j * kStrip * kStride;
+      if constexpr (kKeep) {
+        clear(score[j]);
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
-          multiply_step<T>(score[j], left[step], right + step * kStep<T>);
+          multiply_step<T>(score[j], left[step], right_row(rows, kStride) + step * kStep<T>);
         }
+      } else {
+        multiply_rows<T>(score[j], strip, rows, kStride, kSteps);
       }
       finish_scores(score[j], group, fold, checks, s.scale);
 #pragma unroll

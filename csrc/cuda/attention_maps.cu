@@ -17,7 +17,7 @@ constexpr int kHeads = kDivergenceHeads;
 // cost:     k read once, q once per row block, two tiles in shared memory; no atomics,
 //           deterministic
 template <typename T>
-__global__ void __launch_bounds__(kReceivedWarps* kWarp)
+__global__ void __launch_bounds__(kReceivedWarps* kWarp, 1)
     received_attention_kernel(ReceivedAttentionParams p, StripCut cut, RowShape<T> shape,
                               bool q_aligned, bool k_aligned) {
   const AttentionScores& s = p.scores;
@@ -66,8 +66,7 @@ __global__ void __launch_bounds__(kReceivedWarps* kWarp)
       }
       float score[2][4];
       float exponent[2][4];
-      multiply_rows<T>(score, left_row(strip, shape.stride),
-                       right_row(rows + j * kStrip * shape.stride, shape.stride), shape.steps);
+      multiply_rows<T>(score, strip, rows + j * kStrip * shape.stride, shape.stride, shape.steps);
       make_probabilities<T, true>(score, exponent, group, level, s.scale);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
@@ -118,7 +117,7 @@ struct HeadPair {
 //           that wrote them reads them; q and k of a head are read cdiv(H, 4) * 2 times from L2; no
 //           atomics, deterministic
 template <typename T>
-__global__ void __launch_bounds__(kDivergenceWarps* kWarp)
+__global__ void __launch_bounds__(kDivergenceWarps* kWarp, 1)
     head_divergence_kernel(HeadDivergenceParams p, int blocks, RowShape<T> shape, bool q_aligned,
                            bool k_aligned) {
   constexpr int kWords = 9;  // of a lane and head: 8 logarithms, and bits that say whose P is not 0
@@ -187,8 +186,7 @@ __global__ void __launch_bounds__(kDivergenceWarps* kWarp)
         level[n] = lse == -kInfinity ? 0.0f : lse;
       }
       float score[2][4];
-      multiply_rows<T>(score, left_row(rows, shape.stride),
-                       right_row(rows + (kStrip + warp * kStrip) * shape.stride, shape.stride),
+      multiply_rows<T>(score, rows, rows + (kStrip + warp * kStrip) * shape.stride, shape.stride,
                        shape.steps);
       finish_scores(score, group, false, true, s.scale);
       float* const own = words + step % kHeads * kWords * kWarp;

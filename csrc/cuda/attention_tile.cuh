@@ -155,57 +155,8 @@ __device__ __forceinline__ void load_tile(T* to, int stride, int chunks, const H
 
 // ---- products ----
 
-// The left operand of a product of fragments; fp32 as the sum of two TF32 numbers.
-template <typename T>
-struct Left {
-  uint32_t bits[4];
-};
-template <>
-struct Left<float> {
-  uint32_t high[4];
-  uint32_t low[4];
-};
-
-__device__ __forceinline__ void split(float x, uint32_t& high, uint32_t& low) {
-  high = to_tf32(x);
-  low = to_tf32(x - __uint_as_float(high));
-}
-
-template <typename T>
-__device__ __forceinline__ Left<T> make_left(const uint32_t (&bits)[4]) {
-  Left<T> left;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (kExact<T>) {
-      split(__uint_as_float(bits[i]), left.high[i], left.low[i]);
-    } else {
-      left.bits[i] = bits[i];
-    }
-  }
-  return left;
-}
-
-// d += a b for one step. fp32: the three products that matter, summed small ones first and added to
-// d outside the tensor cores, which round towards zero.
-template <typename T>
-__device__ __forceinline__ void multiply(float (&d)[4], const Left<T>& a, uint32_t b0,
-                                         uint32_t b1) {
-  if constexpr (kExact<T>) {
-    uint32_t high0, low0, high1, low1;
-    split(__uint_as_float(b0), high0, low0);
-    split(__uint_as_float(b1), high1, low1);
-    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    multiply_add_tf32(sum, a.low, high0, high1);
-    multiply_add_tf32(sum, a.high, low0, low1);
-    multiply_add_tf32(sum, a.high, high0, high1);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      d[i] += sum[i];
-    }
-  } else {
-    multiply_add<T>(d, a.bits, b0, b1);
-  }
-}
+// Those of 16-bit elements run on tensor cores; those of fp32 are fused multiply-adds, which round
+// as plain fp32 does and keep infinities, at some cost in speed.
 
 // The address that this lane gives to load one step of 16 rows as left operand (plus step *
 // kStep), or of 16 rows by two chunks of features transposed.
@@ -222,29 +173,63 @@ __device__ __forceinline__ const T* right_row(const T* rows, int stride) {
   return rows + (lane % 8 + lane / 16 * 8) * stride + lane / 8 % 2 * kChunk<T>;
 }
 
-// d += the step's products of 16 rows with 16 rows at `right` (an address of right_row).
+__device__ __forceinline__ void clear(float (&d)[2][4]) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    d[i / 4][i % 4] = 0.0f;
+  }
+}
+
+// d += one step's products of 16 rows, loaded from left_row, with 16 rows at an address of
+// right_row.
 template <typename T>
-__device__ __forceinline__ void multiply_step(float (&d)[2][4], const Left<T>& left,
+__device__ __forceinline__ void multiply_step(float (&d)[2][4], const uint32_t (&left)[4],
                                               const T* right) {
   uint32_t b[4];
   load_matrices(b, right);
-  multiply<T>(d[0], left, b[0], b[1]);
-  multiply<T>(d[1], left, b[2], b[3]);
+  multiply_add<T>(d[0], left, b[0], b[1]);
+  multiply_add<T>(d[1], left, b[2], b[3]);
+}
+
+__device__ __forceinline__ float4 load_four(const float* from) {
+  return *reinterpret_cast<const float4*>(from);
+}
+
+__device__ __forceinline__ float add_products(float sum, float4 x, float4 y) {
+  return fmaf(x.w, y.w, fmaf(x.z, y.z, fmaf(x.y, y.y, fmaf(x.x, y.x, sum))));
 }
 
 // d = products of 16 rows with 16 rows over `steps` steps of features.
 template <typename T>
 __device__ __forceinline__ void multiply_rows(float (&d)[2][4], const T* left, const T* right,
-                                              int steps) {
+                                              int stride, int steps) {
+  clear(d);
+  if constexpr (kExact<T>) {
+    const int lane = threadIdx.x % kWarp;
+    left += lane / 4 * stride;
+    right += lane % 4 * 2 * stride;
+#pragma unroll 2
+    for (int i = 0; i < steps * kStep<T>; i += 4) {
+      const float4 a[2] = {load_four(left + i), load_four(left + 8 * stride + i)};
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    d[i / 4][i % 4] = 0.0f;
-  }
+      for (int u = 0; u < 2; ++u) {
+        const float4 b[2] = {load_four(right + 8 * u * stride + i),
+                             load_four(right + (8 * u + 1) * stride + i)};
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          d[u][e] = add_products(d[u][e], a[e / 2], b[e % 2]);
+        }
+      }
+    }
+  } else {
+    left = left_row(left, stride);
+    right = right_row(right, stride);
 #pragma unroll 4
-  for (int step = 0; step < steps; ++step) {
-    uint32_t a[4];
-    load_matrices(a, left + step * kStep<T>);
-    multiply_step<T>(d, make_left<T>(a), right + step * kStep<T>);
+    for (int step = 0; step < steps; ++step) {
+      uint32_t a[4];
+      load_matrices(a, left + step * kStep<T>);
+      multiply_step<T>(d, a, right + step * kStep<T>);
+    }
   }
 }
 
@@ -256,35 +241,55 @@ __device__ __forceinline__ uint32_t pack_two(float x, float y) {
   return bits;
 }
 
-// acc += w rows: the group w as left operand, 16 rows of TILES * 8 features as right one.
+// The first of the two neighbouring features that acc[n][0] and [1], or [2] and [3], belong to.
+template <typename T>
+__device__ __forceinline__ int feature_of(int n) {
+  const int t = threadIdx.x % 4;
+  return kExact<T> ? n / 2 * 16 + t * 4 + n % 2 * 2 : n * 8 + t * 2;
+}
+
+// acc += w rows: the group w as left operand, 16 rows of TILES * 8 features as right one. acc[n][e]
+// is of row g + 8 * (e / 2) and of feature_of(n) + e % 2.
 template <typename T, int TILES>
 __device__ __forceinline__ void add_weighted(float (&acc)[TILES][4], const float (&w)[2][4],
                                              const T* rows, int stride) {
   if constexpr (kExact<T>) {
-    // Columns 2t and 2t + 1 of a lane are taken as t and t + 4, and so are the rows.
     const int lane = threadIdx.x % kWarp;
-    const T* const row = rows + lane % 4 * 2 * stride + lane / 4;
 #pragma unroll
     for (int u = 0; u < 2; ++u) {
-      const uint32_t bits[4] = {__float_as_uint(w[u][0]), __float_as_uint(w[u][2]),
-                                __float_as_uint(w[u][1]), __float_as_uint(w[u][3])};
-      const Left<T> left = make_left<T>(bits);
+      // Lane t of the four that share a row has columns 2t and 2t + 1.
+#pragma unroll 1
+      for (int t = 0; t < 4; ++t) {
 #pragma unroll
-      for (int n = 0; n < TILES; ++n) {
-        const T* const at = row + u * 8 * stride + n * 8;
-        multiply<T>(acc[n], left, __float_as_uint(at[0]), __float_as_uint(at[stride]));
+        for (int e = 0; e < 2; ++e) {
+          const float upper = __shfl_sync(kAll, w[u][e], lane / 4 * 4 + t);
+          const float lower = __shfl_sync(kAll, w[u][2 + e], lane / 4 * 4 + t);
+          const float* const row = rows + (8 * u + 2 * t + e) * stride + lane % 4 * 4;
+#pragma unroll
+          for (int n = 0; n < TILES; n += 2) {
+            const float4 x = load_four(row + n * 8);
+            acc[n][0] = fmaf(upper, x.x, acc[n][0]);
+            acc[n][1] = fmaf(upper, x.y, acc[n][1]);
+            acc[n][2] = fmaf(lower, x.x, acc[n][2]);
+            acc[n][3] = fmaf(lower, x.y, acc[n][3]);
+            acc[n + 1][0] = fmaf(upper, x.z, acc[n + 1][0]);
+            acc[n + 1][1] = fmaf(upper, x.w, acc[n + 1][1]);
+            acc[n + 1][2] = fmaf(lower, x.z, acc[n + 1][2]);
+            acc[n + 1][3] = fmaf(lower, x.w, acc[n + 1][3]);
+          }
+        }
       }
     }
   } else {
-    const Left<T> left = {{pack_two<T>(w[0][0], w[0][1]), pack_two<T>(w[0][2], w[0][3]),
-                           pack_two<T>(w[1][0], w[1][1]), pack_two<T>(w[1][2], w[1][3])}};
+    const uint32_t left[4] = {pack_two<T>(w[0][0], w[0][1]), pack_two<T>(w[0][2], w[0][3]),
+                              pack_two<T>(w[1][0], w[1][1]), pack_two<T>(w[1][2], w[1][3])};
     const T* const row = left_row(rows, stride);
 #pragma unroll
     for (int n = 0; n < TILES; n += 2) {
       uint32_t b[4];
       load_matrices_transposed(b, row + n * 8);
-      multiply<T>(acc[n], left, b[0], b[1]);
-      multiply<T>(acc[n + 1], left, b[2], b[3]);
+      multiply_add<T>(acc[n], left, b[0], b[1]);
+      multiply_add<T>(acc[n + 1], left, b[2], b[3]);
     }
   }
 }
@@ -301,7 +306,7 @@ __device__ __forceinline__ void store_strip(const float (&acc)[TILES][4], float 
   for (int n = 0; n < TILES; ++n) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      T* const to = strip + (lane / 4 + 8 * half) * stride + n * 8 + lane % 4 * 2;
+      T* const to = strip + (lane / 4 + 8 * half) * stride + feature_of<T>(n);
       const float factor = half == 0 ? factor0 : factor1;
       const float x = acc[n][2 * half] * factor;
       const float y = acc[n][2 * half + 1] * factor;
