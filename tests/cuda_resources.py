@@ -94,7 +94,17 @@ def launches() -> dict[str, tuple[int, int]]:
     """Threads of a block and bytes of dynamic shared memory of the attention kernels at TOKENS tokens."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "launches"
-        command = ["c++", "-std=c++20", f"-I{HERE.parent / 'csrc'}", f"-DTOKENS={TOKENS}", "-x", "c++", "-", "-o", program]
+        command = [
+            "c++",
+            "-std=c++20",
+            f"-I{HERE.parent / 'csrc'}",
+            f"-DTOKENS={TOKENS}",
+            "-x",
+            "c++",
+            "-",
+            "-o",
+            program,
+        ]
         subprocess.run(command, input=LAUNCHES, text=True, check=True)
         lines = subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines()
     return {name: (int(threads), int(size)) for name, threads, size in (line.rsplit(" ", 2) for line in lines)}
