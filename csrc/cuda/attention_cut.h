@@ -63,7 +63,7 @@ constexpr int forward_warps(int dim, int size, bool stats) {
   return size == 2 && dim <= 64 && !stats ? 8 : 4;
 }
 constexpr int forward_blocks(int dim, int size, bool stats) {
-  return forward_warps(dim, size, stats) == 4 && dim <= 64 && !(size == 4 && stats) ? 3 : 2;
+  return forward_warps(dim, size, stats) == 4 && dim <= 64 ? 3 : 2;
 }
 // Keys whose scores a warp holds in registers.
 constexpr int forward_tile(int size) { return size == 4 ? 32 : 64; }
