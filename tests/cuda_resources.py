@@ -77,7 +77,7 @@ def read_report(library: Path = LIBRARY) -> dict[str, dict[str, dict[str, int]]]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     text = subprocess.run(["c++filt"], input=text.replace(":\n", " :\n"), capture_output=True, text=True).stdout
     report: dict[str, dict[str, dict[str, int]]] = {}
-    for section in text.split("Fatbin elf code:")[1:]:
+    for section in text.split("Fatbin elf code")[1:]:
         arch = re.search(r"arch = (\w+)", section)[1]
         for name, registers, stack in re.findall(r"Function (.*) :\n\s*REG:(\d+) STACK:(\d+)", section):
             usage = {"registers": int(registers), "stack": int(stack)}
