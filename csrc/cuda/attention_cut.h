@@ -83,7 +83,8 @@ constexpr int kBackwardWarps = 4;
 constexpr int backward_blocks(int dim, int size) { return dim <= 64 && size == 2 ? 3 : 2; }
 
 inline StripCut cut_backward(int64_t own, int64_t others, int dim, int size) {
-  return cut_strips(own, others, 2, 2, row_bytes_of(dim, size), kBackwardWarps, 64);
+  return cut_strips(own, others, 2, 2, row_bytes_of(dim, size), kBackwardWarps,
+                    size == 4 && dim > 64 ? 32 : 64);
 }
 
 // The gradient of a shared bias: a block owns strips of 16 queries by groups of 16 keys, one of
