@@ -30,6 +30,7 @@ THREADS = 256  # of a block of any kernel that is not named below; it takes no d
 # Threads and shared memory of the attention kernels, from the functions that their launchers call.
 LAUNCHES = """
 #include <cstdio>
+#include <initializer_list>
 #include "cuda/attention_cut.h"
 using namespace mimkernels::cuda;
 void print(const char* kernel, const char* type, const char* rest, int threads, int bytes) {
