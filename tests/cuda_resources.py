@@ -54,7 +54,8 @@ int main() {
     print("attention_dbias_kernel", type, "", 32 * bias.warps(), bias.shared_bytes);
     const StripCut received = cut_received(TOKENS, TOKENS, 64, size);
     print("received_attention_kernel", type, "", 32 * received.warps(), received.shared_bytes);
-    print("head_divergence_kernel", type, "", 32 * kDivergenceWarps, divergence_bytes(64, size));
+    const DivergenceCut divergence(64, size);
+    print("head_divergence_kernel", type, "", 32 * divergence.warps, divergence.shared_bytes);
   }
 }
 """
