@@ -60,7 +60,7 @@ inline Positions view_positions(const OptionalTensor& positions) {
 // What every call takes: tensors that the parameters point into, kept alive together.
 template <typename Place>
 struct ScoreTensors {
-  Place place;
+  const Place& place;
   Tensor q;
   Tensor k;
   OptionalTensor bias;
