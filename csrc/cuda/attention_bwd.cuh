@@ -181,7 +181,7 @@ __device__ __forceinline__ void visit_side(const AttentionBwdParams& p, const St
 //           none; bias by stride (0 where broadcast), key mask, positions fp32, each or none
 // out:      dq [B, Nq, H, D], dk, dv [B, Nk, H, D]; delta fp32 [B, H, Nq] = dout . out, which keys
 //           read; dbias where nothing shares it; contiguous, every element written once
-// numerics: P from lse, everything in fp32; P and dS rounded to the type of v for their products;
+// numerics: P from lse, everything in fp32; P and dS rounded to the type of v for their products
 // bounds:   keys beyond the last and masked keys have P = 0, and so have queries beyond the last;
 //           tails are not stored; offsets into tensors are int64
 // cost:     seven products, so that every sum stays in one warp; own rows read once, the other

@@ -32,7 +32,8 @@ inline int cut_up(int64_t count, int64_t size) {
 }
 
 // A strip has `own` rows of shared memory and a tile `other` rows per token, of `row_bytes` each.
-// Two tiles are in flight. Short heads share a block, so that blocks have four warps or more.
+// Two tiles are in flight. Short heads share a block, so that blocks have four warps or more. Rows
+// of at most 528 bytes fit with one warp at least.
 inline StripCut cut_strips(int64_t own_tokens, int64_t other_tokens, int own, int other,
                            int row_bytes, int most_warps, int most_tile) {
   StripCut cut;
@@ -70,12 +71,12 @@ constexpr int forward_blocks(int dim, int size, bool stats) {
 #endif
   return forward_warps(dim, size, stats) == 4 && dim <= most ? 3 : 2;
 }
-// Keys whose scores a warp holds in registers.
-constexpr int forward_tile(int size) { return size == 4 ? 32 : 64; }
+// Tokens of a tile; forward, a warp holds the scores of all its keys in registers.
+constexpr int tile_tokens(int size) { return size == 4 ? 32 : 64; }
 
 inline StripCut cut_forward(int64_t queries, int64_t keys, int dim, int size, bool stats) {
   return cut_strips(queries, keys, 1, 2, row_bytes_of(dim, size), forward_warps(dim, size, stats),
-                    forward_tile(size));
+                    tile_tokens(size));
 }
 
 // attention_bwd, where `own` are the tokens whose strips warps own.
@@ -83,8 +84,7 @@ constexpr int kBackwardWarps = 4;
 constexpr int backward_blocks(int dim, int size) { return dim <= 64 && size == 2 ? 3 : 2; }
 
 inline StripCut cut_backward(int64_t own, int64_t others, int dim, int size) {
-  return cut_strips(own, others, 2, 2, row_bytes_of(dim, size), kBackwardWarps,
-                    size == 4 && dim > 64 ? 32 : 64);
+  return cut_strips(own, others, 2, 2, row_bytes_of(dim, size), kBackwardWarps, tile_tokens(size));
 }
 
 // The gradient of a shared bias: a block owns strips of 16 queries by groups of 16 keys, one of
@@ -117,7 +117,8 @@ inline BiasCut cut_bias(int64_t queries, int64_t keys, int dim, int size) {
 constexpr int kReceivedWarps = 4;
 
 inline StripCut cut_received(int64_t queries, int64_t keys, int dim, int size) {
-  return cut_strips(keys, queries, 1, 1, row_bytes_of(dim, size), kReceivedWarps, 64);
+  return cut_strips(keys, queries, 1, 1, row_bytes_of(dim, size), kReceivedWarps,
+                    tile_tokens(size));
 }
 
 // head_divergence: a block compares half of its heads with the other half. Shared memory has two

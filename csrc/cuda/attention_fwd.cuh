@@ -9,7 +9,7 @@ namespace mimkernels::cuda {
 
 // Keys whose scores a warp holds in registers.
 template <typename T>
-constexpr int kForwardTile = forward_tile(sizeof(T));
+constexpr int kForwardTile = tile_tokens(sizeof(T));
 
 // Which operands start every row on 16 bytes.
 struct FwdAligned {
@@ -33,12 +33,11 @@ struct RowSums {
 };
 
 // Adds a lane's elements of a group to its statistics: weights p and their exponents t.
-template <typename T>
 __device__ __forceinline__ void add_statistics(RowSums& sums, const AttentionFwdParams& p,
                                                const HeadPositions& positions, int first_row,
                                                int first_column, const float (&weight)[2][4],
                                                const float (&exponent)[2][4]) {
-  // Calls add(row half, query, key, u, e) for every element.
+  // Calls add(half, query, key, weight, i) for every element i, of row `half`.
   const auto each = [&](auto add) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -279,8 +278,7 @@ __global__ void __launch_bounds__(forward_warps(DIM, sizeof(T), STATS) * kWarp,
         sums.sum[half] += x;
       }
       if constexpr (STATS) {
-        add_statistics<T>(sums, p, positions, place.first, first_key + j * kStrip, score[j],
-                          exponent);
+        add_statistics(sums, p, positions, place.first, first_key + j * kStrip, score[j], exponent);
       }
       add_weighted<T>(acc, score[j], v_rows + j * kStrip * kStride, kStride);
     }
