@@ -30,6 +30,7 @@ THREADS = 256  # of a block of any kernel that is not named below; it takes no d
 # Threads and shared memory of the attention kernels, from the functions that their launchers call.
 LAUNCHES = """
 #include <cstdio>
+#include <initializer_list>
 #include "cuda/attention_cut.h"
 using namespace mimkernels::cuda;
 void print(const char* kernel, const char* type, const char* rest, int threads, int bytes) {
@@ -53,7 +54,8 @@ int main() {
     print("attention_dbias_kernel", type, "", 32 * bias.warps(), bias.shared_bytes);
     const StripCut received = cut_received(TOKENS, TOKENS, 64, size);
     print("received_attention_kernel", type, "", 32 * received.warps(), received.shared_bytes);
-    print("head_divergence_kernel", type, "", 32 * kDivergenceWarps, divergence_bytes(64, size));
+    const DivergenceCut divergence(64, size);
+    print("head_divergence_kernel", type, "", 32 * divergence.warps, divergence.shared_bytes);
   }
 }
 """
@@ -75,7 +77,7 @@ def read_report(library: Path = LIBRARY) -> dict[str, dict[str, dict[str, int]]]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     text = subprocess.run(["c++filt"], input=text.replace(":\n", " :\n"), capture_output=True, text=True).stdout
     report: dict[str, dict[str, dict[str, int]]] = {}
-    for section in text.split("Fatbin elf code:")[1:]:
+    for section in text.split("Fatbin elf code")[1:]:
         arch = re.search(r"arch = (\w+)", section)[1]
         for name, registers, stack in re.findall(r"Function (.*) :\n\s*REG:(\d+) STACK:(\d+)", section):
             usage = {"registers": int(registers), "stack": int(stack)}

@@ -63,7 +63,12 @@ constexpr int forward_warps(int dim, int size, bool stats) {
   return size == 2 && dim <= 64 && !stats ? 8 : 4;
 }
 constexpr int forward_blocks(int dim, int size, bool stats) {
-  return forward_warps(dim, size, stats) == 4 && dim <= 64 && !(size == 4 && stats) ? 3 : 2;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  const int most = stats ? 32 : 64;  // here statistics of 64 features want more than 168
+#else
+  const int most = 64;
+#endif
+  return forward_warps(dim, size, stats) == 4 && dim <= most ? 3 : 2;
 }
 // Keys whose scores a warp holds in registers.
 constexpr int forward_tile(int size) { return size == 4 ? 32 : 64; }

@@ -274,7 +274,7 @@ __global__ void __launch_bounds__(forward_warps(DIM, sizeof(T), STATS) * kWarp,
         const int half = i % 4 / 2;
         float& x = score[j][i / 4][i % 4];
         float& t = exponent[i / 4][i % 4];
-        t = kExact<T> ? (x - base[half]) * factor : fmaf(x, factor, -base[half] * factor);
+        t = (x - base[half]) * factor;
         x = power<T>(t);
         sums.sum[half] += x;
       }

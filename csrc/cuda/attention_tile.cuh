@@ -255,29 +255,37 @@ __device__ __forceinline__ void add_weighted(float (&acc)[TILES][4], const float
                                              const T* rows, int stride) {
   if constexpr (kExact<T>) {
     const int lane = threadIdx.x % kWarp;
-#pragma unroll
-    for (int u = 0; u < 2; ++u) {
-      // Lane t of the four that share a row has columns 2t and 2t + 1.
+    // Lane t of the four that share a row has columns 2t, 2t + 1, 8 + 2t and 9 + 2t, which are
+    // summed first: over a thousand keys one long sum would lose digits.
 #pragma unroll 1
-      for (int t = 0; t < 4; ++t) {
+    for (int t = 0; t < 4; ++t) {
+      float upper[4];
+      float lower[4];
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float upper = __shfl_sync(kAll, w[u][e], lane / 4 * 4 + t);
-          const float lower = __shfl_sync(kAll, w[u][2 + e], lane / 4 * 4 + t);
-          const float* const row = rows + (8 * u + 2 * t + e) * stride + lane % 4 * 4;
+      for (int i = 0; i < 4; ++i) {
+        upper[i] = __shfl_sync(kAll, w[i / 2][i % 2], lane / 4 * 4 + t);
+        lower[i] = __shfl_sync(kAll, w[i / 2][2 + i % 2], lane / 4 * 4 + t);
+      }
+      const float* const first = rows + 2 * t * stride + lane % 4 * 4;
 #pragma unroll
-          for (int n = 0; n < TILES; n += 2) {
-            const float4 x = load_four(row + n * 8);
-            acc[n][0] = fmaf(upper, x.x, acc[n][0]);
-            acc[n][1] = fmaf(upper, x.y, acc[n][1]);
-            acc[n][2] = fmaf(lower, x.x, acc[n][2]);
-            acc[n][3] = fmaf(lower, x.y, acc[n][3]);
-            acc[n + 1][0] = fmaf(upper, x.z, acc[n + 1][0]);
-            acc[n + 1][1] = fmaf(upper, x.w, acc[n + 1][1]);
-            acc[n + 1][2] = fmaf(lower, x.z, acc[n + 1][2]);
-            acc[n + 1][3] = fmaf(lower, x.w, acc[n + 1][3]);
-          }
+      for (int n = 0; n < TILES; n += 2) {
+        float4 x[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          x[i] = load_four(first + (8 * (i / 2) + i % 2) * stride + n * 8);
         }
+        const auto add = [&](float& sum, const float (&weight)[4], float x0, float x1, float x2,
+                             float x3) {
+          sum += fmaf(weight[3], x3, fmaf(weight[2], x2, fmaf(weight[1], x1, weight[0] * x0)));
+        };
+        add(acc[n][0], upper, x[0].x, x[1].x, x[2].x, x[3].x);
+        add(acc[n][1], upper, x[0].y, x[1].y, x[2].y, x[3].y);
+        add(acc[n][2], lower, x[0].x, x[1].x, x[2].x, x[3].x);
+        add(acc[n][3], lower, x[0].y, x[1].y, x[2].y, x[3].y);
+        add(acc[n + 1][0], upper, x[0].z, x[1].z, x[2].z, x[3].z);
+        add(acc[n + 1][1], upper, x[0].w, x[1].w, x[2].w, x[3].w);
+        add(acc[n + 1][2], lower, x[0].z, x[1].z, x[2].z, x[3].z);
+        add(acc[n + 1][3], lower, x[0].w, x[1].w, x[2].w, x[3].w);
       }
     }
   } else {

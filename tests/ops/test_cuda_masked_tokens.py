@@ -62,7 +62,7 @@ def test_takes_addresses_that_no_vector_starts_at(case, dtype, monkeypatch, pois
     testing.check(case, BACKEND, dtype, DEVICE)
 
 
-def test_masks_of_more_images_than_blocks():
+def test_masks_of_more_images_than_blocks(poisoned):
     images = MOST_BLOCKS + 3
     for order in ("shuffle", "sorted"):
         options = {"order": order, "device": DEVICE}
@@ -72,7 +72,7 @@ def test_masks_of_more_images_than_blocks():
         assert torch.equal(got.mask, expected.mask)
 
 
-def test_gathers_from_more_images_than_blocks():
+def test_gathers_from_more_images_than_blocks(poisoned):
     images = MOST_BLOCKS + 3
     ids = torch.arange(images, device=DEVICE)[:, None] % 2
     x = torch.arange(2 * images, dtype=torch.float32, device=DEVICE).view(images, 2, 1)
@@ -82,13 +82,13 @@ def test_gathers_from_more_images_than_blocks():
     assert torch.equal(dx[..., 0], torch.nn.functional.one_hot(ids[:, 0], 2).float())
 
 
-def test_patches_of_more_images_than_blocks():
+def test_patches_of_more_images_than_blocks(poisoned):
     images = torch.arange(MOST_BLOCKS + 3, device=DEVICE).view(-1, 1, 1, 1) % 251
     rows = patchify_gather(images.to(torch.uint8), None, 1, mean=[0.0], std=[1 / 255], backend=BACKEND)
     torch.testing.assert_close(rows.flatten(), images.flatten().float())
 
 
-def test_sums_over_more_rows_than_blocks():
+def test_sums_over_more_rows_than_blocks(poisoned):
     tokens = 8 * MOST_BLOCKS + 5
     x = torch.zeros(1, tokens, 1, device=DEVICE, requires_grad=True)
     mask_token = torch.ones(1, device=DEVICE, requires_grad=True)
@@ -100,7 +100,7 @@ def test_sums_over_more_rows_than_blocks():
     assert dtoken.item() == mask.sum().item()
 
 
-def test_losses_of_more_patches_than_warps():
+def test_losses_of_more_patches_than_warps(poisoned):
     images = 8 * MOST_BLOCKS + 5
     pixels = torch.zeros(images, 1, 1, 1, device=DEVICE)
     pred = (torch.arange(images, device=DEVICE) % 7).float().view(-1, 1, 1).requires_grad_()
@@ -113,7 +113,7 @@ def test_losses_of_more_patches_than_warps():
     torch.testing.assert_close(dpred[..., 0], expected)
 
 
-def test_copies_more_rows_than_blocks_hold():
+def test_copies_more_rows_than_blocks_hold(poisoned):
     rows = 32 * MOST_BLOCKS + 40  # 8 warps of 4 rows each
     x = torch.randn(1, 3, 17, device=DEVICE, dtype=torch.float16)
     ids = torch.arange(rows, device=DEVICE)[None] % 3
