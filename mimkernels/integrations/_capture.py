@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 
@@ -36,6 +37,7 @@ _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 _MOST_DIMS, _DIVISOR = 128, 8
 
 
+@torch.compiler.disable
 def capture(
     model: nn.Module,
     stats: str | Preset | Sequence[str | Preset],
@@ -87,6 +89,8 @@ def capture(
     if not isinstance(model, nn.Module):
         raise TypeError(f"capture takes a module, got {type(model).__name__}")
     model = unwrapped(model)
+    if accumulate and differentiable:
+        raise ValueError("accumulate=True keeps no rows that could be differentiable")
     given = [stats] if isinstance(stats, str | Preset) else list(stats)
     presets = [item for item in given if isinstance(item, Preset) or item in PRESETS]
     quantities = [item for item in given if item not in presets]
@@ -135,6 +139,9 @@ class Capture:
         if self._open is not None:
             raise RuntimeError("this capture was used before; call capture again")
         with ExitStack() as stack:
+            # Names come from hooks on all modules, which torch.compile warns of.
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", message=r"Using `torch\.compile\(module\)` when there are global hooks")
             # Compiled code would be traced anew with what is captured in it; it runs as it was written instead.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(fused_attention(self._model))
@@ -343,6 +350,7 @@ class _Routing(TorchFunctionMode):
         self._calls = calls
         self._multi_head: dict[str, Callable] = {}
 
+    @torch.compiler.disable
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if self._calls.modules and not _Routing._handled and not is_recomputing():

@@ -97,6 +97,8 @@ def _of_torchvision(module: nn.Module) -> Layout | None:
 
 def _of_transformers(module: nn.Module, config: Any) -> Layout | None:
     image, patch = _pair(getattr(config, "image_size", None)), _pair(getattr(config, "patch_size", None))
+    if not any(isinstance(part, nn.Conv2d | nn.Conv3d) for part in module.modules()):
+        return None  # embeds no patches, as a decoder: its tokens come from the model that it is in
     # The tokens belong to the module that embeds patches.
     prefix = next((count for part in module.modules() if (count := _prefix_tokens(part))), 0)
     layout = _of_sizes(image, patch, prefix)
