@@ -159,6 +159,8 @@ class Capture:
         self._heads.missed.update(self._calls.missed())
         if not self._heads:
             raise RuntimeError(self._calls.nothing_seen(self._choice))
+        if not self._heads.groups:
+            raise RuntimeError(f"no layer has any of the statistics asked for:\n{self._heads.table()}")
         unmet = self._calls.unmet(self._choice)
         if unmet:
             raise RuntimeError(unmet)

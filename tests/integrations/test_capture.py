@@ -1,17 +1,14 @@
 """capture: every model's statistics are those of its materialised attention, and the model stays what it was."""
 
 import copy
-import json
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import mimkernels
 from mimkernels.integrations._fused import fused_attention
-from mimkernels.stats import HeadStatistics, patch_grid_positions, regularization_loss
+from mimkernels.stats import patch_grid_positions
 from tests.integrations import models as m
 
 ROWS = ("entropy", "prefix_mass", "distance")
