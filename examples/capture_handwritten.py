@@ -25,20 +25,20 @@ class Attention(nn.Module):
 
 torch.manual_seed(0)
 model = nn.Sequential(*(Attention(96, heads=3) for _ in range(3)), nn.Linear(96, 10))
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 x, labels = torch.randn(16, 1 + 8 * 8, 96), torch.randint(10, (16,))  # [cls], then 8 x 8 patches
 
-for step in range(20):
+for step in range(40):
     layout = {"num_prefix": 1, "positions": (8, 8)}
     with mimkernels.capture(model, ["distance", "entropy"], **layout, differentiable=True) as heads:
         logits = model(x)[:, 0]
     # Heads are asked to look near by.
-    locality = regularization_loss({"distance": 0.1}, heads.stats, num_prefix=1)
+    locality = regularization_loss({"distance": 1.0}, heads.stats, num_prefix=1)
     loss = F.cross_entropy(logits, labels) + locality
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    if step % 5 == 0:
+    if step % 10 == 0:
         print(f"step {step:2d}  loss {loss:.3f}  of which locality {locality:.3f}")
 
 print(heads.table())

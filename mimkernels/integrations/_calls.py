@@ -155,7 +155,8 @@ class Calls:
     def _leave(self, module: nn.Module, args: object, output: object) -> None:
         # A module whose own hook failed was entered and never left.
         while module in self._running:
-            self._running.pop()
+            if self._running.pop() is module:
+                break
 
     def _why(self, name: str, module: nn.Module) -> str:
         if isinstance(module, torch.jit.ScriptModule):

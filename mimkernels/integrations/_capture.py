@@ -18,6 +18,8 @@ from mimkernels.integrations._captured import CapturedHeads, CapturedLayer
 from mimkernels.integrations._fused import fused_attention
 from mimkernels.integrations._layout import Layout, find_layouts, layout_of, shown_grid, window_of
 from mimkernels.nn.sdpa import (
+    DIM_DIVISOR,
+    MOST_DIMS,
     AttentionCall,
     as_attention,
     is_recomputing,
@@ -33,8 +35,6 @@ from mimkernels.stats import PRESETS, QUANTITIES, HeadStatistics, Preset, patch_
 __all__ = ["capture"]
 
 _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
-# The kernels' heads: others are filled up with zeros, which changes no score.
-_MOST_DIMS, _DIVISOR = 128, 8
 
 
 @torch.compiler.disable
@@ -208,11 +208,9 @@ class Capture:
         queries, keys = call.q.shape[2], call.k.shape[2]
         layer.heads, layer.queries, layer.keys = call.q.shape[1], queries, keys
         layer.num_prefix, positions = self._places.of(self._calls, call, layer.name)
-        for name in self._wanted.names:
-            reason = _cannot_have(name, queries, keys, layer.num_prefix)
-            if reason:
-                layer.missing[name] = reason
-        names = tuple(name for name in self._wanted.names if name not in layer.missing)
+        reasons = {name: _cannot_have(name, queries, keys, layer.num_prefix) for name in self._wanted.names}
+        layer.missing.update((name, reason) for name, reason in reasons.items() if reason)
+        names = tuple(name for name, reason in reasons.items() if not reason)
         return _Plan(names, layer.num_prefix, positions, queries == keys)
 
     def _keep(self, layer: CapturedLayer, plan: _Plan, call: AttentionCall, made: AttentionOutput) -> None:
@@ -413,12 +411,12 @@ def _watch(note: str, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs
     dim = query.shape[-1]
     if query.is_nested:
         note += "; no statistics of nested tensors"
-    elif dim > _MOST_DIMS:
-        note += f"; no statistics of heads wider than {_MOST_DIMS}"
+    elif dim > MOST_DIMS:
+        note += f"; no statistics of heads wider than {MOST_DIMS}"
     else:
         call = as_attention(query, key, key, *args, **kwargs)  # what v holds, no statistic asks
-        if dim % _DIVISOR:
-            wider = [F.pad(tensor, (0, -dim % _DIVISOR)) for tensor in (call.q, call.k)]
+        if dim % DIM_DIVISOR:  # filled up with zeros, which changes no score
+            wider = [F.pad(tensor, (0, -dim % DIM_DIVISOR)) for tensor in (call.q, call.k)]
             call = call._replace(q=wider[0], k=wider[1], v=wider[1])
     for observer in observers():
         observer.watch(call, note)

@@ -79,6 +79,8 @@ def shown_grid(grid: Sequence[int]) -> str:
 
 
 def _of_timm(module: nn.Module) -> Layout | None:
+    if hasattr(module, "decoder_blocks") and hasattr(module, "encoder"):
+        module = module.encoder  # mimkernels.models.MAE: the decoder's tokens are laid out as the encoder's
     embed = getattr(module, "patch_embed", None)
     grid = _pair(getattr(embed, "grid_size", None))
     if grid is None:

@@ -288,6 +288,33 @@ def test_our_own_attention_under_checkpointing():
     assert heads["blocks.0.attn"].stats["entropy"].shape == (2, 3, 17)
 
 
+def test_our_own_masked_autoencoder():
+    from mimkernels.models import MAE
+
+    torch.manual_seed(0)
+    sizes = {"decoder_dim": 48, "decoder_depth": 1, "decoder_heads": 3}
+    options = {key: size for key, size in m.SIZES.items() if key != "num_classes"}
+    model = MAE.from_timm("vit_tiny_patch16_224", patch_size=8, **options, **sizes)
+    with torch.no_grad():
+        expected = model(m.images(), seed=0, offset=0).loss
+        with mimkernels.capture(model, ["entropy", "prefix_mass"]) as heads:
+            assert torch.equal(model(m.images(), seed=0, offset=0).loss, expected)
+    assert [(layer.keys, layer.num_prefix) for layer in heads.values()] == [(5, 1), (5, 1), (17, 1)]
+
+
+def test_a_module_inside_itself_keeps_its_name():
+    class Twice(m.HandWritten):
+        def forward(self, x, depth=1):
+            if depth:
+                x = self(x, depth - 1)
+            return super().forward(x)
+
+    model = Twice()
+    with torch.no_grad(), mimkernels.capture(model, ["entropy"], num_prefix=1) as heads:
+        model(m.tokens())
+    assert list(heads) == ["Twice", "Twice#1"]
+
+
 def test_float64_models():
     model = m.hand_written().double()
     with torch.no_grad(), mimkernels.capture(model, ["entropy"], num_prefix=1) as heads:
