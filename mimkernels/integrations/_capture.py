@@ -324,7 +324,10 @@ class _Places:
                 f"{layer}: {keys} tokens of {batch} images, {prefix} of them prefix, but positions are "
                 f"{list(self._given.shape)}"
             )
-        return self._given.to(call.q.device)
+        key = ("given", call.q.device)
+        if key not in self._made:
+            self._made[key] = self._given.to(call.q.device)
+        return self._made[key]
 
     def _grid_positions(self, grid: Sequence[int], layout: Layout | None, device: torch.device) -> Tensor:
         patch_size = layout.patch_size if layout is not None else None
