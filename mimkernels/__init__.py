@@ -1,5 +1,8 @@
 """Fused kernels for Masked Image Modeling with Vision Transformers: token gathering, attention, pooling."""
 
+from importlib import import_module
+from typing import Any
+
 from mimkernels._version import __version__
 from mimkernels.ops import (
     AttentionOutput,
@@ -24,6 +27,7 @@ __all__ = [
     "__version__",
     "attention",
     "attention_rows",
+    "capture",
     "fill_mask_tokens",
     "gather_tokens",
     "head_divergence",
@@ -35,3 +39,10 @@ __all__ = [
     "restore_tokens",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Of the integrations, which stand above everything else: imported when first asked for.
+    if name != "capture":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module("mimkernels.integrations").capture
