@@ -86,7 +86,8 @@ def test_every_function_stays_within_its_instruction_set():
             assert not evex.search(body), f"{name} uses {evex.search(body).group()}"
         for namespace in namespaces:
             seen[namespace] += bool(vex.search(body))
-    assert all(seen[isa] for isa in WIDE & set(library.build["isas"])), f"functions with wide instructions, by instruction set: {seen}"
+    built = WIDE & set(library.build["isas"])
+    assert all(seen[isa] for isa in built), f"functions with wide instructions, by instruction set: {seen}"
 
 
 def test_the_cuda_library_holds_every_architecture():

@@ -5,7 +5,8 @@
 //
 // in:       q, k, v, out, dout by strides, features contiguous; lse; coef [6, B, H, Nq] or none
 // out:      dq [B, Nq, H, D], dk and dv [B, Nk, H, D], dbias like bias; every element written
-// numerics: everything in fp32, rounded once; delta is the sum of P dP where one block of keys holds
+// numerics: everything in fp32, rounded once; delta is the sum of P dP where one block of keys
+// holds
 //           them all. Where bf16 has a dot product of its own, P and dS are rounded to bf16 for it
 // cost:     per block of keys (packed three ways, in L2) and block of rows five products: scores
 // and

@@ -32,8 +32,8 @@ struct RowSums {
   float far = 0.0f;
 };
 
-// Replaces the scores s of one row by p = exp(s - top), and leaves x = s - top if kExpect. Apart from
-// the sums: chains of dependent instructions that wait for each other must be short.
+// Replaces the scores s of one row by p = exp(s - top), and leaves x = s - top if kExpect. Apart
+// from the sums: chains of dependent instructions that wait for each other must be short.
 template <bool kExpect, typename E>
 MIMKERNELS_INLINE void exp_row(float* s, float* x, E* weights, int64_t padded, float top) {
   const Floats shift = splat(top);
@@ -299,8 +299,8 @@ class Worker {
       const float* p = scores_ + i * kStride;
       const float* distance = nullptr;
       if constexpr (kFarther) distance = distances_.row(row + i, i, first, count);
-      const RowSums sums = sum_row<kExpect, kPatch, kFarther>(p, shifted_ + i * kStride, distance,
-                                                              padded, prefix);
+      const RowSums sums =
+          sum_row<kExpect, kPatch, kFarther>(p, shifted_ + i * kStride, distance, padded, prefix);
       const float change = changes[i];
       const float scale = rescale[i];
       // sum p (s - top) under a new top: every term scales, and shifts by change * p.

@@ -306,8 +306,8 @@ void score_rows(const ScoreTile<E>& t) {
 }
 
 // The sums over keys of weights[r * kRowStride + key] * panels[key, :], with the panels of
-// pack_rows, added to the rows of `start` if kAdd: finish(r, c, value) takes a register of row r from
-// column c.
+// pack_rows, added to the rows of `start` if kAdd: finish(r, c, value) takes a register of row r
+// from column c.
 template <int kRowStride, bool kAdd, int kRows, typename E, typename Finish>
 void weigh_panels(const E* weights, const E* panels, int64_t keys, int64_t dim, const float* start,
                   const Finish& finish) {

@@ -52,8 +52,8 @@ const CpuKernels* avx2_bf16_table() {
 }
 #endif
 
-// Best first; what only tests want comes after the one that always runs. __builtin_cpu_supports also
-// asks whether the operating system saves the registers.
+// Best first; what only tests want comes after the one that always runs. __builtin_cpu_supports
+// also asks whether the operating system saves the registers.
 int list_choices(Choice (&choices)[kChoices]) {
   int count = 0;
 #if defined(MIMKERNELS_HAVE_X86_ISAS)
