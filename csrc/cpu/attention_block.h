@@ -42,16 +42,16 @@ MIMKERNELS_INLINE int64_t row_chunks(int64_t heads, int64_t rows, int64_t least_
 }
 
 // A power of two goes into the rows, exactly; any other scale is applied to the finished products,
-// so that 16-bit inputs keep their exact products.
+// so that 16-bit inputs keep their exact products. All of it where rows are read as they are.
 struct SplitScale {
   float rows = 1.0f;
   float products = 1.0f;
 
-  explicit SplitScale(float scale) {
+  explicit SplitScale(float scale, bool copies_rows = true) {
     uint32_t bits;
     memcpy(&bits, &scale, sizeof(bits));
     const bool power = (bits & 0x007fffffu) == 0 && scale != 0.0f && scale - scale == 0.0f;
-    (power ? rows : products) = scale;
+    (power && copies_rows ? rows : products) = scale;
   }
 };
 
@@ -101,11 +101,13 @@ class Arena {
   ~Arena() {
     if (base_ != nullptr) thread_memory.trim();
   }
-  float* floats(int64_t count) {
+  template <typename E>
+  E* take(int64_t count) {
     const size_t at = used_;
-    used_ += (static_cast<size_t>(max_of(count, 0)) * sizeof(float) + 63) / 64 * 64;
-    return base_ == nullptr ? nullptr : reinterpret_cast<float*>(base_ + at);
+    used_ += (static_cast<size_t>(max_of(count, 0)) * sizeof(E) + 63) / 64 * 64;
+    return base_ == nullptr ? nullptr : reinterpret_cast<E*>(base_ + at);
   }
+  float* floats(int64_t count) { return take<float>(count); }
   // False when there is no memory.
   bool reserve() {
     base_ = static_cast<char*>(thread_memory.reserve(max_of(static_cast<int64_t>(used_), 64)));
@@ -185,8 +187,8 @@ class ScoreStart {
                   mask_row_);
   }
 
-  template <int kStride>
-  void set_rows(ScoreTile& tile, int64_t query, int64_t rows) const {
+  template <int kStride, typename E>
+  void set_rows(ScoreTile<E>& tile, int64_t query, int64_t rows) const {
     tile.start = nullptr;
     tile.start_stride = 0;
     tile.tail_start = mask_row_ + count_ / kPanel * kPanel;

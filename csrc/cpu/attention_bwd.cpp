@@ -7,7 +7,7 @@
 // out:      dq [B, Nq, H, D], dk and dv [B, Nk, H, D], dbias like bias; every element written
 // numerics: everything in fp32, rounded once; delta is the sum of P dP where one block of keys
 // holds
-//           them all
+//           them all. Where bf16 has a dot product of its own, P and dS are rounded to bf16 for it
 // cost:     per block of keys (packed three ways, in L2) and block of rows five products: scores
 // and
 //           dP a few rows at a time, dq from them, then dk and dv for the whole block of rows
@@ -79,13 +79,16 @@ MIMKERNELS_INLINE void gradient_row(const float* p, float* t, int64_t padded, fl
   }
 }
 
+// A row of weights, rounded.
+MIMKERNELS_INLINE void round_weights(bf16* dst, const float* src, int64_t padded) {
+  for (int64_t j = 0; j < padded; j += kLanes) store_weights(dst + j, load_floats(src + j));
+}
+
 template <typename T>
-MIMKERNELS_INLINE float dot_row(const float* a, const T* b, int64_t dim) {
+MIMKERNELS_INLINE float dot_row(const T* a, const T* b, int64_t dim) {
   Floats sum = {};
-  int64_t c = 0;
-  for (; c + kLanes <= dim; c += kLanes)
-    sum = mul_add(load_floats(a + c), load_part<kLanes>(b + c), sum);
-  if (c < dim) sum = mul_add(load_floats(a + c), load_some<kLanes>(b + c, dim - c).v[0], sum);
+  for (int64_t c = 0; c < dim; c += kLanes)
+    sum = mul_add(load_columns(a + c, dim - c), load_columns(b + c, dim - c), sum);
   return add_lanes(sum);
 }
 
@@ -135,6 +138,9 @@ struct Pass {
 
 template <typename T>
 class Worker {
+  using E = Operand<T>;
+  static constexpr bool kPairs = kDepth<E> > 1;
+
  public:
   Worker(const AttentionBwdParams& params, const Pass& pass)
       : p_(params),
@@ -175,15 +181,18 @@ class Worker {
   void allocate() {
     const int64_t block = blocks_.size;
     const int64_t chunk_rows = ceil_div(s_.queries, pass_.chunks) + 2 * kRowTile;
-    keys_ = arena_.floats(block * s_.dim);
-    values_ = arena_.floats(block * s_.dim);
-    key_rows_ = arena_.floats(pass_.grads ? block * columns_ : 0);
+    keys_ = arena_.take<E>(block * s_.dim);
+    values_ = arena_.take<E>(block * s_.dim);
+    key_rows_ = arena_.take<E>(pass_.grads ? block * columns_ : 0);
     dk_ = arena_.floats(pass_.grads ? block * columns_ : 0);
     dv_ = arena_.floats(pass_.grads ? block * columns_ : 0);
-    p_rows_ = arena_.floats(kBlockRows * kStride);
-    ds_rows_ = arena_.floats(kBlockRows * kStride);
-    query_ = arena_.floats(kBlockRows * kDimStride);
-    upstream_ = arena_.floats(kBlockRows * kDimStride);
+    p_rows_ = arena_.floats((kPairs ? kRowTile : kBlockRows) * kStride);
+    ds_rows_ = arena_.floats((kPairs ? kRowTile : kBlockRows) * kStride);
+    p_weights_ = arena_.take<E>(kPairs ? kBlockRows * kStride : 0);
+    ds_weights_ = arena_.take<E>(kPairs ? kBlockRows * kStride : 0);
+    pairs_ = arena_.take<E>(kPairs ? (kBlockRows + 1) * kStride : 0);
+    query_ = arena_.take<E>((kBlockRows + 1) * kDimStride);
+    upstream_ = arena_.take<E>((kBlockRows + 1) * kDimStride);
     dq_ = arena_.floats((blocks_.blocks > 1 ? chunk_rows : kRowTile) * kDimStride);
     mask_row_ = arena_.floats(block + kPanel);
     distances_.allocate(arena_);
@@ -226,15 +235,39 @@ class Worker {
       if (pass_.grads) finish_queries(row, n, row - top, block);
     }
     if (!pass_.grads) return;
-    const RowTiles key_tiles(count);
-    for (int64_t tile = 0; tile < key_tiles.tiles; ++tile) {
-      const int64_t key = key_tiles.first(tile);
-      with_row_count(key_tiles.first(tile + 1) - key, [&](auto n) {
-        gather_panels<kStride, n.value>(p_rows_ + key, upstream_, rows, s_.dim,
-                                        dv_ + key * columns_, columns_);
-        gather_panels<kStride, n.value>(ds_rows_ + key, query_, rows, s_.dim, dk_ + key * columns_,
-                                        columns_);
+    gather_keys(p_weights(), upstream_, rows, count, dv_);
+    gather_keys(ds_weights(), query_, rows, count, dk_);
+  }
+
+  // out[key, :] += sum over rows of weights[row, key] * right[row, :].
+  void gather_keys(const E* weights, const E* right, int64_t rows, int64_t count, float* out) {
+    if constexpr (kPairs) {
+      copy_rows<E, kStride>(weights, kStride, rows, padded_columns(count), 1.0f, pairs_);
+      weights = pairs_;
+    }
+    const RowTiles tiles(count);
+    for (int64_t tile = 0; tile < tiles.tiles; ++tile) {
+      const int64_t key = tiles.first(tile);
+      with_row_count(tiles.first(tile + 1) - key, [&](auto n) {
+        gather_panels<kStride, n.value>(weights + key * kDepth<E>, right, rows, s_.dim,
+                                        out + key * columns_, columns_);
       });
+    }
+  }
+
+  // P and dS of a block of rows, as the products read them.
+  E* p_weights() const {
+    if constexpr (kPairs) {
+      return p_weights_;
+    } else {
+      return p_rows_;
+    }
+  }
+  E* ds_weights() const {
+    if constexpr (kPairs) {
+      return ds_weights_;
+    } else {
+      return ds_rows_;
     }
   }
 
@@ -242,10 +275,19 @@ class Worker {
   void score_tile(int64_t row, int64_t rows, int64_t at, int64_t block) {
     const int64_t first = blocks_.first(block);
     const int64_t count = blocks_.length(block);
-    float* s = p_rows_ + at * kStride;
-    float* ds = ds_rows_ + at * kStride;
-    ScoreTile scores;
-    scores.rows = query_ + at * kDimStride;
+    float* s = p_rows_ + (kPairs ? 0 : at * kStride);
+    float* ds = ds_rows_ + (kPairs ? 0 : at * kStride);
+    ScoreTile<E> scores;
+    ScoreTile<E> products;
+    if constexpr (kPairs) {
+      scores.rows = head_at<T>(s_.q, b_, h_, row);
+      scores.row_stride = s_.q.stride_token;
+      products.rows = head_at<T>(p_.dout, b_, h_, row);
+      products.row_stride = p_.dout.stride_token;
+    } else {
+      scores.rows = query_ + at * kDimStride;
+      products.rows = upstream_ + at * kDimStride;
+    }
     scores.panels = keys_;
     scores.dim = s_.dim;
     scores.run = score_run(s_);
@@ -253,8 +295,6 @@ class Worker {
     scores.scale = scale_.products;
     scores.scores = s;
     start_.template set_rows<kStride>(scores, row, rows);
-    ScoreTile products;
-    products.rows = upstream_ + at * kDimStride;
     products.panels = values_;
     products.dim = s_.dim;
     products.run = s_.dim;
@@ -289,33 +329,41 @@ class Worker {
       }
       // With all keys at hand delta = sum of P dP, free of out's rounding.
       if (blocks_.blocks > 1) {
-        delta =
-            dot_row(upstream_ + (at + i) * kDimStride, head_at<T>(p_.out, b_, h_, row + i), s_.dim);
+        delta = dot_row(head_at<T>(p_.dout, b_, h_, row + i), head_at<T>(p_.out, b_, h_, row + i),
+                        s_.dim);
       }
       gradient_row(s_row, ds_row, columns, delta);
       const int64_t own = row + i - first;
       if (coef.own != 0.0f && own >= 0 && own < count) ds_row[own] += s_row[own] * coef.own;
       if (pass_.bias) put_bias(row + i, first, count, ds_row);
+      if constexpr (kPairs) {
+        round_weights(p_weights_ + (at + i) * kStride, s_row, columns);
+        round_weights(ds_weights_ + (at + i) * kStride, ds_row, columns);
+      }
     }
   }
 
   void finish_queries(int64_t row, int64_t rows, int64_t at, int64_t block) {
     float* dq = dq_ + (blocks_.blocks > 1 ? (row - first_row_) * kDimStride : 0);
     const int64_t count = blocks_.length(block);
+    const E* weights = ds_weights() + at * kStride;
+    const int64_t out_stride = s_.heads * s_.dim;
+    T* out = static_cast<T*>(p_.dq) + ((b_ * s_.queries + row) * s_.heads + h_) * s_.dim;
+    const bool last = block + 1 == blocks_.blocks;
+    const auto finish = [&](int r, int64_t c, Floats value) MIMKERNELS_LAMBDA_INLINE {
+      if (last) {
+        put_columns(out + r * out_stride + c, value * splat(s_.scale), s_.dim - c);
+      } else {
+        store_floats(dq + r * kDimStride + c, value);
+      }
+    };
     with_row_count(rows, [&](auto n) {
       if (block > 0) {
-        weigh_panels<kStride, 1, true, n.value>(ds_rows_ + at * kStride, key_rows_, count, s_.dim,
-                                                dq);
+        weigh_panels<kStride, true, n.value>(weights, key_rows_, count, s_.dim, dq, finish);
       } else {
-        weigh_panels<kStride, 1, false, n.value>(ds_rows_ + at * kStride, key_rows_, count, s_.dim,
-                                                 dq);
+        weigh_panels<kStride, false, n.value>(weights, key_rows_, count, s_.dim, dq, finish);
       }
     });
-    if (block + 1 < blocks_.blocks) return;
-    T* out = static_cast<T*>(p_.dq) + ((b_ * s_.queries + row) * s_.heads + h_) * s_.dim;
-    for (int64_t i = 0; i < rows; ++i) {
-      write_row(out + i * s_.heads * s_.dim, dq + i * kDimStride, s_.dim, s_.scale);
-    }
   }
 
   void write_keys(int64_t first, int64_t count) {
@@ -360,7 +408,7 @@ class Worker {
   RowTiles tiles_;
   KeyBlocks blocks_;
   int64_t columns_;
-  SplitScale scale_{s_.scale};
+  SplitScale scale_{s_.scale, !kPairs};
   Distances distances_;
   ScoreStart start_{s_};
   Arena arena_;
@@ -370,15 +418,18 @@ class Worker {
   int64_t chunk_ = 0;
   int64_t first_row_ = 0;
   bool opens_bias_ = true;
-  float* keys_ = nullptr;
-  float* values_ = nullptr;
-  float* key_rows_ = nullptr;
+  E* keys_ = nullptr;
+  E* values_ = nullptr;
+  E* key_rows_ = nullptr;
   float* dk_ = nullptr;
   float* dv_ = nullptr;
   float* p_rows_ = nullptr;
   float* ds_rows_ = nullptr;
-  float* query_ = nullptr;
-  float* upstream_ = nullptr;
+  E* p_weights_ = nullptr;
+  E* ds_weights_ = nullptr;
+  E* pairs_ = nullptr;
+  E* query_ = nullptr;
+  E* upstream_ = nullptr;
   float* dq_ = nullptr;
   float* mask_row_ = nullptr;
 };

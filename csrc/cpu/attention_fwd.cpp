@@ -3,7 +3,8 @@
 // in:       q, k, v by strides, features contiguous, fp32, bf16 or fp16; bias, key mask, positions
 // out:      out [B, Nq, H, D]; lse [B, H, Nq] and statistics in fp32; every element written once
 // numerics: everything in fp32; scores and statistics are taken relative to the row's maximum, so
-//           that entropies lose nothing to cancellation
+//           that entropies lose nothing to cancellation. Where bf16 has a dot product of its own, P
+//           is rounded to bf16 for P v alone
 // cost:     keys and values are packed once per block of 512 keys and stay in L2, the scores of a
 //           few rows in L1; up to 512 keys a row's softmax is final at once, beyond that it is
 //           rescaled from block to block
@@ -31,49 +32,55 @@ struct RowSums {
   float far = 0.0f;
 };
 
-// Replaces the scores s of one row by p = exp(s - top) and sums, with x = s - top: p, p x, both
-// over the patch keys too, p * distance. `prefix` of the keys are prefix keys.
-template <bool kExpect, bool kPatch, bool kFarther>
-MIMKERNELS_INLINE RowSums softmax_row(float* s, const float* distance, int64_t padded,
-                                      int64_t prefix, float top) {
+// Replaces the scores s of one row by p = exp(s - top), and leaves x = s - top if kExpect. Apart
+// from the sums: chains of dependent instructions that wait for each other must be short.
+template <bool kExpect, typename E>
+MIMKERNELS_INLINE void exp_row(float* s, float* x, E* weights, int64_t padded, float top) {
   const Floats shift = splat(top);
-  Floats sum = {}, expected = {}, patch_sum = {}, patch_expected = {}, far = {};
+  for (int64_t j = 0; j < padded; j += kLanes) {
+    Floats clamped;
+    const Floats p = exp_clamped(load_floats(s + j) - shift, clamped);
+    store_floats(s + j, p);
+    if constexpr (kExpect) store_floats(x + j, clamped);
+    if constexpr (kDepth<E> > 1) store_weights(weights + j, p);
+  }
+}
+
+// The sums of one row: p, p x, both over the patch keys too, p * distance. `prefix` of the keys are
+// prefix keys. The sum of p does not depend on where they end.
+template <bool kExpect, bool kPatch, bool kFarther>
+MIMKERNELS_INLINE RowSums sum_row(const float* p, const float* x, const float* distance,
+                                  int64_t padded, int64_t prefix) {
+  Floats sum = {}, before = {}, patch_sum = {}, patch_expected = {}, far = {};
   int64_t j = 0;
-  if constexpr (kPatch) {
+  if constexpr (kExpect || kPatch) {
     // The registers that hold prefix keys, the last of them perhaps patch keys too.
     for (; j < prefix; j += kLanes) {
-      Floats x;
-      const Floats p = exp_clamped(load_floats(s + j) - shift, x);
-      store_floats(s + j, p);
-      sum += p;
+      const Floats p_j = load_floats(p + j);
+      sum += p_j;
       const Ints is_patch =
           (Ints)(lane_numbers(static_cast<int32_t>(j)) >= static_cast<int32_t>(prefix));
-      const Floats patch_p = choose_lanes(is_patch, p, (Floats){});
-      patch_sum += patch_p;
+      const Floats patch_p = choose_lanes(is_patch, p_j, (Floats){});
+      if constexpr (kPatch) patch_sum += patch_p;
       if constexpr (kExpect) {
-        expected = mul_add(p, x, expected);
-        patch_expected = mul_add(patch_p, choose_lanes(is_patch, x, (Floats){}), patch_expected);
+        before = mul_add(p_j - patch_p, load_floats(x + j), before);
+        patch_expected = mul_add(patch_p, load_floats(x + j), patch_expected);
       }
-      if constexpr (kFarther) far = mul_add(p, load_floats(distance + j), far);
+      if constexpr (kFarther) far = mul_add(p_j, load_floats(distance + j), far);
     }
   }
   for (; j < padded; j += kLanes) {
-    Floats x;
-    const Floats p = exp_clamped(load_floats(s + j) - shift, x);
-    store_floats(s + j, p);
-    sum += p;
-    if constexpr (kExpect) expected = mul_add(p, x, expected);
-    if constexpr (kPatch) {
-      patch_sum += p;
-      if constexpr (kExpect) patch_expected = mul_add(p, x, patch_expected);
-    }
-    if constexpr (kFarther) far = mul_add(p, load_floats(distance + j), far);
+    const Floats p_j = load_floats(p + j);
+    sum += p_j;
+    if constexpr (kPatch) patch_sum += p_j;
+    if constexpr (kExpect) patch_expected = mul_add(p_j, load_floats(x + j), patch_expected);
+    if constexpr (kFarther) far = mul_add(p_j, load_floats(distance + j), far);
   }
   RowSums out;
   out.sum = add_lanes(sum);
-  if constexpr (kExpect) out.expected = add_lanes(expected);
   if constexpr (kPatch) out.patch_sum = add_lanes(patch_sum);
-  if constexpr (kExpect && kPatch) out.patch_expected = add_lanes(patch_expected);
+  if constexpr (kExpect) out.patch_expected = add_lanes(patch_expected);
+  if constexpr (kExpect) out.expected = out.patch_expected + add_lanes(before);
   if constexpr (kFarther) out.far = add_lanes(far);
   return out;
 }
@@ -96,6 +103,10 @@ struct Visit {
 // What one thread works with.
 template <typename T>
 class Worker {
+  using E = Operand<T>;
+  // Rows of q are read where they lie, unless they must be converted.
+  static constexpr bool kInPlace = std::is_same_v<E, T>;
+
  public:
   explicit Worker(const AttentionFwdParams& params)
       : p_(params),
@@ -141,10 +152,12 @@ class Worker {
  private:
   void allocate() {
     const int64_t block = blocks_.size;
-    keys_ = arena_.floats(block * s_.dim);
-    values_ = arena_.floats(block * padded_columns(s_.dim));
+    keys_ = arena_.take<E>(block * s_.dim);
+    values_ = arena_.take<E>(block * padded_columns(s_.dim));
     scores_ = arena_.floats(kRowTile * kStride);
-    query_ = arena_.floats(kRowTile * kDimStride);
+    shifted_ = arena_.floats(kRowTile * kStride);
+    weights_ = arena_.take<E>(kDepth<E> > 1 ? kRowTile * kStride : 0);
+    query_ = arena_.take<E>(kInPlace ? 0 : kRowTile * kDimStride);
     result_ = arena_.floats((blocks_.blocks > 1 ? row_stride_ : kRowTile) * kDimStride);
     maxima_ = arena_.floats(kRowTile * kLanes);
     mask_row_ = arena_.floats(block + kPanel);
@@ -169,9 +182,15 @@ class Worker {
 
   void visit_rows(int64_t row, int64_t rows, int64_t block) {
     const int64_t count = blocks_.length(block);
-    copy_rows(head_at<T>(s_.q, b_, h_, row), s_.q.stride_token, rows, s_.dim, scale_.rows, query_);
-    ScoreTile tile;
-    tile.rows = query_;
+    ScoreTile<E> tile;
+    if constexpr (kInPlace) {
+      tile.rows = head_at<T>(s_.q, b_, h_, row);
+      tile.row_stride = s_.q.stride_token;
+    } else {
+      copy_rows(head_at<T>(s_.q, b_, h_, row), s_.q.stride_token, rows, s_.dim, scale_.rows,
+                query_);
+      tile.rows = query_;
+    }
     tile.panels = keys_;
     tile.dim = s_.dim;
     tile.run = score_run(s_);
@@ -180,8 +199,10 @@ class Worker {
     tile.scores = scores_;
     tile.maxima = maxima_;
     start_.template set_rows<kStride>(tile, row, rows);
+    const int64_t out_stride = s_.heads * s_.dim;
     T* out = static_cast<T*>(p_.out) + ((b_ * s_.queries + row) * s_.heads + h_) * s_.dim;
-    if (block + 1 == blocks_.blocks) prefetch_rows(out, s_.heads * s_.dim, rows, s_.dim);
+    const bool last = block + 1 == blocks_.blocks;
+    if (last) prefetch_rows(out, out_stride, rows, s_.dim);
     prefetch_next(s_.q, row, rows);
     prefetch_next(s_.k, row, rows);
     if (row + 2 * rows <= s_.queries) {
@@ -189,28 +210,42 @@ class Worker {
     }
     with_row_count(rows, [&](auto n) { score_rows<kStride, true, n.value>(tile); });
 
-    float* result = result_ + (blocks_.blocks > 1 ? (row - first_row_) * kDimStride : 0);
-    float rescale[kRowTile];
-    softmax_rows(row, rows, block, rescale);
+    float scale[kRowTile];
+    softmax_rows(row, rows, block, scale);
     prefetch_next(p_.v, row, rows);
+    float* result = result_ + (blocks_.blocks > 1 ? (row - first_row_) * kDimStride : 0);
     if (block > 0) {
       for (int64_t i = 0; i < rows; ++i) {
         write_row(result + i * kDimStride, result + i * kDimStride, padded_columns(s_.dim),
-                  rescale[i]);
+                  scale[i]);
       }
-      with_row_count(rows, [&](auto n) {
-        weigh_panels<kStride, 1, true, n.value>(scores_, values_, count, s_.dim, result);
-      });
-    } else {
-      with_row_count(rows, [&](auto n) {
-        weigh_panels<kStride, 1, false, n.value>(scores_, values_, count, s_.dim, result);
-      });
     }
-    if (block + 1 < blocks_.blocks) return;
-    for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t i = 0; last && i < rows; ++i) {
       const float sum = *state(kSum, row + i);
-      write_row(out + i * s_.heads * s_.dim, result + i * kDimStride, s_.dim,
-                sum == 0.0f ? 0.0f : 1.0f / sum);
+      scale[i] = sum == 0.0f ? 0.0f : 1.0f / sum;
+    }
+    const auto finish = [&](int r, int64_t c, Floats value) MIMKERNELS_LAMBDA_INLINE {
+      if (last) {
+        put_columns(out + r * out_stride + c, value * splat(scale[r]), s_.dim - c);
+      } else {
+        store_floats(result + r * kDimStride + c, value);
+      }
+    };
+    with_row_count(rows, [&](auto n) {
+      if (block > 0) {
+        weigh_panels<kStride, true, n.value>(weights(), values_, count, s_.dim, result, finish);
+      } else {
+        weigh_panels<kStride, false, n.value>(weights(), values_, count, s_.dim, result, finish);
+      }
+    });
+  }
+
+  // P as P v reads it.
+  E* weights() const {
+    if constexpr (kDepth<E> > 1) {
+      return weights_;
+    } else {
+      return scores_;
     }
   }
 
@@ -242,10 +277,8 @@ class Worker {
     const int64_t count = blocks_.length(block);
     const int64_t padded = padded_columns(count);
     const int64_t prefix = max_of(0, min_of(p_.num_prefix - first, count));
+    float changes[kRowTile];
     for (int64_t i = 0; i < rows; ++i) {
-      float* s = scores_ + i * kStride;
-      const float* distance = nullptr;
-      if constexpr (kFarther) distance = distances_.row(row + i, i, first, count);
       float top = max_lanes(load_floats(maxima_ + i * kLanes));
       float change = 0.0f;
       rescale[i] = 1.0f;
@@ -258,8 +291,17 @@ class Worker {
         rescale[i] = exp_lanes(splat(change))[0];
       }
       *state(kTop, row + i) = top;
-      const RowSums sums = softmax_row<kExpect, kPatch, kFarther>(s, distance, padded, prefix,
-                                                                  top == -kInfinity ? 0.0f : top);
+      changes[i] = change;
+      exp_row<kExpect>(scores_ + i * kStride, shifted_ + i * kStride, weights() + i * kStride,
+                       padded, top == -kInfinity ? 0.0f : top);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      const float* p = scores_ + i * kStride;
+      const float* distance = nullptr;
+      if constexpr (kFarther) distance = distances_.row(row + i, i, first, count);
+      const RowSums sums =
+          sum_row<kExpect, kPatch, kFarther>(p, shifted_ + i * kStride, distance, padded, prefix);
+      const float change = changes[i];
       const float scale = rescale[i];
       // sum p (s - top) under a new top: every term scales, and shifts by change * p.
       const auto add = [&](int field, float value, int mass_field) {
@@ -274,10 +316,10 @@ class Worker {
       add(kSum, sums.sum, -1);
       if constexpr (kPatch) add(kPatchSum, sums.patch_sum, -1);
       if constexpr (kFarther) add(kFar, sums.far, -1);
-      if (asks(kPrefixMass)) add(kPrefixSum, sum_of_first(s, prefix), -1);
+      if (asks(kPrefixMass)) add(kPrefixSum, sum_of_first(p, prefix), -1);
       if (asks(kSelfMass)) {
         const int64_t own = row + i - first;
-        add(kOwn, own >= 0 && own < count ? s[own] : 0.0f, -1);
+        add(kOwn, own >= 0 && own < count ? p[own] : 0.0f, -1);
       }
     }
   }
@@ -329,7 +371,7 @@ class Worker {
   KeyBlocks blocks_;
   int64_t chunks_;
   int64_t row_stride_;
-  SplitScale scale_{s_.scale};
+  SplitScale scale_{s_.scale, !kInPlace};
   Distances distances_;
   ScoreStart start_{s_};
   Arena arena_;
@@ -339,10 +381,12 @@ class Worker {
   int64_t next_b_ = -1;  // -1: none, or too long to be kept
   int64_t next_h_ = 0;
   int64_t first_row_ = 0;
-  float* keys_ = nullptr;
-  float* values_ = nullptr;
+  E* keys_ = nullptr;
+  E* values_ = nullptr;
   float* scores_ = nullptr;
-  float* query_ = nullptr;
+  float* shifted_ = nullptr;  // scores less their row's maximum
+  E* weights_ = nullptr;
+  E* query_ = nullptr;
   float* result_ = nullptr;
   float* maxima_ = nullptr;
   float* mask_row_ = nullptr;

@@ -45,7 +45,7 @@ class ScoreRows {
   // scores: [rows, padded keys], kStride apart.
   void compute(int64_t row, int64_t rows, float* scores) {
     copy_rows(head_at<T>(s_.q, b_, h_, row), s_.q.stride_token, rows, s_.dim, scale_.rows, query_);
-    ScoreTile tile;
+    ScoreTile<float> tile;
     tile.rows = query_;
     tile.panels = keys_;
     tile.dim = s_.dim;

@@ -1,12 +1,12 @@
 // Register-tiled products of the attention kernels, and the packing that feeds them.
 //
 // A tile of C = A B is kRowTile rows by one panel of kPanel columns, all of it in registers. A's
-// elements are broadcast one by one, B's are read as contiguous registers: B is packed in panels
-// [k, kPanel], the last panel half as wide where its columns fit. Rows of A and C live in row
-// buffers, a fixed stride apart.
+// elements (or pairs of them, attention_operand.h) are broadcast one by one, B's are read as
+// contiguous registers: B is packed in panels [k, kPanel], the last panel half as wide where its
+// columns fit. Rows of C live in row buffers, a fixed stride apart.
 #pragma once
 
-#include "attention_math.h"
+#include "attention_operand.h"
 #include "rows.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
@@ -54,11 +54,26 @@ MIMKERNELS_INLINE int64_t padded_columns(int64_t count) { return ceil_div(count,
 
 // ---- packing ----
 
-// Panels [D, width] of the transposed rows; rows that `allowed` switches off, and the padding, are
-// 0.
-template <typename T>
+// kSquare steps of a row, the first of `depth`, those past them 0.
+template <typename E, typename T>
+MIMKERNELS_INLINE SquareRow load_square(const T* src, int64_t depth) {
+  if constexpr (kDepth<E> == 1) {
+    return load_part<kSquare>(src);
+  } else {
+    // D is a multiple of 8, its pairs perhaps only of 4.
+    SquareRow out = {};
+    memcpy(&out, src, depth < kSquare ? 4 * sizeof(float) : sizeof(out));
+    return out;
+  }
+}
+
+// Panels [steps of D, width] of the transposed rows; rows that `allowed` switches off, and the
+// padding, are 0.
+template <typename E, typename T>
 void pack_transposed(const T* src, int64_t stride, int64_t count, int64_t dim,
-                     const uint8_t* allowed, float* dst) {
+                     const uint8_t* allowed, E* dst) {
+  constexpr int64_t kStep = kDepth<E>;
+  const int64_t depth = dim / kStep;
   for (int64_t first = 0; first < count; first += kPanel) {
     const int64_t width = min_of(kPanel, padded_columns(count - first));
     for (int64_t j = 0; j < width; j += kSquare) {
@@ -68,87 +83,101 @@ void pack_transposed(const T* src, int64_t stride, int64_t count, int64_t dim,
         const bool there = row < count && (allowed == nullptr || allowed[row] != 0);
         rows[i] = there ? src + row * stride : nullptr;
       }
-      for (int64_t c = 0; c < dim; c += kSquare) {
+      for (int64_t c = 0; c < depth; c += kSquare) {
         SquareRow square[kSquare];
         MIMKERNELS_UNROLL
         for (int i = 0; i < kSquare; ++i) {
-          square[i] = rows[i] != nullptr ? load_part<kSquare>(rows[i] + c) : (SquareRow){};
+          square[i] =
+              rows[i] != nullptr ? load_square<E>(rows[i] + c * kStep, depth - c) : (SquareRow){};
         }
         transpose_square(square);
         MIMKERNELS_UNROLL
-        for (int i = 0; i < kSquare; ++i) store_part<kSquare>(dst + (c + i) * width + j, square[i]);
+        for (int i = 0; i < kSquare; ++i) {
+          if (kStep > 1 && i >= 4 && c + i >= depth) break;
+          memcpy(dst + ((c + i) * width + j) * kStep, &square[i], sizeof(square[i]));
+        }
       }
     }
     dst += dim * width;
   }
 }
 
-// Panels [count, width] of the rows' features; padding is 0.
-template <typename T>
-void pack_rows(const T* src, int64_t stride, int64_t count, int64_t dim, float* dst) {
-  for (int64_t j = 0; j < count; ++j) {
+// Panels [steps of count, width] of the rows' features; padding is 0.
+template <typename E, typename T>
+void pack_rows(const T* src, int64_t stride, int64_t count, int64_t dim, E* dst) {
+  constexpr int64_t kStep = kDepth<E>;
+  const int64_t padded = steps_of<E>(count) * kStep;
+  for (int64_t j = 0; j < count; j += kStep) {
     const T* row = src + j * stride;
-    float* panel = dst;
+    E* panel = dst;
     int64_t c = 0;
-    for (; c + kPanel <= dim; c += kPanel, panel += count * kPanel) {
+    for (; c + kPanel <= dim; c += kPanel, panel += padded * kPanel) {
       MIMKERNELS_UNROLL
-      for (int v = 0; v < 2; ++v) {
-        store_floats(panel + j * kPanel + v * kLanes, load_part<kLanes>(row + c + v * kLanes));
+      for (int64_t v = 0; v < kPanel; v += kLanes) {
+        store_operand(panel + j * kPanel + v * kStep,
+                      load_step<E>(row + c + v, stride, count - j, kLanes));
       }
     }
     const int64_t width = padded_columns(dim - c);
     for (int64_t v = 0; v < width; v += kLanes) {
-      const bool whole = dim - c - v >= kLanes;
-      store_floats(panel + j * width + v, whole ? load_part<kLanes>(row + c + v)
-                                                : load_some<kLanes>(row + c + v, dim - c - v).v[0]);
+      store_operand(panel + j * width + v * kStep,
+                    load_step<E>(row + c + v, stride, count - j, dim - c - v));
     }
   }
 }
 
-// Rows of features in fp32, times scale, kDimStride apart; padding to whole registers is 0.
-template <typename T>
+// Rows of features, kRowStride lanes apart; padding to whole registers is 0. In fp32 they are
+// multiplied by scale; pairs hold two rows each, as they are.
+template <typename E, int64_t kRowStride = kDimStride, typename T>
 MIMKERNELS_INLINE void copy_rows(const T* src, int64_t stride, int64_t count, int64_t dim,
-                                 float scale, float* dst) {
+                                 float scale, E* dst) {
   const Floats factor = splat(scale);
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < count; i += kDepth<E>) {
     const T* row = src + i * stride;
-    float* to = dst + i * kDimStride;
-    int64_t c = 0;
-    for (; c + kLanes <= dim; c += kLanes)
-      store_floats(to + c, load_part<kLanes>(row + c) * factor);
-    if (c < dim) store_floats(to + c, load_some<kLanes>(row + c, dim - c).v[0] * factor);
+    E* to = dst + i * kRowStride;
+    for (int64_t c = 0; c < dim; c += kLanes) {
+      Floats step = load_step<E>(row + c, stride, count - i, dim - c);
+      if constexpr (kDepth<E> == 1) step *= factor;
+      store_operand(to + c * kDepth<E>, step);
+    }
   }
+}
+
+// The first `left` lanes, at most all, rounded to T.
+template <typename T>
+MIMKERNELS_INLINE void put_columns(T* dst, Floats value, int64_t left) {
+  if (left >= kLanes) return store_part<kLanes>(dst, value);
+  Pack<kLanes> some;
+  some.v[0] = value;
+  store_some<kLanes>(dst, some, left);
 }
 
 // dst = src * scale, rounded to T.
 template <typename T>
 MIMKERNELS_INLINE void write_row(T* dst, const float* src, int64_t dim, float scale) {
   const Floats factor = splat(scale);
-  int64_t c = 0;
-  for (; c + kLanes <= dim; c += kLanes) store_part<kLanes>(dst + c, load_floats(src + c) * factor);
-  if (c < dim) {
-    Pack<kLanes> last;
-    last.v[0] = load_floats(src + c) * factor;
-    store_some<kLanes>(dst + c, last, dim - c);
+  for (int64_t c = 0; c < dim; c += kLanes) {
+    put_columns(dst + c, load_floats(src + c) * factor, dim - c);
   }
 }
 
 // ---- tiles ----
 
-// acc[r][v] += sum over k < count of a[r * a_row + k * a_step] * b[k * b_step + v * kLanes ...].
-template <int kRows, int kVectors>
-MIMKERNELS_INLINE void multiply(Floats (&acc)[kRows][kVectors], const float* a, int64_t a_row,
-                                int64_t a_step, const float* b, int64_t b_step, int64_t count) {
+// acc[r][v] += sum over k < steps of a[r * a_row + k * a_step] * b[k * b_step + v * kLanes ...], in
+// pairs where the operands are.
+template <typename E, int kRows, int kVectors>
+MIMKERNELS_INLINE void multiply(Floats (&acc)[kRows][kVectors], const E* a, int64_t a_row,
+                                int64_t a_step, const E* b, int64_t b_step, int64_t steps) {
 #pragma GCC unroll 4
-  for (int64_t k = 0; k < count; ++k) {
-    Floats right[kVectors];
+  for (int64_t k = 0; k < steps; ++k) {
+    decltype(load_operand(b)) right[kVectors];
     MIMKERNELS_UNROLL
-    for (int v = 0; v < kVectors; ++v) right[v] = load_floats(b + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) right[v] = load_operand(b + v * kLanes * kDepth<E>);
     MIMKERNELS_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const Floats left = splat(a[r * a_row]);
+      const auto left = spread_operand(a + r * a_row);
       MIMKERNELS_UNROLL
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = mul_add(left, right[v], acc[r][v]);
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = add_product(left, right[v], acc[r][v]);
     }
     a += a_step;
     b += b_step;
@@ -193,9 +222,11 @@ MIMKERNELS_INLINE void store_tile(const Floats (&acc)[kRows][kVectors], float* d
 }
 
 // What the scores of a few rows are computed from.
+template <typename E>
 struct ScoreTile {
-  const float* rows = nullptr;    // [rows, D], kDimStride apart
-  const float* panels = nullptr;  // the keys, from pack_transposed
+  const E* rows = nullptr;    // [rows, D], row_stride apart
+  const E* panels = nullptr;  // the keys, from pack_transposed
+  int64_t row_stride = kDimStride;
   int64_t dim = 0;
   int64_t run = 0;  // how many products are summed at a time, at most dim
   int64_t keys = 0;
@@ -207,19 +238,21 @@ struct ScoreTile {
   float* maxima = nullptr;            // [rows, kLanes]: the largest score of each lane
 };
 
-template <int kStride, bool kMaxima, int kRows, int kVectors>
-MIMKERNELS_INLINE void score_panel(const ScoreTile& t, const float* panel, int64_t first,
+template <int kStride, bool kMaxima, int kRows, int kVectors, typename E>
+MIMKERNELS_INLINE void score_panel(const ScoreTile<E>& t, const E* panel, int64_t first,
                                    const float* start, int64_t start_stride) {
-  constexpr int64_t kStep = kVectors * kLanes;
+  constexpr int64_t kWidth = kVectors * kLanes;
+  constexpr int64_t kStep = kDepth<E>;
   Floats acc[kRows][kVectors];
   clear(acc);
-  multiply(acc, t.rows, kDimStride, 1, panel, kStep, t.run);
+  multiply(acc, t.rows, t.row_stride, kStep, panel, kWidth * kStep, t.run / kStep);
   for (int64_t c = t.run; c < t.dim; c += t.run) {
-    float sums[kRows * kStep];  // not in t.scores, which may hold the bias
-    store_tile(acc, sums, kStep);
+    float sums[kRows * kWidth];  // not in t.scores, which may hold the bias
+    store_tile(acc, sums, kWidth);
     clear(acc);
-    multiply(acc, t.rows + c, kDimStride, 1, panel + c * kStep, kStep, min_of(t.dim - c, t.run));
-    add_tile(acc, sums, kStep);
+    multiply(acc, t.rows + c, t.row_stride, kStep, panel + c * kWidth, kWidth * kStep,
+             min_of(t.dim - c, t.run) / kStep);
+    add_tile(acc, sums, kWidth);
   }
   // Scale and start come last: rounding errors stay those of the product alone.
   if (start != nullptr) {
@@ -252,12 +285,12 @@ MIMKERNELS_INLINE void score_panel(const ScoreTile& t, const float* panel, int64
 }
 
 // scores = scale * rows * keys^T (+ start), and each lane's maximum; NaN never wins a maximum.
-template <int kStride, bool kMaxima, int kRows>
-void score_rows(const ScoreTile& t) {
+template <int kStride, bool kMaxima, int kRows, typename E>
+void score_rows(const ScoreTile<E>& t) {
   if constexpr (kMaxima) {
     for (int r = 0; r < kRows; ++r) store_floats(t.maxima + r * kLanes, splat(-kInfinity));
   }
-  const float* panel = t.panels;
+  const E* panel = t.panels;
   int64_t first = 0;
   for (; first + kPanel <= t.keys; first += kPanel, panel += kPanel * t.dim) {
     const float* start = t.start == nullptr ? nullptr : t.start + first;
@@ -273,37 +306,46 @@ void score_rows(const ScoreTile& t) {
   }
 }
 
-// out[r, :] (+)= sum over keys of weights[r * kRowStride + key * kKeyStride] * panels[key, :], with
-// the panels of pack_rows.
-template <int kRowStride, int kKeyStride, bool kAdd, int kRows>
-void weigh_panels(const float* weights, const float* panels, int64_t keys, int64_t dim,
-                  float* out) {
-  const auto panel_of = [&](auto vectors, const float* panel, float* to) MIMKERNELS_LAMBDA_INLINE {
+// The sums over keys of weights[r * kRowStride + key] * panels[key, :], with the panels of
+// pack_rows, added to the rows of `start` if kAdd: finish(r, c, value) takes a register of row r
+// from column c.
+template <int kRowStride, bool kAdd, int kRows, typename E, typename Finish>
+void weigh_panels(const E* weights, const E* panels, int64_t keys, int64_t dim, const float* start,
+                  const Finish& finish) {
+  constexpr int64_t kStep = kDepth<E>;
+  const int64_t steps = steps_of<E>(keys);
+  const auto panel_of = [&](auto vectors, const E* panel, int64_t c) MIMKERNELS_LAMBDA_INLINE {
     Floats acc[kRows][vectors.value];
     if constexpr (kAdd) {
-      load_tile(acc, to, kDimStride);
+      load_tile(acc, start + c, kDimStride);
     } else {
       clear(acc);
     }
-    multiply(acc, weights, kRowStride, kKeyStride, panel, vectors.value * kLanes, keys);
-    store_tile(acc, to, kDimStride);
+    multiply(acc, weights, kRowStride, kStep, panel, vectors.value * kLanes * kStep, steps);
+    MIMKERNELS_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      MIMKERNELS_UNROLL
+      for (int v = 0; v < vectors.value; ++v) finish(r, c + v * kLanes, acc[r][v]);
+    }
   };
   int64_t c = 0;
-  for (; c + kLanes < dim; c += kPanel, panels += kPanel * keys) {
-    panel_of(Constant<2>{}, panels, out + c);
+  for (; c + kLanes < dim; c += kPanel, panels += kPanel * steps * kStep) {
+    panel_of(Constant<2>{}, panels, c);
   }
-  if (c < dim) panel_of(Constant<1>{}, panels, out + c);
+  if (c < dim) panel_of(Constant<1>{}, panels, c);
 }
 
 // out[key, :] += sum over rows of weights[row * kRowStride + key] * right[row, :] for kKeys keys;
-// right and out are row buffers.
-template <int kRowStride, int kKeys>
-void gather_panels(const float* weights, const float* right, int64_t rows, int64_t dim, float* out,
+// right is from copy_rows, and in pairs so are weights.
+template <int kRowStride, int kKeys, typename E>
+void gather_panels(const E* weights, const E* right, int64_t rows, int64_t dim, float* out,
                    int64_t out_stride) {
+  constexpr int64_t kStep = kDepth<E>;
   const auto panel_of = [&](auto vectors, int64_t c) MIMKERNELS_LAMBDA_INLINE {
     Floats acc[kKeys][vectors.value];
     load_tile(acc, out + c, out_stride);
-    multiply(acc, weights, 1, kRowStride, right + c, kDimStride, rows);
+    multiply(acc, weights, kStep, kRowStride * kStep, right + c * kStep, kDimStride * kStep,
+             steps_of<E>(rows));
     store_tile(acc, out + c, out_stride);
   };
   int64_t c = 0;

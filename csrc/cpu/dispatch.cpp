@@ -22,6 +22,12 @@ namespace avx512_bf16 {
 extern const CpuKernels kernel_table;
 }
 #endif
+#if defined(MIMKERNELS_HAVE_AVX2_BF16)
+namespace avx2_bf16 {
+Status attention_fwd(const AttentionFwdParams& params, ParallelFor parallel_for);
+Status attention_bwd(const AttentionBwdParams& params, ParallelFor parallel_for);
+}  // namespace avx2_bf16
+#endif
 
 namespace {
 
@@ -30,9 +36,24 @@ struct Choice {
   bool runs_here;
 };
 
-constexpr int kChoices = 4;
+constexpr int kChoices = 5;
 
-// Best first. __builtin_cpu_supports also asks whether the operating system saves the registers.
+#if defined(MIMKERNELS_HAVE_AVX2_BF16)
+// The kernels of AVX2, but for the products of bf16 pairs.
+const CpuKernels* avx2_bf16_table() {
+  static const CpuKernels table = [] {
+    CpuKernels out = avx2::kernel_table;
+    out.isa = "avx2_bf16";
+    out.attention_fwd = &avx2_bf16::attention_fwd;
+    out.attention_bwd = &avx2_bf16::attention_bwd;
+    return out;
+  }();
+  return &table;
+}
+#endif
+
+// Best first; what only tests want comes after the one that always runs. __builtin_cpu_supports
+// also asks whether the operating system saves the registers.
 int list_choices(Choice (&choices)[kChoices]) {
   int count = 0;
 #if defined(MIMKERNELS_HAVE_X86_ISAS)
@@ -48,6 +69,9 @@ int list_choices(Choice (&choices)[kChoices]) {
   choices[count++] = {&avx2::kernel_table, has_avx2};
 #endif
   choices[count++] = {&portable::kernel_table, true};
+#if defined(MIMKERNELS_HAVE_AVX2_BF16)
+  choices[count++] = {avx2_bf16_table(), has_avx2};
+#endif
   return count;
 }
 

@@ -150,15 +150,61 @@ torch.save([everything(**shape) for shape in SHAPES], sys.argv[2])
 """
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
-def test_instruction_sets_agree(isa, tmp_path):
-    code = [sys.executable, "-c", ON_AN_ISA, os.path.dirname(__file__), str(tmp_path / "made.pt")]
-    done = subprocess.run(code, env={**os.environ, "MIMKERNELS_CPU_ISA": isa}, capture_output=True, text=True)
+def on_an_isa(isa: str, code: str, *arguments: str) -> None:
+    """Run code in a process whose kernels are those of one instruction set; skip where it has none."""
+    command = [sys.executable, "-c", code, os.path.dirname(__file__), *arguments]
+    done = subprocess.run(command, env={**os.environ, "MIMKERNELS_CPU_ISA": isa}, capture_output=True, text=True)
     if done.returncode and ("does not support it" in done.stderr or "is not an instruction set" in done.stderr):
         pytest.skip(f"this CPU or this build has no {isa}")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx2_bf16", "avx512", "avx512_bf16"])
+def test_instruction_sets_agree(isa, tmp_path):
+    on_an_isa(isa, ON_AN_ISA, str(tmp_path / "made.pt"))
     for shape, theirs in zip(SHAPES, torch.load(tmp_path / "made.pt"), strict=True):
         wide = shape.get("dtype", torch.float32) == torch.float32
         for a, b in zip(everything(**shape), theirs, strict=True):
             tolerance = 2e-4 if wide or a.dtype == torch.float32 else 2e-2
             torch.testing.assert_close(b.float(), a.float(), rtol=tolerance, atol=tolerance)
+
+
+# The contract, with heads too short, long, narrow and wide for whole registers of pairs, and rows apart by odd steps.
+PAIRS = """
+import sys, torch
+from mimkernels import attention, testing
+assert torch.ops.mimkernels.cpu_isa() == sys.argv[2]
+for case in testing.cases("attention"):
+    for layout in testing.LAYOUTS:
+        testing.check(case, "cpu", torch.bfloat16, layout=layout)
+sys.path.insert(0, sys.argv[1])
+from test_attention_cpu import check_odd_strides
+check_odd_strides()
+"""
+
+
+def check_odd_strides():
+    """Rows of q, k, v and of the gradient start at odd elements: no pair of theirs is aligned."""
+    packed = torch.randn(2, 3, 31, 41).to(torch.bfloat16)
+    tokens = [packed[..., 1:].clone() for _ in range(3)]
+    apart = [torch.cat([x, x[..., :1]], -1)[..., :40].requires_grad_() for x in tokens]
+    together = [x.clone().contiguous().requires_grad_() for x in tokens]
+    upstream = torch.randn(2, 3, 31, 41).to(torch.bfloat16)[..., 1:]
+    made = []
+    for q, k, v in (apart, together):
+        out = attention(q, k, v, stats=("entropy",), backend="cpu")
+        grads = torch.autograd.grad([out.out, out.stats["entropy"]], [q, k, v], [upstream, torch.ones_like(out.lse)])
+        made.append([out.out, out.stats["entropy"], *grads])
+        upstream = upstream.contiguous()
+    assert apart[0].stride(2) == 41
+    for a, b in zip(*made, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_odd_strides_change_no_bit():
+    check_odd_strides()
+
+
+@pytest.mark.parametrize("isa", ["avx2_bf16", "avx512_bf16"])
+def test_products_of_bf16_pairs_meet_the_contract(isa):
+    on_an_isa(isa, PAIRS, isa)
