@@ -9,6 +9,9 @@
 ``MIMKERNELS_CMAKE_ARGS``  further arguments of CMake, such as -DMIMKERNELS_CUDA=off.
 ``MAX_JOBS``               compile jobs at a time.
 
+In a source tree (editable, or build_native --inplace) the CUDA kernels are also compiled for the host, for tests:
+libmimkernels_cuda_emulated.so. No wheel has it.
+
 Sources and compiler options are in CMakeLists.txt, metadata in pyproject.toml.
 """
 
@@ -105,8 +108,8 @@ def run(command: list[str], what: str, remedy: str) -> None:
         raise NotBuilt(f"{what} failed: " + " | ".join(lines[first : first + 4]), remedy)
 
 
-def compile_libraries(folder: Path, report: dict) -> dict[str, Path]:
-    """Compiles into ``folder``, fills ``report``, returns the libraries that were made."""
+def compile_libraries(folder: Path, report: dict, names: list[str]) -> dict[str, Path]:
+    """Compiles the named libraries into ``folder``, fills ``report``, returns those that were made."""
     torch_dir, torch_version, torch_cuda = find_torch()
     report["torch"], report["torch_cuda"] = torch_version, torch_cuda
     cmake, ninja = find_tool("cmake"), find_tool("ninja")
@@ -121,10 +124,11 @@ def compile_libraries(folder: Path, report: dict) -> dict[str, Path]:
     configured = json.loads((folder / "configured.json").read_text())
     report.update(configured)
     made = {}
-    for name in ("cpu", "cuda"):
+    remedies = {"cuda": "install the CUDA toolkit (nvcc) 12.8 or later", "cuda_emulated": "use g++ on Linux"}
+    for name in names:
         try:
-            if name == "cuda" and configured["cuda_reason"]:
-                raise NotBuilt(configured["cuda_reason"], "install the CUDA toolkit (nvcc) 12.8 or later")
+            if configured.get(f"{name}_reason"):
+                raise NotBuilt(configured[f"{name}_reason"], remedies[name])
             jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
             run([cmake, "--build", str(folder), "--target", f"mimkernels_{name}", "--parallel", jobs],
                 f"compiling the {name} library", "mend what it names")  # fmt: skip
@@ -161,17 +165,18 @@ class BuildNative(Command):
         inplace = self.editable_mode or self.inplace
         target = (ROOT if inplace else Path(self.build_lib)) / "mimkernels" / "_lib"
         target.mkdir(parents=True, exist_ok=True)
+        names = ["cpu", "cuda", *(["cuda_emulated"] if inplace else [])]
         report = {"mode": mode, "libraries": {}}
         keep = os.environ.get("MIMKERNELS_BUILD_DIR") or (inplace and ROOT / "build" / "native")
         folder = Path(keep or temporary_folder()).resolve()
         try:
             if mode == "off":
                 raise NotBuilt("switched off with MIMKERNELS_BUILD=off", "unset MIMKERNELS_BUILD")
-            self.made = compile_libraries(folder, report)
+            self.made = compile_libraries(folder, report, names)
         except NotBuilt as error:
             missing = {"built": False, "reason": error.reason, "remedy": error.remedy}
-            report["libraries"] = {"cpu": missing, "cuda": missing}
-        for name in ("cpu", "cuda"):
+            report["libraries"] = dict.fromkeys(names, missing)
+        for name in names:
             file = target / f"libmimkernels_{name}.so"
             file.unlink(missing_ok=True)  # never overwritten in place: a running process may have it mapped
             if name in self.made:
@@ -182,9 +187,10 @@ class BuildNative(Command):
                 print(f"mimkernels: no native {name} library: {reason}", file=sys.stderr)
         (target / "build.json").write_text(json.dumps(report, indent=2) + "\n")
         if mode == "require":
-            wanted = ["cpu", "cuda"] if report.get("nvcc") and not report.get("cuda_reason") else ["cpu"]
-            for name in wanted:
-                if name not in self.made:
+            can_be = {"cuda": report.get("nvcc") and not report.get("cuda_reason"),
+                      "cuda_emulated": not report.get("cuda_emulated_reason")}  # fmt: skip
+            for name in names:
+                if name not in self.made and can_be.get(name, True):
                     facts = report["libraries"][name]
                     raise RuntimeError(
                         f"MIMKERNELS_BUILD=require, but the {name} library was not built: {facts['reason']}. "

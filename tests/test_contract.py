@@ -4,10 +4,13 @@ import pytest
 import torch
 
 from mimkernels import testing
-from mimkernels.ops._registry import SPECS, OpSpec, backend_state
+from mimkernels.ops._registry import BACKENDS, SPECS, OpSpec, backend_state
 from mimkernels.testing import DEVICE
 
-ON_DEVICE = {"cpu": ("cpu", "triton", "reference"), "cuda": ("triton", "cuda", "reference")}[DEVICE]
+ON_DEVICE = {
+    "cpu": ("cpu", "triton", "cuda-emulated", "reference"),
+    "cuda": ("triton", "cuda", "reference"),
+}[DEVICE]
 CASES = testing.cases()
 INTERPRETED = DEVICE == "cpu"
 HALF = torch.float16  # the interpreter's bf16 products are wrong
@@ -54,6 +57,7 @@ def recorded_calls(case: testing.Case, backend: str, dtype: torch.dtype, monkeyp
 
 @pytest.mark.parametrize("backend", ON_DEVICE)
 def test_backend_is_here(backend):
+    assert backend in BACKENDS, f"required here, but not built: {backend}"
     assert backend_state(backend) is None, f"required here: {backend_state(backend)}"
 
 

@@ -10,16 +10,44 @@
 #include <cstring>
 #include <type_traits>
 
+#include "core/dtype.h"
+
 namespace mimkernels::cuda {
 
 constexpr int kThreads = 256;
+constexpr int kWarp = 32;
+constexpr unsigned kAll = 0xffffffffu;
+
+// The memory word of BYTES bytes.
+template <int BYTES>
+struct WordOf;
+template <>
+struct WordOf<16> {
+  using type = uint4;
+};
+template <>
+struct WordOf<8> {
+  using type = uint2;
+};
+template <>
+struct WordOf<4> {
+  using type = uint32_t;
+};
+template <>
+struct WordOf<2> {
+  using type = uint16_t;
+};
+template <>
+struct WordOf<1> {
+  using type = uint8_t;
+};
 
 // The memory word of VEC elements of T. Copies move words, so that NaN payloads survive.
 template <typename T, int VEC>
-using Word = std::conditional_t<sizeof(T) * VEC == 16, uint4,
-                                std::conditional_t<sizeof(T) * VEC == 4, uint32_t, uint16_t>>;
+using Word = typename WordOf<static_cast<int>(sizeof(T)) * VEC>::type;
 
 __device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(uint8_t x) { return static_cast<float>(x); }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
@@ -71,10 +99,37 @@ __device__ __forceinline__ int64_t divide(int64_t number, int64_t by, int64_t& r
   return quotient;
 }
 
-// Whether rows at `data + i * stride` (strides in elements of `size` bytes) all start on 16 bytes.
-inline bool rows_aligned(const void* data, int64_t stride0, int64_t stride1, int64_t size) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride0 * size % 16 == 0 &&
-         stride1 * size % 16 == 0;
+// The sum over a warp, in every lane; by a tree, so in a fixed order.
+template <typename T>
+__device__ __forceinline__ T warp_sum(T x) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+    x += __shfl_xor_sync(kAll, x, step);
+  }
+  return x;
+}
+
+// Calls body(T{}) with the element type of a float dtype.
+template <typename Body>
+cudaError_t with_float_type(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return body(float{});
+    case DType::kBFloat16:
+      return body(__nv_bfloat16{});
+    case DType::kFloat16:
+      return body(__half{});
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+// Whether rows at `data + i * stride` (strides in elements of `size` bytes) all start on `bytes`
+// bytes.
+inline bool rows_aligned(const void* data, int64_t stride0, int64_t stride1, int64_t size,
+                         int64_t bytes = 16) {
+  return reinterpret_cast<uintptr_t>(data) % bytes == 0 && stride0 * size % bytes == 0 &&
+         stride1 * size % bytes == 0;
 }
 
 // log2 of the threads that share a row of `vectors` vectors: a power of two, at most a warp.
@@ -86,11 +141,23 @@ inline int lanes_log2(int64_t vectors) {
   return log2;
 }
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// At most several times the blocks that a large device runs at once, so that looping costs nothing.
+constexpr int64_t kMostBlocks = int64_t{1} << 14;
+
 // Blocks for `items` at `per_block` each; kernels loop, so that any number of items fits.
 inline unsigned blocks_for(int64_t items, int64_t per_block) {
-  const int64_t wanted = (items + per_block - 1) / per_block;
-  constexpr int64_t kMost = int64_t{1} << 20;
-  return static_cast<unsigned>(wanted < kMost ? wanted : kMost);
+  const int64_t wanted = ceil_div(items, per_block);
+  return static_cast<unsigned>(wanted < kMostBlocks ? wanted : kMostBlocks);
+}
+
+// The same for a grid of `columns` by `rows` blocks, blockIdx.x and .y: kernels loop over both, and
+// divide nothing to find out where they are.
+inline dim3 blocks_for_grid(int64_t columns, int64_t rows) {
+  const int64_t x = columns < kMostBlocks ? columns : kMostBlocks;
+  const int64_t y = rows < kMostBlocks / x ? rows : kMostBlocks / x;
+  return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y));
 }
 
 }  // namespace mimkernels::cuda

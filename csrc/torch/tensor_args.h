@@ -136,6 +136,14 @@ inline Ids view_ids(const Tensor& tensor) {
   return ids;
 }
 
+// [B, N] bool, the last dim contiguous.
+inline BoolMask view_mask(const Tensor& mask) {
+  BoolMask view;
+  view.data = static_cast<const uint8_t*>(mask.data_ptr());
+  view.stride0 = mask.stride(0);
+  return view;
+}
+
 // A contiguous CPU tensor, not initialised.
 inline Tensor new_output(std::initializer_list<int64_t> sizes, ScalarType type) {
   return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()),

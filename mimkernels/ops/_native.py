@@ -27,13 +27,21 @@ class NativeLibrary:
     build: dict = field(default_factory=dict, repr=False)  # build.json: compiler, flags, torch, targets
 
 
-_LIBRARIES = {name: NativeLibrary(name, FOLDER / f"libmimkernels_{name}.so") for name in ("cpu", "cuda")}
+EMULATED = "cuda_emulated"  # the CUDA kernels compiled for the host, for tests: only source trees have it
+_LIBRARIES = {name: NativeLibrary(name, FOLDER / f"libmimkernels_{name}.so") for name in ("cpu", "cuda", EMULATED)}
+if not _LIBRARIES[EMULATED].path.exists():
+    del _LIBRARIES[EMULATED]
 _tried = False
 
 
 def library(name: str) -> NativeLibrary:
-    """The state of library ``"cpu"`` or ``"cuda"``."""
+    """The state of library ``"cpu"``, ``"cuda"`` or, where it was built, ``"cuda_emulated"``."""
     return _LIBRARIES[name]
+
+
+def has_emulation() -> bool:
+    """Whether the CUDA kernels were also built for the host."""
+    return EMULATED in _LIBRARIES
 
 
 def libraries() -> tuple[NativeLibrary, ...]:

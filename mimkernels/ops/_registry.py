@@ -11,7 +11,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -54,6 +54,10 @@ BACKENDS: dict[str, Backend] = {
         Backend("reference", None),
     )
 }
+# The CUDA kernels run on the host by csrc/emulation, which finds their faults: for tests, by name only.
+EMULATION = Backend("cuda-emulated", (), library=_native.EMULATED, testing_devices=("cpu",))
+if _native.has_emulation():
+    BACKENDS[EMULATION.name] = EMULATION
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ class Impl:
             found.append(_UNAVAILABLE[self.backend])
         if not backend.runs_on(device, named):
             hint = " (TRITON_INTERPRET=1 runs it on CPU tensors)" if self.backend == "triton" else ""
-            found.append(f"runs on {_words(backend.devices)}, the inputs are on {device}{hint}")
+            runs_on = _words(backend.devices or backend.testing_devices)
+            found.append(f"runs on {runs_on}, the inputs are on {device}{hint}")
         if dtype not in self.dtypes:
             found.append(f"takes {_words(self.dtypes)}, got {_words((dtype,))}")
         for name, most in self.limits.items():
@@ -96,7 +101,7 @@ class OpSpec:
 
     def overload(self, schema: str, backend: str):
         """The torch op ``mimkernels::<schema>.<backend>``."""
-        return getattr(getattr(torch.ops.mimkernels, schema), backend)
+        return getattr(getattr(torch.ops.mimkernels, schema), _overload_name(backend))
 
     def resolve(self, backend: str, device: str, dtype: torch.dtype, **sizes: int) -> str:
         """The name of the backend that runs this call.
@@ -145,17 +150,28 @@ _forced = "auto"
 
 def register(spec: OpSpec) -> OpSpec:
     """Define the op's overloads with their shape functions; native kernels attach when their library loads."""
+    if _native.has_emulation():
+        spec = replace(spec, impls=(*spec.impls, *_emulated(spec.impls)))
     for impl in spec.impls:
         if impl.backend == "reference":
             continue
         for schema, signature in spec.schemas.items():
-            name = f"{schema}.{impl.backend}"
+            name = f"{schema}.{_overload_name(impl.backend)}"
             _LIBRARY.define(f"{name}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
             torch.library.register_fake(f"mimkernels::{name}", spec.fakes[schema], lib=_LIBRARY)
             if impl.backend == "triton":
                 _LIBRARY.impl(name, _lazy_triton(spec.name, schema), "CompositeExplicitAutograd")
     SPECS[spec.name] = spec
     return spec
+
+
+def _overload_name(backend: str) -> str:
+    return backend.replace("-", "_")
+
+
+def _emulated(impls: tuple[Impl, ...]) -> list[Impl]:
+    """What runs on CUDA runs emulated, within the same limits."""
+    return [replace(impl, backend=EMULATION.name) for impl in impls if impl.backend == "cuda"]
 
 
 def _lazy_triton(op: str, schema: str) -> Callable:

@@ -22,6 +22,6 @@ SPEC = register(
             "fill_mask_tokens_bwd": "(Tensor grad, Tensor mask, bool need_x, bool need_mask_token) -> (Tensor, Tensor)",
         },
         fakes={"fill_mask_tokens_fwd": _fwd, "fill_mask_tokens_bwd": _bwd},
-        impls=(Impl("triton"), Impl("cpu"), Impl("reference", ANY_FLOAT)),
+        impls=(Impl("triton"), Impl("cuda"), Impl("cpu"), Impl("reference", ANY_FLOAT)),
     )
 )

@@ -19,6 +19,7 @@ SPEC = register(
         fakes={"mask_from_noise_fwd": _fwd},
         impls=(
             Impl("triton", NOISE, limits={"tokens": 2048}),
+            Impl("cuda", NOISE, limits={"tokens": 8192}),
             Impl("cpu", NOISE),
             Impl("reference", (*NOISE, torch.float64)),
         ),

@@ -27,6 +27,6 @@ SPEC = register(
             "masked_patch_loss_bwd": f"(Tensor grad, {_TARGET}) -> Tensor",
         },
         fakes={"masked_patch_loss_fwd": _fwd, "masked_patch_loss_bwd": _bwd},
-        impls=(Impl("triton"), Impl("cpu"), Impl("reference", ANY_FLOAT)),
+        impls=(Impl("triton"), Impl("cuda"), Impl("cpu"), Impl("reference", ANY_FLOAT)),
     )
 )

@@ -30,6 +30,7 @@ SPEC = register(
         fakes={"patchify_gather_fwd": _fwd, "patchify_gather_bwd": _bwd},
         impls=(
             Impl("triton", (*FLOATS, torch.uint8)),
+            Impl("cuda", (*FLOATS, torch.uint8)),
             Impl("cpu", (*FLOATS, torch.uint8)),
             Impl("reference", (*ANY_FLOAT, torch.uint8)),
         ),

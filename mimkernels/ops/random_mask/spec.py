@@ -22,6 +22,7 @@ SPEC = register(
         fakes={"random_mask_fwd": _fwd},
         impls=(
             Impl("triton", NOISE, limits={"tokens": 2048}),
+            Impl("cuda", NOISE, limits={"tokens": 8192}),
             Impl("cpu", NOISE),
             Impl("reference", NOISE),
         ),

@@ -26,6 +26,6 @@ SPEC = register(
             "bool need_mask_token, bool need_pos) -> (Tensor, Tensor, Tensor)",
         },
         fakes={"restore_tokens_fwd": _fwd, "restore_tokens_bwd": _bwd},
-        impls=(Impl("triton"), Impl("cpu"), Impl("reference", ANY_FLOAT)),
+        impls=(Impl("triton"), Impl("cuda"), Impl("cpu"), Impl("reference", ANY_FLOAT)),
     )
 )

@@ -1,0 +1,246 @@
+#include "cuda/row_sums.h"
+
+#include <limits>
+
+#include "cuda/rows.cuh"
+
+namespace mimkernels::cuda {
+namespace {
+
+constexpr int kWarps = kThreads / kWarp;
+// Blocks that fill a large device: the images are cut into slices until there are as many. A
+// constant, so that the order of a sum depends on the shape alone.
+constexpr int64_t kBlocks = 512;
+// Up to this many parts, one thread adds them all.
+constexpr int64_t kFewParts = 32;
+
+// How the sums are cut: `slices` of the images, each summed by blocks of one row per warp.
+struct Cut {
+  int64_t row_blocks = 0;
+  int64_t per_slice = 0;
+  int64_t slices = 0;
+};
+
+Cut cut_of(const RowSumsParams& p) {
+  Cut cut;
+  cut.row_blocks = ceil_div(p.rows, kWarps);
+  const int64_t chunks = ceil_div(p.dim * element_size(p.dtype), 16 * kWarp);
+  if (p.images * p.rows * p.dim == 0) {
+    return cut;
+  }
+  const int64_t wanted = ceil_div(kBlocks, cut.row_blocks * chunks);
+  cut.per_slice = ceil_div(p.images, wanted < p.images ? wanted : p.images);
+  cut.slices = ceil_div(p.images, cut.per_slice);
+  return cut;
+}
+
+// grid:     (row blocks and chunks, slices) of 256 threads: a warp owns 32 vectors of one row of
+//           one slice of the images; then loops
+// in:       grad [A, R, D], mask bool [A, R] or ids int64 [A, R - first], by stride, last stride 1
+// out:      dx [A, R, D]; all [slices, R, D] and masked [slices * row_blocks, D], partial sums in
+//           fp32; each unless null, contiguous, every element written exactly once
+// numerics: dx is a copy of the bits; sums in fp32, images ascending, then the 8 rows of a block
+// bounds:   the tails of rows and vectors are masked; ids outside [kept, R - first) are not masked;
+//           offsets are int64
+// cost:     the rows of grad that count read once, 4 independent loads in flight per thread; 8 KiB
+//           of shared memory for `masked`; no atomics, deterministic
+template <typename T, int VEC>
+__global__ void __launch_bounds__(kThreads, 3)
+    row_sums_kernel(RowSumsParams p, float* all, float* masked, int64_t row_blocks,
+                    int64_t per_slice, int vectors, int chunks) {
+  using W = Word<T, VEC>;
+  constexpr int kBatch = 4;
+  float* const shared = reinterpret_cast<float*>(shared_memory());  // [8, 32 * VEC]
+  const int lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp;
+  const int64_t slice = blockIdx.y;
+  const int64_t first = slice * per_slice;
+  const int64_t end = first + per_slice < p.images ? first + per_slice : p.images;
+
+  for (int64_t item = blockIdx.x; item < row_blocks * chunks; item += gridDim.x) {
+    int64_t chunk;
+    const int64_t row_block = divide(item, chunks, chunk);
+    const int64_t j = row_block * kWarps + warp;
+    const int v = static_cast<int>(chunk) * kWarp + lane;
+    const bool active = j < p.rows && v < vectors;
+    float all_sums[VEC] = {};
+    float masked_sums[VEC] = {};
+    for (int64_t b0 = first; b0 < end; b0 += kBatch) {
+      bool is_masked[kBatch];
+      W words[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int64_t b = b0 + i;
+        is_masked[i] = false;
+        if (active && b < end) {
+          if (p.mask.data != nullptr) {
+            is_masked[i] = __ldg(p.mask.data + b * p.mask.stride0 + j) != 0;
+          } else if (p.ids.data != nullptr && j >= p.first) {
+            const int64_t id = __ldg(p.ids.data + b * p.ids.stride1 + j - p.first);
+            is_masked[i] = id >= p.kept && id < p.rows - p.first;
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const bool wanted = all != nullptr || (is_masked[i] ? masked != nullptr : p.dx != nullptr);
+        words[i] = W{};
+        if (active && b0 + i < end && wanted) {
+          words[i] = __ldg(reinterpret_cast<const W*>(row_at<T>(p.grad, b0 + i, j)) + v);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (all != nullptr) {
+          accumulate<T, VEC>(all_sums, words[i]);
+        }
+        if (is_masked[i]) {
+          accumulate<T, VEC>(masked_sums, words[i]);
+          words[i] = W{};
+        }
+        if (p.dx != nullptr && active && b0 + i < end) {
+          T* const row = static_cast<T*>(p.dx) + ((b0 + i) * p.rows + j) * p.dim;
+          reinterpret_cast<W*>(row)[v] = words[i];
+        }
+      }
+    }
+    if (all != nullptr && active) {
+      float* const target = all + (slice * p.rows + j) * p.dim + int64_t{v} * VEC;
+#pragma unroll
+      for (int e = 0; e < VEC; ++e) {
+        target[e] = all_sums[e];
+      }
+    }
+    if (masked != nullptr) {
+#pragma unroll
+      for (int e = 0; e < VEC; ++e) {
+        shared[(warp * VEC + e) * kWarp + lane] = masked_sums[e];
+      }
+      __syncthreads();
+      float* const target = masked + (slice * row_blocks + row_block) * p.dim;
+      for (int i = threadIdx.x; i < VEC * kWarp; i += kThreads) {
+        const int64_t column = (chunk * kWarp + i % kWarp) * VEC + i / kWarp;
+        float sum = 0.0f;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) {
+          sum += shared[w * VEC * kWarp + i];
+        }
+        if (column < p.dim) {
+          target[column] = sum;
+        }
+      }
+      __syncthreads();
+    }
+  }
+}
+
+// grid:     blocks of 256 threads; 2^groups_log2 threads share an element, then loop
+// in:       partial fp32 [parts, elements]
+// out:      [elements]; every element written exactly once
+// numerics: fp32 sums of the parts group, group + groups, ..., then of the groups; rounded once
+// bounds:   the tail is masked; offsets are int64
+// cost:     partial read once, 4 independent loads in flight per thread; 1 KiB of shared memory; no
+//           atomics, deterministic
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    sum_partials_kernel(const float* partial, int64_t parts, int64_t elements, T* out,
+                        int groups_log2) {
+  float* const shared = reinterpret_cast<float*>(shared_memory());  // [groups, columns]
+  const int groups = 1 << groups_log2;
+  const int columns = kThreads >> groups_log2;
+  const int column = threadIdx.x & (columns - 1);
+  const int group = threadIdx.x / columns;
+  for (int64_t first = blockIdx.x * int64_t{columns}; first < elements;
+       first += gridDim.x * int64_t{columns}) {
+    const int64_t i = first + column;
+    float sum = 0.0f;
+    if (i < elements) {
+#pragma unroll 4
+      for (int64_t part = group; part < parts; part += groups) {
+        sum += __ldg(partial + part * elements + i);
+      }
+    }
+    shared[threadIdx.x] = sum;
+    __syncthreads();
+    if (group == 0 && i < elements) {
+      for (int g = 1; g < groups; ++g) {
+        sum += shared[g * columns + column];
+      }
+      out[i] = from_float<T>(sum);
+    }
+    __syncthreads();
+  }
+}
+
+template <typename T, int VEC>
+cudaError_t sum_slices(const RowSumsParams& p, const Cut& cut, float* all, float* masked,
+                       cudaStream_t stream) {
+  const int vectors = static_cast<int>(p.dim / VEC);
+  const int chunks = static_cast<int>(ceil_div(vectors, kWarp));
+  const dim3 blocks(blocks_for(cut.row_blocks * chunks, 1), static_cast<unsigned>(cut.slices));
+  const int shared = masked == nullptr ? 0 : kThreads * VEC * static_cast<int>(sizeof(float));
+  return launch(row_sums_kernel<T, VEC>, blocks, kThreads, shared, stream, p, all, masked,
+                cut.row_blocks, cut.per_slice, vectors, chunks);
+}
+
+}  // namespace
+
+cudaError_t sum_partials(DType dtype, const float* partial, int64_t parts, int64_t elements,
+                         void* out, cudaStream_t stream) {
+  if (elements == 0) {
+    return cudaSuccess;
+  }
+  const int groups_log2 = parts <= kFewParts ? 0 : 3;
+  return with_float_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    return launch(sum_partials_kernel<T>, blocks_for(elements, kThreads >> groups_log2), kThreads,
+                  kThreads * static_cast<int>(sizeof(float)), stream, partial, parts, elements,
+                  static_cast<T*>(out), groups_log2);
+  });
+}
+
+int64_t row_sums_workspace(const RowSumsParams& p) {
+  const Cut cut = cut_of(p);
+  const int64_t rows =
+      (p.dall != nullptr ? p.rows : 0) + (p.dmasked != nullptr ? cut.row_blocks : 0);
+  return cut.slices * rows * p.dim;
+}
+
+cudaError_t row_sums(const RowSumsParams& p, float* workspace, cudaStream_t stream) {
+  if (p.dim > std::numeric_limits<int>::max()) {
+    return cudaErrorInvalidValue;
+  }
+  if (p.dx == nullptr && p.dmasked == nullptr && p.dall == nullptr) {
+    return cudaSuccess;
+  }
+  const Cut cut = cut_of(p);
+  float* const all = p.dall == nullptr ? nullptr : workspace;
+  float* const masked = p.dmasked == nullptr
+                            ? nullptr
+                            : workspace + (all == nullptr ? 0 : cut.slices * p.rows * p.dim);
+  if (cut.slices > 0) {
+    const cudaError_t error = with_float_type(p.dtype, [&](auto type) {
+      using T = decltype(type);
+      const bool aligned =
+          rows_aligned(p.grad, p.dim, p.dtype) && rows_aligned({p.dx, 0, 0}, p.dim, p.dtype);
+      return aligned ? sum_slices<T, 16 / sizeof(T)>(p, cut, all, masked, stream)
+                     : sum_slices<T, 1>(p, cut, all, masked, stream);
+    });
+    if (error != cudaSuccess) {
+      return error;
+    }
+  }
+  if (p.dall != nullptr) {
+    const cudaError_t error =
+        sum_partials(p.dtype, all, cut.slices, p.rows * p.dim, p.dall, stream);
+    if (error != cudaSuccess) {
+      return error;
+    }
+  }
+  if (p.dmasked == nullptr) {
+    return cudaSuccess;
+  }
+  return sum_partials(p.dtype, masked, cut.slices * cut.row_blocks, p.dim, p.dmasked, stream);
+}
+
+}  // namespace mimkernels::cuda
