@@ -81,14 +81,17 @@ void weight_gradients(const TokenPoolBwdParams& p, int64_t b, int64_t begin, int
     for (int64_t n = begin; n < end; ++n) ds[g * p.tokens + n] = 0.0f;
   }
   TokenBlocks blocks(p.mask, p.num_prefix, b, begin, end);
-  int64_t token[kBlock];
   BlockRows rows;
-  while (const int count = blocks.next(token)) {
-    block_rows<T>(p.values, b, token, count, p.width, work.block(), rows);
+  while (blocks.next()) {
+    const int64_t (&token)[kBlock] = blocks.block().token;
+    const int count = blocks.block().count;
+    block_rows<T>(p.values, b, blocks.block(), p.width, work.block(), rows);
     if (p.sliced) {
       block_dots_slices(rows, work.dout(p), p.groups, slice, da);
     } else {
-      block_dots(rows, work.dout(p), p.width, p.groups, p.width, da);
+      Ahead ahead(rows);
+      ahead.add(p.values, b, blocks.upcoming(), T{});
+      block_dots(rows, work.dout(p), p.width, p.groups, p.width, ahead, da);
     }
     for (int64_t g = 0; g < p.groups; ++g) {
       for (int i = 0; i < count; ++i) ds[g * p.tokens + token[i]] = da[g * kBlock + i];
@@ -162,10 +165,11 @@ void token_gradients(const TokenPoolBwdParams& p, int64_t b, int64_t begin, int6
   };
   for (int64_t i = 0; dqueries != nullptr && i < p.groups * p.dim; ++i) dqueries[i] = 0.0f;
   TokenBlocks blocks(p.mask, p.num_prefix, b, begin, end);
-  int64_t token[kBlock];
   BlockRows rows;
   int64_t done = begin;
-  while (const int count = blocks.next(token)) {
+  while (blocks.next()) {
+    const int64_t (&token)[kBlock] = blocks.block().token;
+    const int count = blocks.block().count;
     for (int64_t g = 0; g < p.groups; ++g) {
       for (int i = 0; i < count; ++i) {
         work.a(p)[g * kBlock + i] = weights[g * p.tokens + token[i]];
@@ -183,11 +187,13 @@ void token_gradients(const TokenPoolBwdParams& p, int64_t b, int64_t begin, int6
       done = token[i] + 1;
     }
     if (dqueries != nullptr) {
-      block_rows<T>(p.x, b, token, count, p.dim, work.block(), rows);
-      block_weigh(rows, count, work.ds(), work.ones(), p.groups, p.dim, dqueries, p.dim);
+      block_rows<T>(p.x, b, blocks.block(), p.dim, work.block(), rows);
+      Ahead ahead(rows);
+      ahead.add(p.x, b, blocks.upcoming(), T{});
+      block_weigh(rows, count, work.ds(), work.ones(), p.groups, p.dim, ahead, dqueries, p.dim);
     }
-    if (dx != nullptr) block_spread<kStream>(to_x, count, token, dx);
-    if (dvalues != nullptr) block_spread<kStream>(to_values, count, token, dvalues);
+    if (dx != nullptr) block_spread<kStream>(to_x, blocks.block(), dx);
+    if (dvalues != nullptr) block_spread<kStream>(to_values, blocks.block(), dvalues);
   }
   zero_rows(done, end);
 }

@@ -88,12 +88,16 @@ void pool_chunk(const TokenPoolFwdParams& p, int64_t b, int64_t begin, int64_t e
     work.factors()[g] = 1.0f;
   }
   TokenBlocks blocks(p.mask, p.num_prefix, b, begin, end);
-  int64_t token[kBlock];
   BlockRows rows;
-  while (const int count = blocks.next(token)) {
+  while (blocks.next()) {
+    const int64_t (&token)[kBlock] = blocks.block().token;
+    const int count = blocks.block().count;
     if (p.queries.data != nullptr) {
-      block_rows<T>(p.x, b, token, count, p.dim, work.block(), rows);
-      block_dots(rows, work.queries(), p.dim, p.groups, p.dim, scores);
+      block_rows<T>(p.x, b, blocks.block(), p.dim, work.block(), rows);
+      Ahead ahead(rows);
+      if (!p.pools_x) ahead.add(p.values, b, blocks.block(), T{});
+      ahead.add(p.x, b, blocks.upcoming(), T{});
+      block_dots(rows, work.queries(), p.dim, p.groups, p.dim, ahead, scores);
       for (int64_t i = 0; i < p.groups * kBlock; ++i) scores[i] *= p.scale;
     } else {
       for (int64_t g = 0; g < p.groups; ++g) {
@@ -106,12 +110,13 @@ void pool_chunk(const TokenPoolFwdParams& p, int64_t b, int64_t begin, int64_t e
     }
     if (p.softmax) online_softmax(p.groups, count, sums, scores, work.factors());
     if (p.queries.data == nullptr || !p.pools_x) {
-      block_rows<T>(p.values, b, token, count, p.width, work.block(), rows);
+      block_rows<T>(p.values, b, blocks.block(), p.width, work.block(), rows);
     }
     if (p.sliced) {
       block_weigh_slices(rows, count, scores, work.factors(), p.groups, slice, sums.acc);
     } else {
-      block_weigh(rows, count, scores, work.factors(), p.groups, p.width, sums.acc, p.width);
+      block_weigh(rows, count, scores, work.factors(), p.groups, p.width, Ahead(rows), sums.acc,
+                  p.width);
     }
   }
 }
