@@ -300,7 +300,8 @@ def test_every_kernel_of_every_op_is_compiled(compiled, architecture):
     import importlib
 
     ops = {row[0] for row in CASES.values()}
-    modules = ["mimkernels.ops._triton", *(f"mimkernels.ops.{op}.triton" for op in ops)]
+    shared = ["mimkernels.ops._triton", "mimkernels.ops._triton_pool"]
+    modules = [*shared, *(f"mimkernels.ops.{op}.triton" for op in ops)]
     defined = {name for module in modules for name in vars(importlib.import_module(module)) if name.endswith("_kernel")}
     seen = {kernel["kernel"] for kernels in compiled[architecture].values() for kernel in kernels}
     assert defined == seen

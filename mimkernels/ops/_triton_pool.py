@@ -317,18 +317,20 @@ def pool_weigh_kernel(
     column_blocks,
     x_stride_b,
     x_stride_n,
-    slice_columns,
+    slice_width,
     mask_stride,
     PRODUCT: tl.constexpr,
+    SLICED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
-    # grid:     B * group_blocks * column_blocks; a program owns BLOCK_G rows (one where PRODUCT is false), BLOCK_D
-    #           columns wide, and loops over the tokens
-    # in:       weights fp32 [B, G, N], zero on tokens that are not allowed; x [B, N, >= W] by stride, last stride 1,
-    #           of which row g takes the columns from g * slice_columns on (0 where PRODUCT); mask [B, N] bool or None
-    # out:      out [B, G, W] = scale * weights x; every element written once
+    # grid:     B * group_blocks * column_blocks; a program owns BLOCK_G rows (one where PRODUCT is false, all of them
+    #           where SLICED), BLOCK_D columns wide, and loops over the tokens
+    # in:       weights fp32 [B, G, N], zero on tokens that are not allowed; x [B, N, W] by stride, last stride 1; mask
+    #           [B, N] bool or None
+    # out:      out [B, G, W] = scale * weights x, or, where SLICED, [B, W], column c with the weights of row
+    #           c // slice_width; every element written once
     # numerics: fp32, tokens block by block in order, rounded once
     # bounds:   tails and tokens that are not allowed read as zeros; offsets are int64
     # cost:     x read group_blocks times, after the first from L2; no atomics, deterministic
@@ -337,6 +339,7 @@ def pool_weigh_kernel(
     block_g = pid // column_blocks % group_blocks
     b = (pid // column_blocks // group_blocks).to(tl.int64)
     x_image = x_ptr + b * x_stride_b
+    cols_ok = cols < width
     if PRODUCT:
         g = block_g * BLOCK_G + tl.arange(0, BLOCK_G)
         rows = (b * groups + g)[:, None]
@@ -347,22 +350,27 @@ def pool_weigh_kernel(
             mask = (g < groups)[:, None] & ok[None, :]
             weight = tl.load(weights_ptr + rows * tokens + n[None, :], mask=mask, other=0.0)
             at = x_image + n.to(tl.int64)[:, None] * x_stride_n + cols[None, :]
-            x = widen(tl.load(at, mask=ok[:, None] & (cols < width)[None, :], other=0.0))
+            x = widen(tl.load(at, mask=ok[:, None] & cols_ok[None, :], other=0.0))
             acc = tl.dot(weight, x, acc, input_precision="ieee")
-        mask = (g < groups)[:, None] & (cols < width)[None, :]
+        mask = (g < groups)[:, None] & cols_ok[None, :]
         tl.store(out_ptr + rows * width + cols[None, :], narrow(acc * scale, out_ptr.dtype.element_ty), mask=mask)
     else:
-        row = b * groups + block_g
-        x_image += block_g * slice_columns
         sums = tl.zeros([BLOCK_D], dtype=tl.float32)
         for start in range(0, tokens, BLOCK_N):
             n = start + tl.arange(0, BLOCK_N)
             ok = allowed_tokens(n, b, mask_ptr, mask_stride, num_prefix, tokens)
-            weight = tl.load(weights_ptr + row * tokens + n, mask=ok, other=0.0)
             at = x_image + n.to(tl.int64)[:, None] * x_stride_n + cols[None, :]
-            x = widen(tl.load(at, mask=ok[:, None] & (cols < width)[None, :], other=0.0))
-            sums += tl.sum(weight[:, None] * x, axis=0)
-        tl.store(out_ptr + row * width + cols, narrow(sums * scale, out_ptr.dtype.element_ty), mask=cols < width)
+            mask = ok[:, None] & cols_ok[None, :]
+            x = widen(tl.load(at, mask=mask, other=0.0))
+            if SLICED:
+                rows = b * groups + cols // slice_width
+                weight = tl.load(weights_ptr + rows[None, :] * tokens + n[:, None], mask=mask, other=0.0)
+                sums += tl.sum(weight * x, axis=0)
+            else:
+                weight = tl.load(weights_ptr + (b * groups + block_g) * tokens + n, mask=ok, other=0.0)
+                sums += tl.sum(weight[:, None] * x, axis=0)
+        out = out_ptr + (b * group_blocks + block_g) * width + cols
+        tl.store(out, narrow(sums * scale, out_ptr.dtype.element_ty), mask=cols_ok)
 
 
 @triton.jit
@@ -505,21 +513,23 @@ def dots(x: Tensor, vectors: Tensor, mask: Tensor | None, scale: float, num_pref
 def weigh(
     weights: Tensor, x: Tensor, mask: Tensor | None, out: Tensor, scale: float, num_prefix: int, sliced: bool
 ) -> None:
-    """``out`` ``[B, G, W]`` = ``scale`` times the sums of the tokens, of their slices if ``sliced``."""
+    """``out`` ``[B, G, W]`` = ``scale`` times the sums of the tokens, or ``[B, G, W / G]`` of their slices."""
     batch, groups, tokens = weights.shape
-    width = out.shape[2]
+    width = x.shape[2]
     product = groups > FEW_QUERIES and not sliced
     block_d = BLOCK_K if product else _triton.column_block(width, 256)
     block_n = BLOCK_T if product else max(1, min(triton.next_power_of_2(max(tokens, 1)), 4096 // block_d))
     block_g = BLOCK_G if product else 1
-    group_blocks, column_blocks = triton.cdiv(groups, block_g), triton.cdiv(width, block_d)
+    group_blocks = 1 if sliced else triton.cdiv(groups, block_g)
+    column_blocks = triton.cdiv(width, block_d)
     _triton.launch(
         pool_weigh_kernel,
         batch * group_blocks * column_blocks,
         x,
         *(weights, x, mask, out, scale, groups, tokens, width, num_prefix, group_blocks, column_blocks),
-        *(x.stride(0), x.stride(1), width if sliced else 0, _mask_stride(mask)),
+        *(x.stride(0), x.stride(1), width // groups, _mask_stride(mask)),
         PRODUCT=product,
+        SLICED=sliced,
         BLOCK_N=block_n,
         BLOCK_D=block_d,
         BLOCK_G=block_g,
