@@ -16,11 +16,9 @@
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {
 
-bool has_queries(const TokenPoolBwdParams& p) { return p.queries.data != nullptr; }
-
 // Whether anybody asks for the gradient of the scores.
 bool needs_scores(const TokenPoolBwdParams& p) {
-  return p.dscores != nullptr || p.dqueries != nullptr || (has_queries(p) && p.dx != nullptr);
+  return p.dscores != nullptr || p.dqueries != nullptr || (p.has_queries && p.dx != nullptr);
 }
 
 // What a thread works in: the image's vectors in fp32, and what a block needs.
@@ -42,11 +40,11 @@ class Workspace {
   // Queries and gradients lie one after the other, so that they spread together.
   float* queries() const { return vectors_.get(); }
   float* dout(const TokenPoolBwdParams& p) const {
-    return vectors_.get() + (has_queries(p) ? p.groups * p.dim : 0);
+    return vectors_.get() + (p.has_queries ? p.groups * p.dim : 0);
   }
   float* ds() const { return weights_.get(); }
   float* a(const TokenPoolBwdParams& p) const {
-    return weights_.get() + (has_queries(p) ? p.groups * kBlock : 0);
+    return weights_.get() + (p.has_queries ? p.groups * kBlock : 0);
   }
   const float* ones() const { return ones_.get(); }
   float* block() const { return block_.get(); }
@@ -64,7 +62,7 @@ template <typename T>
 void load_vectors(const TokenPoolBwdParams& p, int64_t b, const Workspace& work) {
   const int64_t slice = p.sliced ? p.width / p.groups : p.width;
   for (int64_t g = 0; g < p.groups; ++g) {
-    if (has_queries(p)) set_acc(work.queries() + g * p.dim, row_at<T>(p.queries, b, g), p.dim);
+    if (p.has_queries) set_acc(work.queries() + g * p.dim, row_at<T>(p.queries, b, g), p.dim);
     set_acc(work.dout(p) + g * slice, row_at<T>(p.dout, b, g), slice);
   }
 }
@@ -140,7 +138,7 @@ void token_gradients(const TokenPoolBwdParams& p, int64_t b, int64_t begin, int6
   to_x.stride = p.dim;
   to_x.vectors = work.queries();
   to_x.weights = work.ds();
-  to_x.count = has_queries(p) ? p.groups : 0;
+  to_x.count = p.has_queries ? p.groups : 0;
   Spread to_values;  // dvalues
   to_values.dim = p.width;
   to_values.stride = p.width;
@@ -175,7 +173,7 @@ void token_gradients(const TokenPoolBwdParams& p, int64_t b, int64_t begin, int6
         work.a(p)[g * kBlock + i] = weights[g * p.tokens + token[i]];
       }
     }
-    if (has_queries(p) && ds != nullptr) {
+    if (p.has_queries && ds != nullptr) {
       for (int64_t g = 0; g < p.groups; ++g) {
         for (int i = 0; i < count; ++i) {
           work.ds()[g * kBlock + i] = ds[g * p.tokens + token[i]] * p.scale;

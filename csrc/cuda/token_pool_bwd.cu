@@ -6,10 +6,8 @@
 namespace mimkernels::cuda {
 namespace {
 
-bool has_queries(const TokenPoolBwdParams& p) { return p.queries.data != nullptr; }
-
 bool needs_scores(const TokenPoolBwdParams& p) {
-  return p.dscores != nullptr || (has_queries(p) && (p.dx != nullptr || p.dqueries != nullptr));
+  return p.dscores != nullptr || (p.has_queries && (p.dx != nullptr || p.dqueries != nullptr));
 }
 
 // Floats of the gradient of the scores, unless it is asked for.
@@ -75,7 +73,7 @@ cudaError_t token_pool_bwd(const TokenPoolBwdParams& p, float* workspace, cudaSt
       return error;
     }
   }
-  const TokenSpread of_scores = {has_queries(p) ? ds : nullptr, p.queries, p.scale};
+  const TokenSpread of_scores = {p.has_queries ? ds : nullptr, p.queries, p.scale};
   const TokenSpread of_values = {p.weights, p.dout, 1.0f};
   if (p.dx != nullptr) {
     TokenProducts products = products_of(p, false);

@@ -43,8 +43,8 @@ OnePass one_pass_of(const TokenPoolFwdParams& p) {
   const int64_t size = element_size(p.dtype);
   const int64_t words = p.dim * size / 16;
   const int64_t groups = p.groups == 3 ? 4 : p.groups;
-  const bool fits = p.queries.data != nullptr && p.pools_x && !p.sliced && p.softmax &&
-                    p.groups > 0 && p.groups <= kMostQueries && words <= kMostWords * kWarp &&
+  const bool fits = p.has_queries && p.pools_x && !p.sliced && p.softmax && p.groups > 0 &&
+                    p.groups <= kMostQueries && words <= kMostWords * kWarp &&
                     words_per_lane(words) * (16 / size) * groups <= kMostSums &&
                     rows_aligned(p.x, p.dim, p.dtype) && rows_aligned(p.queries, p.dim, p.dtype);
   if (!fits || p.batch * p.tokens * p.dim == 0) {
@@ -328,7 +328,7 @@ cudaError_t token_pool_fwd(const TokenPoolFwdParams& p, float* workspace, cudaSt
   products.mask = p.mask;
   products.x = p.x;
   Rows scores = p.scores;
-  if (p.queries.data != nullptr) {
+  if (p.has_queries) {
     const cudaError_t error = token_dots(products, p.queries, p.weights, stream);
     if (error != cudaSuccess) {
       return error;
