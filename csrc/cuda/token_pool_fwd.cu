@@ -1,6 +1,7 @@
 #include "cuda/device.cuh"
 #include "cuda/pool.cuh"
 #include "cuda/pool.h"
+#include "cuda/pool_cut.h"
 #include "cuda/token_products.h"
 
 namespace mimkernels::cuda {
@@ -14,7 +15,6 @@ constexpr int kMostSums = 128;
 constexpr int kMostWords = 8;
 // Tokens that a warp reads at a time.
 constexpr int kPair = 2;
-constexpr int kPoolWarps = 4;
 constexpr int kPoolThreads = kPoolWarps * kWarp;
 // Blocks that fill a large device: images are cut into chunks until there are as many, of no fewer
 // than 32 tokens. Constants, so that the order of a sum depends on the shape alone.
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kPoolThreads, 2)
   using W = Word<T, VEC>;
   W* const queries = reinterpret_cast<W*>(shared_memory());                        // [G, words]
   float* const parts = reinterpret_cast<float*>(queries + p.groups * pass.words);  // [4, D]
-  float* const levels = parts + kPoolWarps * p.dim;                                // [4, GROUPS, 2]
+  float* const levels = parts + kPoolWarps * p.dim;                                // [4, G, 2]
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   const int groups = static_cast<int>(p.groups);
@@ -167,8 +167,10 @@ __global__ void __launch_bounds__(kPoolThreads, 2)
     if (lane == 0) {
 #pragma unroll
       for (int g = 0; g < GROUPS; ++g) {
-        levels[(warp * GROUPS + g) * 2] = level[g];
-        levels[(warp * GROUPS + g) * 2 + 1] = total[g];
+        if (g < groups) {
+          levels[(warp * groups + g) * 2] = level[g];
+          levels[(warp * groups + g) * 2 + 1] = total[g];
+        }
       }
     }
 #pragma unroll
@@ -192,14 +194,14 @@ __global__ void __launch_bounds__(kPoolThreads, 2)
       float highest = kMinusInfinity;
 #pragma unroll
       for (int w = 0; w < kPoolWarps; ++w) {
-        highest = fmaxf(highest, levels[(w * GROUPS + g) * 2]);
+        highest = fmaxf(highest, levels[(w * groups + g) * 2]);
       }
       float worth[kPoolWarps];
       float all = 0.0f;
 #pragma unroll
       for (int w = 0; w < kPoolWarps; ++w) {
-        worth[w] = expf(levels[(w * GROUPS + g) * 2] - softmax_level(highest));
-        all += worth[w] * levels[(w * GROUPS + g) * 2 + 1];
+        worth[w] = expf(levels[(w * groups + g) * 2] - softmax_level(highest));
+        all += worth[w] * levels[(w * groups + g) * 2 + 1];
       }
       const int64_t part = (b * p.groups + g) * pass.chunks + chunk;
       for (int64_t i = threadIdx.x; i < p.dim; i += kPoolThreads) {
@@ -268,8 +270,7 @@ cudaError_t chunks_of(const TokenPoolFwdParams& p, const OnePass& pass, float* w
     return cudaErrorInvalidValue;
   } else {
     const AllowedTokens allowed = {p.mask, p.num_prefix, p.tokens};
-    const int shared = static_cast<int>(p.groups * pass.words * 16 +
-                                        kPoolWarps * (p.dim + 2 * GROUPS) * int64_t{sizeof(float)});
+    const int shared = pool_chunk_bytes(p.groups, p.dim, pass.words);
     const cudaError_t error = launch(
         pool_chunk_kernel<T, WORDS, GROUPS>, blocks_for(p.batch * pass.chunks, 1), kPoolThreads,
         shared, stream, p, allowed, pass, pass.sums(workspace), pass.most(p, workspace));
