@@ -77,8 +77,8 @@ class TokenBlocks {
   Block upcoming_;
 };
 
-// Rows that are asked for while others are computed with, one beside each tile of a product: asked
-// for all at once, they would be waited for.
+// Rows that are asked for while others are computed with, one beside each tile of a product (four
+// where a block has few tiles): asked for all at once, they would be waited for.
 class Ahead {
  public:
   // `rows` stand in where there is nothing to ask for: they are in the cache.
@@ -90,10 +90,10 @@ class Ahead {
     }
     size_ = static_cast<int64_t>(sizeof(T));
   }
-  // The row for tile number `tile`.
-  MIMKERNELS_INLINE const char* row(int64_t tile) const {
-    return tile < count_ ? row_[tile] : here_;
-  }
+  // The next row to ask for.
+  MIMKERNELS_INLINE const char* take() { return taken_ < count_ ? row_[taken_++] : here_; }
+  // Again from the first row, for other columns.
+  MIMKERNELS_INLINE void rewind() { taken_ = 0; }
   // Bytes of an element.
   int64_t size() const { return size_; }
 
@@ -101,6 +101,7 @@ class Ahead {
   const char* here_;
   const char* row_[2 * kBlock];
   int64_t count_ = 0;
+  int64_t taken_ = 0;
   int64_t size_ = 0;
 };
 
@@ -182,25 +183,31 @@ MIMKERNELS_INLINE void for_columns(int64_t dim, const Body& body) {
 
 // ---- products of a block's rows [kBlock, dim] with vectors [count, dim] ----
 
-// out[v * kBlock + r] (+)= the products of columns [from, to); asks for row `tile` of `ahead`.
+// Rows that a tile asks for: with one vector, a product is one tile.
+template <int kVectors>
+constexpr int kAhead = kVectors == 1 ? 4 : 1;
+
+// out[v * kBlock + r] (+)= the products of columns [from, to); asks for the next
+// rows of `ahead`.
 template <int kRows, int kVectors>
 MIMKERNELS_INLINE void dot_tile(const float* const* rows, const float* vectors, int64_t stride,
-                                int64_t from, int64_t to, bool add, const Ahead& ahead,
-                                int64_t tile, float* out) {
+                                int64_t from, int64_t to, bool add, Ahead& ahead, float* out) {
   Floats acc[kRows][kVectors];
   MIMKERNELS_UNROLL
   for (int r = 0; r < kRows; ++r) {
     MIMKERNELS_UNROLL
     for (int v = 0; v < kVectors; ++v) acc[r][v] = (Floats){};
   }
-  const char* next = ahead.row(tile) + from * ahead.size();
-  const int64_t step = kLanes * ahead.size();
+  const char* next[kAhead<kVectors>];
+  MIMKERNELS_UNROLL
+  for (int i = 0; i < kAhead<kVectors>; ++i) next[i] = ahead.take();
+  const int64_t size = ahead.size();
   int64_t c = from;
   // Unrolled, GCC would load the vectors once per row instead of once.
 #pragma GCC unroll 1
   for (; c + kLanes <= to; c += kLanes) {
-    prefetch(next);
-    next += step;
+    MIMKERNELS_UNROLL
+    for (int i = 0; i < kAhead<kVectors>; ++i) prefetch(next[i] + c * size);
     Floats right[kVectors];
     MIMKERNELS_UNROLL
     for (int v = 0; v < kVectors; ++v) right[v] = load_floats(vectors + v * stride + c);
@@ -223,41 +230,48 @@ MIMKERNELS_INLINE void dot_tile(const float* const* rows, const float* vectors, 
 }
 
 // Columns of a block's rows that stay in the first-level cache while many vectors pass by.
-constexpr int64_t kDotColumns = 384;
+constexpr int64_t kDotColumns = 768;
 
 // out[v * kBlock + i] = rows[i] . vectors[v * stride ...].
 inline void block_dots(const BlockRows& rows, const float* vectors, int64_t stride, int64_t count,
-                       int64_t dim, const Ahead& ahead, float* out) {
+                       int64_t dim, Ahead& ahead, float* out) {
   const int64_t triples = count / 3;
   const int64_t run = count == 1 ? max_of(dim, 1) : kDotColumns;
   for (int64_t from = 0; from == 0 || from < dim; from += run) {
     const int64_t to = min_of(dim, from + run);
     const bool add = from > 0;
+    ahead.rewind();
     const float* some = vectors;
     float* into = out;
     for (int64_t t = 0; t < triples; ++t, some += 3 * stride, into += 3 * kBlock) {
-      dot_tile<4, 3>(rows, some, stride, from, to, add, ahead, 2 * t, into);
-      dot_tile<4, 3>(rows + 4, some, stride, from, to, add, ahead, 2 * t + 1, into + 4);
+      dot_tile<4, 3>(rows, some, stride, from, to, add, ahead, into);
+      dot_tile<4, 3>(rows + 4, some, stride, from, to, add, ahead, into + 4);
     }
     if (count % 3 == 2) {
-      dot_tile<4, 2>(rows, some, stride, from, to, add, ahead, 2 * triples, into);
-      dot_tile<4, 2>(rows + 4, some, stride, from, to, add, ahead, 2 * triples + 1, into + 4);
+      dot_tile<4, 2>(rows, some, stride, from, to, add, ahead, into);
+      dot_tile<4, 2>(rows + 4, some, stride, from, to, add, ahead, into + 4);
     } else if (count % 3 == 1) {
-      dot_tile<8, 1>(rows, some, stride, from, to, add, ahead, 2 * triples, into);
+      dot_tile<8, 1>(rows, some, stride, from, to, add, ahead, into);
     }
   }
 }
 
 template <int kVectors, int kMost>
 MIMKERNELS_INLINE void weigh_tile(const BlockRows& rows, int count, const float* weights,
-                                  const float* factors, int64_t dim, const Ahead& ahead,
-                                  int64_t tile, float* acc, int64_t stride) {
-  const char* const next = ahead.row(tile);
+                                  const float* factors, int64_t dim, Ahead& ahead, float* acc,
+                                  int64_t stride) {
+  const char* next[kAhead<kVectors>];
+  MIMKERNELS_UNROLL
+  for (int i = 0; i < kAhead<kVectors>; ++i) next[i] = ahead.take();
   const int64_t size = ahead.size();
   for_columns<kMost>(dim, [&](auto columns, int64_t c, int64_t n) MIMKERNELS_LAMBDA_INLINE {
     constexpr int kSize = decltype(columns)::size;
     constexpr bool kWhole = decltype(columns)::whole;
-    prefetch(next + c * size);
+    MIMKERNELS_UNROLL
+    for (int i = 0; i < kAhead<kVectors>; ++i) {
+      MIMKERNELS_UNROLL
+      for (int at = 0; at < kSize; at += 16) prefetch(next[i] + (c + at) * size);
+    }
     Pack<kSize> sum[kVectors];
     MIMKERNELS_UNROLL
     for (int v = 0; v < kVectors; ++v) {
@@ -279,17 +293,16 @@ MIMKERNELS_INLINE void weigh_tile(const BlockRows& rows, int count, const float*
 
 // acc[v, :] = acc[v, :] * factors[v] + sum over i < count of weights[v * kBlock + i] * rows[i].
 inline void block_weigh(const BlockRows& rows, int count, const float* weights,
-                        const float* factors, int64_t vectors, int64_t dim, const Ahead& ahead,
+                        const float* factors, int64_t vectors, int64_t dim, Ahead& ahead,
                         float* acc, int64_t stride) {
-  int64_t tile = 0;
   int64_t v = 0;
   for (; v + 4 <= vectors; v += 4) {
-    weigh_tile<4, 16>(rows, count, weights + v * kBlock, factors + v, dim, ahead, tile++,
-                      acc + v * stride, stride);
+    weigh_tile<4, 16>(rows, count, weights + v * kBlock, factors + v, dim, ahead, acc + v * stride,
+                      stride);
   }
   for (; v < vectors; ++v) {
-    weigh_tile<1, 32>(rows, count, weights + v * kBlock, factors + v, dim, ahead, tile++,
-                      acc + v * stride, stride);
+    weigh_tile<1, 32>(rows, count, weights + v * kBlock, factors + v, dim, ahead, acc + v * stride,
+                      stride);
   }
 }
 
@@ -299,7 +312,8 @@ inline void block_weigh_slices(const BlockRows& rows, int count, const float* we
   BlockRows slice;
   for (int64_t v = 0; v < vectors; ++v) {
     for (int i = 0; i < kBlock; ++i) slice[i] = rows[i] + v * width;
-    weigh_tile<1, 32>(slice, count, weights + v * kBlock, factors + v, width, Ahead(slice), 0,
+    Ahead nothing(slice);
+    weigh_tile<1, 32>(slice, count, weights + v * kBlock, factors + v, width, nothing,
                       acc + v * width, 0);
   }
 }
@@ -309,8 +323,8 @@ inline void block_dots_slices(const BlockRows& rows, const float* vectors, int64
   BlockRows slice;
   for (int64_t v = 0; v < count; ++v) {
     for (int i = 0; i < kBlock; ++i) slice[i] = rows[i] + v * width;
-    dot_tile<8, 1>(slice, vectors + v * width, 0, 0, width, false, Ahead(slice), 0,
-                   out + v * kBlock);
+    Ahead nothing(slice);
+    dot_tile<8, 1>(slice, vectors + v * width, 0, 0, width, false, nothing, out + v * kBlock);
   }
 }
 

@@ -92,11 +92,12 @@ void pool_chunk(const TokenPoolFwdParams& p, int64_t b, int64_t begin, int64_t e
   while (blocks.next()) {
     const int64_t (&token)[kBlock] = blocks.block().token;
     const int count = blocks.block().count;
+    const Rows& read = p.has_queries ? p.x : p.values;
+    block_rows<T>(read, b, blocks.block(), p.has_queries ? p.dim : p.width, work.block(), rows);
+    Ahead ahead(rows);
+    if (!p.pools_x) ahead.add(p.values, b, blocks.block(), T{});
+    ahead.add(read, b, blocks.upcoming(), T{});
     if (p.has_queries) {
-      block_rows<T>(p.x, b, blocks.block(), p.dim, work.block(), rows);
-      Ahead ahead(rows);
-      if (!p.pools_x) ahead.add(p.values, b, blocks.block(), T{});
-      ahead.add(p.x, b, blocks.upcoming(), T{});
       block_dots(rows, work.queries(), p.dim, p.groups, p.dim, ahead, scores);
       for (int64_t i = 0; i < p.groups * kBlock; ++i) scores[i] *= p.scale;
     } else {
@@ -109,14 +110,13 @@ void pool_chunk(const TokenPoolFwdParams& p, int64_t b, int64_t begin, int64_t e
       for (int i = 0; i < count; ++i) weights[g * p.tokens + token[i]] = scores[g * kBlock + i];
     }
     if (p.softmax) online_softmax(p.groups, count, sums, scores, work.factors());
-    if (!p.has_queries || !p.pools_x) {
+    if (!p.pools_x) {
       block_rows<T>(p.values, b, blocks.block(), p.width, work.block(), rows);
     }
     if (p.sliced) {
       block_weigh_slices(rows, count, scores, work.factors(), p.groups, slice, sums.acc);
     } else {
-      block_weigh(rows, count, scores, work.factors(), p.groups, p.width, Ahead(rows), sums.acc,
-                  p.width);
+      block_weigh(rows, count, scores, work.factors(), p.groups, p.width, ahead, sums.acc, p.width);
     }
   }
 }

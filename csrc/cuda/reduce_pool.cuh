@@ -13,8 +13,7 @@ struct ReduceCut {
   int64_t chunks = 0;  // of a row
   int64_t slices = 1;  // of the tokens
   int64_t per_slice = 0;
-
-  int64_t items(const ReducePoolParams& p) const { return p.batch * chunks * slices; }
+  int64_t items = 0;  // in all
 };
 
 struct ReduceItem {

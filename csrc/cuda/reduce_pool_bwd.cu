@@ -25,6 +25,7 @@ ReduceCut cut_of(const ReducePoolParams& p) {
   const int64_t length = ceil_div(p.tokens, wanted);
   cut.per_slice = length < kLeastSlice ? kLeastSlice : length;
   cut.slices = ceil_div(p.tokens, cut.per_slice);
+  cut.items = p.batch * cut.chunks * cut.slices;
   return cut;
 }
 
@@ -48,7 +49,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   float* const parts = reinterpret_cast<float*>(shared_memory());  // [8]
   const int warp = threadIdx.x / kWarp;
   const float exponent = KIND == ReduceKind::kGem ? __ldg(p.p) : 1.0f;
-  for (int64_t item = blockIdx.x; item < cut.items(p); item += gridDim.x) {
+  for (int64_t item = blockIdx.x; item < cut.items; item += gridDim.x) {
     const ReduceItem at(cut, item);
     const bool active = at.word < cut.words;
     const int64_t count =
@@ -163,7 +164,7 @@ constexpr int kShared = kWarps * static_cast<int>(sizeof(float));
 }  // namespace
 
 int64_t reduce_pool_bwd_workspace(const ReducePoolParams& p) {
-  return p.dp == nullptr || p.batch * p.tokens * p.dim == 0 ? 0 : cut_of(p).items(p);
+  return p.dp == nullptr ? 0 : cut_of(p).items;
 }
 
 cudaError_t reduce_pool_bwd(const ReducePoolParams& p, float* workspace, cudaStream_t stream) {
@@ -177,7 +178,7 @@ cudaError_t reduce_pool_bwd(const ReducePoolParams& p, float* workspace, cudaStr
           const ReduceCut cut = cut_of(p);
           return launch(
               reduce_pool_bwd_kernel<decltype(type), decltype(vec)::value, decltype(kind)::value>,
-              blocks_for(cut.items(p), 1), kThreads, kShared, stream, p,
+              blocks_for(cut.items, 1), kThreads, kShared, stream, p,
               AllowedTokens{p.mask, p.num_prefix, p.tokens}, cut, shares > 0 ? workspace : nullptr);
         });
     if (error != cudaSuccess) {

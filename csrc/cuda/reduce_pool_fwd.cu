@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   const float exponent = KIND == ReduceKind::kGem ? __ldg(p.p) : 1.0f;
-  for (int64_t item = blockIdx.x; item < cut.items(p); item += gridDim.x) {
+  for (int64_t item = blockIdx.x; item < cut.items; item += gridDim.x) {
     const ReduceItem at(cut, item);
     const bool active = at.word < cut.words;
     const int64_t count = KIND == ReduceKind::kMax ? 0 : count_allowed(allowed, at.b, counts);
@@ -126,8 +126,9 @@ cudaError_t reduce_pool_fwd(const ReducePoolParams& p, cudaStream_t stream) {
         ReduceCut cut;
         cut.words = p.dim / kVec;
         cut.chunks = ceil_div(cut.words, kWarp);
+        cut.items = p.batch * cut.chunks;
         const int arrays = kKind == ReduceKind::kMax ? 2 : 1;
-        return launch(reduce_pool_fwd_kernel<T, kVec, kKind>, blocks_for(cut.items(p), 1), kThreads,
+        return launch(reduce_pool_fwd_kernel<T, kVec, kKind>, blocks_for(cut.items, 1), kThreads,
                       arrays * kThreads * kVec * static_cast<int>(sizeof(float)), stream, p,
                       AllowedTokens{p.mask, p.num_prefix, p.tokens}, cut);
       });

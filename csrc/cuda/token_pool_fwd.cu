@@ -13,8 +13,12 @@ constexpr int kMostQueries = 4;
 constexpr int kMostSums = 128;
 // Words of a token that a lane holds.
 constexpr int kMostWords = 8;
-// Tokens that a warp reads at a time.
+// Tokens that a warp reads at a time: two, or one where two would not fit the registers.
 constexpr int kPair = 2;
+template <typename T>
+constexpr int tokens_at_a_time(int sums) {
+  return sizeof(T) == 2 && sums > kMostSums / 2 ? 1 : kPair;
+}
 constexpr int kPoolThreads = kPoolWarps * kWarp;
 // Blocks that fill a large device: images are cut into chunks until there are as many, of no fewer
 // than 32 tokens. Constants, so that the order of a sum depends on the shape alone.
@@ -69,13 +73,15 @@ OnePass one_pass_of(const TokenPoolFwdParams& p) {
 //           exp(score - most); every element written exactly once
 // numerics: fp32, online softmax; each warp's tokens in order, then the warps
 // bounds:   tails and tokens that are not allowed read as zeros; offsets are int64
-// cost:     x read once, 2 * WORDS independent loads in flight per thread; queries, and the sums of
+// cost:     x read once, PAIR * WORDS independent loads in flight per thread; queries, and the sums
+// of
 //           one query at a time, in shared memory; no atomics, deterministic
 template <typename T, int WORDS, int GROUPS>
 __global__ void __launch_bounds__(kPoolThreads, 2)
     pool_chunk_kernel(TokenPoolFwdParams p, AllowedTokens allowed, OnePass pass, float* sums,
                       float* most) {
   constexpr int VEC = 16 / sizeof(T);
+  constexpr int PAIR = tokens_at_a_time<T>(WORDS * VEC * GROUPS);
   using W = Word<T, VEC>;
   W* const queries = reinterpret_cast<W*>(shared_memory());                        // [G, words]
   float* const parts = reinterpret_cast<float*>(queries + p.groups * pass.words);  // [4, D]
@@ -101,11 +107,11 @@ __global__ void __launch_bounds__(kPoolThreads, 2)
     for (int g = 0; g < GROUPS; ++g) {
       level[g] = kMinusInfinity;
     }
-    for (int64_t n = chunk * pass.per_chunk + warp * kPair; n < end; n += kPoolWarps * kPair) {
-      bool wanted[kPair];
-      W x[kPair][WORDS];
+    for (int64_t n = chunk * pass.per_chunk + warp * PAIR; n < end; n += kPoolWarps * PAIR) {
+      bool wanted[PAIR];
+      W x[PAIR][WORDS];
 #pragma unroll
-      for (int i = 0; i < kPair; ++i) {
+      for (int i = 0; i < PAIR; ++i) {
         wanted[i] = n + i < end && allowed(b, n + i);
         const W* const row = reinterpret_cast<const W*>(row_at<T>(p.x, b, n + i));
 #pragma unroll
@@ -119,19 +125,19 @@ __global__ void __launch_bounds__(kPoolThreads, 2)
         if (g >= groups) {
           continue;
         }
-        float score[kPair] = {};
+        float score[PAIR] = {};
 #pragma unroll
         for (int c = 0; c < WORDS; ++c) {
           const int v = c * kWarp + lane;
           const W q = v < pass.words ? queries[g * pass.words + v] : W{};
 #pragma unroll
-          for (int i = 0; i < kPair; ++i) {
+          for (int i = 0; i < PAIR; ++i) {
             score[i] = add_dot<T, VEC>(score[i], x[i][c], q);
           }
         }
         float highest = level[g];
 #pragma unroll
-        for (int i = 0; i < kPair; ++i) {
+        for (int i = 0; i < PAIR; ++i) {
           score[i] = warp_sum(score[i]);
           score[i] = wanted[i] ? score[i] * p.scale : kMinusInfinity;
           highest = fmaxf(highest, score[i]);
@@ -153,7 +159,7 @@ __global__ void __launch_bounds__(kPoolThreads, 2)
           level[g] = highest;
         }
 #pragma unroll
-        for (int i = 0; i < kPair; ++i) {
+        for (int i = 0; i < PAIR; ++i) {
           const float weight = expf(score[i] - base);
           total[g] += weight;
 #pragma unroll
@@ -221,7 +227,7 @@ __global__ void __launch_bounds__(kPoolThreads, 2)
   }
 }
 
-// grid:     blocks of 256 threads; a block owns one image and query, then loops
+// grid:     (queries, images) of 256 threads; a block owns one row of out, then loops over images
 // in:       sums and most of pool_chunk_kernel; mask bool [B, N] by stride, or none
 // out:      out [B, G, D]; weights fp32 [B, G, N] from scores, in place; every element written
 //           exactly once
@@ -229,12 +235,12 @@ __global__ void __launch_bounds__(kPoolThreads, 2)
 // bounds:   tails are masked, weights are 0 where a token is not allowed; offsets are int64
 // cost:     sums and scores read once; no shared memory, no atomics, deterministic
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     pool_combine_kernel(TokenPoolFwdParams p, AllowedTokens allowed, int64_t chunks,
                         const float* sums, const float* most) {
-  for (int64_t row = blockIdx.x; row < p.batch * p.groups; row += gridDim.x) {
-    int64_t g;
-    const int64_t b = divide(row, p.groups, g);
+  const int64_t g = blockIdx.x;
+  for (int64_t b = blockIdx.y; b < p.batch; b += gridDim.y) {
+    const int64_t row = b * p.groups + g;
     const float* const of_row = most + row * chunks * 2;
     float highest = kMinusInfinity;
     for (int64_t c = 0; c < chunks; ++c) {
@@ -277,8 +283,8 @@ cudaError_t chunks_of(const TokenPoolFwdParams& p, const OnePass& pass, float* w
     if (error != cudaSuccess) {
       return error;
     }
-    return launch(pool_combine_kernel<T>, blocks_for(p.batch * p.groups, 1), kThreads, 0, stream, p,
-                  allowed, pass.chunks, pass.sums(workspace), pass.most(p, workspace));
+    return launch(pool_combine_kernel<T>, blocks_for_grid(p.groups, p.batch), kThreads, 0, stream,
+                  p, allowed, pass.chunks, pass.sums(workspace), pass.most(p, workspace));
   }
 }
 

@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 // cost:     x read G / GROUPS times, after the first from L2; 4 independent loads in flight per
 //           thread; 32 * VEC * 32 bytes of shared memory; no atomics, deterministic
 template <typename T, int VEC, int GROUPS, bool SLICED, typename Out>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, 2)
     weigh_tokens_kernel(TokenProducts p, AllowedTokens allowed, const float* weights, Out* out,
                         int words, int64_t slice, int64_t group_blocks, int64_t chunks) {
   using W = Word<T, VEC>;
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 // bounds:   the tail is masked; offsets are int64
 // cost:     scores read three times, after the first from L1; no shared memory, no atomics,
 //           deterministic
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     pool_weights_kernel(TokenProducts p, AllowedTokens allowed, Rows scores, bool softmax,
                         float* weights) {
   const int lane = threadIdx.x % kWarp;
@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(kThreads)
 // bounds:   the tail is masked; offsets are int64
 // cost:     ds, dweights and weights read twice, the second time from L1; no shared memory, no
 //           atomics, deterministic
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     score_gradients_kernel(TokenProducts p, AllowedTokens allowed, Rows dweights,
                            const float* weights, bool softmax, float* ds) {
   const int lane = threadIdx.x % kWarp;
