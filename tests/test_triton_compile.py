@@ -227,7 +227,7 @@ def resources(kernel, args: tuple, options: dict, architecture: int) -> dict:
         "registers": found["REG"],
         "stack": found["STACK"] + found["LOCAL"],
         "shared": compiled.metadata.shared,
-        "wide": bool(re.search(r"(ld|st)\.global\S*\.v4\.[bfu]32", ptx)),
+        "wide": bool(re.search(r"(ld|st)\.global\S*\.v4\.[bfu]32|cp\.async\.cg\.[^;]*, 0x10,", ptx)),
         "atomics": bool(re.search(r"\b(atom|red)\.", ptx)),
     }
 

@@ -15,10 +15,8 @@ constexpr int kMostSums = 128;
 constexpr int kMostWords = 8;
 // Tokens that a warp reads at a time: two, or one where two would not fit the registers.
 constexpr int kPair = 2;
-template <typename T>
-constexpr int tokens_at_a_time(int sums) {
-  return sizeof(T) == 2 && sums > kMostSums / 2 ? 1 : kPair;
-}
+template <typename T, int SUMS>
+constexpr int kAtATime = sizeof(T) == 2 && SUMS > kMostSums / 2 ? 1 : kPair;
 constexpr int kPoolThreads = kPoolWarps * kWarp;
 // Blocks that fill a large device: images are cut into chunks until there are as many, of no fewer
 // than 32 tokens. Constants, so that the order of a sum depends on the shape alone.
@@ -81,7 +79,7 @@ __global__ void __launch_bounds__(kPoolThreads, 2)
     pool_chunk_kernel(TokenPoolFwdParams p, AllowedTokens allowed, OnePass pass, float* sums,
                       float* most) {
   constexpr int VEC = 16 / sizeof(T);
-  constexpr int PAIR = tokens_at_a_time<T>(WORDS * VEC * GROUPS);
+  constexpr int PAIR = kAtATime<T, WORDS * VEC * GROUPS>;
   using W = Word<T, VEC>;
   W* const queries = reinterpret_cast<W*>(shared_memory());                        // [G, words]
   float* const parts = reinterpret_cast<float*>(queries + p.groups * pass.words);  // [4, D]
