@@ -230,7 +230,7 @@ MIMKERNELS_INLINE void dot_tile(const float* const* rows, const float* vectors, 
 }
 
 // Columns of a block's rows that stay in the first-level cache while many vectors pass by.
-constexpr int64_t kDotColumns = 768;
+constexpr int64_t kDotColumns = 384;
 
 // out[v * kBlock + i] = rows[i] . vectors[v * stride ...].
 inline void block_dots(const BlockRows& rows, const float* vectors, int64_t stride, int64_t count,
