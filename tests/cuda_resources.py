@@ -97,7 +97,7 @@ def read_report(library: Path = LIBRARY) -> dict[str, dict[str, dict[str, int]]]
 
 def short_name(name: str) -> str:
     """``gather_tokens_dx_kernel<__half, 8>`` of the demangled signature."""
-    for noise in ("(anonymous namespace)::", "mimkernels::cuda::", "(int)", "(bool)"):
+    for noise in ("(anonymous namespace)::", "mimkernels::cuda::", "(mimkernels::ReduceKind)", "(int)", "(bool)"):
         name = name.replace(noise, "")
     return name.removeprefix("void ").split("(")[0]
 
