@@ -42,7 +42,7 @@ ReduceCut cut_of(const ReducePoolParams& p) {
 // cost:     x read once (power mean), dx written once; 4 independent loads in flight per thread; 32
 //           bytes of shared memory; no atomics, deterministic
 template <typename T, int VEC, ReduceKind KIND>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, 2)
     reduce_pool_bwd_kernel(ReducePoolParams p, AllowedTokens allowed, ReduceCut cut,
                            float* shares) {
   using W = Word<T, VEC>;

@@ -17,6 +17,12 @@ constexpr int kMostWords = 8;
 constexpr int kPair = 2;
 template <typename T, int SUMS>
 constexpr int kAtATime = sizeof(T) == 2 && SUMS > kMostSums / 2 ? 1 : kPair;
+// Whether a lane's registers hold the sums of `groups` queries of `words` words beside what it
+// reads.
+constexpr bool sums_fit(int64_t size, int64_t words, int64_t groups) {
+  return words * (16 / size) * groups <= kMostSums &&
+         (size == 4 || groups == 1 || words < kMostWords);
+}
 constexpr int kPoolThreads = kPoolWarps * kWarp;
 // Blocks that fill a large device: images are cut into chunks until there are as many, of no fewer
 // than 32 tokens. Constants, so that the order of a sum depends on the shape alone.
@@ -47,7 +53,7 @@ OnePass one_pass_of(const TokenPoolFwdParams& p) {
   const int64_t groups = p.groups == 3 ? 4 : p.groups;
   const bool fits = p.has_queries && p.pools_x && !p.sliced && p.softmax && p.groups > 0 &&
                     p.groups <= kMostQueries && words <= kMostWords * kWarp &&
-                    words_per_lane(words) * (16 / size) * groups <= kMostSums &&
+                    sums_fit(size, words_per_lane(words), groups) &&
                     rows_aligned(p.x, p.dim, p.dtype) && rows_aligned(p.queries, p.dim, p.dtype);
   if (!fits || p.batch * p.tokens * p.dim == 0) {
     return pass;
@@ -269,8 +275,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 template <typename T, int WORDS, int GROUPS>
 cudaError_t chunks_of(const TokenPoolFwdParams& p, const OnePass& pass, float* workspace,
                       cudaStream_t stream) {
-  constexpr int kVec = 16 / sizeof(T);
-  if constexpr (WORDS * kVec * GROUPS > kMostSums) {
+  if constexpr (!sums_fit(sizeof(T), WORDS, GROUPS)) {
     return cudaErrorInvalidValue;
   } else {
     const AllowedTokens allowed = {p.mask, p.num_prefix, p.tokens};
