@@ -15,10 +15,13 @@ from mimkernels.ops import (
     mask_from_noise,
     masked_patch_loss,
     patchify_gather,
+    query_pool,
     random_mask,
     received_attention,
+    reduce_pool,
     restore_tokens,
     use_backend,
+    weighted_pool,
 )
 
 __all__ = [
@@ -34,10 +37,13 @@ __all__ = [
     "mask_from_noise",
     "masked_patch_loss",
     "patchify_gather",
+    "query_pool",
     "random_mask",
     "received_attention",
+    "reduce_pool",
     "restore_tokens",
     "use_backend",
+    "weighted_pool",
 ]
 
 
