@@ -1,4 +1,4 @@
-"""``mimkernels pretrain`` and ``mimkernels demo``. Only the parsers are built here; torch is imported when one runs."""
+"""``mimkernels pretrain``, ``probe`` and ``demo``. Only the parsers are built here; torch is imported when one runs."""
 
 import argparse
 import os
@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from mimkernels.train.config import PretrainConfig, add_arguments, given_arguments
 from mimkernels.train.errors import TrainingError
+from mimkernels.train.probe_config import ProbeConfig
 
 _BAD_INPUT, _FAILED = 2, 1
 
@@ -23,6 +24,21 @@ def add_pretrain_parser(subparsers: argparse._SubParsersAction) -> None:
     add_arguments(parser)
     _add_run_options(parser)
     parser.set_defaults(func=_pretrain, run=_pretrain)
+
+
+def add_probe_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add ``probe``; its ``func`` (and ``run``) returns the exit code."""
+    parser = subparsers.add_parser(
+        "probe",
+        help="compare poolings of a frozen encoder's tokens by what a linear layer reads from them",
+        description="Probe a frozen Vision Transformer: train a linear layer on its tokens, pooled in several ways, "
+        "and compare. A command that was interrupted, or is given further poolings, goes on with what --output holds.",
+    )
+    add_arguments(parser, ProbeConfig)
+    parser.add_argument("--list", action="store_true", help="show the poolings and end")
+    parser.add_argument("--overwrite", action="store_true", help="forget the results that --output holds")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(func=_probe, run=_probe)
 
 
 def add_demo_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -58,6 +74,23 @@ def _pretrain(args: argparse.Namespace) -> int:
         from mimkernels.train.run import Run
 
         run = Run(_config(args), resume=args.resume, overwrite=args.overwrite)
+        return lambda: _exit_code(run.execute().stopped_by)
+
+    return _guarded(prepare, args.debug)
+
+
+def _probe(args: argparse.Namespace) -> int:
+    if args.list:
+        from mimkernels.nn import poolings
+
+        for name, description in poolings().items():
+            print(f"{name:10} {description}")
+        return 0
+
+    def prepare() -> Callable[[], int]:
+        from mimkernels.train.probe_run import ProbeRun
+
+        run = ProbeRun(ProbeConfig(**given_arguments(args, ProbeConfig)), overwrite=args.overwrite)
         return lambda: _exit_code(run.execute().stopped_by)
 
     return _guarded(prepare, args.debug)
