@@ -45,9 +45,9 @@ def add_demo_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add ``demo``; its ``func`` (and ``run``) returns the exit code."""
     parser = subparsers.add_parser(
         "demo",
-        help="pre-train a small MAE on handwritten digits in two minutes and write a report",
+        help="pre-train a small MAE on handwritten digits, probe its features, write a report",
         description="Pre-train a small masked autoencoder on scikit-learn's handwritten digits (no download) in "
-        "about two minutes on two CPU cores, and write a report with its reconstructions.",
+        "about two minutes on two CPU cores, read its frozen features with linear probes, and write a report.",
     )
     parser.add_argument("--output", default="runs/demo", metavar="DIR", help="run folder (default: runs/demo)")
     parser.add_argument("--epochs", type=int, default=None, metavar="N", help="train shorter or longer")
@@ -111,13 +111,15 @@ def _demo(args: argparse.Namespace) -> int:
     def prepare() -> Callable[[], int]:
         from mimkernels.train.presets import prepare_demo
 
-        run, closing_words = prepare_demo(args.output, args.epochs)
+        run, go_on = prepare_demo(args.output, args.epochs)
 
         def execute() -> int:
             result = run.execute()
-            if not result.stopped_by:
-                print(closing_words(result))
-            return _exit_code(result.stopped_by)
+            stopped_by = result.stopped_by
+            if not stopped_by:
+                stopped_by, closing_words = go_on(result)
+                print(closing_words)
+            return _exit_code(stopped_by)
 
         return execute
 

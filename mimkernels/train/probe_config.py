@@ -9,10 +9,12 @@ from mimkernels.train.config import DEVICES, PRECISIONS, Settings, require, sett
 
 OPTIMIZERS = ("lars", "adamw", "sgd")
 
-# Images of ImageNet-1k, on which the recipe was published: 90 epochs, blr 0.1, batch 16384.
-_PUBLISHED_IMAGES = 1_281_167
-# LARS moves a weight by a thousandth of its length times the learning rate: by one percent at most.
-_HIGHEST_LARS_RATE = 10.0
+# LARS moves a matrix, per step, by a share of its length: the trust coefficient times the learning rate. The published
+# recipe (blr 0.1, batch 16384, 90 epochs of ImageNet) takes steps enough with the usual coefficient; the few of a small
+# set would leave the weights where they began. So much the shares of all steps, at the peak rate, add up to at least,
+# none being more than a hundredth.
+_TRUST = 0.001
+_LEAST_TRAVEL, _LONGEST_STEP = 1.35, 0.01
 
 
 @dataclass
@@ -60,9 +62,11 @@ class ProbeConfig(Settings):
     batch_size: int = setting(256, "images per step", "probe")
     warmup_epochs: float | None = setting(None, "epochs of linear warm-up (default: a ninth of all: 10 of 90)", "probe")
     optimizer: str = setting("lars", "optimizer of the probes", "probe", choices=OPTIMIZERS)
-    blr: float = setting(0.1, "base learning rate: lr = blr * batch size / 256; for lars times 1,281,167 / training "
-                         "images, at most 10, so that a small set trains as far as ImageNet", "probe")  # fmt: skip
+    blr: float = setting(0.1, "base learning rate: lr = blr * batch size / 256", "probe")
     lr: float | None = setting(None, "learning rate as it is, in place of --blr", "probe")
+    trust: float | None = setting(
+        None, "trust coefficient of lars (default: 0.001 as published, more where a small set has few steps)", "probe"
+    )
     weight_decay: float = setting(0.0, "weight decay", "probe")
     momentum: float = setting(0.9, "of lars and sgd", "probe")
     seed: int = setting(0, "seed of weights, order and augmentation", "probe")
@@ -75,7 +79,7 @@ class ProbeConfig(Settings):
     precision: str = setting("auto", "of the encoder; auto takes bf16 where it is fast", "execution",
                              choices=PRECISIONS)  # fmt: skip
     output: str = setting("runs/probe", "output folder", "output", metavar="DIR")
-    pictures: int = setting(6, "images in the report with the attention of every pooling", "output")
+    pictures: int = setting(8, "images in the report with the attention of every pooling", "output")
     title: str = setting("", "title of the report", "output")
 
     def check(self) -> None:
@@ -94,7 +98,7 @@ class ProbeConfig(Settings):
         require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
         require(0 < self.val_share < 1, "val_share", self.val_share, "between 0 and 1, both excluded")
         require(self.crop_scale is None or 0 < self.crop_scale <= 1, "crop_scale", self.crop_scale, "in (0, 1]")
-        for name in ("blr", "lr"):
+        for name in ("blr", "lr", "trust"):
             value = getattr(self, name)
             require(value is None or (value > 0 and math.isfinite(value)), name, value, "positive and finite")
         for name in ("weight_decay", "cache_gib"):
@@ -105,14 +109,15 @@ class ProbeConfig(Settings):
         require(warmup is None or 0 <= warmup <= self.epochs, "warmup_epochs", warmup, f"in 0..{self.epochs} (epochs)")
         parse_poolings(self.pooling)
 
-    def learning_rate(self, images: int) -> float:
-        """The peak learning rate for so many training images."""
-        if self.lr is not None:
-            return self.lr
-        lr = self.blr * self.batch_size / 256
-        if self.optimizer == "lars":
-            lr = min(max(lr, _HIGHEST_LARS_RATE), lr * max(1.0, _PUBLISHED_IMAGES / images))
-        return lr
+    @property
+    def peak_lr(self) -> float:
+        return self.blr * self.batch_size / 256 if self.lr is None else self.lr
+
+    def trust_coefficient(self, steps: int) -> float:
+        """Of LARS, for a training of so many steps."""
+        if self.trust is not None:
+            return self.trust
+        return max(_TRUST, min(_LONGEST_STEP, _LEAST_TRAVEL / steps) / self.peak_lr)
 
 
 class PoolingChoice(NamedTuple):

@@ -39,7 +39,7 @@ class FrozenEncoder(nn.Module):
     """A Vision Transformer without gradients, from uint8 images to tokens.
 
     Attributes:
-        title: for people.
+        name, title: for people, short and whole.
         dim, num_tokens, num_prefix: D, N and P of the tokens.
         grid: rows and columns of patches, or None if they form no grid.
     """
@@ -47,6 +47,7 @@ class FrozenEncoder(nn.Module):
     def __init__(
         self,
         model: nn.Module,
+        name: str,
         title: str,
         *,
         img_size: int,
@@ -56,8 +57,9 @@ class FrozenEncoder(nn.Module):
         final_norm: bool = True,
     ) -> None:
         super().__init__()
-        self.model = model.requires_grad_(False).eval()
-        self.title, self.img_size, self.in_chans = title, img_size, in_chans
+        self.model = model.requires_grad_(False)
+        self.eval()
+        self.name, self.title, self.img_size, self.in_chans = name, title, img_size, in_chans
         self.final_norm = final_norm
         if not final_norm:
             if not isinstance(getattr(model, "norm", None), nn.Module):
@@ -173,6 +175,7 @@ def _from_file(config: ProbeConfig, path: Path) -> FrozenEncoder:
     own = ", ".join(f"{name} {value}" for name, value in trained.model_kwargs.items())
     return FrozenEncoder(
         model.encoder,
+        f"{trained.method.upper()} {trained.model} of {config.model}",
         f"{trained.method.upper()} {trained.model}{f' ({own})' if own else ''} from {path}",
         img_size=trained.img_size,
         in_chans=trained.in_chans,
@@ -206,9 +209,15 @@ def _from_published(config: ProbeConfig, path: Path, weights: dict[str, Tensor])
     if channels != len(COLOUR[0]):
         raise ValueError(f"{str(path)!r} takes images of {channels} channels, published checkpoints take 3")
     mean, std = COLOUR
-    title = f"{name} from {path}"
     return FrozenEncoder(
-        encoder, title, img_size=size, in_chans=channels, mean=mean, std=std, final_norm=config.final_norm
+        encoder,
+        name,
+        f"{name} from {path}",
+        img_size=size,
+        in_chans=channels,
+        mean=mean,
+        std=std,
+        final_norm=config.final_norm,
     )
 
 
@@ -234,6 +243,7 @@ def _from_timm(config: ProbeConfig) -> FrozenEncoder:
     expected = timm.data.resolve_model_data_config(model)
     return FrozenEncoder(
         model,
+        config.model,
         config.model + ("" if config.pretrained else " with random weights"),
         img_size=config.img_size or expected["input_size"][-1],
         in_chans=expected["input_size"][0],

@@ -2,7 +2,6 @@
 
 import datetime
 import html
-import io
 import json
 import math
 import sys
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimkernels.train.checkpoint import write_text
-from mimkernels.train.figures import ACCENT, INK, LINE, MUTED, png_address
+from mimkernels.train.figures import ACCENT, CHART, INK, LINE, png_address, svg
 from mimkernels.train.probe_config import ProbeConfig
 from mimkernels.train.progress import duration
 from mimkernels.train.report import page
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from mimkernels.train.probe_run import PoolingResult
 
 _PICTURE_SIDE = 128
-_QUERIES_SHOWN = 8
+_QUERIES_SHOWN, _QUERY_IMAGES = 8, 3
 
 
 @dataclass
@@ -62,11 +61,14 @@ def print_table(results: list["PoolingResult"], test_images: int, stream: TextIO
     table = Table(title=f"Frozen features, {test_images:,} test images", title_justify="left")
     heads, rows = _table(results, test_images)
     for number, head in enumerate(heads):
-        table.add_column(head, justify="left" if number == 0 else "right", no_wrap=True)
+        table.add_column(head, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
     best = max(range(len(results)), key=lambda i: results[i].accuracy, default=0)
     for number, row in enumerate(rows):
         table.add_row(*row, style="bold" if number == best else None)
-    Console(file=stream or sys.stdout).print(table)
+    console = Console(file=stream or sys.stdout)
+    if not console.is_terminal:
+        console.width = 120  # a file has no width to keep to
+    console.print(table)
 
 
 def _table(results: list["PoolingResult"], test_images: int) -> tuple[list[str], list[list[str]]]:
@@ -131,8 +133,8 @@ def _chart(report: ProbeReport) -> str:
     return (
         "<section><h2>What frozen features know</h2>"
         f"<p>Accuracy on {report.test_images:,} test images after the last epoch, with the standard error that so many "
-        "images leave. Parameters: of the pooling + of the linear layer. k-NN uses the pooled vectors without training."
-        "</p>"
+        "images leave. Parameters: of the pooling + of the linear layer. k-NN (the circles) uses "
+        "pooled vectors that no label has shaped.</p>"
         f"<figure class=curve>{accuracy_chart(report.results, report.test_images)}</figure>"
         f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></section>"
     )
@@ -142,21 +144,16 @@ def _maps(report: ProbeReport) -> str:
     pictures = report.pictures
     if pictures is None:
         return ""
-    columns = ["image", *pictures.weights]
-    rows = ""
-    for number, image in enumerate(pictures.images):
-        plain = _colour(image)
-        cells = f'<td><img src="{png_address(_enlarged(plain))}" alt="{html.escape(pictures.classes[number])}"></td>'
-        for label, weights in pictures.weights.items():
-            picture = overlay(plain, weights[number].mean(0))
-            cells += f'<td><img src="{png_address(picture)}" alt="weights of {html.escape(label)}"></td>'
-        rows += f"<tr><th>{html.escape(pictures.classes[number])}</th>{cells}</tr>"
-    head = "<th></th>" + "".join(f"<th>{html.escape(name)}</th>" for name in columns)
+    plain = [_colour(image) for image in pictures.images]
+    rows = [("image", [_enlarged(image) for image in plain])]
+    rows += [
+        (label, [overlay(image, weights[number].mean(0)) for number, image in enumerate(plain)])
+        for label, weights in pictures.weights.items()
+    ]
     return (
         "<section><h2>Where poolings look</h2><p>Test images under the weights that a pooling gives to their patches: "
         "bright patches count most, and each picture has its own scale. Of a pooling with several queries, the mean."
-        f"</p><div class=wide><table class=maps><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
-        "</section>"
+        f"</p>{_picture_table(pictures.classes, rows)}</section>"
     )
 
 
@@ -167,21 +164,29 @@ def _queries(report: ProbeReport) -> str:
     if not several:
         return ""
     label, weights = max(several.items(), key=lambda item: item[1].shape[1])
-    shown = list(range(min(_QUERIES_SHOWN, weights.shape[1])))
-    rows = ""
-    for number in range(min(3, len(pictures.images))):
-        plain = _colour(pictures.images[number])
-        cells = "".join(
-            f'<td><img src="{png_address(overlay(plain, weights[number, query]))}" alt="query {query + 1}"></td>'
-            for query in shown
-        )
-        rows += f"<tr><th>{html.escape(pictures.classes[number])}</th>{cells}</tr>"
-    head = "<th></th>" + "".join(f"<th>query {query + 1}</th>" for query in shown)
+    shown = range(min(_QUERIES_SHOWN, weights.shape[1]))
+    rows = [
+        (name, [overlay(_colour(image), of_image[query]) for query in shown])
+        for name, image, of_image in list(zip(pictures.classes, pictures.images, weights, strict=True))[:_QUERY_IMAGES]
+    ]
     return (
         f"<section><h2>The queries of {html.escape(label)}, one by one</h2>"
         f"<p>{len(shown)} of {weights.shape[1]}. Each query fills its own part of the pooled vector.</p>"
-        f"<div class=wide><table class=maps><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div></section>"
+        f"{_picture_table([f'query {query + 1}' for query in shown], rows)}</section>"
     )
+
+
+def _picture_table(columns: list[str], rows: list[tuple[str, list[Tensor]]]) -> str:
+    """Pictures ``[3, S, S]`` in rows, with names for rows and columns."""
+    head = "<th></th>" + "".join(f"<th>{html.escape(name)}</th>" for name in columns)
+    body = ""
+    for name, pictures in rows:
+        cells = "".join(
+            f'<td><img src="{png_address(picture)}" alt="{html.escape(f"{name}, {column}")}"></td>'
+            for column, picture in zip(columns, pictures, strict=True)
+        )
+        body += f"<tr><th>{html.escape(name)}</th>{cells}</tr>"
+    return f"<div class=wide><table class=maps><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def overlay(image: Tensor, weights: Tensor) -> Tensor:
@@ -208,15 +213,11 @@ def _enlarged(image: Tensor) -> Tensor:
 
 
 def accuracy_chart(results: list["PoolingResult"], test_images: int) -> str:
-    """Horizontal bars with standard errors, as SVG; a dot is the k-NN accuracy."""
+    """Horizontal bars with standard errors, as SVG; a circle is the k-NN accuracy."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    settings = {"font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 11,
-                "svg.fonttype": "path", "svg.hashsalt": "mimkernels", "axes.edgecolor": LINE, "axes.labelcolor": MUTED,
-                "xtick.color": MUTED, "ytick.color": INK, "axes.spines.right": False,
-                "axes.spines.top": False}  # fmt: skip
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context({**CHART, "ytick.color": INK, "axes.spines.top": False}):
         figure = Figure(figsize=(10, 0.9 + 0.5 * len(results)), layout="constrained")
         axes = figure.subplots()
         best = max((result.accuracy for result in results), default=0)
@@ -227,9 +228,7 @@ def accuracy_chart(results: list["PoolingResult"], test_images: int) -> str:
             axes.errorbar(value, row, xerr=error, color=INK, linewidth=1.4, capsize=3)
             axes.text(value + error + 1.2, row, f"{value:.1f} %", va="center", color=INK, fontweight="bold")
             if result.knn is not None:
-                first = all(earlier.knn is None for earlier in results[:row])
-                axes.plot(100 * result.knn, row, "o", color="white", markeredgecolor=INK, markersize=7,
-                          label="k-NN" if first else None)  # fmt: skip
+                axes.plot(100 * result.knn, row, "o", color="white", markeredgecolor=INK, markersize=7)
         axes.set_yticks(range(len(results)), [result.label for result in results])
         axes.invert_yaxis()
         axes.set_xlim(0, 108)
@@ -238,8 +237,4 @@ def accuracy_chart(results: list["PoolingResult"], test_images: int) -> str:
         axes.grid(True, axis="x", color=LINE, linewidth=0.6, alpha=0.7)
         axes.set_axisbelow(True)
         axes.tick_params(length=0)
-        if any(result.knn is not None for result in results):
-            axes.legend(loc="upper left", bbox_to_anchor=(0, -0.02), frameon=False, labelcolor=MUTED, handletextpad=0.2)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+        return svg(figure)

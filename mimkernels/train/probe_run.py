@@ -21,7 +21,7 @@ from mimkernels.train.probe_config import PoolingChoice, ProbeConfig, parse_pool
 from mimkernels.train.probe_data import ProbeImages, collate_probe, open_split
 from mimkernels.train.probe_encoder import load_encoder
 from mimkernels.train.probe_features import Encoded, Extractor, Features
-from mimkernels.train.probe_report import ProbePictures, ProbeReport, print_table, write_probe_report
+from mimkernels.train.probe_report import ProbePictures, ProbeReport, print_table, sections, write_probe_report
 from mimkernels.train.probe_train import (
     Probe,
     ProbeTrainer,
@@ -65,6 +65,7 @@ class ProbeResult:
     test_images: int
     stopped_by: int  # number of the signal that ended it early, 0 if it went to its end
     report: Path | None = None
+    sections: str = ""  # of the report, as HTML
 
 
 def probe(config: ProbeConfig, *, overwrite: bool = False, stream: TextIO | None = None) -> ProbeResult:
@@ -111,8 +112,8 @@ class ProbeRun:
         self.probes = {choice.label: self._build(choice, classes=2) for choice in self.choices}  # refuses early
         self.split = open_split(config)
         self.probes = {choice.label: self._build(choice, len(self.split.classes)) for choice in self.choices}
-        BatchPlan(len(self.split.train), config.batch_size, 1, 1, config.seed)
-        self.lr = config.learning_rate(len(self.split.train))
+        plan = BatchPlan(len(self.split.train), config.batch_size, 1, 1, config.seed)
+        self.steps = config.epochs * plan.steps_per_epoch
         source = self.split.train.source
         crop = config.crop_scale if config.crop_scale is not None else min(source.crop_scale, 0.08)
         if isinstance(source, DigitsSource) and config.crop_scale is None:
@@ -141,19 +142,20 @@ class ProbeRun:
             if to_train:
                 stopped_by = self._train(to_train)
             results = [self.finished[choice.label] for choice in self.choices if choice.label in self.finished]
-            report = None
+            report, found = None, ""
             if not stopped_by:
                 if self.extractor.encoded:
                     images = self.extractor.encoded
                     facts["Encoding"] = f"{images:,} images in {duration(self.extractor.seconds)}"
-                report = write_probe_report(self.output / "report.html", self._report(results, facts))
+                found = sections(content := self._report(results, facts))
+                report = write_probe_report(self.output / "report.html", content)
                 print_table(results, len(self.split.test), self.stream)
                 progress.note(f"report: {report}")
         except torch.OutOfMemoryError as e:
             raise TrainingError(
                 f"out of memory on {device_name(device)}: lower --batch-size or --cache-gib ({str(e).splitlines()[0]})"
             ) from e
-        return ProbeResult(self.output, results, len(self.split.test), stopped_by, report)
+        return ProbeResult(self.output, results, len(self.split.test), stopped_by, report, found)
 
     def _train(self, choices: list[PoolingChoice]) -> int:
         config, split, device, progress = self.config, self.split, self.accelerator.device, self.progress
@@ -178,7 +180,7 @@ class ProbeRun:
             stream=self.stream,
         )
         in_training = [
-            Trained(label, probe, build_optimizer(config, probe, self.lr), Stopwatch(device))
+            Trained(label, probe, build_optimizer(config, probe, self.steps), Stopwatch(device))
             for label, probe in probes.items()
         ]
         if state is not None:
@@ -192,7 +194,6 @@ class ProbeRun:
             in_training,
             plan,
             lambda step: self._batches(train, plan, step, streamed),
-            lr=self.lr,
             step=0 if state is None else state["step"],
             progress=progress,
             save=lambda content: files.save(self._state_path, {"identity": self.identity, **content}),
@@ -343,9 +344,9 @@ class ProbeRun:
 
     def _facts(self) -> dict[str, str]:
         config, split, encoder = self.config, self.split, self.encoder
-        rate = (
-            f"{config.optimizer}, {config.epochs} epochs, batch {config.batch_size}, peak learning rate {self.lr:.3g}"
-        )
+        rate = f"{config.optimizer}, {config.epochs} epochs, batch {config.batch_size}, lr {config.peak_lr:.3g}"
+        if config.optimizer == "lars":
+            rate += f", trust coefficient {config.trust_coefficient(self.steps):.2g}"
         return {
             "Encoder": f"{encoder.title}: {encoder.num_tokens} tokens of {encoder.dim}, frozen",
             "Data": f"{config.data}: {len(split.train):,} training and {len(split.test):,} test images, "
@@ -359,7 +360,7 @@ class ProbeRun:
     def _report(self, results: list[PoolingResult], facts: dict[str, str]) -> ProbeReport:
         return ProbeReport(
             config=self.config,
-            title=self.config.title or f"Probing {self.encoder.title}",
+            title=self.config.title or f"Probing {self.encoder.name}",
             facts=facts,
             results=results,
             test_images=len(self.split.test),

@@ -103,8 +103,13 @@ class Trained:
         self.epoch_loss = None if state["epoch_loss"] is None else state["epoch_loss"].to(device)
 
 
-def build_optimizer(config: ProbeConfig, module: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """LARS as in MAE's probing code: vectors and scalars are neither decayed nor adapted. Or AdamW, or SGD."""
+def build_optimizer(config: ProbeConfig, module: nn.Module, steps: int) -> torch.optim.Optimizer:
+    """LARS as in MAE's probing code: vectors and scalars are neither decayed nor adapted. Or AdamW, or SGD.
+
+    Args:
+        steps: of the whole training.
+    """
+    lr = config.peak_lr
     weights = [weight for weight in module.parameters() if weight.requires_grad]
     if config.optimizer == "adamw":
         return torch.optim.AdamW(weights, lr=lr, weight_decay=config.weight_decay)
@@ -117,7 +122,7 @@ def build_optimizer(config: ProbeConfig, module: nn.Module, lr: float) -> torch.
     if config.optimizer == "lars":
         from timm.optim import Lars
 
-        return Lars(groups, lr=lr, momentum=config.momentum)
+        return Lars(groups, lr=lr, momentum=config.momentum, trust_coeff=config.trust_coefficient(steps))
     return torch.optim.SGD(groups, lr=lr, momentum=config.momentum)
 
 
@@ -136,13 +141,12 @@ class ProbeTrainer:
         plan: BatchPlan,
         batches: Callable[[int], Iterator[Encoded]],
         *,
-        lr: float,
         step: int,
         progress: Progress,
         save: Callable[[dict[str, Any]], None],
     ) -> None:
         self.config, self.probes, self.plan, self.batches = config, probes, plan, batches
-        self.lr, self.step, self.progress, self.save = lr, step, progress, save
+        self.step, self.progress, self.save = step, progress, save
         self.total_steps = config.epochs * plan.steps_per_epoch
         warmup = config.epochs / 9 if config.warmup_epochs is None else config.warmup_epochs
         self.warmup_steps = round(warmup * plan.steps_per_epoch)
@@ -160,7 +164,7 @@ class ProbeTrainer:
                 stream = self.batches(self.step)
                 while self.step < self.total_steps:
                     batch = next(stream)
-                    lr = learning_rate(self.step, self.total_steps, self.warmup_steps, self.lr)
+                    lr = learning_rate(self.step, self.total_steps, self.warmup_steps, self.config.peak_lr)
                     losses = [self._train_step(trained, batch, lr) for trained in self.probes]
                     self.step += 1
                     if self.step % self.plan.steps_per_epoch == 0:
@@ -210,7 +214,7 @@ class ProbeTrainer:
             if not math.isfinite(loss):
                 raise TrainingError(
                     f"the loss of pooling {trained.label!r} became {loss} at step {self.step} (peak learning rate "
-                    f"{self.lr:.3g}); try a lower --lr or --optimizer adamw"
+                    f"{self.config.peak_lr:.3g}); try a lower --lr or --optimizer adamw"
                 )
 
     def state_dict(self) -> dict[str, Any]:
