@@ -510,7 +510,7 @@ def _pool_cases() -> list[Case]:
         "gem-masked": _reduce_pool(3, 50, 37, "gem", p=2.5, prefix=1, mask=True),
         "gem-number": _reduce_pool(2, 197, 40, "gem", prefix=1),
         "gem-floor": _reduce_pool(2, 9, 16, "gem", p=4.0, eps=0.5),
-        "one": _reduce_pool(1, 1, 1, "gem", p=1.0),
+        "one": _reduce_pool(1, 1, 1, "gem", p=2.5),
         "all-prefix": _reduce_pool(2, 3, 8, "max", prefix=3),
         "no-tokens": _reduce_pool(2, 0, 8, "gem", p=3.0),
         "no-images": _reduce_pool(0, 5, 16, "mean"),
