@@ -40,6 +40,8 @@ from mimkernels.train.sources import DigitsSource
 _FREE = ("pooling", "output", "pictures", "title", "workers", "cache_gib", "device", "model", "data_root")
 _FREE_WITHOUT_AUGMENT = ("crop_scale",)
 
+_PUBLISHED_CROP = 0.08  # smallest area of a crop in MAE's linear probing
+
 
 @dataclass
 class PoolingResult:
@@ -109,15 +111,13 @@ class ProbeRun:
         )
         self.encoder = load_encoder(config)
         self.choices = parse_poolings(config.pooling)
-        self.probes = {choice.label: self._build(choice, classes=2) for choice in self.choices}  # refuses early
         self.split = open_split(config)
-        self.probes = {choice.label: self._build(choice, len(self.split.classes)) for choice in self.choices}
+        self.probes = {choice.label: self._build(choice) for choice in self.choices}
         plan = BatchPlan(len(self.split.train), config.batch_size, 1, 1, config.seed)
         self.steps = config.epochs * plan.steps_per_epoch
         source = self.split.train.source
-        crop = config.crop_scale if config.crop_scale is not None else min(source.crop_scale, 0.08)
-        if isinstance(source, DigitsSource) and config.crop_scale is None:
-            crop = source.crop_scale
+        usual = source.crop_scale if isinstance(source, DigitsSource) else _PUBLISHED_CROP
+        crop = usual if config.crop_scale is None else config.crop_scale
         self.augmentation = Augmentation(self.encoder.img_size, self.encoder.in_chans, crop, source.mirrored)
         self.encoder.to(self.accelerator.device)
         self.identity = self._identity()
@@ -264,7 +264,7 @@ class ProbeRun:
         files.write_text(self.output / "results.json", json.dumps(saved, indent=2) + "\n")
         self._state_path.unlink(missing_ok=True)
 
-    def _build(self, choice: PoolingChoice, classes: int) -> Probe:
+    def _build(self, choice: PoolingChoice) -> Probe:
         encoder = self.encoder
         # A seed of its own for every pooling: the company that it is trained in changes nothing.
         digest = hashlib.sha256(choice.label.encode()).digest()
@@ -285,7 +285,7 @@ class ProbeRun:
         for part in pooling.modules():
             if isinstance(part, torch.nn.BatchNorm1d):
                 part.reset_running_stats()
-        return Probe(pooling, classes)
+        return Probe(pooling, len(self.split.classes))
 
     def _images(self, part: str) -> ProbeImages:
         return ProbeImages(getattr(self.split, part), self.augmentation, self.config.seed, False)
