@@ -12,10 +12,10 @@ PIP := $(BIN)/python -m pip
 INSTALLED := $(VENV)/.mimkernels-installed
 BUILT := $(VENV)/.mimkernels-built
 LINTERS := $(VENV)/.mimkernels-linters
-SOURCES := CMakeLists.txt $(shell find csrc -type f)
+SOURCES := CMakeLists.txt $(shell find csrc tests/emulation -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test bench lint format clean
+.PHONY: help build demo test sanitize bench gpu lint format clean
 
 help: ## show the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -26,21 +26,33 @@ build: $(BUILT) ## create the environment, install, compile the kernels
 demo: $(BUILT) ## pre-train a small MAE on handwritten digits and write runs/demo/report.html
 	$(BIN)/mimkernels demo $(ARGS)
 
+# A process per core, with one thread each: most tests are too small for more.
 test: $(BUILT) ## run every test (ARGS="-k gather": some)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
+
+# libstdc++ as well: Python brings no exceptions of C++ for AddressSanitizer to intercept. The planted accesses of
+# test_emulation.py show that it is there and at work.
+sanitize: $(BUILT) ## run the CUDA kernels on the host under AddressSanitizer
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_emulation.py tests/test_contract.py tests/ops/test_attention_cuda.py \
+	-k "red_zones or (cuda-emulated and oracle and not length-1025)" $(ARGS)
 
 bench: $(BUILT) ## time the ops against plain PyTorch
 	$(BIN)/python -m benchmarks $(ARGS)
 
+# Not through the environment above: a machine with a GPU often has its own torch, and no way to install another.
+gpu: ## on a machine with an NVIDIA GPU: build, test, sanitize, time (PYTHON=... with torch; ARGS=--dry-run without GPU)
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
+
 lint: $(LINTERS) ## check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc -type f | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc tests/emulation -type f -not -name "*.md" | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: $(LINTERS) ## mend style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc -type f | xargs $(BIN)/clang-format -i
+	find csrc tests/emulation -type f -not -name "*.md" | xargs $(BIN)/clang-format -i
 
 clean: ## remove what was built here, but not the environment
 	rm -rf build dist mimkernels/_lib *.egg-info .pytest_cache .ruff_cache

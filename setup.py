@@ -9,8 +9,8 @@
 ``MIMKERNELS_CMAKE_ARGS``  further arguments of CMake, such as -DMIMKERNELS_CUDA=off.
 ``MAX_JOBS``               compile jobs at a time.
 
-In a source tree (editable, or build_native --inplace) the CUDA kernels are also compiled for the host, for tests:
-libmimkernels_cuda_emulated.so. No wheel has it.
+In a source tree (editable, or build_native --inplace) the CUDA kernels are also compiled for the host, for tests
+(csrc/emulation). No wheel has them.
 
 Sources and compiler options are in CMakeLists.txt, metadata in pyproject.toml.
 """
@@ -33,6 +33,7 @@ from setuptools.command.build import build
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)
+EMULATED = ("cuda_emulated", "emulation_tests")
 REINSTALL = "pip install --no-cache-dir --force-reinstall --no-deps mimkernels (from a clone: pip install .)"
 
 
@@ -118,17 +119,22 @@ def compile_libraries(folder: Path, report: dict, names: list[str]) -> dict[str,
         raise NotBuilt("no C++ compiler (c++, g++, clang++) was found", "install g++ 11 or later")
     run(
         [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
-         f"-DMIMKERNELS_TORCH_DIR={torch_dir}", *shlex.split(os.environ.get("MIMKERNELS_CMAKE_ARGS", ""))],
+         f"-DMIMKERNELS_TORCH_DIR={torch_dir}", f"-DMIMKERNELS_EMULATION={int(EMULATED[0] in names)}",
+         *shlex.split(os.environ.get("MIMKERNELS_CMAKE_ARGS", ""))],
         "CMake's configuration", "mend what it names",
     )  # fmt: skip
     configured = json.loads((folder / "configured.json").read_text())
     report.update(configured)
     made = {}
-    remedies = {"cuda": "install the CUDA toolkit (nvcc) 12.8 or later", "cuda_emulated": "use g++ on Linux"}
+    emulation = (configured["emulation_reason"], "use g++ on Linux")
+    cannot = {
+        "cuda": (configured["cuda_reason"], "install the CUDA toolkit (nvcc) 12.8 or later"),
+        **dict.fromkeys(EMULATED, emulation),
+    }
     for name in names:
         try:
-            if configured.get(f"{name}_reason"):
-                raise NotBuilt(configured[f"{name}_reason"], remedies[name])
+            if name in cannot and cannot[name][0]:
+                raise NotBuilt(*cannot[name])
             jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
             run([cmake, "--build", str(folder), "--target", f"mimkernels_{name}", "--parallel", jobs],
                 f"compiling the {name} library", "mend what it names")  # fmt: skip
@@ -165,7 +171,7 @@ class BuildNative(Command):
         inplace = self.editable_mode or self.inplace
         target = (ROOT if inplace else Path(self.build_lib)) / "mimkernels" / "_lib"
         target.mkdir(parents=True, exist_ok=True)
-        names = ["cpu", "cuda", *(["cuda_emulated"] if inplace else [])]
+        names = ["cpu", "cuda", *(EMULATED if inplace else [])]
         report = {"mode": mode, "libraries": {}}
         keep = os.environ.get("MIMKERNELS_BUILD_DIR") or (inplace and ROOT / "build" / "native")
         folder = Path(keep or temporary_folder()).resolve()
@@ -187,8 +193,7 @@ class BuildNative(Command):
                 print(f"mimkernels: no native {name} library: {reason}", file=sys.stderr)
         (target / "build.json").write_text(json.dumps(report, indent=2) + "\n")
         if mode == "require":
-            can_be = {"cuda": report.get("nvcc") and not report.get("cuda_reason"),
-                      "cuda_emulated": not report.get("cuda_emulated_reason")}  # fmt: skip
+            can_be = {"cuda": report.get("nvcc") and not report.get("cuda_reason")}
             for name in names:
                 if name not in self.made and can_be.get(name, True):
                     facts = report["libraries"][name]

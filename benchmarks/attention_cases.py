@@ -82,8 +82,8 @@ def _case(shape: Shape, dtype: torch.dtype, device: str, backward: bool) -> Benc
             "sdpa": sdpa,
             "plain": materialised,
         },
-        None,
-        check,
+        flops=(14 if backward else 4) * shape.batch * shape.heads * shape.tokens**2 * shape.dim,
+        check=check,
     )
 
 

@@ -2,7 +2,8 @@
 
 All versions run in one process, round by round in an order drawn anew, so that whatever else the machine does, and
 whatever the version before left in the caches, hits all of them. Reported are medians. The limit of a memory-bound
-case is a copy of as many bytes, timed in the same rounds.
+case is a copy of as many bytes, that of a case with matrix products the rate of a large one, timed in the same rounds.
+On a GPU a version is captured as a CUDA graph where it can be, so that the device is timed and not the launches.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Benchmark:
     Attributes:
         versions: what is timed, by name; ``"ours"`` is compared with each of the others.
         moved_bytes: each input read once plus each output written once, or None where a GEMM decides.
+        flops: floating-point operations of the matrix products, 2 per multiply-add, or None.
         check: raises unless the versions agree; called once before timing.
     """
 
@@ -39,6 +41,7 @@ class Benchmark:
     shape: str
     versions: dict[str, Callable[[], object]]
     moved_bytes: int | None = None
+    flops: int | None = None
     check: Callable[[], None] = lambda: None
 
 
@@ -53,6 +56,8 @@ class Timing:
     spread: dict[str, float]
     rounds: int
     moved_bytes: int | None = None
+    flops: int | None = None
+    matrix: int = 0  # size of the square matrices whose product is the version "gemm"
     extra: dict = field(default_factory=dict)
 
     def ratio(self, version: str) -> float | None:
@@ -64,6 +69,13 @@ class Timing:
         """Time of a copy of the same bytes over the time of ours."""
         return self.median["copy"] / self.median["ours"] if "copy" in self.median else None
 
+    @property
+    def share_of_gemm(self) -> float | None:
+        """The rate of ours, in floating-point operations per second, over the rate of a large matrix product."""
+        if "gemm" not in self.median:
+            return None
+        return (self.flops / self.median["ours"]) / (2 * self.matrix**3 / self.median["gemm"])
+
     def record(self) -> dict:
         return {
             "name": self.name,
@@ -73,10 +85,12 @@ class Timing:
             "median_us": {k: round(v * 1e6, 1) for k, v in self.median.items()},
             "spread_us": {k: round(v * 1e6, 1) for k, v in self.spread.items()},
             "times_faster_than": {
-                name: _rounded(self.ratio(name)) for name in self.median if name not in ("ours", "copy")
+                name: _rounded(self.ratio(name)) for name in self.median if name not in ("ours", "copy", "gemm")
             },
             "share_of_copy_bandwidth": _rounded(self.share_of_copy),
+            "share_of_gemm_rate": _rounded(self.share_of_gemm),
             "moved_bytes": self.moved_bytes,
+            "flops": self.flops,
             **self.extra,
         }
 
@@ -89,11 +103,19 @@ def measure(benchmark: Benchmark, device: str, dtype: str, seconds: float = 4.0)
     """Time all versions for about ``seconds``, interleaved, at least 7 rounds."""
     benchmark.check()
     versions = dict(benchmark.versions)
+    matrix = _matrix_size(device, dtype) if benchmark.flops else 0
     if benchmark.moved_bytes:
         versions["copy"] = _copy_of(benchmark.moved_bytes, device)
+    if benchmark.flops:
+        versions["gemm"] = _matrix_product(matrix, device, dtype)
     timer = _cuda_seconds if device == "cuda" else _cpu_seconds
     for run in versions.values():  # warm up: compile, grow the heap, fill the pools
         run(), run()
+    extra = {}
+    if device == "cuda":
+        graphs = {name: _captured(run) for name, run in versions.items()}
+        extra["not_captured"] = [name for name, graph in graphs.items() if graph is None]
+        versions = {name: graphs[name] or run for name, run in versions.items()}
     once = sum(timer(run) for run in versions.values())
     rounds = max(7, min(400, int(seconds / once)))
     taken: dict[str, list[float]] = {name: [] for name in versions}
@@ -112,6 +134,9 @@ def measure(benchmark: Benchmark, device: str, dtype: str, seconds: float = 4.0)
         spread={name: q[2] - q[0] for name, q in quartiles.items()},
         rounds=rounds,
         moved_bytes=benchmark.moved_bytes,
+        flops=benchmark.flops,
+        matrix=matrix,
+        extra=extra,
     )
 
 
@@ -120,6 +145,36 @@ def _copy_of(moved_bytes: int, device: str) -> Callable[[], object]:
     source = torch.ones(moved_bytes // 8, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
+
+
+def _matrix_size(device: str, dtype: str) -> int:
+    # Large enough for the full rate; on a CPU without bf16 instructions, small enough to end.
+    if device == "cuda":
+        return 8192
+    return 1024 if dtype == "float32" else 256
+
+
+def _matrix_product(size: int, device: str, dtype: str) -> Callable[[], object]:
+    a, b = torch.randn(2, size, size, device=device).to(getattr(torch, dtype))
+    out = torch.empty_like(a)
+    return lambda: torch.mm(a, b, out=out)
+
+
+def _captured(run: Callable[[], object]) -> Callable[[], object] | None:
+    """The call as the replay of a CUDA graph, or None where it cannot be captured."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            made = run()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+
+    def replay() -> object:
+        graph.replay()
+        return made  # kept: the graph writes there
+
+    return replay
 
 
 def _cpu_seconds(run: Callable[[], object]) -> float:

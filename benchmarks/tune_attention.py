@@ -30,9 +30,10 @@ HEAD_DIMS = {64: (64,), 128: (80, 128)}
 TOKENS_IN_ALL = 128 * 197 * 12  # tokens times heads of one call: enough to fill any GPU
 KERNELS = {
     "forward": "attention_fwd_kernel",
-    "fused": "attention_bwd_kernel",
+    "masked": "attention_fwd_kernel",
     "dq": "attention_dq_kernel",
     "dkv": "attention_dkv_kernel",
+    "fused": "attention_bwd_kernel",  # after the two that it is compared with
     "companion": "received_attention_kernel",
 }
 DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
@@ -47,7 +48,7 @@ def candidates(kernel: str, precision: str, length: int) -> Iterator[tuple[int, 
     cols = (16, 32, 64) if precision == "fp32" else (32, 64, 128, 256)
     for block_m, block_n, warps, stages in itertools.product(rows, cols, (4, 8, 16), (1, 2, 3)):
         tile = block_m * block_n
-        one_pass = kernel == "forward" and length <= block_n
+        one_pass = kernel in ("forward", "masked") and length <= block_n
         if block_n >= 2 * length or (block_n > 128 and not one_pass) or (one_pass and stages > 1):
             continue
         if 512 <= tile // warps <= 4096:  # scores per warp: neither idle nor hopeless
@@ -74,8 +75,10 @@ def calls(kernel: str, precision: str, dim: int, tokens: int, extra: bool) -> Ca
     q, k, v = torch.randn(batch, tokens, 3, heads, dim, device="cuda", dtype=dtype).permute(2, 0, 3, 1, 4)
     scale = dim**-0.5
     positions = torch.rand(1, tokens, 2, device="cuda") if extra else None
-    if kernel == "forward":
-        return lambda: attention.attention_fwd(q, k, v, None, None, scale, 1, positions, 127 if extra else 0)
+    if kernel in ("forward", "masked"):
+        bias = torch.randn(1, heads, tokens, tokens, device="cuda", dtype=dtype) if kernel == "masked" else None
+        key_mask = torch.ones(batch, tokens, dtype=torch.bool, device="cuda") if kernel == "masked" else None
+        return lambda: attention.attention_fwd(q, k, v, bias, key_mask, scale, 1, positions, 127 if extra else 0)
     out, lse, _ = attention.attention_fwd(q, k, v, None, None, scale, 1, None, 0)
     if kernel == "companion":
         return lambda: received.received_attention_fwd(q, k, lse, None, None, scale)
@@ -112,7 +115,7 @@ def timed(entry: tuple, blocks: tuple | None) -> float:
     try:
         for dim, tokens in itertools.product(HEAD_DIMS[most_dim], TOKENS[length]):
             launch = recorded(calls(kernel, precision, dim, tokens, extra), kernel)
-            if kernel in ("forward", "companion") and launch().n_spills:
+            if kernel in ("forward", "masked", "companion") and launch().n_spills:
                 return float("inf")
             total += seconds(launch)
         return total
@@ -171,7 +174,7 @@ def rendered(table: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=["forward", "dq", "dkv", "fused", "companion"])
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=["half"])
     parser.add_argument("--dims", nargs="+", type=int, choices=HEAD_DIMS, default=list(HEAD_DIMS))
     parser.add_argument("--tokens", nargs="+", type=int, help="the table's buckets: 64, 128, 256; 0 for longer")

@@ -87,7 +87,7 @@ def _library(state: _native.NativeLibrary) -> dict:
         built_with = {key: build.get(key) for key in ("torch", "compiler", "flags")}
         if state.name == "cpu":
             built_with["instruction_sets"] = list(build.get("isas", {}))
-        else:
+        elif state.name == "cuda":
             built_with["nvcc"] = build.get("nvcc")
             built_with["architectures"] = build.get("cuda_architectures", "").split()
     return {
@@ -115,7 +115,7 @@ def _backend(backend: _registry.Backend) -> dict:
     return {
         "name": backend.name,
         "available": reason is None,
-        "devices": list(backend.devices or ("any",)),
+        "devices": ["any"] if backend.devices is None else list(backend.devices or backend.testing_devices),
         "ops": [name for name, backends in _ops().items() if backend.name in backends],
         "reason": reason,
         "remedy": remedy,

@@ -62,12 +62,15 @@ def launches(kernel: str, arch: int, precision: str, dim: int, length: int, extr
         return found
     module = importlib.import_module("mimkernels.ops.attention.triton")
     with recorded_launches(arch, module) as found:
-        if kernel == "forward":
-            module.attention_fwd(q, k, v, None, None, scale, 1, positions, ALL_STATISTICS if extra else 0)
+        if kernel in ("forward", "masked"):
+            bias = torch.empty(1, 2, tokens, tokens, dtype=dtype) if kernel == "masked" else None
+            key_mask = torch.empty(1, tokens, dtype=torch.bool) if kernel == "masked" else None
+            module.attention_fwd(q, k, v, bias, key_mask, scale, 1, positions, ALL_STATISTICS if extra else 0)
         else:
             coef = torch.empty(6, 1, 2, tokens) if extra else None
             module.attention_bwd(out, q, k, v, out, lse, None, None, scale, 1, positions, coef, False)
-    name = {"forward": "attention_fwd_kernel", "fused": "attention_bwd_kernel"}.get(
+    forward = "attention_fwd_kernel"
+    name = {"forward": forward, "masked": forward, "fused": "attention_bwd_kernel"}.get(
         kernel, f"attention_{kernel}_kernel"
     )
     return [launch for launch in found if launch[0].__name__ == name]

@@ -158,6 +158,7 @@ def tree(tmp_path) -> Path:
         "build/lib/mimkernels/stale.py",
         "build/lib.linux-x86_64-cpython-311/mimkernels/stale.py",
         "mimkernels/_lib/libmimkernels_cuda.so",
+        "mimkernels/_lib/libmimkernels_cuda_emulated.so",
         "mimkernels/_lib/libstale.so",
     ):
         (tree / stale).parent.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+pytestmark = pytest.mark.xdist_group("compile")  # what is compiled once serves all of them
+
 ARCHITECTURES = (80, 90, 100)
 # 168 registers a thread leave room for 12 warps on a multiprocessor, enough loads in flight to fill its bandwidth.
 MOST_REGISTERS = 168

@@ -9,7 +9,7 @@
 namespace mimkernels::cuda {
 
 // out[m * B + b, p] = prefix[p], out[m * B + b, P + k] = x[b, i] + pos[i] with i = ids[m, b, k]; on
-// `stream`, asynchronously. Ids must lie in [0, N): nothing checks them here.
+// `stream`, asynchronously. Ids outside [0, N) read as zeros.
 cudaError_t gather_tokens_fwd(const GatherTokensFwdParams& params, cudaStream_t stream);
 
 // dx, dpos and dprefix of the above, each where its pointer is not null. `workspace` holds

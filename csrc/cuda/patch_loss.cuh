@@ -17,7 +17,7 @@ constexpr int kQuad = 4;
 // Shared memory of a block: so little that several blocks share a multiprocessor, unless one patch
 // needs more. Patches that do not fit at all, from 5000 to 12000 elements on, are read from the
 // images each time.
-constexpr int64_t kSharedWanted = 32 * 1024;
+constexpr int64_t kSharedWanted = 48 * 1024;
 constexpr int64_t kSharedMost = 96 * 1024;
 // For the sums of the warps, when the tiles are done with.
 constexpr int kSharedLeast = 2 * kThreads / kWarp * static_cast<int>(sizeof(double));

@@ -25,7 +25,7 @@ struct RowSource {
 // cost:     each source row read once, each output row written once; ROWS * COLUMNS independent
 //           loads in flight per thread; no shared memory, no atomics, deterministic
 template <typename T, int VEC, int ROWS, bool ADDS, typename Find>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     write_rows_kernel(Find find, T* out, int64_t rows, int vectors, int lanes_log2) {
   using W = Word<T, VEC>;
   constexpr int COLUMNS = 4 / ROWS;

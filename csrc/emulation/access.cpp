@@ -172,6 +172,7 @@ void note_read(Cell& cell, const Thread& thread, uint32_t place) {
         all_seen = seen(thread, __builtin_ctz(left), cell.read_clock);
       }
       cell.readers = all_seen ? bit : cell.readers | bit;
+      cell.read_place = place;
       cell.read_clock = all_seen ? own : std::min(cell.read_clock, own);
     }
     return;
@@ -217,16 +218,28 @@ void check_cell(const Access& access, Cell& cell, uint32_t place) {
   }
 }
 
+// The bytes of an access nearly always share one history: what the first became, the others become.
+void check_cells(const Access& access, Cell* cells, size_t count, uint32_t place) {
+  Cell before = {};
+  Cell after = {};
+  for (size_t i = 0; i < count; ++i) {
+    if (i > 0 && __builtin_memcmp(&cells[i], &before, sizeof(Cell)) == 0) {
+      cells[i] = after;
+      continue;
+    }
+    before = cells[i];
+    check_cell(access, cells[i], place);
+    after = cells[i];
+  }
+}
+
 void check_shared(const Access& access) {
   const int64_t offset = static_cast<const unsigned char*>(access.address) - engine.shared;
   if (offset < 0 || offset + static_cast<int64_t>(access.bytes) > engine.launch->shared_bytes) {
     access.fail(" of which the launch has " + std::to_string(engine.launch->shared_bytes) +
                 " bytes");
   }
-  const uint32_t place = place_of(access.caller);
-  for (size_t i = 0; i < access.bytes; ++i) {
-    check_cell(access, shared_cells[offset + static_cast<int64_t>(i)], place);
-  }
+  check_cells(access, shared_cells + offset, access.bytes, place_of(access.caller));
 }
 
 void check_global(const Access& access) {
@@ -242,9 +255,7 @@ void check_global(const Access& access) {
   for (size_t i = 0; i < access.bytes;) {
     Cell* const cells = cells_of(address + i);
     const size_t here = std::min(access.bytes - i, kPageBytes - (address + i) % kPageBytes);
-    for (size_t c = 0; c < here; ++c) {
-      check_cell(access, cells[c], place);
-    }
+    check_cells(access, cells, here, place);
     i += here;
   }
 }
@@ -320,7 +331,7 @@ inline void on_access(const void* address, size_t bytes, bool write, const void*
 
 using mimkernels::emulation::on_access;
 
-// What GCC and Clang call. Of atomic accesses there is only the one that guards static variables of
+// What GCC calls. Of atomic accesses there is only the one that guards static variables of
 // host functions: kernels have none.
 #define MIMKERNELS_ON_ACCESS(name, bytes, write)                   \
   extern "C" void __tsan_##name(void* address) {                   \

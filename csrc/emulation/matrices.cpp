@@ -40,7 +40,7 @@ void multiply(const double (&a)[16][DEPTH], const double (&b)[DEPTH][8],
   }
 }
 
-template <float (*VALUE)(uint16_t)>
+template <typename Format>
 void multiply_add_16(Product* const (&lanes)[kWarpSize]) {
   double a[16][16];
   double b[16][8];
@@ -49,7 +49,7 @@ void multiply_add_16(Product* const (&lanes)[kWarpSize]) {
     const int t = lane % 4;
     for (int half = 0; half < 2; ++half) {
       const auto value = [half](uint32_t word) {
-        return static_cast<double>(VALUE(static_cast<uint16_t>(word >> 16 * half)));
+        return static_cast<double>(Format::value(static_cast<uint16_t>(word >> 16 * half)));
       };
       for (int r = 0; r < 4; ++r) {
         a[g + r % 2 * 8][2 * t + r / 2 * 8 + half] = value(lanes[lane]->a[r]);
@@ -100,9 +100,9 @@ void load_matrices(bool transposed, Matrices* const (&lanes)[kWarpSize]) {
 void multiply_add(Wait kind, Product* const (&lanes)[kWarpSize]) {
   switch (kind) {
     case Wait::kMultiplyAddHalf:
-      return multiply_add_16<half_value>(lanes);
+      return multiply_add_16<floats::HalfFormat>(lanes);
     case Wait::kMultiplyAddBFloat16:
-      return multiply_add_16<bfloat16_value>(lanes);
+      return multiply_add_16<floats::BFloat16Format>(lanes);
     default:
       return multiply_add_tf32(lanes);
   }

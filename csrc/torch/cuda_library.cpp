@@ -1,5 +1,6 @@
 // Binds the CUDA kernels to torch. Python defines the schemas; here are only the implementations,
 // so that one library serves every torch from 2.10 on. Op by op in cuda_*.h.
+#include "cuda_attention.h"
 #include "cuda_common.h"
 #include "cuda_loss.h"
 #include "cuda_masks.h"
@@ -18,6 +19,11 @@ MIMKERNELS_CUDA_LIBRARY(m) {
   MIMKERNELS_CUDA_IMPL(m, masked_patch_loss_fwd);
   MIMKERNELS_CUDA_IMPL(m, masked_patch_loss_bwd);
   MIMKERNELS_CUDA_IMPL(m, mask_from_noise_fwd);
+  MIMKERNELS_CUDA_IMPL(m, attention_fwd);
+  MIMKERNELS_CUDA_IMPL(m, attention_coef);
+  MIMKERNELS_CUDA_IMPL(m, attention_bwd);
+  MIMKERNELS_CUDA_IMPL(m, received_attention_fwd);
+  MIMKERNELS_CUDA_IMPL(m, head_divergence_fwd);
 }
 
 // Has no tensor to be dispatched by.

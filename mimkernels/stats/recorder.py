@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 
@@ -36,6 +36,18 @@ class _Layer:
     heads: int
     images: int
     sums: Tensor  # [2, columns] fp64: of values and of their squares
+
+    def means(self) -> Tensor:
+        """Over images, ``[columns]`` on the CPU; NaN without images."""
+        sums = self.sums[0].cpu()
+        return sums / self.images if self.images else sums * torch.nan
+
+    def variances(self) -> Tensor:
+        """Unbiased, over images, ``[columns]`` on the CPU; NaN for fewer than two images."""
+        sums, squares = self.sums.cpu()
+        if self.images < 2:
+            return sums * torch.nan
+        return ((squares - sums.square() / self.images) / (self.images - 1)).clamp(min=0.0)
 
 
 class HeadStatistics:
@@ -346,40 +358,32 @@ class HeadStatistics:
     def _columns(self, heads: int) -> int:
         return sum(heads if quantity.per_head else 1 for quantity in self._quantities())
 
-    def _moments(self, name: str) -> list[tuple[int, int, Tensor, Tensor]]:
-        """``(layer, images, sums, sums of squares)`` of one quantity, on the CPU."""
+    def _places(self, layer: _Layer) -> dict[str, slice]:
+        """Where each quantity's heads lie among the columns of a layer."""
+        found, start = {}, 0
+        for quantity in self._quantities():
+            size = layer.heads if quantity.per_head else 1
+            found[quantity.name] = slice(start, start + size)
+            start += size
+        return found
+
+    def _of_layers(self, name: str, values: Callable[[_Layer], Tensor]) -> list[Tensor]:
+        """The columns of one quantity in ``values`` of every layer."""
         if name not in self.names:
             raise ValueError(f"{name!r} was not recorded; recorded: {', '.join(self.names)}")
-        made = []
-        for number in self.layers:
-            layer = self._layers[number]
-            sums, start = layer.sums.cpu(), 0
-            for quantity in self._quantities():
-                size = layer.heads if quantity.per_head else 1
-                if quantity.name == name:
-                    made.append((number, layer.images, sums[0, start : start + size], sums[1, start : start + size]))
-                start += size
-        return made
+        layers = [self._layers[number] for number in self.layers]
+        return [values(layer)[self._places(layer)[name]] for layer in layers]
 
     def mean(self, name: str) -> Tensor:
         """Mean over images, ``[layers, H]`` float64 on the CPU (H = 1 for what a layer has once).
 
         Rows are ``layers``, in order. Layers with fewer heads are filled up with NaN.
         """
-        return _stacked(self._means(name))
-
-    def _means(self, name: str) -> list[Tensor]:
-        return [sums / images if images else sums * torch.nan for _, images, sums, _ in self._moments(name)]
+        return _stacked(self._of_layers(name, _Layer.means))
 
     def variance(self, name: str) -> Tensor:
         """Unbiased variance over images, ``[layers, H]`` float64; NaN for fewer than two images."""
-        rows = []
-        for _, images, sums, squares in self._moments(name):
-            if images < 2:
-                rows.append(sums * torch.nan)
-            else:
-                rows.append(((squares - sums.square() / images) / (images - 1)).clamp(min=0.0))
-        return _stacked(rows)
+        return _stacked(self._of_layers(name, _Layer.variances))
 
     def std(self, name: str) -> Tensor:
         """Standard deviation over images, ``[layers, H]`` float64."""
@@ -387,7 +391,7 @@ class HeadStatistics:
 
     def layer_mean(self, name: str) -> Tensor:
         """Mean over images and heads, ``[layers]`` float64. For head divergence, the mean over ordered pairs."""
-        means = [heads.mean() for heads in self._means(name)]
+        means = [heads.mean() for heads in self._of_layers(name, _Layer.means)]
         return torch.stack(means) if means else torch.zeros(0, dtype=torch.float64)
 
     def beyond_cls(self) -> Tensor:
@@ -426,7 +430,7 @@ class HeadStatistics:
             heading = "  ".join(title.rjust(size) for title, size in zip(titles, widths, strict=True))
             under = "  ".join("mean [lowest, highest]".rjust(size) for size in widths)
             lines += [f"layer  {heading}", f"       {under}"]
-            means = [self._means(name) for name in some]
+            means = [self._of_layers(name, _Layer.means) for name in some]
             for row, number in enumerate(self.layers):
                 cells = [_cell(mean[row]).rjust(size) for mean, size in zip(means, widths, strict=True)]
                 lines.append(f"{number:5d}  " + "  ".join(cells))
@@ -444,27 +448,25 @@ class HeadStatistics:
             out = csv.writer(file)
             out.writerow(("quantity", "unit", "layer", "head", "mean", "std", "images"))
             for name in self.names:
-                mean, std = self.mean(name), self.std(name)
-                for row, (number, images, sums, _) in enumerate(self._moments(name)):
-                    for head in range(len(sums)):
+                means, variances = (self._of_layers(name, of) for of in (_Layer.means, _Layer.variances))
+                for number, mean, variance in zip(self.layers, means, variances, strict=True):
+                    for head, values in enumerate(zip(mean.tolist(), variance.sqrt().tolist(), strict=True)):
                         shown = head if QUANTITIES[name].per_head else ""
-                        values = (repr(mean[row, head].item()), repr(std[row, head].item()))
-                        out.writerow((name, self.unit_of(name), number, shown, *values, images))
+                        numbers = map(repr, values)
+                        out.writerow((name, self.unit_of(name), number, shown, *numbers, self.images[number]))
 
     def to_dict(self) -> dict:
         """Settings, sums and results as plain Python, for JSON; ``from_dict`` restores the object exactly."""
         recorded = {}
         for number in self.layers:
-            recorded[str(number)] = {"images": self.images[number], "heads": self._layers[number].heads}
-        for name in self.names:
-            mean, std = self.mean(name), self.std(name)
-            for row, (number, _, sums, squares) in enumerate(self._moments(name)):
-                recorded[str(number)][name] = {
-                    "mean": mean[row, : len(sums)].tolist(),
-                    "std": std[row, : len(sums)].tolist(),
-                    "sum": sums.tolist(),
-                    "sum_of_squares": squares.tolist(),
-                }
+            layer = self._layers[number]
+            made = {"images": layer.images, "heads": layer.heads}
+            moments = {"mean": layer.means(), "std": layer.variances().sqrt(), "sum": layer.sums[0]}
+            moments["sum_of_squares"] = layer.sums[1]
+            lists = {key: values.tolist() for key, values in moments.items()}
+            for name, columns in self._places(layer).items():
+                made[name] = {key: values[columns] for key, values in lists.items()}
+            recorded[str(number)] = made
         return {"format": 1, **self._settings(), "layers": recorded}
 
     @classmethod

@@ -116,13 +116,11 @@ __global__ void warp_barrier_before_write(bool right, const float* in, float* ou
   const int t = threadIdx.x;
   s[t] = in[t];
   __syncwarp();
-  out[t] = s[t ^ 1];
+  out[t] = s[t ^ 1];  // fault
   if (right) {
     __syncwarp();
   }
-  s[t] = out[t];  // fault
-  __syncwarp();
-  out[t] = s[t ^ 1];
+  s[t] = 2.0f * in[t];  // fault
 }
 
 // ---- Shared memory by its bounds and contents ----
@@ -231,7 +229,7 @@ __global__ void copy_over_what_is_read(bool right, const float* in, float* out) 
   const int t = threadIdx.x;
   s[4 * t] = in[t];
   __syncthreads();
-  out[t] = s[4 * (t ^ 1)];
+  out[t] = s[4 * (t ^ 1)];  // fault
   if (right) {
     __syncthreads();
   }

@@ -186,6 +186,23 @@ def test_an_id_out_of_range_is_an_index_error(backend, op, wrong):
         op(**{name: ids}, backend=backend)
 
 
+@pytest.mark.parametrize("wrong", [-1, 6, 2**40, -(2**62)])
+@pytest.mark.parametrize("op", [gather, restore, patchify, loss], ids=lambda op: op.__name__)
+@pytest.mark.skipif(DEVICE == "cuda", reason="these inputs are on the CPU")
+def test_cuda_kernels_check_ids_in_debug_mode_and_read_nothing_for_wrong_ones_elsewhere(op, wrong, monkeypatch):
+    name = "ids_restore" if op is restore else "ids"
+    ids = (RESTORE if op is restore else IDS).clone()
+    ids[1, 1] = wrong
+    monkeypatch.setenv("MIMKERNELS_DEBUG", "1")
+    with pytest.raises(IndexError, match=rf"{wrong}\b.*\[0, 6\)"):
+        op(**{name: ids}, backend="cuda-emulated")
+    monkeypatch.setenv("MIMKERNELS_DEBUG", "0")
+    options = {"reduction": "none"} if op is loss else {}
+    out = op(**{name: ids}, **options, backend="cuda-emulated")
+    assert not out[1, 1].any()
+    assert out[1, 0].any()
+
+
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_a_compiled_graph_refuses_a_wild_id_too(backend):
     torch._dynamo.reset()

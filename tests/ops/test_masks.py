@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from mimkernels import mask_from_noise, random_mask
+from mimkernels.ops._registry import SPECS
 from mimkernels.ops.random_mask.reference import noise, philox4x32
 from mimkernels.testing import DEVICE, backends
 
-HERE = [name for name in backends("random_mask") if name != "cuda" and (DEVICE == "cuda") <= (name != "cpu")]
+ELSEWHERE = {"cpu": ("cuda",), "cuda": ("cpu", "cuda-emulated")}[DEVICE]
+HERE = [name for name in backends("random_mask") if name not in ELSEWHERE]
 KERNELS = [name for name in HERE if name != "reference"]
 
 
@@ -133,14 +135,33 @@ def test_strided_and_half_precision_noise(backend):
     assert_same(mask_from_noise(half, 9, backend=backend), mask_from_noise(half.float(), 9))
 
 
-@pytest.mark.parametrize("tokens", [2049, 5000])
-def test_long_rows(tokens):
+@pytest.mark.parametrize("order", ["shuffle", "sorted"])
+@pytest.mark.parametrize(
+    ("backend", "tokens"),
+    [
+        (backend, tokens)
+        for backend in ("auto", *KERNELS)
+        for tokens in (2049, 5000)
+        if backend != "triton" and (backend != "cuda-emulated" or tokens == 2049)
+    ],
+)
+def test_long_rows(backend, tokens, order):
     draws = torch.rand(2, tokens, device=DEVICE)
-    assert_same(mask_from_noise(draws, 100), mask_from_noise(draws, 100, backend="reference"))
-    expected = random_mask(2, tokens, 100, seed=1, device=DEVICE, backend="reference")
-    assert_same(random_mask(2, tokens, 100, seed=1, device=DEVICE), expected)
-    with pytest.raises(NotImplementedError, match=f"triton: takes at most 2048 tokens, got {tokens}"):
-        random_mask(2, tokens, 100, seed=1, device=DEVICE, backend="triton")
+    expected = mask_from_noise(draws, 100, order=order, backend="reference")
+    assert_same(mask_from_noise(draws, 100, order=order, backend=backend), expected)
+    options = {"seed": 1, "order": order, "device": DEVICE}
+    expected = random_mask(2, tokens, 100, backend="reference", **options)
+    assert_same(random_mask(2, tokens, 100, backend=backend, **options), expected)
+
+
+@pytest.mark.parametrize(
+    ("backend", "most"),
+    [(name, most) for name, most in (("triton", 2048), ("cuda", 8192), ("cuda-emulated", 8192)) if name in HERE],
+)
+def test_quadratic_kernels_refuse_longer_rows(backend, most):
+    with pytest.raises(NotImplementedError, match=f"{backend}: takes at most {most} tokens, got {most + 1}"):
+        random_mask(2, most + 1, 100, seed=1, device=DEVICE, backend=backend)
+    assert random_mask(2, most + 1, 100, seed=1, device=DEVICE).mask.sum().item() == 2 * (most + 1 - 100)
 
 
 @pytest.mark.parametrize("backend", HERE)
@@ -161,13 +182,12 @@ def test_compiles_without_a_break(backend):
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_opcheck(backend):
-    ops = torch.ops.mimkernels
     draws = torch.rand(2, 20, device=DEVICE)
-    torch.library.opcheck(getattr(ops.mask_from_noise_fwd, backend), (draws, 5, False))
+    torch.library.opcheck(SPECS["mask_from_noise"].overload("mask_from_noise_fwd", backend), (draws, 5, False))
     step = torch.tensor(3, device=DEVICE)
     for tensor in (None, step):
         arguments = (1, 2, tensor, 2, 20, 5, True, torch.device(DEVICE))
-        torch.library.opcheck(getattr(ops.random_mask_fwd, backend), arguments)
+        torch.library.opcheck(SPECS["random_mask"].overload("random_mask_fwd", backend), arguments)
 
 
 @pytest.mark.parametrize(

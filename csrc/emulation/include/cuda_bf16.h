@@ -3,8 +3,8 @@
 
 #include "emulation/float16.h"
 
-using __nv_bfloat16 = ::mimkernels::emulation::BFloat16;
-using __nv_bfloat162 = ::mimkernels::emulation::Pair<__nv_bfloat16>;
+using __nv_bfloat16 = ::mimkernels::emulation::floats::BFloat16;
+using __nv_bfloat162 = ::mimkernels::emulation::floats::Pair<__nv_bfloat16>;
 using nv_bfloat16 = __nv_bfloat16;
 using nv_bfloat162 = __nv_bfloat162;
 

@@ -3,8 +3,8 @@
 
 #include "emulation/float16.h"
 
-using __half = ::mimkernels::emulation::Half;
-using __half2 = ::mimkernels::emulation::Pair<__half>;
+using __half = ::mimkernels::emulation::floats::Half;
+using __half2 = ::mimkernels::emulation::floats::Pair<__half>;
 using half = __half;
 using half2 = __half2;
 

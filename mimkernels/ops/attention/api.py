@@ -83,19 +83,16 @@ def attention(
     if v.shape != k.shape:
         raise ValueError(f"attention: v {_checks.shape(v)} and k {_checks.shape(k)} must have the same shape")
     length, dim = q.shape[2:]
-    stats = _check_stats(stats, length, k.shape[2])
+    planes, bits = _asked(stats, length, k.shape[2])
     if not 0 <= num_prefix <= k.shape[2]:
         raise ValueError(f"attention: num_prefix is {num_prefix} but there are {k.shape[2]} keys")
     scale = dim**-0.5 if scale is None else float(scale)
     bias = _check_bias("attention", bias, q, k)
     key_mask = _check_key_mask("attention", key_mask, k)
-    positions = _check_positions(positions, "distance" in stats, num_prefix, q)
+    positions = _check_positions(positions, "distance" in planes, num_prefix, q)
     name = SPEC.resolve(backend, q.device.type, q.dtype, head_dim=dim)
     if name == "reference":
-        return AttentionOutput(*reference.attention(q, k, v, bias, key_mask, scale, num_prefix, positions, stats))
-    # The gradient of patch_entropy needs M_i.
-    computed = (*stats, "patch_mass") if "patch_entropy" in stats and "patch_mass" not in stats else stats
-    bits = sum(1 << STATISTICS.index(stat) for stat in computed)
+        return AttentionOutput(*reference.attention(q, k, v, bias, key_mask, scale, num_prefix, positions, planes))
     q, k, v = _checks.rows(q), _checks.rows(k), _checks.rows(v)
     arguments = (q, k, v, bias, key_mask, scale, num_prefix, positions, bits)
     if _checks.needs_grad(q, k, v, bias):
@@ -103,12 +100,13 @@ def attention(
     else:
         out, lse, rows = SPEC.overload("attention_fwd", name)(*arguments)
         out = out.transpose(1, 2)
-    if not stats:
+    if not planes:
         return AttentionOutput(out, lse, {})
-    made = dict(zip((stat for stat in STATISTICS if stat in computed), rows.unbind(0), strict=True))
+    by_plane = rows.unbind(0)
+    made = {name: by_plane[plane] for name, plane in planes.items()}
     if rows.requires_grad and "peak" in made:
         made["peak"] = made["peak"].detach()
-    return AttentionOutput(out, lse, {stat: made[stat] for stat in stats})
+    return AttentionOutput(out, lse, made)
 
 
 class _Attention(torch.autograd.Function):
@@ -179,15 +177,29 @@ def _check_same_kind(op: str, name: str, tensor: Tensor, q: Tensor) -> None:
         raise TypeError(f"{op}: {name} is {tensor.dtype} but q is {q.dtype}")
 
 
-def _check_stats(stats: Sequence[str], queries: int, keys: int) -> tuple[str, ...]:
+# What names asked for before come to: their planes in the op's rows, and the op's bits.
+_ASKED: dict[tuple[str, ...], tuple[dict[str, int], int]] = {(): ({}, 0)}
+
+
+def _asked(stats: Sequence[str], queries: int, keys: int) -> tuple[dict[str, int], int]:
     if isinstance(stats, str):
         raise TypeError(f"attention: stats must be a sequence of names, got the string {stats!r}")
-    for name in stats:
-        if name not in STATISTICS:
-            raise ValueError(f"attention: unknown statistic {name!r}; known: {', '.join(STATISTICS)}")
-        if name in ("self_mass", "distance") and queries != keys:
-            raise ValueError(f"attention: {name} needs self-attention, got {queries} queries and {keys} keys")
-    return tuple(dict.fromkeys(stats))
+    names = tuple(stats)
+    if names not in _ASKED:
+        for name in names:
+            if name not in STATISTICS:
+                raise ValueError(f"attention: unknown statistic {name!r}; known: {', '.join(STATISTICS)}")
+        # The gradient of patch_entropy needs M_i.
+        computed = {*names, "patch_mass"} if "patch_entropy" in names else {*names}
+        order = [name for name in STATISTICS if name in computed]
+        bits = sum(1 << STATISTICS.index(name) for name in order)
+        _ASKED[names] = {name: order.index(name) for name in names}, bits
+    planes, bits = _ASKED[names]
+    if queries != keys:
+        for name in ("self_mass", "distance"):
+            if name in planes:
+                raise ValueError(f"attention: {name} needs self-attention, got {queries} queries and {keys} keys")
+    return planes, bits
 
 
 def _check_positions(positions: Tensor | None, needed: bool, num_prefix: int, q: Tensor) -> Tensor | None:

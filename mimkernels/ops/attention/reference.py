@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ def attention(
     scale: float,
     num_prefix: int,
     positions: Tensor | None,
-    stats: tuple[str, ...],
+    stats: Iterable[str],
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Materialised attention: out ``[B, H, Nq, D]``, lse ``[B, H, Nq]`` and the asked statistics."""
     s = scores(q, k, bias, key_mask, scale)  # [B, H, Nq, Nk], at least fp32

@@ -44,6 +44,7 @@ SPEC = register(
         fakes={"attention_fwd": _fwd, "attention_coef": _coef, "attention_bwd": _bwd},
         impls=(
             Impl("triton", limits={"head_dim": 128}, multiples={"head_dim": 8}),
+            Impl("cuda", limits={"head_dim": 128}, multiples={"head_dim": 8}),
             Impl("cpu", limits={"head_dim": 128}, multiples={"head_dim": 8}),
             Impl("reference", ANY_FLOAT),
         ),

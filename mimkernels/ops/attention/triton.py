@@ -389,8 +389,9 @@ def attention_fwd(
     if positions is not None:
         positions = with_prefix_rows(positions, num_prefix, keys)
     d0, d1 = head_split(dim)
+    kernel = "forward" if bias is None and key_mask is None else "masked"
     config = triton_configs.config(
-        "forward", architecture(q.device), precision_name(q.dtype), d0 + d1, keys, stats & ~PEAK.value > 0
+        kernel, architecture(q.device), precision_name(q.dtype), d0 + d1, keys, stats & ~PEAK.value > 0
     )
     row_blocks = triton.cdiv(queries, config.block_m)
     unit, qkv_strides = strides(q, k, v)

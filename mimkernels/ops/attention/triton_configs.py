@@ -8,7 +8,15 @@ from mimkernels.ops.attention.triton_table import TABLE
 
 ANY = 1 << 40
 DIMS = (64, 128)  # the head dim as the kernels pad it, at most
-LENGTHS = {"forward": (64, 128, 256, ANY), "fused": (64, 128, 256), "dq": (ANY,), "dkv": (ANY,), "companion": (ANY,)}
+# "masked" is the forward kernel with a bias or a key mask, where those want other block sizes.
+LENGTHS = {
+    "forward": (64, 128, 256, ANY),
+    "masked": (64, 128, 256, ANY),
+    "fused": (64, 128, 256),
+    "dq": (ANY,),
+    "dkv": (ANY,),
+    "companion": (ANY,),
+}
 ARCHITECTURES = (80, 90, 100)
 # half: fp16 and bf16. fp32 products run without tensor cores: on every architecture alike, and so do not differ.
 PRECISIONS = ("half", "tf32", "fp32")
@@ -41,4 +49,6 @@ def key(kernel: str, arch: int, precision: str, dim: int, length: int, extra: bo
 def config(kernel: str, arch: int, precision: str, dim: int, length: int, extra: bool) -> Config | None:
     """The committed block sizes of a call, or None where the table leaves this kernel out."""
     found = key(kernel, arch, precision, dim, length, extra)
+    if found is None and kernel == "masked":
+        found = key("forward", arch, precision, dim, length, extra)
     return None if found is None else Config(*TABLE[found])

@@ -19,6 +19,7 @@ SPEC = register(
         fakes={"received_attention_fwd": _fwd},
         impls=(
             Impl("triton", limits={"head_dim": 128}, multiples={"head_dim": 8}),
+            Impl("cuda", limits={"head_dim": 128}, multiples={"head_dim": 8}),
             Impl("cpu", limits={"head_dim": 128}, multiples={"head_dim": 8}),
             Impl("reference", ANY_FLOAT),
         ),

@@ -1,0 +1,79 @@
+#include "cuda/attention.h"
+#include "cuda/device.cuh"
+#include "cuda/vector.cuh"
+
+namespace mimkernels::cuda {
+namespace {
+
+__device__ __forceinline__ int plane_of(int64_t stats, AttentionStat stat) {
+  return __popc(static_cast<unsigned>(stats & (stat - 1)));
+}
+
+// grid:     blocks of 256 threads; a thread owns one query of one head, then loops
+// in:       lse, dlse [B, H, Nq], statistics and their gradients [S, B, H, Nq], fp32, contiguous
+// out:      coef fp32 [6, B, H, Nq]; every element written once
+// numerics: fp32
+// bounds:   offsets are int64
+// cost:     inputs read once, outputs written once; no shared memory, no atomics, deterministic
+__global__ void __launch_bounds__(kThreads) attention_coef_kernel(AttentionCoefParams p) {
+  for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < p.count;
+       i += gridDim.x * int64_t{kThreads}) {
+    const float lse = p.lse[i];
+    const float level = lse - lse == 0.0f ? lse : 0.0f;  // 0 for infinities and NaN
+    float both = p.dlse == nullptr ? 0.0f : p.dlse[i];
+    float slope = 0.0f, c_prefix = 0.0f, c_patch = 0.0f, a_patch = 0.0f, own = 0.0f, far = 0.0f;
+    if (p.drows != nullptr) {
+      const auto value = [&](AttentionStat stat) {
+        return p.rows[plane_of(p.stats, stat) * p.count + i];
+      };
+      const auto up = [&](AttentionStat stat) {
+        return p.drows[plane_of(p.stats, stat) * p.count + i];
+      };
+      if (p.stats & kEntropy) {
+        slope = -up(kEntropy);
+        both += up(kEntropy) * (level - value(kEntropy));
+      }
+      if (p.stats & kPrefixMass) {
+        c_prefix = up(kPrefixMass);
+        both -= c_prefix * value(kPrefixMass);
+      }
+      if (p.stats & kSelfMass) {
+        own = up(kSelfMass);
+        both -= own * value(kSelfMass);
+      }
+      if (p.stats & kDistance) {
+        far = up(kDistance);
+        both -= far * value(kDistance);
+      }
+      if (p.stats & kPatchEntropy) {
+        const float mass = value(kPatchMass);
+        if (mass > 0.0f) {
+          const float weight = up(kPatchEntropy) / mass;
+          a_patch = -weight;
+          c_patch = weight * (level + logf(mass) - value(kPatchEntropy));
+        }
+      }
+      if (p.stats & kPatchMass) {
+        c_patch += up(kPatchMass);
+        both -= up(kPatchMass) * value(kPatchMass);
+      }
+    }
+    p.coef[i] = both + c_prefix;
+    p.coef[p.count + i] = slope;
+    p.coef[2 * p.count + i] = both + c_patch;
+    p.coef[3 * p.count + i] = slope + a_patch;
+    p.coef[4 * p.count + i] = own;
+    p.coef[5 * p.count + i] = far;
+  }
+}
+
+}  // namespace
+
+cudaError_t attention_coef(const AttentionCoefParams& p, cudaStream_t stream) {
+  if (p.count == 0) {
+    return cudaSuccess;
+  }
+  return launch(attention_coef_kernel, dim3(blocks_for(p.count, kThreads)), kThreads, 0, stream, p);
+}
+
+}  // namespace mimkernels::cuda

@@ -1,0 +1,121 @@
+// From products to P and to the gradient of the scores, for the kernels of attention_bwd:
+//   P = exp(S - lse),  dS = P (dP - delta + c(j) + a(j) S + [i = j] s + w d)
+#pragma once
+
+#include "cuda/attention_tile.cuh"
+
+namespace mimkernels::cuda {
+
+// The coefficients of upstream gradients of lse and statistics, changed so that c + a t, with t the
+// exponent of P, is what c + a S was.
+struct Coefficients {
+  float c_prefix, a_prefix;
+  float c_patch, a_patch;
+  float own, far;
+};
+
+template <typename T>
+__device__ __forceinline__ Coefficients load_coefficients(const AttentionBwdParams& p, int head,
+                                                          int query) {
+  const AttentionScores& s = p.scores;
+  if (query >= s.queries) {
+    return {};
+  }
+  const int64_t place = head * s.queries + query;
+  const int64_t plane = s.batch * s.heads * s.queries;
+  const float* const coef = p.coef + place;
+  const float lse = p.lse[place];
+  const float level = lse == kInfinity || lse == -kInfinity ? 0.0f : lse;
+  return {fmaf(coef[plane], level, coef[0]),
+          coef[plane] * kOneUnit<T>,
+          fmaf(coef[3 * plane], level, coef[2 * plane]),
+          coef[3 * plane] * kOneUnit<T>,
+          coef[4 * plane],
+          query >= p.num_prefix ? coef[5 * plane] : 0.0f};
+}
+
+// ds += c + a t + [i = j] s + w d.
+template <typename T, bool KEYS>
+__device__ __forceinline__ void add_coefficients(float (&ds)[2][4], const float (&exponent)[2][4],
+                                                 const AttentionBwdParams& p,
+                                                 const HeadPositions& positions, int head,
+                                                 int first_row, int first_column) {
+  Coefficients of[kQueries<KEYS>];
+#pragma unroll
+  for (int n = 0; n < kQueries<KEYS>; ++n) {
+    of[n] = load_coefficients<T>(p, head, query_token<KEYS>(first_row, first_column, n));
+  }
+  const int prefix = static_cast<int>(p.num_prefix);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    int query, key;
+    locate<KEYS>(first_row, first_column, i / 4, i % 4, query, key);
+    const Coefficients& terms = of[query_of<KEYS>(i)];
+    const float t = fmaxf(exponent[i / 4][i % 4], kLeastExponent);
+    ds[i / 4][i % 4] += fmaf(key < prefix ? terms.a_prefix : terms.a_patch, t,
+                             key < prefix ? terms.c_prefix : terms.c_patch) +
+                        (query == key ? terms.own : 0.0f);
+  }
+  if (positions.data == nullptr) {
+    return;
+  }
+  float d[2][4];
+  load_distances<KEYS>(d, positions, first_row, first_column);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    int query, key;
+    locate<KEYS>(first_row, first_column, i / 4, i % 4, query, key);
+    ds[i / 4][i % 4] += key < prefix ? 0.0f : of[query_of<KEYS>(i)].far * d[i / 4][i % 4];
+  }
+}
+
+// score: q k products, which become P. ds: dO v products, which become dS. KEYS: rows of the group
+// are keys. level and delta are those of the lane's queries.
+template <typename T, bool KEYS>
+__device__ __forceinline__ void score_gradient(float (&score)[2][4], float (&ds)[2][4],
+                                               const AttentionBwdParams& p, const GroupTerms& group,
+                                               const float (&level)[kQueries<KEYS>],
+                                               const float (&delta)[kQueries<KEYS>],
+                                               const HeadPositions& positions, int head,
+                                               int first_row, int first_column) {
+  float exponent[2][4];
+  make_probabilities<T, KEYS>(score, exponent, group, level, p.scores.scale);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    ds[i / 4][i % 4] -= delta[query_of<KEYS>(i)];
+  }
+  if (p.coef != nullptr) {
+    add_coefficients<T, KEYS>(ds, exponent, p, positions, head, first_row, first_column);
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    ds[i / 4][i % 4] *= score[i / 4][i % 4];
+  }
+}
+
+// Stores a lane's elements of dS where query and key exist; rows are queries.
+template <typename T>
+__device__ __forceinline__ void store_dbias(const AttentionBwdParams& p, int64_t first,
+                                            int first_row, int first_column,
+                                            const float (&ds)[2][4]) {
+  const AttentionScores& s = p.scores;
+  const auto store = [&](auto type) {
+    using Bias = decltype(type);
+    Bias* const dbias = static_cast<Bias*>(p.dbias) + first;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      int query, key;
+      locate<false>(first_row, first_column, i / 4, i % 4, query, key);
+      if (query < s.queries && key < s.keys) {
+        dbias[query * s.keys + key] = from_float<Bias>(ds[i / 4][i % 4]);
+      }
+    }
+  };
+  if (s.bias.dtype == DType::kFloat32) {
+    store(float{});
+  } else {
+    store(T{});
+  }
+}
+
+}  // namespace mimkernels::cuda

@@ -1,0 +1,288 @@
+// Statistics of the attention map that are no row sums, from lse, without the N x N matrix.
+#include "cuda/attention.h"
+#include "cuda/attention_tile.cuh"
+
+namespace mimkernels::cuda {
+namespace {
+
+constexpr int kSide = kDivergenceHeads / 2;  // heads that a block compares with as many others
+constexpr int kHeads = kDivergenceHeads;
+
+// grid:     row blocks of 16 keys per warp, fastest, times B * H; short heads share a block
+// in:       q, k by stride, features contiguous; lse fp32 [B, H, Nq] contiguous; bias by stride (0
+//           where broadcast) and key mask, each or none
+// out:      out fp32 [B, H, Nk] = mean over queries of P; contiguous, every element written once
+// numerics: fp32; P from lse as in the backward of attention; a lane adds its queries in order
+// bounds:   queries beyond the last, and those that may attend nothing, have P = 0
+// cost:     k read once, q once per row block, two tiles in shared memory; no atomics,
+//           deterministic
+template <typename T>
+__global__ void __launch_bounds__(kReceivedWarps* kWarp, 1)
+    received_attention_kernel(ReceivedAttentionParams p, StripCut cut, RowShape<T> shape,
+                              bool q_aligned, bool k_aligned) {
+  const AttentionScores& s = p.scores;
+  const int images = static_cast<int>(s.batch);
+  const int heads = static_cast<int>(s.heads);
+  const int queries = static_cast<int>(s.queries);
+  const int keys = static_cast<int>(s.keys);
+  const int dim = static_cast<int>(s.dim);
+  const int lane = threadIdx.x % kWarp;
+  const WarpPlace place(cut, images * heads, keys);
+  const HeadTerms terms(s, place.busy ? place.head / heads : 0,
+                        place.busy ? place.head % heads : 0);
+  T* const shared = reinterpret_cast<T*>(shared_memory());
+  T* const strip = shared + threadIdx.x / kWarp * kStrip * shape.stride;
+  T* const slots = shared + blockDim.x / kWarp * kStrip * shape.stride;
+  const int matrix = cut.heads * cut.tile * shape.stride;
+  const auto start = [&](int tile) {
+    load_tile(slots + tile % 2 * matrix, shape.stride, shape.chunks, s.q, images, heads, cut,
+              place.first_head, tile, queries, dim, q_aligned);
+    copy_async_commit();
+  };
+  load_strip(strip, shape.stride, shape.chunks, s.k, heads, place, keys, dim, k_aligned);
+
+  float sum[2] = {};
+  for (int tile = -1; tile < cut.tiles; ++tile) {
+    if (tile >= 0) {
+      copy_async_wait<0>();
+      __syncthreads();
+    }
+    if (tile + 1 < cut.tiles) {
+      start(tile + 1);
+    }
+    if (tile < 0 || !place.busy) {
+      continue;
+    }
+    const T* const rows = slots + tile % 2 * matrix + place.local_head * cut.tile * shape.stride;
+    const int groups = (min(queries - tile * cut.tile, cut.tile) + kStrip - 1) / kStrip;
+#pragma unroll 1
+    for (int j = 0; j < groups; ++j) {
+      const int first = tile * cut.tile + j * kStrip;
+      const GroupTerms group = load_terms<T, true>(terms, place.first, first);
+      float level[4];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        level[n] = load_level<T>(p.lse, place.head, queries, query_token<true>(0, first, n));
+      }
+      float score[2][4];
+      float exponent[2][4];
+      multiply_rows<T>(score, strip, rows + j * kStrip * shape.stride, shape.stride, shape.steps);
+      make_probabilities<T, true>(score, exponent, group, level, s.scale);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        sum[i % 4 / 2] += score[i / 4][i % 4];
+      }
+    }
+  }
+  copy_async_wait<0>();
+  if (!place.busy) {
+    return;
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float total = add_quad(sum[half]);
+    const int key = place.first + lane / 4 + 8 * half;
+    if (lane % 4 == 0 && key < keys) {
+      p.out[int64_t{place.head} * keys + key] = total / static_cast<float>(queries);
+    }
+  }
+}
+
+// The first head of a block's `side`: 0, those whose P weighs; 1, those they are compared with.
+struct HeadPair {
+  int image;
+  int first[2];
+
+  __device__ __forceinline__ explicit HeadPair(int blocks) {
+    const int block = static_cast<int>(blockIdx.x);
+    image = block / (blocks * blocks);
+    first[0] = block / blocks % blocks * kSide;
+    first[1] = block % blocks * kSide;
+  }
+  // The i-th of the block's heads.
+  __device__ __forceinline__ int head(int i) const {
+    return (i < kSide ? first[0] : first[1]) + i % kSide;
+  }
+};
+
+// grid:     B * cdiv(H, 4)^2; a block compares 4 heads with 4 others over all queries and keys
+// in:       q, k by stride, features contiguous; lse fp32 [B, H, Nq] contiguous; bias by stride (0
+//           where broadcast) and key mask, each or none
+// out:      out fp32 [B, H, H] = mean over queries of sum over keys of P^h (log P^h - log P^g);
+//           contiguous, every element written once
+// numerics: fp32; logarithms are subtracted before they are weighted, so that equal heads give 0.
+//           A key that the bias hides has P = 0 and counts as a score of 0 in the logarithm
+// bounds:   keys beyond the last and masked keys, and queries beyond the last, have P = 0
+// cost:     the logarithms of a 16 x 16 group of 8 heads lie in shared memory, where only the lane
+//           that wrote them reads them; q and k of a head are read cdiv(H, 4) * 2 times from L2; no
+//           atomics, deterministic
+template <typename T>
+__global__ void __launch_bounds__(kDivergenceWarps* kWarp, 1)
+    head_divergence_kernel(HeadDivergenceParams p, int blocks, RowShape<T> shape, bool q_aligned,
+                           bool k_aligned) {
+  constexpr int kWords = 9;  // of a lane and head: 8 logarithms, and bits that say whose P is not 0
+  const AttentionScores& s = p.scores;
+  const int heads = static_cast<int>(s.heads);
+  const int queries = static_cast<int>(s.queries);
+  const int keys = static_cast<int>(s.keys);
+  const int dim = static_cast<int>(s.dim);
+  const int lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp;
+  const int warps = blockDim.x / kWarp;
+  const int tile = warps * kStrip;
+  const int tiles = (keys + tile - 1) / tile;
+  const int steps = (queries + kStrip - 1) / kStrip * tiles * kHeads;
+  const HeadPair pair(blocks);
+  T* const shared = reinterpret_cast<T*>(shared_memory());
+  const int slot = (kStrip + tile) * shape.stride;
+  float* const words =
+      reinterpret_cast<float*>(shared + 2 * slot) + warp * kHeads * kWords * kWarp + lane;
+  // A step is one head's 16 queries and its keys of one tile.
+  const auto start = [&](int step) {
+    const int head = pair.head(step % kHeads);
+    const int first_key = step / kHeads % tiles * tile;
+    const int first_query = step / kHeads / tiles * kStrip;
+    T* const to = shared + step % 2 * slot;
+    if (head < heads) {
+      load_rows(to, shape.stride, shape.chunks, head_at<T>(s.q, pair.image, head, first_query),
+                s.q.stride_token, kStrip, queries - first_query, dim, q_aligned,
+                static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
+      load_rows(to + kStrip * shape.stride, shape.stride, shape.chunks,
+                head_at<T>(s.k, pair.image, head, first_key), s.k.stride_token, tile,
+                keys - first_key, dim, k_aligned, static_cast<int>(threadIdx.x),
+                static_cast<int>(blockDim.x));
+    }
+    copy_async_commit();
+  };
+
+  float sum[kSide][kSide] = {};
+  for (int step = -1; step < steps; ++step) {
+    if (step >= 0) {
+      copy_async_wait<0>();
+      __syncthreads();
+    }
+    if (step + 1 < steps) {
+      start(step + 1);
+    }
+    if (step < 0) {
+      continue;
+    }
+    const int first_key = step / kHeads % tiles * tile + warp * kStrip;
+    const int first_query = step / kHeads / tiles * kStrip;
+    const int head = pair.head(step % kHeads);
+    if (first_key >= keys) {
+      continue;
+    }
+    if (head < heads) {
+      const T* const rows = shared + step % 2 * slot;
+      const GroupTerms group =
+          load_terms<T, false>(HeadTerms(s, pair.image, head), first_query, first_key);
+      float level[2];
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const int query = query_token<false>(first_query, 0, n);
+        const float lse =
+            query < queries ? p.lse[(int64_t{pair.image} * heads + head) * queries + query] : 0.0f;
+        level[n] = lse == -kInfinity ? 0.0f : lse;
+      }
+      float score[2][4];
+      multiply_rows<T>(score, rows, rows + (kStrip + warp * kStrip) * shape.stride, shape.stride,
+                       shape.steps);
+      finish_scores(score, group, false, true, s.scale);
+      float* const own = words + step % kHeads * kWords * kWarp;
+      unsigned weighs = 0;
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        const float x = score[e / 4][e % 4];
+        const int n = query_of<false>(e);
+        const bool here = x != -kInfinity && query_token<false>(first_query, 0, n) < queries;
+        weighs |= static_cast<unsigned>(here) << e;
+        own[e * kWarp] = (x == -kInfinity ? 0.0f : x) - level[n];
+      }
+      own[8 * kWarp] = __uint_as_float(weighs);
+    }
+    if (step % kHeads + 1 < kHeads) {
+      continue;
+    }
+#pragma unroll 1
+    for (int e = 0; e < 8; ++e) {
+#pragma unroll
+      for (int h = 0; h < kSide; ++h) {
+        if (pair.first[0] + h >= heads) {
+          continue;
+        }
+        const float* const own = words + h * kWords * kWarp;
+        const float log_p = own[e * kWarp];
+        const bool weighs = __float_as_uint(own[8 * kWarp]) >> e & 1;
+        const float weight = weighs ? power<T>(log_p * kUnitsOfOne<T>) : 0.0f;
+#pragma unroll
+        for (int g = 0; g < kSide; ++g) {
+          if (pair.first[1] + g < heads) {
+            const float log_other = words[((kSide + g) * kWords + e) * kWarp];
+            sum[h][g] = fmaf(weight, log_p - log_other, sum[h][g]);
+          }
+        }
+      }
+    }
+  }
+  copy_async_wait<0>();
+
+  // Lanes, then warps.
+  float* const of_warps = reinterpret_cast<float*>(shared_memory());
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kSide * kSide; ++i) {
+    float total = add_quad(sum[i / kSide][i % kSide]);
+    total += __shfl_xor_sync(kAll, total, 4);
+    total += __shfl_xor_sync(kAll, total, 8);
+    total += __shfl_xor_sync(kAll, total, 16);
+    if (lane == 0) {
+      of_warps[i * warps + warp] = total;
+    }
+  }
+  __syncthreads();
+  const int h = pair.first[0] + static_cast<int>(threadIdx.x) / kSide;
+  const int g = pair.first[1] + static_cast<int>(threadIdx.x) % kSide;
+  if (threadIdx.x < kSide * kSide && h < heads && g < heads) {
+    float total = 0.0f;
+    for (int w = 0; w < warps; ++w) {
+      total += of_warps[threadIdx.x * warps + w];
+    }
+    p.out[(int64_t{pair.image} * heads + h) * heads + g] = total / static_cast<float>(queries);
+  }
+}
+
+}  // namespace
+
+cudaError_t received_attention_fwd(const ReceivedAttentionParams& p, cudaStream_t stream) {
+  const AttentionScores& s = p.scores;
+  if (s.batch * s.heads * s.keys == 0) {
+    return cudaSuccess;
+  }
+  return with_float_type(s.dtype, [&](auto type) {
+    using T = decltype(type);
+    const RowShape<T> shape(s.dim);
+    const StripCut cut = cut_received(s.queries, s.keys, static_cast<int>(s.dim), sizeof(T));
+    return launch(received_attention_kernel<T>, dim3(cut.blocks(s.batch * s.heads)),
+                  cut.warps() * kWarp, cut.shared_bytes, stream, p, cut, shape,
+                  aligned_rows(s.q, sizeof(T)), aligned_rows(s.k, sizeof(T)));
+  });
+}
+
+cudaError_t head_divergence_fwd(const HeadDivergenceParams& p, cudaStream_t stream) {
+  const AttentionScores& s = p.scores;
+  if (s.batch * s.heads == 0) {
+    return cudaSuccess;
+  }
+  return with_float_type(s.dtype, [&](auto type) {
+    using T = decltype(type);
+    const RowShape<T> shape(s.dim);
+    const DivergenceCut cut(static_cast<int>(s.dim), sizeof(T));
+    const int blocks = cut_up(s.heads, kSide);
+    return launch(head_divergence_kernel<T>, dim3(static_cast<unsigned>(s.batch) * blocks * blocks),
+                  cut.warps * kWarp, cut.shared_bytes, stream, p, blocks, shape,
+                  aligned_rows(s.q, sizeof(T)), aligned_rows(s.k, sizeof(T)));
+  });
+}
+
+}  // namespace mimkernels::cuda

@@ -1,0 +1,148 @@
+"""What every CUDA kernel takes of a multiprocessor, as the compiler reports it.
+
+`python -m tests.cuda_resources` reads the built library and writes tests/cuda_resources.json, which the tests compare
+the next build with.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+LIBRARY = HERE.parent / "mimkernels" / "_lib" / "libmimkernels_cuda.so"
+TABLE = HERE / "cuda_resources.json"
+
+# Of one multiprocessor: shared memory (of which the system takes 1 KiB per block), registers, warps, blocks.
+SHARED = {"sm_80": 164 * 1024, "sm_90a": 228 * 1024, "sm_100": 228 * 1024}
+REGISTERS = 64 * 1024
+WARPS = 64
+BLOCKS = 32
+
+TOKENS = 197  # queries and keys of the launches whose occupancy is stated
+THREADS = 256  # of a block of any kernel that is not named below; it takes no dynamic shared memory
+
+# Threads and shared memory of the attention kernels, from the functions that their launchers call.
+LAUNCHES = """
+#include <cstdio>
+#include <initializer_list>
+#include "cuda/attention_cut.h"
+using namespace mimkernels::cuda;
+void print(const char* kernel, const char* type, const char* rest, int threads, int bytes) {
+  std::printf("%s<%s%s> %d %d\\n", kernel, type, rest, threads, bytes);
+}
+int main() {
+  for (const char* type : {"float", "__half", "__nv_bfloat16"}) {
+    const int size = type[0] == 'f' ? 4 : 2;
+    for (int dim : {32, 64, 96, 128}) {
+      char rest[32];
+      for (bool stats : {false, true}) {
+        std::snprintf(rest, sizeof(rest), ", %d, %s", dim, stats ? "true" : "false");
+        const StripCut cut = cut_forward(TOKENS, TOKENS, dim, size, stats);
+        print("attention_fwd_kernel", type, rest, 32 * cut.warps(), cut.shared_bytes);
+      }
+      std::snprintf(rest, sizeof(rest), ", %d", dim);
+      const StripCut cut = cut_backward(TOKENS, TOKENS, dim, size);
+      print("attention_bwd_kernel", type, rest, 32 * cut.warps(), cut.shared_bytes);
+    }
+    const BiasCut bias = cut_bias(TOKENS, TOKENS, 64, size);
+    print("attention_dbias_kernel", type, "", 32 * bias.warps(), bias.shared_bytes);
+    const StripCut received = cut_received(TOKENS, TOKENS, 64, size);
+    print("received_attention_kernel", type, "", 32 * received.warps(), received.shared_bytes);
+    const DivergenceCut divergence(64, size);
+    print("head_divergence_kernel", type, "", 32 * divergence.warps, divergence.shared_bytes);
+  }
+}
+"""
+
+
+def find_cuobjdump() -> str | None:
+    """The CUDA toolkit's, or the one that comes with Triton."""
+    found = shutil.which("cuobjdump")
+    triton = importlib.util.find_spec("triton")
+    if found is None and triton is not None and triton.origin is not None:
+        beside = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        found = str(beside) if beside.exists() else None
+    return found
+
+
+def read_report(library: Path = LIBRARY) -> dict[str, dict[str, dict[str, int]]]:
+    """Registers and bytes of stack (spills, for the most part) of each kernel, by architecture."""
+    command = [find_cuobjdump(), "--dump-resource-usage", str(library)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(["c++filt"], input=text.replace(":\n", " :\n"), capture_output=True, text=True).stdout
+    report: dict[str, dict[str, dict[str, int]]] = {}
+    for section in text.split("Fatbin elf code")[1:]:
+        arch = re.search(r"arch = (\w+)", section)[1]
+        for name, registers, stack in re.findall(r"Function (.*) :\n\s*REG:(\d+) STACK:(\d+)", section):
+            usage = {"registers": int(registers), "stack": int(stack)}
+            report.setdefault(arch, {})[short_name(name)] = usage
+    return report
+
+
+def short_name(name: str) -> str:
+    """``gather_tokens_dx_kernel<__half, 8>`` of the demangled signature."""
+    for noise in ("(anonymous namespace)::", "mimkernels::cuda::", "(int)", "(bool)"):
+        name = name.replace(noise, "")
+    return name.removeprefix("void ").split("(")[0]
+
+
+def launches() -> dict[str, tuple[int, int]]:
+    """Threads of a block and bytes of dynamic shared memory of the attention kernels at TOKENS tokens."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "launches"
+        command = [
+            "c++",
+            "-std=c++20",
+            f"-I{HERE.parent / 'csrc'}",
+            f"-DTOKENS={TOKENS}",
+            "-x",
+            "c++",
+            "-",
+            "-o",
+            program,
+        ]
+        subprocess.run(command, input=LAUNCHES, text=True, check=True)
+        lines = subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines()
+    return {name: (int(threads), int(size)) for name, threads, size in (line.rsplit(" ", 2) for line in lines)}
+
+
+def occupancy(arch: str, registers: int, threads: int, shared: int) -> int:
+    """Blocks that a multiprocessor holds at a time."""
+    warps = -(-threads // 32)
+    # Each quarter of a multiprocessor gives its own registers, in units of 8 per thread of a warp.
+    by_registers = REGISTERS // 4 // (-(-registers // 8) * 8 * 32) * 4 // warps
+    return min(by_registers, SHARED[arch] // (shared + 1024), WARPS // warps, BLOCKS)
+
+
+def make_table() -> dict:
+    """The table as it is committed."""
+    known = launches()
+    build = json.loads((LIBRARY.parent / "build.json").read_text())
+    table: dict = {"nvcc": build["nvcc"], "tokens": TOKENS, "kernels": {}}
+    for arch, kernels in read_report().items():
+        for name, usage in sorted(kernels.items()):
+            threads, shared = known.get(name, (THREADS, 0))
+            blocks = occupancy(arch, usage["registers"], threads, shared)
+            row = {**usage, "threads": threads, "shared": shared, "blocks": blocks}
+            table["kernels"].setdefault(arch, {})[name] = row
+    return table
+
+
+def write_table() -> None:
+    table = make_table()
+    lines = []
+    for arch, kernels in table["kernels"].items():
+        rows = ",\n".join(f"   {json.dumps(name)}: {json.dumps(row)}" for name, row in kernels.items())
+        lines.append(f'  "{arch}": {{\n{rows}\n  }}')
+    head = "".join(f' "{key}": {json.dumps(table[key])},\n' for key in ("nvcc", "tokens"))
+    TABLE.write_text("{\n" + head + ' "kernels": {\n' + ",\n".join(lines) + "\n }\n}\n")
+
+
+if __name__ == "__main__":
+    write_table()
