@@ -48,9 +48,7 @@ def main() -> None:
         }
         for label, values in accuracy.items()
     }
-    print(
-        f"\n{'pooling':16} {'accuracy':>16}  {'parameters':>10}   mean and sd of {options.seeds} seeds"
-    )
+    print(f"\n{'pooling':16} {'accuracy':>16}  {'parameters':>10}   mean and sd of {options.seeds} seeds")
     for label, row in rows.items():
         print(f"{label:16} {row['mean']:>9.1%} ± {row['spread']:.1%}  {row['parameters']:>10,}")
     content = {
