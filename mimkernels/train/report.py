@@ -59,19 +59,19 @@ def page(title: str, lead: str, body: str, written: str) -> str:
 <body><main>
 <header><p class=kicker>mimkernels</p><h1>{html.escape(title)}</h1><p class=lead>{lead}</p></header>
 {body}
-{_FOOTER}{html.escape(written)}</footer>
+<footer>{html.escape(written)}</footer>
 </main></body>
 </html>
 """
 
 
 def add_sections(path: Path, sections: str) -> None:
-    """Put further sections at the end of a written page."""
-    before, footer, after = path.read_text().rpartition(_FOOTER)
-    write_text(path, f"{before}{sections}\n{footer}{after}")
+    """Put further sections into a written report, before the last, which says what was run."""
+    before, last, after = path.read_text().rpartition(_LAST_SECTION)
+    write_text(path, f"{before}{sections}\n{last}{after}")
 
 
-_FOOTER = "<footer>"
+_LAST_SECTION = "<section><h2>What was run</h2>"
 
 
 def _lead(report: Report) -> str:
@@ -157,7 +157,7 @@ def _facts(report: Report) -> str:
     cells = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in rows.items() if v)
     settings = html.escape(json.dumps(report.config.to_dict(), indent=2))
     return (
-        f"<section><h2>What was run</h2><dl>{cells}</dl>"
+        f"{_LAST_SECTION}<dl>{cells}</dl>"
         f"<details><summary>All settings</summary><pre>{settings}</pre></details></section>"
     )
 
