@@ -12,10 +12,13 @@ from mimkernels.ops import (
     mask_from_noise,
     masked_patch_loss,
     patchify_gather,
+    query_pool,
     random_mask,
     received_attention,
+    reduce_pool,
     restore_tokens,
     use_backend,
+    weighted_pool,
 )
 
 __all__ = [
@@ -30,8 +33,11 @@ __all__ = [
     "mask_from_noise",
     "masked_patch_loss",
     "patchify_gather",
+    "query_pool",
     "random_mask",
     "received_attention",
+    "reduce_pool",
     "restore_tokens",
     "use_backend",
+    "weighted_pool",
 ]

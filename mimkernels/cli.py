@@ -23,6 +23,7 @@ COMMANDS = {
     "info": Command("mimkernels.info", "versions, devices, libraries and backends, and what is missing"),
     "demo": Command("mimkernels.train.demo", "pre-train a small MAE on handwritten digits, write a report"),
     "pretrain": Command("mimkernels.train.pretrain", "pre-train a Vision Transformer with masked images"),
+    "probe": Command("mimkernels.train.probe", "compare poolings of a frozen encoder's tokens"),
 }
 
 

@@ -70,12 +70,14 @@ def call(case: Case, inputs: dict, backend: str) -> dict[str, Tensor]:
     made = getattr(mimkernels, case.op)(**inputs, backend=backend)
     if isinstance(made, Tensor):
         return {"output": made}
+    if case.op in ("query_pool", "weighted_pool"):
+        return dict(zip(("output", "weights"), made, strict=True))
     return {"out": made.out, "lse": made.lse, **made.stats}
 
 
 def run(case: Case, inputs: dict, backend: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Outputs of a differentiable op, and the gradients of all outputs together, each with its own drawn upstream."""
-    leaves = {name: inputs[name].detach().requires_grad_() for name in case.grads if inputs[name] is not None}
+    leaves = {name: inputs[name].detach().requires_grad_() for name in case.grads if inputs.get(name) is not None}
     outputs = call(case, {**inputs, **leaves}, backend)
     detached = {name: out.detach() for name, out in outputs.items()}
     if not leaves:
@@ -298,6 +300,54 @@ def _token_count(size, patch) -> int:
     return int(torch.tensor([length // side for length, side in zip(size[2:], sizes, strict=True)]).prod())
 
 
+def _allowed(generator, batch, tokens, prefix):
+    """A mask with one image that has no allowed token, and one that has a single one."""
+    mask = torch.rand(batch, tokens, generator=generator) < 0.7
+    mask[-1] = False
+    mask[-2, prefix:] = False
+    mask[-2, prefix] = True
+    mask[0, prefix] = True
+    return mask
+
+
+def _query_pool(batch, tokens, dim, groups, *, width=None, prefix=0, mask=False, per_image=False, **options):
+    def make(generator):
+        made = {
+            "x": torch.randn(batch, tokens, dim, generator=generator),
+            "queries": torch.randn(*(batch,) * per_image, groups, dim, generator=generator),
+            "values": None if width is None else torch.randn(batch, tokens, width, generator=generator),
+            "mask": _allowed(generator, batch, tokens, prefix) if mask else None,
+        }
+        return {**made, "num_prefix": prefix, **options}
+
+    return make
+
+
+def _weighted_pool(batch, tokens, dim, groups=None, *, prefix=0, mask=False, **options):
+    def make(generator):
+        made = {
+            "x": torch.randn(batch, tokens, dim, generator=generator),
+            "scores": torch.randn(batch, *(() if groups is None else (groups,)), tokens, generator=generator),
+            "mask": _allowed(generator, batch, tokens, prefix) if mask else None,
+        }
+        return {**made, "num_prefix": prefix, **options}
+
+    return make
+
+
+def _reduce_pool(batch, tokens, dim, kind, *, prefix=0, mask=False, p=None, **options):
+    def make(generator):
+        made = {
+            "x": torch.randn(batch, tokens, dim, generator=generator),
+            "mask": _allowed(generator, batch, tokens, prefix) if mask else None,
+        }
+        if p is not None:
+            made["p"] = torch.tensor([p])
+        return {**made, "kind": kind, "num_prefix": prefix, **options}
+
+    return make
+
+
 _ALL = ("entropy", "prefix_mass", "self_mass", "distance", "patch_entropy", "peak", "patch_mass")
 _QKV = ("q", "k", "v", "bias")
 
@@ -413,3 +463,62 @@ _CASES = [
     Case("masked_patch_loss", "no-images", _loss((0, 3, 8, 8), 4, 2), ("pred",)),
 ]
 _CASES += _attention_cases() + _companion_cases("received_attention") + _companion_cases("head_divergence")
+_QUERY_POOL = ("queries", "x", "values")
+_WEIGHTED_POOL = ("x", "scores")
+_REDUCE_POOL = ("x", "p")
+
+
+def _pool_cases() -> list[Case]:
+    """The first of each op's gradients is of an input whose first element always counts."""
+    query = {
+        "mae": _query_pool(3, 50, 48, 2, prefix=1, mask=True, return_weights=True),
+        "plain": _query_pool(2, 49, 64, 1),
+        "abmilp": _query_pool(2, 197, 96, 1, prefix=1, scale=1.0),
+        "efficient-probing": _query_pool(2, 49, 64, 8, width=64, sliced=True, prefix=1),
+        "sliced": _query_pool(3, 21, 36, 3, sliced=True, mask=True, return_weights=True),
+        "values": _query_pool(2, 33, 24, 5, width=40, per_image=True, return_weights=True),
+        "odd": _query_pool(3, 17, 37, 7, width=35, prefix=2, mask=True, sliced=True, return_weights=True),
+        "odd-per-image": _query_pool(2, 19, 37, 11, per_image=True, mask=True),
+        "many-queries": _query_pool(2, 30, 32, 33, return_weights=True),
+        "long": _query_pool(1, 1025, 16, 2),
+        "wide": _query_pool(1, 9, 1100, 1, prefix=1, return_weights=True),
+        "huge-logits": _query_pool(1, 40, 16, 2, scale=300.0, return_weights=True),
+        "one": _query_pool(1, 1, 1, 1, return_weights=True),
+        "all-prefix": _query_pool(2, 3, 8, 2, prefix=3, return_weights=True),
+        "no-queries": _query_pool(2, 5, 8, 0, return_weights=True),
+        "no-tokens": _query_pool(2, 0, 8, 2, return_weights=True),
+        "no-images": _query_pool(0, 5, 16, 2, width=8, return_weights=True),
+    }
+    weighted = {
+        "plain": _weighted_pool(2, 49, 64, return_weights=True),
+        "groups": _weighted_pool(3, 50, 48, 6, prefix=1, mask=True, return_weights=True),
+        "as-given": _weighted_pool(3, 21, 40, 3, normalize=False, mask=True, return_weights=True),
+        "odd": _weighted_pool(3, 17, 37, prefix=2, mask=True),
+        "long": _weighted_pool(1, 1025, 16, 2),
+        "wide": _weighted_pool(1, 9, 1100, 1, normalize=False, prefix=1),
+        "all-prefix": _weighted_pool(2, 3, 8, prefix=3, return_weights=True),
+        "no-tokens": _weighted_pool(2, 0, 8, return_weights=True),
+        "no-images": _weighted_pool(0, 5, 16, 2),
+    }
+    reduce = {
+        "mean": _reduce_pool(2, 49, 64, "mean"),
+        "mean-masked": _reduce_pool(3, 50, 37, "mean", prefix=1, mask=True),
+        "mean-long": _reduce_pool(1, 1025, 24, "mean"),
+        "max": _reduce_pool(2, 49, 64, "max"),
+        "max-masked": _reduce_pool(3, 50, 37, "max", prefix=1, mask=True),
+        "plain": _reduce_pool(2, 49, 64, "gem", p=3.0),
+        "gem-masked": _reduce_pool(3, 50, 37, "gem", p=2.5, prefix=1, mask=True),
+        "gem-number": _reduce_pool(2, 197, 40, "gem", prefix=1),
+        "gem-floor": _reduce_pool(2, 9, 16, "gem", p=4.0, eps=0.5),
+        "one": _reduce_pool(1, 1, 1, "gem", p=2.5),
+        "all-prefix": _reduce_pool(2, 3, 8, "max", prefix=3),
+        "no-tokens": _reduce_pool(2, 0, 8, "gem", p=3.0),
+        "no-images": _reduce_pool(0, 5, 16, "mean"),
+        "gem-no-images": _reduce_pool(0, 5, 16, "gem", p=3.0),
+    }
+    made = {"query_pool": (query, _QUERY_POOL), "weighted_pool": (weighted, _WEIGHTED_POOL)}
+    made["reduce_pool"] = (reduce, _REDUCE_POOL)
+    return [Case(op, label, make, grads) for op, (some, grads) in made.items() for label, make in some.items()]
+
+
+_CASES += _pool_cases()

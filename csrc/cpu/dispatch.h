@@ -4,6 +4,7 @@
 #include "../core/attention.h"
 #include "../core/parallel.h"
 #include "../core/params.h"
+#include "../core/pool.h"
 #include "../core/status.h"
 
 namespace mimkernels {
@@ -27,6 +28,10 @@ struct CpuKernels {
   Status (*attention_bwd)(const AttentionBwdParams&, ParallelFor);
   Status (*received_attention_fwd)(const ReceivedAttentionParams&, ParallelFor);
   Status (*head_divergence_fwd)(const HeadDivergenceParams&, ParallelFor);
+  Status (*token_pool_fwd)(const TokenPoolFwdParams&, ParallelFor);
+  Status (*token_pool_bwd)(const TokenPoolBwdParams&, ParallelFor);
+  Status (*reduce_pool_fwd)(const ReducePoolParams&, ParallelFor);
+  Status (*reduce_pool_bwd)(const ReducePoolParams&, ParallelFor);
 };
 
 // The best set this CPU runs, or the one MIMKERNELS_CPU_ISA names. Throws std::invalid_argument

@@ -4,6 +4,7 @@
 #include "../core/attention.h"
 #include "../core/parallel.h"
 #include "../core/params.h"
+#include "../core/pool.h"
 #include "../core/status.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
@@ -25,5 +26,9 @@ Status attention_coef(const AttentionCoefParams& params, ParallelFor parallel_fo
 Status attention_bwd(const AttentionBwdParams& params, ParallelFor parallel_for);
 Status received_attention_fwd(const ReceivedAttentionParams& params, ParallelFor parallel_for);
 Status head_divergence_fwd(const HeadDivergenceParams& params, ParallelFor parallel_for);
+Status token_pool_fwd(const TokenPoolFwdParams& params, ParallelFor parallel_for);
+Status token_pool_bwd(const TokenPoolBwdParams& params, ParallelFor parallel_for);
+Status reduce_pool_fwd(const ReducePoolParams& params, ParallelFor parallel_for);
+Status reduce_pool_bwd(const ReducePoolParams& params, ParallelFor parallel_for);
 
 }  // namespace mimkernels::MIMKERNELS_ISA

@@ -27,6 +27,10 @@ const CpuKernels kernel_table = {
     &attention_bwd,
     &received_attention_fwd,
     &head_divergence_fwd,
+    &token_pool_fwd,
+    &token_pool_bwd,
+    &reduce_pool_fwd,
+    &reduce_pool_bwd,
 };
 
 }  // namespace mimkernels::MIMKERNELS_ISA

@@ -22,6 +22,7 @@
 #endif
 
 #define MIMKERNELS_INLINE inline __attribute__((always_inline))
+#define MIMKERNELS_LAMBDA_INLINE __attribute__((always_inline))
 #define MIMKERNELS_UNROLL _Pragma("GCC unroll 16")
 
 namespace mimkernels::MIMKERNELS_ISA {

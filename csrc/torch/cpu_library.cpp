@@ -7,6 +7,7 @@
 #include "cpu_loss.h"
 #include "cpu_masks.h"
 #include "cpu_patches.h"
+#include "cpu_pool.h"
 #include "cpu_tokens.h"
 
 namespace {
@@ -43,4 +44,10 @@ STABLE_TORCH_LIBRARY_IMPL(mimkernels, CPU, m) {
   m.impl("attention_bwd.cpu", TORCH_BOX(&binding::attention_bwd));
   m.impl("received_attention_fwd.cpu", TORCH_BOX(&binding::received_attention_fwd));
   m.impl("head_divergence_fwd.cpu", TORCH_BOX(&binding::head_divergence_fwd));
+  m.impl("query_pool_fwd.cpu", TORCH_BOX(&binding::query_pool_fwd));
+  m.impl("query_pool_bwd.cpu", TORCH_BOX(&binding::query_pool_bwd));
+  m.impl("weighted_pool_fwd.cpu", TORCH_BOX(&binding::weighted_pool_fwd));
+  m.impl("weighted_pool_bwd.cpu", TORCH_BOX(&binding::weighted_pool_bwd));
+  m.impl("reduce_pool_fwd.cpu", TORCH_BOX(&binding::reduce_pool_fwd));
+  m.impl("reduce_pool_bwd.cpu", TORCH_BOX(&binding::reduce_pool_bwd));
 }

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from mimkernels.nn.embed import embed_visible
+from mimkernels.nn.pooling import Pooling, build_pooling, cls_attention, poolings
 from mimkernels.nn.positions import sincos_positions_2d
 
 if TYPE_CHECKING:
@@ -15,7 +16,11 @@ __all__ = [
     "Attention",
     "HeadRecorder",
     "LayerHeads",
+    "Pooling",
+    "build_pooling",
+    "cls_attention",
     "embed_visible",
+    "poolings",
     "record_heads",
     "sincos_positions_2d",
     "use_mimkernels_attention",

@@ -11,9 +11,12 @@ from mimkernels.ops.head_divergence import head_divergence
 from mimkernels.ops.mask_from_noise import mask_from_noise
 from mimkernels.ops.masked_patch_loss import masked_patch_loss
 from mimkernels.ops.patchify_gather import patchify_gather
+from mimkernels.ops.query_pool import query_pool
 from mimkernels.ops.random_mask import random_mask
 from mimkernels.ops.received_attention import received_attention
+from mimkernels.ops.reduce_pool import reduce_pool
 from mimkernels.ops.restore_tokens import restore_tokens
+from mimkernels.ops.weighted_pool import weighted_pool
 
 _registry.finish_loading()
 
@@ -28,8 +31,11 @@ __all__ = [
     "mask_from_noise",
     "masked_patch_loss",
     "patchify_gather",
+    "query_pool",
     "random_mask",
     "received_attention",
+    "reduce_pool",
     "restore_tokens",
     "use_backend",
+    "weighted_pool",
 ]

@@ -50,6 +50,15 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def check_writable(folder: Path) -> None:
+    """Raise ValueError unless `folder` can be made, or written to if it exists."""
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not existing.is_dir():
+        raise ValueError(f"output {str(folder)!r}: {str(existing)!r} is a file, expected a folder")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"output {str(folder)!r}: no permission to write in {str(existing)!r}")
+
+
 def write_text(path: str | Path, text: str) -> None:
     with atomic_file(path) as file:
         file.write(text.encode())

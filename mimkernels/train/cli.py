@@ -1,4 +1,4 @@
-"""``mimkernels pretrain`` and ``mimkernels demo``. Only the parsers are built here; torch is imported when one runs."""
+"""``mimkernels pretrain``, ``probe`` and ``demo``. Only the parsers are built here; torch is imported when one runs."""
 
 import argparse
 import os
@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from mimkernels.train.config import PretrainConfig, add_arguments, given_arguments
 from mimkernels.train.errors import TrainingError
+from mimkernels.train.probe_config import ProbeConfig
 
 _BAD_INPUT, _FAILED = 2, 1
 
@@ -25,13 +26,28 @@ def add_pretrain_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(func=_pretrain, run=_pretrain)
 
 
+def add_probe_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add ``probe``; its ``func`` (and ``run``) returns the exit code."""
+    parser = subparsers.add_parser(
+        "probe",
+        help="compare poolings of a frozen encoder's tokens by what a linear layer reads from them",
+        description="Probe a frozen Vision Transformer: train a linear layer on its tokens, pooled in several ways, "
+        "and compare. A command that was interrupted, or is given further poolings, goes on with what --output holds.",
+    )
+    add_arguments(parser, ProbeConfig)
+    parser.add_argument("--list", action="store_true", help="show the poolings and end")
+    parser.add_argument("--overwrite", action="store_true", help="forget the results that --output holds")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(func=_probe, run=_probe)
+
+
 def add_demo_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add ``demo``; its ``func`` (and ``run``) returns the exit code."""
     parser = subparsers.add_parser(
         "demo",
-        help="pre-train a small MAE on handwritten digits in two minutes and write a report",
+        help="pre-train a small MAE on handwritten digits, probe its features, write a report",
         description="Pre-train a small masked autoencoder on scikit-learn's handwritten digits (no download) in "
-        "about two minutes on two CPU cores, and write a report with its reconstructions.",
+        "about two minutes on two CPU cores, read its frozen features with linear probes, and write a report.",
     )
     parser.add_argument("--output", default="runs/demo", metavar="DIR", help="run folder (default: runs/demo)")
     parser.add_argument("--epochs", type=int, default=None, metavar="N", help="train shorter or longer")
@@ -63,6 +79,23 @@ def _pretrain(args: argparse.Namespace) -> int:
     return _guarded(prepare, args.debug)
 
 
+def _probe(args: argparse.Namespace) -> int:
+    if args.list:
+        from mimkernels.nn import poolings
+
+        for name, description in poolings().items():
+            print(f"{name:10} {description}")
+        return 0
+
+    def prepare() -> Callable[[], int]:
+        from mimkernels.train.probe_run import ProbeRun
+
+        run = ProbeRun(ProbeConfig(**given_arguments(args, ProbeConfig)), overwrite=args.overwrite)
+        return lambda: _exit_code(run.execute().stopped_by)
+
+    return _guarded(prepare, args.debug)
+
+
 def _config(args: argparse.Namespace) -> PretrainConfig:
     """What was given, over the settings of the run that is continued or the defaults."""
     from mimkernels.train.settings import settings_to_continue
@@ -78,13 +111,15 @@ def _demo(args: argparse.Namespace) -> int:
     def prepare() -> Callable[[], int]:
         from mimkernels.train.presets import prepare_demo
 
-        run, closing_words = prepare_demo(args.output, args.epochs)
+        run, go_on = prepare_demo(args.output, args.epochs)
 
         def execute() -> int:
             result = run.execute()
-            if not result.stopped_by:
-                print(closing_words(result))
-            return _exit_code(result.stopped_by)
+            stopped_by = result.stopped_by
+            if not stopped_by:
+                stopped_by, closing_words = go_on(result)
+                print(closing_words)
+            return _exit_code(stopped_by)
 
         return execute
 

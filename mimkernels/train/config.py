@@ -23,63 +23,87 @@ ARCHITECTURE_FIELDS = (
 STREAM_FIELDS = ("data", "seed", "crop_scale", "hflip", "mask_ratio", "norm_pix_loss")
 
 
-def _arg(default: Any, help: str, group: str, **extra: Any) -> Any:
+def setting(default: Any, help: str, group: str, **extra: Any) -> Any:
     return field(default=default, metadata={"help": help, "group": group, **extra})
 
 
+class Settings:
+    """What every dataclass of settings can do."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> typing.Self:
+        """Rebuild from saved values; unknown names are refused, with what was meant where that is clear."""
+        known = [f.name for f in fields(cls)]
+        for name in values:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                raise ValueError(f"unknown setting {name!r}" + (f": did you mean {close[0]!r}?" if close else ""))
+        return cls(**values)
+
+    @classmethod
+    def load(cls, path: str | Path) -> typing.Self:
+        return cls.from_dict(json.loads(Path(path).read_text()))
+
+
 @dataclass
-class PretrainConfig:
+class PretrainConfig(Settings):
     """Everything a pre-training run depends on. Saved as ``config.json`` in the run folder and in every checkpoint."""
 
-    method: str = _arg("mae", "pre-training method", "model", choices=METHODS)
-    model: str = _arg("vit_tiny_patch16_224", "encoder: any timm vit_* name", "model")
-    img_size: int = _arg(224, "image side in pixels", "model")
-    in_chans: int = _arg(3, "image channels: 3 (colour) or 1 (grey)", "model")
-    patch_size: int | None = _arg(None, "patch side in pixels (default: the model's own)", "model")
+    method: str = setting("mae", "pre-training method", "model", choices=METHODS)
+    model: str = setting("vit_tiny_patch16_224", "encoder: any timm vit_* name", "model")
+    img_size: int = setting(224, "image side in pixels", "model")
+    in_chans: int = setting(3, "image channels: 3 (colour) or 1 (grey)", "model")
+    patch_size: int | None = setting(None, "patch side in pixels (default: the model's own)", "model")
     model_kwargs: dict = field(
         default_factory=dict,
         metadata={"help": "further timm model arguments, such as embed_dim=128 depth=4", "group": "model"},
     )
-    decoder_dim: int = _arg(512, "decoder width", "model")
-    decoder_depth: int = _arg(8, "decoder blocks", "model")
-    decoder_heads: int = _arg(16, "decoder attention heads", "model")
-    mask_ratio: float = _arg(0.75, "share of patches removed", "model")
-    norm_pix_loss: bool = _arg(True, "normalise each target patch by its own mean and variance", "model")
+    decoder_dim: int = setting(512, "decoder width", "model")
+    decoder_depth: int = setting(8, "decoder blocks", "model")
+    decoder_heads: int = setting(16, "decoder attention heads", "model")
+    mask_ratio: float = setting(0.75, "share of patches removed", "model")
+    norm_pix_loss: bool = setting(True, "normalise each target patch by its own mean and variance", "model")
 
-    data: str = _arg(
+    data: str = setting(
         "digits", "digits (embedded, no download), an image folder, or torchvision:NAME", "data", metavar="DATA"
     )
-    data_root: str = _arg("data", "where torchvision sets are kept or downloaded to", "data", metavar="DIR")
-    crop_scale: float | None = _arg(
+    data_root: str = setting("data", "where torchvision sets are kept or downloaded to", "data", metavar="DIR")
+    crop_scale: float | None = setting(
         None, "smallest area of the random crop, 1 for none (default: 0.2; digits: 0.6)", "data"
     )
-    hflip: bool | None = _arg(
+    hflip: bool | None = setting(
         None, "flip half of the images left to right (default: yes; digits and the like: no)", "data"
     )
-    workers: int | None = _arg(
+    workers: int | None = setting(
         None, "data-loading processes per training process; 0 for none (default: by the cores)", "data"
     )
 
-    batch_size: int = _arg(64, "images per process and forward pass", "optimisation")
-    accum_steps: int = _arg(1, "forward passes per optimizer step", "optimisation")
-    epochs: int = _arg(100, "passes over the data", "optimisation")
-    warmup_epochs: float | None = _arg(
+    batch_size: int = setting(64, "images per process and forward pass", "optimisation")
+    accum_steps: int = setting(1, "forward passes per optimizer step", "optimisation")
+    epochs: int = setting(100, "passes over the data", "optimisation")
+    warmup_epochs: float | None = setting(
         None, "epochs of linear learning-rate warm-up (default: a twentieth of all)", "optimisation"
     )
-    blr: float = _arg(1.5e-4, "base learning rate: lr = blr * effective batch size / 256", "optimisation")
-    lr: float | None = _arg(None, "learning rate as it is, in place of --blr", "optimisation")
-    min_lr: float = _arg(0.0, "learning rate at the end of the cosine", "optimisation")
-    weight_decay: float = _arg(0.05, "weight decay (not on biases, norms and other 1-d parameters)", "optimisation")
-    clip_grad: float | None = _arg(None, "clip the gradient norm to this (default: no clipping)", "optimisation")
-    seed: int = _arg(0, "seed of weights, order, augmentation and masks", "optimisation")
+    blr: float = setting(1.5e-4, "base learning rate: lr = blr * effective batch size / 256", "optimisation")
+    lr: float | None = setting(None, "learning rate as it is, in place of --blr", "optimisation")
+    min_lr: float = setting(0.0, "learning rate at the end of the cosine", "optimisation")
+    weight_decay: float = setting(0.05, "weight decay (not on biases, norms and other 1-d parameters)", "optimisation")
+    clip_grad: float | None = setting(None, "clip the gradient norm to this (default: no clipping)", "optimisation")
+    seed: int = setting(0, "seed of weights, order, augmentation and masks", "optimisation")
 
-    head_stats: str = _arg(
+    head_stats: str = setting(
         "",
         "statistics of the encoder's heads to record, such as entropy,distance,prefix_mass",
         "heads",
         metavar="NAMES",
     )
-    head_stats_every: int = _arg(100, "optimizer steps between records of --head-stats", "heads")
+    head_stats_every: int = setting(100, "optimizer steps between records of --head-stats", "heads")
     regularize: dict = field(
         default_factory=dict,
         metadata={
@@ -88,16 +112,18 @@ class PretrainConfig:
         },
     )
 
-    device: str = _arg("auto", "where to train", "execution", choices=DEVICES)
-    precision: str = _arg("auto", "auto takes bf16 where the device computes it fast", "execution", choices=PRECISIONS)
-    compile: bool = _arg(False, "torch.compile the model", "execution")
+    device: str = setting("auto", "where to train", "execution", choices=DEVICES)
+    precision: str = setting(
+        "auto", "auto takes bf16 where the device computes it fast", "execution", choices=PRECISIONS
+    )
+    compile: bool = setting(False, "torch.compile the model", "execution")
 
-    output: str = _arg("runs/pretrain", "run folder", "output", metavar="DIR")
-    save_every: float = _arg(10.0, "epochs between checkpoints", "output")
-    keep_checkpoints: int = _arg(2, "how many of them to keep, besides the final one", "output")
-    log_every: int = _arg(10, "optimizer steps between log entries", "output")
-    pictures: int = _arg(12, "reconstructed images in the report", "output")
-    title: str = _arg("", "title of the report (default: method, model and data)", "output")
+    output: str = setting("runs/pretrain", "run folder", "output", metavar="DIR")
+    save_every: float = setting(10.0, "epochs between checkpoints", "output")
+    keep_checkpoints: int = setting(2, "how many of them to keep, besides the final one", "output")
+    log_every: int = setting(10, "optimizer steps between log entries", "output")
+    pictures: int = setting(12, "reconstructed images in the report", "output")
+    title: str = setting("", "title of the report (default: method, model and data)", "output")
 
     def check(self) -> None:
         """Raise ValueError for values that cannot work, before anything is written."""
@@ -109,29 +135,29 @@ class PretrainConfig:
             "batch_size",
             "accum_steps",
         ):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("epochs", "log_every", "keep_checkpoints", "head_stats_every"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("workers", "pictures", "seed"):
             value = getattr(self, name)
-            _require(value is None or value >= 0, name, value, "0 or more")
-        _require(self.method in METHODS, "method", self.method, f"one of {', '.join(METHODS)}")
-        _require(self.device in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
-        _require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
-        _require(self.in_chans in (1, 3), "in_chans", self.in_chans, "1 or 3")
-        _require(0 < self.mask_ratio < 1, "mask_ratio", self.mask_ratio, "between 0 and 1, both excluded")
+            require(value is None or value >= 0, name, value, "0 or more")
+        require(self.method in METHODS, "method", self.method, f"one of {', '.join(METHODS)}")
+        require(self.device in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
+        require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
+        require(self.in_chans in (1, 3), "in_chans", self.in_chans, "1 or 3")
+        require(0 < self.mask_ratio < 1, "mask_ratio", self.mask_ratio, "between 0 and 1, both excluded")
         warmup = self.warmup_epochs
-        _require(warmup is None or 0 <= warmup <= self.epochs, "warmup_epochs", warmup, f"in 0..{self.epochs} (epochs)")
+        require(warmup is None or 0 <= warmup <= self.epochs, "warmup_epochs", warmup, f"in 0..{self.epochs} (epochs)")
         for name in ("blr", "lr", "save_every"):
             value = getattr(self, name)
-            _require(value is None or (value > 0 and math.isfinite(value)), name, value, "positive and finite")
+            require(value is None or (value > 0 and math.isfinite(value)), name, value, "positive and finite")
         for name in ("min_lr", "weight_decay"):
             value = getattr(self, name)
-            _require(value >= 0 and math.isfinite(value), name, value, "0 or more and finite")
-        _require(self.clip_grad is None or self.clip_grad > 0, "clip_grad", self.clip_grad, "positive")
-        _require(self.crop_scale is None or 0 < self.crop_scale <= 1, "crop_scale", self.crop_scale, "in (0, 1]")
+            require(value >= 0 and math.isfinite(value), name, value, "0 or more and finite")
+        require(self.clip_grad is None or self.clip_grad > 0, "clip_grad", self.clip_grad, "positive")
+        require(self.crop_scale is None or 0 < self.crop_scale <= 1, "crop_scale", self.crop_scale, "in (0, 1]")
         if self.patch_size is not None:
-            _require(self.patch_size >= 1, "patch_size", self.patch_size, "at least 1")
+            require(self.patch_size >= 1, "patch_size", self.patch_size, "at least 1")
             if self.img_size % self.patch_size:
                 raise ValueError(
                     f"img_size {self.img_size} is not divisible by patch_size {self.patch_size}: "
@@ -142,57 +168,37 @@ class PretrainConfig:
         if self.decoder_dim % 4:
             raise ValueError(f"decoder_dim must be divisible by 4 (2-d sin-cos positions), got {self.decoder_dim}")
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2) + "\n"
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "PretrainConfig":
-        """Rebuild from saved values; unknown names are refused, with what was meant where that is clear."""
-        known = [f.name for f in fields(cls)]
-        for name in values:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                raise ValueError(f"unknown setting {name!r}" + (f": did you mean {close[0]!r}?" if close else ""))
-        return cls(**values)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "PretrainConfig":
-        return cls.from_dict(json.loads(Path(path).read_text()))
-
-
-def _require(condition: bool, name: str, value: Any, wanted: str) -> None:
+def require(condition: bool, name: str, value: Any, wanted: str) -> None:
     if not condition:
         raise ValueError(f"{name} must be {wanted}, got {value}")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, kind: type[Settings] = PretrainConfig) -> None:
     """One option per field. Defaults are left out of the namespace, so that it holds what the user gave and no more."""
     groups: dict[str, argparse._ArgumentGroup] = {}
-    for f in fields(PretrainConfig):
+    for f in fields(kind):
         meta = f.metadata
         group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
         option = "--" + f.name.replace("_", "-")
         default = f.default if f.default is not MISSING else f.default_factory()
-        kind, optional = _scalar_type(f.type)
+        scalar, optional = _scalar_type(f.type)
         text = meta["help"]
-        if not optional and kind is not dict and default != "":
-            text += f" (default: {('yes' if default else 'no') if kind is bool else default})"
+        if not optional and scalar is not dict and default != "":
+            text += f" (default: {('yes' if default else 'no') if scalar is bool else default})"
         common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
-        if kind is dict:
+        if scalar is dict:
             group.add_argument(option, nargs="+", type=_pair, metavar="NAME=VALUE", **common)
-        elif kind is bool:
+        elif scalar is bool:
             group.add_argument(option, action=argparse.BooleanOptionalAction, **common)
         else:
-            metavar = None if "choices" in meta else meta.get("metavar", {int: "N", float: "X", str: "NAME"}[kind])
-            group.add_argument(option, type=kind, choices=meta.get("choices"), metavar=metavar, **common)
+            metavar = None if "choices" in meta else meta.get("metavar", {int: "N", float: "X", str: "NAME"}[scalar])
+            group.add_argument(option, type=scalar, choices=meta.get("choices"), metavar=metavar, **common)
 
 
-def given_arguments(args: argparse.Namespace) -> dict[str, Any]:
+def given_arguments(args: argparse.Namespace, kind: type[Settings] = PretrainConfig) -> dict[str, Any]:
     """The settings that were given on the command line."""
-    given = {f.name: getattr(args, f.name) for f in fields(PretrainConfig) if hasattr(args, f.name)}
+    given = {f.name: getattr(args, f.name) for f in fields(kind) if hasattr(args, f.name)}
     return {name: dict(value) if isinstance(value, list) else value for name, value in given.items()}
 
 

@@ -7,8 +7,8 @@ index), so that a resumed run sees the same bits whatever the number of workers.
 
 import contextlib
 import signal
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,10 @@ from mimkernels.train.sources import Source
 # So many unreadable images in a row mean that the folder is wrong, not that some files are.
 _MAX_BROKEN_IN_A_ROW = 1000
 
-_ORDER, _AUGMENT, _REPLACE = 1, 2, 3  # streams that one seed is split into
+# What a damaged image raises; SyntaxError is Pillow's for a PNG.
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+
+_ORDER, AUGMENT, _REPLACE = 1, 2, 3  # streams that one seed is split into
 
 
 def derived_seed(*numbers: int) -> int:
@@ -112,10 +115,9 @@ class PretrainImages(Dataset):
         for candidate in self._candidates(epoch, index):
             try:
                 image = self.source.read(candidate)
-                pixels = self.augmentation(image, derived_seed(self.seed, _AUGMENT, epoch, index))
-            except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as e:
-                # SyntaxError is what Pillow raises for a damaged PNG.
-                broken.append((candidate, _reason(e)))
+                pixels = self.augmentation(image, derived_seed(self.seed, AUGMENT, epoch, index))
+            except UNREADABLE as e:
+                broken.append((candidate, reason_of(e)))
             else:
                 return pixels, broken
         return None, broken
@@ -127,7 +129,7 @@ class PretrainImages(Dataset):
             yield (start + k) % len(self)
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     # Pillow's own text ends in the file's path or the stream's address, which the caller names already.
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image, or a format that Pillow does not know"
@@ -194,14 +196,14 @@ class _Stream:
         return (last_step - first_step) * plan.accum_steps
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
     # Ctrl-C reaches the whole process group; the training process decides when to stop and still needs its batches.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
 def make_loader(
-    images: PretrainImages,
+    images: Dataset,
     plan: BatchPlan,
     *,
     rank: int,
@@ -209,15 +211,16 @@ def make_loader(
     last_step: int,
     workers: int,
     pin_memory: bool,
+    collate_fn: Callable[[list], Any] = collate,
 ) -> DataLoader:
     """One iterator over all remaining forward passes of this process."""
     return DataLoader(
         images,
         batch_sampler=_Stream(plan, rank, first_step, last_step),
-        collate_fn=collate,
+        collate_fn=collate_fn,
         num_workers=workers,
         pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         prefetch_factor=4 if workers else None,
     )
 
@@ -245,7 +248,7 @@ def picture_batch(source: Source, augmentation: Augmentation, count: int) -> tup
     for index in range(0, len(source), stride):
         if len(chosen) == count:
             break
-        with contextlib.suppress(OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
+        with contextlib.suppress(*UNREADABLE):
             chosen.append(augmentation.plain(source.read(index)))
             numbers.append(index)
     return torch.stack(chosen) if chosen else torch.empty(0), numbers

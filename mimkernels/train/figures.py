@@ -2,12 +2,23 @@
 
 import base64
 import io
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 INK, MUTED, LINE, ACCENT = "#1c2430", "#6b7685", "#d9dee5", "#0b66c3"
+
+# matplotlib's settings for charts on a page.
+CHART = {
+    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 11, "svg.fonttype": "path",
+    "svg.hashsalt": "mimkernels", "axes.edgecolor": LINE, "axes.labelcolor": MUTED, "xtick.color": MUTED,
+    "ytick.color": MUTED, "axes.spines.right": False,
+}  # fmt: skip
 
 
 def png_address(image: torch.Tensor) -> str:
@@ -37,11 +48,7 @@ def loss_curve(entries: list[dict[str, float]], steps_per_epoch: int) -> str:
     step = np.array([entry["step"] for entry in entries], dtype=float)
     loss = np.array([entry["loss"] for entry in entries])
     epoch = step / steps_per_epoch
-    with matplotlib.rc_context(
-        {"font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 11, "svg.fonttype": "path",
-         "svg.hashsalt": "mimkernels", "axes.edgecolor": LINE, "axes.labelcolor": MUTED,
-         "xtick.color": MUTED, "ytick.color": MUTED, "axes.spines.right": False}
-    ):  # fmt: skip
+    with matplotlib.rc_context(CHART):
         figure = Figure(figsize=(10, 4.9), layout="constrained")
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
         top.plot(epoch, loss, color=ACCENT, alpha=0.28, linewidth=1)
@@ -75,7 +82,11 @@ def loss_curve(entries: list[dict[str, float]], steps_per_epoch: int) -> str:
             axes.grid(True, color=LINE, linewidth=0.6, alpha=0.7)
             axes.set_axisbelow(True)
             axes.tick_params(length=0)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
-    # From the root element on: an HTML page takes no XML prologue.
+        return svg(figure)
+
+
+def svg(figure: "Figure") -> str:
+    """A chart as SVG, from the root element on: an HTML page takes no XML prologue."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]

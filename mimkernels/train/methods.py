@@ -5,7 +5,7 @@ import torch
 from mimkernels.train.config import ARCHITECTURE_FIELDS, PretrainConfig, changes
 
 # Statistics of ImageNet, per channel and for luminance, in units of [0, 1].
-_COLOUR = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+COLOUR = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _GREY = ((0.449,), (0.226,))
 
 
@@ -13,7 +13,7 @@ def build_model(config: PretrainConfig) -> torch.nn.Module:
     """Build the freshly initialised model; ValueError names what does not fit. The caller sets the seed."""
     from mimkernels.models import MAE
 
-    mean, std = _COLOUR if config.in_chans == 3 else _GREY
+    mean, std = COLOUR if config.in_chans == 3 else _GREY
     own = {
         "img_size": config.img_size,
         "in_chans": config.in_chans,

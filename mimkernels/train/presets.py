@@ -1,9 +1,12 @@
-"""The demo: ``pretrain`` with settings for handwritten digits on two CPU cores."""
+"""The demo: ``pretrain``, then ``probe``, with settings for handwritten digits on two CPU cores."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 from mimkernels.train.config import PretrainConfig
+from mimkernels.train.probe_config import ProbeConfig
+from mimkernels.train.probe_run import ProbeRun
+from mimkernels.train.report import add_sections
 from mimkernels.train.run import Run, RunResult
 
 _TITLE = "A masked autoencoder learns handwritten digits"
@@ -36,12 +39,36 @@ def demo_config(output: str = "runs/demo", epochs: int | None = None) -> Pretrai
     )
 
 
+def demo_probe_config(output: str = "runs/demo") -> ProbeConfig:
+    """What the demo's encoder has learned, read from its tokens in four ways."""
+    return ProbeConfig(
+        model=output,
+        data="digits",
+        pooling="cls,mean,abmilp,ep",
+        batch_size=100,
+        epochs=30,
+        output=str(Path(output) / "probe"),
+        title="What the demo's frozen features know",
+    )
+
+
 def prepare_demo(output: str, epochs: int | None) -> tuple[Run, Callable[[RunResult], str]]:
-    """The checked run, and what to say after it. A demo replaces an earlier demo, and nothing else."""
+    """The checked run, and what to do and say after it. A demo replaces an earlier demo, and nothing else."""
     config = demo_config(output, epochs)
     saved = Path(output) / "config.json"
     earlier = saved.is_file() and PretrainConfig.load(saved).title == _TITLE
-    return Run(config, overwrite=earlier), _closing_words
+    return Run(config, overwrite=earlier), _probe_and_close
+
+
+def _probe_and_close(result: RunResult) -> tuple[int, str]:
+    """Probe the trained encoder; the signal that ended it early, or 0, and the closing words."""
+    print("\nThe encoder is trained and frozen. How well do linear layers read digits from its tokens?")
+    run = ProbeRun(demo_probe_config(str(result.output)), overwrite=True)
+    probed = run.execute()
+    if probed.stopped_by:
+        return probed.stopped_by, ""
+    add_sections(result.report, probed.sections)
+    return 0, _closing_words(result)
 
 
 def _closing_words(result: RunResult) -> str:
@@ -50,6 +77,8 @@ The report is {result.report} (open it in a browser).
 
 Next, on images of your own (a folder, with or without class folders):
   mimkernels pretrain --data DIR --model vit_small_patch16_224 --output runs/mine
+What its features know (class folders):
+  mimkernels probe --model runs/mine --data DIR --output runs/mine-probe
 The training curves:
   tensorboard --logdir {result.output}
 The encoder, in the format of the published MAE checkpoints:

@@ -41,17 +41,13 @@ def render(report: Report) -> str:
     """The whole page."""
     config = report.config
     title = config.title or f"{config.method.upper()} pre-training of {config.model} on {config.data}"
-    body = "\n".join(
-        [
-            f"<header><p class=kicker>mimkernels</p><h1>{html.escape(title)}</h1>"
-            f"<p class=lead>{_lead(report)}</p></header>",
-            _tiles(report),
-            _curve(report),
-            _pictures(report),
-            _heads(report),
-            _facts(report),
-        ]
-    )
+    parts = [_tiles(report), _curve(report), _pictures(report), _heads(report), _facts(report)]
+    written = f"Written by mimkernels {report.versions['mimkernels']} on {datetime.date.today():%d %B %Y}."
+    return page(title, _lead(report), "\n".join(parts), written)
+
+
+def page(title: str, lead: str, body: str, written: str) -> str:
+    """A page of its own, in the style that reports share; `lead` and `body` are HTML, `title` and `written` text."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -61,11 +57,21 @@ def render(report: Report) -> str:
 <style>{_STYLE}</style>
 </head>
 <body><main>
+<header><p class=kicker>mimkernels</p><h1>{html.escape(title)}</h1><p class=lead>{lead}</p></header>
 {body}
-<footer>Written by mimkernels {report.versions["mimkernels"]} on {datetime.date.today():%d %B %Y}.</footer>
+<footer>{html.escape(written)}</footer>
 </main></body>
 </html>
 """
+
+
+def add_sections(path: Path, sections: str) -> None:
+    """Put further sections into a written report, before the last, which says what was run."""
+    before, last, after = path.read_text().rpartition(_LAST_SECTION)
+    write_text(path, f"{before}{sections}\n{last}{after}")
+
+
+_LAST_SECTION = "<section><h2>What was run</h2>"
 
 
 def _lead(report: Report) -> str:
@@ -151,7 +157,7 @@ def _facts(report: Report) -> str:
     cells = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in rows.items() if v)
     settings = html.escape(json.dumps(report.config.to_dict(), indent=2))
     return (
-        f"<section><h2>What was run</h2><dl>{cells}</dl>"
+        f"{_LAST_SECTION}<dl>{cells}</dl>"
         f"<details><summary>All settings</summary><pre>{settings}</pre></details></section>"
     )
 
@@ -192,6 +198,14 @@ dl{display:grid;grid-template-columns:max-content 1fr;gap:8px 24px;margin:0 0 16
 dt{color:var(--muted)}dd{margin:0;overflow-wrap:anywhere}
 summary{cursor:pointer;color:var(--accent)}
 pre{overflow:auto;padding:16px;background:#f5f7f9;border-radius:8px;font-size:.85rem}
+.wide{overflow-x:auto}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+th,td{padding:7px 14px 7px 0;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
+th:first-child,td:first-child,th:last-child,td:last-child{text-align:left}
+td:last-child{white-space:normal;color:var(--muted);padding-left:10px}
+th{font-weight:600;color:var(--muted)}.best td{font-weight:600}
+.maps{width:auto}.maps th,.maps td,.maps td:last-child{padding:4px 8px 4px 0;text-align:center;border:0}
+.maps th{font-size:.9rem}.maps img{display:block;width:100%;min-width:72px;max-width:128px;border-radius:4px}
 footer{margin-top:24px;color:var(--muted);font-size:.9rem}
 @media (max-width:640px){main{padding:24px 14px}section{padding:16px}
   dl{grid-template-columns:1fr;gap:2px}dd{margin-bottom:10px}}

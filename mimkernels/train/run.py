@@ -103,7 +103,7 @@ class Run:
         if device.type == "cpu":
             keep_freed_memory()
             set_cpu_threads()
-        _forget_earlier_run()
+        forget_earlier_run()
         self.accelerator = Accelerator(
             cpu=device.type == "cpu", mixed_precision="no" if self.precision == "fp32" else self.precision
         )
@@ -344,11 +344,7 @@ def _find_start(
 ) -> dict[str, Any] | None:
     """The checkpoint to continue from, checked against the configuration; None to start anew."""
     output = Path(config.output)
-    existing = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
-    if not existing.is_dir():
-        raise ValueError(f"output {str(output)!r}: {str(existing)!r} is a file, expected a folder")
-    if not os.access(existing, os.W_OK):
-        raise ValueError(f"output {str(output)!r}: no permission to write in {str(existing)!r}")
+    files.check_writable(output)
     newest = checkpoints.latest()
     if resume is None:
         if newest is not None and not overwrite:
@@ -412,7 +408,7 @@ def _sharing(accelerator: Any) -> str:
     return f"FSDP{accelerator.state.fsdp_plugin.fsdp_version}" if kind == "FSDP" else kind.replace("MULTI_", "DDP on ")
 
 
-def _forget_earlier_run() -> None:
+def forget_earlier_run() -> None:
     """accelerate keeps device and precision for the life of the process; a second run may want others."""
     if "WORLD_SIZE" not in os.environ:
         from accelerate.state import AcceleratorState

@@ -15,6 +15,9 @@ IMAGE_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".t
 # Sets whose classes change when an image is mirrored.
 _NOT_MIRRORED = ("MNIST", "QMNIST", "EMNIST", "KMNIST", "FashionMNIST", "USPS", "SVHN", "Omniglot", "GTSRB")
 
+# Where torchvision's sets keep their class numbers.
+_TARGET_NAMES = ("targets", "labels", "_labels")
+
 # scikit-learn's digits: training on the first 1500 leaves 297 images for the pictures.
 _DIGITS_TRAIN = 1500
 
@@ -37,6 +40,9 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """Changes when the images or their order change."""
 
+    def targets(self) -> tuple[list[int], list[str]]:
+        """The class number of every image, and the classes' names; ValueError where images have no class."""
+
 
 class DigitsSource:
     """1797 handwritten digits of 8 x 8 pixels, part of scikit-learn; one half of the split."""
@@ -50,9 +56,12 @@ class DigitsSource:
             from sklearn.datasets import load_digits
         except ImportError as e:
             raise ValueError("data 'digits' needs scikit-learn: pip install 'mimkernels[train]'") from e
+        digits = load_digits()
+        part = slice(_DIGITS_TRAIN) if train else slice(_DIGITS_TRAIN, None)
         # Grey levels are 0..16.
-        levels = np.rint(load_digits().images * (255 / 16)).astype(np.uint8)
-        self._images = torch.from_numpy(levels[:_DIGITS_TRAIN] if train else levels[_DIGITS_TRAIN:])[:, None]
+        levels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+        self._images = torch.from_numpy(levels[part])[:, None]
+        self._targets = digits.target[part].tolist()
 
     def __len__(self) -> int:
         return len(self._images)
@@ -65,6 +74,9 @@ class DigitsSource:
 
     def fingerprint(self) -> str:
         return f"digits/{len(self)}"
+
+    def targets(self) -> tuple[list[int], list[str]]:
+        return self._targets, [str(digit) for digit in range(10)]
 
 
 class FolderSource:
@@ -103,6 +115,19 @@ class FolderSource:
         names = "\n".join(self.files).encode(errors="surrogateescape")
         return f"folder/{len(self)}/{hashlib.sha256(names).hexdigest()[:16]}"
 
+    def targets(self) -> tuple[list[int], list[str]]:
+        """The folder directly below this one is an image's class."""
+        folders = [name.partition("/")[0] if "/" in name else None for name in self.files]
+        if None in folders:
+            stray = self.files[folders.index(None)]
+            raise ValueError(
+                f"{self.name!r} has images outside class folders, such as {stray!r}: labels are the names of the "
+                "folders directly below it"
+            )
+        classes = sorted(set(folders))
+        numbers = {name: number for number, name in enumerate(classes)}
+        return [numbers[folder] for folder in folders], classes
+
 
 def _image_files(folder: Path) -> list[str]:
     found = []
@@ -124,7 +149,7 @@ def _image_files(folder: Path) -> list[str]:
 
 
 class TorchvisionSource:
-    """A torchvision classification set by its class name; labels are ignored. Downloaded on first use."""
+    """A torchvision classification set by its class name. Downloaded on first use."""
 
     crop_scale = 0.2
 
@@ -170,6 +195,18 @@ class TorchvisionSource:
 
     def fingerprint(self) -> str:
         return f"{self.name}/{self.split}/{len(self)}"
+
+    def targets(self) -> tuple[list[int], list[str]]:
+        stored = next((getattr(self._set, name) for name in _TARGET_NAMES if hasattr(self._set, name)), None)
+        if stored is None:  # not kept apart from the images
+            stored = [self._set[index][1] for index in range(len(self))]
+        try:
+            numbers = [int(value) for value in stored]
+        except (TypeError, ValueError) as e:
+            raise ValueError(f"{self.name} has no class numbers: its first label is {stored[0]!r}") from e
+        names = [str(name) for name in getattr(self._set, "classes", [])]
+        count = max(numbers) + 1
+        return numbers, names if len(names) >= count else [str(number) for number in range(count)]
 
 
 def open_source(data: str, root: str = "data") -> Source:

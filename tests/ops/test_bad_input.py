@@ -35,6 +35,18 @@ def loss(**changed):
     return mk.masked_patch_loss(**{"pred": PRED, "images": IMAGES, "ids": IDS, "patch_size": 4, **changed})
 
 
+def query_pool(**changed):
+    return mk.query_pool(**{"x": X, "queries": TOKEN[None], **changed})
+
+
+def weighted_pool(**changed):
+    return mk.weighted_pool(**{"x": X, "scores": X[..., 0], **changed})
+
+
+def reduce_pool(**changed):
+    return mk.reduce_pool(**{"x": X, "kind": "mean", **changed})
+
+
 REFUSED = [
     (gather, {"x": X[0]}, ValueError, r"x must have 3 dimensions, got 2 \(\[6, 8\]\)"),
     (gather, {"x": [1, 2]}, TypeError, "x must be a torch.Tensor, got list"),
@@ -129,6 +141,27 @@ REFUSED = [
     (loss, {"kind": "smooth_l1", "beta": 0.0}, ValueError, "beta must be positive, got 0.0"),
     (loss, {"images": IMAGES.byte()}, ValueError, "uint8 images need mean and std"),
     (loss, {"patch_size": 3}, ValueError, "patch height 3 does not divide the image height 8"),
+    (query_pool, {"x": X[0]}, ValueError, r"x must have 3 dimensions, got 2 \(\[6, 8\]\)"),
+    (query_pool, {"x": X.long()}, TypeError, "x must be a floating-point tensor, got torch.int64"),
+    (query_pool, {"queries": TOKEN}, ValueError, r"queries must have 2 or 3 dimensions, got 1"),
+    (query_pool, {"queries": TOKEN[None, :7]}, ValueError, r"queries \[1, 7\] has size 7 in dimension 1 but x"),
+    (query_pool, {"queries": X[:1]}, ValueError, r"queries \[1, 6, 8\] has size 1 in dimension 0 but x"),
+    (query_pool, {"values": X[:, :5]}, ValueError, r"values \[2, 5, 8\] has size 5 in dimension 1 but x"),
+    (query_pool, {"values": X.bfloat16()}, TypeError, "values are torch.bfloat16 but x is torch.float32"),
+    (query_pool, {"queries": X[0, :3], "sliced": True}, ValueError, "3 queries do not cut the 8 columns"),
+    (query_pool, {"num_prefix": 7}, ValueError, "num_prefix is 7 but x has 6 tokens"),
+    (query_pool, {"num_prefix": -1}, ValueError, "num_prefix is -1 but x has 6 tokens"),
+    (query_pool, {"mask": torch.ones(2, 6)}, TypeError, "mask must be bool .True = may be pooled., got torch.float32"),
+    (query_pool, {"mask": torch.ones(2, 5).bool()}, ValueError, r"mask \[2, 5\] and x \[2, 6, 8\] must agree"),
+    (weighted_pool, {"scores": X[:1, :, 0]}, ValueError, r"scores \[1, 6\] has size 1 in dimension 0 but x"),
+    (weighted_pool, {"scores": X[:, :5, 0]}, ValueError, r"scores \[2, 5\] has size 5 in dimension 1 but x"),
+    (weighted_pool, {"scores": X[0, 0]}, ValueError, "scores must have 2 or 3 dimensions, got 1"),
+    (weighted_pool, {"scores": IDS}, TypeError, "scores must be a floating-point tensor, got torch.int64"),
+    (reduce_pool, {"kind": "sum"}, ValueError, "kind must be one of mean, max, gem, got 'sum'"),
+    (reduce_pool, {"kind": "gem", "p": 0.0}, ValueError, "p must be positive, got 0.0"),
+    (reduce_pool, {"kind": "gem", "p": TOKEN}, ValueError, r"p must have one element, got shape \[8\]"),
+    (reduce_pool, {"kind": "gem", "eps": 0.0}, ValueError, "eps must be positive, got 0.0"),
+    (reduce_pool, {"num_prefix": 7}, ValueError, "num_prefix is 7 but x has 6 tokens"),
 ]
 
 

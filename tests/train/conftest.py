@@ -38,6 +38,12 @@ def one_thread():
         os.environ["OMP_NUM_THREADS"] = before
 
 
+@pytest.fixture(scope="session")
+def tiny_settings():
+    """Of a model that trains in seconds."""
+    return dict(TINY)
+
+
 @pytest.fixture
 def tiny(tmp_path):
     """Configurations of a model that trains in seconds; the run folder is new."""

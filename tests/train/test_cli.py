@@ -9,7 +9,7 @@ import pytest
 
 from mimkernels.train.checkpoint import CheckpointFolder
 from mimkernels.train.cli import add_demo_parser, add_pretrain_parser
-from mimkernels.train.presets import demo_config
+from mimkernels.train.presets import demo_config, demo_probe_config
 
 SMALL = [
     "--img-size", "16", "--in-chans", "1", "--patch-size", "4", "--model-kwargs", "embed_dim=16",
@@ -71,18 +71,28 @@ def test_resume_takes_the_settings_of_the_run(tmp_path, capsys):
     assert "decoder_dim: 16 -> 32" in capsys.readouterr().err
 
 
-def test_the_demo_writes_its_report_and_may_be_repeated(tmp_path, capsys, monkeypatch):
+def test_the_demo_trains_probes_reports_and_may_be_repeated(tmp_path, capsys, monkeypatch):
     def small(output, epochs):
         config = demo_config(output, epochs)
         config.batch_size, config.pictures, config.img_size = 500, 2, 16
         return config
 
+    def short(output):
+        config = demo_probe_config(output)
+        config.epochs = 1
+        return config
+
     monkeypatch.setattr("mimkernels.train.presets.demo_config", small)
+    monkeypatch.setattr("mimkernels.train.presets.demo_probe_config", short)
     output = tmp_path / "demo"
     for _ in range(2):
         assert run("demo", "--output", str(output), "--epochs", "1") == 0
         told = capsys.readouterr().out
         assert str(output / "report.html") in told and "mimkernels pretrain --data DIR" in told
+        assert "abmilp" in told and "297 test images" in told
+        page = (output / "report.html").read_text()
+        assert page.count("Reconstructions</h2>") == page.count("What frozen features know</h2>") == 1
+        assert page.rstrip().endswith("</html>") and "Where poolings look" in page
     assert run("pretrain", *SMALL, "--output", str(tmp_path / "mine")) == 0
     assert run("demo", "--output", str(tmp_path / "mine"), "--epochs", "1") == 2  # not a demo: never replaced
 

@@ -1,0 +1,94 @@
+// What the launchers of the pooling ops take. As in params.h: pointers, sizes and element strides
+// only, and the binding has checked them.
+//
+// Letters: B images, N tokens, P prefix tokens, D features of a token, G queries (or rows of
+// scores), Dv features of a value, d = Dv / G the width of one query's slice.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+#include "params.h"
+
+namespace mimkernels {
+
+// query_pool and weighted_pool forward:
+//   a[b, g, :] = softmax over the allowed tokens of s[b, g, n], or s itself where softmax is false;
+//   out[b, g, :] = sum over the allowed tokens of a[b, g, n] * values[b, n, columns of g].
+// Either s = scale * (queries . x), or the scores are given. A token is allowed if n >= P and its
+// mask is set.
+struct TokenPoolFwdParams {
+  DType dtype = DType::kFloat32;
+  int64_t batch = 0;
+  int64_t tokens = 0;
+  int64_t num_prefix = 0;
+  int64_t groups = 0;  // G
+  int64_t dim = 0;     // D
+  int64_t width = 0;   // Dv
+  bool sliced = false;
+  bool softmax = true;
+  bool pools_x = false;  // the values are x
+  float scale = 1.0f;
+  BoolMask mask;             // [B, N], true = allowed; null: all
+  Rows x;                    // [B, N, D], for queries
+  Rows queries;              // [B, G, D], stride0 = 0 where images share them; null: scores
+  Rows scores;               // fp32 [B, G, N]
+  Rows values;               // [B, N, Dv]
+  void* out = nullptr;       // [B, G, Dv], or [B, G, d] sliced
+  float* weights = nullptr;  // [B, G, N], 0 where a token is not allowed
+};
+
+// With da[b, g, n] = dout[b, g, :] . values[b, n, columns of g] + dweights[b, g, n] and
+// ds = a * (da - sum over n of a * da), or da where softmax is false:
+//   dvalues[b, n, :] = sum over g of a * dout,  dx[b, n, :] = scale * sum over g of ds * q,
+//   dqueries[g, :] = scale * sum over (b,) n of ds * x,  dscores = ds.
+struct TokenPoolBwdParams {
+  DType dtype = DType::kFloat32;
+  int64_t batch = 0;
+  int64_t tokens = 0;
+  int64_t num_prefix = 0;
+  int64_t groups = 0;
+  int64_t dim = 0;
+  int64_t width = 0;
+  bool sliced = false;
+  bool softmax = true;
+  bool pools_x = false;         // the values are x: dx is the sum of both gradients, dvalues null
+  bool shared_queries = false;  // images share them
+  float scale = 1.0f;
+  BoolMask mask;
+  Rows dout;                       // [B, G, Dv] or [B, G, d]
+  Rows dweights;                   // fp32 [B, G, N] or null
+  Rows x;                          // [B, N, D], for queries
+  Rows queries;                    // [B, G, D] or null
+  Rows values;                     // [B, N, Dv]
+  const float* weights = nullptr;  // [B, G, N]
+  void* dx = nullptr;              // [B, N, D] or null
+  void* dqueries = nullptr;        // [B, G, D], or [G, D] if shared, or null
+  void* dvalues = nullptr;         // [B, N, Dv] or null
+  float* dscores = nullptr;        // [B, G, N] or null
+};
+
+enum class ReduceKind : int32_t { kMean = 0, kMax = 1, kGem = 2 };
+
+// reduce_pool, forward and backward: the mean, the maximum, or (mean of max(x, eps)^p)^(1/p) of the
+// allowed tokens, column by column; zeros where no token is allowed.
+struct ReducePoolParams {
+  DType dtype = DType::kFloat32;
+  ReduceKind kind = ReduceKind::kMean;
+  int64_t batch = 0;
+  int64_t tokens = 0;
+  int64_t num_prefix = 0;
+  int64_t dim = 0;
+  float eps = 0.0f;
+  BoolMask mask;
+  const float* p = nullptr;  // [1], for kGem
+  Rows x;                    // [B, N, D]; null in the backward of kMean and kMax
+  void* out = nullptr;       // forward: [B, D]
+  int32_t* index = nullptr;  // [B, D] of kMax: the first largest token, -1 if none is allowed
+  float* moment = nullptr;   // [B, D] of kGem: the mean of the powers, 0 if none is allowed
+  Rows dout;                 // backward: [B, D] as rows of stride1
+  void* dx = nullptr;        // backward: [B, N, D] or null
+  float* dp = nullptr;       // backward: [1] or null
+};
+
+}  // namespace mimkernels

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import torch
+
+from mimkernels.ops._registry import ANY_FLOAT, Impl, OpSpec, register
+
+
+def _fwd(x, queries, values, mask, scale, num_prefix, sliced):
+    batch, tokens, dim = x.shape
+    groups = queries.shape[-2]
+    width = dim if values is None else values.shape[2]
+    return (
+        x.new_empty((batch, groups, width // groups if sliced else width)),
+        x.new_empty((batch, groups, tokens), dtype=torch.float32),
+    )
+
+
+def _bwd(
+    dout,
+    dweights,
+    x,
+    queries,
+    values,
+    weights,
+    mask,
+    scale,
+    num_prefix,
+    sliced,
+    need_x,
+    need_queries,
+    need_values,
+):
+    return (
+        x.new_empty(x.shape if need_x else (0,)),
+        x.new_empty(queries.shape if need_queries else (0,)),
+        x.new_empty(values.shape if need_values else (0,)),
+    )
+
+
+SPEC = register(
+    OpSpec(
+        name="query_pool",
+        schemas={
+            "query_pool_fwd": "(Tensor x, Tensor queries, Tensor? values, Tensor? mask, float scale, "
+            "SymInt num_prefix, bool sliced) -> (Tensor, Tensor)",
+            "query_pool_bwd": "(Tensor dout, Tensor? dweights, Tensor x, Tensor queries, Tensor? values, "
+            "Tensor weights, Tensor? mask, float scale, SymInt num_prefix, bool sliced, bool need_x, "
+            "bool need_queries, bool need_values) -> (Tensor, Tensor, Tensor)",
+        },
+        fakes={"query_pool_fwd": _fwd, "query_pool_bwd": _bwd},
+        impls=(Impl("cpu"), Impl("reference", ANY_FLOAT)),
+    )
+)

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mimkernels.ops import _checks, _pool
+from mimkernels.ops.reduce_pool import reference
+from mimkernels.ops.reduce_pool.spec import KINDS, SPEC
+
+
+def reduce_pool(
+    x: Tensor,
+    kind: str,
+    *,
+    num_prefix: int = 0,
+    mask: Tensor | None = None,
+    p: float | Tensor = 3.0,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> Tensor:
+    """Mean, maximum or generalised mean (GeM) of the patch tokens, column by column.
+
+    Args:
+        x: ``[B, N, D]`` tokens, fp32, fp16 or bf16 (fp64 on the reference); any strides.
+        kind: ``"mean"``; ``"max"`` (of equal maxima the first token gets the gradient); or ``"gem"``:
+            ``(mean_n max(x_bn, eps)^p)^(1/p)``.
+        num_prefix: how many leading tokens ([cls], registers) are never pooled.
+        mask: ``[B, N]`` bool, True = may be pooled; or None. An excluded token is not looked at: its NaN reach
+            nothing and its gradient is zero. An image without allowed tokens gets zeros.
+        p: exponent of GeM, a number or a tensor of one element; the tensor gets a gradient.
+        eps: what GeM raises smaller features to; positive.
+        backend: ``"auto"`` or a name from ``mimkernels info``. A named backend never falls back.
+
+    Returns:
+        ``[B, D]``, dtype of ``x``. Gradients reach ``x`` and ``p``.
+
+    Raises:
+        ValueError: shapes or devices disagree, or an unknown kind; the message shows both sides.
+        TypeError: a dtype that the op does not take.
+        NotImplementedError: no backend takes these inputs; lists each backend's reasons.
+
+    Source: GeM, arXiv:1711.02512.
+    """
+    op = "reduce_pool"
+    mask = _pool.tokens_and_mask(op, x, num_prefix, mask)
+    if kind not in KINDS:
+        raise ValueError(f"{op}: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    exponent = None
+    if kind == "gem":
+        if eps <= 0:
+            raise ValueError(f"{op}: eps must be positive, got {eps}")
+        exponent = _exponent(op, p, x)
+    name = SPEC.resolve(backend, x.device.type, x.dtype)
+    if name == "reference":
+        return reference.reduce_pool(x, kind, mask, num_prefix, exponent, eps)
+    arguments = (_checks.rows(x), mask, KINDS.index(kind), num_prefix, exponent, eps)
+    if _checks.needs_grad(x, exponent):
+        return _ReducePool.apply(*arguments, name)
+    return SPEC.overload("reduce_pool_fwd", name)(*arguments)[0]
+
+
+class _ReducePool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, mask, kind, num_prefix, p, eps, backend):
+        out, saved = SPEC.overload("reduce_pool_fwd", backend)(x, mask, kind, num_prefix, p, eps)
+        # Only the gradient of GeM looks at the tokens again.
+        ctx.save_for_backward(x if p is not None else None, saved, mask, p)
+        ctx.options = (kind, x.shape[1], num_prefix)
+        ctx.eps = eps
+        ctx.backend = backend
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        x, saved, mask, p = ctx.saved_tensors
+        need_x, need_p = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
+        dx, dp = SPEC.overload("reduce_pool_bwd", ctx.backend)(
+            _checks.rows(dout), x, saved, mask, *ctx.options, p, ctx.eps, need_x, need_p
+        )
+        return dx if need_x else None, None, None, None, dp if need_p else None, None, None
+
+
+def _exponent(op: str, p: float | Tensor, x: Tensor) -> Tensor:
+    """The exponent as one element ``[1]`` on the device of ``x``, fp32 or fp64."""
+    if not isinstance(p, Tensor):
+        if p <= 0:
+            raise ValueError(f"{op}: p must be positive, got {p}")
+        return torch.full((1,), float(p), dtype=_pool.wide(x), device=x.device)
+    _checks.is_float(op, "p", p)
+    _checks.same_device(op, "p", p, "x", x)
+    if p.numel() != 1:
+        raise ValueError(f"{op}: p must have one element, got shape {_checks.shape(p)}")
+    return p.reshape(1).to(_pool.wide(x))

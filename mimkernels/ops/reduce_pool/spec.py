@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import torch
+
+from mimkernels.ops._registry import ANY_FLOAT, Impl, OpSpec, register
+
+KINDS = ("mean", "max", "gem")  # in the kernels their positions here
+
+
+def _fwd(x, mask, kind, num_prefix, p, eps):
+    batch, _, dim = x.shape
+    out = x.new_empty((batch, dim))
+    if KINDS[kind] == "max":
+        return out, x.new_empty((batch, dim), dtype=torch.int32)
+    return out, x.new_empty((batch, dim) if KINDS[kind] == "gem" else (0,), dtype=torch.float32)
+
+
+def _bwd(dout, x, saved, mask, kind, tokens, num_prefix, p, eps, need_x, need_p):
+    batch, dim = dout.shape
+    return (
+        dout.new_empty((batch, tokens, dim) if need_x else (0,)),
+        dout.new_empty((1,) if need_p else (0,), dtype=torch.float32),
+    )
+
+
+SPEC = register(
+    OpSpec(
+        name="reduce_pool",
+        schemas={
+            # The second output is what backward needs: of "max" which token it is (int32 [B, D], -1 = none), of "gem"
+            # the mean of the powers (fp32 [B, D]), of "mean" nothing.
+            "reduce_pool_fwd": "(Tensor x, Tensor? mask, int kind, SymInt num_prefix, Tensor? p, float eps) "
+            "-> (Tensor, Tensor)",
+            "reduce_pool_bwd": "(Tensor dout, Tensor? x, Tensor saved, Tensor? mask, int kind, SymInt tokens, "
+            "SymInt num_prefix, Tensor? p, float eps, bool need_x, bool need_p) -> (Tensor, Tensor)",
+        },
+        fakes={"reduce_pool_fwd": _fwd, "reduce_pool_bwd": _bwd},
+        impls=(Impl("cpu"), Impl("reference", ANY_FLOAT)),
+    )
+)

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mimkernels.ops import _checks, _pool
+from mimkernels.ops.weighted_pool import reference
+from mimkernels.ops.weighted_pool.spec import SPEC
+
+
+def weighted_pool(
+    x: Tensor,
+    scores: Tensor,
+    *,
+    normalize: bool = True,
+    num_prefix: int = 0,
+    mask: Tensor | None = None,
+    return_weights: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Sums of patch tokens weighted by scores computed elsewhere: ``out_bg = sum_n a_bgn x_bn``.
+
+    Args:
+        x: ``[B, N, D]`` tokens, fp32, fp16 or bf16 (fp64 on the reference); any strides.
+        scores: ``[B, N]`` or ``[B, G, N]``, one per token (prefix tokens too: theirs count nothing), any float dtype.
+        normalize: the weights a are the softmax of the scores over the allowed tokens; else the scores as given.
+        num_prefix: how many leading tokens ([cls], registers) are never pooled.
+        mask: ``[B, N]`` bool, True = may be pooled; or None. An excluded token is not looked at: its NaN reach
+            nothing and its gradient is zero. An image without allowed tokens gets zeros, as do scores that are all
+            -inf.
+        return_weights: also return the weights.
+        backend: ``"auto"`` or a name from ``mimkernels info``. A named backend never falls back.
+
+    Returns:
+        ``[B, D]`` for 2-D scores, else ``[B, G, D]``, dtype of ``x``; with ``return_weights`` a pair of that and the
+        weights in the shape of the scores, fp32, zero on excluded tokens. Gradients flow from both to ``x`` and
+        ``scores``.
+
+    Raises:
+        ValueError: shapes or devices disagree; the message shows both sides.
+        TypeError: a dtype that the op does not take.
+        NotImplementedError: no backend takes these inputs; lists each backend's reasons.
+
+    Source: attention-based multiple instance learning, arXiv:1802.04712; poolings of arXiv:2412.03215.
+    """
+    op = "weighted_pool"
+    mask = _pool.tokens_and_mask(op, x, num_prefix, mask)
+    _checks.has_rank(op, "scores", scores, 2, 3)
+    _checks.is_float(op, "scores", scores)
+    _checks.same_device(op, "scores", scores, "x", x)
+    _checks.same_size(op, "scores", scores, 0, "x", x, 0)
+    _checks.same_size(op, "scores", scores, scores.dim() - 1, "x", x, 1)
+    one = scores.dim() == 2
+    if one:
+        scores = scores.unsqueeze(1)
+    scores = scores.to(_pool.wide(x))
+    name = SPEC.resolve(backend, x.device.type, x.dtype)
+    if name == "reference":
+        out, weights = reference.weighted_pool(x, scores, mask, normalize, num_prefix)
+    else:
+        arguments = (_checks.rows(x), _checks.rows(scores), mask, normalize, num_prefix)
+        if _checks.needs_grad(x, scores):
+            out, weights = _WeightedPool.apply(*arguments, name)
+        else:
+            out, weights = SPEC.overload("weighted_pool_fwd", name)(*arguments)
+    if one:
+        out, weights = out.squeeze(1), weights.squeeze(1)
+    return (out, weights) if return_weights else out
+
+
+class _WeightedPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scores, mask, normalize, num_prefix, backend):
+        out, weights = SPEC.overload("weighted_pool_fwd", backend)(x, scores, mask, normalize, num_prefix)
+        ctx.save_for_backward(x, weights, mask)
+        ctx.options = (normalize, num_prefix)
+        ctx.backend = backend
+        ctx.set_materialize_grads(False)
+        return out, weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dweights):
+        x, weights, mask = ctx.saved_tensors
+        need_x, need_scores = ctx.needs_input_grad[:2]
+        dout = x.new_zeros((*weights.shape[:2], x.shape[2])) if dout is None else _checks.rows(dout)
+        dweights = None if dweights is None else _checks.rows(dweights)
+        dx, dscores = SPEC.overload("weighted_pool_bwd", ctx.backend)(
+            dout, dweights, x, weights, mask, *ctx.options, need_x, need_scores
+        )
+        return dx if need_x else None, dscores if need_scores else None, *(None,) * 4

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import torch
+
+from mimkernels.ops._registry import ANY_FLOAT, Impl, OpSpec, register
+
+
+def _fwd(x, scores, mask, normalize, num_prefix):
+    batch, groups, tokens = scores.shape
+    return (
+        x.new_empty((batch, groups, x.shape[2])),
+        x.new_empty((batch, groups, tokens), dtype=torch.float32),
+    )
+
+
+def _bwd(dout, dweights, x, weights, mask, normalize, num_prefix, need_x, need_scores):
+    return (
+        x.new_empty(x.shape if need_x else (0,)),
+        x.new_empty(weights.shape if need_scores else (0,), dtype=torch.float32),
+    )
+
+
+SPEC = register(
+    OpSpec(
+        name="weighted_pool",
+        schemas={
+            "weighted_pool_fwd": "(Tensor x, Tensor scores, Tensor? mask, bool normalize, SymInt num_prefix) "
+            "-> (Tensor, Tensor)",
+            "weighted_pool_bwd": "(Tensor dout, Tensor? dweights, Tensor x, Tensor weights, Tensor? mask, "
+            "bool normalize, SymInt num_prefix, bool need_x, bool need_scores) -> (Tensor, Tensor)",
+        },
+        fakes={"weighted_pool_fwd": _fwd, "weighted_pool_bwd": _bwd},
+        impls=(Impl("cpu"), Impl("reference", ANY_FLOAT)),
+    )
+)

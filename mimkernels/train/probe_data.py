@@ -1,0 +1,164 @@
+"""Images with labels for probing: the split into training and test images, and how they are read."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mimkernels.train.data import AUGMENT, UNREADABLE, Augmentation, derived_seed, reason_of, start_worker
+from mimkernels.train.probe_config import ProbeConfig
+from mimkernels.train.sources import FolderSource, Source, open_held_out, open_source
+
+_TEST_FOLDERS = ("val", "validation", "valid", "test")
+
+
+@dataclass
+class LabelledImages:
+    """Some images of a source, with their class numbers."""
+
+    source: Source
+    indices: np.ndarray  # [n] numbers of the images in the source
+    targets: torch.Tensor  # [n] int64
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def label(self, position: int) -> str:
+        return self.source.label(int(self.indices[position]))
+
+    def without(self, positions: Sequence[int]) -> "LabelledImages":
+        keep = np.setdiff1d(np.arange(len(self)), np.asarray(positions, dtype=int))
+        return LabelledImages(self.source, self.indices[keep], self.targets[torch.from_numpy(keep)])
+
+    def fingerprint(self) -> str:
+        chosen = hashlib.sha256(self.indices.astype("<i8").tobytes() + self.targets.numpy().astype("<i8").tobytes())
+        return f"{self.source.fingerprint()}/{len(self)}/{chosen.hexdigest()[:16]}"
+
+
+class Split(NamedTuple):
+    """What a probe trains on, what it is tested on, and how the two came about."""
+
+    train: LabelledImages
+    test: LabelledImages
+    classes: list[str]
+    description: str
+
+
+def open_split(config: ProbeConfig) -> Split:
+    """Training and test images of ``--data``; the same on every run, whatever the seed.
+
+    Raises:
+        ValueError: no such data, no labels, fewer than two classes, or a class of the test that training lacks.
+    """
+    folder = Path(config.data)
+    named = config.data == "digits" or config.data.startswith("torchvision:")
+    parts = [folder / name for name in _TEST_FOLDERS if (folder / name).is_dir()]
+    own_split = not named and (folder / "train").is_dir() and bool(parts)
+    train: Source = FolderSource(folder / "train") if own_split else open_source(config.data, config.data_root)
+    if config.val_data is not None:
+        test, how = FolderSource(config.val_data), f"tested on {config.val_data}"
+    elif own_split:
+        test, how = FolderSource(parts[0]), f"tested on its folder {parts[0].name}"
+    else:
+        test, how = open_held_out(config.data, config.data_root), "tested on the set's own test images"
+    numbers, classes = train.targets()
+    if len(classes) < 2:
+        raise ValueError(f"{train.name!r} has {len(classes)} class: a probe needs at least 2")
+    targets = torch.tensor(numbers, dtype=torch.int64)
+    everything = np.arange(len(train))
+    if test is not None:
+        split = (
+            LabelledImages(train, everything, targets),
+            LabelledImages(test, np.arange(len(test)), _renumbered(test, train, classes)),
+        )
+    else:
+        held_out = _held_out(train, targets, config.val_share)
+        split = tuple(
+            LabelledImages(train, everything[part], targets[torch.from_numpy(part)]) for part in (~held_out, held_out)
+        )
+        how = f"tested on {config.val_share:.0%} of every class, chosen by file name"
+    return Split(*split, classes, how)
+
+
+def _renumbered(test: Source, train: Source, classes: list[str]) -> torch.Tensor:
+    """The test images' classes by the training classes' numbers."""
+    numbers, names = test.targets()
+    known = {name: number for number, name in enumerate(classes)}
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"{test.name!r} has a class {name!r} that {train.name!r} has not; it has "
+                f"{', '.join(classes[:8])}{', ...' if len(classes) > 8 else ''}"
+            )
+    return torch.tensor([known[names[number]] for number in numbers], dtype=torch.int64)
+
+
+def _held_out(source: Source, targets: torch.Tensor, share: float) -> np.ndarray:
+    """Which images are for the test, ``[n]`` bool: in every class those with the smallest hash of their names.
+
+    The choice does not depend on the order of the files, and adding a file moves few others. Every class keeps an image
+    to train on.
+    """
+    root = str(getattr(source, "folder", ""))
+    keys = [hashlib.sha256(source.label(i).removeprefix(root).encode(errors="surrogateescape")).digest()
+            for i in range(len(source))]  # fmt: skip
+    chosen = np.zeros(len(source), dtype=bool)
+    for number in targets.unique():
+        members = sorted((targets == number).nonzero().flatten().tolist(), key=keys.__getitem__)
+        chosen[members[: min(len(members) - 1, max(1, round(share * len(members))))]] = True
+    if not chosen.any():
+        raise ValueError(f"{source.name!r} has one image per class: none can be held out for the test")
+    return chosen
+
+
+class ProbeBatch(NamedTuple):
+    """Readable images of a batch, their positions in the split, and what could not be read."""
+
+    images: torch.Tensor | None  # [B, C, H, W] uint8; None if there are none
+    positions: torch.Tensor  # [B] int64
+    broken: list[tuple[int, str]]  # (position, reason)
+
+
+class ProbeImages(Dataset):
+    """Images by (epoch, position), augmented or not."""
+
+    def __init__(self, images: LabelledImages, augmentation: Augmentation, seed: int, augment: bool) -> None:
+        self.images, self.augmentation, self.seed, self.augment = images, augmentation, seed, augment
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor | None, int, str]:
+        epoch, position = key
+        try:
+            image = self.images.source.read(int(self.images.indices[position]))
+            if self.augment:
+                return self.augmentation(image, derived_seed(self.seed, AUGMENT, epoch, position)), position, ""
+            return self.augmentation.plain(image), position, ""
+        except UNREADABLE as e:
+            return None, position, reason_of(e)
+
+
+def collate_probe(samples: list[tuple[torch.Tensor | None, int, str]]) -> ProbeBatch:
+    read = [(image, position) for image, position, _ in samples if image is not None]
+    broken = [(position, reason) for image, position, reason in samples if image is None]
+    positions = torch.tensor([position for _, position in read], dtype=torch.int64)
+    return ProbeBatch(torch.stack([image for image, _ in read]) if read else None, positions, broken)
+
+
+def in_order(images: ProbeImages, batch_size: int, workers: int, pin_memory: bool) -> DataLoader:
+    """Every image once, in order, the last batch shorter."""
+    return DataLoader(
+        images,
+        batch_size=batch_size,
+        sampler=[(0, position) for position in range(len(images))],
+        collate_fn=collate_probe,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        worker_init_fn=start_worker,
+    )

@@ -1,0 +1,259 @@
+"""The frozen encoder of a probe: from a run, a checkpoint or timm's name to tokens."""
+
+import difflib
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mimkernels.nn import cls_attention, record_heads, use_mimkernels_attention
+from mimkernels.train import checkpoint as files
+from mimkernels.train.checkpoint import CheckpointFolder
+from mimkernels.train.config import PretrainConfig
+from mimkernels.train.methods import COLOUR, build_model
+from mimkernels.train.probe_config import ProbeConfig
+
+# Published MAE encoders by width and depth; the number of heads cannot be read off the weights.
+_BY_SHAPE = {
+    (192, 12): "vit_tiny_patch16_224",
+    (384, 12): "vit_small_patch16_224",
+    (768, 12): "vit_base_patch16_224",
+    (1024, 24): "vit_large_patch16_224",
+    (1280, 32): "vit_huge_patch14_224",
+}
+_DECODER = ("mask_token", "decoder_", "head.")
+
+
+class Tokens(NamedTuple):
+    """What the encoder makes of a batch."""
+
+    tokens: Tensor  # [B, N, D] fp32
+    cls_attention: Tensor | None  # [B, H, N] fp32 of the last block, where it was asked for
+
+
+class FrozenEncoder(nn.Module):
+    """A Vision Transformer without gradients, from uint8 images to tokens.
+
+    Attributes:
+        name, title: for people, short and whole.
+        dim, num_tokens, num_prefix: D, N and P of the tokens.
+        grid: rows and columns of patches, or None if they form no grid.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        title: str,
+        *,
+        img_size: int,
+        in_chans: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        final_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        self.model = model.requires_grad_(False)
+        self.eval()
+        self.name, self.title, self.img_size, self.in_chans = name, title, img_size, in_chans
+        self.final_norm = final_norm
+        if not final_norm:
+            if not isinstance(getattr(model, "norm", None), nn.Module):
+                raise ValueError(f"final_norm: {title} has no norm behind its blocks to leave out")
+            model.norm = nn.Identity()
+        # With 255 folded in: pixels are uint8.
+        self.register_buffer("_shift", 255 * torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("_scale", 1 / (255 * torch.tensor(std).view(-1, 1, 1)))
+        self.num_prefix = int(getattr(model, "num_prefix_tokens", 0))
+        self.has_cls_token = self.num_prefix > 0 and getattr(model, "cls_token", None) is not None
+        use_mimkernels_attention(model, required=False)
+        try:
+            tokens = self(torch.zeros(1, in_chans, img_size, img_size, dtype=torch.uint8)).tokens
+        except (AssertionError, RuntimeError) as e:
+            raise ValueError(f"{title} does not take images of {img_size} x {img_size} pixels: {e}") from e
+        _, self.num_tokens, self.dim = tokens.shape
+        self.grid = self._grid(self.num_tokens - self.num_prefix)
+
+    def train(self, mode: bool = True) -> "FrozenEncoder":
+        return super().train(False)  # dropout and stochastic depth stay off
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, with_attention: bool = False) -> Tokens:
+        """``images [B, C, S, S]`` uint8; `with_attention` also gives the last block's [cls] attention."""
+        pixels = (images - self._shift) * self._scale
+        if not with_attention:
+            return Tokens(self._tokens(pixels), None)
+        with record_heads(self._last_block(), keep=("q", "k", "lse")) as heads:
+            tokens = self._tokens(pixels)
+        last = heads[-1]
+        return Tokens(tokens, cls_attention(last.q, last.k, last.lse, **last.options))
+
+    def check_attention(self, pooling: str) -> None:
+        """Raise ValueError unless the last block's attention can be had, which `pooling` needs."""
+        try:
+            record_heads(self._last_block())
+        except ValueError as e:
+            raise ValueError(f"pooling {pooling!r} needs the attention of the last block of {self.title}: {e}") from e
+
+    def fingerprint(self) -> str:
+        """Changes with the weights and with what is done to the pixels."""
+        digest = hashlib.sha256(f"{self.img_size} {self.in_chans} {self.final_norm}".encode())
+        for name, value in self.state_dict().items():
+            digest.update(name.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+    def _tokens(self, pixels: Tensor) -> Tensor:
+        tokens = self.model.forward_features(pixels)
+        if not isinstance(tokens, Tensor) or tokens.dim() != 3:
+            shape = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise ValueError(
+                f"{self.title} gives {shape}, not tokens [B, N, D]; probe a Vision Transformer, such as "
+                "'vit_base_patch16_224.mae'"
+            )
+        if self.final_norm and getattr(self.model, "fc_norm", None) is not None:
+            tokens = self.model.fc_norm(tokens)  # where timm has the last norm behind the pooling
+        return tokens.float()
+
+    def _last_block(self) -> nn.Module:
+        blocks = getattr(self.model, "blocks", None)
+        if not blocks:
+            raise ValueError("it has no blocks")
+        return blocks[-1]
+
+    def _grid(self, patches: int) -> tuple[int, int] | None:
+        grid = tuple(getattr(getattr(self.model, "patch_embed", None), "grid_size", None) or ())
+        side = math.isqrt(patches)
+        if len(grid) == 2 and math.prod(grid) == patches:
+            return grid
+        return (side, side) if side * side == patches else None
+
+
+def load_encoder(config: ProbeConfig) -> FrozenEncoder:
+    """The encoder that ``--model`` names.
+
+    Raises:
+        ValueError: there is no such run, checkpoint or timm model, or it gives no tokens.
+    """
+    path = Path(config.model)
+    if path.is_dir():
+        newest = CheckpointFolder(path / "checkpoints", 1).latest()
+        exported = path / "mae_checkpoint.pth"
+        if newest is None and not exported.is_file():
+            raise ValueError(f"{config.model!r} holds no run: neither checkpoints/ nor mae_checkpoint.pth")
+        return _from_file(config, newest or exported)
+    if path.is_file():
+        return _from_file(config, path)
+    if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".tar") or "/" in config.model.removeprefix("hf-hub:"):
+        raise ValueError(f"model {config.model!r} does not exist (looked for {path.absolute()})")
+    return _from_timm(config)
+
+
+def _from_file(config: ProbeConfig, path: Path) -> FrozenEncoder:
+    from mimkernels.models.checkpoint import read_weights
+
+    settings = path.parent / "config.json"
+    try:
+        content = files.load(path)
+        trained, weights = PretrainConfig.from_dict(content["config"]), content["model"]
+    except ValueError:
+        # Published, or exported by a run, whose settings then lie beside it.
+        weights = read_weights(path)
+        if config.arch is None and settings.is_file():
+            trained = PretrainConfig.load(settings)
+            weights = {name if name.startswith(_DECODER[:2]) else f"encoder.{name}": w for name, w in weights.items()}
+        else:
+            return _from_published(config, path, weights)
+    _not_with(config, "a checkpoint of `mimkernels pretrain`", "arch", "model_kwargs", "img_size")
+    model = build_model(trained)
+    from mimkernels.models.checkpoint import copy_by_name
+
+    copy_by_name(model.state_dict(), weights, title=f"{trained.model} of {settings}")
+    own = ", ".join(f"{name} {value}" for name, value in trained.model_kwargs.items())
+    return FrozenEncoder(
+        model.encoder,
+        f"{trained.method.upper()} {trained.model} of {config.model}",
+        f"{trained.method.upper()} {trained.model}{f' ({own})' if own else ''} from {path}",
+        img_size=trained.img_size,
+        in_chans=trained.in_chans,
+        mean=model.mean,
+        std=model.std,
+        final_norm=config.final_norm,
+    )
+
+
+def _from_published(config: ProbeConfig, path: Path, weights: dict[str, Tensor]) -> FrozenEncoder:
+    from mimkernels.models.checkpoint import copy_by_name
+    from mimkernels.models.encoder import create_encoder
+
+    weights = {name.removeprefix("encoder."): tensor for name, tensor in weights.items()}
+    weights = {name: tensor for name, tensor in weights.items() if not name.startswith(_DECODER)}
+    projection, positions = weights.get("patch_embed.proj.weight"), weights.get("pos_embed")
+    if projection is None or positions is None or projection.dim() != 4 or positions.dim() != 3:
+        raise ValueError(f"{str(path)!r} has no patch_embed.proj.weight and pos_embed: not a Vision Transformer's")
+    width, channels, patch = projection.shape[0], projection.shape[1], projection.shape[2]
+    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    name = config.arch or _BY_SHAPE.get((width, depth))
+    if name is None:
+        raise ValueError(
+            f"{str(path)!r} is {width} wide with {depth} blocks, which is no published size: name its timm model with "
+            "--arch (and --model-kwargs)"
+        )
+    side = math.isqrt(positions.shape[1] - ("cls_token" in weights))
+    size = config.img_size or side * patch
+    encoder = create_encoder(name, img_size=size, in_chans=channels, patch_size=patch, **config.model_kwargs)
+    copy_by_name(encoder.state_dict(), weights, title=f"{name}, {size} x {size} pixels")
+    if channels != len(COLOUR[0]):
+        raise ValueError(f"{str(path)!r} takes images of {channels} channels, published checkpoints take 3")
+    mean, std = COLOUR
+    return FrozenEncoder(
+        encoder,
+        name,
+        f"{name} from {path}",
+        img_size=size,
+        in_chans=channels,
+        mean=mean,
+        std=std,
+        final_norm=config.final_norm,
+    )
+
+
+def _from_timm(config: ProbeConfig) -> FrozenEncoder:
+    import timm
+
+    _not_with(config, "a timm name", "arch")
+    base = config.model.partition(".")[0]
+    if ":" not in config.model and not timm.is_model(base):
+        close = difflib.get_close_matches(base, timm.list_models(), n=3, cutoff=0.5)
+        raise ValueError(
+            f"model {config.model!r} is neither a file, nor a folder, nor a timm model"
+            + (f"; close names: {', '.join(close)}" if close else "")
+        )
+    size = {} if config.img_size is None else {"img_size": config.img_size}
+    try:
+        model = timm.create_model(
+            config.model, pretrained=config.pretrained, num_classes=0, **size, **config.model_kwargs
+        )
+    except Exception as e:  # timm, the hub and the network each have their own
+        hint = "; --no-pretrained probes random weights" if config.pretrained else ""
+        raise ValueError(f"timm cannot build {config.model!r}: {str(e).partition(chr(10))[0]}{hint}") from e
+    expected = timm.data.resolve_model_data_config(model)
+    return FrozenEncoder(
+        model,
+        config.model,
+        config.model + ("" if config.pretrained else " with random weights"),
+        img_size=config.img_size or expected["input_size"][-1],
+        in_chans=expected["input_size"][0],
+        mean=expected["mean"],
+        std=expected["std"],
+        final_norm=config.final_norm,
+    )
+
+
+def _not_with(config: ProbeConfig, what: str, *names: str) -> None:
+    given = [name for name in names if getattr(config, name)]
+    if given:
+        raise ValueError(f"{given[0]} cannot be given with {what}: {getattr(config, given[0])!r}")

@@ -1,0 +1,115 @@
+"""What the frozen encoder makes of every image: encoded once, and kept where it fits."""
+
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from mimkernels.nn import Pooling
+from mimkernels.train.errors import DataError
+from mimkernels.train.probe_data import LabelledImages, ProbeImages, in_order
+from mimkernels.train.probe_encoder import FrozenEncoder
+from mimkernels.train.progress import Progress, count, duration
+
+# Reported once in a while, however long the encoder takes.
+_SECONDS_BETWEEN_NOTES = 10
+
+
+class Encoded(NamedTuple):
+    """A batch as probes take it: tokens, or vectors that were pooled before, on the device."""
+
+    positions: Tensor  # [B] int64 on the CPU
+    targets: Tensor  # [B] int64
+    tokens: Tensor | None  # [B, N, D] fp32
+    cls_attention: Tensor | None  # [B, H, N] fp32
+    pooled: dict[str, Tensor]  # [B, D'] by pooling
+
+
+@dataclass
+class Features:
+    """Features of one half of the split, in its order, on the CPU; images that could not be read are left out."""
+
+    images: LabelledImages
+    pooled: dict[str, Tensor] = field(default_factory=dict)  # [n, D'] of the poolings without parameters
+    tokens: Tensor | None = None  # [n, N, D], if they are kept
+
+    def batch(self, positions: Tensor, device: torch.device) -> Encoded:
+        tokens = None if self.tokens is None else self.tokens[positions].to(device, non_blocking=True)
+        pooled = {label: vectors[positions].to(device, non_blocking=True) for label, vectors in self.pooled.items()}
+        return Encoded(positions, self.images.targets[positions].to(device), tokens, None, pooled)
+
+
+class Extractor:
+    """Runs the encoder over images."""
+
+    def __init__(
+        self, encoder: FrozenEncoder, accelerator: Accelerator, batch_size: int, workers: int, progress: Progress
+    ) -> None:
+        self.encoder, self.accelerator, self.progress = encoder, accelerator, progress
+        self.batch_size, self.workers = batch_size, workers
+        self.seconds = 0.0
+        self.encoded = 0
+
+    def encode(self, images: Tensor, positions: Tensor, targets: Tensor, with_attention: bool) -> Encoded:
+        began = time.perf_counter()
+        images = images.to(self.accelerator.device, non_blocking=True)
+        with self.accelerator.autocast():
+            made = self.encoder(images, with_attention)
+        self.encoded += len(images)
+        self.seconds += time.perf_counter() - began
+        return Encoded(positions, targets.to(images.device), made.tokens, made.cls_attention, {})
+
+    def batches(self, images: ProbeImages, what: str, with_attention: bool) -> Iterator[Encoded]:
+        """Every readable image once, in order; DataError if there is none."""
+        loader = in_order(images, self.batch_size, self.workers, self.accelerator.device.type == "cuda")
+        began = noted = time.perf_counter()
+        done, read = 0, 0
+        broken: list[tuple[int, str]] = []
+        for batch in loader:
+            broken += batch.broken
+            done += len(batch.positions) + len(batch.broken)
+            if batch.images is not None:
+                read += len(batch.positions)
+                targets = images.images.targets[batch.positions]
+                yield self.encode(batch.images, batch.positions, targets, with_attention)
+            now = time.perf_counter()
+            if now - noted > _SECONDS_BETWEEN_NOTES:
+                noted, rate = now, done / (now - began)
+                left = duration((len(images) - done) / rate)
+                self.progress.note(f"{what}  {done:,}/{len(images):,}  {count(rate)} images/s  {left} left")
+        if broken:
+            position, reason = broken[0]
+            text = f"{len(broken)} of {len(images)} images cannot be read, such as {images.images.label(position)}: "
+            if not read:
+                raise DataError(text + reason)
+            warnings.warn(f"{text}{reason}; they are left out", stacklevel=2)
+
+    def features(self, images: ProbeImages, poolings: dict[str, Pooling], keep_tokens: bool, what: str) -> Features:
+        """Pooled vectors of `poolings`, and the tokens if they are to be kept."""
+        pooled: dict[str, list[Tensor]] = {label: [] for label in poolings}
+        tokens: Tensor | None = None
+        positions: list[Tensor] = []
+        with_attention = any(pooling.needs_cls_attention for pooling in poolings.values())
+        filled = 0
+        for batch in self.batches(images, what, with_attention):
+            positions.append(batch.positions)
+            for label, pooling in poolings.items():
+                with torch.no_grad():
+                    pooled[label].append(pooling(batch.tokens, cls_attention=batch.cls_attention).cpu())
+            if keep_tokens:
+                if tokens is None:  # at once, so that memory never holds it twice
+                    tokens = torch.empty(len(images), *batch.tokens.shape[1:])
+                tokens[filled : filled + len(batch.tokens)] = batch.tokens.cpu()
+                filled += len(batch.tokens)
+        kept = torch.cat(positions)
+        every = set(range(len(images)))
+        readable = (
+            images.images.without(sorted(every - set(kept.tolist()))) if len(kept) < len(images) else images.images
+        )
+        vectors = {label: torch.cat(parts) for label, parts in pooled.items()}
+        return Features(readable, vectors, None if tokens is None else tokens[:filled])

@@ -1,0 +1,400 @@
+"""One probe from its settings to its report. Everything is checked before the first file is written."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from mimkernels.nn import build_pooling
+from mimkernels.train import checkpoint as files
+from mimkernels.train.data import Augmentation, BatchPlan, make_loader
+from mimkernels.train.errors import TrainingError
+from mimkernels.train.hardware import available_cores, choose_device, choose_precision, device_name, set_cpu_threads
+from mimkernels.train.memory import keep_freed_memory
+from mimkernels.train.probe_config import PoolingChoice, ProbeConfig, parse_poolings
+from mimkernels.train.probe_data import ProbeImages, collate_probe, open_split
+from mimkernels.train.probe_encoder import load_encoder
+from mimkernels.train.probe_features import Encoded, Extractor, Features
+from mimkernels.train.probe_report import ProbePictures, ProbeReport, print_table, sections, write_probe_report
+from mimkernels.train.probe_train import (
+    Probe,
+    ProbeTrainer,
+    Stopwatch,
+    Trained,
+    accuracies,
+    build_optimizer,
+    knn_accuracy,
+    logistic_accuracy,
+)
+from mimkernels.train.progress import Progress, duration
+from mimkernels.train.run import forget_earlier_run, versions
+from mimkernels.train.sources import DigitsSource
+
+# Settings that change no number of a pooling's result.
+_FREE = ("pooling", "output", "pictures", "title", "workers", "cache_gib", "device", "model", "data_root")
+_FREE_WITHOUT_AUGMENT = ("crop_scale",)
+
+_PUBLISHED_CROP = 0.08  # smallest area of a crop in MAE's linear probing
+
+
+@dataclass
+class PoolingResult:
+    """What one pooling achieved; accuracies are shares of the test images."""
+
+    label: str
+    description: str
+    accuracy: float
+    knn: float | None
+    logistic: float | None
+    pooling_parameters: int
+    classifier_parameters: int
+    seconds: float  # of training pooling and classifier, without the encoder
+    losses: list[float] = field(repr=False)
+
+
+@dataclass
+class ProbeResult:
+    """How a probe ended."""
+
+    output: Path
+    results: list[PoolingResult]
+    test_images: int
+    stopped_by: int  # number of the signal that ended it early, 0 if it went to its end
+    report: Path | None = None
+    sections: str = ""  # of the report, as HTML
+
+
+def probe(config: ProbeConfig, *, overwrite: bool = False, stream: TextIO | None = None) -> ProbeResult:
+    """Check everything, then probe; the arguments are those of ``ProbeRun``.
+
+    Raises:
+        ValueError: an argument, the data or the checkpoint does not fit; nothing has been written.
+        TrainingError: training could not go on.
+    """
+    return ProbeRun(config, overwrite=overwrite, stream=stream).execute()
+
+
+class ProbeRun:
+    """A probe that has been checked and is ready to start: constructing it writes nothing.
+
+    A folder that holds results of the same encoder, data and recipe is continued: finished poolings are kept,
+    interrupted ones go on where they were.
+
+    Args:
+        config: what to probe.
+        overwrite: forget what ``config.output`` holds.
+        stream: where progress goes (default: standard output).
+    """
+
+    def __init__(self, config: ProbeConfig, *, overwrite: bool = False, stream: TextIO | None = None) -> None:
+        from accelerate import Accelerator
+
+        config.check()
+        self.config, self.output = config, Path(config.output)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError("a probe runs in one process; start it without torchrun or accelerate launch")
+        files.check_writable(self.output)
+        device = choose_device(config.device)
+        self.precision, self.precision_reason = choose_precision(config.precision, device)
+        if device.type == "cpu":
+            keep_freed_memory()
+            set_cpu_threads()
+        forget_earlier_run()
+        self.accelerator = Accelerator(
+            cpu=device.type == "cpu", mixed_precision="no" if self.precision == "fp32" else self.precision
+        )
+        self.encoder = load_encoder(config)
+        self.choices = parse_poolings(config.pooling)
+        self.split = open_split(config)
+        self.probes = {choice.label: self._build(choice) for choice in self.choices}
+        plan = BatchPlan(len(self.split.train), config.batch_size, 1, 1, config.seed)
+        self.steps = config.epochs * plan.steps_per_epoch
+        source = self.split.train.source
+        usual = source.crop_scale if isinstance(source, DigitsSource) else _PUBLISHED_CROP
+        crop = usual if config.crop_scale is None else config.crop_scale
+        self.augmentation = Augmentation(self.encoder.img_size, self.encoder.in_chans, crop, source.mirrored)
+        self.encoder.to(self.accelerator.device)
+        self.identity = self._identity()
+        self.finished = {} if overwrite else self._finished_before()
+        self.progress = Progress(total_steps=1, steps_per_epoch=1, quiet=False, stream=stream)
+        self.stream = stream
+
+    def execute(self) -> ProbeResult:
+        """Encode, train what is not finished, test, write the report."""
+        progress = self.progress
+        to_train = [choice for choice in self.choices if choice.label not in self.finished]
+        facts = self._facts()
+        for name, fact in facts.items():
+            progress.note(f"{name:10} {fact}")
+        if self.finished:
+            kept = [choice.label for choice in self.choices if choice.label in self.finished]
+            progress.note(f"kept from {self.output}: {', '.join(kept) or 'none of these'}")
+        device = self.accelerator.device
+        self.extractor = Extractor(self.encoder, self.accelerator, self.config.batch_size, self._workers(), progress)
+        stopped_by = 0
+        try:
+            if to_train:
+                stopped_by = self._train(to_train)
+            results = [self.finished[choice.label] for choice in self.choices if choice.label in self.finished]
+            report, found = None, ""
+            if not stopped_by:
+                if self.extractor.encoded:
+                    images = self.extractor.encoded
+                    facts["Encoding"] = f"{images:,} images in {duration(self.extractor.seconds)}"
+                found = sections(content := self._report(results, facts))
+                report = write_probe_report(self.output / "report.html", content)
+                print_table(results, len(self.split.test), self.stream)
+                progress.note(f"report: {report}")
+        except torch.OutOfMemoryError as e:
+            raise TrainingError(
+                f"out of memory on {device_name(device)}: lower --batch-size or --cache-gib ({str(e).splitlines()[0]})"
+            ) from e
+        return ProbeResult(self.output, results, len(self.split.test), stopped_by, report, found)
+
+    def _train(self, choices: list[PoolingChoice]) -> int:
+        config, split, device, progress = self.config, self.split, self.accelerator.device, self.progress
+        probes = {choice.label: self.probes[choice.label].to(device) for choice in choices}
+        fixed = {label: probe.pooling for label, probe in probes.items() if not probe.pooling.num_parameters}
+        size = 4 * (len(split.train) + len(split.test)) * self.encoder.num_tokens * self.encoder.dim
+        cached = len(fixed) < len(probes) and size <= config.cache_gib * 2**30
+        keep_train = cached and not config.augment
+        test = self.extractor.features(self._images("test"), fixed, cached, "encoding test images")
+        train = Features(split.train)
+        if keep_train or fixed:
+            train = self.extractor.features(self._images("train"), fixed, keep_train, "encoding training images")
+        if keep_train:
+            progress.note(f"encoded {len(train.images) + len(test.images):,} images once; "
+                          f"{size / 2**20:,.0f} MiB of tokens in memory")  # fmt: skip
+        plan = BatchPlan(len(train.images), config.batch_size, 1, 1, config.seed)
+        state = self._state(list(probes))
+        progress = self.progress = Progress(
+            total_steps=config.epochs * plan.steps_per_epoch,
+            steps_per_epoch=plan.steps_per_epoch,
+            quiet=False,
+            stream=self.stream,
+        )
+        in_training = [
+            Trained(label, probe, build_optimizer(config, probe, self.steps), Stopwatch(device))
+            for label, probe in probes.items()
+        ]
+        if state is not None:
+            for trained in in_training:
+                trained.load_state_dict(state["probes"][trained.label], device)
+            progress.note(f"continuing at step {state['step']:,}")
+        # With augmentation every image is new, and vectors pooled before are of no use.
+        streamed = config.augment or (not keep_train and len(fixed) < len(probes))
+        trainer = ProbeTrainer(
+            config,
+            in_training,
+            plan,
+            lambda step: self._batches(train, plan, step, streamed),
+            step=0 if state is None else state["step"],
+            progress=progress,
+            save=lambda content: files.save(self._state_path, {"identity": self.identity, **content}),
+        )
+        trainer.train()
+        if trainer.stopped_by:
+            progress.note(f"stopped at step {trainer.step:,}; the same command continues")
+            return trainer.stopped_by
+        self._test(in_training, train, test)
+        return 0
+
+    def _batches(self, train: Features, plan: BatchPlan, first_step: int, streamed: bool) -> Iterator[Encoded]:
+        last_step = self.config.epochs * plan.steps_per_epoch
+        if not streamed:
+            for keys in plan.batches(0, first_step, last_step):
+                yield train.batch(torch.tensor([position for _, position in keys]), self.accelerator.device)
+            return
+        images = ProbeImages(train.images, self.augmentation, self.config.seed, self.config.augment)
+        loader = make_loader(
+            images,
+            plan,
+            rank=0,
+            first_step=first_step,
+            last_step=last_step,
+            workers=self._workers(),
+            pin_memory=self.accelerator.device.type == "cuda",
+            collate_fn=collate_probe,
+        )
+        with_attention = self.config.augment and any(p.pooling.needs_cls_attention for p in self.probes.values())
+        for batch in loader:
+            if batch.images is None:
+                raise TrainingError(f"no image of a batch could be read, the first because: {batch.broken[0][1]}")
+            targets = train.images.targets[batch.positions]
+            made = self.extractor.encode(batch.images, batch.positions, targets, with_attention)
+            pooled = {} if self.config.augment else train.batch(batch.positions, made.tokens.device).pooled
+            yield made._replace(pooled=pooled)
+
+    def _test(self, trained: list[Trained], train: Features, test: Features) -> None:
+        """Accuracies of what has been trained; saved, with the weights, before anything else is done."""
+        device, size = self.accelerator.device, self.config.batch_size
+        probes = {one.label: one.probe for one in trained}
+        ready = {label: probe for label, probe in probes.items() if label in test.pooled or test.tokens is not None}
+        positions = torch.arange(len(test.images)).split(size)
+        measured = accuracies(ready, (test.batch(part, device) for part in positions))
+        rest = {label: probe for label, probe in probes.items() if label not in ready}
+        if rest:
+            batches = self.extractor.batches(self._images("test"), "encoding test images", False)
+            measured |= accuracies(rest, batches)
+        for one in trained:
+            label = one.label
+            vectors = (train.pooled.get(label), train.images.targets, test.pooled.get(label), test.images.targets)
+            neighbours = self.config.knn if vectors[0] is not None else 0
+            files.save(self._weights_path(label), {"pooling": label, "probe": one.probe.cpu().state_dict()})
+            pooling = one.probe.pooling
+            self.finished[label] = PoolingResult(
+                label,
+                pooling.description,
+                measured[label],
+                knn_accuracy(*vectors, neighbours, len(self.split.classes)) if neighbours else None,
+                logistic_accuracy(*vectors) if self.config.logistic and vectors[0] is not None else None,
+                pooling.num_parameters,
+                sum(weight.numel() for weight in one.probe.linear.parameters()),
+                one.watch.seconds,
+                one.losses,
+            )
+        saved = {"identity": self.identity, "results": [asdict(result) for result in self.finished.values()]}
+        files.write_text(self.output / "config.json", self.config.to_json())
+        files.write_text(self.output / "results.json", json.dumps(saved, indent=2) + "\n")
+        self._state_path.unlink(missing_ok=True)
+
+    def _build(self, choice: PoolingChoice) -> Probe:
+        encoder = self.encoder
+        # A seed of its own for every pooling: the company that it is trained in changes nothing.
+        digest = hashlib.sha256(choice.label.encode()).digest()
+        torch.manual_seed((self.config.seed << 32) ^ int.from_bytes(digest[:4], "little"))
+        options = dict(choice.options)
+        if choice.name == "abmilp" and options.get("positions") is True:
+            if encoder.grid is None:
+                raise ValueError(f"pooling {choice.label!r}: the patches of {encoder.title} form no grid")
+            options["positions"] = encoder.grid
+        pooling = build_pooling(choice.name, encoder.dim, encoder.num_prefix, **options)
+        if pooling.needs_cls_attention:
+            encoder.check_attention(choice.label)
+        if (pooling.needs_cls_token or pooling.needs_cls_attention) and not encoder.has_cls_token:
+            raise ValueError(f"pooling {choice.label!r} needs a [cls] token, which {encoder.title} has not")
+        # What only the tokens tell, such as the size of the grid, is refused now as well.
+        rows = torch.full((2, 1, encoder.num_tokens), 1 / encoder.num_tokens)
+        pooling(torch.randn(2, encoder.num_tokens, encoder.dim), cls_attention=rows)
+        for part in pooling.modules():
+            if isinstance(part, torch.nn.BatchNorm1d):
+                part.reset_running_stats()
+        return Probe(pooling, len(self.split.classes))
+
+    def _images(self, part: str) -> ProbeImages:
+        return ProbeImages(getattr(self.split, part), self.augmentation, self.config.seed, False)
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for results to be comparable: recipe, encoder, data."""
+        free = _FREE if self.config.augment else _FREE + _FREE_WITHOUT_AUGMENT
+        recipe = {name: value for name, value in self.config.to_dict().items() if name not in free}
+        return {
+            **recipe,
+            "precision": self.precision,
+            "encoder": self.encoder.fingerprint(),
+            "training images": self.split.train.fingerprint(),
+            "test images": self.split.test.fingerprint(),
+        }
+
+    def _finished_before(self) -> dict[str, PoolingResult]:
+        path = self.output / "results.json"
+        if not path.is_file():
+            return {}
+        try:
+            saved = json.loads(path.read_text())
+            results = {entry["label"]: PoolingResult(**entry) for entry in saved["results"]}
+            identity = saved["identity"]
+        except (json.JSONDecodeError, KeyError, TypeError) as e:
+            raise ValueError(f"{str(path)!r} is no result of a probe: replace it with --overwrite") from e
+        different = [name for name, value in self.identity.items() if identity.get(name) != value]
+        if different:
+            raise ValueError(
+                f"{str(self.output)!r} holds another probe (different: {', '.join(different)}): choose another "
+                "--output, or replace it with --overwrite"
+            )
+        return results
+
+    @property
+    def _state_path(self) -> Path:
+        return self.output / "unfinished.pt"
+
+    def _weights_path(self, label: str) -> Path:
+        return self.output / "probes" / f"{re.sub(r'[^A-Za-z0-9+=.-]+', '_', label)}.pt"
+
+    def _state(self, labels: list[str]) -> dict[str, Any] | None:
+        """The state of an interrupted probe of the same poolings, if there is one."""
+        if not self._state_path.is_file():
+            return None
+        state = torch.load(self._state_path, map_location="cpu", weights_only=True)
+        same = state["identity"] == self.identity and sorted(state["probes"]) == sorted(labels)
+        return state if same else None
+
+    def _workers(self) -> int:
+        if self.config.workers is not None:
+            return self.config.workers
+        if self.accelerator.device.type == "cpu" and isinstance(self.split.train.source, DigitsSource):
+            return 0
+        return min(8, max(1, available_cores() - 1))
+
+    def _facts(self) -> dict[str, str]:
+        config, split, encoder = self.config, self.split, self.encoder
+        rate = f"{config.optimizer}, {config.epochs} epochs, batch {config.batch_size}, lr {config.peak_lr:.3g}"
+        if config.optimizer == "lars":
+            rate += f", trust coefficient {config.trust_coefficient(self.steps):.2g}"
+        return {
+            "Encoder": f"{encoder.title}: {encoder.num_tokens} tokens of {encoder.dim}, frozen",
+            "Data": f"{config.data}: {len(split.train):,} training and {len(split.test):,} test images, "
+            f"{len(split.classes)} classes; {split.description}",
+            "Recipe": f"pooling, BatchNorm without gain and bias, linear layer; {rate}"
+            + (", random crops" if config.augment else ", no augmentation"),
+            "Device": device_name(self.accelerator.device),
+            "Precision": f"{self.precision} ({self.precision_reason})",
+        }
+
+    def _report(self, results: list[PoolingResult], facts: dict[str, str]) -> ProbeReport:
+        return ProbeReport(
+            config=self.config,
+            title=self.config.title or f"Probing {self.encoder.name}",
+            facts=facts,
+            results=results,
+            test_images=len(self.split.test),
+            pictures=self._pictures(),
+            versions=versions(),
+        )
+
+    def _pictures(self) -> ProbePictures | None:
+        """Test images spread over the classes, and every pooling's weights on them."""
+        if not self.config.pictures or self.encoder.grid is None:
+            return None
+        weighing = {label: probe for label, probe in self.probes.items() if probe.pooling.gives_weights}
+        chosen = self._one_of_every_class(self.config.pictures)
+        if not weighing or not chosen:
+            return None
+        device = self.accelerator.device
+        images = torch.stack([image for image, _ in chosen])
+        with self.accelerator.autocast():
+            made = self.encoder(images.to(device), any(p.pooling.needs_cls_attention for p in weighing.values()))
+        weights = {}
+        for label, probe in weighing.items():
+            state = torch.load(self._weights_path(label), map_location="cpu", weights_only=True)
+            probe.load_state_dict(state["probe"])
+            probe.to(device).eval()
+            with torch.no_grad():
+                _, rows = probe.pooling(made.tokens, cls_attention=made.cls_attention, return_weights=True)
+            weights[label] = rows[:, :, self.encoder.num_prefix :].unflatten(2, self.encoder.grid).cpu()
+        names = [self.split.classes[int(self.split.test.targets[position])] for _, position in chosen]
+        return ProbePictures(images, names, weights)
+
+    def _one_of_every_class(self, count: int) -> list[tuple[torch.Tensor, int]]:
+        images, targets = self._images("test"), self.split.test.targets
+        classes = targets.unique()
+        firsts = [int((targets == number).nonzero()[0]) for number in classes]
+        step = max(1, len(firsts) // count)
+        read = (images[(0, position)] for position in firsts[::step])
+        return [(image, position) for image, position, _ in read if image is not None][:count]

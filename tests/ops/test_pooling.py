@@ -1,0 +1,206 @@
+"""Known answers of query_pool, weighted_pool and reduce_pool, on every backend that runs here."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import mimkernels as mk
+from mimkernels.ops._registry import BACKENDS
+from mimkernels.testing import DEVICE
+
+HERE = [name for name, backend in BACKENDS.items() if backend.runs_on(DEVICE, named=True)]
+NAN = float("nan")
+
+
+@pytest.fixture(params=HERE)
+def backend(request):
+    return request.param
+
+
+def tokens(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def close(got, expected):
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_query_of_zeros_pools_the_mean(backend):
+    x = tokens(3, 13, 20)
+    out, weights = mk.query_pool(x, torch.zeros(2, 20, device=DEVICE), return_weights=True, backend=backend)
+    close(out, x.mean(1, keepdim=True).expand(-1, 2, -1))
+    close(weights, torch.full((3, 2, 13), 1 / 13, device=DEVICE))
+
+
+def test_a_strong_query_picks_its_token(backend):
+    x = torch.eye(7, device=DEVICE).expand(2, 7, 7)
+    out, weights = mk.query_pool(x, 1000 * torch.eye(7, device=DEVICE), scale=1.0, return_weights=True, backend=backend)
+    assert torch.equal(out, x)
+    assert torch.equal(weights, x)
+
+
+def test_one_query_is_abmilp_of_depth_one(backend):
+    x, layer = tokens(2, 11, 16), torch.nn.Linear(16, 1, device=DEVICE)
+    expected = (layer(x).softmax(1) * x).sum(1, keepdim=True)
+    close(mk.query_pool(x, layer.weight, scale=1.0, backend=backend), expected)
+
+
+def test_the_scale_is_that_of_attention(backend):
+    x, queries, values = tokens(2, 11, 16), tokens(3, 16, seed=1), tokens(2, 11, 24, seed=2)
+    expected = F.scaled_dot_product_attention(queries.expand(2, 3, 16), x, values)
+    close(mk.query_pool(x, queries, values=values, backend=backend), expected)
+
+
+def test_each_query_pools_its_own_slice(backend):
+    x, queries, values = tokens(2, 11, 16), tokens(4, 16, seed=1), tokens(2, 11, 24, seed=2)
+    whole = mk.query_pool(x, queries, values=values, backend=backend)
+    sliced = mk.query_pool(x, queries, values=values, sliced=True, backend=backend)
+    for g in range(4):
+        close(sliced[:, g], whole[:, g, 6 * g : 6 * g + 6])
+
+
+def test_queries_of_each_image(backend):
+    x, queries = tokens(3, 11, 16), tokens(3, 2, 16, seed=1)
+    together = mk.query_pool(x, queries, backend=backend)
+    for b in range(3):
+        assert torch.equal(together[b : b + 1], mk.query_pool(x[b : b + 1], queries[b], backend=backend))
+
+
+def pools(x, backend, **options):
+    """Every op on the same tokens, with gradients."""
+    x = x.clone().requires_grad_()
+    made = [
+        mk.query_pool(x, tokens(2, x.shape[2], seed=3), backend=backend, **options),
+        mk.weighted_pool(x, tokens(*x.shape[:2], seed=4), backend=backend, **options),
+        *(mk.reduce_pool(x, kind, backend=backend, **options) for kind in ("mean", "max", "gem")),
+    ]
+    return [(out.detach(), torch.autograd.grad(out.sum(), x)[0]) for out in made]
+
+
+def test_prefix_tokens_are_as_if_they_were_not_there(backend):
+    x = tokens(2, 12, 16)
+    x[:, :3] = NAN
+    weighted = mk.weighted_pool(x, tokens(2, 12), num_prefix=3, backend=backend)
+    close(weighted, mk.weighted_pool(x[:, 3:], tokens(2, 12)[:, 3:], backend=backend))
+    queries = tokens(2, 16)
+    close(mk.query_pool(x, queries, num_prefix=3, backend=backend), mk.query_pool(x[:, 3:], queries, backend=backend))
+    for kind in ("mean", "max", "gem"):
+        close(mk.reduce_pool(x, kind, num_prefix=3, backend=backend), mk.reduce_pool(x[:, 3:], kind, backend=backend))
+
+
+def test_a_mask_excludes_tokens_with_their_nan(backend):
+    x, mask = tokens(2, 12, 16), torch.ones(2, 12, dtype=torch.bool, device=DEVICE)
+    clean = pools(x, backend, mask=mask.clone().index_fill_(1, torch.tensor([1, 7], device=DEVICE), False))
+    mask[:, 1] = mask[:, 7] = False
+    x[:, 1], x[:, 7] = NAN, float("inf")
+    for (out, grad), (expected, expected_grad) in zip(pools(x, backend, mask=mask), clean, strict=True):
+        assert torch.equal(out, expected)
+        assert torch.equal(grad, expected_grad)
+        assert (grad[:, [1, 7]] == 0).all()
+
+
+def test_an_image_without_allowed_tokens_gets_zeros(backend):
+    x, mask = tokens(2, 12, 16), torch.ones(2, 12, dtype=torch.bool, device=DEVICE)
+    mask[1] = False
+    x[1] = NAN
+    for out, grad in pools(x, backend, mask=mask):
+        assert out[0].ne(0).all()
+        assert out[1].eq(0).all()
+        assert grad[1].eq(0).all()
+
+
+def test_scores_of_minus_infinity_weigh_nothing(backend):
+    x, scores = tokens(2, 6, 16), torch.zeros(2, 6, device=DEVICE)
+    scores[0, 1:] = float("-inf")
+    scores[1] = float("-inf")
+    out, weights = mk.weighted_pool(x, scores, return_weights=True, backend=backend)
+    assert torch.equal(out, torch.stack([x[0, 0], torch.zeros(16, device=DEVICE)]))
+    assert weights.sum().item() == 1.0
+
+
+def test_a_nan_score_is_not_taken_for_nothing(backend):
+    scores = torch.full((1, 6), NAN, device=DEVICE)
+    assert mk.weighted_pool(tokens(1, 6, 16), scores, backend=backend).isnan().all()
+
+
+def test_weights_as_given(backend):
+    x, weights = tokens(2, 9, 16), tokens(2, 4, 9, seed=1)
+    out, used = mk.weighted_pool(x, weights, normalize=False, return_weights=True, backend=backend)
+    close(out, weights @ x)
+    assert torch.equal(used, weights)
+
+
+def test_scores_and_weights_keep_their_shape(backend):
+    x, scores = tokens(2, 9, 16), tokens(2, 9, seed=1)
+    out, weights = mk.weighted_pool(x, scores, return_weights=True, backend=backend)
+    assert (out.shape, weights.shape) == ((2, 16), (2, 9))
+    out, weights = mk.weighted_pool(x, scores[:, None], return_weights=True, backend=backend)
+    assert (out.shape, weights.shape) == ((2, 1, 16), (2, 1, 9))
+
+
+def test_gradients_of_the_weights_alone(backend):
+    x, queries = tokens(2, 9, 16), tokens(3, 16, seed=1).requires_grad_()
+    _, weights = mk.query_pool(x, queries, return_weights=True, backend=backend)
+    (grad,) = torch.autograd.grad(weights.square().sum(), queries)
+    plain = (queries @ x.transpose(1, 2) * 16**-0.5).softmax(-1)
+    close(grad, torch.autograd.grad(plain.square().sum(), queries)[0])
+
+
+def test_of_equal_maxima_the_first_gets_the_gradient(backend):
+    x = torch.zeros(1, 5, 4, device=DEVICE)
+    x[0, 2:] = 1.0
+    x.requires_grad_()
+    mk.reduce_pool(x, "max", backend=backend).sum().backward()
+    assert torch.equal(x.grad[0, 2], torch.ones(4, device=DEVICE))
+    assert x.grad.sum().item() == 4.0
+
+
+def test_the_maximum_of_minus_infinity_and_of_nan(backend):
+    x = torch.full((1, 5, 2), float("-inf"), device=DEVICE)
+    x[0, 3, 1] = NAN
+    x[0, 4, 1] = 7.0
+    x.requires_grad_()
+    out = mk.reduce_pool(x, "max", backend=backend)
+    assert out[0, 0].item() == float("-inf")
+    assert out[0, 1].isnan()
+    (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
+    assert grad[0, :, 0].tolist() == [1, 0, 0, 0, 0]
+    assert grad[0, :, 1].tolist() == [0, 0, 0, 1, 0]
+
+
+def test_gem_lies_between_mean_and_maximum(backend):
+    x = tokens(2, 9, 16).abs() + 0.1
+    close(mk.reduce_pool(x, "gem", p=1.0, backend=backend), x.mean(1))
+    close(mk.reduce_pool(x, "gem", p=3.0, backend=backend), x.pow(3).mean(1).pow(1 / 3))
+    close(mk.reduce_pool(x, "gem", p=2.0, backend=backend), x.square().mean(1).sqrt())
+    assert (mk.reduce_pool(x, "gem", p=20.0, backend=backend) <= x.amax(1)).all()
+
+
+def test_gem_of_small_features_is_the_floor(backend):
+    x = torch.full((1, 4, 8), -5.0, device=DEVICE).requires_grad_()
+    out = mk.reduce_pool(x, "gem", eps=0.25, backend=backend)
+    close(out, torch.full((1, 8), 0.25, device=DEVICE))
+    assert torch.autograd.grad(out.sum(), x)[0].eq(0).all()
+
+
+def test_the_gradient_of_gems_exponent_keeps_its_shape(backend):
+    x = tokens(2, 9, 16).abs()
+    for p in (torch.tensor(2.5), torch.tensor([2.5]), torch.tensor([[2.5]], dtype=torch.float64)):
+        p = p.to(DEVICE).requires_grad_()
+        (grad,) = torch.autograd.grad(mk.reduce_pool(x, "gem", p=p, backend=backend).sum(), p)
+        assert (grad.shape, grad.dtype) == (p.shape, p.dtype)
+        assert grad.item() > 0
+
+
+def test_a_view_without_the_cls_token_is_not_copied(backend):
+    x = tokens(2, 13, 24)
+    queries = tokens(2, 24, seed=1)
+    close(mk.query_pool(x[:, 1:], queries, backend=backend), mk.query_pool(x, queries, num_prefix=1, backend=backend))
+    close(mk.reduce_pool(x[:, 1:, 3:11], "mean", backend=backend), x[:, 1:, 3:11].mean(1))
+
+
+def test_one_image_gives_what_a_batch_gives(backend):
+    if backend == "reference":
+        pytest.skip("its matrix products depend on the batch")
+    x, queries = tokens(40, 70, 16), tokens(2, 16, seed=1)
+    close(mk.query_pool(x, queries, backend=backend)[:1], mk.query_pool(x[:1], queries, backend=backend))
