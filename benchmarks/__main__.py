@@ -12,6 +12,7 @@ import mimkernels
 from benchmarks import harness
 from benchmarks.attention_cases import attention_cases
 from benchmarks.cases import Size, all_cases
+from benchmarks.pooling_cases import pooling_cases
 
 
 def main() -> None:
@@ -31,10 +32,11 @@ def main() -> None:
     print(f"{about['device']}, torch {about['torch']}" + (f", {about['threads']} threads" if device == "cpu" else ""))
     for dtype_name in options.dtype:
         dtype, size = getattr(torch, dtype_name), Size(batch=options.batch)
-        gathering = all_cases(size, dtype, device, compiled=not options.no_compile)
         print(f"\n{dtype_name}, {size}, medians of interleaved rounds")
         print(f"{'case':57} {'ours':>10} {'plain':>8} {'compiled':>9} {'of copy':>8}")
-        _measure(gathering, "gathering", dtype_name, device, options, _gathering_line)
+        for group, cases in (("gathering", all_cases), ("pooling", pooling_cases)):
+            made = cases(size, dtype, device, compiled=not options.no_compile)
+            _measure(made, group, dtype_name, device, options, _memory_line)
         print(f"\n{dtype_name}, attention with all statistics; times are of SDPA without any, medians")
         print(f"{'case':57} {'ours':>10} {'of SDPA':>8} {'entropy':>8} {'none':>8} {'materialised':>13} {'of GEMM':>8}")
         _measure(attention_cases(dtype, device), "attention", dtype_name, device, options, _attention_line)
@@ -77,7 +79,7 @@ def _by_backend(ours: Callable[[], object], device: str) -> dict[str, Callable[[
     return found
 
 
-def _gathering_line(timing: harness.Timing) -> str:
+def _memory_line(timing: harness.Timing) -> str:
     share = timing.share_of_copy
     compiled = timing.ratio("compiled")
     return (

@@ -181,8 +181,13 @@ def _listed() -> str:
 
     from benchmarks.attention_cases import attention_cases
     from benchmarks.cases import Size, all_cases
+    from benchmarks.pooling_cases import pooling_cases
 
-    names = [case.name for case in all_cases(Size(batch=1), torch.float32, "cpu", compiled=False)]
+    names = [
+        case.name
+        for cases in (all_cases, pooling_cases)
+        for case in cases(Size(batch=1), torch.float32, "cpu", compiled=False)
+    ]
     names += [f"{case.name}, {case.shape}" for case in attention_cases(torch.float32, "cpu")]
     return f"{len(names)} cases in each of {', '.join(DTYPES)}"
 

@@ -487,6 +487,7 @@ def _pool_cases() -> list[Case]:
         "all-prefix": _query_pool(2, 3, 8, 2, prefix=3, return_weights=True),
         "no-queries": _query_pool(2, 5, 8, 0, return_weights=True),
         "no-tokens": _query_pool(2, 0, 8, 2, return_weights=True),
+        "no-columns": _query_pool(2, 5, 0, 2, width=8, scale=1.0, return_weights=True),
         "no-images": _query_pool(0, 5, 16, 2, width=8, return_weights=True),
     }
     weighted = {

@@ -27,11 +27,13 @@ BLOCKS = 32
 TOKENS = 197  # queries and keys of the launches whose occupancy is stated
 THREADS = 256  # of a block of any kernel that is not named below; it takes no dynamic shared memory
 
-# Threads and shared memory of the attention kernels, from the functions that their launchers call.
+# Threads and shared memory of the attention kernels, and of the one-pass pooling at its widest tokens, from the
+# functions that their launchers call.
 LAUNCHES = """
 #include <cstdio>
 #include <initializer_list>
 #include "cuda/attention_cut.h"
+#include "cuda/pool_cut.h"
 using namespace mimkernels::cuda;
 void print(const char* kernel, const char* type, const char* rest, int threads, int bytes) {
   std::printf("%s<%s%s> %d %d\\n", kernel, type, rest, threads, bytes);
@@ -56,6 +58,14 @@ int main() {
     print("received_attention_kernel", type, "", 32 * received.warps(), received.shared_bytes);
     const DivergenceCut divergence(64, size);
     print("head_divergence_kernel", type, "", 32 * divergence.warps, divergence.shared_bytes);
+    for (int words : {2, 4, 6, 8}) {
+      for (int queries : {1, 2, 4}) {
+        char rest[32];
+        std::snprintf(rest, sizeof(rest), ", %d, %d", words, queries);
+        const int bytes = pool_chunk_bytes(queries, words * 32 * 16 / size, words * 32);
+        print("pool_chunk_kernel", type, rest, 32 * kPoolWarps, bytes);
+      }
+    }
   }
 }
 """
@@ -93,7 +103,7 @@ def short_name(name: str) -> str:
 
 
 def launches() -> dict[str, tuple[int, int]]:
-    """Threads of a block and bytes of dynamic shared memory of the attention kernels at TOKENS tokens."""
+    """Threads of a block and bytes of dynamic shared memory of the kernels that LAUNCHES names, at TOKENS tokens."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "launches"
         command = [

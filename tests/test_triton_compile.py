@@ -94,6 +94,34 @@ def noise(op, in_order=False):
     op.mask_from_noise_fwd(meta(64, 196, dtype=FP32), 49, in_order)
 
 
+def query_pool(op, dtype=BF16, batch=64, dim=768, groups=1, width=None, sliced=False, mask=False):
+    x, queries = meta(batch, 196, dim, dtype=dtype), meta(groups, dim, dtype=dtype)
+    values = None if width is None else meta(batch, 196, width, dtype=dtype)
+    mask = meta(batch, 196, dtype=BOOL) if mask else None
+    op.query_pool_fwd(x, queries, values, mask, 0.125, 0, sliced)
+
+
+def query_pool_bwd(op, dtype=BF16, batch=64, dim=768, groups=1, width=None, sliced=False, mask=False):
+    x, queries = meta(batch, 196, dim, dtype=dtype), meta(groups, dim, dtype=dtype)
+    values = None if width is None else meta(batch, 196, width, dtype=dtype)
+    mask = meta(batch, 196, dtype=BOOL) if mask else None
+    columns = (dim if width is None else width) // (groups if sliced else 1)
+    dout, weights = meta(batch, groups, columns, dtype=dtype), meta(batch, groups, 196, dtype=FP32)
+    op.query_pool_bwd(dout, weights, x, queries, values, weights, mask, 0.125, 0, sliced, True, True, True)
+
+
+def weighted_pool(op, dtype=BF16, groups=1, normalize=True):
+    x, scores = meta(64, 196, 768, dtype=dtype), meta(64, groups, 196, dtype=FP32)
+    op.weighted_pool_fwd(x, scores, None, normalize, 1)
+    op.weighted_pool_bwd(meta(64, groups, 768, dtype=dtype), None, x, scores, None, normalize, 1, True, True)
+
+
+def reduce_pool(op, kind, dtype=BF16, mask=False, dim=768):
+    x, mask, p = meta(64, 196, dim, dtype=dtype), meta(64, 196, dtype=BOOL) if mask else None, meta(1, dtype=FP32)
+    saved = op.reduce_pool_fwd(x, mask, kind, 1, p, 1e-6)[1]
+    op.reduce_pool_bwd(meta(64, dim, dtype=dtype), x, saved, mask, kind, 196, 1, p, 1e-6, True, kind == 2)
+
+
 # name -> (op, launches, arguments, whether 16-byte accesses are possible)
 CASES: dict[str, tuple[str, Callable, dict, bool]] = {
     "random_mask": ("random_mask", random, {}, False),
@@ -136,6 +164,32 @@ CASES: dict[str, tuple[str, Callable, dict, bool]] = {
     "loss-bf16-14": ("masked_patch_loss", loss, {"images": BF16, "side": 14, "ids": False, "kind": 2}, False),
     "loss-32": ("masked_patch_loss", loss, {"side": 32, "images": FP16, "dtype": FP16}, True),
     "loss-chunked": ("masked_patch_loss", loss, {"side": 48, "ids": False}, True),
+    "query-pool": ("query_pool", query_pool, {}, True),
+    "query-pool-fp32-masked": ("query_pool", query_pool, {"dtype": FP32, "mask": True}, True),
+    "query-pool-wide-one-image": ("query_pool", query_pool, {"dim": 1536, "batch": 1, "groups": 4}, True),
+    "query-pool-values": ("query_pool", query_pool, {"groups": 12, "width": 1024}, True),
+    "query-pool-efficient-probing": ("query_pool", query_pool, {"groups": 32, "width": 768, "sliced": True}, True),
+    "query-pool-odd-width": ("query_pool", query_pool, {"dim": 203, "groups": 2}, False),
+    "query-pool-bwd": ("query_pool", query_pool_bwd, {}, True),
+    "query-pool-bwd-fp32-masked": ("query_pool", query_pool_bwd, {"dtype": FP32, "mask": True, "groups": 8}, True),
+    "query-pool-bwd-efficient-probing": (
+        "query_pool",
+        query_pool_bwd,
+        {"groups": 32, "width": 768, "sliced": True},
+        True,
+    ),
+    "query-pool-bwd-sliced": ("query_pool", query_pool_bwd, {"groups": 12, "sliced": True}, True),
+    "weighted-pool": ("weighted_pool", weighted_pool, {}, True),
+    "weighted-pool-fp32-as-given": (
+        "weighted_pool",
+        weighted_pool,
+        {"dtype": FP32, "groups": 12, "normalize": False},
+        True,
+    ),
+    "reduce-pool-mean": ("reduce_pool", reduce_pool, {"kind": 0}, True),
+    "reduce-pool-max-masked": ("reduce_pool", reduce_pool, {"kind": 1, "mask": True}, True),
+    "reduce-pool-gem": ("reduce_pool", reduce_pool, {"kind": 2}, True),
+    "reduce-pool-gem-fp32-odd-width": ("reduce_pool", reduce_pool, {"kind": 2, "dtype": FP32, "dim": 203}, False),
 }
 
 
@@ -248,7 +302,8 @@ def test_every_kernel_of_every_op_is_compiled(compiled, architecture):
     import importlib
 
     ops = {row[0] for row in CASES.values()}
-    modules = ["mimkernels.ops._triton", *(f"mimkernels.ops.{op}.triton" for op in ops)]
+    shared = ["mimkernels.ops._triton", "mimkernels.ops._triton_pool"]
+    modules = [*shared, *(f"mimkernels.ops.{op}.triton" for op in ops)]
     defined = {name for module in modules for name in vars(importlib.import_module(module)) if name.endswith("_kernel")}
     seen = {kernel["kernel"] for kernels in compiled[architecture].values() for kernel in kernels}
     assert defined == seen

@@ -27,11 +27,12 @@ struct TokenPoolFwdParams {
   int64_t width = 0;   // Dv
   bool sliced = false;
   bool softmax = true;
-  bool pools_x = false;  // the values are x
+  bool pools_x = false;      // the values are x
+  bool has_queries = false;  // else there are scores; tokens of no columns have no query's address
   float scale = 1.0f;
   BoolMask mask;             // [B, N], true = allowed; null: all
   Rows x;                    // [B, N, D], for queries
-  Rows queries;              // [B, G, D], stride0 = 0 where images share them; null: scores
+  Rows queries;              // [B, G, D], stride0 = 0 where images share them
   Rows scores;               // fp32 [B, G, N]
   Rows values;               // [B, N, Dv]
   void* out = nullptr;       // [B, G, Dv], or [B, G, d] sliced
@@ -52,14 +53,15 @@ struct TokenPoolBwdParams {
   int64_t width = 0;
   bool sliced = false;
   bool softmax = true;
-  bool pools_x = false;         // the values are x: dx is the sum of both gradients, dvalues null
+  bool pools_x = false;  // the values are x: dx is the sum of both gradients, dvalues null
+  bool has_queries = false;
   bool shared_queries = false;  // images share them
   float scale = 1.0f;
   BoolMask mask;
   Rows dout;                       // [B, G, Dv] or [B, G, d]
   Rows dweights;                   // fp32 [B, G, N] or null
   Rows x;                          // [B, N, D], for queries
-  Rows queries;                    // [B, G, D] or null
+  Rows queries;                    // [B, G, D]
   Rows values;                     // [B, N, Dv]
   const float* weights = nullptr;  // [B, G, N]
   void* dx = nullptr;              // [B, N, D] or null

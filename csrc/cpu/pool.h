@@ -36,27 +36,72 @@ MIMKERNELS_INLINE bool is_allowed(const BoolMask& mask, int64_t num_prefix, int6
   return n >= num_prefix && (mask.data == nullptr || mask.data[b * mask.stride0 + n] != 0);
 }
 
-// Walks the allowed tokens of [begin, end), kBlock at a time.
+// Up to kBlock tokens.
+struct Block {
+  int64_t token[kBlock];
+  int count = 0;
+};
+
+// Walks the allowed tokens of [begin, end), a block at a time.
 class TokenBlocks {
  public:
   TokenBlocks(const BoolMask& mask, int64_t num_prefix, int64_t b, int64_t begin, int64_t end)
-      : mask_(mask), num_prefix_(num_prefix), b_(b), at_(max_of(begin, num_prefix)), end_(end) {}
-
-  // How many tokens are in the next block; 0 at the end.
-  MIMKERNELS_INLINE int next(int64_t (&token)[kBlock]) {
-    int count = 0;
-    for (; at_ < end_ && count < kBlock; ++at_) {
-      if (is_allowed(mask_, num_prefix_, b_, at_)) token[count++] = at_;
-    }
-    return count;
+      : mask_(mask), num_prefix_(num_prefix), b_(b), at_(max_of(begin, num_prefix)), end_(end) {
+    find();
   }
 
+  // Moves to the next block; false at the end.
+  MIMKERNELS_INLINE bool next() {
+    block_ = upcoming_;
+    find();
+    return block_.count > 0;
+  }
+  const Block& block() const { return block_; }
+  // The block after it, empty at the end.
+  const Block& upcoming() const { return upcoming_; }
+
  private:
+  MIMKERNELS_INLINE void find() {
+    upcoming_.count = 0;
+    for (; at_ < end_ && upcoming_.count < kBlock; ++at_) {
+      if (is_allowed(mask_, num_prefix_, b_, at_)) upcoming_.token[upcoming_.count++] = at_;
+    }
+  }
+
   const BoolMask& mask_;
   int64_t num_prefix_;
   int64_t b_;
   int64_t at_;
   int64_t end_;
+  Block block_;
+  Block upcoming_;
+};
+
+// Rows that are asked for while others are computed with, one beside each tile of a product: asked
+// for all at once, they would be waited for.
+class Ahead {
+ public:
+  // `rows` stand in where there is nothing to ask for: they are in the cache.
+  explicit Ahead(const float* const* rows) : here_(reinterpret_cast<const char*>(rows[0])) {}
+  template <typename T>
+  MIMKERNELS_INLINE void add(const Rows& x, int64_t b, const Block& block, T) {
+    for (int i = 0; i < block.count; ++i) {
+      row_[count_++] = reinterpret_cast<const char*>(row_at<T>(x, b, block.token[i]));
+    }
+    size_ = static_cast<int64_t>(sizeof(T));
+  }
+  // The row for tile number `tile`.
+  MIMKERNELS_INLINE const char* row(int64_t tile) const {
+    return tile < count_ ? row_[tile] : here_;
+  }
+  // Bytes of an element.
+  int64_t size() const { return size_; }
+
+ private:
+  const char* here_;
+  const char* row_[2 * kBlock];
+  int64_t count_ = 0;
+  int64_t size_ = 0;
 };
 
 // The rows of a block in fp32: where they lie, or converted into `buffer` [kBlock, dim]. Places
@@ -64,14 +109,14 @@ class TokenBlocks {
 using BlockRows = const float* [kBlock];
 
 template <typename T>
-MIMKERNELS_INLINE void block_rows(const Rows& x, int64_t b, const int64_t (&token)[kBlock],
-                                  int count, int64_t dim, float* buffer, BlockRows& rows) {
+MIMKERNELS_INLINE void block_rows(const Rows& x, int64_t b, const Block& block, int64_t dim,
+                                  float* buffer, BlockRows& rows) {
   for (int i = 0; i < kBlock; ++i) {
-    if (i >= count) {
+    if (i >= block.count) {
       rows[i] = rows[0];
       continue;
     }
-    const T* row = row_at<T>(x, b, token[i]);
+    const T* row = row_at<T>(x, b, block.token[i]);
     if constexpr (std::is_same_v<T, float>) {
       rows[i] = row;
     } else {
@@ -137,17 +182,25 @@ MIMKERNELS_INLINE void for_columns(int64_t dim, const Body& body) {
 
 // ---- products of a block's rows [kBlock, dim] with vectors [count, dim] ----
 
+// out[v * kBlock + r] (+)= the products of columns [from, to); asks for row `tile` of `ahead`.
 template <int kRows, int kVectors>
 MIMKERNELS_INLINE void dot_tile(const float* const* rows, const float* vectors, int64_t stride,
-                                int64_t dim, float* out) {
+                                int64_t from, int64_t to, bool add, const Ahead& ahead,
+                                int64_t tile, float* out) {
   Floats acc[kRows][kVectors];
   MIMKERNELS_UNROLL
   for (int r = 0; r < kRows; ++r) {
     MIMKERNELS_UNROLL
     for (int v = 0; v < kVectors; ++v) acc[r][v] = (Floats){};
   }
-  int64_t c = 0;
-  for (; c + kLanes <= dim; c += kLanes) {
+  const char* next = ahead.row(tile) + from * ahead.size();
+  const int64_t step = kLanes * ahead.size();
+  int64_t c = from;
+  // Unrolled, GCC would load the vectors once per row instead of once.
+#pragma GCC unroll 1
+  for (; c + kLanes <= to; c += kLanes) {
+    prefetch(next);
+    next += step;
     Floats right[kVectors];
     MIMKERNELS_UNROLL
     for (int v = 0; v < kVectors; ++v) right[v] = load_floats(vectors + v * stride + c);
@@ -163,34 +216,48 @@ MIMKERNELS_INLINE void dot_tile(const float* const* rows, const float* vectors, 
     MIMKERNELS_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       float sum = add_lanes(acc[r][v]);
-      for (int64_t i = c; i < dim; ++i) sum += rows[r][i] * vectors[v * stride + i];
-      out[v * kBlock + r] = sum;
+      for (int64_t i = c; i < to; ++i) sum += rows[r][i] * vectors[v * stride + i];
+      out[v * kBlock + r] = add ? out[v * kBlock + r] + sum : sum;
     }
   }
 }
 
+// Columns of a block's rows that stay in the first-level cache while many vectors pass by.
+constexpr int64_t kDotColumns = 384;
+
 // out[v * kBlock + i] = rows[i] . vectors[v * stride ...].
 inline void block_dots(const BlockRows& rows, const float* vectors, int64_t stride, int64_t count,
-                       int64_t dim, float* out) {
-  int64_t v = 0;
-  for (; v + 3 <= count; v += 3, vectors += 3 * stride, out += 3 * kBlock) {
-    dot_tile<4, 3>(rows, vectors, stride, dim, out);
-    dot_tile<4, 3>(rows + 4, vectors, stride, dim, out + 4);
-  }
-  if (v + 2 == count) {
-    dot_tile<4, 2>(rows, vectors, stride, dim, out);
-    dot_tile<4, 2>(rows + 4, vectors, stride, dim, out + 4);
-  } else if (v + 1 == count) {
-    dot_tile<8, 1>(rows, vectors, stride, dim, out);
+                       int64_t dim, const Ahead& ahead, float* out) {
+  const int64_t triples = count / 3;
+  const int64_t run = count == 1 ? max_of(dim, 1) : kDotColumns;
+  for (int64_t from = 0; from == 0 || from < dim; from += run) {
+    const int64_t to = min_of(dim, from + run);
+    const bool add = from > 0;
+    const float* some = vectors;
+    float* into = out;
+    for (int64_t t = 0; t < triples; ++t, some += 3 * stride, into += 3 * kBlock) {
+      dot_tile<4, 3>(rows, some, stride, from, to, add, ahead, 2 * t, into);
+      dot_tile<4, 3>(rows + 4, some, stride, from, to, add, ahead, 2 * t + 1, into + 4);
+    }
+    if (count % 3 == 2) {
+      dot_tile<4, 2>(rows, some, stride, from, to, add, ahead, 2 * triples, into);
+      dot_tile<4, 2>(rows + 4, some, stride, from, to, add, ahead, 2 * triples + 1, into + 4);
+    } else if (count % 3 == 1) {
+      dot_tile<8, 1>(rows, some, stride, from, to, add, ahead, 2 * triples, into);
+    }
   }
 }
 
 template <int kVectors, int kMost>
 MIMKERNELS_INLINE void weigh_tile(const BlockRows& rows, int count, const float* weights,
-                                  const float* factors, int64_t dim, float* acc, int64_t stride) {
+                                  const float* factors, int64_t dim, const Ahead& ahead,
+                                  int64_t tile, float* acc, int64_t stride) {
+  const char* const next = ahead.row(tile);
+  const int64_t size = ahead.size();
   for_columns<kMost>(dim, [&](auto columns, int64_t c, int64_t n) MIMKERNELS_LAMBDA_INLINE {
     constexpr int kSize = decltype(columns)::size;
     constexpr bool kWhole = decltype(columns)::whole;
+    prefetch(next + c * size);
     Pack<kSize> sum[kVectors];
     MIMKERNELS_UNROLL
     for (int v = 0; v < kVectors; ++v) {
@@ -212,16 +279,17 @@ MIMKERNELS_INLINE void weigh_tile(const BlockRows& rows, int count, const float*
 
 // acc[v, :] = acc[v, :] * factors[v] + sum over i < count of weights[v * kBlock + i] * rows[i].
 inline void block_weigh(const BlockRows& rows, int count, const float* weights,
-                        const float* factors, int64_t vectors, int64_t dim, float* acc,
-                        int64_t stride) {
+                        const float* factors, int64_t vectors, int64_t dim, const Ahead& ahead,
+                        float* acc, int64_t stride) {
+  int64_t tile = 0;
   int64_t v = 0;
   for (; v + 4 <= vectors; v += 4) {
-    weigh_tile<4, 16>(rows, count, weights + v * kBlock, factors + v, dim, acc + v * stride,
-                      stride);
+    weigh_tile<4, 16>(rows, count, weights + v * kBlock, factors + v, dim, ahead, tile++,
+                      acc + v * stride, stride);
   }
   for (; v < vectors; ++v) {
-    weigh_tile<1, 32>(rows, count, weights + v * kBlock, factors + v, dim, acc + v * stride,
-                      stride);
+    weigh_tile<1, 32>(rows, count, weights + v * kBlock, factors + v, dim, ahead, tile++,
+                      acc + v * stride, stride);
   }
 }
 
@@ -231,7 +299,8 @@ inline void block_weigh_slices(const BlockRows& rows, int count, const float* we
   BlockRows slice;
   for (int64_t v = 0; v < vectors; ++v) {
     for (int i = 0; i < kBlock; ++i) slice[i] = rows[i] + v * width;
-    weigh_tile<1, 32>(slice, count, weights + v * kBlock, factors + v, width, acc + v * width, 0);
+    weigh_tile<1, 32>(slice, count, weights + v * kBlock, factors + v, width, Ahead(slice), 0,
+                      acc + v * width, 0);
   }
 }
 
@@ -240,7 +309,8 @@ inline void block_dots_slices(const BlockRows& rows, const float* vectors, int64
   BlockRows slice;
   for (int64_t v = 0; v < count; ++v) {
     for (int i = 0; i < kBlock; ++i) slice[i] = rows[i] + v * width;
-    dot_tile<8, 1>(slice, vectors + v * width, 0, width, out + v * kBlock);
+    dot_tile<8, 1>(slice, vectors + v * width, 0, 0, width, false, Ahead(slice), 0,
+                   out + v * kBlock);
   }
 }
 
@@ -289,23 +359,25 @@ MIMKERNELS_INLINE void spread_tile(const Spread& s, int first, int64_t from, int
   });
 }
 
-// Into row token[i] of out [*, dim], i < count; rounded once. Every element is written.
+// Into the block's rows of out [*, dim]; rounded once. Every element is written.
 template <bool kStream, typename T>
-void block_spread(const Spread& s, int count, const int64_t (&token)[kBlock], T* out) {
-  const auto columns_of = [&](int64_t from, int64_t dim,
-                              const float* slice_weights) MIMKERNELS_LAMBDA_INLINE {
-    int i = 0;
-    for (; i + 4 <= count; i += 4) {
-      spread_tile<4, kStream>(s, i, from, dim, slice_weights, token, out);
-    }
-    for (; i < count; ++i) spread_tile<1, kStream>(s, i, from, dim, slice_weights, token, out);
-  };
+void block_spread(const Spread& s, const Block& block, T* out) {
   if (s.slices == nullptr) {
-    columns_of(0, s.dim, nullptr);
+    int i = 0;
+    for (; i + 4 <= block.count; i += 4) {
+      spread_tile<4, kStream>(s, i, 0, s.dim, nullptr, block.token, out);
+    }
+    for (; i < block.count; ++i) {
+      spread_tile<1, kStream>(s, i, 0, s.dim, nullptr, block.token, out);
+    }
     return;
   }
-  for (int64_t g = 0; g * s.width < s.dim; ++g) {
-    columns_of(g * s.width, s.width, s.slice_weights + g * kBlock);
+  // Row by row, so that whole cache lines are written at a time.
+  for (int i = 0; i < block.count; ++i) {
+    for (int64_t g = 0; g * s.width < s.dim; ++g) {
+      spread_tile<1, kStream>(s, i, g * s.width, s.width, s.slice_weights + g * kBlock, block.token,
+                              out);
+    }
   }
 }
 

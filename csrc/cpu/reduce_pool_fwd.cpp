@@ -69,10 +69,11 @@ void reduce_tile(const ReducePoolParams& p, int64_t b, int64_t first, int64_t di
   const Pack16 eps = broadcast<16>(p.eps);
   const Pack16 by = broadcast<16>(exponent);
   TokenBlocks blocks(p.mask, p.num_prefix, b, 0, p.tokens);
-  int64_t token[kBlock];
   const T* rows[kBlock];
   int64_t allowed = 0;
-  while (const int count = blocks.next(token)) {
+  while (blocks.next()) {
+    const int64_t (&token)[kBlock] = blocks.block().token;
+    const int count = blocks.block().count;
     for (int i = 0; i < count; ++i) rows[i] = row_at<T>(p.x, b, token[i]) + first;
     allowed += count;
     if (p.kind == ReduceKind::kMean) {

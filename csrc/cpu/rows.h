@@ -42,7 +42,7 @@ MIMKERNELS_INLINE void run_parallel(ParallelFor parallel_for, int64_t count, int
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// Scratch memory that frees itself; null when the system has none left.
+// Scratch memory in whole cache lines that frees itself; null when the system has none left.
 template <typename T>
 class Scratch {
  public:
@@ -53,7 +53,9 @@ class Scratch {
         __builtin_mul_overflow(bytes, static_cast<int64_t>(sizeof(T)), &bytes)) {
       return;
     }
-    data_ = static_cast<T*>(malloc(static_cast<size_t>(max_of(bytes, 1))));
+    if (bytes > INT64_MAX - kLine) return;
+    const int64_t lines = max_of(1, ceil_div(bytes, kLine));
+    data_ = static_cast<T*>(aligned_alloc(kLine, static_cast<size_t>(lines * kLine)));
   }
   ~Scratch() { free(data_); }
   Scratch(const Scratch&) = delete;
@@ -62,6 +64,8 @@ class Scratch {
   bool failed() const { return data_ == nullptr; }
 
  private:
+  static constexpr int64_t kLine = 64;
+
   T* data_ = nullptr;
 };
 

@@ -16,11 +16,9 @@
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {
 
-bool has_queries(const TokenPoolBwdParams& p) { return p.queries.data != nullptr; }
-
 // Whether anybody asks for the gradient of the scores.
 bool needs_scores(const TokenPoolBwdParams& p) {
-  return p.dscores != nullptr || p.dqueries != nullptr || (has_queries(p) && p.dx != nullptr);
+  return p.dscores != nullptr || p.dqueries != nullptr || (p.has_queries && p.dx != nullptr);
 }
 
 // What a thread works in: the image's vectors in fp32, and what a block needs.
@@ -42,11 +40,11 @@ class Workspace {
   // Queries and gradients lie one after the other, so that they spread together.
   float* queries() const { return vectors_.get(); }
   float* dout(const TokenPoolBwdParams& p) const {
-    return vectors_.get() + (has_queries(p) ? p.groups * p.dim : 0);
+    return vectors_.get() + (p.has_queries ? p.groups * p.dim : 0);
   }
   float* ds() const { return weights_.get(); }
   float* a(const TokenPoolBwdParams& p) const {
-    return weights_.get() + (has_queries(p) ? p.groups * kBlock : 0);
+    return weights_.get() + (p.has_queries ? p.groups * kBlock : 0);
   }
   const float* ones() const { return ones_.get(); }
   float* block() const { return block_.get(); }
@@ -64,7 +62,7 @@ template <typename T>
 void load_vectors(const TokenPoolBwdParams& p, int64_t b, const Workspace& work) {
   const int64_t slice = p.sliced ? p.width / p.groups : p.width;
   for (int64_t g = 0; g < p.groups; ++g) {
-    if (has_queries(p)) set_acc(work.queries() + g * p.dim, row_at<T>(p.queries, b, g), p.dim);
+    if (p.has_queries) set_acc(work.queries() + g * p.dim, row_at<T>(p.queries, b, g), p.dim);
     set_acc(work.dout(p) + g * slice, row_at<T>(p.dout, b, g), slice);
   }
 }
@@ -81,14 +79,17 @@ void weight_gradients(const TokenPoolBwdParams& p, int64_t b, int64_t begin, int
     for (int64_t n = begin; n < end; ++n) ds[g * p.tokens + n] = 0.0f;
   }
   TokenBlocks blocks(p.mask, p.num_prefix, b, begin, end);
-  int64_t token[kBlock];
   BlockRows rows;
-  while (const int count = blocks.next(token)) {
-    block_rows<T>(p.values, b, token, count, p.width, work.block(), rows);
+  while (blocks.next()) {
+    const int64_t (&token)[kBlock] = blocks.block().token;
+    const int count = blocks.block().count;
+    block_rows<T>(p.values, b, blocks.block(), p.width, work.block(), rows);
     if (p.sliced) {
       block_dots_slices(rows, work.dout(p), p.groups, slice, da);
     } else {
-      block_dots(rows, work.dout(p), p.width, p.groups, p.width, da);
+      Ahead ahead(rows);
+      ahead.add(p.values, b, blocks.upcoming(), T{});
+      block_dots(rows, work.dout(p), p.width, p.groups, p.width, ahead, da);
     }
     for (int64_t g = 0; g < p.groups; ++g) {
       for (int i = 0; i < count; ++i) ds[g * p.tokens + token[i]] = da[g * kBlock + i];
@@ -137,7 +138,7 @@ void token_gradients(const TokenPoolBwdParams& p, int64_t b, int64_t begin, int6
   to_x.stride = p.dim;
   to_x.vectors = work.queries();
   to_x.weights = work.ds();
-  to_x.count = has_queries(p) ? p.groups : 0;
+  to_x.count = p.has_queries ? p.groups : 0;
   Spread to_values;  // dvalues
   to_values.dim = p.width;
   to_values.stride = p.width;
@@ -162,16 +163,17 @@ void token_gradients(const TokenPoolBwdParams& p, int64_t b, int64_t begin, int6
   };
   for (int64_t i = 0; dqueries != nullptr && i < p.groups * p.dim; ++i) dqueries[i] = 0.0f;
   TokenBlocks blocks(p.mask, p.num_prefix, b, begin, end);
-  int64_t token[kBlock];
   BlockRows rows;
   int64_t done = begin;
-  while (const int count = blocks.next(token)) {
+  while (blocks.next()) {
+    const int64_t (&token)[kBlock] = blocks.block().token;
+    const int count = blocks.block().count;
     for (int64_t g = 0; g < p.groups; ++g) {
       for (int i = 0; i < count; ++i) {
         work.a(p)[g * kBlock + i] = weights[g * p.tokens + token[i]];
       }
     }
-    if (has_queries(p) && ds != nullptr) {
+    if (p.has_queries && ds != nullptr) {
       for (int64_t g = 0; g < p.groups; ++g) {
         for (int i = 0; i < count; ++i) {
           work.ds()[g * kBlock + i] = ds[g * p.tokens + token[i]] * p.scale;
@@ -183,11 +185,13 @@ void token_gradients(const TokenPoolBwdParams& p, int64_t b, int64_t begin, int6
       done = token[i] + 1;
     }
     if (dqueries != nullptr) {
-      block_rows<T>(p.x, b, token, count, p.dim, work.block(), rows);
-      block_weigh(rows, count, work.ds(), work.ones(), p.groups, p.dim, dqueries, p.dim);
+      block_rows<T>(p.x, b, blocks.block(), p.dim, work.block(), rows);
+      Ahead ahead(rows);
+      ahead.add(p.x, b, blocks.upcoming(), T{});
+      block_weigh(rows, count, work.ds(), work.ones(), p.groups, p.dim, ahead, dqueries, p.dim);
     }
-    if (dx != nullptr) block_spread<kStream>(to_x, count, token, dx);
-    if (dvalues != nullptr) block_spread<kStream>(to_values, count, token, dvalues);
+    if (dx != nullptr) block_spread<kStream>(to_x, blocks.block(), dx);
+    if (dvalues != nullptr) block_spread<kStream>(to_values, blocks.block(), dvalues);
   }
   zero_rows(done, end);
 }

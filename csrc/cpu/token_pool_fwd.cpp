@@ -33,7 +33,7 @@ class Workspace {
   Workspace(const TokenPoolFwdParams& p, bool converts)
       : scores_(p.groups, kBlock + kPad),
         factors_(p.groups),
-        queries_(p.queries.data == nullptr ? 0 : p.groups, p.dim),
+        queries_(p.has_queries ? p.groups : 0, p.dim),
         block_(converts ? kBlock : 0, max_of(p.dim, p.width)) {}
   bool failed() const {
     return scores_.failed() || factors_.failed() || queries_.failed() || block_.failed();
@@ -88,12 +88,16 @@ void pool_chunk(const TokenPoolFwdParams& p, int64_t b, int64_t begin, int64_t e
     work.factors()[g] = 1.0f;
   }
   TokenBlocks blocks(p.mask, p.num_prefix, b, begin, end);
-  int64_t token[kBlock];
   BlockRows rows;
-  while (const int count = blocks.next(token)) {
-    if (p.queries.data != nullptr) {
-      block_rows<T>(p.x, b, token, count, p.dim, work.block(), rows);
-      block_dots(rows, work.queries(), p.dim, p.groups, p.dim, scores);
+  while (blocks.next()) {
+    const int64_t (&token)[kBlock] = blocks.block().token;
+    const int count = blocks.block().count;
+    if (p.has_queries) {
+      block_rows<T>(p.x, b, blocks.block(), p.dim, work.block(), rows);
+      Ahead ahead(rows);
+      if (!p.pools_x) ahead.add(p.values, b, blocks.block(), T{});
+      ahead.add(p.x, b, blocks.upcoming(), T{});
+      block_dots(rows, work.queries(), p.dim, p.groups, p.dim, ahead, scores);
       for (int64_t i = 0; i < p.groups * kBlock; ++i) scores[i] *= p.scale;
     } else {
       for (int64_t g = 0; g < p.groups; ++g) {
@@ -105,13 +109,14 @@ void pool_chunk(const TokenPoolFwdParams& p, int64_t b, int64_t begin, int64_t e
       for (int i = 0; i < count; ++i) weights[g * p.tokens + token[i]] = scores[g * kBlock + i];
     }
     if (p.softmax) online_softmax(p.groups, count, sums, scores, work.factors());
-    if (p.queries.data == nullptr || !p.pools_x) {
-      block_rows<T>(p.values, b, token, count, p.width, work.block(), rows);
+    if (!p.has_queries || !p.pools_x) {
+      block_rows<T>(p.values, b, blocks.block(), p.width, work.block(), rows);
     }
     if (p.sliced) {
       block_weigh_slices(rows, count, scores, work.factors(), p.groups, slice, sums.acc);
     } else {
-      block_weigh(rows, count, scores, work.factors(), p.groups, p.width, sums.acc, p.width);
+      block_weigh(rows, count, scores, work.factors(), p.groups, p.width, Ahead(rows), sums.acc,
+                  p.width);
     }
   }
 }
@@ -194,33 +199,33 @@ Status run(const TokenPoolFwdParams& p, ParallelFor parallel_for) {
   const auto of_image = [&](int64_t b) {
     return partial_at(all.get() + b * chunks.count * (columns + 2 * p.groups), chunks.count);
   };
-  const int64_t read = (p.queries.data == nullptr || p.pools_x ? 0 : p.dim) + p.width;
+  const int64_t read = (!p.has_queries || p.pools_x ? 0 : p.dim) + p.width;
   int failures = 0;
-  run_parallel(
-      parallel_for, tasks, grain_for(chunks.length * read * static_cast<int64_t>(sizeof(T))),
-      [&](int64_t begin, int64_t end) {
-        const Workspace work(p, kConverts);
-        Scratch<float> mine(split ? 0 : 1, columns + 2 * p.groups);
-        if (work.failed() || mine.failed()) {
-          __atomic_store_n(&failures, 1, __ATOMIC_RELAXED);
-          return;
-        }
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t b = task / chunks.count;
-          const int64_t c = task % chunks.count;
-          if (p.queries.data != nullptr && (task == begin || (p.queries.stride0 != 0 && c == 0))) {
-            for (int64_t g = 0; g < p.groups; ++g) {
-              set_acc(work.queries() + g * p.dim, row_at<T>(p.queries, b, g), p.dim);
-            }
-          }
-          Partial sums = split ? of_image(b) : partial_at(mine.get(), 1);
-          sums.acc += split ? c * columns : 0;
-          sums.most += split ? c * p.groups : 0;
-          sums.total += split ? c * p.groups : 0;
-          pool_chunk<T>(p, b, chunks.begin(c), chunks.end(c), work, sums);
-          if (!split) finish<T>(p, b, 1, sums);
-        }
-      });
+  run_parallel(parallel_for, tasks,
+               grain_for(chunks.length * read * static_cast<int64_t>(sizeof(T))),
+               [&](int64_t begin, int64_t end) {
+                 const Workspace work(p, kConverts);
+                 Scratch<float> mine(split ? 0 : 1, columns + 2 * p.groups);
+                 if (work.failed() || mine.failed()) {
+                   __atomic_store_n(&failures, 1, __ATOMIC_RELAXED);
+                   return;
+                 }
+                 for (int64_t task = begin; task < end; ++task) {
+                   const int64_t b = task / chunks.count;
+                   const int64_t c = task % chunks.count;
+                   if (p.has_queries && (task == begin || (p.queries.stride0 != 0 && c == 0))) {
+                     for (int64_t g = 0; g < p.groups; ++g) {
+                       set_acc(work.queries() + g * p.dim, row_at<T>(p.queries, b, g), p.dim);
+                     }
+                   }
+                   Partial sums = split ? of_image(b) : partial_at(mine.get(), 1);
+                   sums.acc += split ? c * columns : 0;
+                   sums.most += split ? c * p.groups : 0;
+                   sums.total += split ? c * p.groups : 0;
+                   pool_chunk<T>(p, b, chunks.begin(c), chunks.end(c), work, sums);
+                   if (!split) finish<T>(p, b, 1, sums);
+                 }
+               });
   if (failures != 0) return out_of_memory();
   if (split) {
     run_parallel(parallel_for, p.batch, 1, [&](int64_t begin, int64_t end) {

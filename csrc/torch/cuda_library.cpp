@@ -5,6 +5,7 @@
 #include "cuda_loss.h"
 #include "cuda_masks.h"
 #include "cuda_patches.h"
+#include "cuda_pool.h"
 #include "cuda_tokens.h"
 
 MIMKERNELS_CUDA_LIBRARY(m) {
@@ -24,6 +25,12 @@ MIMKERNELS_CUDA_LIBRARY(m) {
   MIMKERNELS_CUDA_IMPL(m, attention_bwd);
   MIMKERNELS_CUDA_IMPL(m, received_attention_fwd);
   MIMKERNELS_CUDA_IMPL(m, head_divergence_fwd);
+  MIMKERNELS_CUDA_IMPL(m, query_pool_fwd);
+  MIMKERNELS_CUDA_IMPL(m, query_pool_bwd);
+  MIMKERNELS_CUDA_IMPL(m, weighted_pool_fwd);
+  MIMKERNELS_CUDA_IMPL(m, weighted_pool_bwd);
+  MIMKERNELS_CUDA_IMPL(m, reduce_pool_fwd);
+  MIMKERNELS_CUDA_IMPL(m, reduce_pool_bwd);
 }
 
 // Has no tensor to be dispatched by.

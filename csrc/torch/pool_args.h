@@ -61,6 +61,7 @@ void set_queries(Params& params, PoolInputs& inputs, const Check& check, const T
   params.sliced = sliced;
   params.scale = static_cast<float>(scale);
   params.pools_x = !values.has_value();
+  params.has_queries = true;
   inputs.queries = rows_of(queries);
   params.queries = view_rows(inputs.queries);
   inputs.values = rows_of(values);

@@ -48,6 +48,6 @@ SPEC = register(
             "bool need_queries, bool need_values) -> (Tensor, Tensor, Tensor)",
         },
         fakes={"query_pool_fwd": _fwd, "query_pool_bwd": _bwd},
-        impls=(Impl("cpu"), Impl("reference", ANY_FLOAT)),
+        impls=(Impl("triton"), Impl("cuda"), Impl("cpu"), Impl("reference", ANY_FLOAT)),
     )
 )

@@ -35,6 +35,6 @@ SPEC = register(
             "SymInt num_prefix, Tensor? p, float eps, bool need_x, bool need_p) -> (Tensor, Tensor)",
         },
         fakes={"reduce_pool_fwd": _fwd, "reduce_pool_bwd": _bwd},
-        impls=(Impl("cpu"), Impl("reference", ANY_FLOAT)),
+        impls=(Impl("triton"), Impl("cuda"), Impl("cpu"), Impl("reference", ANY_FLOAT)),
     )
 )

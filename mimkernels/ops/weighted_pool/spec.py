@@ -30,6 +30,6 @@ SPEC = register(
             "bool normalize, SymInt num_prefix, bool need_x, bool need_scores) -> (Tensor, Tensor)",
         },
         fakes={"weighted_pool_fwd": _fwd, "weighted_pool_bwd": _bwd},
-        impls=(Impl("cpu"), Impl("reference", ANY_FLOAT)),
+        impls=(Impl("triton"), Impl("cuda"), Impl("cpu"), Impl("reference", ANY_FLOAT)),
     )
 )
