@@ -17,9 +17,9 @@ from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.attention_cases import plain_statistics
-from benchmarks.cases import published_loss, published_random_masking
-from benchmarks.harness import Benchmark
+from mimkernels.bench.attention import plain_statistics
+from mimkernels.bench.gathering import published_loss, published_random_masking
+from mimkernels.bench.harness import Benchmark
 from mimkernels.models import MAE
 from mimkernels.ops.attention.spec import STATISTICS
 
@@ -122,11 +122,19 @@ def step_case(step: Step, stats: bool) -> Benchmark:
         with _autocast(step), torch.no_grad():
             torch.testing.assert_close(our_loss(noise), plain_loss(noise), rtol=tolerance, atol=tolerance)
 
+    versions = {"ours": _training(ours, our_loss, step), "plain": _training(plain, plain_loss, step)}
     return Benchmark(
-        "MAE step, all head statistics" if stats else "MAE step",
-        str(step),
-        {"ours": _training(ours, our_loss, step), "plain": _training(plain, plain_loss, step)},
+        name="MAE step, all head statistics" if stats else "MAE step",
+        shape=str(step),
+        versions=versions,
         check=check,
+        details=lambda: {
+            "images": step.batch,
+            "breakdown_ms": {
+                name: {kind: round(1e3 * seconds, 2) for kind, seconds in breakdown(run, step.device).items()}
+                for name, run in versions.items()
+            },
+        },
     )
 
 

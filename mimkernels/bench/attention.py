@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import mimkernels as mk
-from benchmarks.harness import Benchmark
+from mimkernels.bench.harness import Benchmark
 from mimkernels.ops.attention.spec import STATISTICS
 
 
@@ -34,10 +34,10 @@ CUDA_SHAPES = (Shape(256, 12, 50, 64), Shape(256, 12, 197, 64), Shape(256, 16, 1
 def attention_cases(dtype: torch.dtype, device: str) -> Iterator[Benchmark]:
     for shape in CUDA_SHAPES if device == "cuda" else CPU_SHAPES:
         for backward in (False, True):
-            yield _case(shape, dtype, device, backward)
+            yield attention_case(shape, dtype, device, backward)
 
 
-def _case(shape: Shape, dtype: torch.dtype, device: str, backward: bool) -> Benchmark:
+def attention_case(shape: Shape, dtype: torch.dtype, device: str, backward: bool) -> Benchmark:
     packed = torch.randn(shape.batch, shape.tokens, 3, shape.heads, shape.dim, device=device).to(dtype)
     q, k, v = (x.requires_grad_(backward) for x in packed.permute(2, 0, 3, 1, 4).unbind(0))
     side = round((shape.tokens - 1) ** 0.5)
@@ -73,9 +73,9 @@ def _case(shape: Shape, dtype: torch.dtype, device: str, backward: bool) -> Benc
             torch.testing.assert_close(got.float(), expected.float(), rtol=tolerance, atol=tolerance)
 
     return Benchmark(
-        f"attention, {'forward + backward' if backward else 'forward'}",
-        str(shape),
-        {
+        name=f"attention, {'forward + backward' if backward else 'forward'}",
+        shape=str(shape),
+        versions={
             "ours": ours(STATISTICS),
             "entropy": ours(("entropy",)),
             "bare": ours(()),
