@@ -123,7 +123,10 @@ def run(options: argparse.Namespace) -> int:
     """Compare and show; 1 if anything is slower beyond the noise, 2 if the two cannot be compared."""
     places = [Path(options.before), Path(options.after)]
     try:
-        if all(place.exists() for place in places):
+        missing = [place for place in places if not place.exists()]
+        if len(missing) == 1:
+            raise ValueError(f"there is no {str(missing[0])!r}; it takes two folders or files, or two git revisions")
+        if not missing:
             changes = compare(*(read(place) for place in places))
         else:
             changes = _compare_revisions(options)

@@ -20,10 +20,10 @@ def peak_bytes(run: Callable[[], object], device: str) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         made = run()
         del made
-    # Every allocation is an event of its own, positive, and so is every release, negative.
-    events = [event for event in profile.events() if event.name == "[memory]"]
+    # The raw record: the profiler's own tables add allocations up over an op, and miss what it released again.
+    record = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = most = 0
-    for event in sorted(events, key=lambda event: event.time_range.start):
-        held += event.cpu_memory_usage
+    for event in sorted(record, key=lambda event: event.start_ns()):
+        held += event.nbytes()
         most = max(most, held)
     return most

@@ -137,7 +137,7 @@ def _limits(records: list[dict]) -> Figure:
         axes.text(share + 0.008, row, f"{share:.0%}", va="center", fontsize=9)
     axes.set_yticks(range(len(drawn)), [_row_label(r, [r for r, _ in drawn]) for r, _ in drawn], color=_INK)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.1)
+    axes.set_xlim(0, 1.1 * max(1.0, *(share for _, (share, _) in drawn)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set_xlabel("share of the limit measured in the same rounds")
     axes.tick_params(length=0)
@@ -194,7 +194,7 @@ def _legend(axes: Axes, colours: Iterable[str], labels: Iterable[str]) -> None:
     from matplotlib.patches import Patch
 
     handles = [Patch(color=colour, label=label) for colour, label in zip(colours, labels, strict=True)]
-    axes.legend(handles=handles, frameon=False, loc="lower right")
+    axes.legend(handles=handles, frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(handles))
 
 
 def _scaling(records: list[dict]) -> Figure:
