@@ -57,6 +57,11 @@ def attention_case(shape: Shape, dtype: torch.dtype, device: str, backward: bool
     def sdpa():
         return finish(F.scaled_dot_product_attention(q, k, v), {})
 
+    def xformers():
+        from xformers.ops import memory_efficient_attention  # wants [B, N, H, D]
+
+        return finish(memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2), {})
+
     def materialised():
         p = (q @ k.transpose(-2, -1) * shape.dim**-0.5).softmax(dim=-1)
         return finish(p @ v, plain_statistics(p.float(), distances))
@@ -72,19 +77,31 @@ def attention_case(shape: Shape, dtype: torch.dtype, device: str, backward: bool
         for got, expected in zip(_leaves(ours(STATISTICS)()), _leaves(materialised()), strict=True):
             torch.testing.assert_close(got.float(), expected.float(), rtol=tolerance, atol=tolerance)
 
+    versions = {
+        "ours": ours(STATISTICS),
+        "entropy": ours(("entropy",)),
+        "bare": ours(()),
+        "sdpa": sdpa,
+        "plain": materialised,
+    }
+    if runs(xformers):
+        versions["xformers"] = xformers
     return Benchmark(
         name=f"attention, {'forward + backward' if backward else 'forward'}",
         shape=str(shape),
-        versions={
-            "ours": ours(STATISTICS),
-            "entropy": ours(("entropy",)),
-            "bare": ours(()),
-            "sdpa": sdpa,
-            "plain": materialised,
-        },
+        versions=versions,
         flops=(14 if backward else 4) * shape.batch * shape.heads * shape.tokens**2 * shape.dim,
         check=check,
     )
+
+
+def runs(version: Callable[[], object]) -> bool:
+    """Whether a baseline is installed and takes the inputs here."""
+    try:
+        version()
+    except (ImportError, NotImplementedError):
+        return False
+    return True
 
 
 def plain_statistics(p: torch.Tensor, distances: torch.Tensor) -> dict[str, torch.Tensor]:
