@@ -28,14 +28,8 @@ from mimkernels.train.memory import keep_freed_memory
 _CHECKOUT = Path(__file__).parents[2] / "benchmarks"
 #: Where results are written: of a checkout, its own folder; else one in the current folder.
 RESULTS = (_CHECKOUT if _CHECKOUT.is_dir() else Path("benchmarks")) / "results"
-YARDSTICKS = (
-    "plain",
-    "compiled",
-    "sdpa",
-    "native",
-    "copy",
-    "gemm",
-)  # versions without our code: what runs are compared by
+#: Versions without our code: what runs are compared by.
+YARDSTICKS = ("plain", "compiled", "sdpa", "xformers", "native", "copy", "gemm")
 _BLOCKS = 10
 
 
