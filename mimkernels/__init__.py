@@ -1,5 +1,8 @@
 """Fused kernels for Masked Image Modeling with Vision Transformers: token gathering, attention, pooling."""
 
+from importlib import import_module
+from typing import Any
+
 from mimkernels._version import __version__
 from mimkernels.ops import (
     AttentionOutput,
@@ -27,6 +30,7 @@ __all__ = [
     "__version__",
     "attention",
     "attention_rows",
+    "capture",
     "fill_mask_tokens",
     "gather_tokens",
     "head_divergence",
@@ -41,3 +45,10 @@ __all__ = [
     "use_backend",
     "weighted_pool",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Of the integrations, which stand above everything else: imported when first asked for.
+    if name != "capture":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module("mimkernels.integrations").capture

@@ -363,6 +363,8 @@ def _attention_cases() -> list[Case]:
         "bias-per-head": _attention(2, 3, 18, 16, bias=(3, 18, 18)),
         "bias-per-image": _attention(2, 3, 18, 16, bias=(2, 1, 18, 18), stats=("entropy",)),
         "bias-shared": _attention(2, 3, 18, 16, bias=(1, 1, 18, 18)),
+        "bias-few-tokens": _attention(2, 2, 9, 40, bias=(2, 9, 9), prefix=1, stats=_ALL, positions="shared"),
+        "bias-few-queries": _attention(2, 2, 3, 40, keys=21, bias=(2, 1, 3, 21)),
         "bias-hides": _attention(2, 2, 20, 16, bias=(2, 20, 20), hidden=True, prefix=1, stats=_ALL),
         "key-mask": _attention(3, 2, 19, 16, mask=True, prefix=1, stats=_ALL),
         "huge-logits": _attention(1, 2, 33, 16, logits=300.0, prefix=1, stats=("entropy", "prefix_mass", "peak")),
@@ -382,6 +384,7 @@ def _companion_cases(op: str) -> list[Case]:
     made = {
         "plain": _companion(2, 3, 50, 32),
         "masked": _companion(2, 2, 21, 16, mask=True, bias=(2, 21, 21)),
+        "bias-few-tokens": _companion(2, 2, 9, 40, bias=(2, 9, 9)),
         "long": _companion(1, 2, 300, 16),
         "cross": _companion(2, 2, 9, 24, keys=30),
         "no-images": _companion(0, 2, 5, 16),
