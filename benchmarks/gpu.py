@@ -179,13 +179,13 @@ def _collected() -> str:
 def _listed() -> str:
     import torch
 
-    from benchmarks.attention_cases import attention_cases
-    from benchmarks.cases import Size, all_cases
-    from benchmarks.pooling_cases import pooling_cases
+    from mimkernels.bench.attention import attention_cases
+    from mimkernels.bench.gathering import Size, gathering_cases
+    from mimkernels.bench.pooling import pooling_cases
 
     names = [
         case.name
-        for cases in (all_cases, pooling_cases)
+        for cases in (gathering_cases, pooling_cases)
         for case in cases(Size(batch=1), torch.float32, "cpu", compiled=False)
     ]
     names += [f"{case.name}, {case.shape}" for case in attention_cases(torch.float32, "cpu")]

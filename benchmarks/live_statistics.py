@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torchvision.io import write_png
 
-from benchmarks import harness
+from mimkernels.bench import harness
 from mimkernels.train import PretrainConfig
 from mimkernels.train.loop import Trainer
 from mimkernels.train.run import Run

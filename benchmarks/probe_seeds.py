@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import harness
+from mimkernels.bench import harness
 from mimkernels.train.presets import demo_config, demo_probe_config
 from mimkernels.train.probe_run import ProbeResult, ProbeRun
 from mimkernels.train.run import Run

@@ -24,6 +24,7 @@ COMMANDS = {
     "demo": Command("mimkernels.train.demo", "pre-train a small MAE on handwritten digits, write a report"),
     "pretrain": Command("mimkernels.train.pretrain", "pre-train a Vision Transformer with masked images"),
     "probe": Command("mimkernels.train.probe", "compare poolings of a frozen encoder's tokens"),
+    "bench": Command("mimkernels.bench.cli", "micro-benchmarks: run them, compare runs, plot them"),
 }
 
 

@@ -83,7 +83,11 @@ def rows(tensor: Tensor) -> Tensor:
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd will want a backward; where it will not, a call goes to the kernel directly."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def in_range(op: str, name: str, ids: Tensor, size: int) -> None:

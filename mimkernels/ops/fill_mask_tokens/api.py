@@ -38,7 +38,10 @@ def fill_mask_tokens(x: Tensor, mask: Tensor, mask_token: Tensor, *, backend: st
     name = SPEC.resolve(backend, x.device.type, x.dtype)
     if name == "reference":
         return reference.fill_mask_tokens(x, mask, mask_token)
-    return _FillMaskTokens.apply(_checks.rows(x), mask, mask_token, name)
+    arguments = (_checks.rows(x), mask, mask_token)
+    if _checks.needs_grad(x, mask_token):
+        return _FillMaskTokens.apply(*arguments, name)
+    return SPEC.overload("fill_mask_tokens_fwd", name)(*arguments)
 
 
 class _FillMaskTokens(torch.autograd.Function):

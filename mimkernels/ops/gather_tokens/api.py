@@ -55,7 +55,10 @@ def gather_tokens(
     name = SPEC.resolve(backend, x.device.type, x.dtype)
     if name == "reference":
         return reference.gather_tokens(x, ids, pos, prefix)
-    return _GatherTokens.apply(_checks.rows(x), ids, pos, prefix, name)
+    arguments = (_checks.rows(x), ids, pos, prefix)
+    if _checks.needs_grad(x, pos, prefix):
+        return _GatherTokens.apply(*arguments, name)
+    return SPEC.overload("gather_tokens_fwd", name)(*arguments)
 
 
 class _GatherTokens(torch.autograd.Function):

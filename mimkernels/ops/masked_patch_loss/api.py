@@ -101,7 +101,10 @@ def masked_patch_loss(
     name = SPEC.resolve(backend, pred.device.type, dtype)
     if name == "reference":
         return reference.masked_patch_loss(pred, video.detach(), *target)
-    return _MaskedPatchLoss.apply(_checks.rows(pred), video.detach(), *target, name)
+    arguments = (_checks.rows(pred), video.detach(), *target)
+    if _checks.needs_grad(pred):
+        return _MaskedPatchLoss.apply(*arguments, name)
+    return SPEC.overload("masked_patch_loss_fwd", name)(*arguments)
 
 
 class _MaskedPatchLoss(torch.autograd.Function):

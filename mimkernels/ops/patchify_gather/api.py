@@ -65,7 +65,9 @@ def patchify_gather(
     name = SPEC.resolve(backend, images.device.type, images.dtype if dtype in FLOATS else dtype)
     if name == "reference":
         return reference.patchify_gather(video, ids, *patch, scale, shift, dtype)
-    return _PatchifyGather.apply(video, ids, patch, scale, shift, dtype, name)
+    if _checks.needs_grad(video):
+        return _PatchifyGather.apply(video, ids, patch, scale, shift, dtype, name)
+    return SPEC.overload("patchify_gather_fwd", name)(video, ids, *patch, scale, shift, dtype)
 
 
 class _PatchifyGather(torch.autograd.Function):

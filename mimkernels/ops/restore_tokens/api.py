@@ -66,7 +66,10 @@ def restore_tokens(
     name = SPEC.resolve(backend, x.device.type, x.dtype)
     if name == "reference":
         return reference.restore_tokens(x, ids_restore, mask_token, pos, num_prefix)
-    return _RestoreTokens.apply(_checks.rows(x), ids_restore, mask_token, pos, num_prefix, name)
+    arguments = (_checks.rows(x), ids_restore, mask_token, pos, num_prefix)
+    if _checks.needs_grad(x, mask_token, pos):
+        return _RestoreTokens.apply(*arguments, name)
+    return SPEC.overload("restore_tokens_fwd", name)(*arguments)
 
 
 class _RestoreTokens(torch.autograd.Function):

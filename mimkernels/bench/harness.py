@@ -8,7 +8,9 @@ On a GPU a version is captured as a CUDA graph where it can be, so that the devi
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import platform
 import random
 import statistics
@@ -23,10 +25,15 @@ import mimkernels
 from mimkernels.ops import _native
 from mimkernels.train.memory import keep_freed_memory
 
-RESULTS = Path(__file__).parent / "results"
+_CHECKOUT = Path(__file__).parents[2] / "benchmarks"
+#: Where results are written: of a checkout, its own folder; else one in the current folder.
+RESULTS = (_CHECKOUT if _CHECKOUT.is_dir() else Path("benchmarks")) / "results"
+#: Versions without our code: what runs are compared by.
+YARDSTICKS = ("plain", "compiled", "sdpa", "xformers", "native", "copy", "gemm")
+_BLOCKS = 10
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Benchmark:
     """One case: versions that compute the same thing, and the fewest bytes that any of them must move.
 
@@ -35,6 +42,7 @@ class Benchmark:
         moved_bytes: each input read once plus each output written once, or None where a GEMM decides.
         flops: floating-point operations of the matrix products, 2 per multiply-add, or None.
         check: raises unless the versions agree; called once before timing.
+        details: called once after timing; what it returns goes into the record.
     """
 
     name: str
@@ -43,6 +51,7 @@ class Benchmark:
     moved_bytes: int | None = None
     flops: int | None = None
     check: Callable[[], None] = lambda: None
+    details: Callable[[], dict] = dict
 
 
 @dataclass
@@ -55,6 +64,7 @@ class Timing:
     median: dict[str, float]
     spread: dict[str, float]
     rounds: int
+    relative: list[float] = field(default_factory=list)  # ours over the yardsticks' geometric mean, block by block
     moved_bytes: int | None = None
     flops: int | None = None
     matrix: int = 0  # size of the square matrices whose product is the version "gemm"
@@ -84,6 +94,7 @@ class Timing:
             "rounds": self.rounds,
             "median_us": {k: round(v * 1e6, 1) for k, v in self.median.items()},
             "spread_us": {k: round(v * 1e6, 1) for k, v in self.spread.items()},
+            "relative": [round(v, 5) for v in self.relative],
             "times_faster_than": {
                 name: _rounded(self.ratio(name)) for name in self.median if name not in ("ours", "copy", "gemm")
             },
@@ -126,6 +137,7 @@ def measure(benchmark: Benchmark, device: str, dtype: str, seconds: float = 4.0)
         for name in order:
             taken[name].append(timer(versions[name]))
     quartiles = {name: statistics.quantiles(values, n=4) for name, values in taken.items()}
+    extra |= benchmark.details()
     return Timing(
         benchmark.name,
         benchmark.shape,
@@ -133,11 +145,26 @@ def measure(benchmark: Benchmark, device: str, dtype: str, seconds: float = 4.0)
         median={name: q[1] for name, q in quartiles.items()},
         spread={name: q[2] - q[0] for name, q in quartiles.items()},
         rounds=rounds,
+        relative=_relative(taken),
         moved_bytes=benchmark.moved_bytes,
         flops=benchmark.flops,
         matrix=matrix,
         extra=extra,
     )
+
+
+def _relative(taken: dict[str, list[float]]) -> list[float]:
+    """Time of ours over the geometric mean of the yardsticks of the same round, medians of consecutive rounds."""
+    yardsticks = [taken[name] for name in YARDSTICKS if name in taken]
+    if not yardsticks:
+        return []
+    by_round = [
+        math.log(ours) - statistics.fmean(map(math.log, others))
+        for ours, *others in zip(taken["ours"], *yardsticks, strict=True)
+    ]
+    blocks = min(_BLOCKS, len(by_round))
+    edges = [len(by_round) * i // blocks for i in range(blocks + 1)]
+    return [math.exp(statistics.median(by_round[a:b])) for a, b in itertools.pairwise(edges)]
 
 
 def _copy_of(moved_bytes: int, device: str) -> Callable[[], object]:
@@ -224,13 +251,16 @@ def _cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def folder_of(about: dict) -> str:
+    """Name of the folder for the results of a machine."""
+    label = "".join(c if c.isalnum() else "-" for c in about["device"].lower()).strip("-")
+    return f"{label}-{about['threads']}-threads-{about['cpu_isa']}" if about["threads"] else label
+
+
 def save(timings: list[Timing], device: str, name: str, folder: Path | None = None) -> Path:
     """Write the timings as JSON under ``results/<device>/`` and return the path."""
     about = machine(device)
-    label = "".join(c if c.isalnum() else "-" for c in about["device"].lower()).strip("-")
-    if device == "cpu":
-        label += f"-{about['threads']}-threads-{about['cpu_isa']}"
-    path = (folder or RESULTS / label) / f"{name}.json"
+    path = (folder or RESULTS / folder_of(about)) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     report = {"machine": about, "results": [t.record() for t in timings]}
     path.write_text(json.dumps(report, indent=1) + "\n")

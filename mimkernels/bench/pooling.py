@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 import mimkernels as mk
-from benchmarks.cases import Size, same
-from benchmarks.harness import Benchmark
+from mimkernels.bench.gathering import Size, same
+from mimkernels.bench.harness import Benchmark
 
 QUERIES = 32  # of efficient probing
 KINDS = ("mean", "max", "gem")
@@ -37,7 +37,8 @@ def abmilp(size: Size, dtype: torch.dtype, device: str, backward: bool, compiled
 
     # Backward, the tokens are read for the gradient of the weights and again for that of the query.
     moved = 4 * [x] if backward else [x]
-    return _case("query_pool, AbMILP", size, ours, plain, [x, query], moved, backward, compiled)
+    flops = 4 * size.batch * size.tokens * size.dim
+    return _case("query_pool, AbMILP", size, ours, plain, [x, query], moved, backward, compiled, flops)
 
 
 def efficient_probing(size: Size, dtype: torch.dtype, device: str, backward: bool, compiled: bool) -> Benchmark:
@@ -55,7 +56,8 @@ def efficient_probing(size: Size, dtype: torch.dtype, device: str, backward: boo
         return mk.query_pool(x, queries, values=values, sliced=True)
 
     moved = [x, values, values, x, values] if backward else [x, values]
-    return _case(f"query_pool, EP of {QUERIES}", size, ours, plain, [values, queries], moved, backward, compiled)
+    flops = 2 * (QUERIES + 1) * size.batch * size.tokens * size.dim
+    return _case(f"query_pool, EP of {QUERIES}", size, ours, plain, [values, queries], moved, backward, compiled, flops)
 
 
 def reduction(size: Size, dtype: torch.dtype, device: str, backward: bool, compiled: bool, kind: str) -> Benchmark:
@@ -90,8 +92,12 @@ def _case(
     moved: list[torch.Tensor],
     backward: bool,
     compiled: bool,
+    flops: int | None = None,
 ) -> Benchmark:
-    """The pooling alone, or with the gradients of the leaves; ``moved`` are read or written once each."""
+    """The pooling alone, or with the gradients of the leaves; ``moved`` are read or written once each.
+
+    flops: of the products forward; backward has twice as many.
+    """
     upstream = torch.randn_like(plain())
 
     def timed(run: Callable[[], torch.Tensor]) -> Callable[[], object]:
@@ -108,7 +114,15 @@ def _case(
         versions["compiled"] = timed(torch.compile(plain, dynamic=False))
     direction = "forward + backward" if backward else "forward"
     moved_bytes = sum(x.numel() * x.element_size() for x in moved)
-    return Benchmark(f"{name}, {direction}", str(size), versions, moved_bytes, check=check)
+    name = f"{name}, {direction}"
+    return Benchmark(
+        name=name,
+        shape=str(size),
+        versions=versions,
+        moved_bytes=moved_bytes,
+        flops=flops and (3 * flops if backward else flops),
+        check=check,
+    )
 
 
 def _parts(made: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

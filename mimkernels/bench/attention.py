@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import mimkernels as mk
-from benchmarks.harness import Benchmark
+from mimkernels.bench.harness import Benchmark
 from mimkernels.ops.attention.spec import STATISTICS
 
 
@@ -34,10 +34,10 @@ CUDA_SHAPES = (Shape(256, 12, 50, 64), Shape(256, 12, 197, 64), Shape(256, 16, 1
 def attention_cases(dtype: torch.dtype, device: str) -> Iterator[Benchmark]:
     for shape in CUDA_SHAPES if device == "cuda" else CPU_SHAPES:
         for backward in (False, True):
-            yield _case(shape, dtype, device, backward)
+            yield attention_case(shape, dtype, device, backward)
 
 
-def _case(shape: Shape, dtype: torch.dtype, device: str, backward: bool) -> Benchmark:
+def attention_case(shape: Shape, dtype: torch.dtype, device: str, backward: bool) -> Benchmark:
     packed = torch.randn(shape.batch, shape.tokens, 3, shape.heads, shape.dim, device=device).to(dtype)
     q, k, v = (x.requires_grad_(backward) for x in packed.permute(2, 0, 3, 1, 4).unbind(0))
     side = round((shape.tokens - 1) ** 0.5)
@@ -57,6 +57,11 @@ def _case(shape: Shape, dtype: torch.dtype, device: str, backward: bool) -> Benc
     def sdpa():
         return finish(F.scaled_dot_product_attention(q, k, v), {})
 
+    def xformers():
+        from xformers.ops import memory_efficient_attention  # wants [B, N, H, D]
+
+        return finish(memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2), {})
+
     def materialised():
         p = (q @ k.transpose(-2, -1) * shape.dim**-0.5).softmax(dim=-1)
         return finish(p @ v, plain_statistics(p.float(), distances))
@@ -72,19 +77,31 @@ def _case(shape: Shape, dtype: torch.dtype, device: str, backward: bool) -> Benc
         for got, expected in zip(_leaves(ours(STATISTICS)()), _leaves(materialised()), strict=True):
             torch.testing.assert_close(got.float(), expected.float(), rtol=tolerance, atol=tolerance)
 
+    versions = {
+        "ours": ours(STATISTICS),
+        "entropy": ours(("entropy",)),
+        "bare": ours(()),
+        "sdpa": sdpa,
+        "plain": materialised,
+    }
+    if runs(xformers):
+        versions["xformers"] = xformers
     return Benchmark(
-        f"attention, {'forward + backward' if backward else 'forward'}",
-        str(shape),
-        {
-            "ours": ours(STATISTICS),
-            "entropy": ours(("entropy",)),
-            "bare": ours(()),
-            "sdpa": sdpa,
-            "plain": materialised,
-        },
+        name=f"attention, {'forward + backward' if backward else 'forward'}",
+        shape=str(shape),
+        versions=versions,
         flops=(14 if backward else 4) * shape.batch * shape.heads * shape.tokens**2 * shape.dim,
         check=check,
     )
+
+
+def runs(version: Callable[[], object]) -> bool:
+    """Whether a baseline is installed and takes the inputs here."""
+    try:
+        version()
+    except (ImportError, NotImplementedError):
+        return False
+    return True
 
 
 def plain_statistics(p: torch.Tensor, distances: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 import mimkernels as mk
-from benchmarks.harness import Benchmark
+from mimkernels.bench.harness import Benchmark
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Size:
         return f"B={self.batch} N={self.tokens} D={self.dim} K={self.keep}"
 
 
-def all_cases(size: Size, dtype: torch.dtype, device: str, compiled: bool = True) -> Iterator[Benchmark]:
+def gathering_cases(size: Size, dtype: torch.dtype, device: str, compiled: bool = True) -> Iterator[Benchmark]:
     for make in (mask_and_gather, gather, restore, fill, loss, loss_of_masked, embed_visible, patchify, patchify_uint8):
         benchmark = make(size, dtype, device)
         if compiled:
@@ -63,7 +63,8 @@ def mask_and_gather(size: Size, dtype: torch.dtype, device: str) -> Benchmark:
         same(masks.ids_restore, ids_restore)
 
     moved = 2 * size.batch * size.keep * size.dim * x.element_size()
-    return Benchmark("mask + gather", str(size), {"ours": ours, "plain": plain}, moved, check)
+    versions = {"ours": ours, "plain": plain}
+    return Benchmark(name="mask + gather", shape=str(size), versions=versions, moved_bytes=moved, check=check)
 
 
 def gather(size: Size, dtype: torch.dtype, device: str) -> Benchmark:
@@ -213,7 +214,8 @@ def case(
     def check():
         same(ours(), plain(), tolerance)
 
-    return Benchmark(name, str(size), {"ours": ours, "plain": plain}, moved, check)
+    versions = {"ours": ours, "plain": plain}
+    return Benchmark(name=name, shape=str(size), versions=versions, moved_bytes=moved, check=check)
 
 
 def same(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 0.0) -> None:

@@ -1,0 +1,317 @@
+"""``mimkernels bench plot``: a run as pictures: speed-ups, roofline, scaling curves; PNG files and one page."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import datetime
+import html
+import json
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mimkernels.bench.harness import RESULTS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_OURS, _OTHERS = "#0b66c3", {"plain": "#c9d1da", "compiled": "#8e9aa8", "sdpa": "#5d6877"}
+_LABELS = {
+    "plain": "plain PyTorch",
+    "compiled": "torch.compile",
+    "sdpa": "SDPA without statistics",
+    "ours": "mimkernels",
+}
+_INK, _MUTED, _LINE = "#1c2430", "#6b7685", "#d9dee5"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results", type=Path, nargs="?", help="folder of JSON (default: the newest under "
+                        "benchmarks/results)")  # fmt: skip
+    parser.add_argument("--output", type=Path, help="folder of the pictures and the page (default: that of the JSON)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Draw what there is; the exit status."""
+    folder = options.results or _newest(RESULTS)
+    reports = _reports(folder) if folder else {}
+    if not reports:
+        print(f"mimkernels bench plot: no results in {str(folder or RESULTS)!r}; `mimkernels bench run` makes some",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    output = options.output or folder
+    output.mkdir(parents=True, exist_ok=True)
+    for path in draw(reports, output):
+        print(path)
+    return 0
+
+
+def draw(reports: dict[str, dict], output: Path) -> list[Path]:
+    """Write the pictures of reports, named by group and dtype ("gathering-float32"), and the page that holds them."""
+    import matplotlib
+
+    pictures: dict[str, tuple[str, Figure]] = {}
+    with matplotlib.rc_context(_style()):
+        memory = _records(reports, ("gathering", "pooling"))
+        attention = _records(reports, ("attention",))
+        if memory:
+            note = "Times as fast as each alternative, in the same process, interleaved; longer is better."
+            pictures["speedups"] = (note, _bars(memory, ("plain", "compiled"), _LABELS))
+        if attention:
+            note = "With all statistics, against SDPA, which captures none, and against materialised attention."
+            pictures["attention"] = (
+                note,
+                _bars(attention, ("sdpa", "plain"), {**_LABELS, "plain": "materialised attention"}),
+            )
+        if memory or attention:
+            pictures["limits"] = ("How near the machine's own limit each case comes.", _limits(memory + attention))
+        products = [record for record in memory + attention if record.get("flops")]
+        if products:
+            note = "Cases with products: arithmetic per byte moved, and the rate reached. The roofs were measured, too."
+            pictures["roofline"] = (note, _roofline(products))
+        scaling = _records(reports, ("scaling",))
+        if scaling:
+            note = "How time and memory grow. Flat is linear."
+            pictures["scaling"] = (note, _scaling(scaling))
+        steps = _records(reports, ("step",))
+        if steps:
+            pictures["step"] = ("Where the time of a training step goes.", _steps(steps))
+        written = []
+        for name, (_, figure) in pictures.items():
+            written.append(output / f"{name}.png")
+            figure.savefig(written[-1], dpi=110)
+    return [*written, _page(reports, {name: note for name, (note, _) in pictures.items()}, output)]
+
+
+def _bars(records: list[dict], others: tuple[str, ...], labels: dict[str, str]) -> Figure:
+    from matplotlib.figure import Figure
+
+    others = tuple(name for name in others if any(name in r["median_us"] for r in records))
+    figure = Figure(figsize=(10, 1.2 + 0.26 * len(records) * (len(others) + 0.6)), layout="constrained")
+    axes = figure.subplots()
+    height, step = 0.8 / len(others), 1.0
+    most = max(r["median_us"][o] / r["median_us"]["ours"] for r in records for o in others if o in r["median_us"])
+    for row, record in enumerate(records):
+        for number, other in enumerate(others):
+            if other not in record["median_us"]:
+                continue
+            ratio = record["median_us"][other] / record["median_us"]["ours"]
+            y = row * step + (number - (len(others) - 1) / 2) * height
+            axes.barh(y, ratio, height * 0.92, color=_OURS if number == 0 else _OTHERS["compiled"])
+            axes.text(
+                ratio + 0.008 * most, y, f"{ratio:.1f}" if ratio >= 2 else f"{ratio:.2f}", va="center", fontsize=9
+            )
+    axes.axvline(1, color=_INK, linewidth=0.8)
+    axes.set_yticks(range(len(records)), [_row_label(r, records) for r in records], color=_INK)
+    axes.invert_yaxis()
+    axes.set_xlim(0, most * 1.1)
+    axes.set_xlabel("times as fast as the alternative")
+    axes.tick_params(length=0)
+    colours = (_OURS, _OTHERS["compiled"])[: len(others)]
+    _legend(axes, colours, ["against " + labels[other] for other in others])
+    return figure
+
+
+def _row_label(record: dict, records: list[dict]) -> str:
+    label = record["name"]
+    if len({r["shape"] for r in records}) > 1:
+        label += f"  {record['shape']}"
+    if len({r["dtype"] for r in records}) > 1:
+        label += f"  {record['dtype']}"
+    return label
+
+
+def _limits(records: list[dict]) -> Figure:
+    """How much of the machine's limit each case reaches."""
+    from matplotlib.figure import Figure
+
+    drawn = [(r, _share(r)) for r in records if _share(r)]
+    figure = Figure(figsize=(10, 1.1 + 0.27 * len(drawn)), layout="constrained")
+    axes = figure.subplots()
+    for row, (_, (share, limit)) in enumerate(drawn):
+        axes.barh(row, share, 0.72, color=_OURS if limit == "copy" else _OTHERS["sdpa"])
+        axes.text(share + 0.008, row, f"{share:.0%}", va="center", fontsize=9)
+    axes.set_yticks(range(len(drawn)), [_row_label(r, [r for r, _ in drawn]) for r, _ in drawn], color=_INK)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.1 * max(1.0, *(share for _, (share, _) in drawn)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.set_xlabel("share of the limit measured in the same rounds")
+    axes.tick_params(length=0)
+    _legend(axes, (_OURS, _OTHERS["sdpa"]), ("of copy bandwidth", "of the rate of a large matrix product"))
+    return figure
+
+
+def _share(record: dict) -> tuple[float, str] | None:
+    copy, gemm = record.get("share_of_copy_bandwidth"), record.get("share_of_gemm_rate")
+    if copy is None and gemm is None:
+        return None
+    return (copy, "copy") if copy is not None else (gemm, "gemm")
+
+
+def _roofline(records: list[dict]) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 5.2), layout="constrained")
+    axes, key = figure.subplots(1, 2, width_ratios=(3, 1.5))
+    bandwidth = max((r["moved_bytes"] / r["median_us"]["copy"] for r in records if "copy" in r["median_us"]), default=0)
+    bandwidth /= 1e3  # GB/s
+    peak = max((r["flops"] / r["median_us"]["ours"] / r["share_of_gemm_rate"] for r in records), default=0) / 1e3
+    points = [(r["flops"] / _bytes(r), r["flops"] / r["median_us"]["ours"] / 1e3) for r in records]
+    low, high = 0.5 * min(x for x, _ in points), 3 * max(x for x, _ in points)
+    if bandwidth:
+        knee = peak / bandwidth
+        axes.plot([low, knee, max(high, 2 * knee)], [low * bandwidth, peak, peak], color=_INK, linewidth=1.4)
+        axes.text(low * 1.6, low * 2.6 * bandwidth, f"copy, {bandwidth:.3g} GB/s", color=_INK)
+    else:
+        axes.axhline(peak, color=_INK, linewidth=1.4)
+    axes.text(high, peak * 1.08, f"large matrix product, {peak:,.0f} GFLOP/s", ha="right", color=_INK)
+    for number, (intensity, rate) in enumerate(points, 1):
+        axes.scatter(intensity, rate, s=36, color=_OURS, zorder=3)
+        axes.annotate(str(number), (intensity, rate), xytext=(5, -10), textcoords="offset points", fontsize=8)
+    axes.set(xscale="log", yscale="log", xlabel="floating-point operations per byte moved", ylabel="GFLOP/s")
+    axes.grid(True, which="major", color=_LINE, linewidth=0.6)
+    axes.tick_params(which="both", length=0)
+    key.axis("off")
+    labels = [f"{number}  {_row_label(record, records)}" for number, record in enumerate(records, 1)]
+    key.text(0, 1, "\n".join(labels), fontsize=8, va="top", color=_INK, linespacing=1.6)
+    return figure
+
+
+def _bytes(record: dict) -> float:
+    """What a case with products moves at least; of attention: q, k, v, the output, and their gradients."""
+    if record["moved_bytes"]:
+        return record["moved_bytes"]
+    sizes = _sizes(record["shape"])
+    tensors = 8 if "backward" in record["name"] else 4
+    return tensors * sizes["B"] * sizes["H"] * sizes["N"] * sizes["D"] * (4 if record["dtype"] == "float32" else 2)
+
+
+def _legend(axes: Axes, colours: Iterable[str], labels: Iterable[str]) -> None:
+    from matplotlib.patches import Patch
+
+    handles = [Patch(color=colour, label=label) for colour, label in zip(colours, labels, strict=True)]
+    axes.legend(handles=handles, frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(handles))
+
+
+def _scaling(records: list[dict]) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 7.4), layout="constrained")
+    by_batch, by_ratio, by_time, by_memory = figure.subplots(2, 2).flat
+    _curves(by_batch, records, "by batch", "B", lambda r, s: r["median_us"]["ours"] * 1e3 / (s["B"] * s["N"]))
+    by_batch.set(title="time per token", xlabel="images per batch", ylabel="ns per token", xscale="log", yscale="log")
+    _curves(by_ratio, records, "by mask ratio", "K", lambda r, s: r["median_us"]["ours"] / 1e3)
+    by_ratio.set(title="time against the kept tokens", xlabel="kept of 196 tokens", ylabel="ms")
+    lengths = [r for r in records if r["name"].endswith("by tokens")]
+    for version in ("ours", "sdpa", "plain"):
+        drawn = [r for r in lengths if version in r["median_us"]]
+        if not drawn:
+            continue
+        colour = _OURS if version == "ours" else _OTHERS[version]
+        tokens = [_sizes(r["shape"])["N"] for r in drawn]
+        heads = [_sizes(r["shape"])["H"] for r in drawn]
+        label = "materialised" if version == "plain" else _LABELS[version]
+        by_time.plot(tokens, [r["median_us"][version] / 1e3 / h for r, h in zip(drawn, heads, strict=True)], "o-",
+                     color=colour, label=label)  # fmt: skip
+        memory = [r["peak_bytes"][version] / 2**20 / h for r, h in zip(drawn, heads, strict=True)]
+        by_memory.plot(tokens, memory, "o-", color=colour, label=label)
+    by_time.set(
+        title="attention, forward + backward", xlabel="tokens", ylabel="ms per head", xscale="log", yscale="log"
+    )
+    by_memory.set(title="attention, peak memory", xlabel="tokens", ylabel="MiB per head", xscale="log", yscale="log")
+    for axes in (by_batch, by_ratio, by_time, by_memory):
+        axes.grid(True, color=_LINE, linewidth=0.6)
+        axes.legend(frameon=False, fontsize=8)
+        axes.tick_params(length=0)
+    return figure
+
+
+def _curves(axes: Axes, records: list[dict], along: str, size: str, value) -> None:
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for record in records:
+        if record["name"].endswith(along):
+            sizes = _sizes(record["shape"])
+            name = record["name"].removesuffix(f", {along}")
+            lines.setdefault(name, []).append((sizes[size], value(record, sizes)))
+    for name, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), "o-", markersize=4, label=name)
+
+
+def _steps(records: list[dict]) -> Figure:
+    from matplotlib.figure import Figure
+
+    colours = ("#1c2430", _OURS, "#6aa5de", "#9bb4a0", "#c9a66b", "#c9d1da")
+    rows = [
+        (record, name, label) for record in records for name, label in (("plain", "published"), ("ours", "mimkernels"))
+    ]
+    figure = Figure(figsize=(10, 1.6 + 0.5 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    kinds = list(records[0]["breakdown_ms"]["ours"])
+    for row, (record, name, _) in enumerate(rows):
+        # The profiler slows things down: its shares, of the time that was measured without it.
+        parts, left = record["breakdown_ms"][name], 0.0
+        whole = record["median_us"][name] / 1e3
+        for kind, colour in zip(kinds, colours, strict=True):
+            width = parts[kind] / sum(parts.values()) * whole
+            axes.barh(row, width, 0.62, left=left, color=colour, label=kind if row == 0 else None)
+            left += width
+        axes.text(left, row, f"  {record['images'] / whole * 1e3:.2f} images/s", va="center", fontsize=9)
+    axes.set_yticks(range(len(rows)), [f"{r['name']}, {r['shape']}, {label}" for r, _, label in rows], color=_INK)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.18 * max(record["median_us"][name] / 1e3 for record, name, _ in rows))
+    axes.set_xlabel("ms per step")
+    axes.tick_params(length=0)
+    axes.legend(frameon=False, ncols=len(kinds), loc="upper center", bbox_to_anchor=(0.35, 1.0 + 0.45 / len(rows)))
+    return figure
+
+
+def _page(reports: dict[str, dict], notes: dict[str, str], output: Path) -> Path:
+    from mimkernels.train.report import page
+
+    about = next(iter(reports.values()))["machine"]
+    threads = f", {about['threads']} threads, {about['cpu_isa']}" if about.get("threads") else ""
+    sections = []
+    for name, note in notes.items():
+        data = base64.b64encode((output / f"{name}.png").read_bytes()).decode()
+        sections.append(
+            f"<section><h2>{name.capitalize()}</h2><p>{note}</p><figure><img class=plot alt={name} "
+            f'src="data:image/png;base64,{data}"></figure></section>'
+        )
+    lead = html.escape(f"{about['device']}{threads}; torch {about['torch']}; medians, all versions in one process.")
+    written = f"Written by mimkernels {about['mimkernels']} on {datetime.date.today():%d %B %Y}."
+    path = output / "report.html"
+    path.write_text(page("What the kernels save", lead, "\n".join(sections), written))
+    return path
+
+
+def _records(reports: dict[str, dict], groups: Iterable[str]) -> list[dict]:
+    groups = tuple(groups)
+    return [record for name, report in reports.items() if name.split("-")[0] in groups for record in report["results"]]
+
+
+def _sizes(shape: str) -> dict[str, int]:
+    return {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", shape)}
+
+
+def _reports(folder: Path) -> dict[str, dict]:
+    reports = {}
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text())
+        if "results" in content:
+            reports[path.stem] = content
+    return reports
+
+
+def _newest(root: Path) -> Path | None:
+    folders = [path for path in root.glob("*") if path.is_dir() and any(path.glob("*.json"))]
+    return max(folders, key=lambda path: max(p.stat().st_mtime for p in path.glob("*.json")), default=None)
+
+
+def _style() -> dict:
+    from mimkernels.train.figures import CHART
+
+    return {**CHART, "font.size": 10, "axes.spines.top": False, "axes.titlesize": 11, "axes.titlecolor": _INK}

@@ -1,0 +1,197 @@
+"""``mimkernels bench run``: every declared case on this machine, to the terminal and to JSON."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import mimkernels
+from mimkernels.bench import harness
+from mimkernels.bench.attention import attention_cases
+from mimkernels.bench.calls import CALLS, call_cases
+from mimkernels.bench.gathering import Size, gathering_cases
+from mimkernels.bench.harness import Benchmark, Timing
+from mimkernels.bench.pooling import pooling_cases
+from mimkernels.bench.scaling import scaling_cases
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Group(NamedTuple):
+    """Cases that are shown in one table and saved in one file."""
+
+    title: str
+    columns: str  # heading of what `line` gives
+    cases: Callable[[argparse.Namespace, torch.dtype, str], Iterator[Benchmark]]
+    line: Callable[[Timing], str]
+
+
+def _gathering(options: argparse.Namespace, dtype: torch.dtype, device: str) -> Iterator[Benchmark]:
+    return gathering_cases(Size(batch=options.batch or 64), dtype, device, compiled=not options.no_compile)
+
+
+def _pooling(options: argparse.Namespace, dtype: torch.dtype, device: str) -> Iterator[Benchmark]:
+    return pooling_cases(Size(batch=options.batch or 64), dtype, device, compiled=not options.no_compile)
+
+
+def _steps(options: argparse.Namespace, dtype: torch.dtype, device: str) -> Iterator[Benchmark]:
+    from mimkernels.bench.step import Step, step_cases  # timm
+
+    batch = options.batch or (8 if device == "cpu" else 256)
+    for model in options.model:
+        yield from step_cases(Step(model, batch, dtype, device))
+
+
+def _memory_line(timing: Timing) -> str:
+    share = timing.share_of_copy
+    return (
+        f"{timing.median['ours'] * 1e3:7.2f} ms {_times(timing.ratio('plain'))} {_times(timing.ratio('compiled')):>9}"
+        + (f"{share:9.0%}" if share else "")
+    )
+
+
+def _attention_line(timing: Timing) -> str:
+    shares = (timing.median[name] / timing.median["sdpa"] for name in ("ours", "entropy", "bare", "plain"))
+    return (
+        f"{timing.median['ours'] * 1e3:7.2f} ms "
+        + " ".join(f"{share:{width}.2f}" for share, width in zip(shares, (8, 8, 8, 13), strict=True))
+        + f" {timing.share_of_gemm:8.0%}"
+    )
+
+
+def _scaling_line(timing: Timing) -> str:
+    peak = timing.extra.get("peak_bytes", {})
+    memory = ", ".join(f"{name} {most / 2**20:,.1f} MiB" for name, most in peak.items())
+    other = timing.ratio("sdpa") or timing.ratio("plain")
+    return f"{timing.median['ours'] * 1e3:7.2f} ms {_times(other)}  {memory}"
+
+
+def _step_line(timing: Timing) -> str:
+    images = timing.extra["images"]
+    lines = [
+        f"{timing.median['ours']:7.3f} s  {_times(timing.ratio('plain'))} "
+        f"{images / timing.median['ours']:9.2f} {images / timing.median['plain']:9.2f}"
+    ]
+    for name, parts in timing.extra["breakdown_ms"].items():
+        whole = sum(parts.values())
+        shares = ", ".join(f"{kind} {ms:,.0f}" for kind, ms in parts.items())
+        lines.append(f"    {name:6} of {whole:,.0f} ms: {shares}")
+    return "\n".join(lines)
+
+
+def _call_line(timing: Timing) -> str:
+    ours, native = (timing.median[name] / CALLS * 1e6 for name in ("ours", "native"))
+    return f"{ours:7.2f} us {native:9.2f} us {ours / native:7.1f}"
+
+
+def _times(ratio: float | None) -> str:
+    return f"{ratio:7.1f}x" if ratio else ""
+
+
+GROUPS = {
+    "gathering": Group(
+        "moving tokens, and the loss",
+        f"{'ours':>10} {'plain':>8} {'compiled':>9} {'of copy':>8}",
+        _gathering,
+        _memory_line,
+    ),
+    "pooling": Group(
+        "pooling of patch tokens", f"{'ours':>10} {'plain':>8} {'compiled':>9} {'of copy':>8}", _pooling, _memory_line
+    ),
+    "attention": Group(
+        "attention with all statistics; times are of SDPA without any",
+        f"{'ours':>10} {'of SDPA':>8} {'entropy':>8} {'none':>8} {'materialised':>13} {'of GEMM':>8}",
+        lambda options, dtype, device: attention_cases(dtype, device),
+        _attention_line,
+    ),
+    "step": Group(
+        "a training step of MAE against the published code's",
+        f"{'ours':>9}  {'plain':>8} {'images/s':>9} {'plain':>9}",
+        _steps,
+        _step_line,
+    ),
+    "calls": Group(
+        "cost of a call on tiny inputs, beside a native op",
+        f"{'ours':>10} {'native':>12} {'ratio':>7}",
+        lambda options, dtype, device: call_cases(dtype, device),
+        _call_line,
+    ),
+    "scaling": Group(
+        "growth with batch, mask ratio and tokens",
+        f"{'ours':>10} {'plain':>8}  peak memory",
+        lambda options, dtype, device: scaling_cases(dtype, device),
+        _scaling_line,
+    ),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--group", nargs="+", default=["gathering", "pooling", "attention", "calls"], choices=GROUPS)
+    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES)
+    parser.add_argument("--batch", type=int, help="images (default 64; a step: 8, on a GPU 256)")
+    parser.add_argument("--model", nargs="+", default=["vit_base_patch16_224"], help="timm encoders of a step")
+    parser.add_argument("--only", help="run the cases whose name contains this; nothing is saved without --output")
+    parser.add_argument("--seconds", type=float, default=4.0, help="measuring time per case (default 4)")
+    parser.add_argument("--no-compile", action="store_true", help="leave the torch.compile baseline out")
+    parser.add_argument("--backends", action="store_true", help="also time each backend that takes the inputs by name")
+    parser.add_argument("--output", type=Path, help="folder of the JSON (default benchmarks/results/<device>)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure and save; the exit status."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    harness.prepare()
+    about = harness.machine(device)
+    print(f"{about['device']}, torch {about['torch']}" + (f", {about['threads']} threads" if device == "cpu" else ""))
+    for dtype in options.dtype:
+        for group in options.group:
+            _measure(group, dtype, device, options)
+    return 0
+
+
+def _measure(group: str, dtype: str, device: str, options: argparse.Namespace) -> None:
+    title, columns, cases, line = GROUPS[group]
+    timings: list[Timing] = []
+    for benchmark in cases(options, getattr(torch, dtype), device):
+        if options.only and options.only not in benchmark.name:
+            continue
+        if not timings:
+            print(f"\n{dtype}, {title}; medians of interleaved rounds\n{'case':82} {columns}")
+        if options.backends:
+            benchmark.versions.update(_by_backend(benchmark.versions["ours"], device))
+        timing = harness.measure(benchmark, device, dtype, options.seconds)
+        timings.append(timing)
+        print(f"{timing.name + ', ' + timing.shape:82} {line(timing)}{_backend_times(timing)}", flush=True)
+        del benchmark
+        gc.collect()
+    if timings and (options.output or not options.only):
+        print(f"written: {harness.save(timings, device, f'{group}-{dtype}', options.output)}")
+
+
+def _by_backend(ours: Callable[[], object], device: str) -> dict[str, Callable[[], object]]:
+    """Ours on each kernel backend of the device that takes it."""
+    found = {}
+    for name in ("triton", "cuda") if device == "cuda" else ("cpu",):
+
+        def run(name: str = name) -> object:
+            with mimkernels.use_backend(name):
+                return ours()
+
+        try:
+            run()
+        except NotImplementedError:
+            continue
+        found[name] = run
+    return found
+
+
+def _backend_times(timing: Timing) -> str:
+    named = [
+        f"{name} {timing.median[name] * 1e3:.3f} ms" for name in ("triton", "cuda", "cpu") if name in timing.median
+    ]
+    return f"   {', '.join(named)}" if named else ""

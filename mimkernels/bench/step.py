@@ -1,0 +1,192 @@
+"""A whole MAE training step: ours against the published code's, images per second and where the time goes.
+
+Both sides have the same weights, timm blocks, fused AdamW and images. The published side (arXiv:2111.06377) embeds
+every patch, gathers with ``torch.gather``, predicts every patch and builds every target; its attention is
+``scaled_dot_product_attention``, or, where head statistics are wanted, the attention matrix and the statistics of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from timm.layers import Attention
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mimkernels.bench.attention import plain_statistics
+from mimkernels.bench.gathering import published_loss, published_random_masking
+from mimkernels.bench.harness import Benchmark
+from mimkernels.models import MAE
+from mimkernels.ops.attention.spec import STATISTICS
+
+KINDS = ("GEMM", "attention", "token movement", "loss", "optimizer", "elementwise")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A timm encoder, B images per step, and the dtype of autocast."""
+
+    model: str = "vit_base_patch16_224"
+    batch: int = 8
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        return f"{self.model} B={self.batch}"
+
+
+class PublishedMAE(nn.Module):
+    """The published forward pass on the parameters of `mae`, which was built with ``attention="timm"``."""
+
+    def __init__(self, mae: MAE) -> None:
+        super().__init__()
+        self.mae = mae
+
+    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
+        mae, encoder = self.mae, self.mae.encoder
+        x = encoder.patch_embed(images) + encoder.pos_embed[:, 1:]
+        keep = int(x.shape[1] * (1 - mae.mask_ratio))
+        x, mask, ids_restore = published_random_masking(x, noise, keep)
+        cls = encoder.cls_token + encoder.pos_embed[:, :1]
+        x = torch.cat((cls.expand(x.shape[0], -1, -1), x), dim=1)
+        x = encoder.norm(encoder.blocks(x))
+        x = mae.decoder_embed(x)
+        mask_tokens = mae.mask_token.repeat(x.shape[0], ids_restore.shape[1] + 1 - x.shape[1], 1)
+        patches = torch.cat((x[:, 1:], mask_tokens), dim=1)
+        patches = torch.gather(patches, 1, ids_restore.unsqueeze(-1).repeat(1, 1, x.shape[2]))
+        x = torch.cat((x[:, :1], patches), dim=1) + mae.decoder_pos_embed
+        for block in mae.decoder_blocks:
+            x = block(x)
+        pred = mae.decoder_pred(mae.decoder_norm(x))[:, 1:]
+        return published_loss(images, pred, mask, mae.patch_size[0])
+
+
+class MaterialisedAttention(Attention):
+    """timm's attention as one writes it to see the heads: the matrix, and statistics of it."""
+
+    distances: Tensor | None = None  # [B, N, N] of the visible tokens, set before each step
+
+    def forward(self, x: Tensor, **_) -> Tensor:
+        batch, tokens, dim = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        p = (q @ k.transpose(-2, -1) * self.scale).softmax(dim=-1)
+        with torch.no_grad():
+            self.seen = plain_statistics(p.float(), self.distances[:, None])
+        return self.proj((p @ v).transpose(1, 2).reshape(batch, tokens, dim))
+
+
+def step_cases(step: Step, statistics: bool = True) -> Iterator[Benchmark]:
+    """The step, and the step with all head statistics of every encoder block."""
+    for stats in (False, True) if statistics else (False,):
+        yield step_case(step, stats)
+
+
+def step_case(step: Step, stats: bool) -> Benchmark:
+    torch.manual_seed(0)
+    ours = MAE.from_timm(step.model).to(step.device)
+    plain = MAE.from_timm(step.model, attention="timm").to(step.device)
+    plain.load_state_dict(ours.state_dict())
+    images = torch.randn(step.batch, 3, 224, 224, device=step.device)
+    patches = plain.grid_size[0] * plain.grid_size[1]
+    published = PublishedMAE(plain)
+    layers = [block.attn for block in plain.encoder.blocks]
+    if stats:
+        for layer in layers:
+            layer.__class__ = MaterialisedAttention
+    wanted = STATISTICS if stats else ()
+    steps = itertools.count()
+    grid = torch.cartesian_prod(*(torch.arange(float(side), device=step.device) for side in plain.grid_size))
+
+    def our_loss(noise: Tensor | None = None) -> Tensor:
+        made = ours(images, noise=noise, seed=0, offset=next(steps), head_stats=wanted)
+        return made.loss
+
+    def plain_loss(noise: Tensor | None = None) -> Tensor:
+        noise = torch.rand(step.batch, patches, device=step.device) if noise is None else noise
+        if stats:
+            # The patches that stay, found once more: the published masking does not hand them out.
+            ids = noise.argsort(dim=1)[:, : int(patches * (1 - plain.mask_ratio))]
+            distances = F.pad(torch.cdist(grid[ids], grid[ids]), (1, 0, 1, 0))
+            for layer in layers:
+                layer.distances = distances
+        return published(images, noise)
+
+    def check() -> None:
+        noise = torch.rand(step.batch, patches, device=step.device)
+        tolerance = 1e-4 if step.dtype == torch.float32 else 2e-2
+        with _autocast(step), torch.no_grad():
+            torch.testing.assert_close(our_loss(noise), plain_loss(noise), rtol=tolerance, atol=tolerance)
+
+    versions = {"ours": _training(ours, our_loss, step), "plain": _training(plain, plain_loss, step)}
+    return Benchmark(
+        name="MAE step, all head statistics" if stats else "MAE step",
+        shape=str(step),
+        versions=versions,
+        check=check,
+        details=lambda: {
+            "images": step.batch,
+            "breakdown_ms": {
+                name: {kind: round(1e3 * seconds, 2) for kind, seconds in breakdown(run, step.device).items()}
+                for name, run in versions.items()
+            },
+        },
+    )
+
+
+def _training(model: nn.Module, loss: Callable[[], Tensor], step: Step) -> Callable[[], object]:
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+
+    def run() -> Tensor:
+        with _autocast(step):
+            value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return value.detach()
+
+    return run
+
+
+def _autocast(step: Step) -> contextlib.AbstractContextManager:
+    if step.dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(step.device, step.dtype)
+
+
+def breakdown(run: Callable[[], object], device: str, steps: int = 2) -> dict[str, float]:
+    """Seconds of one step by kind of work, from torch's profiler: each operation's own time."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(steps):
+            run()
+    own = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    seconds = dict.fromkeys(KINDS, 0.0)
+    for entry in profile.key_averages():
+        seconds[kind_of(entry.key)] += getattr(entry, own) / 1e6 / steps
+    return seconds
+
+
+_NAMES = (
+    ("optimizer", ("adamw", "optimizer")),
+    ("attention", ("attention", "softmax", "flash", "fmha")),
+    ("loss", ("masked_patch_loss",)),
+    (
+        "token movement",
+        ("gather", "scatter", "index", "restore_tokens", "random_mask", "mask_from_noise", "patchify", "sort", "cat"),
+    ),
+    ("GEMM", ("addmm", "::mm", "bmm", "baddbmm", "matmul", "linear", "convolution", "gemm", "cutlass", "nvjet")),
+)
+
+
+def kind_of(operation: str) -> str:
+    """Which of ``KINDS`` an operation's or kernel's name belongs to."""
+    name = operation.lower()
+    return next((kind for kind, parts in _NAMES if any(part in name for part in parts)), "elementwise")

@@ -1,0 +1,131 @@
+"""The benchmark command: what it compares, what it draws. No time is asserted."""
+
+import json
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+
+from mimkernels.bench import harness
+from mimkernels.bench.compare import FLOOR, compare, read
+from mimkernels.bench.harness import Benchmark
+from mimkernels.cli import main
+
+
+def record(name="gather", factor=1.0, jitter=0.01, seed=0, **further):
+    noise = torch.randn(10, generator=torch.Generator().manual_seed(seed)) * jitter
+    return {
+        "name": name, "shape": "B=1", "dtype": "float32",
+        "median_us": {"ours": 100.0 * factor, "plain": 200.0}, "relative": [0.5 * factor * math.exp(n) for n in noise],
+        "moved_bytes": None, "flops": None, **further,
+    }  # fmt: skip
+
+
+def save(folder, *records):
+    folder.mkdir()
+    (folder / "gathering-float32.json").write_text(json.dumps({"machine": {}, "results": list(records)}))
+    return str(folder)
+
+
+def test_compare_catches_a_slowdown_of_a_tenth(tmp_path, capsys):
+    before = save(tmp_path / "before", record(), record("loss"))
+    after = save(tmp_path / "after", record(factor=1.1, seed=1), record("loss", seed=2))
+    assert main(["bench", "compare", before, after]) == 1
+    shown = capsys.readouterr().out
+    slower = [line for line in shown.splitlines() if "SLOWER" in line]
+    assert len(slower) == 1 and slower[0].startswith("gather, B=1, float32") and "2 cases, 1 slower" in shown
+
+
+def test_compare_is_quiet_where_nothing_changed(tmp_path, capsys):
+    runs = [save(tmp_path / str(i), *(record(str(j), seed=100 * i + j) for j in range(50))) for i in range(2)]
+    assert main(["bench", "compare", *runs]) == 0
+    assert "50 cases, 0 slower" in capsys.readouterr().out
+
+
+def test_compare_says_where_the_noise_hides_a_tenth(tmp_path, capsys):
+    runs = [save(tmp_path / str(i), record(jitter=0.3, seed=i)) for i in range(2)]
+    assert main(["bench", "compare", *runs]) == 0
+    assert "too noisy to tell" in capsys.readouterr().out
+
+
+def test_compare_measures_against_what_is_not_ours():
+    # The machine is twice as slow, for all versions alike: no regression.
+    slow = record(seed=1)
+    slow["median_us"] = {name: 2 * value for name, value in slow["median_us"].items()}
+    (change,) = compare({"gather": [record()]}, {"gather": [slow]})
+    assert abs(change.change) < FLOOR and change.after_us == 2 * change.before_us
+
+
+def test_compare_refuses_what_cannot_be_compared(tmp_path, capsys):
+    some, other = save(tmp_path / "a", record("gather")), save(tmp_path / "b", record("loss"))
+    assert main(["bench", "compare", some, other]) == 2
+    assert "gather, B=1, float32 before, loss, B=1, float32 after" in capsys.readouterr().err
+    assert main(["bench", "compare", some, "no-such-revision"]) == 2
+    assert "there is no 'no-such-revision'" in capsys.readouterr().err
+    assert main(["bench", "compare", "no-such-revision", "HEAD"]) == 2
+    assert "'no-such-revision' is neither a folder" in capsys.readouterr().err
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ValueError, match="broken.json"):
+        read(tmp_path / "broken.json")
+
+
+def test_a_measurement_is_recorded_in_blocks():
+    versions = {"ours": lambda: None, "plain": lambda: None}
+    timing = harness.measure(Benchmark(name="nothing", shape="", versions=versions), "cpu", "float32", seconds=1e-3)
+    assert timing.rounds >= 7 and 5 <= len(timing.relative) <= 10
+    assert json.loads(json.dumps(timing.record()))["relative"]
+
+
+def test_versions_that_disagree_are_not_timed():
+    def refuse():
+        raise AssertionError("the versions differ")
+
+    benchmark = Benchmark(name="wrong", shape="", versions={"ours": lambda: None}, check=refuse)
+    with pytest.raises(AssertionError, match="the versions differ"):
+        harness.measure(benchmark, "cpu", "float32")
+
+
+def test_run_then_plot(tmp_path, capsys):
+    run = ["bench", "run", "--seconds", "0.001", "--batch", "1", "--no-compile", "--output", str(tmp_path)]
+    assert main([*run, "--group", "gathering", "pooling", "calls"]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "restore_tokens + positions" in shown
+        and "query_pool, AbMILP, forward" in shown
+        and "call of attention" in shown
+    )
+    assert main(["bench", "plot", str(tmp_path)]) == 0
+    written = {line.rpartition("/")[2] for line in capsys.readouterr().out.split()}
+    assert written == {"speedups.png", "limits.png", "roofline.png", "report.html"}
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3 and "http" not in page
+
+
+def test_plot_without_results_says_what_makes_some(tmp_path, capsys):
+    assert main(["bench", "plot", str(tmp_path)]) == 2
+    assert "mimkernels bench run" in capsys.readouterr().err
+
+
+def test_the_published_step_is_ours():
+    from mimkernels.bench.step import KINDS, Step, breakdown, step_case
+
+    for stats in (False, True):
+        case = step_case(Step("vit_tiny_patch16_224", batch=1), stats)
+        case.check()
+        case.versions["plain"]()
+        parts = breakdown(case.versions["ours"], "cpu", steps=1)
+        assert set(parts) == set(KINDS) and all(parts[kind] > 0 for kind in KINDS)
+
+
+def test_peak_memory_counts_what_is_held_at_once():
+    from mimkernels.bench.memory import peak_bytes
+
+    def run():
+        for _ in range(3):
+            held = torch.empty(2**20, dtype=torch.uint8)
+            del held
+        return torch.empty(2**18, dtype=torch.uint8)
+
+    assert 2**20 <= peak_bytes(run, "cpu") < 2**20 + 2**18
