@@ -51,13 +51,15 @@ def steps(output: Path) -> list[Step]:
             150,
             {"MIMKERNELS_BUILD": "require", "MIMKERNELS_CMAKE_ARGS": _architecture_argument()},
         ),
-        Step("tests", tests, 170),
+        Step("tests", tests, 150),
     ]
     for tool in SANITIZERS:
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", python, "-m", "benchmarks.gpu"]
         found.append(Step(f"sanitizer-{tool}", [*command, "--kernels-once"], 40))
-    bench = [python, "-m", "benchmarks", "--seconds", "0.5", "--backends", "--no-compile", "--output", str(output)]
-    found.append(Step("benchmarks", [*bench, "--dtype", *DTYPES], 140))
+    bench = [python, "-m", "benchmarks", "--seconds", "0.5", "--no-compile", "--output", str(output)]
+    groups = ["--group", "gathering", "pooling", "attention"]
+    found.append(Step("benchmarks", [*bench, "--backends", *groups, "--dtype", *DTYPES], 115))
+    found.append(Step("whole-step", [*bench, "--group", "calls", "step", "--dtype", "bfloat16"], 45))
     assert sum(step.seconds for step in found) <= SECONDS
     return found
 

@@ -21,6 +21,7 @@ def call_cases(dtype: torch.dtype, device: str) -> Iterator[Benchmark]:
             shape="B=1, 4 tokens of 8",
             versions={"ours": _often(ours), "native": _often(native)},
             details=lambda: {"calls": CALLS},
+            on_host=True,
         )
 
 

@@ -43,6 +43,7 @@ class Benchmark:
         flops: floating-point operations of the matrix products, 2 per multiply-add, or None.
         check: raises unless the versions agree; called once before timing.
         details: called once after timing; what it returns goes into the record.
+        on_host: timed by the host's clock on a GPU too, without waiting: what launching costs.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Benchmark:
     flops: int | None = None
     check: Callable[[], None] = lambda: None
     details: Callable[[], dict] = dict
+    on_host: bool = False
 
 
 @dataclass
@@ -119,11 +121,12 @@ def measure(benchmark: Benchmark, device: str, dtype: str, seconds: float = 4.0)
         versions["copy"] = _copy_of(benchmark.moved_bytes, device)
     if benchmark.flops:
         versions["gemm"] = _matrix_product(matrix, device, dtype)
-    timer = _cuda_seconds if device == "cuda" else _cpu_seconds
+    on_device = device == "cuda" and not benchmark.on_host
+    timer = _cuda_seconds if on_device else _cpu_seconds
     for run in versions.values():  # warm up: compile, grow the heap, fill the pools
         run(), run()
     extra = {}
-    if device == "cuda":
+    if on_device:
         graphs = {name: _captured(run) for name, run in versions.items()}
         extra["not_captured"] = [name for name, graph in graphs.items() if graph is None]
         versions = {name: graphs[name] or run for name, run in versions.items()}
@@ -136,6 +139,8 @@ def measure(benchmark: Benchmark, device: str, dtype: str, seconds: float = 4.0)
         shuffle(order)
         for name in order:
             taken[name].append(timer(versions[name]))
+            if benchmark.on_host and device == "cuda":
+                torch.cuda.synchronize()  # so that no launch waits for a full queue
     quartiles = {name: statistics.quantiles(values, n=4) for name, values in taken.items()}
     extra |= benchmark.details()
     return Timing(
