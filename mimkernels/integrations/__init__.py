@@ -1,0 +1,1 @@
+"""Other people's models and code on the kernels: timm, transformers, xformers."""
