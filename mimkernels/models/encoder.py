@@ -128,7 +128,7 @@ def encode_visible(
     Equal to embedding every patch, adding positions and keeping the tokens `ids`, as MAE does. The blocks run
     through ``encoder.blocks`` as timm runs them: hooks, drop path and gradient checkpointing act as usual.
     """
-    # timm puts the final norm either into forward_features or, as fc_norm, behind the pooling that pre-training has not.
+    # timm puts the final norm either into forward_features or, as fc_norm, behind pooling, which is not done here.
     return encoder.fc_norm(visible_features(encoder, images, ids, mean=mean, std=std))
 
 
