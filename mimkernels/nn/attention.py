@@ -18,7 +18,7 @@ except ImportError as error:
         f"mimkernels.nn.attention needs timm, which cannot be imported ({error}); pip install 'mimkernels[train]'"
     ) from error
 
-from mimkernels.ops import attention
+from mimkernels.nn.sdpa import AttentionCall, as_bias, attend, compute_dtype, is_recomputing
 from mimkernels.ops.attention.spec import STATISTICS
 
 __all__ = ["Attention", "HeadRecorder", "LayerHeads", "record_heads", "use_mimkernels_attention"]
@@ -55,18 +55,13 @@ class Attention(TimmAttention):
         q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, N, D] each, views
         q, k = self.q_norm(q), self.k_norm(k)
         # Norms may leave q and k wider than v; as scaled_dot_product_attention, run in autocast's dtype.
-        dtype = _compute_dtype(v)
+        dtype = compute_dtype(v)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        bias, key_mask = _as_bias(attn_mask, is_causal, q)
-        again = _is_recomputing()
+        bias, key_mask = as_bias(attn_mask, is_causal, q, tokens, q.shape[:2])
+        again = is_recomputing()
         settings = _settings_of_recorded_pass(self) if again else slot.settings if slot is not None else _NOTHING
-        made = attention(
-            q,
-            k,
-            v,
-            bias=bias,
-            key_mask=key_mask,
-            scale=self.scale,
+        made = attend(
+            AttentionCall(q, k, v, bias, key_mask, self.scale, q.shape[:2]),
             num_prefix=settings.num_prefix,
             positions=settings.positions,
             stats=settings.stats,
@@ -312,10 +307,6 @@ class _Slot:
 _awaiting_backward: weakref.WeakKeyDictionary[Attention, weakref.WeakSet[_Settings]] = weakref.WeakKeyDictionary()
 
 
-def _is_recomputing() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
 def _await_backward(layer: Attention, settings: _Settings, lse: Tensor) -> None:
     if torch.compiler.is_compiling() or lse.grad_fn is None:
         return
@@ -331,32 +322,6 @@ def _settings_of_recorded_pass(layer: Attention) -> _Settings:
             "backward passes: run each backward pass before the next forward pass"
         )
     return first
-
-
-def _compute_dtype(v: Tensor) -> torch.dtype:
-    device = v.device.type
-    if v.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return v.dtype
-    return torch.get_autocast_dtype(device)
-
-
-def _as_bias(attn_mask: Tensor | None, is_causal: bool, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """timm's mask (bool, True = attend, or added to the scores) as the op's bias or key mask."""
-    batch, _, tokens, _ = q.shape
-    if is_causal:
-        if attn_mask is not None:
-            raise ValueError("attention takes either attn_mask or is_causal=True, got both")
-        attn_mask = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()
-    if attn_mask is None:
-        return None, None
-    if attn_mask.dim() > 4:
-        raise ValueError(f"attn_mask must broadcast to [B, H, N, N], got {list(attn_mask.shape)}")
-    mask = attn_mask[(None,) * (4 - attn_mask.dim())]
-    if mask.dtype == torch.bool:
-        if mask.shape[1] == 1 and mask.shape[2] == 1:
-            return None, mask[:, 0, 0].expand(batch, tokens)
-        mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, float("-inf"))
-    return mask.expand(-1, -1, tokens, tokens), None
 
 
 def _other_kinds(*modules: nn.Module) -> str:

@@ -1,0 +1,302 @@
+"""``F.scaled_dot_product_attention`` by ``mimkernels.attention``: which calls it takes, and what they become."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from mimkernels.ops import AttentionOutput, attention
+from mimkernels.ops._registry import FLOATS
+from mimkernels.ops.attention.spec import SPEC
+
+__all__ = ["AttentionCall", "as_attention", "refusals", "sdpa"]
+
+_MOST_DIMS = min(impl.limits["head_dim"] for impl in SPEC.impls if impl.limits)
+_DIVISOR = max(impl.multiples["head_dim"] for impl in SPEC.impls if impl.multiples)
+
+
+class AttentionCall(NamedTuple):
+    """A call of ``F.scaled_dot_product_attention`` as ``mimkernels.attention`` takes it.
+
+    Attributes:
+        q, k, v: ``[B, H, N, D]`` in the dtype of the computation; views wherever possible.
+        bias: ``[B or 1, H or 1, Nq, Nk]`` or None.
+        key_mask: ``[B, Nk]`` bool or None.
+        scale: of the scores.
+        leading: sizes before ``[Nq, D]`` of the call's own output.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    key_mask: Tensor | None
+    scale: float
+    leading: tuple[int, ...]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What ``attention`` and its companion ops need besides q, k and v."""
+        return {"bias": self.bias, "key_mask": self.key_mask, "scale": self.scale}
+
+
+def refusals(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> list[str]:
+    """Why the kernels of ``mimkernels.attention`` do not take this call; empty if they do.
+
+    Pure: looks at shapes, dtypes and settings only. Calls that PyTorch itself refuses have reasons, too. Whether a
+    kernel is there on this device is not asked: ``mimkernels info`` says, and ``backend="auto"`` decides.
+
+    Args:
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa: as of ``F.scaled_dot_product_attention``.
+    """
+    tensors = {"query": query, "key": key, "value": value}
+    if attn_mask is not None:
+        tensors["attn_mask"] = attn_mask
+    found = [f"{name} is a nested tensor" for name, tensor in tensors.items() if tensor.is_nested]
+    found += [f"{name} has {tensor.dim()} dims" for name, tensor in tensors.items() if tensor.dim() < 2]
+    if found:
+        return found
+    if dropout_p > 0:
+        found.append(f"dropout_p is {dropout_p}: attention has no dropout")
+    dtypes = [_cast_to(tensor) for tensor in (query, key, value)]
+    if len(set(dtypes)) > 1:
+        found.append(f"dtypes differ: query {dtypes[0]}, key {dtypes[1]}, value {dtypes[2]}")
+    elif dtypes[0] not in FLOATS:
+        found.append(f"the kernels take fp32, bf16 and fp16, got {dtypes[0]}")
+    dim = query.shape[-1]
+    if not dim == key.shape[-1] == value.shape[-1]:
+        found.append(f"head dims differ: query {dim}, key {key.shape[-1]}, value {value.shape[-1]}")
+    if dim > _MOST_DIMS or dim % _DIVISOR:
+        found.append(f"head dim is {dim}: the kernels take multiples of {_DIVISOR} up to {_MOST_DIMS}")
+    return found + _malformed(query, key, value, attn_mask, is_causal, enable_gqa)
+
+
+def as_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> AttentionCall:
+    """A call in the terms of ``mimkernels.attention``.
+
+    ``[N, D]`` and ``[B, N, D]`` are one head; of more than four dims, all before heads are images (Swin's windows).
+    Fewer key heads (``enable_gqa``) are repeated; as views if there is one. Bool masks that are the same for all heads
+    and queries become key masks, others biases of 0 and -inf. Under autocast, q, k and v become its dtype.
+
+    A query that may attend to nothing gets zeros in both (in PyTorch since 2.5, on every backend).
+
+    Args:
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa: as of ``F.scaled_dot_product_attention``;
+            ``dropout_p`` is ignored.
+
+    Raises:
+        ValueError: PyTorch refuses the call, too.
+    """
+    wrong = _malformed(query, key, value, attn_mask, is_causal, enable_gqa)
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    q, k, v = (tensor.to(_cast_to(tensor)) for tensor in (query, key, value))
+    if enable_gqa:
+        k, v = (_with_heads(tensor, q.shape[-3]) for tensor in (k, v))
+    leading = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
+    q, k, v = (_four_dims(tensor, leading) for tensor in (q, k, v))
+    bias, key_mask = as_bias(attn_mask, is_causal, q, k.shape[2], leading)
+    return AttentionCall(q, k, v, bias, key_mask, query.shape[-1] ** -0.5 if scale is None else scale, tuple(leading))
+
+
+def sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    num_prefix: int = 0,
+    positions: Tensor | None = None,
+    stats: Sequence[str] = (),
+) -> AttentionOutput:
+    """``F.scaled_dot_product_attention`` by ``mimkernels.attention``: the same arguments, the same result in ``out``.
+
+    Args:
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa: as of ``F.scaled_dot_product_attention``.
+        num_prefix, positions, stats: as of ``mimkernels.attention``.
+
+    Returns:
+        ``out`` in the shape that PyTorch gives; ``lse`` and ``stats`` are ``[B, H, Nq]``, see ``as_attention``.
+
+    Raises:
+        ValueError: a call that PyTorch refuses, too, or dropout.
+        NotImplementedError, TypeError: what ``refusals`` tells of; ask it first.
+    """
+    if dropout_p > 0:
+        raise ValueError(f"attention has no dropout, got dropout_p = {dropout_p}")
+    call = as_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    made = attend(call, num_prefix=num_prefix, positions=positions, stats=stats)
+    return made._replace(out=made.out.reshape(*call.leading, *made.out.shape[2:]))
+
+
+def attend(
+    call: AttentionCall, *, num_prefix: int = 0, positions: Tensor | None = None, stats: Sequence[str] = ()
+) -> AttentionOutput:
+    """``attention`` of a call; whoever observes is told. Every module and integration calls attention by this."""
+    options = {"num_prefix": num_prefix, "positions": positions, "stats": stats}
+    if not _observers or is_recomputing():
+        return attention(call.q, call.k, call.v, **call.options, **options)
+    if stats or keeps_tensors_elsewhere():
+        made, aside = attention(call.q, call.k, call.v, **call.options, **options), _observers
+    else:
+        made, aside = _observers[-1].run(call), _observers[:-1]
+    for observer in aside:
+        observer.watch(call)
+    return made
+
+
+class Observer(Protocol):
+    """Sees every attention that is computed in this process while it observes."""
+
+    def run(self, call: AttentionCall) -> AttentionOutput:
+        """Compute the call, and what is observed from the same pass."""
+
+    def watch(self, call: AttentionCall, note: str = "") -> None:
+        """Observe a call that is computed elsewhere."""
+
+
+_observers: list[Observer] = []
+
+
+def observers() -> tuple[Observer, ...]:
+    """Those who observe now, the innermost last."""
+    return tuple(_observers)
+
+
+@contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    """Show the observer every attention inside the block."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
+def is_recomputing() -> bool:
+    """Whether this runs inside a backward pass, as gradient checkpointing's second forward pass does."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def keeps_tensors_elsewhere() -> bool:
+    """Whether saved tensors are hooked: gradient checkpointing must save the same ones in its second pass."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """What scaled_dot_product_attention computes such a tensor in: its own dtype, or autocast's."""
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return tensor.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def as_bias(
+    attn_mask: Tensor | None, is_causal: bool, q: Tensor, keys: int, leading: Sequence[int]
+) -> tuple[Tensor | None, Tensor | None]:
+    """A mask (bool, True = attend, or added to the scores) as bias ``[B or 1, H or 1, Nq, Nk]`` or ``[B, Nk]`` bool."""
+    batch, _, queries, _ = q.shape
+    if is_causal:
+        if attn_mask is not None:
+            raise ValueError("attention takes either attn_mask or is_causal=True, got both")
+        attn_mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril()
+    if attn_mask is None:
+        return None, None
+    if attn_mask.dim() > len(leading) + 2:
+        raise ValueError(
+            f"attn_mask must broadcast to {[*leading, queries, keys]}, got {list(attn_mask.shape)}: too many dims"
+        )
+    mask = attn_mask[(None,) * (len(leading) + 2 - attn_mask.dim())]
+    if len(leading) > 2 and any(size != 1 for size in mask.shape[:-3]):
+        mask = mask.expand(*leading[:-1], -1, -1, -1)
+    mask = _four_dims(mask, mask.shape[:-2])
+    if mask.dtype == torch.bool:
+        if _same_along(mask, 1) and _same_along(mask, 2):
+            return None, mask[:, 0, 0].expand(batch, keys)
+        mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, float("-inf"))
+    return mask.expand(-1, -1, queries, keys), None
+
+
+def _same_along(mask: Tensor, dim: int) -> bool:
+    return mask.shape[dim] == 1 or (mask.shape[dim] > 0 and mask.stride(dim) == 0)
+
+
+def _cast_to(tensor: Tensor) -> torch.dtype:
+    return compute_dtype(tensor) if tensor.is_floating_point() else tensor.dtype
+
+
+def _four_dims(tensor: Tensor, leading: Sequence[int]) -> Tensor:
+    """``[*leading, N, D]`` as ``[B, H, N, D]``."""
+    if tensor.shape[:-2] != leading:
+        tensor = tensor.expand(*leading, -1, -1)
+    if tensor.dim() == 4:
+        return tensor
+    if tensor.dim() > 4:
+        return tensor.flatten(0, -4)
+    return tensor.unsqueeze(-3) if tensor.dim() == 3 else tensor[None, None]
+
+
+def _with_heads(tensor: Tensor, heads: int) -> Tensor:
+    """Every head of keys or values as often as it takes to have as many as queries."""
+    times = heads // tensor.shape[-3]
+    repeated = tensor.unsqueeze(-3).expand(*tensor.shape[:-2], times, *tensor.shape[-2:])
+    return tensor if times == 1 else repeated.flatten(-4, -3)
+
+
+def _malformed(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, enable_gqa: bool
+) -> list[str]:
+    """What PyTorch would refuse about the shapes, too."""
+    shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
+    if key.shape[-2] != value.shape[-2]:
+        return [f"key and value differ in length: {shapes}"]
+    leading = [list(tensor.shape[:-2]) for tensor in (query, key, value)]
+    if enable_gqa:
+        if any(not sizes for sizes in leading):
+            return [f"enable_gqa needs heads: {shapes}"]
+        heads = leading[0][-1]
+        if any(sizes[-1] == 0 or heads % sizes[-1] for sizes in leading[1:]):
+            return [f"query heads must be a multiple of key and value heads: {shapes}"]
+        leading = [[*sizes[:-1], heads] for sizes in leading]
+    try:
+        together = torch.broadcast_shapes(*leading)
+    except RuntimeError:
+        return [f"sizes before the last two do not fit each other: {shapes}"]
+    if attn_mask is None:
+        return []
+    if is_causal:
+        return ["attention takes either attn_mask or is_causal=True, got both"]
+    if not (attn_mask.dtype == torch.bool or attn_mask.is_floating_point()):
+        return [f"attn_mask must be bool or floating-point, got {attn_mask.dtype}"]
+    wanted = [*together, query.shape[-2], key.shape[-2]]
+    mask = list(attn_mask.shape)
+    fits = len(mask) <= len(wanted) and all(
+        size in (1, full) for size, full in zip(reversed(mask), reversed(wanted), strict=False)
+    )
+    return [] if fits else [f"attn_mask must broadcast to {wanted}, got {mask}"]
