@@ -1,5 +1,8 @@
 """Fused kernels for Masked Image Modeling with Vision Transformers: token gathering, attention, pooling."""
 
+from importlib import import_module
+from typing import Any
+
 from mimkernels._version import __version__
 from mimkernels.ops import (
     AttentionOutput,
@@ -22,8 +25,10 @@ __all__ = [
     "AttentionOutput",
     "TokenMask",
     "__version__",
+    "accelerate",
     "attention",
     "attention_rows",
+    "capture",
     "fill_mask_tokens",
     "gather_tokens",
     "head_divergence",
@@ -32,6 +37,21 @@ __all__ = [
     "patchify_gather",
     "random_mask",
     "received_attention",
+    "restore",
     "restore_tokens",
     "use_backend",
 ]
+
+
+# The integrations stand above everything else: imported when first asked for.
+_OF_INTEGRATIONS = {
+    "accelerate": "mimkernels.integrations.timm",
+    "capture": "mimkernels.integrations",
+    "restore": "mimkernels.integrations.timm",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OF_INTEGRATIONS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_OF_INTEGRATIONS[name]), name)

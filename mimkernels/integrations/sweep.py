@@ -1,7 +1,7 @@
 """Every family of timm with and without ``accelerate``: equality, captured statistics, time; writes docs/TIMM.md.
 
-``python -m mimkernels.integrations.sweep`` takes some minutes on one core; ``--only swin beit`` takes those families and
-writes nothing.
+``python -m mimkernels.integrations.sweep`` takes some minutes on one core; with ``--only swin_transformer beit`` it takes
+those families and writes nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import copy
 import importlib
 import inspect
 import json
+import math
 import platform
 import statistics
 import sys
@@ -25,10 +26,9 @@ import torch
 from timm import layers
 from torch import Tensor, nn
 
+from mimkernels.integrations import capture
 from mimkernels.integrations._reroute import calls_sdpa
 from mimkernels.integrations.timm import accelerate
-from mimkernels.nn.sdpa import AttentionCall, observing
-from mimkernels.ops import AttentionOutput, attention
 
 ROOT = Path(__file__).parents[2]
 JSON, TABLE = ROOT / "benchmarks" / "results" / "timm.json", ROOT / "docs" / "TIMM.md"
@@ -171,7 +171,6 @@ class Row:
     output_error_stock: float = 0.0
     gradient_error: float = 0.0
     gradient_error_stock: float = 0.0
-    calls: int = 0
     captured: int = 0
     timed_at: int = 0
     time_ratio: float | None = None
@@ -204,7 +203,7 @@ def examine(family: str, variant: Variant | LayerVariant, seconds: float = 4.0) 
         kind._refused.clear()
     row.output_error, row.gradient_error = _errors(_outputs_and_gradients(ours, x), exact)
     row.to_pytorch = [f"{kind}: {'; '.join(why)}" for kind, why in report.refused.items()]
-    row.calls, row.captured = _captured(ours, x)
+    row.captured = _captured(ours, x)
     if seconds > 0:
         row.timed_at = variant.timed
         row.time_ratio = round(_time_ratio(variant, seconds), 3)
@@ -268,28 +267,17 @@ def _errors(made: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> tuple[
     return out, gradients
 
 
-class _Statistics:
-    """Captures the entropy of every attention that is computed."""
-
-    def __init__(self) -> None:
-        self.good = 0
-
-    def run(self, call: AttentionCall) -> AttentionOutput:
-        made = attention(call.q, call.k, call.v, **call.options, stats=("entropy",))
-        entropy = made.stats["entropy"]
-        most = torch.tensor(call.k.shape[2]).log() + 1e-4
-        self.good += entropy.shape == call.q.shape[:3] and bool(((entropy >= -1e-4) & (entropy <= most)).all())
-        return made
-
-    def watch(self, call: AttentionCall, note: str = "") -> None:
-        pass
-
-
-def _captured(model: nn.Module, x: Tensor) -> tuple[int, int]:
-    seen = _Statistics()
-    with torch.no_grad(), observing(seen):
+def _captured(model: nn.Module, x: Tensor) -> int:
+    """How many calls of attention gave the entropy of every head and query, within its bounds."""
+    with torch.no_grad(), capture(model, ["entropy"], num_prefix=0) as heads:
         model(x)
-    return seen.good, seen.good
+    found = 0
+    for layer in heads.values():
+        entropy = layer.stats["entropy"]
+        most = math.log(layer.keys) + 1e-4
+        whole = entropy.shape[1:] == (layer.heads, layer.queries)
+        found += whole and bool(((entropy >= -1e-4) & (entropy <= most)).all())
+    return found
 
 
 def _time_ratio(variant: Variant | LayerVariant, seconds: float) -> float:

@@ -1,0 +1,167 @@
+"""Which module calls attention: names, numbers, and who never did."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+LayerChoice = str | re.Pattern[str] | Sequence[str | int] | None
+
+_ATTENTION = re.compile("attention|attn", re.IGNORECASE)
+_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, DataParallel and ``torch.compile``."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def named_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``named_modules`` without the names of wrappers inside."""
+    for name, module in model.named_modules():
+        yield _WRAPPERS.sub("", name).removeprefix("."), module
+
+
+class Choice:
+    """Which layers are wanted: of ``capture(layers=...)``."""
+
+    def __init__(self, layers: LayerChoice) -> None:
+        self._pattern = re.compile(layers) if isinstance(layers, str) else None
+        self._items: tuple[str | int, ...] | None = None
+        if isinstance(layers, re.Pattern):
+            self._pattern = layers
+        elif layers is not None and self._pattern is None:
+            self._items = tuple(layers)
+            wrong = [item for item in self._items if not isinstance(item, str | int)]
+            wrong += [item for item in self._items if isinstance(item, int) and item < 0]
+            if wrong:
+                raise ValueError(f"layers must be names, numbers from 0 or a regular expression, got {wrong[0]!r}")
+
+    def takes(self, name: str, index: int) -> bool:
+        if self._pattern is not None:
+            return self._pattern.search(name) is not None
+        return self._items is None or name in self._items or index in self._items
+
+    def unmet(self, seen: Sequence[str]) -> list[str | int]:
+        """What was wanted but never called attention."""
+        if self._pattern is not None:
+            return [] if any(map(self._pattern.search, seen)) else [self._pattern.pattern]
+        return [item for item in self._items or () if item not in seen and item not in range(len(seen))]
+
+
+class Calls:
+    """Follows the modules of a model while they run, by hooks on all modules of the process."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._names = {id(module): name or type(model).__name__ for name, module in named_parts(model)}
+        self._running: list[nn.Module] = []
+        self._counts: Counter[str] = Counter()
+        self._ran: dict[str, nn.Module] = {}
+        self._calling: set[int] = set()  # modules in which attention was called
+        self._softmax: dict[str, tuple[int, ...]] = {}
+        self.numbers: dict[str, int] = {}
+
+    @contextmanager
+    def followed(self) -> Iterator[None]:
+        handles = [
+            register_module_forward_pre_hook(self._enter),
+            register_module_forward_hook(self._leave, always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Those that run now, the innermost first; empty outside the model."""
+        return self._running[::-1]
+
+    @property
+    def caller(self) -> str:
+        """The name of the module that runs now."""
+        return self._names[id(self._running[-1])]
+
+    def count(self) -> tuple[str, int]:
+        """Name and number of the layer that a call of attention, made now, belongs to."""
+        self._calling.update(map(id, self._running))
+        times = self._counts[self.caller]
+        self._counts[self.caller] += 1
+        name = f"{self.caller}#{times}" if times else self.caller
+        return name, self.numbers.setdefault(name, len(self.numbers))
+
+    def note_softmax(self, shape: Sequence[int]) -> None:
+        if self._running and len(shape) >= 3:
+            self._softmax.setdefault(self.caller, tuple(shape))
+
+    def missed(self) -> dict[str, str]:
+        """Modules that look like attention and ran without calling it, with the likely reason."""
+        suspects = {
+            name: module
+            for name, module in self._ran.items()
+            if _ATTENTION.search(type(module).__name__) and id(module) not in self._calling
+        }
+        inner = {
+            name
+            for name, module in suspects.items()
+            if not any(part is not module and part in suspects.values() for part in module.modules())
+        }
+        return {name: self._why(name, suspects[name]) for name in suspects if name in inner}
+
+    def nothing_seen(self, choice: Choice) -> str:
+        """The message where nothing was captured."""
+        if not self._ran:
+            return f"nothing was captured: {type(self._model).__name__} did not run inside capture"
+        if self.numbers:
+            return f"nothing was captured: {self.unmet(choice)}"
+        missed = self.missed() or {name: self._why(name, self._ran[name]) for name in self._softmax}
+        told = "".join(f"\n  {name} ({type(self._ran[name]).__name__}): {why}" for name, why in missed.items())
+        return (
+            f"nothing was captured: {type(self._model).__name__} ran without calling F.scaled_dot_product_attention"
+            + (f"; what looked like attention:{told}" if told else ", and nothing in it looked like attention")
+        )
+
+    def unmet(self, choice: Choice) -> str:
+        wanted = choice.unmet(list(self.numbers))
+        if not wanted:
+            return ""
+        return f"no layer {', '.join(map(repr, wanted))} called attention; those that did: {', '.join(self.numbers)}"
+
+    def _enter(self, module: nn.Module, args: object) -> None:
+        name = self._names.get(id(module))
+        if name is None:
+            return
+        if not self._running:
+            self._counts.clear()
+        self._running.append(module)
+        self._ran[name] = module
+
+    def _leave(self, module: nn.Module, args: object, output: object) -> None:
+        # A module whose own hook failed was entered and never left.
+        while module in self._running:
+            self._running.pop()
+
+    def _why(self, name: str, module: nn.Module) -> str:
+        if isinstance(module, torch.jit.ScriptModule):
+            return "it is scripted: what it calls cannot be seen"
+        for part, shape in self._softmax.items():
+            if part == name or part.startswith(f"{name}."):
+                return f"it computes a softmax of {list(shape)} itself, without scaled_dot_product_attention"
+        implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        if implementation not in (None, "sdpa"):
+            return f"its attn_implementation is {implementation!r}; 'sdpa' can be captured"
+        return "neither scaled_dot_product_attention nor softmax was seen in it (another library's kernel, or scripted)"
