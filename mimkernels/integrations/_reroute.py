@@ -16,7 +16,7 @@ _PARAMETER = "_attention_instead"  # the free variable through which the new fun
 
 def calls_sdpa(function: object) -> bool:
     """Whether a Python function calls ``scaled_dot_product_attention`` in its own body."""
-    return isinstance(function, FunctionType) and _CALL in function.__code__.co_names
+    return isinstance(function, FunctionType) and _mentions(function.__code__)
 
 
 def rerouted(function: FunctionType, attention: Callable) -> FunctionType:
@@ -60,6 +60,11 @@ class _Reroute(ast.NodeTransformer):
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
         return ast.copy_location(ast.Name(_PARAMETER, node.ctx), node) if node.id == _CALL else node
+
+
+def _mentions(code: CodeType) -> bool:
+    inner = (part for part in code.co_consts if isinstance(part, CodeType))  # lambdas, comprehensions
+    return _CALL in code.co_names or any(map(_mentions, inner))
 
 
 def _code_in(outer: CodeType, name: str) -> CodeType:

@@ -1,7 +1,7 @@
 """Every family of timm with and without ``accelerate``: equality, captured statistics, time; writes docs/TIMM.md.
 
-``python -m mimkernels.integrations.sweep`` takes some minutes on one core; with ``--only swin_transformer beit`` it takes
-those families and writes nothing.
+``python -m mimkernels.integrations.sweep`` takes some minutes on one core; with ``--only swin_transformer beit`` it
+takes those families and writes nothing.
 """
 
 from __future__ import annotations
@@ -202,6 +202,7 @@ def examine(family: str, variant: Variant | LayerVariant, seconds: float = 4.0) 
     for kind in report._classes:
         kind._refused.clear()
     row.output_error, row.gradient_error = _errors(_outputs_and_gradients(ours, x), exact)
+    row.accelerated -= sum(calling[kind] for kind in report.refused)
     row.to_pytorch = [f"{kind}: {'; '.join(why)}" for kind, why in report.refused.items()]
     row.captured = _captured(ours, x)
     if seconds > 0:

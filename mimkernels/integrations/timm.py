@@ -308,7 +308,8 @@ def _features_of_kept_patches(kind: type) -> Callable:
         drop, embed = self.patch_drop, self.patch_embed
         fits = self.dynamic_img_size or tuple(x.shape[-2:]) == tuple(embed.img_size)
         seen = any(_hooks(part) for part in (embed, embed.proj, drop))
-        if not self.training or drop.prob == 0 or args or kwargs or seen or not fits:
+        masked = any(value is not None and value is not False for value in (*args, *kwargs.values()))
+        if not self.training or drop.prob == 0 or masked or seen or not fits:
             return kind.forward_features(self, x, *args, **kwargs)
         patches = (x.shape[-2] // embed.patch_size[0]) * (x.shape[-1] // embed.patch_size[1])
         return visible_features(self, x, _kept(drop, x.shape[0], patches, x.device))
