@@ -56,11 +56,9 @@ struct SplitScale {
 };
 
 // How many products of a score are summed at a time. A few queries or keys can afford short sums,
-// whose rounding errors are smaller; BLAS libraries do the same there. Not with a bias: it waits
-// where the short sums would be collected.
+// whose rounding errors are smaller; BLAS libraries do the same there.
 MIMKERNELS_INLINE int64_t score_run(const AttentionScores& scores) {
-  const bool few = min_of(scores.queries, scores.keys) < 16 && scores.bias.data == nullptr;
-  return few ? min_of(scores.dim, 16) : scores.dim;
+  return min_of(scores.queries, scores.keys) < 16 ? min_of(scores.dim, 16) : scores.dim;
 }
 
 // ---- scratch memory ----
