@@ -215,10 +215,11 @@ MIMKERNELS_INLINE void score_panel(const ScoreTile& t, const float* panel, int64
   clear(acc);
   multiply(acc, t.rows, kDimStride, 1, panel, kStep, t.run);
   for (int64_t c = t.run; c < t.dim; c += t.run) {
-    store_tile(acc, t.scores + first, kStride);
+    float sums[kRows * kStep];  // not in t.scores, which may hold the bias
+    store_tile(acc, sums, kStep);
     clear(acc);
     multiply(acc, t.rows + c, kDimStride, 1, panel + c * kStep, kStep, min_of(t.dim - c, t.run));
-    add_tile(acc, t.scores + first, kStride);
+    add_tile(acc, sums, kStep);
   }
   // Scale and start come last: rounding errors stay those of the product alone.
   if (start != nullptr) {

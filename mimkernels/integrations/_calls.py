@@ -141,6 +141,7 @@ class Calls:
             return ""
         return f"no layer {', '.join(map(repr, wanted))} called attention; those that did: {', '.join(self.numbers)}"
 
+    @torch.compiler.disable
     def _enter(self, module: nn.Module, args: object) -> None:
         name = self._names.get(id(module))
         if name is None:
@@ -150,18 +151,19 @@ class Calls:
         self._running.append(module)
         self._ran[name] = module
 
+    @torch.compiler.disable
     def _leave(self, module: nn.Module, args: object, output: object) -> None:
         # A module whose own hook failed was entered and never left.
         while module in self._running:
-            self._running.pop()
+            if self._running.pop() is module:
+                break
 
     def _why(self, name: str, module: nn.Module) -> str:
         if isinstance(module, torch.jit.ScriptModule):
             return "it is scripted: what it calls cannot be seen"
+        implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        hint = "" if implementation in (None, "sdpa") else f"; built with attn_implementation={implementation!r}"
         for part, shape in self._softmax.items():
             if part == name or part.startswith(f"{name}."):
-                return f"it computes a softmax of {list(shape)} itself, without scaled_dot_product_attention"
-        implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
-        if implementation not in (None, "sdpa"):
-            return f"its attn_implementation is {implementation!r}; 'sdpa' can be captured"
-        return "neither scaled_dot_product_attention nor softmax was seen in it (another library's kernel, or scripted)"
+                return f"it computes a softmax of {list(shape)} itself, without scaled_dot_product_attention{hint}"
+        return f"no call of attention was seen in it: another library's kernel, or scripted code{hint}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 
@@ -17,6 +18,8 @@ from mimkernels.integrations._captured import CapturedHeads, CapturedLayer
 from mimkernels.integrations._fused import fused_attention
 from mimkernels.integrations._layout import Layout, find_layouts, layout_of, shown_grid, window_of
 from mimkernels.nn.sdpa import (
+    DIM_DIVISOR,
+    MOST_DIMS,
     AttentionCall,
     as_attention,
     is_recomputing,
@@ -32,10 +35,9 @@ from mimkernels.stats import PRESETS, QUANTITIES, HeadStatistics, Preset, patch_
 __all__ = ["capture"]
 
 _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
-# The kernels' heads: others are filled up with zeros, which changes no score.
-_MOST_DIMS, _DIVISOR = 128, 8
 
 
+@torch.compiler.disable
 def capture(
     model: nn.Module,
     stats: str | Preset | Sequence[str | Preset],
@@ -87,6 +89,8 @@ def capture(
     if not isinstance(model, nn.Module):
         raise TypeError(f"capture takes a module, got {type(model).__name__}")
     model = unwrapped(model)
+    if accumulate and differentiable:
+        raise ValueError("accumulate=True keeps no rows that could be differentiable")
     given = [stats] if isinstance(stats, str | Preset) else list(stats)
     presets = [item for item in given if isinstance(item, Preset) or item in PRESETS]
     quantities = [item for item in given if item not in presets]
@@ -135,6 +139,9 @@ class Capture:
         if self._open is not None:
             raise RuntimeError("this capture was used before; call capture again")
         with ExitStack() as stack:
+            # Names come from hooks on all modules, which torch.compile warns of.
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", message=r"Using `torch\.compile\(module\)` when there are global hooks")
             # Compiled code would be traced anew with what is captured in it; it runs as it was written instead.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(fused_attention(self._model))
@@ -152,6 +159,8 @@ class Capture:
         self._heads.missed.update(self._calls.missed())
         if not self._heads:
             raise RuntimeError(self._calls.nothing_seen(self._choice))
+        if not self._heads.groups:
+            raise RuntimeError(f"no layer has any of the statistics asked for:\n{self._heads.table()}")
         unmet = self._calls.unmet(self._choice)
         if unmet:
             raise RuntimeError(unmet)
@@ -199,11 +208,9 @@ class Capture:
         queries, keys = call.q.shape[2], call.k.shape[2]
         layer.heads, layer.queries, layer.keys = call.q.shape[1], queries, keys
         layer.num_prefix, positions = self._places.of(self._calls, call, layer.name)
-        for name in self._wanted.names:
-            reason = _cannot_have(name, queries, keys, layer.num_prefix)
-            if reason:
-                layer.missing[name] = reason
-        names = tuple(name for name in self._wanted.names if name not in layer.missing)
+        reasons = {name: _cannot_have(name, queries, keys, layer.num_prefix) for name in self._wanted.names}
+        layer.missing.update((name, reason) for name, reason in reasons.items() if reason)
+        names = tuple(name for name, reason in reasons.items() if not reason)
         return _Plan(names, layer.num_prefix, positions, queries == keys)
 
     def _keep(self, layer: CapturedLayer, plan: _Plan, call: AttentionCall, made: AttentionOutput) -> None:
@@ -343,6 +350,7 @@ class _Routing(TorchFunctionMode):
         self._calls = calls
         self._multi_head: dict[str, Callable] = {}
 
+    @torch.compiler.disable
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if self._calls.modules and not _Routing._handled and not is_recomputing():
@@ -403,12 +411,12 @@ def _watch(note: str, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs
     dim = query.shape[-1]
     if query.is_nested:
         note += "; no statistics of nested tensors"
-    elif dim > _MOST_DIMS:
-        note += f"; no statistics of heads wider than {_MOST_DIMS}"
+    elif dim > MOST_DIMS:
+        note += f"; no statistics of heads wider than {MOST_DIMS}"
     else:
         call = as_attention(query, key, key, *args, **kwargs)  # what v holds, no statistic asks
-        if dim % _DIVISOR:
-            wider = [F.pad(tensor, (0, -dim % _DIVISOR)) for tensor in (call.q, call.k)]
+        if dim % DIM_DIVISOR:  # filled up with zeros, which changes no score
+            wider = [F.pad(tensor, (0, -dim % DIM_DIVISOR)) for tensor in (call.q, call.k)]
             call = call._replace(q=wider[0], k=wider[1], v=wider[1])
     for observer in observers():
         observer.watch(call, note)

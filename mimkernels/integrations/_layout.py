@@ -79,6 +79,8 @@ def shown_grid(grid: Sequence[int]) -> str:
 
 
 def _of_timm(module: nn.Module) -> Layout | None:
+    if hasattr(module, "decoder_blocks") and hasattr(module, "encoder"):
+        module = module.encoder  # mimkernels.models.MAE: the decoder's tokens are laid out as the encoder's
     embed = getattr(module, "patch_embed", None)
     grid = _pair(getattr(embed, "grid_size", None))
     if grid is None:
@@ -97,6 +99,8 @@ def _of_torchvision(module: nn.Module) -> Layout | None:
 
 def _of_transformers(module: nn.Module, config: Any) -> Layout | None:
     image, patch = _pair(getattr(config, "image_size", None)), _pair(getattr(config, "patch_size", None))
+    if not any(isinstance(part, nn.Conv2d | nn.Conv3d) for part in module.modules()):
+        return None  # embeds no patches, as a decoder: its tokens come from the model that it is in
     # The tokens belong to the module that embeds patches.
     prefix = next((count for part in module.modules() if (count := _prefix_tokens(part))), 0)
     layout = _of_sizes(image, patch, prefix)

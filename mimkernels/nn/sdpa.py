@@ -15,8 +15,9 @@ from mimkernels.ops.attention.spec import SPEC
 
 __all__ = ["AttentionCall", "as_attention", "refusals", "sdpa"]
 
-_MOST_DIMS = min(impl.limits["head_dim"] for impl in SPEC.impls if impl.limits)
-_DIVISOR = max(impl.multiples["head_dim"] for impl in SPEC.impls if impl.multiples)
+# Head dims of the kernels.
+MOST_DIMS = min(impl.limits["head_dim"] for impl in SPEC.impls if impl.limits)
+DIM_DIVISOR = max(impl.multiples["head_dim"] for impl in SPEC.impls if impl.multiples)
 
 
 class AttentionCall(NamedTuple):
@@ -79,8 +80,8 @@ def refusals(
     dim = query.shape[-1]
     if not dim == key.shape[-1] == value.shape[-1]:
         found.append(f"head dims differ: query {dim}, key {key.shape[-1]}, value {value.shape[-1]}")
-    if dim > _MOST_DIMS or dim % _DIVISOR:
-        found.append(f"head dim is {dim}: the kernels take multiples of {_DIVISOR} up to {_MOST_DIMS}")
+    if dim > MOST_DIMS or dim % DIM_DIVISOR:
+        found.append(f"head dim is {dim}: the kernels take multiples of {DIM_DIVISOR} up to {MOST_DIMS}")
     return found + _malformed(query, key, value, attn_mask, is_causal, enable_gqa)
 
 
