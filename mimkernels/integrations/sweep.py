@@ -189,6 +189,8 @@ def examine(family: str, variant: Variant | LayerVariant, seconds: float = 4.0) 
     torch.manual_seed(0)
     stock = variant.build(variant.size).eval()
     _with_lively_weights(stock)
+    x = variant.inputs(variant.size)
+    _with_fitting_batch_norms(stock, x)
     ours = copy.deepcopy(stock)
     report = accelerate(ours)
     row = Row(family, variant.model, variant.size)
@@ -196,7 +198,6 @@ def examine(family: str, variant: Variant | LayerVariant, seconds: float = 4.0) 
     row.layers, row.classes = calling.total(), ", ".join(f"{count} {name}" for name, count in calling.items())
     row.accelerated = len(report.accelerated)
     row.left = [f"{change.kind}: {change.reason}" for change in _distinct(report.left)]
-    x = variant.inputs(variant.size)
     exact = _outputs_and_gradients(copy.deepcopy(stock).double(), x.double())
     row.output_error_stock, row.gradient_error_stock = _errors(_outputs_and_gradients(stock, x), exact)
     for kind in report._classes:
@@ -249,6 +250,21 @@ def _with_lively_weights(model: nn.Module) -> None:
                 parameter.uniform_(0.5, 1, generator=generator)
             elif parameter.numel() and parameter.abs().max() < 1e-3:
                 parameter.normal_(0, 0.02, generator=generator)
+
+
+def _with_fitting_batch_norms(model: nn.Module, x: Tensor) -> None:
+    """Running statistics as of training: without them, activations grow until every softmax is saturated."""
+    norms = [part for part in model.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    if norms:
+        before = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.momentum = 1.0
+            norm.train()
+        with torch.no_grad():
+            model(x)
+        model.eval()
+        for norm, momentum in zip(norms, before, strict=True):
+            norm.momentum = momentum
 
 
 def _outputs_and_gradients(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
