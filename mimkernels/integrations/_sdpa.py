@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from mimkernels.nn.sdpa import AttentionCall, attend, refusals, sdpa
+from mimkernels.nn.sdpa import observers, refusals, sdpa
+from mimkernels.ops import attention
 from mimkernels.ops.attention.spec import SPEC
 
 __all__ = ["kernels_refuse", "scaled_dot_product_attention", "stand_in"]
@@ -52,10 +53,8 @@ def stand_in(note: Callable[[list[str]], object] | None = None) -> Callable[...,
         arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         if not isinstance(query, Tensor):  # of torch.fx: one node
             return handle_torch_function(scaled_dot_product_attention, (query, key, value), *arguments)
-        if not (torch.compiler.is_compiling() or dropout_p or is_causal or enable_gqa):
-            call = _as_it_is(query, key, value, attn_mask, scale)
-            if call is not None:
-                return attend(call).out
+        if not (dropout_p or is_causal or enable_gqa) and _needs_no_translation(query, key, value, attn_mask):
+            return attention(query, key, value, bias=attn_mask, scale=scale).out
         why = refusals(*arguments)
         if not why:
             missing = kernels_refuse(query.device.type, query.dtype)
@@ -74,29 +73,26 @@ def stand_in(note: Callable[[list[str]], object] | None = None) -> Callable[...,
 scaled_dot_product_attention = stand_in()
 
 
-def _as_it_is(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None) -> AttentionCall | None:
-    """The call, if it needs no translation: what most models make, told in few steps, for small ones feel each."""
-    (batch, heads, queries, dim), (keys_batch, keys_heads, keys, keys_dim) = _sizes(q), _sizes(k)
-    dtype, device = q.dtype, q.device.type
+def _needs_no_translation(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
+    """Whether `attention` takes the tensors as they are, as most models' calls: small models feel every step."""
+    if torch.compiler.is_compiling() or observers() or q.is_nested:
+        return False
+    sizes, of_keys, dtype, device = q.shape, k.shape, q.dtype, q.device.type
     if (
-        batch < 0
-        or keys_batch != batch
-        or keys_heads != heads
-        or keys_dim != dim
-        or k.shape != v.shape
+        len(sizes) != 4
+        or of_keys != v.shape
+        or sizes[:2] != of_keys[:2]
+        or sizes[3:] != of_keys[3:]
         or k.dtype != dtype
         or v.dtype != dtype
         or torch.is_autocast_enabled(device)
-        or kernels_refuse(device, dtype, dim) is not None
+        or kernels_refuse(device, dtype, sizes[3]) is not None
     ):
-        return None
-    if bias is not None:
-        bias_batch, bias_heads, rows, columns = _sizes(bias)
-        fits = rows == queries and columns == keys and bias_batch in (1, batch) and bias_heads in (1, heads)
-        if not fits or bias.dtype != dtype:
-            return None
-    return AttentionCall(q, k, v, bias, None, dim**-0.5 if scale is None else scale, (batch, heads))
-
-
-def _sizes(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape) if tensor.dim() == 4 and not tensor.is_nested else (-1, -1, -1, -1)
+        return False
+    return bias is None or (
+        bias.dtype == dtype
+        and bias.dim() == 4
+        and bias.shape[2:] == (sizes[2], of_keys[2])
+        and bias.shape[0] in (1, sizes[0])
+        and bias.shape[1] in (1, sizes[1])
+    )
