@@ -107,13 +107,15 @@ def accelerate(
         model: a timm model, or one that contains timm models.
         attention: take attention layers.
         patch_drop: take ``PatchDropout`` (the same patches are dropped, for the same random state).
-        pool: take pooling heads that are attention, such as ``AttentionPoolLatent``.
+        pool: take pooling heads that are attention, such as ``AttentionPoolLatent``. Averages and maxima stay: they
+            read the tokens once in PyTorch, too.
         patch_embed: in training with ``PatchDropout``, embed only the patches that are kept.
 
     Returns:
         a report, one line per module; print it.
 
     Raises:
+        TypeError: `model` is no module.
         NotImplementedError: parameters are on a device for which there are no kernels; names it, and why.
 
     Example::
@@ -121,6 +123,8 @@ def accelerate(
         model = timm.create_model("vit_base_patch16_224")
         print(mimkernels.accelerate(model))
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate takes a module, got {type(model).__name__}")
     _check_devices(model)
     changes = []
     for name, module in model.named_modules():

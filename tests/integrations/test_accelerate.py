@@ -242,6 +242,8 @@ def test_what_cannot_be_taken_is_reported():
 def test_a_device_without_kernels_is_named():
     with pytest.raises(NotImplementedError, match="the model is on meta, where attention has no kernels"):
         mimkernels.accelerate(vit().to("meta"))
+    with pytest.raises(TypeError, match="accelerate takes a module, got str"):
+        mimkernels.accelerate("vit_tiny_patch16_224")
 
 
 # Patch dropout
