@@ -25,9 +25,10 @@ def kernels_refuse(device: str, dtype: torch.dtype, head_dim: int | None = None)
     ``use_backend`` does not count here: it is obeyed in the call.
     """
     if (device, dtype, head_dim) not in _known:
-        sizes = {} if head_dim is None else {"head_dim": head_dim}
         rows = [impl for impl in SPEC.impls if impl.backend in ("triton", "cuda", "cpu")]
-        why = {impl.backend: impl.reasons(device, dtype, sizes) for impl in rows}
+        here = [impl for impl in rows if not impl.reasons(device, dtype, {})] or rows
+        sizes = {} if head_dim is None else {"head_dim": head_dim}
+        why = {impl.backend: impl.reasons(device, dtype, sizes) for impl in here}
         reasons = [f"{name}: {', '.join(said)}" for name, said in why.items()]
         _known[device, dtype, head_dim] = "; ".join(reasons) if all(why.values()) else None
     return _known[device, dtype, head_dim]
@@ -55,7 +56,7 @@ def stand_in(note: Callable[[list[str]], object] | None = None) -> Callable[...,
             return handle_torch_function(scaled_dot_product_attention, (query, key, value), *arguments)
         if not (dropout_p or is_causal or enable_gqa) and _needs_no_translation(query, key, value, attn_mask):
             return attention(query, key, value, bias=attn_mask, scale=scale).out
-        why = refusals(*arguments)
+        why = _head_dim_refused(query) or refusals(*arguments)
         if not why:
             missing = kernels_refuse(query.device.type, query.dtype)
             if missing is None:
@@ -71,6 +72,14 @@ def stand_in(note: Callable[[list[str]], object] | None = None) -> Callable[...,
 
 
 scaled_dot_product_attention = stand_in()
+
+
+def _head_dim_refused(q: Tensor) -> list[str]:
+    """The reason that needs no look at anything else."""
+    if torch.compiler.is_compiling() or q.is_nested or q.dim() == 0:
+        return []
+    missing = kernels_refuse(q.device.type, torch.float32, q.shape[-1])
+    return [] if missing is None else [missing]
 
 
 def _needs_no_translation(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:

@@ -286,8 +286,11 @@ def _errors(made: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> tuple[
 
 def _captured(model: nn.Module, x: Tensor) -> int:
     """How many calls of attention gave the entropy of every head and query, within its bounds."""
-    with torch.no_grad(), capture(model, ["entropy"], num_prefix=0) as heads:
-        model(x)
+    try:
+        with torch.no_grad(), capture(model, ["entropy"], num_prefix=0) as heads:
+            model(x)
+    except RuntimeError:  # no layer could be captured
+        return 0
     found = 0
     for layer in heads.values():
         entropy = layer.stats["entropy"]

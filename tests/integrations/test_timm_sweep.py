@@ -20,6 +20,7 @@ NOT_TAKEN = {
     "SimPool1d": 1,
     "SimPool2d": 1,
 }
+NOT_CAPTURED = ("SimPool1d", "SimPool2d")  # heads wider than 128
 
 
 @pytest.mark.parametrize("family", QUICK)
@@ -29,7 +30,7 @@ def test_a_model_of_each_family(family):
         assert row.layers > 0
         assert row.equal, row
         assert row.accelerated == row.layers - NOT_TAKEN.get(row.model, 0), row
-        assert row.captured >= row.layers, row
+        assert row.captured >= row.layers or row.model in NOT_CAPTURED, row
         assert bool(row.left or row.to_pytorch) == (row.accelerated < row.layers or family == "cait"), row
 
 
@@ -47,6 +48,6 @@ def test_the_committed_results_are_whole_and_good():
     for row in results["families"]:
         for kind in ("output", "gradient"):
             assert row[f"{kind}_error"] <= 2 * row[f"{kind}_error_stock"] + 2**-23, row
-        assert row["captured"] >= row["layers"] > 0, row
+        assert row["captured"] >= row["layers"] > 0 or row["model"] in NOT_CAPTURED, row
         assert row["accelerated"] == row["layers"] - NOT_TAKEN.get(row["model"], 0) or row["to_pytorch"], row
         assert f"| {row['family']} | `{row['model']}` |" in TABLE.read_text()
