@@ -28,6 +28,7 @@ __all__ = [
     "AttentionOutput",
     "TokenMask",
     "__version__",
+    "accelerate",
     "attention",
     "attention_rows",
     "capture",
@@ -41,14 +42,22 @@ __all__ = [
     "random_mask",
     "received_attention",
     "reduce_pool",
+    "restore",
     "restore_tokens",
     "use_backend",
     "weighted_pool",
 ]
 
 
+# The integrations stand above everything else: imported when first asked for.
+_OF_INTEGRATIONS = {
+    "accelerate": "mimkernels.integrations.timm",
+    "capture": "mimkernels.integrations",
+    "restore": "mimkernels.integrations.timm",
+}
+
+
 def __getattr__(name: str) -> Any:
-    # Of the integrations, which stand above everything else: imported when first asked for.
-    if name != "capture":
+    if name not in _OF_INTEGRATIONS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return import_module("mimkernels.integrations").capture
+    return getattr(import_module(_OF_INTEGRATIONS[name]), name)

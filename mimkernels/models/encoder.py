@@ -21,11 +21,13 @@ from mimkernels.nn import embed_visible, sincos_positions_2d
 
 __all__ = [
     "check_encoder",
+    "check_patch_embed",
     "create_encoder",
     "encode_visible",
     "init_encoder",
     "init_linears_and_norms",
     "resample_positions",
+    "visible_features",
 ]
 
 # timm modules whose `vit_*` models compute positions or patches in a way that dropping patches would change.
@@ -82,6 +84,18 @@ def create_encoder(
 
 def check_encoder(encoder: nn.Module) -> None:
     """Raise ValueError, naming what and why, unless `encoder` can run on visible patches alone."""
+    check_patch_embed(encoder)
+    if not isinstance(encoder.patch_drop, nn.Identity):
+        raise ValueError("patch_drop_rate > 0 would drop visible patches a second time; leave it at 0")
+    unused = [part for part in ("head", "attn_pool") if _has_parameters(getattr(encoder, part, None))]
+    if unused:
+        raise ValueError(
+            f"its {' and '.join(unused)} would never be trained; remove with encoder.reset_classifier(0, '')"
+        )
+
+
+def check_patch_embed(encoder: nn.Module) -> None:
+    """Raise ValueError, naming what and why, unless `encoder` can embed some of an image's patches alone."""
     kind = type(encoder).__name__
     if not isinstance(encoder, VisionTransformer):
         raise ValueError(f"a {kind} is not a timm VisionTransformer")
@@ -97,13 +111,6 @@ def check_encoder(encoder: nn.Module) -> None:
         raise ValueError(f"its patch projection {proj} is not one linear map per patch of {patch}")
     if embed.dynamic_img_pad:
         raise ValueError("dynamic_img_pad=True pads images; resize them to a multiple of the patch size instead")
-    if not isinstance(encoder.patch_drop, nn.Identity):
-        raise ValueError("patch_drop_rate > 0 would drop visible patches a second time; leave it at 0")
-    unused = [part for part in ("head", "attn_pool") if _has_parameters(getattr(encoder, part, None))]
-    if unused:
-        raise ValueError(
-            f"its {' and '.join(unused)} would never be trained; remove with encoder.reset_classifier(0, '')"
-        )
     if any(size % p != 0 for size, p in zip(embed.img_size, patch, strict=True)):
         raise ValueError(f"patch size {_by(patch)} does not divide image size {_by(embed.img_size)} (height x width)")
 
@@ -121,6 +128,19 @@ def encode_visible(
     Equal to embedding every patch, adding positions and keeping the tokens `ids`, as MAE does. The blocks run
     through ``encoder.blocks`` as timm runs them: hooks, drop path and gradient checkpointing act as usual.
     """
+    # timm puts the final norm either into forward_features or, as fc_norm, behind pooling, which is not done here.
+    return encoder.fc_norm(visible_features(encoder, images, ids, mean=mean, std=std))
+
+
+def visible_features(
+    encoder: VisionTransformer,
+    images: Tensor,
+    ids: Tensor,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Tensor:
+    """What timm's ``forward_features`` gives, ``[B, P + K, D]``, for the patches `ids` ``[B, K]`` of each image."""
     embed = encoder.patch_embed
     grid = images.shape[-2] // embed.patch_size[0], images.shape[-1] // embed.patch_size[1]
     pos, prefix = _positions_and_prefix(encoder, grid)
@@ -132,8 +152,7 @@ def encode_visible(
         x = checkpoint_seq(encoder.blocks, x)
     else:
         x = encoder.blocks(x)
-    # timm puts the final norm either here or, as fc_norm, behind the pooling that pre-training has not.
-    return encoder.fc_norm(encoder.norm(x))
+    return encoder.norm(x)
 
 
 def _positions_and_prefix(encoder: VisionTransformer, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:

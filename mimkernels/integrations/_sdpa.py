@@ -1,0 +1,107 @@
+"""A stand-in for ``F.scaled_dot_product_attention``: mimkernels where its kernels take the call, PyTorch elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import handle_torch_function
+
+from mimkernels.nn.sdpa import observers, refusals, sdpa
+from mimkernels.ops import attention
+from mimkernels.ops.attention.spec import SPEC
+
+__all__ = ["kernels_refuse", "scaled_dot_product_attention", "stand_in"]
+
+
+_known: dict[tuple, str | None] = {}  # functools.cache would be seen through, and warned of, by torch.compile
+
+
+def kernels_refuse(device: str, dtype: torch.dtype, head_dim: int | None = None) -> str | None:
+    """Why no kernel of attention runs on this device, with this dtype and head dim, if it is known; None if one does.
+
+    ``use_backend`` does not count here: it is obeyed in the call.
+    """
+    if (device, dtype, head_dim) not in _known:
+        rows = [impl for impl in SPEC.impls if impl.backend in ("triton", "cuda", "cpu")]
+        here = [impl for impl in rows if not impl.reasons(device, dtype, {})] or rows
+        sizes = {} if head_dim is None else {"head_dim": head_dim}
+        why = {impl.backend: impl.reasons(device, dtype, sizes) for impl in here}
+        reasons = [f"{name}: {', '.join(said)}" for name, said in why.items()]
+        _known[device, dtype, head_dim] = "; ".join(reasons) if all(why.values()) else None
+    return _known[device, dtype, head_dim]
+
+
+def stand_in(note: Callable[[list[str]], object] | None = None) -> Callable[..., Tensor]:
+    """A function that takes the arguments of ``F.scaled_dot_product_attention`` and gives its result.
+
+    Args:
+        note: called with the reasons whenever a call goes to PyTorch; not while compiling.
+    """
+
+    def scaled_dot_product_attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        if not isinstance(query, Tensor):  # of torch.fx: one node
+            return handle_torch_function(scaled_dot_product_attention, (query, key, value), *arguments)
+        if not (dropout_p or is_causal or enable_gqa) and _needs_no_translation(query, key, value, attn_mask):
+            return attention(query, key, value, bias=attn_mask, scale=scale).out
+        why = _head_dim_refused(query) or refusals(*arguments)
+        if not why:
+            missing = kernels_refuse(query.device.type, query.dtype)
+            if missing is None:
+                return sdpa(*arguments).out
+            why = [missing]
+        if note is not None and not torch.compiler.is_compiling():
+            note(why)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+
+    return scaled_dot_product_attention
+
+
+scaled_dot_product_attention = stand_in()
+
+
+def _head_dim_refused(q: Tensor) -> list[str]:
+    """The reason that needs no look at anything else."""
+    if torch.compiler.is_compiling() or q.is_nested or q.dim() == 0:
+        return []
+    missing = kernels_refuse(q.device.type, torch.float32, q.shape[-1])
+    return [] if missing is None else [missing]
+
+
+def _needs_no_translation(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
+    """Whether `attention` takes the tensors as they are, as most models' calls: small models feel every step."""
+    if torch.compiler.is_compiling() or observers() or q.is_nested:
+        return False
+    sizes, of_keys, dtype, device = q.shape, k.shape, q.dtype, q.device.type
+    if (
+        len(sizes) != 4
+        or of_keys != v.shape
+        or sizes[:2] != of_keys[:2]
+        or sizes[3:] != of_keys[3:]
+        or k.dtype != dtype
+        or v.dtype != dtype
+        or torch.is_autocast_enabled(device)
+        or kernels_refuse(device, dtype, sizes[3]) is not None
+    ):
+        return False
+    return bias is None or (
+        bias.dtype == dtype
+        and bias.dim() == 4
+        and bias.shape[2:] == (sizes[2], of_keys[2])
+        and bias.shape[0] in (1, sizes[0])
+        and bias.shape[1] in (1, sizes[1])
+    )

@@ -1,0 +1,331 @@
+"""timm models on the kernels, in place: attention of every kind that calls SDPA, and patch dropout."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+try:
+    from timm.layers import Attention as TimmAttention
+    from timm.layers import PatchDropout, PatchDropoutWithIndices, register_notrace_module
+    from timm.models.vision_transformer import VisionTransformer
+except ImportError as error:
+    raise ImportError(
+        f"mimkernels.accelerate needs timm, which cannot be imported ({error}); pip install 'mimkernels[train]'"
+    ) from error
+
+from mimkernels.integrations._reroute import calls_sdpa, rerouted
+from mimkernels.integrations._sdpa import kernels_refuse, stand_in
+from mimkernels.models.encoder import check_patch_embed, visible_features
+from mimkernels.nn import Attention
+from mimkernels.ops import gather_tokens, mask_from_noise
+
+__all__ = ["Accelerated", "Change", "accelerate", "restore"]
+
+_ATTENTION = "mimkernels.attention"
+_MARK = "_before_acceleration"  # in the __dict__ of every module that was changed: its class and attributes
+
+
+@dataclass(frozen=True)
+class Change:
+    """One line of the report: a module, what it became, or why it stayed as it was.
+
+    Attributes:
+        name: of the module within the model; "" is the model itself.
+        kind: its class.
+        became: what computes it now; "" where it was left alone.
+        reason: why it was left alone, or when the change does not apply.
+    """
+
+    name: str
+    kind: str
+    became: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Accelerated:
+    """What ``accelerate`` did, line by line; prints as a table."""
+
+    changes: list[Change]
+    _classes: list[type] = field(repr=False, compare=False)
+
+    @property
+    def accelerated(self) -> list[Change]:
+        """The modules that run on the kernels now."""
+        return [change for change in self.changes if change.became]
+
+    @property
+    def left(self) -> list[Change]:
+        """The modules that were left alone, each with its reason."""
+        return [change for change in self.changes if not change.became]
+
+    @property
+    def refused(self) -> dict[str, list[str]]:
+        """Why calls of accelerated classes went to PyTorch nevertheless, since the process began, by class."""
+        return {kind.__name__: sorted(kind._refused) for kind in self._classes if kind._refused}
+
+    def __len__(self) -> int:
+        return len(self.changes)
+
+    def __iter__(self) -> Iterator[Change]:
+        return iter(self.changes)
+
+    def __str__(self) -> str:
+        rows = [("module", "class", "now", "remarks")]
+        rows += [(change.name or "(model)", change.kind, change.became or "-", change.reason) for change in self]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        lines = ["  ".join([*map(str.ljust, row[:3], widths), row[3]]).rstrip() for row in rows]
+        lines.append(f"{len(self.accelerated)} of {len(self)} on mimkernels")
+        lines += [f"calls of {kind} that went to PyTorch: {'; '.join(why)}" for kind, why in self.refused.items()]
+        return "\n".join(lines)
+
+
+def accelerate(
+    model: nn.Module,
+    *,
+    attention: bool = True,
+    patch_drop: bool = True,
+    pool: bool = True,
+    patch_embed: bool = True,
+) -> Accelerated:
+    """Let a timm model compute on mimkernels, in place: same results, parameters and names.
+
+    Only the classes of modules change, to subclasses of what they were: parameters, buffers, state-dict keys, hooks and
+    modes stay, and the model can be compiled, copied, pickled and distributed as before. ``restore`` undoes it.
+    Modules that run on mimkernels already are left so, and reported.
+
+    A module of any class whose ``forward`` calls ``F.scaled_dot_product_attention`` is taken. Calls that
+    ``mimkernels.attention`` does not take, such as attention dropout in training, go to PyTorch as before.
+
+    Args:
+        model: a timm model, or one that contains timm models.
+        attention: take attention layers.
+        patch_drop: take ``PatchDropout`` (the same patches are dropped, for the same random state).
+        pool: take pooling heads that are attention, such as ``AttentionPoolLatent``. Averages and maxima stay: they
+            read the tokens once in PyTorch, too.
+        patch_embed: in training with ``PatchDropout``, embed only the patches that are kept.
+
+    Returns:
+        a report, one line per module; print it.
+
+    Raises:
+        TypeError: `model` is no module.
+        NotImplementedError: parameters are on a device for which there are no kernels; names it, and why.
+
+    Example::
+
+        model = timm.create_model("vit_base_patch16_224")
+        print(mimkernels.accelerate(model))
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate takes a module, got {type(model).__name__}")
+    _check_devices(model)
+    changes = []
+    for name, module in model.named_modules():
+        found = None
+        if _is_accelerated(module):
+            found = Change(name, type(module).__name__, "mimkernels", "already")
+        elif isinstance(module, (PatchDropout, PatchDropoutWithIndices)):
+            found = _take_patch_drop(module) if patch_drop else None
+        elif isinstance(module, VisionTransformer):
+            found = _take_patch_embed(module) if patch_embed and patch_drop else None
+        elif pool if "pool" in type(module).__name__.lower() else attention:
+            found = _take_attention(module)
+        if found is not None:
+            changes.append(Change(name, found.kind, found.became, found.reason))
+    classes = dict.fromkeys(type(module) for module in model.modules() if hasattr(type(module), "_refused"))
+    return Accelerated(changes, list(classes))
+
+
+def restore(model: nn.Module) -> int:
+    """Undo ``accelerate`` exactly; layers by ``use_mimkernels_attention`` stay.
+
+    Returns:
+        how many modules were given their class back.
+    """
+    marked = [module for module in model.modules() if _MARK in module.__dict__]
+    for module in marked:
+        kind, attributes = module.__dict__.pop(_MARK)
+        module.__class__ = kind
+        for name, value in attributes.items():
+            setattr(module, name, value)
+    return len(marked)
+
+
+def _check_devices(model: nn.Module) -> None:
+    for device in sorted({parameter.device.type for parameter in model.parameters()}):
+        missing = kernels_refuse(device, torch.float32)
+        if missing is not None:
+            raise NotImplementedError(
+                f"accelerate: the model is on {device}, where attention has no kernels ({missing}); "
+                "`mimkernels info` tells what is here"
+            )
+
+
+def _take_attention(module: nn.Module) -> Change | None:
+    kind = type(module)
+    if not calls_sdpa(kind.forward):
+        return _other_attention(module)
+    reason = _reason_against(module)
+    if reason is None:
+        # Where timm was told not to use SDPA, it is used now: without it, the attention matrix is stored.
+        reason = _change_class(module, {"fused_attn": True} if getattr(module, "fused_attn", True) is False else {})
+    if reason is not None:
+        return Change("", kind.__name__, "", reason)
+    dropout = _dropout(module)
+    return Change("", kind.__name__, _ATTENTION, f"not in training: attention dropout {dropout}" if dropout else "")
+
+
+def _other_attention(module: nn.Module) -> Change | None:
+    """A line for what is attention by its name only, or out of reach."""
+    kind = type(module)
+    if isinstance(module, nn.MultiheadAttention):
+        return Change("", kind.__name__, "", "torch's own layer, with a fused path of its own")
+    if any(calls_sdpa(base.__dict__.get("forward")) for base in kind.__mro__):
+        return Change("", kind.__name__, "", "its forward calls that of a parent class, which calls SDPA")
+    if "att" in kind.__name__.lower() and any(True for _ in module.parameters()):
+        inner = (part for part in module.modules() if part is not module)
+        if not any(calls_sdpa(type(part).forward) or _is_accelerated(part) for part in inner):
+            return Change("", kind.__name__, "", "its forward does not call scaled_dot_product_attention")
+    return None
+
+
+def _reason_against(module: nn.Module) -> str | None:
+    """What is known before any call; the rest is decided call by call."""
+    dim = getattr(module, "head_dim", None)
+    parameter = next(module.parameters(), None)
+    if isinstance(dim, int) and parameter is not None:
+        missing = kernels_refuse(parameter.device.type, torch.float32, dim)
+        if missing is not None:
+            return missing
+    for name in ("attn_drop", "softmax"):
+        part = getattr(module, name, None)
+        if getattr(module, "fused_attn", True) is False and isinstance(part, nn.Module) and _hooks(part):
+            return f"a hook on its {name} reads the attention matrix"
+    return None
+
+
+def _dropout(module: nn.Module) -> float:
+    drop = getattr(module, "attn_drop", 0.0)
+    drop = getattr(drop, "p", drop)
+    return float(drop) if isinstance(drop, (int, float)) else 0.0
+
+
+def _take_patch_drop(module: nn.Module) -> Change | None:
+    kind = type(module)
+    if kind not in (PatchDropout, PatchDropoutWithIndices):
+        return Change("", kind.__name__, "", "a class of its own")
+    if module.prob == 0:
+        return None
+    _change_class(module)
+    return Change("", kind.__name__, "mimkernels.gather_tokens")
+
+
+def _take_patch_embed(module: VisionTransformer) -> Change | None:
+    drop = module.patch_drop
+    if not isinstance(drop, PatchDropout) or drop.prob == 0:
+        return None
+    kind = type(module)
+    try:
+        check_patch_embed(module)
+    except ValueError as error:
+        return Change("", kind.__name__, "", f"embeds every patch: {error}")
+    if isinstance(module.pos_drop, nn.Dropout) and module.pos_drop.p > 0:
+        return Change("", kind.__name__, "", "embeds every patch: position dropout comes before patch dropout")
+    _change_class(module)
+    return Change("", kind.__name__, "mimkernels.patchify_gather", "in training: embeds the kept patches only")
+
+
+# The classes that modules get: each a subclass of what the module was, under the same name.
+
+
+def _change_class(module: nn.Module, attributes: dict[str, Any] | None = None) -> str | None:
+    """Give a module its new class and attributes, or say why not."""
+    kind = type(module)
+    try:
+        new = _accelerated(kind)
+    except OSError as error:
+        return f"its source cannot be read: {error}"
+    module.__dict__[_MARK] = kind, {name: getattr(module, name) for name in attributes or ()}
+    module.__class__ = new
+    for name, value in (attributes or {}).items():
+        setattr(module, name, value)
+    return None
+
+
+@functools.cache
+def _accelerated(kind: type) -> type:
+    if kind is TimmAttention:
+        return Attention
+    methods: dict[str, Any] = {}
+    if issubclass(kind, VisionTransformer):
+        methods["forward_features"] = _features_of_kept_patches(kind)
+    elif kind is PatchDropout:
+        methods["forward"] = lambda self, x: _dropped(self, x)[0]
+    elif kind is PatchDropoutWithIndices:
+        methods["forward"] = _dropped
+    else:
+        methods["_refused"] = set()
+        methods["forward"] = rerouted(kind.forward, stand_in(methods["_refused"].update))
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    new = type(kind.__name__, (kind,), {**names, **methods, "__reduce_ex__": _reduce})
+    # As mimkernels.nn.Attention, and as timm's own where it holds for them: torch.fx takes it as one node.
+    return register_notrace_module(new)
+
+
+def _reduce(module: nn.Module, protocol: int) -> tuple:
+    # A class made here has no name to be found by: pickles and copies name the class it was made from.
+    return _made_again, (module.__dict__[_MARK][0],), module.__getstate__()
+
+
+def _made_again(kind: type) -> nn.Module:
+    new = _accelerated(kind)
+    return new.__new__(new)
+
+
+def _dropped(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What timm's ``patch_dropout_forward`` gives, for the same random state."""
+    if not module.training or module.prob == 0:
+        return x, None
+    prefix = module.num_prefix_tokens
+    ids = _kept(module, x.shape[0], x.shape[1] - prefix, x.device)
+    rows = ids
+    if prefix:
+        rows = torch.cat((torch.arange(prefix, device=x.device).expand(len(ids), -1), ids + prefix), dim=1)
+    return gather_tokens(x, rows), ids
+
+
+def _kept(drop: nn.Module, batch: int, patches: int, device: torch.device) -> Tensor:
+    keep = max(1, int(patches * (1.0 - drop.prob)))
+    noise = torch.randn(batch, patches, device=device)
+    return mask_from_noise(noise, keep, order="sorted" if drop.ordered else "shuffle").ids_keep
+
+
+def _features_of_kept_patches(kind: type) -> Callable:
+    def forward_features(self: VisionTransformer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        drop, embed = self.patch_drop, self.patch_embed
+        fits = self.dynamic_img_size or tuple(x.shape[-2:]) == tuple(embed.img_size)
+        seen = any(_hooks(part) for part in (embed, embed.proj, drop))
+        masked = any(value is not None and value is not False for value in (*args, *kwargs.values()))
+        if not self.training or drop.prob == 0 or masked or seen or not fits:
+            return kind.forward_features(self, x, *args, **kwargs)
+        patches = (x.shape[-2] // embed.patch_size[0]) * (x.shape[-1] // embed.patch_size[1])
+        return visible_features(self, x, _kept(drop, x.shape[0], patches, x.device))
+
+    return forward_features
+
+
+def _hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _is_accelerated(module: nn.Module) -> bool:
+    return _MARK in module.__dict__ or isinstance(module, Attention)
