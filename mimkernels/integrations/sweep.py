@@ -338,7 +338,7 @@ def table(rows: Sequence[Row], others: Sequence[tuple[str, str]], machine: str) 
         "  fp64, accelerated / stock, both in fp32.",
         "- *captured*: attention layers whose entropy was captured and lies within its bounds.",
         "- *time*: of a forward pass in fp32 on one CPU thread, accelerated as a share of stock (below 1 is faster);",
-        "  medians, in turns, one image (layers: eight).",
+        "  medians, in turns, one image (layers: eight). On a busy machine, two runs differ by up to 0.05.",
         "",
         "| family | model | classes | taken | output | gradient | captured | time | at | remarks |",
         "|---|---|---|---|---|---|---|---|---|---|",
