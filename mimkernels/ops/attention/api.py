@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mimkernels.ops import _checks
+from mimkernels.ops._registry import ANY_FLOAT
 from mimkernels.ops.attention import reference
 from mimkernels.ops.attention.spec import SPEC, STATISTICS
 
@@ -78,14 +79,15 @@ def attention(
 
     Source: online softmax as in FlashAttention, arXiv:2205.14135; the statistics' sources are in ``mimkernels.stats``.
     """
-    _check_qk("attention", q, k)
-    _check_same_kind("attention", "v", v, q)
-    if v.shape != k.shape:
-        raise ValueError(f"attention: v {_checks.shape(v)} and k {_checks.shape(k)} must have the same shape")
-    length, dim = q.shape[2:]
-    planes, bits = _asked(stats, length, k.shape[2])
-    if not 0 <= num_prefix <= k.shape[2]:
-        raise ValueError(f"attention: num_prefix is {num_prefix} but there are {k.shape[2]} keys")
+    if not _fit(q, k, v):
+        _check_qk("attention", q, k)
+        _check_same_kind("attention", "v", v, q)
+        if v.shape != k.shape:
+            raise ValueError(f"attention: v {_checks.shape(v)} and k {_checks.shape(k)} must have the same shape")
+    (_, _, length, dim), keys = q.shape, k.shape[2]
+    planes, bits = _asked(stats, length, keys)
+    if not 0 <= num_prefix <= keys:
+        raise ValueError(f"attention: num_prefix is {num_prefix} but there are {keys} keys")
     scale = dim**-0.5 if scale is None else float(scale)
     bias = _check_bias("attention", bias, q, k)
     key_mask = _check_key_mask("attention", key_mask, k)
@@ -160,6 +162,25 @@ def checked_scores(
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     lse = _checks.rows(lse.to(torch.promote_types(q.dtype, torch.float32)))
     return lse, _check_bias(op, bias, q, k), _check_key_mask(op, key_mask, k), scale
+
+
+def _fit(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether nothing is wrong with them, in one look; what is wrong, the checks below say.
+
+    Reading sizes and dtypes is a good part of what a small call costs.
+    """
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        return False
+    of_queries, of_keys, dtype, device = q.shape, k.shape, q.dtype, q.device
+    return (
+        len(of_queries) == 4 == len(of_keys)
+        and of_keys == v.shape
+        and of_queries[:2] == of_keys[:2]
+        and of_queries[3] == of_keys[3]
+        and dtype == k.dtype == v.dtype
+        and device == k.device == v.device
+        and dtype in ANY_FLOAT
+    )
 
 
 def _check_qk(op: str, q: Tensor, k: Tensor) -> None:
