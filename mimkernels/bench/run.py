@@ -47,6 +47,13 @@ def _steps(options: argparse.Namespace, dtype: torch.dtype, device: str) -> Iter
         yield from step_cases(Step(model, batch, dtype, device))
 
 
+def _models(options: argparse.Namespace, dtype: torch.dtype, device: str) -> Iterator[Benchmark]:
+    from mimkernels.bench.models import model_cases  # timm
+
+    for model in options.model:
+        yield from model_cases(model, options.batch or (8 if device == "cpu" else 128), dtype, device)
+
+
 def _memory_line(timing: Timing) -> str:
     share = timing.share_of_copy
     return (
@@ -74,10 +81,10 @@ def _scaling_line(timing: Timing) -> str:
 def _step_line(timing: Timing) -> str:
     images = timing.extra["images"]
     lines = [
-        f"{timing.median['ours']:7.3f} s  {_times(timing.ratio('plain'))} "
+        f"{timing.median['ours']:7.3f} s  {timing.ratio('plain'):7.2f}x "
         f"{images / timing.median['ours']:9.2f} {images / timing.median['plain']:9.2f}"
     ]
-    for name, parts in timing.extra["breakdown_ms"].items():
+    for name, parts in timing.extra.get("breakdown_ms", {}).items():
         whole = sum(parts.values())
         shares = ", ".join(f"{kind} {ms:,.0f}" for kind, ms in parts.items())
         lines.append(f"    {name:6} of {whole:,.0f} ms: {shares}")
@@ -115,6 +122,12 @@ GROUPS = {
         _steps,
         _step_line,
     ),
+    "models": Group(
+        "a timm model under mimkernels.accelerate, against itself",
+        f"{'ours':>9}  {'stock':>8} {'images/s':>9} {'stock':>9}",
+        _models,
+        _step_line,
+    ),
     "calls": Group(
         "cost of a call on tiny inputs, beside a native op",
         f"{'ours':>10} {'native':>12} {'ratio':>7}",
@@ -134,7 +147,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group", nargs="+", default=["gathering", "pooling", "attention", "calls"], choices=GROUPS)
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES)
     parser.add_argument("--batch", type=int, help="images (default 64; a step: 8, on a GPU 256)")
-    parser.add_argument("--model", nargs="+", default=["vit_base_patch16_224"], help="timm encoders of a step")
+    parser.add_argument(
+        "--model", nargs="+", default=["vit_base_patch16_224"], help="timm models of a step, and of models"
+    )
     parser.add_argument("--only", help="run the cases whose name contains this; nothing is saved without --output")
     parser.add_argument("--seconds", type=float, default=4.0, help="measuring time per case (default 4)")
     parser.add_argument("--no-compile", action="store_true", help="leave the torch.compile baseline out")
