@@ -48,12 +48,12 @@ def model_cases(name: str, batch: int, dtype: torch.dtype, device: str) -> Itera
         tolerance = 1e-4 if dtype == torch.float32 else 5e-2
         torch.testing.assert_close(forward(ours)(), forward(stock)(), rtol=tolerance, atol=tolerance)
 
-    for what, of in (("forward", forward), ("training step", step)):
+    # Training moves the weights of both, by different roundings: only the first is checked.
+    for what, of, gate in (("forward", forward, check), ("training step", step, lambda: None)):
         yield Benchmark(
             name=f"accelerate, {what}",
             shape=f"{name} B={batch}",
             versions={"ours": of(ours), "plain": of(stock)},
-            check=check,
+            check=gate,
             details=lambda: {"images": batch},
         )
-        check = dict  # training moves the weights of both, by different roundings
