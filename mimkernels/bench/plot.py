@@ -58,9 +58,10 @@ def draw(reports: dict[str, dict], output: Path) -> list[Path]:
     with matplotlib.rc_context(_style()):
         memory = _records(reports, ("gathering", "pooling"))
         attention = _records(reports, ("attention",))
-        if memory:
+        whole = _records(reports, ("models",))
+        if memory or whole:
             note = "Times as fast as each alternative, in the same process, interleaved; longer is better."
-            pictures["speedups"] = (note, _bars(memory, ("plain", "compiled"), _LABELS))
+            pictures["speedups"] = (note, _bars(memory + whole, ("plain", "compiled"), _LABELS))
         if attention:
             note = "With all statistics, against SDPA, which captures none, and against materialised attention."
             pictures["attention"] = (

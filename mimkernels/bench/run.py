@@ -147,9 +147,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group", nargs="+", default=["gathering", "pooling", "attention", "calls"], choices=GROUPS)
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES)
     parser.add_argument("--batch", type=int, help="images (default 64; a step: 8, on a GPU 256)")
-    parser.add_argument(
-        "--model", nargs="+", default=["vit_base_patch16_224"], help="timm models of a step, and of models"
-    )
+    parser.add_argument("--model", nargs="+", default=["vit_base_patch16_224"], help="timm names, of step and models")
     parser.add_argument("--only", help="run the cases whose name contains this; nothing is saved without --output")
     parser.add_argument("--seconds", type=float, default=4.0, help="measuring time per case (default 4)")
     parser.add_argument("--no-compile", action="store_true", help="leave the torch.compile baseline out")
