@@ -23,6 +23,7 @@ import torch
 
 import mimkernels
 from mimkernels.ops import _native
+from mimkernels.train.hardware import cpu_computes_bf16
 from mimkernels.train.memory import keep_freed_memory
 
 _CHECKOUT = Path(__file__).parents[2] / "benchmarks"
@@ -116,7 +117,7 @@ def measure(benchmark: Benchmark, device: str, dtype: str, seconds: float = 4.0)
     """Time all versions for about ``seconds``, interleaved, at least 7 rounds."""
     benchmark.check()
     versions = dict(benchmark.versions)
-    matrix = _matrix_size(device, dtype) if benchmark.flops else 0
+    matrix = (8192 if device == "cuda" else 1024) if benchmark.flops else 0  # large enough for the full rate
     if benchmark.moved_bytes:
         versions["copy"] = _copy_of(benchmark.moved_bytes, device)
     if benchmark.flops:
@@ -179,14 +180,10 @@ def _copy_of(moved_bytes: int, device: str) -> Callable[[], object]:
     return lambda: target.copy_(source)
 
 
-def _matrix_size(device: str, dtype: str) -> int:
-    # Large enough for the full rate; on a CPU without bf16 instructions, small enough to end.
-    if device == "cuda":
-        return 8192
-    return 1024 if dtype == "float32" else 256
-
-
 def _matrix_product(size: int, device: str, dtype: str) -> Callable[[], object]:
+    # A CPU without instructions for 16 bits multiplies in fp32, whose rate is then the limit.
+    if device == "cpu" and not (dtype == "bfloat16" and cpu_computes_bf16()):
+        dtype = "float32"
     a, b = torch.randn(2, size, size, device=device).to(getattr(torch, dtype))
     out = torch.empty_like(a)
     return lambda: torch.mm(a, b, out=out)
