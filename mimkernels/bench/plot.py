@@ -8,6 +8,7 @@ import datetime
 import html
 import json
 import re
+import statistics
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -158,15 +159,15 @@ def _roofline(records: list[dict]) -> Figure:
 
     figure = Figure(figsize=(10, 5.2), layout="constrained")
     axes, key = figure.subplots(1, 2, width_ratios=(3, 1.5))
-    bandwidth = max((r["moved_bytes"] / r["median_us"]["copy"] for r in records if "copy" in r["median_us"]), default=0)
-    bandwidth /= 1e3  # GB/s
-    peak = max((r["flops"] / r["median_us"]["ours"] / r["share_of_gemm_rate"] for r in records), default=0) / 1e3
+    copies = [r["moved_bytes"] / r["median_us"]["copy"] for r in records if "copy" in r["median_us"]]
+    bandwidth = statistics.median(copies) / 1e3 if copies else 0.0  # GB/s
+    peak = statistics.median(r["flops"] / r["median_us"]["ours"] / r["share_of_gemm_rate"] for r in records) / 1e3
     points = [(r["flops"] / _bytes(r), r["flops"] / r["median_us"]["ours"] / 1e3) for r in records]
     low, high = 0.5 * min(x for x, _ in points), 3 * max(x for x, _ in points)
     if bandwidth:
         knee = peak / bandwidth
         axes.plot([low, knee, max(high, 2 * knee)], [low * bandwidth, peak, peak], color=_INK, linewidth=1.4)
-        axes.text(low * 1.6, low * 2.6 * bandwidth, f"copy, {bandwidth:.3g} GB/s", color=_INK)
+        axes.text(0.35 * knee, 0.45 * peak, f"copy, {bandwidth:.3g} GB/s", color=_INK, ha="right")
     else:
         axes.axhline(peak, color=_INK, linewidth=1.4)
     axes.text(high, peak * 1.08, f"large matrix product, {peak:,.0f} GFLOP/s", ha="right", color=_INK)
@@ -201,7 +202,7 @@ def _legend(axes: Axes, colours: Iterable[str], labels: Iterable[str]) -> None:
 def _scaling(records: list[dict]) -> Figure:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 7.4), layout="constrained")
+    figure = Figure(figsize=(10, 9), layout="constrained")
     by_batch, by_ratio, by_time, by_memory = figure.subplots(2, 2).flat
     _curves(by_batch, records, "by batch", "B", lambda r, s: r["median_us"]["ours"] * 1e3 / (s["B"] * s["N"]))
     by_batch.set(title="time per token", xlabel="images per batch", ylabel="ns per token", xscale="log", yscale="log")
@@ -226,7 +227,7 @@ def _scaling(records: list[dict]) -> Figure:
     by_memory.set(title="attention, peak memory", xlabel="tokens", ylabel="MiB per head", xscale="log", yscale="log")
     for axes in (by_batch, by_ratio, by_time, by_memory):
         axes.grid(True, color=_LINE, linewidth=0.6)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
         axes.tick_params(length=0)
     return figure
 
@@ -261,12 +262,14 @@ def _steps(records: list[dict]) -> Figure:
             axes.barh(row, width, 0.62, left=left, color=colour, label=kind if row == 0 else None)
             left += width
         axes.text(left, row, f"  {record['images'] / whole * 1e3:.2f} images/s", va="center", fontsize=9)
-    axes.set_yticks(range(len(rows)), [f"{r['name']}, {r['shape']}, {label}" for r, _, label in rows], color=_INK)
+    axes.set_yticks(range(len(rows)), [f"{r['name']}\n{r['shape']}, {label}" for r, _, label in rows], color=_INK)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.18 * max(record["median_us"][name] / 1e3 for record, name, _ in rows))
     axes.set_xlabel("ms per step")
     axes.tick_params(length=0)
-    axes.legend(frameon=False, ncols=len(kinds), loc="upper center", bbox_to_anchor=(0.35, 1.0 + 0.45 / len(rows)))
+    axes.legend(
+        frameon=False, ncols=len(kinds), fontsize=9, loc="lower right", bbox_to_anchor=(1.0, 1.0), handlelength=1
+    )
     return figure
 
 
