@@ -44,6 +44,16 @@ def test_compare_is_quiet_where_nothing_changed(tmp_path, capsys):
     assert "50 cases, 0 slower" in capsys.readouterr().out
 
 
+def test_runs_that_differ_among_themselves_make_noise():
+    def runs(*factors):
+        return {"gather": [record(factor=factor, seed=seed) for seed, factor in enumerate(factors)]}
+
+    (steady,) = compare(runs(1.0, 1.01, 0.99, 1.0), runs(1.1, 1.11, 1.09, 1.1))
+    assert steady.verdict == "SLOWER" and steady.noise < 0.1
+    (restless,) = compare(runs(1.0, 1.2, 0.9, 1.1), runs(1.1, 1.3, 1.0, 1.2))
+    assert restless.verdict == "too noisy to tell"
+
+
 def test_compare_says_where_the_noise_hides_a_tenth(tmp_path, capsys):
     runs = [save(tmp_path / str(i), record(jitter=0.3, seed=i)) for i in range(2)]
     assert main(["bench", "compare", *runs]) == 0

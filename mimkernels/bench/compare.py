@@ -2,8 +2,9 @@
 
 What is compared is the time of ours relative to versions of the same case that contain nothing of ours (plain PyTorch,
 SDPA, a copy, ...), timed in the same rounds: so a busy or throttled machine does not look like a regression. A run is
-kept as medians of consecutive blocks of rounds; their scatter is the noise. Two processes differ by a few per cent with
-nothing changed (where memory happened to lie), so that less than ``FLOOR`` is never called a regression.
+kept as medians of consecutive blocks of rounds; their scatter, and that between runs where there are several, is the
+noise. Two processes differ by some per cent with nothing changed, by where memory happened to lie: so several runs tell
+more than long ones, and less than ``FLOOR`` is never called a regression.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-FLOOR = 0.04  # relative
+FLOOR = 0.04  # relative; of single runs, whose scatter is not known, twice as much
 _SIGMAS = 3.0
-_REPEATS = 3  # runs of each revision, taken in turns
+_REPEATS = 5  # runs of each revision, taken in turns
+_STUDENT = {2: 9.9, 4: 4.6, 6: 3.7, 8: 3.4, 10: 3.2}  # 99 % of both sides, by degrees of freedom
 
 
 class Change(NamedTuple):
@@ -56,9 +58,22 @@ def compare(before: dict[str, list[dict]], after: dict[str, list[dict]]) -> list
 def _change(name: str, before: list[dict], after: list[dict]) -> Change:
     logs = [[math.log(value) for record in records for value in record["relative"]] for records in (before, after)]
     difference = statistics.median(logs[1]) - statistics.median(logs[0])
-    error = math.sqrt(sum(_variance_of_median(values) for values in logs))
+    error = _SIGMAS * math.sqrt(sum(_variance_of_median(values) for values in logs))
+    noise = max(_between_runs(before, after), math.expm1(error))
     times = (statistics.median(record["median_us"]["ours"] for record in records) for records in (before, after))
-    return Change(name, *times, math.expm1(difference), max(FLOOR, math.expm1(_SIGMAS * error)))
+    return Change(name, *times, math.expm1(difference), noise)
+
+
+def _between_runs(*sides: list[dict]) -> float:
+    """What runs of the same thing differ by: a change of their median up to this means nothing."""
+    if any(len(records) < 2 for records in sides):
+        return 2 * FLOOR
+    medians = [[math.log(statistics.median(record["relative"])) for record in records] for records in sides]
+    freedom = sum(len(values) - 1 for values in medians)
+    variance = sum(statistics.variance(values) * (len(values) - 1) for values in medians) / freedom
+    error = math.sqrt(variance * sum(1 / len(values) for values in medians))
+    student = next((value for least, value in _STUDENT.items() if freedom <= least), 3.0)
+    return max(FLOOR, math.expm1(student * error))
 
 
 def _variance_of_median(values: list[float]) -> float:
@@ -113,7 +128,7 @@ def show(changes: list[Change]) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("before", help="folder or file of results, or a git revision")
     parser.add_argument("after", help="folder or file of results, or a git revision")
-    parser.add_argument("--repeat", type=int, default=_REPEATS, help="runs of each revision (default 3)")
+    parser.add_argument("--repeat", type=int, default=_REPEATS, help=f"runs of each revision (default {_REPEATS})")
     parser.add_argument("--seconds", type=float, default=2.0, help="of revisions: measuring time per case (default 2)")
     parser.add_argument("--only", help="of revisions: cases whose name contains this")
     parser.add_argument("--group", nargs="+", default=["gathering", "pooling", "attention"], help="of revisions")
