@@ -10,6 +10,7 @@ import json
 import re
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,7 +94,7 @@ def _bars(records: list[dict], others: tuple[str, ...], labels: dict[str, str]) 
     from matplotlib.figure import Figure
 
     others = tuple(name for name in others if any(name in r["median_us"] for r in records))
-    figure = Figure(figsize=(10, 1.2 + 0.26 * len(records) * (len(others) + 0.6)), layout="constrained")
+    figure = Figure(figsize=(10, 1.2 + 0.17 * len(records) * (len(others) + 0.4)), layout="constrained")
     axes = figure.subplots()
     height, step = 0.8 / len(others), 1.0
     most = max(r["median_us"][o] / r["median_us"]["ours"] for r in records for o in others if o in r["median_us"])
@@ -109,9 +110,9 @@ def _bars(records: list[dict], others: tuple[str, ...], labels: dict[str, str]) 
             )
     axes.axvline(1, color=_INK, linewidth=0.8)
     axes.set_yticks(range(len(records)), [_row_label(r, records) for r in records], color=_INK)
-    axes.invert_yaxis()
+    axes.set_ylim(len(records) - 0.4, -0.6)
     axes.set_xlim(0, most * 1.1)
-    axes.set_xlabel("times as fast as the alternative")
+    _label_x(axes, "times as fast as the alternative", records)
     axes.tick_params(length=0)
     colours = (_OURS, _OTHERS["compiled"])[: len(others)]
     _legend(axes, colours, ["against " + labels[other] for other in others])
@@ -119,12 +120,23 @@ def _bars(records: list[dict], others: tuple[str, ...], labels: dict[str, str]) 
 
 
 def _row_label(record: dict, records: list[dict]) -> str:
+    """A record's name, and what tells it from most others."""
     label = record["name"]
-    if len({r["shape"] for r in records}) > 1:
-        label += f"  {record['shape']}"
-    if len({r["dtype"] for r in records}) > 1:
-        label += f"  {record['dtype']}"
+    for key in ("shape", "dtype"):
+        if record[key] != _usual(records, key):
+            label += f"  {record[key]}"
     return label
+
+
+def _usual(records: list[dict], key: str) -> str | None:
+    """The value that more than half of the records have."""
+    value, times = Counter(record[key] for record in records).most_common(1)[0]
+    return value if times > len(records) / 2 else None
+
+
+def _label_x(axes: Axes, label: str, records: list[dict]) -> None:
+    usual = [_usual(records, "shape"), _usual(records, "dtype")]
+    axes.set_xlabel("; ".join(filter(None, [label, ", ".join(filter(None, usual))])))
 
 
 def _limits(records: list[dict]) -> Figure:
@@ -136,12 +148,12 @@ def _limits(records: list[dict]) -> Figure:
     axes = figure.subplots()
     for row, (_, (share, limit)) in enumerate(drawn):
         axes.barh(row, share, 0.72, color=_OURS if limit == "copy" else _OTHERS["sdpa"])
-        axes.text(share + 0.008, row, f"{share:.0%}", va="center", fontsize=9)
+        axes.text(share + 0.008, row, f"{share:.0%}", va="center", fontsize=8)
     axes.set_yticks(range(len(drawn)), [_row_label(r, [r for r, _ in drawn]) for r, _ in drawn], color=_INK)
-    axes.invert_yaxis()
+    axes.set_ylim(len(drawn) - 0.4, -0.6)
     axes.set_xlim(0, 1.1 * max(1.0, *(share for _, (share, _) in drawn)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.set_xlabel("share of the limit measured in the same rounds")
+    _label_x(axes, "share of the limit measured in the same rounds", [record for record, _ in drawn])
     axes.tick_params(length=0)
     _legend(axes, (_OURS, _OTHERS["sdpa"]), ("of copy bandwidth", "of the rate of a large matrix product"))
     return figure
@@ -261,7 +273,7 @@ def _steps(records: list[dict]) -> Figure:
             width = parts[kind] / sum(parts.values()) * whole
             axes.barh(row, width, 0.62, left=left, color=colour, label=kind if row == 0 else None)
             left += width
-        axes.text(left, row, f"  {record['images'] / whole * 1e3:.2f} images/s", va="center", fontsize=9)
+        axes.text(left, row, f"  {record['images'] / whole * 1e3:.2f} images/s", va="center", fontsize=8)
     axes.set_yticks(range(len(rows)), [f"{r['name']}\n{r['shape']}, {label}" for r, _, label in rows], color=_INK)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.18 * max(record["median_us"][name] / 1e3 for record, name, _ in rows))
