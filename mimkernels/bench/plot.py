@@ -153,7 +153,7 @@ def _limits(records: list[dict]) -> Figure:
     axes.set_ylim(len(drawn) - 0.4, -0.6)
     axes.set_xlim(0, 1.1 * max(1.0, *(share for _, (share, _) in drawn)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    _label_x(axes, "share of the limit measured in the same rounds", [record for record, _ in drawn])
+    _label_x(axes, "share of the limit", [record for record, _ in drawn])
     axes.tick_params(length=0)
     _legend(axes, (_OURS, _OTHERS["sdpa"]), ("of copy bandwidth", "of the rate of a large matrix product"))
     return figure
