@@ -144,9 +144,7 @@ GROUPS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--group", nargs="+", default=list(GROUPS), choices=GROUPS, help="tables to fill (default: all)"
-    )
+    parser.add_argument("--group", nargs="+", default=list(GROUPS), choices=GROUPS, help="tables (default: all)")
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES)
     parser.add_argument("--batch", type=int, help="images (default 64; a step: 8, on a GPU 256)")
     parser.add_argument("--model", nargs="+", default=["vit_base_patch16_224"], help="timm names, of step and models")
