@@ -16,19 +16,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mimkernels.bench.harness import RESULTS
+from mimkernels.stats.plots import COLORS, INK, LINE, MUTED, STYLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_OURS, _OTHERS = "#0b66c3", {"plain": "#c9d1da", "compiled": "#8e9aa8", "sdpa": "#5d6877"}
+_OURS, _OTHERS = COLORS[0], {"plain": "#c9d1da", "compiled": "#8e9aa8", "sdpa": "#5d6877"}
 _LABELS = {
     "plain": "plain PyTorch",
     "compiled": "torch.compile",
     "sdpa": "SDPA without statistics",
     "ours": "mimkernels",
 }
-_INK, _MUTED, _LINE = "#1c2430", "#6b7685", "#d9dee5"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +57,7 @@ def draw(reports: dict[str, dict], output: Path) -> list[Path]:
     import matplotlib
 
     pictures: dict[str, tuple[str, Figure]] = {}
-    with matplotlib.rc_context(_style()):
+    with matplotlib.rc_context({**STYLE, "font.size": 10, "axes.titlesize": 11, "axes.labelcolor": MUTED}):
         memory = _records(reports, ("gathering", "pooling"))
         attention = _records(reports, ("attention",))
         whole = _records(reports, ("models",))
@@ -108,8 +108,8 @@ def _bars(records: list[dict], others: tuple[str, ...], labels: dict[str, str]) 
             axes.text(
                 ratio + 0.008 * most, y, f"{ratio:.1f}" if ratio >= 2 else f"{ratio:.2f}", va="center", fontsize=9
             )
-    axes.axvline(1, color=_INK, linewidth=0.8)
-    axes.set_yticks(range(len(records)), [_row_label(r, records) for r in records], color=_INK)
+    axes.axvline(1, color=INK, linewidth=0.8)
+    axes.set_yticks(range(len(records)), [_row_label(r, records) for r in records], color=INK)
     axes.set_ylim(len(records) - 0.4, -0.6)
     axes.set_xlim(0, most * 1.1)
     _label_x(axes, "times as fast as the alternative", records)
@@ -149,7 +149,7 @@ def _limits(records: list[dict]) -> Figure:
     for row, (_, (share, limit)) in enumerate(drawn):
         axes.barh(row, share, 0.72, color=_OURS if limit == "copy" else _OTHERS["sdpa"])
         axes.text(share + 0.008, row, f"{share:.0%}", va="center", fontsize=8)
-    axes.set_yticks(range(len(drawn)), [_row_label(r, [r for r, _ in drawn]) for r, _ in drawn], color=_INK)
+    axes.set_yticks(range(len(drawn)), [_row_label(r, [r for r, _ in drawn]) for r, _ in drawn], color=INK)
     axes.set_ylim(len(drawn) - 0.4, -0.6)
     axes.set_xlim(0, 1.1 * max(1.0, *(share for _, (share, _) in drawn)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -178,20 +178,20 @@ def _roofline(records: list[dict]) -> Figure:
     low, high = 0.5 * min(x for x, _ in points), 3 * max(x for x, _ in points)
     if bandwidth:
         knee = peak / bandwidth
-        axes.plot([low, knee, max(high, 2 * knee)], [low * bandwidth, peak, peak], color=_INK, linewidth=1.4)
-        axes.text(0.35 * knee, 0.45 * peak, f"copy, {bandwidth:.3g} GB/s", color=_INK, ha="right")
+        axes.plot([low, knee, max(high, 2 * knee)], [low * bandwidth, peak, peak], color=INK, linewidth=1.4)
+        axes.text(0.35 * knee, 0.45 * peak, f"copy, {bandwidth:.3g} GB/s", color=INK, ha="right")
     else:
-        axes.axhline(peak, color=_INK, linewidth=1.4)
-    axes.text(high, peak * 1.08, f"large matrix product, {peak:,.0f} GFLOP/s", ha="right", color=_INK)
+        axes.axhline(peak, color=INK, linewidth=1.4)
+    axes.text(high, peak * 1.08, f"large matrix product, {peak:,.0f} GFLOP/s", ha="right", color=INK)
     for number, (intensity, rate) in enumerate(points, 1):
         axes.scatter(intensity, rate, s=36, color=_OURS, zorder=3)
         axes.annotate(str(number), (intensity, rate), xytext=(5, -10), textcoords="offset points", fontsize=8)
     axes.set(xscale="log", yscale="log", xlabel="floating-point operations per byte moved", ylabel="GFLOP/s")
-    axes.grid(True, which="major", color=_LINE, linewidth=0.6)
+    axes.grid(True, which="major", color=LINE, linewidth=0.6)
     axes.tick_params(which="both", length=0)
     key.axis("off")
     labels = [f"{number}  {_row_label(record, records)}" for number, record in enumerate(records, 1)]
-    key.text(0, 1, "\n".join(labels), fontsize=8, va="top", color=_INK, linespacing=1.6)
+    key.text(0, 1, "\n".join(labels), fontsize=8, va="top", color=INK, linespacing=1.6)
     return figure
 
 
@@ -238,7 +238,7 @@ def _scaling(records: list[dict]) -> Figure:
     )
     by_memory.set(title="attention, peak memory", xlabel="tokens", ylabel="MiB per head", xscale="log", yscale="log")
     for axes in (by_batch, by_ratio, by_time, by_memory):
-        axes.grid(True, color=_LINE, linewidth=0.6)
+        axes.grid(True, color=LINE, linewidth=0.6)
         axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
         axes.tick_params(length=0)
     return figure
@@ -258,7 +258,7 @@ def _curves(axes: Axes, records: list[dict], along: str, size: str, value) -> No
 def _steps(records: list[dict]) -> Figure:
     from matplotlib.figure import Figure
 
-    colours = ("#1c2430", _OURS, "#6aa5de", "#9bb4a0", "#c9a66b", "#c9d1da")
+    colours = (INK, _OURS, "#6aa5de", "#9bb4a0", "#c9a66b", "#c9d1da")
     rows = [
         (record, name, label) for record in records for name, label in (("plain", "published"), ("ours", "mimkernels"))
     ]
@@ -274,7 +274,7 @@ def _steps(records: list[dict]) -> Figure:
             axes.barh(row, width, 0.62, left=left, color=colour, label=kind if row == 0 else None)
             left += width
         axes.text(left, row, f"  {record['images'] / whole * 1e3:.2f} images/s", va="center", fontsize=8)
-    axes.set_yticks(range(len(rows)), [f"{r['name']}\n{r['shape']}, {label}" for r, _, label in rows], color=_INK)
+    axes.set_yticks(range(len(rows)), [f"{r['name']}\n{r['shape']}, {label}" for r, _, label in rows], color=INK)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.18 * max(record["median_us"][name] / 1e3 for record, name, _ in rows))
     axes.set_xlabel("ms per step")
@@ -325,9 +325,3 @@ def _reports(folder: Path) -> dict[str, dict]:
 def _newest(root: Path) -> Path | None:
     folders = [path for path in root.glob("*") if path.is_dir() and any(path.glob("*.json"))]
     return max(folders, key=lambda path: max(p.stat().st_mtime for p in path.glob("*.json")), default=None)
-
-
-def _style() -> dict:
-    from mimkernels.train.figures import CHART
-
-    return {**CHART, "font.size": 10, "axes.spines.top": False, "axes.titlesize": 11, "axes.titlecolor": _INK}

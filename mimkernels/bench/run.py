@@ -31,27 +31,26 @@ class Group(NamedTuple):
     line: Callable[[Timing], str]
 
 
-def _gathering(options: argparse.Namespace, dtype: torch.dtype, device: str) -> Iterator[Benchmark]:
-    return gathering_cases(Size(batch=options.batch or 64), dtype, device, compiled=not options.no_compile)
+def _by_size(cases: Callable[..., Iterator[Benchmark]]) -> Callable[..., Iterator[Benchmark]]:
+    def of(options: argparse.Namespace, dtype: torch.dtype, device: str) -> Iterator[Benchmark]:
+        return cases(Size(batch=options.batch or 64), dtype, device, compiled=not options.no_compile)
 
-
-def _pooling(options: argparse.Namespace, dtype: torch.dtype, device: str) -> Iterator[Benchmark]:
-    return pooling_cases(Size(batch=options.batch or 64), dtype, device, compiled=not options.no_compile)
+    return of
 
 
 def _steps(options: argparse.Namespace, dtype: torch.dtype, device: str) -> Iterator[Benchmark]:
     from mimkernels.bench.step import Step, step_cases  # timm
 
-    batch = options.batch or (8 if device == "cpu" else 256)
     for model in options.model:
-        yield from step_cases(Step(model, batch, dtype, device))
+        yield from step_cases(Step(model, options.batch or (8 if device == "cpu" else 256), dtype, device))
 
 
 def _models(options: argparse.Namespace, dtype: torch.dtype, device: str) -> Iterator[Benchmark]:
     from mimkernels.bench.models import model_cases  # timm
+    from mimkernels.bench.step import Step
 
     for model in options.model:
-        yield from model_cases(model, options.batch or (8 if device == "cpu" else 128), dtype, device)
+        yield from model_cases(Step(model, options.batch or (8 if device == "cpu" else 128), dtype, device))
 
 
 def _memory_line(timing: Timing) -> str:
@@ -100,16 +99,16 @@ def _times(ratio: float | None) -> str:
     return f"{ratio:7.1f}x" if ratio else ""
 
 
+_MEMORY_COLUMNS = f"{'ours':>10} {'plain':>8} {'compiled':>9} {'of copy':>8}"
+
 GROUPS = {
     "gathering": Group(
         "moving tokens, and the loss",
-        f"{'ours':>10} {'plain':>8} {'compiled':>9} {'of copy':>8}",
-        _gathering,
+        _MEMORY_COLUMNS,
+        _by_size(gathering_cases),
         _memory_line,
     ),
-    "pooling": Group(
-        "pooling of patch tokens", f"{'ours':>10} {'plain':>8} {'compiled':>9} {'of copy':>8}", _pooling, _memory_line
-    ),
+    "pooling": Group("pooling of patch tokens", _MEMORY_COLUMNS, _by_size(pooling_cases), _memory_line),
     "attention": Group(
         "attention with all statistics; times are of SDPA without any",
         f"{'ours':>10} {'of SDPA':>8} {'entropy':>8} {'none':>8} {'materialised':>13} {'of GEMM':>8}",
