@@ -15,8 +15,7 @@ from mimkernels.nn import build_pooling
 from mimkernels.train import checkpoint as files
 from mimkernels.train.data import Augmentation, BatchPlan, make_loader
 from mimkernels.train.errors import TrainingError
-from mimkernels.train.hardware import available_cores, choose_device, choose_precision, device_name, set_cpu_threads
-from mimkernels.train.memory import keep_freed_memory
+from mimkernels.train.hardware import available_cores, device_name
 from mimkernels.train.probe_config import PoolingChoice, ProbeConfig, parse_poolings
 from mimkernels.train.probe_data import ProbeImages, collate_probe, open_split
 from mimkernels.train.probe_encoder import load_encoder
@@ -33,7 +32,7 @@ from mimkernels.train.probe_train import (
     logistic_accuracy,
 )
 from mimkernels.train.progress import Progress, duration
-from mimkernels.train.run import forget_earlier_run, versions
+from mimkernels.train.run import start_accelerator, versions
 from mimkernels.train.sources import DigitsSource
 
 # Settings that change no number of a pooling's result.
@@ -93,22 +92,13 @@ class ProbeRun:
     """
 
     def __init__(self, config: ProbeConfig, *, overwrite: bool = False, stream: TextIO | None = None) -> None:
-        from accelerate import Accelerator
 
         config.check()
         self.config, self.output = config, Path(config.output)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("a probe runs in one process; start it without torchrun or accelerate launch")
         files.check_writable(self.output)
-        device = choose_device(config.device)
-        self.precision, self.precision_reason = choose_precision(config.precision, device)
-        if device.type == "cpu":
-            keep_freed_memory()
-            set_cpu_threads()
-        forget_earlier_run()
-        self.accelerator = Accelerator(
-            cpu=device.type == "cpu", mixed_precision="no" if self.precision == "fp32" else self.precision
-        )
+        self.accelerator, self.precision, self.precision_reason = start_accelerator(config.device, config.precision)
         self.encoder = load_encoder(config)
         self.choices = parse_poolings(config.pooling)
         self.split = open_split(config)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from accelerate import Accelerator
 
 from mimkernels._version import __version__
 from mimkernels.train import checkpoint as files
@@ -91,22 +92,14 @@ class Run:
         overwrite: bool = False,
         stream: TextIO | None = None,
     ) -> None:
-        from accelerate import Accelerator
 
         config.check()
         self.config = config
         self.output = Path(config.output)
         self.checkpoints = CheckpointFolder(self.output / "checkpoints", config.keep_checkpoints)
         self.start = _find_start(config, self.checkpoints, resume, overwrite)
-        device = choose_device(config.device)
-        self.precision, self.precision_reason = choose_precision(config.precision, device)
-        if device.type == "cpu":
-            keep_freed_memory()
-            set_cpu_threads()
-        forget_earlier_run()
-        self.accelerator = Accelerator(
-            cpu=device.type == "cpu", mixed_precision="no" if self.precision == "fp32" else self.precision
-        )
+        self.accelerator, self.precision, self.precision_reason = start_accelerator(config.device, config.precision)
+        device = self.accelerator.device
         if device.type == "cpu" and _asked_to_shard() and self.accelerator.distributed_type.value != "FSDP":
             # accelerate would fall back to DDP without a word.
             raise ValueError("FSDP was asked for, but accelerate shards on accelerators only and the device is 'cpu'")
@@ -408,7 +401,19 @@ def _sharing(accelerator: Any) -> str:
     return f"FSDP{accelerator.state.fsdp_plugin.fsdp_version}" if kind == "FSDP" else kind.replace("MULTI_", "DDP on ")
 
 
-def forget_earlier_run() -> None:
+def start_accelerator(wanted_device: str, wanted_precision: str) -> tuple[Accelerator, str, str]:
+    """The process's settings for a run: an accelerator, the precision, and why that precision."""
+    device = choose_device(wanted_device)
+    precision, reason = choose_precision(wanted_precision, device)
+    on_cpu = device.type == "cpu"
+    if on_cpu:
+        keep_freed_memory()
+        set_cpu_threads()
+    _forget_earlier_run()
+    return Accelerator(cpu=on_cpu, mixed_precision="no" if precision == "fp32" else precision), precision, reason
+
+
+def _forget_earlier_run() -> None:
     """accelerate keeps device and precision for the life of the process; a second run may want others."""
     if "WORLD_SIZE" not in os.environ:
         from accelerate.state import AcceleratorState

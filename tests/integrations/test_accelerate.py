@@ -12,27 +12,13 @@ from torch import nn
 
 import mimkernels
 from mimkernels.nn.sdpa import observing
-from mimkernels.ops import attention
 
 timm = pytest.importorskip("timm")
 from timm.layers import Attention, PatchDropout, PatchDropoutWithIndices  # noqa: E402
 
 from mimkernels.integrations._reroute import calls_sdpa, rerouted  # noqa: E402
 from mimkernels.nn import record_heads, use_mimkernels_attention  # noqa: E402
-
-
-class Seen:
-    """The calls that mimkernels.attention computes."""
-
-    def __init__(self):
-        self.calls = []
-
-    def run(self, call):
-        self.calls.append(call)
-        return attention(call.q, call.k, call.v, **call.options)
-
-    def watch(self, call, note=""):
-        raise AssertionError("nothing is computed elsewhere here")
+from tests.integrations.models import Seen  # noqa: E402
 
 
 def made(name, **kwargs):

@@ -19,7 +19,7 @@ from transformers import (  # noqa: E402
 
 import mimkernels.integrations.transformers  # noqa: E402
 from mimkernels.nn.sdpa import observing  # noqa: E402
-from mimkernels.ops import attention  # noqa: E402
+from tests.integrations.models import Seen  # noqa: E402
 
 SIZES = {
     "hidden_size": 32,
@@ -43,18 +43,6 @@ MODELS = {
     "beit": (BeitModel, BeitConfig, {"use_relative_position_bias": True}, 2),
     "beit_shared_bias": (BeitModel, BeitConfig, {"use_shared_relative_position_bias": True}, 2),
 }
-
-
-class Seen:
-    def __init__(self):
-        self.calls = []
-
-    def run(self, call):
-        self.calls.append(call)
-        return attention(call.q, call.k, call.v, **call.options)
-
-    def watch(self, call, note=""):
-        raise AssertionError("nothing is computed elsewhere here")
 
 
 def build(kind, implementation, **kwargs):
