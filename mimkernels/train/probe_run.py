@@ -92,7 +92,6 @@ class ProbeRun:
     """
 
     def __init__(self, config: ProbeConfig, *, overwrite: bool = False, stream: TextIO | None = None) -> None:
-
         config.check()
         self.config, self.output = config, Path(config.output)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:

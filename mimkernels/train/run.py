@@ -92,7 +92,6 @@ class Run:
         overwrite: bool = False,
         stream: TextIO | None = None,
     ) -> None:
-
         config.check()
         self.config = config
         self.output = Path(config.output)
