@@ -1,16 +1,22 @@
 """The benchmark command: what it compares, what it draws. No time is asserted."""
 
+import itertools
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("matplotlib")
 
-from mimkernels.bench import harness
+from mimkernels.bench import harness, scaling
 from mimkernels.bench.compare import FLOOR, compare, read
 from mimkernels.bench.harness import Benchmark
+from mimkernels.bench.loading import MEAN, STD, Pictures
+from mimkernels.bench.tables import main_tables
 from mimkernels.cli import main
 
 
@@ -108,9 +114,55 @@ def test_run_then_plot(tmp_path, capsys):
     )
     assert main(["bench", "plot", str(tmp_path)]) == 0
     written = {line.rpartition("/")[2] for line in capsys.readouterr().out.split()}
-    assert written == {"speedups.png", "limits.png", "roofline.png", "report.html"}
+    assert written == {"speedups.png", "limits.png", "roofline.png", "tables.md", "report.html"}
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3 and "http" not in page
+
+
+def test_tables_state_what_was_measured():
+    about = {"device": "A processor", "threads": 2, "cpu_isa": "avx2", "torch": "2.14"}
+    gather = record(
+        median_us={"ours": 100.0, "plain": 250.0, "compiled": 120.0},
+        share_of_copy_bandwidth=0.8, peak_bytes={"ours": 10, "plain": 40},
+    )  # fmt: skip
+    step = record(
+        "MAE step", images=8, median_us={"ours": 2e6, "plain": 4e6},
+        breakdown_ms={"ours": {"GEMM": 1.0, "loss": 500.0, "optimizer": 20.0}, "plain": {"GEMM": 1.0, "loss": 900.0}},
+    )  # fmt: skip
+    reports = {"gathering-float32": {"machine": about, "results": [gather]},
+               "step-float32": {"machine": about, "results": [step]}}  # fmt: skip
+    text = main_tables(reports)
+    assert text.startswith("**A processor, 2 threads (avx2)**")
+    assert "| gather | 2.5 | 1.2 | 80% | 25% |" in text
+    assert "| MAE step, B=1, float32 | 4.00 | 2.00 | 2.00 | 0.52, 0.90 |" in text
+
+
+def test_the_readme_shows_the_committed_results():
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.readme", "--check"], cwd=root, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_step_loads_the_same_pictures_on_both_sides():
+    with Pictures() as pictures:
+        ours, published = next(pictures.trainer(2, workers=0)), next(pictures.published(2, workers=0))
+    assert ours.dtype == torch.uint8 and ours.shape == published.shape == (2, 3, 224, 224)
+    normal = (ours / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    # Other pictures and crops, one distribution.
+    assert abs(normal.mean() - published.mean()) < 0.2 and abs(normal.std() - published.std()) < 0.2
+
+
+def test_a_batch_of_any_size_takes_as_many_images(monkeypatch):
+    monkeypatch.setattr(scaling, "IMAGES", 4)
+    monkeypatch.setattr(scaling, "BATCHES", (1, 4))
+    cases = list(itertools.islice(scaling.scaling_cases(torch.float32, "cpu"), 2))
+    assert [case.shape.split()[0] for case in cases] == ["B=1", "B=4"]
+    assert cases[0].moved_bytes == cases[1].moved_bytes and cases[0].details() == {"images": 4}
+    for case in cases:
+        case.check()
+        case.versions["ours"]()
 
 
 def test_plot_without_results_says_what_makes_some(tmp_path, capsys):
@@ -122,7 +174,7 @@ def test_the_published_step_is_ours():
     from mimkernels.bench.step import KINDS, Step, breakdown, step_case
 
     for stats in (False, True):
-        case = step_case(Step("vit_tiny_patch16_224", batch=1), stats)
+        case = step_case(Step("vit_tiny_patch16_224", batch=1), stats=stats)
         case.check()
         case.versions["plain"]()
         parts = breakdown(case.versions["ours"], "cpu", steps=1)

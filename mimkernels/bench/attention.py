@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import mimkernels as mk
-from mimkernels.bench.harness import Benchmark
+from mimkernels.bench.harness import Benchmark, runs
 from mimkernels.ops.attention.spec import STATISTICS
 
 
@@ -93,15 +93,6 @@ def attention_case(shape: Shape, dtype: torch.dtype, device: str, backward: bool
         flops=(14 if backward else 4) * shape.batch * shape.heads * shape.tokens**2 * shape.dim,
         check=check,
     )
-
-
-def runs(version: Callable[[], object]) -> bool:
-    """Whether a baseline is installed and takes the inputs here."""
-    try:
-        version()
-    except (ImportError, NotImplementedError):
-        return False
-    return True
 
 
 def plain_statistics(p: torch.Tensor, distances: torch.Tensor) -> dict[str, torch.Tensor]:

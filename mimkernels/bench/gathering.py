@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 import mimkernels as mk
-from mimkernels.bench.harness import Benchmark
+from mimkernels.bench.harness import Benchmark, runs
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,22 @@ def mask_and_gather(size: Size, dtype: torch.dtype, device: str) -> Benchmark:
         same(masks.mask.to(mask.dtype), mask)
         same(masks.ids_restore, ids_restore)
 
+    def lightly():
+        from lightly.models.utils import get_at_index, random_token_mask
+
+        ratio = 1 - size.keep / size.tokens
+        ids_keep, _ = random_token_mask((size.batch, size.tokens), ratio, mask_class_token=True, device=device)
+        return get_at_index(x, ids_keep)
+
+    def timm():
+        from timm.layers import PatchDropout
+
+        return PatchDropout(1 - size.keep / size.tokens, num_prefix_tokens=0)(x)
+
     moved = 2 * size.batch * size.keep * size.dim * x.element_size()
     versions = {"ours": ours, "plain": plain}
+    # Masks of their own, of which they return less: what these give is not compared.
+    versions |= {version.__name__: version for version in (lightly, timm) if runs(version)}
     return Benchmark(name="mask + gather", shape=str(size), versions=versions, moved_bytes=moved, check=check)
 
 
@@ -81,15 +95,21 @@ def gather(size: Size, dtype: torch.dtype, device: str) -> Benchmark:
     def ours():
         return mk.gather_tokens(x, ids, pos=pos, prefix=cls)
 
+    def lightly():
+        from lightly.models.utils import get_at_index
+
+        return torch.cat([cls.expand(size.batch, 1, -1), get_at_index(x + pos, ids)], dim=1)
+
     moved = (2 * size.batch * size.keep + size.batch) * size.dim * x.element_size()
-    return case("gather_tokens + positions + [cls]", size, ours, plain, moved)
+    return case("gather_tokens + positions + [cls]", size, ours, plain, moved, others=(lightly,))
 
 
 def restore(size: Size, dtype: torch.dtype, device: str) -> Benchmark:
     x = torch.randn(size.batch, 1 + size.keep, size.dim, device=device).to(dtype)
     token = torch.randn(1, 1, size.dim, device=device).to(dtype)
     pos = torch.randn(1, 1 + size.tokens, size.dim, device=device).to(dtype)
-    ids_restore = mk.random_mask(size.batch, size.tokens, size.keep, 0, device=device).ids_restore
+    masks = mk.random_mask(size.batch, size.tokens, size.keep, 0, device=device)
+    ids_restore, kept = masks.ids_restore, F.pad(1 + masks.ids_keep, (1, 0))
 
     def plain():
         mask_tokens = token.repeat(x.shape[0], ids_restore.shape[1] + 1 - x.shape[1], 1)
@@ -100,8 +120,13 @@ def restore(size: Size, dtype: torch.dtype, device: str) -> Benchmark:
     def ours():
         return mk.restore_tokens(x, ids_restore, token, pos, num_prefix=1)
 
+    def lightly():
+        from lightly.models.utils import repeat_token, set_at_index
+
+        return set_at_index(repeat_token(token, (size.batch, 1 + size.tokens)), kept, x) + pos
+
     moved = size.batch * (size.keep + size.tokens + 2) * size.dim * x.element_size()
-    return case("restore_tokens + positions", size, ours, plain, moved)
+    return case("restore_tokens + positions", size, ours, plain, moved, others=(lightly,))
 
 
 def fill(size: Size, dtype: torch.dtype, device: str) -> Benchmark:
@@ -116,8 +141,13 @@ def fill(size: Size, dtype: torch.dtype, device: str) -> Benchmark:
     def ours():
         return mk.fill_mask_tokens(x, mask, token)
 
+    def lightly():
+        from lightly.models.utils import mask_bool
+
+        return mask_bool(x, mask, token)
+
     moved = size.batch * (size.keep + size.tokens) * size.dim * x.element_size()
-    return case("fill_mask_tokens", size, ours, plain, moved)
+    return case("fill_mask_tokens", size, ours, plain, moved, others=(lightly,))
 
 
 def loss(size: Size, dtype: torch.dtype, device: str) -> Benchmark:
@@ -209,12 +239,23 @@ def patchify_uint8(size: Size, dtype: torch.dtype, device: str) -> Benchmark:
 
 
 def case(
-    name: str, size: Size, ours: Callable, plain: Callable, moved: int | None, tolerance: float = 0.0
+    name: str,
+    size: Size,
+    ours: Callable,
+    plain: Callable,
+    moved: int | None,
+    tolerance: float = 0.0,
+    others: tuple[Callable, ...] = (),
 ) -> Benchmark:
-    def check():
-        same(ours(), plain(), tolerance)
+    """A case; `others` do it with other libraries, those that are installed, and are named like them."""
+    versions = {"ours": ours, "plain": plain} | {other.__name__: other for other in others if runs(other)}
 
-    versions = {"ours": ours, "plain": plain}
+    def check():
+        expected = plain()
+        for name, version in versions.items():
+            if name not in ("plain", "compiled"):
+                same(version(), expected, tolerance)
+
     return Benchmark(name=name, shape=str(size), versions=versions, moved_bytes=moved, check=check)
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 import mimkernels
+from mimkernels.bench.memory import peak_bytes
 from mimkernels.ops import _native
 from mimkernels.train.hardware import cpu_computes_bf16
 from mimkernels.train.memory import keep_freed_memory
@@ -32,6 +33,7 @@ RESULTS = (_CHECKOUT if _CHECKOUT.is_dir() else Path("benchmarks")) / "results"
 #: Versions without our code: what runs are compared by.
 YARDSTICKS = ("plain", "compiled", "sdpa", "xformers", "native", "copy", "gemm")
 _BLOCKS = 10
+_LONG = 15.0  # seconds of a round
 
 
 @dataclass(kw_only=True)
@@ -114,7 +116,7 @@ def _rounded(value: float | None) -> float | None:
 
 
 def measure(benchmark: Benchmark, device: str, dtype: str, seconds: float = 4.0) -> Timing:
-    """Time all versions for about ``seconds``, interleaved, at least 7 rounds."""
+    """Time all versions for about ``seconds``, interleaved, at least 7 rounds (3 of versions that take seconds)."""
     benchmark.check()
     versions = dict(benchmark.versions)
     matrix = (8192 if device == "cuda" else 1024) if benchmark.flops else 0  # large enough for the full rate
@@ -125,14 +127,14 @@ def measure(benchmark: Benchmark, device: str, dtype: str, seconds: float = 4.0)
     on_device = device == "cuda" and not benchmark.on_host
     timer = _cuda_seconds if on_device else _cpu_seconds
     for run in versions.values():  # warm up: compile, grow the heap, fill the pools
-        run(), run()
+        run()
     extra = {}
     if on_device:
         graphs = {name: _captured(run) for name, run in versions.items()}
         extra["not_captured"] = [name for name, graph in graphs.items() if graph is None]
         versions = {name: graphs[name] or run for name, run in versions.items()}
     once = sum(timer(run) for run in versions.values())
-    rounds = max(7, min(400, int(seconds / once)))
+    rounds = max(7 if once < _LONG else 3, min(400, int(seconds / once)))
     taken: dict[str, list[float]] = {name: [] for name in versions}
     shuffle = random.Random(0).shuffle
     order = list(versions)
@@ -143,6 +145,8 @@ def measure(benchmark: Benchmark, device: str, dtype: str, seconds: float = 4.0)
             if benchmark.on_host and device == "cuda":
                 torch.cuda.synchronize()  # so that no launch waits for a full queue
     quartiles = {name: statistics.quantiles(values, n=4) for name, values in taken.items()}
+    if not benchmark.on_host:
+        extra["peak_bytes"] = {name: peak_bytes(run, device) for name, run in benchmark.versions.items()}
     extra |= benchmark.details()
     return Timing(
         benchmark.name,
@@ -204,6 +208,15 @@ def _captured(run: Callable[[], object]) -> Callable[[], object] | None:
         return made  # kept: the graph writes there
 
     return replay
+
+
+def runs(version: Callable[[], object]) -> bool:
+    """Whether a baseline is installed and takes the inputs here."""
+    try:
+        version()
+    except (ImportError, NotImplementedError):
+        return False
+    return True
 
 
 def _cpu_seconds(run: Callable[[], object]) -> float:

@@ -8,8 +8,10 @@ import torch
 
 
 def peak_bytes(run: Callable[[], object], device: str) -> int:
-    """The most that `run` holds at once of what torch's allocator hands out, above what was there before."""
-    run()
+    """The most that `run` holds at once of what torch's allocator hands out, above what was there before.
+
+    Call it once before: what only the first call allocates is not meant.
+    """
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

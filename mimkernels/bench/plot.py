@@ -1,4 +1,4 @@
-"""``mimkernels bench plot``: a run as pictures: speed-ups, roofline, scaling curves; PNG files and one page."""
+"""``mimkernels bench plot``: a run as pictures (speed-ups, roofline, scaling curves), tables, and one page of them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mimkernels.bench.harness import RESULTS
+from mimkernels.bench.tables import ATTENTION, MEMORY, MODELS, STEP, all_tables, records_of
 from mimkernels.stats.plots import COLORS, INK, LINE, MUTED, STYLE
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Draw what there is; the exit status."""
     folder = options.results or _newest(RESULTS)
-    reports = _reports(folder) if folder else {}
+    reports = read_reports(folder) if folder else {}
     if not reports:
         print(f"mimkernels bench plot: no results in {str(folder or RESULTS)!r}; `mimkernels bench run` makes some",
               file=sys.stderr)  # fmt: skip
@@ -58,9 +59,9 @@ def draw(reports: dict[str, dict], output: Path) -> list[Path]:
 
     pictures: dict[str, tuple[str, Figure]] = {}
     with matplotlib.rc_context({**STYLE, "font.size": 10, "axes.titlesize": 11, "axes.labelcolor": MUTED}):
-        memory = _records(reports, ("gathering", "pooling"))
-        attention = _records(reports, ("attention",))
-        whole = _records(reports, ("models",))
+        memory = records_of(reports, MEMORY)
+        attention = records_of(reports, ATTENTION)
+        whole = records_of(reports, MODELS)
         if memory or whole:
             note = "Times as fast as each alternative, in the same process, interleaved; longer is better."
             pictures["speedups"] = (note, _bars(memory + whole, ("plain", "compiled"), _LABELS))
@@ -76,17 +77,19 @@ def draw(reports: dict[str, dict], output: Path) -> list[Path]:
         if products:
             note = "Cases with products: arithmetic per byte moved, and the rate reached. The roofs were measured, too."
             pictures["roofline"] = (note, _roofline(products))
-        scaling = _records(reports, ("scaling",))
+        scaling = records_of(reports, ("scaling",))
         if scaling:
             note = "How time and memory grow. Flat is linear."
             pictures["scaling"] = (note, _scaling(scaling))
-        steps = _records(reports, ("step",))
+        steps = records_of(reports, STEP)
         if steps:
             pictures["step"] = ("Where the time of a training step goes.", _steps(steps))
         written = []
         for name, (_, figure) in pictures.items():
             written.append(output / f"{name}.png")
             figure.savefig(written[-1], dpi=110)
+    written.append(output / "tables.md")
+    written[-1].write_text(all_tables(reports))
     return [*written, _page(reports, {name: note for name, (note, _) in pictures.items()}, output)]
 
 
@@ -216,7 +219,7 @@ def _scaling(records: list[dict]) -> Figure:
 
     figure = Figure(figsize=(10, 9), layout="constrained")
     by_batch, by_ratio, by_time, by_memory = figure.subplots(2, 2).flat
-    _curves(by_batch, records, "by batch", "B", lambda r, s: r["median_us"]["ours"] * 1e3 / (s["B"] * s["N"]))
+    _curves(by_batch, records, "by batch", "B", lambda r, s: r["median_us"]["ours"] * 1e3 / (r["images"] * s["N"]))
     by_batch.set(title="time per token", xlabel="images per batch", ylabel="ns per token", xscale="log", yscale="log")
     _curves(by_ratio, records, "by mask ratio", "K", lambda r, s: r["median_us"]["ours"] / 1e3)
     by_ratio.set(title="time against the kept tokens", xlabel="kept of 196 tokens", ylabel="ms")
@@ -304,16 +307,12 @@ def _page(reports: dict[str, dict], notes: dict[str, str], output: Path) -> Path
     return path
 
 
-def _records(reports: dict[str, dict], groups: Iterable[str]) -> list[dict]:
-    groups = tuple(groups)
-    return [record for name, report in reports.items() if name.split("-")[0] in groups for record in report["results"]]
-
-
 def _sizes(shape: str) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", shape)}
 
 
-def _reports(folder: Path) -> dict[str, dict]:
+def read_reports(folder: Path) -> dict[str, dict]:
+    """The runs in a folder, by group and dtype."""
     reports = {}
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text())

@@ -41,24 +41,27 @@ def _by_size(cases: Callable[..., Iterator[Benchmark]]) -> Callable[..., Iterato
 def _steps(options: argparse.Namespace, dtype: torch.dtype, device: str) -> Iterator[Benchmark]:
     from mimkernels.bench.step import Step, step_cases  # timm
 
-    for model in options.model:
-        yield from step_cases(Step(model, options.batch or (8 if device == "cpu" else 256), dtype, device))
+    for model in options.model or (f"vit_{size}_patch16_224" for size in ("small", "base", "large")):
+        batch = options.batch or (8 if device == "cpu" else 256)
+        yield from step_cases(Step(model, batch, dtype, device, options.compile_step))
 
 
 def _models(options: argparse.Namespace, dtype: torch.dtype, device: str) -> Iterator[Benchmark]:
     from mimkernels.bench.models import model_cases  # timm
     from mimkernels.bench.step import Step
 
-    for model in options.model:
+    for model in options.model or ("vit_base_patch16_224",):
         yield from model_cases(Step(model, options.batch or (8 if device == "cpu" else 128), dtype, device))
 
 
 def _memory_line(timing: Timing) -> str:
     share = timing.share_of_copy
+    libraries = [f"{name} {timing.ratio(name):.1f}x" for name in ("lightly", "timm") if name in timing.median]
     return (
         f"{timing.median['ours'] * 1e3:7.2f} ms {_times(timing.ratio('plain'))} {_times(timing.ratio('compiled')):>9}"
-        + (f"{share:9.0%}" if share else "")
-    )
+        + (f"{share:9.0%}" if share else " " * 9)
+        + f"  {', '.join(libraries)}"
+    ).rstrip()
 
 
 def _attention_line(timing: Timing) -> str:
@@ -71,10 +74,11 @@ def _attention_line(timing: Timing) -> str:
 
 
 def _scaling_line(timing: Timing) -> str:
-    peak = timing.extra.get("peak_bytes", {})
-    memory = ", ".join(f"{name} {most / 2**20:,.1f} MiB" for name, most in peak.items())
+    memory = ", ".join(f"{name} {most / 2**20:,.1f} MiB" for name, most in timing.extra["peak_bytes"].items())
+    images = timing.extra.get("images")
     other = timing.ratio("sdpa") or timing.ratio("plain")
-    return f"{timing.median['ours'] * 1e3:7.2f} ms {_times(other)}  {memory}"
+    each = f"  {timing.median['ours'] / images * 1e6:.1f} us per image," if images else ""
+    return f"{timing.median['ours'] * 1e3:7.2f} ms {_times(other)}{each}  {memory}"
 
 
 def _step_line(timing: Timing) -> str:
@@ -83,6 +87,9 @@ def _step_line(timing: Timing) -> str:
         f"{timing.median['ours']:7.3f} s  {timing.ratio('plain'):7.2f}x "
         f"{images / timing.median['ours']:9.2f} {images / timing.median['plain']:9.2f}"
     ]
+    if "compiled" in timing.median:
+        both = (images / timing.median[name] for name in ("ours, compiled", "compiled"))
+        lines.append("    under torch.compile {:.2f} images/s, the published code {:.2f}".format(*both))
     for name, parts in timing.extra.get("breakdown_ms", {}).items():
         whole = sum(parts.values())
         shares = ", ".join(f"{kind} {ms:,.0f}" for kind, ms in parts.items())
@@ -99,7 +106,7 @@ def _times(ratio: float | None) -> str:
     return f"{ratio:7.1f}x" if ratio else ""
 
 
-_MEMORY_COLUMNS = f"{'ours':>10} {'plain':>8} {'compiled':>9} {'of copy':>8}"
+_MEMORY_COLUMNS = f"{'ours':>10} {'plain':>8} {'compiled':>9} {'of copy':>8}  others"
 
 GROUPS = {
     "gathering": Group(
@@ -146,10 +153,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group", nargs="+", default=list(GROUPS), choices=GROUPS, help="tables (default: all)")
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES)
     parser.add_argument("--batch", type=int, help="images (default 64; a step: 8, on a GPU 256)")
-    parser.add_argument("--model", nargs="+", default=["vit_base_patch16_224"], help="timm names, of step and models")
+    parser.add_argument("--model", nargs="+", help="timm names (default: a step of ViT-S, B and L; models: ViT-B)")
     parser.add_argument("--only", help="run the cases whose name contains this; nothing is saved without --output")
     parser.add_argument("--seconds", type=float, default=4.0, help="measuring time per case (default 4)")
     parser.add_argument("--no-compile", action="store_true", help="leave the torch.compile baseline out")
+    parser.add_argument("--compile-step", action="store_true", help="also time the whole step under torch.compile")
     parser.add_argument("--backends", action="store_true", help="also time each backend that takes the inputs by name")
     parser.add_argument("--output", type=Path, help="folder of the JSON (default benchmarks/results/<device>)")
 

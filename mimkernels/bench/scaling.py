@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
 from mimkernels.bench import attention, gathering, pooling
 from mimkernels.bench.gathering import Size
 from mimkernels.bench.harness import Benchmark
-from mimkernels.bench.memory import peak_bytes
 
 BATCHES = (8, 16, 32, 64, 128, 256)
+IMAGES = 256  # taken in batches of each size: more than caches hold, and the same work for every size
 KEPT = (20, 49, 98, 147, 186)  # of 196: mask ratios from 90 % to 5 %
 LENGTHS = (50, 197, 785, 2026, 4097, 16385)  # [cls] and a square of patches
 LARGEST_MATERIALISED = 4097
 
 
 def scaling_cases(dtype: torch.dtype, device: str) -> Iterator[Benchmark]:
-    for batch in BATCHES:
-        size = Size(batch=batch)
-        for make in (gathering.gather, gathering.restore, gathering.fill, gathering.loss, gathering.patchify):
-            yield _named(make(size, dtype, device), "batch")
-        yield _named(pooling.abmilp(size, dtype, device, backward=False, compiled=False), "batch")
+    def abmilp(size: Size, dtype: torch.dtype, device: str) -> Benchmark:
+        return pooling.abmilp(size, dtype, device, backward=False, compiled=False)
+
+    memory_bound = (gathering.gather, gathering.restore, gathering.fill, gathering.loss, gathering.patchify, abmilp)
+    for make in memory_bound:
+        for batch in BATCHES:
+            yield _named(_in_batches(make, batch, dtype, device), "batch")
     for keep in KEPT:
         size = dataclasses.replace(Size(), keep=keep)
         for make in (gathering.gather, gathering.patchify, gathering.loss_of_masked):
@@ -34,12 +36,30 @@ def scaling_cases(dtype: torch.dtype, device: str) -> Iterator[Benchmark]:
         if length > LARGEST_MATERIALISED:
             del case.versions["plain"]
             case.check = lambda: None  # the materialised attention is what ours is compared with
-        versions = {name: case.versions[name] for name in ("ours", "sdpa", "plain") if name in case.versions}
-        case.versions = versions
-        case.details = lambda versions=versions: {
-            "peak_bytes": {name: peak_bytes(run, device) for name, run in versions.items()}
-        }
+        case.versions = {name: case.versions[name] for name in ("ours", "sdpa", "plain") if name in case.versions}
         yield _named(case, "tokens")
+
+
+def _in_batches(make: Callable[..., Benchmark], batch: int, dtype: torch.dtype, device: str) -> Benchmark:
+    """A case over ``IMAGES`` images, one batch after the other; each batch has inputs of its own."""
+    cases = [make(Size(batch=batch), dtype, device) for _ in range(IMAGES // batch)]
+
+    def all_of(version: str) -> Callable[[], None]:
+        runs = [case.versions[version] for case in cases]
+
+        def run() -> None:
+            for each in runs:
+                each()
+
+        return run
+
+    return dataclasses.replace(
+        cases[0],
+        versions={name: all_of(name) for name in ("ours", "plain")},
+        moved_bytes=sum(case.moved_bytes for case in cases),
+        flops=None,
+        details=lambda: {"images": IMAGES},
+    )
 
 
 def _named(case: Benchmark, along: str) -> Benchmark:

@@ -20,20 +20,23 @@ from torch.nn import functional as F
 from mimkernels.bench.attention import plain_statistics
 from mimkernels.bench.gathering import published_loss, published_random_masking
 from mimkernels.bench.harness import Benchmark
+from mimkernels.bench.loading import MEAN, STD, Pictures
 from mimkernels.models import MAE
 from mimkernels.ops.attention.spec import STATISTICS
+from mimkernels.train.hardware import available_cores
 
 KINDS = ("GEMM", "attention", "token movement", "loss", "optimizer", "elementwise")
 
 
 @dataclass(frozen=True)
 class Step:
-    """A timm encoder, B images per step, and the dtype of autocast."""
+    """A timm encoder, B images per step, the dtype of autocast, and whether the models are also compiled."""
 
     model: str = "vit_base_patch16_224"
     batch: int = 8
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
+    compiled: bool = False
 
     def __str__(self) -> str:
         return f"{self.model} B={self.batch}"
@@ -81,61 +84,83 @@ class MaterialisedAttention(Attention):
 
 
 def step_cases(step: Step) -> Iterator[Benchmark]:
-    """The step, and the step with all head statistics of every encoder block."""
-    for stats in (False, True):
-        yield step_case(step, stats)
+    """The step, with images loaded from files, and with all head statistics of every encoder block."""
+    yield step_case(step)
+    with Pictures() as pictures:
+        yield step_case(step, pictures=pictures)
+    yield step_case(step, stats=True)
 
 
-def step_case(step: Step, stats: bool) -> Benchmark:
+def step_case(step: Step, *, stats: bool = False, pictures: Pictures | None = None) -> Benchmark:
     torch.manual_seed(0)
-    ours = MAE.from_timm(step.model).to(step.device)
+    # Images from files stay uint8 until our kernels normalise them; the published code's loader does that.
+    ours = MAE.from_timm(step.model, **({"mean": MEAN, "std": STD} if pictures else {})).to(step.device)
     plain = MAE.from_timm(step.model, attention="timm").to(step.device)
     plain.load_state_dict(ours.state_dict())
-    images = torch.randn(step.batch, 3, 224, 224, device=step.device)
-    patches = plain.grid_size[0] * plain.grid_size[1]
     published = PublishedMAE(plain)
     layers = [block.attn for block in plain.encoder.blocks]
     if stats:
         for layer in layers:
             layer.__class__ = MaterialisedAttention
     wanted = STATISTICS if stats else ()
-    steps = itertools.count()
+    patches = plain.grid_size[0] * plain.grid_size[1]
     grid = torch.cartesian_prod(*(torch.arange(float(side), device=step.device) for side in plain.grid_size))
+    steps = torch.zeros((), dtype=torch.int64, device=step.device)
+    images = torch.randn(step.batch, 3, 224, 224, device=step.device)
+    our_batches = plain_batches = itertools.repeat(images)
+    if pictures:
+        workers = max(1, available_cores() - 1)
+        our_batches, plain_batches = pictures.trainer(step.batch, workers), pictures.published(step.batch, workers)
 
-    def our_loss(noise: Tensor | None = None) -> Tensor:
-        made = ours(images, noise=noise, seed=0, offset=next(steps), head_stats=wanted)
-        return made.loss
+    def next_of(batches: Iterator[Tensor]) -> Tensor:
+        return next(batches).to(step.device, non_blocking=True)
 
-    def plain_loss(noise: Tensor | None = None) -> Tensor:
-        noise = torch.rand(step.batch, patches, device=step.device) if noise is None else noise
+    def our_loss(model: nn.Module = ours) -> Tensor:
+        steps.add_(1)
+        return model(next_of(our_batches), seed=0, offset=steps, head_stats=wanted).loss
+
+    def plain_loss(model: nn.Module = published) -> Tensor:
+        return plain_loss_of(next_of(plain_batches), torch.rand(step.batch, patches, device=step.device), model)
+
+    def plain_loss_of(images: Tensor, noise: Tensor, model: nn.Module = published) -> Tensor:
         if stats:
             # The patches that stay, found once more: the published masking does not hand them out.
             ids = noise.argsort(dim=1)[:, : int(patches * (1 - plain.mask_ratio))]
             distances = F.pad(torch.cdist(grid[ids], grid[ids]), (1, 0, 1, 0))
             for layer in layers:
                 layer.distances = distances
-        return published(images, noise)
+        return model(images, noise)
 
     def check() -> None:
         noise = torch.rand(step.batch, patches, device=step.device)
+        given, normal = images, images
+        if pictures:
+            given = next_of(our_batches)
+            mean, std = (torch.tensor(v, device=step.device)[:, None, None] for v in (MEAN, STD))
+            normal = (given / 255 - mean) / std
         tolerance = 1e-4 if step.dtype == torch.float32 else 2e-2
         with autocast(step), torch.no_grad():
-            torch.testing.assert_close(our_loss(noise), plain_loss(noise), rtol=tolerance, atol=tolerance)
+            got, expected = ours(given, noise=noise, head_stats=wanted).loss, plain_loss_of(normal, noise)
+            torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
     versions = {"ours": training(ours, our_loss, step), "plain": training(plain, plain_loss, step)}
-    return Benchmark(
-        name="MAE step, all head statistics" if stats else "MAE step",
-        shape=str(step),
-        versions=versions,
-        check=check,
-        details=lambda: {
-            "images": step.batch,
-            "breakdown_ms": {
-                name: {kind: round(1e3 * seconds, 2) for kind, seconds in breakdown(run, step.device).items()}
-                for name, run in versions.items()
-            },
-        },
-    )
+    if step.compiled and not stats:
+        fused, compiled = torch.compile(ours), torch.compile(published)
+        versions["ours, compiled"] = training(ours, lambda: our_loss(fused), step)
+        versions["compiled"] = training(plain, lambda: plain_loss(compiled), step)
+
+    def details() -> dict:
+        found: dict = {"images": step.batch}
+        if not pictures:
+            spent = {name: breakdown(run, step.device) for name, run in versions.items()}
+            found["breakdown_ms"] = {
+                name: {kind: round(1e3 * seconds, 2) for kind, seconds in parts.items()}
+                for name, parts in spent.items()
+            }
+        return found
+
+    what = ", with data loading" if pictures else ", all head statistics" if stats else ""
+    return Benchmark(name=f"MAE step{what}", shape=str(step), versions=versions, check=check, details=details)
 
 
 def training(model: nn.Module, loss: Callable[[], Tensor], step: Step) -> Callable[[], object]:
