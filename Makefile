@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 PIP := $(BIN)/python -m pip
 INSTALLED := $(VENV)/.mimkernels-installed
-BUILT := $(VENV)/.mimkernels-built
+BUILT := mimkernels/_lib/build.json
 LINTERS := $(VENV)/.mimkernels-linters
 SOURCES := CMakeLists.txt $(shell find csrc tests/emulation -type f)
 
@@ -57,7 +57,7 @@ format: $(LINTERS) ## mend style
 clean: ## remove what was built here, but not the environment
 	rm -rf build dist mimkernels/_lib *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path "./.venv*" -prune -exec rm -rf {} +
-	rm -f $(INSTALLED) $(BUILT)
+	rm -f $(INSTALLED)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
