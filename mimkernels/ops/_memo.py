@@ -30,9 +30,9 @@ def by_signature(checked: Callable) -> Callable:
 
     ``checked`` raises what the op refuses, and returns what runs, the tensors as it takes them, and the arguments after
     those. All it looks at is the signature and the backend in force. The tensors it returns are its own in the same
-    order, each perhaps detached, in another dtype, with contiguous rows, or with dims of size 1 added or removed: these
-    steps are remembered too. While torch.compile traces, for subclasses of tensors (such as fake ones) and for symbolic
-    sizes, nothing is looked up or remembered.
+    order, each perhaps left out (None), detached, in another dtype, with contiguous rows, or with dims of size 1 added
+    or removed: these steps are remembered too. While torch.compile traces, for subclasses of tensors (such as fake
+    ones) and for symbolic sizes, nothing is looked up or remembered.
     """
     known: dict[tuple, tuple] = {}
 
@@ -89,6 +89,8 @@ def _steps(given: Tensor | None, ready: Tensor | None) -> tuple[Callable[[Tensor
     """What turns the given tensor, and every other of its signature, into the ready one."""
     if ready is given:
         return ()
+    if ready is None:
+        return (_drop,)
     steps = []
     if given.requires_grad and not ready.requires_grad:
         steps.append(Tensor.detach)
@@ -97,8 +99,12 @@ def _steps(given: Tensor | None, ready: Tensor | None) -> tuple[Callable[[Tensor
     if rows(given) is not given:
         steps.append(Tensor.contiguous)
     if ready.shape != given.shape:
-        steps.append(methodcaller("view", ready.shape))
+        steps.append(methodcaller("view", *ready.shape))
     return tuple(steps)
+
+
+def _drop(tensor: Tensor) -> None:
+    return None
 
 
 def _take(tensor: Tensor | None, steps: tuple[Callable[[Tensor], Tensor], ...]) -> Tensor | None:

@@ -85,7 +85,5 @@ class _GatherTokens(torch.autograd.Function):
     def backward(ctx, grad):
         (ids,) = ctx.saved_tensors
         _, _, need_x, _, need_pos, need_prefix = ctx.needs_input_grad
-        dx, dpos, dprefix = ctx.bwd(
-            _checks.rows(grad), ids, ctx.tokens, ctx.num_prefix, need_x, need_pos, need_prefix
-        )
+        dx, dpos, dprefix = ctx.bwd(_checks.rows(grad), ids, ctx.tokens, ctx.num_prefix, need_x, need_pos, need_prefix)
         return None, None, dx if need_x else None, None, dpos if need_pos else None, dprefix if need_prefix else None
