@@ -51,9 +51,7 @@ def _checked(x, ids, pos, prefix, backend):
     _checks.has_rank(op, "x", x, 3)
     _checks.is_float(op, "x", x)
     ids = _checks.token_ids(op, "ids", ids, (2, 3), "x", x)
-    if ids.dim() == 2:
-        ids = ids.unsqueeze(0)
-    _checks.same_size(op, "ids", ids, 1, "x", x, 0)
+    _checks.one_per_image(op, "ids", ids, "x", x)
     if pos is not None:
         pos = _checks.parameter(op, "pos", pos, 2, "x", x)
         _checks.same_size(op, "pos", pos, 0, "x", x, 1)

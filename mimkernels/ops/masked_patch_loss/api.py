@@ -70,7 +70,7 @@ def _checked(pred, images, ids, mask, patch_size, norm_pix, kind, beta, layout, 
     op = "masked_patch_loss"
     _checks.has_rank(op, "pred", pred, 3)
     _checks.is_float(op, "pred", pred)
-    video = _checks.as_video(op, images)
+    _checks.is_images(op, images)
     _checks.same_device(op, "images", images, "pred", pred)
     patch = _checks.patch_sizes(op, patch_size, images)
     scale, shift = _checks.normalisation(op, images, mean, std)
@@ -81,7 +81,8 @@ def _checked(pred, images, ids, mask, patch_size, norm_pix, kind, beta, layout, 
             f"{op}: pred {_checks.shape(pred)} has {pred.shape[2]} pixels per patch but {images.shape[1]} channels "
             f"of patch size {patch_size} have {pixels}"
         )
-    tokens = (video.shape[2] // patch[0]) * (video.shape[3] // patch[1]) * (video.shape[4] // patch[2])
+    frames = images.shape[2] if images.dim() == 5 else 1
+    tokens = (frames // patch[0]) * (images.shape[-2] // patch[1]) * (images.shape[-1] // patch[2])
     if (ids is None) == (mask is None):
         raise ValueError(f"{op}: give exactly one of ids and mask, got {'neither' if ids is None else 'both'}")
     if ids is not None:
@@ -114,7 +115,7 @@ def _checked(pred, images, ids, mask, patch_size, norm_pix, kind, beta, layout, 
         run = partial(_MaskedPatchLoss.apply, *SPEC.overloads(name))
     else:
         run = SPEC.overload("masked_patch_loss_fwd", name)
-    return run, (_checks.rows(pred), video.detach(), ids, mask), options
+    return run, (_checks.rows(pred), _checks.rows(images.detach()), ids, mask), options
 
 
 class _MaskedPatchLoss(torch.autograd.Function):

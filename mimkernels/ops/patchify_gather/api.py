@@ -57,7 +57,7 @@ def patchify_gather(
 @by_signature
 def _checked(images, ids, patch_size, mean, std, dtype, backend):
     op = "patchify_gather"
-    video = _checks.as_video(op, images)
+    _checks.is_images(op, images)
     patch = _checks.patch_sizes(op, patch_size, images)
     scale, shift = _checks.normalisation(op, images, mean, std)
     if dtype is None:
@@ -66,18 +66,16 @@ def _checked(images, ids, patch_size, mean, std, dtype, backend):
         raise TypeError(f"{op}: dtype must be floating point, got {dtype}")
     if ids is not None:
         ids = _checks.token_ids(op, "ids", ids, (2, 3), "images", images)
-        if ids.dim() == 2:
-            ids = ids.unsqueeze(0)
-        _checks.same_size(op, "ids", ids, 1, "images", images, 0)
+        _checks.one_per_image(op, "ids", ids, "images", images)
     # A kernel must take both dtypes; only the reference takes fp64.
     name = SPEC.resolve(backend, images.device.type, images.dtype if dtype in FLOATS else dtype)
     if name == "reference":
         run = reference.patchify_gather
-    elif _checks.needs_grad(video):
+    elif _checks.needs_grad(images):
         run = partial(_PatchifyGather.apply, *SPEC.overloads(name))
     else:
         run = SPEC.overload("patchify_gather_fwd", name)
-    return run, (video, ids), (*patch, scale, shift, dtype)
+    return run, (_checks.rows(images), ids), (*patch, scale, shift, dtype)
 
 
 class _PatchifyGather(torch.autograd.Function):
@@ -96,5 +94,7 @@ class _PatchifyGather(torch.autograd.Function):
         ids, scale = ctx.saved_tensors
         images = None
         if ctx.needs_input_grad[2]:
-            images = ctx.bwd(_checks.rows(grad), ids, *ctx.image_shape, *ctx.patch, scale, ctx.image_dtype)
+            batch, channels, *frames, height, width = ctx.image_shape
+            size = (batch, channels, frames[0] if frames else 1, height, width)
+            images = ctx.bwd(_checks.rows(grad), ids, *size, *ctx.patch, scale, ctx.image_dtype).view(ctx.image_shape)
         return None, None, images, *(None,) * 7

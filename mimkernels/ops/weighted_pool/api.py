@@ -49,9 +49,6 @@ def weighted_pool(
     """
     run, tensors, options = _checked((x, scores, mask), normalize, num_prefix, backend)
     out, weights = run(*tensors, *options)
-    if scores.dim() == 2:
-        out = out.squeeze(1)
-        weights = weights.squeeze(1) if return_weights else None
     return (out, weights) if return_weights else out
 
 
@@ -64,8 +61,6 @@ def _checked(x, scores, mask, normalize, num_prefix, backend):
     _checks.same_device(op, "scores", scores, "x", x)
     _checks.same_size(op, "scores", scores, 0, "x", x, 0)
     _checks.same_size(op, "scores", scores, scores.dim() - 1, "x", x, 1)
-    if scores.dim() == 2:
-        scores = scores.unsqueeze(1)
     scores = scores.to(_pool.wide(x))
     name = SPEC.resolve(backend, x.device.type, x.dtype)
     if name == "reference":
@@ -92,7 +87,7 @@ class _WeightedPool(torch.autograd.Function):
     def backward(ctx, dout, dweights):
         x, weights, mask = ctx.saved_tensors
         need_x, need_scores = ctx.needs_input_grad[2:4]
-        dout = x.new_zeros((*weights.shape[:2], x.shape[2])) if dout is None else _checks.rows(dout)
+        dout = x.new_zeros((*weights.shape[:-1], x.shape[2])) if dout is None else _checks.rows(dout)
         dweights = None if dweights is None else _checks.rows(dweights)
         dx, dscores = ctx.bwd(dout, dweights, x, weights, mask, *ctx.options, need_x, need_scores)
         return None, None, dx if need_x else None, dscores if need_scores else None, *(None,) * 3
