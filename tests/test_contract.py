@@ -15,7 +15,7 @@ ON_DEVICE = {
 CASES = testing.cases()
 INTERPRETED = DEVICE == "cpu"
 HALF = torch.float16  # the interpreter's bf16 products are wrong
-ATTENTION = ("attention", "received_attention", "head_divergence")
+ATTENTION = ("attention", "attention_qkvpacked", "received_attention", "head_divergence")
 
 
 def backends(op: str) -> list[str]:
@@ -121,7 +121,7 @@ def test_reference_gradients_are_the_numerical_ones(case):
 def test_opcheck(case, backend):
     with Recorded() as recorded:
         testing.run(case, case.inputs(torch.float32, DEVICE), backend)
-    names = {op._schema.name.removeprefix(f"mimkernels::{case.op}_") for op, _ in recorded.calls}
+    names = {op._schema.name.removeprefix(f"mimkernels::{testing.spec(case.op).name}_") for op, _ in recorded.calls}
     assert names >= ({"fwd", "bwd"} if case.grads else {"fwd"}), names
     for op, args in recorded.calls:
         args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
@@ -162,7 +162,7 @@ def test_compiles_in_one_graph_with_dynamic_shapes(case, backend, compiler):
 
 
 def _more_images(name, value, copies):
-    per_image = ("x", "ids", "ids_restore", "images", "pred", "mask", "q", "k", "v", "lse", "key_mask")
+    per_image = ("x", "ids", "ids_restore", "images", "pred", "mask", "q", "k", "v", "qkv", "lse", "key_mask")
     per_image += ("values", "scores")  # queries are shared
     if not isinstance(value, torch.Tensor) or name not in per_image:
         return value

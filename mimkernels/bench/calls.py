@@ -40,6 +40,7 @@ def calls(dtype: torch.dtype, device: str) -> dict[str, tuple[Callable[[], objec
     lse = mk.attention(q, k, v).lse
     positions = torch.rand(4, 2, device=device)
     query = torch.randn(1, 8, device=device).to(dtype)
+    packed = torch.randn(1, 4, 3, 2, 8, device=device).to(dtype).requires_grad_()
     leaf, leaves = x.clone().requires_grad_(), [t.clone().requires_grad_() for t in (q, k, v)]
 
     def sdpa():
@@ -71,6 +72,10 @@ def calls(dtype: torch.dtype, device: str) -> dict[str, tuple[Callable[[], objec
         "attention, differentiable": (
             lambda: mk.attention(*leaves),
             lambda: F.scaled_dot_product_attention(*leaves),
+        ),
+        "attention_qkvpacked, differentiable": (
+            lambda: mk.attention_qkvpacked(packed),
+            lambda: F.scaled_dot_product_attention(*packed.permute(2, 0, 3, 1, 4).unbind(0)),
         ),
         "received_attention": (lambda: mk.received_attention(q, k, lse), sdpa),
         "head_divergence": (lambda: mk.head_divergence(q, k, lse), sdpa),

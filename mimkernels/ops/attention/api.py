@@ -84,23 +84,85 @@ def attention(
         _check_same_kind("attention", "v", v, q)
         if v.shape != k.shape:
             raise ValueError(f"attention: v {_checks.shape(v)} and k {_checks.shape(k)} must have the same shape")
+    return _attend("attention", q, k, v, None, bias, key_mask, scale, num_prefix, positions, stats, backend)
+
+
+def attention_qkvpacked(
+    qkv: Tensor,
+    *,
+    bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    num_prefix: int = 0,
+    positions: Tensor | None = None,
+    stats: Sequence[str] = (),
+    backend: str = "auto",
+) -> AttentionOutput:
+    """``attention`` of the packed projection of self-attention, whose gradient is packed, too.
+
+    The same as ``attention`` of ``qkv.permute(2, 0, 3, 1, 4).unbind(0)``, to the bit, but the kernels write the
+    gradients of q, k and v into one tensor, where those of three views would be stacked into one afterwards.
+
+    Args:
+        qkv: ``[B, N, 3, H, D]``: q, k and v of every token, as ``nn.Linear(C, 3 * H * D)`` makes them. fp32, fp16 or
+            bf16 (fp64 on the reference); any strides with a contiguous last dim, others are copied. Its gradient is
+            contiguous (on the reference, as autograd makes it).
+        bias, key_mask, scale, num_prefix, positions, stats, backend: as of ``attention``, with Nq = Nk = N.
+
+    Returns:
+        ``AttentionOutput(out, lse, stats)``.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as ``attention``; ValueError if ``qkv`` does not hold three parts.
+    """
+    _checks.has_rank("attention_qkvpacked", "qkv", qkv, 5)
+    _checks.is_float("attention_qkvpacked", "qkv", qkv)
+    if qkv.shape[2] != 3:
+        raise ValueError(f"attention_qkvpacked: qkv {_checks.shape(qkv)} must be [B, N, 3, H, D]")
+    qkv = _checks.rows(qkv)
+    options = (bias, key_mask, scale, num_prefix, positions, stats, backend)
+    return _attend("attention_qkvpacked", *_parts(qkv), qkv, *options)
+
+
+def _parts(qkv: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v ``[B, H, N, D]`` as views of ``[B, N, 3, H, D]``."""
+    return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _attend(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packed: Tensor | None,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float | None,
+    num_prefix: int,
+    positions: Tensor | None,
+    stats: Sequence[str],
+    backend: str,
+) -> AttentionOutput:
+    """Both ops, once q, k and v are known to fit each other; `packed` is what they are views of, if it gets the
+    gradient."""
     (_, _, length, dim), keys = q.shape, k.shape[2]
-    planes, bits = _asked(stats, length, keys)
+    planes, bits = _asked(op, stats, length, keys)
     if not 0 <= num_prefix <= keys:
-        raise ValueError(f"attention: num_prefix is {num_prefix} but there are {keys} keys")
+        raise ValueError(f"{op}: num_prefix is {num_prefix} but there are {keys} keys")
     scale = dim**-0.5 if scale is None else float(scale)
-    bias = _check_bias("attention", bias, q, k)
-    key_mask = _check_key_mask("attention", key_mask, k)
-    positions = _check_positions(positions, "distance" in planes, num_prefix, q)
+    bias = _check_bias(op, bias, q, k)
+    key_mask = _check_key_mask(op, key_mask, k)
+    positions = _check_positions(op, positions, "distance" in planes, num_prefix, q)
     name = SPEC.resolve(backend, q.device.type, q.dtype, head_dim=dim)
     if name == "reference":
         return AttentionOutput(*reference.attention(q, k, v, bias, key_mask, scale, num_prefix, positions, planes))
     q, k, v = _checks.rows(q), _checks.rows(k), _checks.rows(v)
-    arguments = (q, k, v, bias, key_mask, scale, num_prefix, positions, bits)
+    options = (bias, key_mask, scale, num_prefix, positions, bits)
     if _checks.needs_grad(q, k, v, bias):
-        out, lse, rows = _Attention.apply(*arguments, name)
+        tracked = (q, k, v) if packed is None else (packed, None, None)
+        out, lse, rows = _Attention.apply(*tracked, *options, name)
     else:
-        out, lse, rows = SPEC.overload("attention_fwd", name)(*arguments)
+        out, lse, rows = SPEC.overload("attention_fwd", name)(q, k, v, *options)
         out = out.transpose(1, 2)
     if not planes:
         return AttentionOutput(out, lse, {})
@@ -112,10 +174,12 @@ def attention(
 
 
 class _Attention(torch.autograd.Function):
+    """Of q, k and v, or of all three packed, given as q, and None."""
+
     @staticmethod
     def forward(ctx, q, k, v, bias, key_mask, scale, num_prefix, positions, bits, backend):
         out, lse, rows = SPEC.overload("attention_fwd", backend)(
-            q, k, v, bias, key_mask, scale, num_prefix, positions, bits
+            *(_parts(q) if k is None else (q, k, v)), bias, key_mask, scale, num_prefix, positions, bits
         )
         ctx.save_for_backward(q, k, v, out, lse, bias, key_mask, positions, rows)
         ctx.options = (scale, num_prefix, bits, backend)
@@ -127,6 +191,9 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, dout, dlse, drows):
         q, k, v, out, lse, bias, key_mask, positions, rows = ctx.saved_tensors
         scale, num_prefix, bits, backend = ctx.options
+        packed = k is None
+        if packed:
+            q, k, v = _parts(q)
         dout = torch.zeros_like(out) if dout is None else dout.transpose(1, 2)
         coef = None
         if dlse is not None or drows is not None:
@@ -137,10 +204,10 @@ class _Attention(torch.autograd.Function):
             *(q, k, v, out, lse, bias, key_mask, scale, num_prefix, positions if drows is not None else None),
             coef,
             need_bias,
+            packed,
         )
-        grads = [
-            d.transpose(1, 2) if need else None for d, need in zip((dq, dk, dv), ctx.needs_input_grad[:3], strict=True)
-        ]
+        grads = (dq, dk, dv) if packed else (d.transpose(1, 2) for d in (dq, dk, dv))
+        grads = [d if need else None for d, need in zip(grads, ctx.needs_input_grad[:3], strict=True)]
         return *grads, dbias if need_bias else None, *(None,) * 6
 
 
@@ -202,14 +269,14 @@ def _check_same_kind(op: str, name: str, tensor: Tensor, q: Tensor) -> None:
 _ASKED: dict[tuple[str, ...], tuple[dict[str, int], int]] = {(): ({}, 0)}
 
 
-def _asked(stats: Sequence[str], queries: int, keys: int) -> tuple[dict[str, int], int]:
+def _asked(op: str, stats: Sequence[str], queries: int, keys: int) -> tuple[dict[str, int], int]:
     if isinstance(stats, str):
-        raise TypeError(f"attention: stats must be a sequence of names, got the string {stats!r}")
+        raise TypeError(f"{op}: stats must be a sequence of names, got the string {stats!r}")
     names = tuple(stats)
     if names not in _ASKED:
         for name in names:
             if name not in STATISTICS:
-                raise ValueError(f"attention: unknown statistic {name!r}; known: {', '.join(STATISTICS)}")
+                raise ValueError(f"{op}: unknown statistic {name!r}; known: {', '.join(STATISTICS)}")
         # The gradient of patch_entropy needs M_i.
         computed = {*names, "patch_mass"} if "patch_entropy" in names else {*names}
         order = [name for name in STATISTICS if name in computed]
@@ -219,18 +286,18 @@ def _asked(stats: Sequence[str], queries: int, keys: int) -> tuple[dict[str, int
     if queries != keys:
         for name in ("self_mass", "distance"):
             if name in planes:
-                raise ValueError(f"attention: {name} needs self-attention, got {queries} queries and {keys} keys")
+                raise ValueError(f"{op}: {name} needs self-attention, got {queries} queries and {keys} keys")
     return planes, bits
 
 
-def _check_positions(positions: Tensor | None, needed: bool, num_prefix: int, q: Tensor) -> Tensor | None:
+def _check_positions(op: str, positions: Tensor | None, needed: bool, num_prefix: int, q: Tensor) -> Tensor | None:
     """fp32 (or fp64) ``[N or N - P, d]`` or one of those per image, or None where no statistic needs it."""
     if not needed:
         return None
     if positions is None:
-        raise ValueError("attention: the statistic 'distance' needs positions, got None")
-    _checks.has_rank("attention", "positions", positions, 2, 3)
-    _checks.same_device("attention", "positions", positions, "q", q)
+        raise ValueError(f"{op}: the statistic 'distance' needs positions, got None")
+    _checks.has_rank(op, "positions", positions, 2, 3)
+    _checks.same_device(op, "positions", positions, "q", q)
     batch, tokens = q.shape[0], q.shape[2]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     if positions.requires_grad or positions.dtype != wide:
@@ -238,7 +305,7 @@ def _check_positions(positions: Tensor | None, needed: bool, num_prefix: int, q:
     *images, places, dims = positions.shape
     if images not in ([], [1], [batch]) or places not in (tokens, tokens - num_prefix) or not 1 <= dims <= 3:
         raise ValueError(
-            f"attention: positions {_checks.shape(positions)} must be [N - P, d] or [B, N - P, d] with B = {batch}, "
+            f"{op}: positions {_checks.shape(positions)} must be [N - P, d] or [B, N - P, d] with B = {batch}, "
             f"N = {tokens}, P = {num_prefix} and d from 1 to 3"
         )
     return _checks.rows(positions)
