@@ -91,8 +91,8 @@ def _step_line(timing: Timing) -> str:
 
 
 def _call_line(timing: Timing) -> str:
-    ours, native = (timing.median[name] / CALLS * 1e6 for name in ("ours", "native"))
-    return f"{ours:7.2f} us {native:9.2f} us {ours / native:7.1f}"
+    ours, native, door = (timing.median[name] / CALLS * 1e6 for name in ("ours", "native", "native through torch.ops"))
+    return f"{ours:7.2f} us {native:9.2f} us {ours / native:7.1f} {door:14.2f} us {ours / door:7.1f}"
 
 
 def _times(ratio: float | None) -> str:
@@ -129,7 +129,7 @@ GROUPS = {
     ),
     "calls": Group(
         "cost of a call on tiny inputs, beside a native op",
-        f"{'ours':>10} {'native':>12} {'ratio':>7}",
+        f"{'ours':>10} {'native':>12} {'ratio':>7} {'by torch.ops':>17} {'ratio':>7}",
         lambda options, dtype, device: call_cases(dtype, device),
         _call_line,
     ),
