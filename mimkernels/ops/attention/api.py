@@ -158,26 +158,22 @@ def _whole(run, qkv, *options):
 
 
 def _runner(name: str, tracked: bool) -> Callable:
-    """What computes out, lse and the statistics: as rows, or by name on the reference."""
+    """What computes out, lse and the statistics: kernels ``[B, Nq, H, D]`` and rows, the reference them by name."""
     if name == "reference":
         return reference.attention
     if tracked:
         return partial(_Attention.apply, *SPEC.overloads(name))
-    return partial(_forward, SPEC.overload("attention_fwd", name))
-
-
-def _forward(fwd, *arguments):
-    out, lse, rows = fwd(*arguments)
-    return out.transpose(1, 2), lse, rows
+    return SPEC.overload("attention_fwd", name)
 
 
 def _attend(run, qkv, bias, key_mask, positions, scale, num_prefix, asked, planes) -> AttentionOutput:
     """``asked`` is what the backend knows the statistics by, ``planes`` where each is in the rows of a kernel."""
     out, lse, rows = run(*qkv, bias, key_mask, scale, num_prefix, positions, asked)
-    if not planes:
-        return AttentionOutput(out, lse, {})
     if isinstance(rows, dict):
         return AttentionOutput(out, lse, rows)
+    out = out.transpose(1, 2)
+    if not planes:
+        return AttentionOutput(out, lse, {})
     by_plane = rows.unbind(0)
     made = {name: by_plane[plane] for name, plane in planes.items()}
     if rows.requires_grad and "peak" in made:
@@ -197,7 +193,7 @@ class _Attention(torch.autograd.Function):
         ctx.options = (scale, num_prefix, bits)
         ctx.ops = (coef, bwd)
         ctx.set_materialize_grads(False)
-        return out.transpose(1, 2), lse, rows
+        return out, lse, rows
 
     @staticmethod
     @once_differentiable
@@ -208,7 +204,7 @@ class _Attention(torch.autograd.Function):
         packed = k is None
         if packed:
             q, k, v = _parts(q)
-        dout = torch.zeros_like(out) if dout is None else dout.transpose(1, 2)
+        dout = torch.zeros_like(out) if dout is None else dout
         coef = None
         if dlse is not None or drows is not None:
             coef = make_coef(lse, dlse, rows, drows, bits)
