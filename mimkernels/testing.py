@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import mimkernels
-from mimkernels.ops._registry import SPECS
+from mimkernels.ops._registry import SPECS, OpSpec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the tests run
 
@@ -198,8 +198,21 @@ def _companion(batch, heads, length, dim, **options):
     return make
 
 
+def _packed_attention(*sizes, **options):
+    def make(generator):
+        made = _attention(*sizes, **options)(generator)
+        return {"qkv": torch.stack([made.pop(name).transpose(1, 2) for name in "qkv"], dim=2), **made}
+
+    return make
+
+
+def spec(op: str) -> OpSpec:
+    """Of a public op; the packed one runs the kernels of attention."""
+    return SPECS["attention" if op == "attention_qkvpacked" else op]
+
+
 def backends(op: str) -> list[str]:
-    return [impl.backend for impl in SPECS[op].impls]
+    return [impl.backend for impl in spec(op).impls]
 
 
 # Input factories -------------------------------------------------------------------------------------------------
@@ -377,7 +390,25 @@ def _attention_cases() -> list[Case]:
         made[f"length-{length}"] = _attention(1, 1 if length > 64 else 2, length, 16, stats=("entropy", "self_mass"))
     for dim in (8, 64, 72, 80, 88, 96, 128):
         made[f"dim-{dim}"] = _attention(1, 1, 17, dim, stats=("entropy", "peak"))
-    return [Case("attention", label, make, _QKV) for label, make in made.items()]
+    packed = {
+        "plain": _packed_attention(2, 2, 17, 16),
+        "mae": _packed_attention(2, 3, 50, 32, prefix=1, stats=_ALL),
+        "everything": _packed_attention(
+            3, 2, 21, 24, bias=(3, 2, 21, 21), mask=True, prefix=2, stats=_ALL, positions="per-image"
+        ),
+        "bias-shared": _packed_attention(2, 3, 18, 16, bias=(1, 1, 18, 18)),
+        "key-mask": _packed_attention(3, 2, 19, 16, mask=True),
+        "one-token": _packed_attention(2, 3, 1, 8, stats=("entropy", "peak")),
+        "no-images": _packed_attention(0, 2, 5, 16, stats=("entropy",)),
+        "no-tokens": _packed_attention(2, 2, 0, 16, stats=("entropy",)),
+        "odd": _packed_attention(3, 5, 9, 24, stats=("entropy",)),
+        "length-257": _packed_attention(1, 1, 257, 16),
+        "dim-80": _packed_attention(1, 2, 17, 80),
+        "dim-128": _packed_attention(1, 2, 33, 128),
+    }
+    return [Case("attention", label, make, _QKV) for label, make in made.items()] + [
+        Case("attention_qkvpacked", label, make, ("qkv", "bias")) for label, make in packed.items()
+    ]
 
 
 def _companion_cases(op: str) -> list[Case]:

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mimkernels import testing
-from mimkernels.ops._registry import BACKENDS, SPECS, OpSpec, backend_state
+from mimkernels.ops._registry import BACKENDS, SPECS, backend_state
 from mimkernels.testing import DEVICE
 
 ON_DEVICE = {
@@ -14,7 +15,7 @@ ON_DEVICE = {
 CASES = testing.cases()
 INTERPRETED = DEVICE == "cpu"
 HALF = torch.float16  # the interpreter's bf16 products are wrong
-ATTENTION = ("attention", "received_attention", "head_divergence")
+ATTENTION = ("attention", "attention_qkvpacked", "received_attention", "head_divergence")
 
 
 def backends(op: str) -> list[str]:
@@ -44,19 +45,17 @@ def _is_richest(case: testing.Case) -> bool:
     return case.label == "mae" or not any(other.op == case.op and other.label == "mae" for other in CASES)
 
 
-def recorded_calls(case: testing.Case, backend: str, dtype: torch.dtype, monkeypatch) -> list[tuple]:
-    """The torch ops, forward and backward, that one run of the case reaches, with their arguments."""
-    calls = []
-    plain = OpSpec.overload
+class Recorded(TorchDispatchMode):
+    """The torch ops of ours that run, forward and backward, with their arguments."""
 
-    def recording(spec, schema, name):
-        op = plain(spec, schema, name)
-        return lambda *args: calls.append((op, args)) or op(*args)
+    def __init__(self):
+        super().__init__()
+        self.calls = []
 
-    monkeypatch.setattr(OpSpec, "overload", recording)
-    testing.run(case, case.inputs(dtype, DEVICE), backend)
-    monkeypatch.undo()
-    return calls
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "mimkernels":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("backend", ON_DEVICE)
@@ -119,11 +118,12 @@ def test_reference_gradients_are_the_numerical_ones(case):
         and case.label != "no-images"  # opcheck itself stumbles over views of nothing
     ],
 )
-def test_opcheck(case, backend, monkeypatch):
-    calls = recorded_calls(case, backend, torch.float32, monkeypatch)
-    names = {op._schema.name.removeprefix(f"mimkernels::{case.op}_") for op, _ in calls}
+def test_opcheck(case, backend):
+    with Recorded() as recorded:
+        testing.run(case, case.inputs(torch.float32, DEVICE), backend)
+    names = {op._schema.name.removeprefix(f"mimkernels::{testing.spec(case.op).name}_") for op, _ in recorded.calls}
     assert names >= ({"fwd", "bwd"} if case.grads else {"fwd"}), names
-    for op, args in calls:
+    for op, args in recorded.calls:
         args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
         torch.library.opcheck(op, args)
 
@@ -162,7 +162,7 @@ def test_compiles_in_one_graph_with_dynamic_shapes(case, backend, compiler):
 
 
 def _more_images(name, value, copies):
-    per_image = ("x", "ids", "ids_restore", "images", "pred", "mask", "q", "k", "v", "lse", "key_mask")
+    per_image = ("x", "ids", "ids_restore", "images", "pred", "mask", "q", "k", "v", "qkv", "lse", "key_mask")
     per_image += ("values", "scores")  # queries are shared
     if not isinstance(value, torch.Tensor) or name not in per_image:
         return value

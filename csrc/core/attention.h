@@ -102,6 +102,7 @@ struct AttentionBwdParams {
   Positions positions;
   const float* lse = nullptr;   // [B, H, Nq]
   const float* coef = nullptr;  // [6, B, H, Nq] or null
+  int64_t stride_grad = 0;      // between tokens of dq, dk and dv: H * D, or 3 * H * D if packed
   void* dq = nullptr;           // [B, Nq, H, D]
   void* dk = nullptr;           // [B, Nk, H, D]
   void* dv = nullptr;           // [B, Nk, H, D]

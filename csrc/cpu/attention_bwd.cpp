@@ -4,7 +4,8 @@
 //   dv = P^T dout,  dbias = dS summed over the dims that bias broadcasts over.
 //
 // in:       q, k, v, out, dout by strides, features contiguous; lse; coef [6, B, H, Nq] or none
-// out:      dq [B, Nq, H, D], dk and dv [B, Nk, H, D], dbias like bias; every element written
+// out:      dq [B, Nq, H, D], dk and dv [B, Nk, H, D], apart or the parts of [B, N, 3, H, D]; dbias
+//           like bias; every element written
 // numerics: everything in fp32, rounded once; delta is the sum of P dP where one block of keys
 // holds
 //           them all. Where bf16 has a dot product of its own, P and dS are rounded to bf16 for it
@@ -347,8 +348,8 @@ class Worker {
     float* dq = dq_ + (blocks_.blocks > 1 ? (row - first_row_) * kDimStride : 0);
     const int64_t count = blocks_.length(block);
     const E* weights = ds_weights() + at * kStride;
-    const int64_t out_stride = s_.heads * s_.dim;
-    T* out = static_cast<T*>(p_.dq) + ((b_ * s_.queries + row) * s_.heads + h_) * s_.dim;
+    const int64_t out_stride = p_.stride_grad;
+    T* out = static_cast<T*>(p_.dq) + (b_ * s_.queries + row) * out_stride + h_ * s_.dim;
     const bool last = block + 1 == blocks_.blocks;
     const auto finish = [&](int r, int64_t c, Floats value) MIMKERNELS_LAMBDA_INLINE {
       if (last) {
@@ -368,12 +369,12 @@ class Worker {
 
   void write_keys(int64_t first, int64_t count) {
     if (pass_.chunks == 1) {
-      const int64_t at = ((b_ * s_.keys + first) * s_.heads + h_) * s_.dim;
+      const int64_t at = (b_ * s_.keys + first) * p_.stride_grad + h_ * s_.dim;
       T* dk = static_cast<T*>(p_.dk) + at;
       T* dv = static_cast<T*>(p_.dv) + at;
       for (int64_t j = 0; j < count; ++j) {
-        write_row(dk + j * s_.heads * s_.dim, dk_ + j * columns_, s_.dim, scale_.products);
-        write_row(dv + j * s_.heads * s_.dim, dv_ + j * columns_, s_.dim, 1.0f);
+        write_row(dk + j * p_.stride_grad, dk_ + j * columns_, s_.dim, scale_.products);
+        write_row(dv + j * p_.stride_grad, dv_ + j * columns_, s_.dim, 1.0f);
       }
       return;
     }
@@ -469,11 +470,13 @@ void add_parts(const AttentionBwdParams& p, const Pass& pass, ParallelFor parall
                    T* out = static_cast<T*>(which == 0 ? p.dk : p.dv);
                    const int64_t b = head / s.heads;
                    const int64_t h = head % s.heads;
-                   round_acc<false>(out + ((b * s.keys + key) * s.heads + h) * s.dim, sum, s.dim);
+                   round_acc<false>(out + (b * s.keys + key) * p.stride_grad + h * s.dim, sum,
+                                    s.dim);
                  }
                });
 }
 
+// Of gradients of no score. Packed, which takes as many queries as keys, they are empty themselves.
 template <typename T>
 void write_zeros(const AttentionBwdParams& p) {
   const AttentionScores& s = p.scores;

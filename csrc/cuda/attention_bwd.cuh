@@ -165,12 +165,12 @@ __device__ __forceinline__ void visit_side(const AttentionBwdParams& p, const St
   if (!place.busy) {
     return;
   }
-  const int64_t offset = ((b * int64_t{own_tokens} + place.first) * s.heads + h) * s.dim;
+  const int64_t offset = (b * int64_t{own_tokens} + place.first) * p.stride_grad + h * s.dim;
   const int rows = own_tokens - place.first;
   store_strip(acc0, s.scale, s.scale, strip0, kStride, static_cast<T*>(KEYS ? p.dk : p.dq) + offset,
-              s.heads * s.dim, rows, dim);
+              p.stride_grad, rows, dim);
   if constexpr (KEYS) {
-    store_strip(acc1, 1.0f, 1.0f, strip1, kStride, static_cast<T*>(p.dv) + offset, s.heads * s.dim,
+    store_strip(acc1, 1.0f, 1.0f, strip1, kStride, static_cast<T*>(p.dv) + offset, p.stride_grad,
                 rows, dim);
   }
 }
@@ -179,8 +179,9 @@ __device__ __forceinline__ void visit_side(const AttentionBwdParams& p, const St
 //           launch does the strips of queries, those of keys, or of a head's both sides in turn
 // in:       q, k, v, out, dout by stride, features contiguous; lse and coef contiguous, coef or
 //           none; bias by stride (0 where broadcast), key mask, positions fp32, each or none
-// out:      dq [B, Nq, H, D], dk, dv [B, Nk, H, D]; delta fp32 [B, H, Nq] = dout . out, which keys
-//           read; dbias where nothing shares it; contiguous, every element written once
+// out:      dq [B, Nq, H, D], dk, dv [B, Nk, H, D], apart or the parts of [B, N, 3, H, D]; delta
+//           fp32 [B, H, Nq] = dout . out, which keys read; dbias where nothing shares it;
+//           contiguous, every element written once
 // numerics: P from lse, everything in fp32; P and dS rounded to the type of v for their products
 // bounds:   keys beyond the last and masked keys have P = 0, and so have queries beyond the last;
 //           tails are not stored; offsets into tensors are int64

@@ -232,7 +232,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_at(
     const Tensor& v_any, const Tensor& out_any, const Tensor& lse_any,
     const OptionalTensor& bias_any, const OptionalTensor& key_mask_any, double scale,
     int64_t num_prefix, const OptionalTensor& positions_any, const OptionalTensor& coef_any,
-    bool need_bias, Run run) {
+    bool need_bias, bool packed, Run run) {
   const ScoreTensors<Place> tensors(place, q_any, k_any, bias_any, key_mask_any, scale);
   const AttentionScores& s = tensors.scores;
   const ScalarType type = tensors.type();
@@ -252,6 +252,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_at(
     coef = torch::stable::contiguous(*coef_any);
   }
   check_argument(!need_bias || tensors.bias.has_value(), "need_bias without a bias");
+  check_argument(!packed || s.queries == s.keys,
+                 "packed gradients need as many queries as keys, got " + std::to_string(s.queries) +
+                     " and " + std::to_string(s.keys));
   AttentionBwdParams params;
   params.scores = s;
   params.v = view_heads(v);
@@ -261,15 +264,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_at(
   params.positions = view_positions(positions, s.keys);
   params.lse = static_cast<const float*>(lse.data_ptr());
   if (coef.has_value()) params.coef = static_cast<const float*>(coef->data_ptr());
-  Tensor dq = place.empty({s.batch, s.queries, s.heads, s.dim}, type);
-  Tensor dk = place.empty({s.batch, s.keys, s.heads, s.dim}, type);
-  Tensor dv = place.empty({s.batch, s.keys, s.heads, s.dim}, type);
+  // Packed, the first holds all three.
+  Tensor dq = packed ? place.empty({s.batch, s.queries, 3, s.heads, s.dim}, type)
+                     : place.empty({s.batch, s.queries, s.heads, s.dim}, type);
+  Tensor dk =
+      packed ? place.empty({0}, type) : place.empty({s.batch, s.keys, s.heads, s.dim}, type);
+  Tensor dv =
+      packed ? place.empty({0}, type) : place.empty({s.batch, s.keys, s.heads, s.dim}, type);
   Tensor dbias = need_bias ? place.empty({s.bias.batch, s.bias.heads, s.queries, s.keys},
                                          tensors.bias->scalar_type())
                            : place.empty({0}, type);
-  params.dq = dq.data_ptr();
-  params.dk = dk.data_ptr();
-  params.dv = dv.data_ptr();
+  const int64_t width = s.heads * s.dim;
+  const int64_t part_bytes = width * static_cast<int64_t>(dq.element_size());
+  char* const first = static_cast<char*>(dq.data_ptr());
+  params.stride_grad = packed ? 3 * width : width;
+  params.dq = first;
+  params.dk = packed ? first + part_bytes : dk.data_ptr();
+  params.dv = packed ? first + 2 * part_bytes : dv.data_ptr();
   params.dbias = output_ptr(need_bias, dbias);
   run(params);
   return {dq, dk, dv, dbias};

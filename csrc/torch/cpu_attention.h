@@ -41,9 +41,10 @@ inline Tensor attention_coef(const Tensor& lse, OptionalTensor dlse, const Tenso
 inline std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
     const Tensor& lse, OptionalTensor bias, OptionalTensor key_mask, double scale,
-    int64_t num_prefix, OptionalTensor positions, OptionalTensor coef, bool need_bias) {
+    int64_t num_prefix, OptionalTensor positions, OptionalTensor coef, bool need_bias,
+    bool packed) {
   return attention_bwd_at(OnCpu{}, dout, q, k, v, out, lse, bias, key_mask, scale, num_prefix,
-                          positions, coef, need_bias, [](const AttentionBwdParams& params) {
+                          positions, coef, need_bias, packed, [](const AttentionBwdParams& params) {
                             raise_if_failed(cpu_kernels().attention_bwd(params, &torch_pool),
                                             "attention", "", false);
                           });

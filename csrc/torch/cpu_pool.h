@@ -9,11 +9,13 @@
 namespace mimkernels::binding {
 
 inline std::tuple<Tensor, Tensor> token_pool_fwd(TokenPoolFwdParams& params, const char* op,
-                                                 ScalarType type) {
-  Tensor out = new_output(
-      {params.batch, params.groups, params.sliced ? params.width / params.groups : params.width},
-      type);
-  Tensor weights = new_output({params.batch, params.groups, params.tokens}, ScalarType::Float);
+                                                 ScalarType type, bool one_group = false) {
+  const int64_t width = params.sliced ? params.width / params.groups : params.width;
+  Tensor out = one_group ? new_output({params.batch, width}, type)
+                         : new_output({params.batch, params.groups, width}, type);
+  Tensor weights =
+      one_group ? new_output({params.batch, params.tokens}, ScalarType::Float)
+                : new_output({params.batch, params.groups, params.tokens}, ScalarType::Float);
   params.out = out.data_ptr();
   params.weights = static_cast<float*>(weights.data_ptr());
   raise_if_failed(cpu_kernels().token_pool_fwd(params, &torch_pool), op, "", false);
@@ -57,7 +59,7 @@ inline std::tuple<Tensor, Tensor> weighted_pool_fwd(const Tensor& x, const Tenso
   TokenPoolFwdParams params;
   const PoolInputs inputs =
       set_weighted_fwd(params, check_shape, x, scores, mask, normalize, num_prefix);
-  return token_pool_fwd(params, "weighted_pool", x.scalar_type());
+  return token_pool_fwd(params, "weighted_pool", x.scalar_type(), scores.dim() == 2);
 }
 
 inline std::tuple<Tensor, Tensor> weighted_pool_bwd(const Tensor& dout, OptionalTensor dweights,
@@ -70,7 +72,10 @@ inline std::tuple<Tensor, Tensor> weighted_pool_bwd(const Tensor& dout, Optional
                                              normalize, num_prefix);
   Tensor dx = new_output_if(need_x, {params.batch, params.tokens, params.dim}, x.scalar_type());
   Tensor dscores =
-      new_output_if(need_scores, {params.batch, params.groups, params.tokens}, ScalarType::Float);
+      weights.dim() == 2
+          ? new_output_if(need_scores, {params.batch, params.tokens}, ScalarType::Float)
+          : new_output_if(need_scores, {params.batch, params.groups, params.tokens},
+                          ScalarType::Float);
   params.dx = output_ptr(need_x, dx);
   params.dscores = static_cast<float*>(output_ptr(need_scores, dscores));
   raise_if_failed(cpu_kernels().token_pool_bwd(params, &torch_pool), "weighted_pool", "", false);

@@ -52,18 +52,19 @@ inline Tensor attention_coef(const Tensor& lse, OptionalTensor dlse, const Tenso
 inline std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
     const Tensor& lse, OptionalTensor bias, OptionalTensor key_mask, double scale,
-    int64_t num_prefix, OptionalTensor positions, OptionalTensor coef, bool need_bias) {
+    int64_t num_prefix, OptionalTensor positions, OptionalTensor coef, bool need_bias,
+    bool packed) {
   const OnDeviceOf place(q);
-  return attention_bwd_at(place, dout, q, k, v, out, lse, bias, key_mask, scale, num_prefix,
-                          positions, coef, need_bias, [&](const AttentionBwdParams& params) {
-                            const AttentionScores& s = params.scores;
-                            // Freed on return, while the kernels may still run: torch's allocator
-                            // reuses it in stream order.
-                            const Tensor delta =
-                                place.empty({s.batch, s.heads, s.queries}, ScalarType::Float);
-                            check_cuda(cuda::attention_bwd(
-                                params, static_cast<float*>(delta.data_ptr()), place.stream()));
-                          });
+  return attention_bwd_at(
+      place, dout, q, k, v, out, lse, bias, key_mask, scale, num_prefix, positions, coef, need_bias,
+      packed, [&](const AttentionBwdParams& params) {
+        const AttentionScores& s = params.scores;
+        // Freed on return, while the kernels may still run: torch's allocator
+        // reuses it in stream order.
+        const Tensor delta = place.empty({s.batch, s.heads, s.queries}, ScalarType::Float);
+        check_cuda(
+            cuda::attention_bwd(params, static_cast<float*>(delta.data_ptr()), place.stream()));
+      });
 }
 
 inline Tensor received_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& lse,

@@ -9,11 +9,15 @@
 
 namespace mimkernels::binding {
 
-inline std::tuple<Tensor, Tensor> token_pool_fwd(TokenPoolFwdParams& params, const Tensor& x) {
+inline std::tuple<Tensor, Tensor> token_pool_fwd(TokenPoolFwdParams& params, const Tensor& x,
+                                                 bool one_group = false) {
   const int64_t width = params.sliced ? params.width / params.groups : params.width;
-  Tensor out = new_output_like(x, {params.batch, params.groups, width}, x.scalar_type());
-  Tensor weights =
-      new_output_like(x, {params.batch, params.groups, params.tokens}, ScalarType::Float);
+  Tensor out = one_group
+                   ? new_output_like(x, {params.batch, width}, x.scalar_type())
+                   : new_output_like(x, {params.batch, params.groups, width}, x.scalar_type());
+  Tensor weights = one_group ? new_output_like(x, {params.batch, params.tokens}, ScalarType::Float)
+                             : new_output_like(x, {params.batch, params.groups, params.tokens},
+                                               ScalarType::Float);
   params.out = out.data_ptr();
   params.weights = static_cast<float*>(weights.data_ptr());
   const OnDevice device(x);
@@ -68,7 +72,7 @@ inline std::tuple<Tensor, Tensor> weighted_pool_fwd(const Tensor& x, const Tenso
   TokenPoolFwdParams params;
   const PoolInputs inputs =
       set_weighted_fwd(params, SameDevice{x}, x, scores, mask, normalize, num_prefix);
-  return token_pool_fwd(params, x);
+  return token_pool_fwd(params, x, scores.dim() == 2);
 }
 
 inline std::tuple<Tensor, Tensor> weighted_pool_bwd(const Tensor& dout, OptionalTensor dweights,
@@ -81,8 +85,11 @@ inline std::tuple<Tensor, Tensor> weighted_pool_bwd(const Tensor& dout, Optional
                                              mask, normalize, num_prefix);
   Tensor dx =
       new_output_like_if(need_x, x, {params.batch, params.tokens, params.dim}, x.scalar_type());
-  Tensor dscores = new_output_like_if(need_scores, x, {params.batch, params.groups, params.tokens},
-                                      ScalarType::Float);
+  Tensor dscores =
+      weights.dim() == 2
+          ? new_output_like_if(need_scores, x, {params.batch, params.tokens}, ScalarType::Float)
+          : new_output_like_if(need_scores, x, {params.batch, params.groups, params.tokens},
+                               ScalarType::Float);
   params.dx = output_ptr(need_x, dx);
   params.dscores = static_cast<float*>(output_ptr(need_scores, dscores));
   token_pool_bwd(params, x);

@@ -18,16 +18,22 @@ inline void check_grid(const PatchGrid& grid) {
   }
 }
 
+// Images [B, C, H, W] or [B, C, T, H, W].
 template <typename Check>
 PatchGrid grid_of(const Check& check, const Tensor& images, int64_t patch_t, int64_t patch_h,
                   int64_t patch_w) {
-  check(images, "images", {kAny, kAny, kAny, kAny, kAny});
+  const bool video = images.dim() == 5;
+  if (video) {
+    check(images, "images", {kAny, kAny, kAny, kAny, kAny});
+  } else {
+    check(images, "images", {kAny, kAny, kAny, kAny});
+  }
   PatchGrid grid;
   grid.batch = images.size(0);
   grid.channels = images.size(1);
-  grid.frames = images.size(2);
-  grid.height = images.size(3);
-  grid.width = images.size(4);
+  grid.frames = video ? images.size(2) : 1;
+  grid.height = images.size(images.dim() - 2);
+  grid.width = images.size(images.dim() - 1);
   grid.patch_t = patch_t;
   grid.patch_h = patch_h;
   grid.patch_w = patch_w;
@@ -73,8 +79,8 @@ inline Images view_images(const Tensor& images, const ChannelConstants& constant
   view.dtype = dtype_of(images.scalar_type(), "images", true);
   view.stride_batch = images.stride(0);
   view.stride_channel = images.stride(1);
-  view.stride_frame = images.stride(2);
-  view.stride_row = images.stride(3);
+  view.stride_frame = images.dim() == 5 ? images.stride(2) : 0;
+  view.stride_row = images.stride(images.dim() - 2);
   if (constants.scale.has_value()) {
     view.scale = static_cast<const float*>(constants.scale->data_ptr());
     view.shift = static_cast<const float*>(constants.shift->data_ptr());
@@ -96,10 +102,7 @@ OptionalTensor set_patch_ids(Params& params, const Check& check, const OptionalT
   params.kept = patch_count(params.grid);
   const OptionalTensor ids = rows_of(ids_any);
   if (ids.has_value()) {
-    check(*ids, "ids", {kAny, params.grid.batch, kAny});
-    check_dtype(*ids, "ids", ScalarType::Long);
-    params.masks = ids->size(0);
-    params.kept = ids->size(2);
+    set_masks(params, check, *ids, params.grid.batch);
     params.has_ids = true;
     params.ids = view_ids(*ids);
   }

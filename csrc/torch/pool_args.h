@@ -2,6 +2,8 @@
 // `check(tensor, name, sizes)` refuses other sizes, kAny apart, and other devices.
 #pragma once
 
+#include <utility>
+
 #include "../core/pool.h"
 #include "tensor_args.h"
 
@@ -18,6 +20,23 @@ struct PoolInputs {
   OptionalTensor dout;
   OptionalTensor dweights;
 };
+
+// [B, G, size], or, for one group, [B, size].
+template <typename Check>
+void check_groups(const Check& check, const Tensor& tensor, const char* name, int64_t batch,
+                  int64_t groups, int64_t size) {
+  if (tensor.dim() == 2 && (groups == 1 || groups == kAny)) {
+    check(tensor, name, {batch, size});
+  } else {
+    check(tensor, name, {batch, groups, size});
+  }
+}
+
+inline Rows view_groups(const OptionalTensor& tensor) {
+  Rows rows = view_rows(tensor);
+  if (tensor->dim() == 2) std::swap(rows.stride0, rows.stride1);
+  return rows;
+}
 
 template <typename Params, typename Check>
 void set_pooled_tokens(Params& params, PoolInputs& inputs, const Check& check, const Tensor& x,
@@ -72,9 +91,9 @@ void set_queries(Params& params, PoolInputs& inputs, const Check& check, const T
 template <typename Params, typename Check>
 void set_scores(Params& params, PoolInputs& inputs, const Check& check, const Tensor& scores,
                 const char* name, bool normalize) {
-  check(scores, name, {params.batch, kAny, params.tokens});
+  check_groups(check, scores, name, params.batch, kAny, params.tokens);
   check_dtype(scores, name, ScalarType::Float);
-  params.groups = scores.size(1);
+  params.groups = scores.dim() == 2 ? 1 : scores.size(1);
   params.width = params.dim;
   params.softmax = normalize;
   params.pools_x = true;
@@ -87,18 +106,18 @@ template <typename Check>
 void set_pool_gradients(TokenPoolBwdParams& params, PoolInputs& inputs, const Check& check,
                         const Tensor& x, const Tensor& dout, const OptionalTensor& dweights,
                         const Tensor& weights) {
-  check(dout, "dout",
-        {params.batch, params.groups, params.sliced ? params.width / params.groups : params.width});
+  check_groups(check, dout, "dout", params.batch, params.groups,
+               params.sliced ? params.width / params.groups : params.width);
   check_dtype(dout, "dout", x.scalar_type());
   inputs.dout = rows_of(dout);
-  params.dout = view_rows(inputs.dout);
+  params.dout = view_groups(inputs.dout);
   if (dweights.has_value()) {
-    check(*dweights, "dweights", {params.batch, params.groups, params.tokens});
+    check_groups(check, *dweights, "dweights", params.batch, params.groups, params.tokens);
     check_dtype(*dweights, "dweights", ScalarType::Float);
     inputs.dweights = rows_of(dweights);
-    params.dweights = view_rows(inputs.dweights);
+    params.dweights = view_groups(inputs.dweights);
   }
-  check(weights, "weights", {params.batch, params.groups, params.tokens});
+  check_groups(check, weights, "weights", params.batch, params.groups, params.tokens);
   check_dtype(weights, "weights", ScalarType::Float);
   inputs.saved = torch::stable::contiguous(weights);
   params.weights = static_cast<const float*>(inputs.saved->data_ptr());
@@ -210,7 +229,7 @@ PoolInputs set_weighted_fwd(TokenPoolFwdParams& params, const Check& check, cons
   PoolInputs inputs;
   set_pooled_tokens(params, inputs, check, x, mask, num_prefix);
   set_scores(params, inputs, check, scores, "scores", normalize);
-  params.scores = view_rows(inputs.scores);
+  params.scores = view_groups(inputs.scores);
   return inputs;
 }
 

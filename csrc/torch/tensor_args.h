@@ -136,6 +136,20 @@ inline Ids view_ids(const Tensor& tensor) {
   return ids;
 }
 
+// Masks and kept tokens of ids [B, K] or, for several masks, [M, B, K].
+template <typename Params, typename Check>
+void set_masks(Params& params, const Check& check, const Tensor& ids, int64_t batch) {
+  const bool several = ids.dim() == 3;
+  if (several) {
+    check(ids, "ids", {kAny, batch, kAny});
+  } else {
+    check(ids, "ids", {batch, kAny});
+  }
+  check_dtype(ids, "ids", ScalarType::Long);
+  params.masks = several ? ids.size(0) : 1;
+  params.kept = ids.size(ids.dim() - 1);
+}
+
 // [B, N] bool, the last dim contiguous.
 inline BoolMask view_mask(const Tensor& mask) {
   BoolMask view;

@@ -33,10 +33,7 @@ TokenInputs set_gather_fwd(GatherTokensFwdParams& params, const Check& check, co
   params.batch = x.size(0);
   params.tokens = x.size(1);
   params.dim = x.size(2);
-  check(ids, "ids", {kAny, params.batch, kAny});
-  check_dtype(ids, "ids", ScalarType::Long);
-  params.masks = ids.size(0);
-  params.kept = ids.size(2);
+  set_masks(params, check, ids, params.batch);
   check_parameter(check, pos, "pos", {params.tokens, params.dim}, type);
   check_parameter(check, prefix, "prefix", {kAny, params.dim}, type);
   params.num_prefix = prefix.has_value() ? prefix->size(0) : 0;
@@ -51,13 +48,10 @@ TokenInputs set_gather_fwd(GatherTokensFwdParams& params, const Check& check, co
 template <typename Check>
 TokenInputs set_gather_bwd(GatherTokensBwdParams& params, const Check& check, const Tensor& grad,
                            const Tensor& ids, int64_t tokens, int64_t num_prefix) {
-  check(ids, "ids", {kAny, kAny, kAny});
-  check_dtype(ids, "ids", ScalarType::Long);
+  set_masks(params, check, ids, kAny);
   check_size(tokens, "tokens", 0);
   check_size(num_prefix, "num_prefix", 0);
-  params.masks = ids.size(0);
-  params.batch = ids.size(1);
-  params.kept = ids.size(2);
+  params.batch = ids.size(ids.dim() - 2);
   params.tokens = tokens;
   params.num_prefix = num_prefix;
   check(grad, "grad", {params.masks * params.batch, num_prefix + params.kept, kAny});

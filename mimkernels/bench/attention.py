@@ -35,6 +35,7 @@ def attention_cases(dtype: torch.dtype, device: str) -> Iterator[Benchmark]:
     for shape in CUDA_SHAPES if device == "cuda" else CPU_SHAPES:
         for backward in (False, True):
             yield attention_case(shape, dtype, device, backward)
+        yield packed_case(shape, dtype, device)
 
 
 def attention_case(shape: Shape, dtype: torch.dtype, device: str, backward: bool) -> Benchmark:
@@ -91,6 +92,37 @@ def attention_case(shape: Shape, dtype: torch.dtype, device: str, backward: bool
         shape=str(shape),
         versions=versions,
         flops=(14 if backward else 4) * shape.batch * shape.heads * shape.tokens**2 * shape.dim,
+        check=check,
+    )
+
+
+def packed_case(shape: Shape, dtype: torch.dtype, device: str) -> Benchmark:
+    """Without statistics, from the packed projection to its gradient, as a layer trains."""
+    qkv = torch.randn(shape.batch, shape.tokens, 3, shape.heads, shape.dim, device=device).to(dtype).requires_grad_()
+    upstream = torch.randn(shape.batch, shape.tokens, shape.heads, shape.dim, device=device).to(dtype).transpose(1, 2)
+
+    def gradient(out: torch.Tensor) -> torch.Tensor:
+        (grad,) = torch.autograd.grad(out, qkv, upstream)
+        return grad.reshape(shape.batch, shape.tokens, -1)  # as the projection's backward takes it
+
+    def ours():
+        return gradient(mk.attention_qkvpacked(qkv).out)
+
+    def views():
+        return gradient(mk.attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0)).out)
+
+    def sdpa():
+        return gradient(F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0)))
+
+    def check():
+        tolerance = 1e-3 if dtype == torch.float32 else 5e-2
+        torch.testing.assert_close(ours().float(), sdpa().float(), rtol=tolerance, atol=tolerance)
+
+    return Benchmark(
+        name="packed attention, forward + backward",
+        shape=str(shape),
+        versions={"ours": ours, "views": views, "sdpa": sdpa},
+        flops=14 * shape.batch * shape.heads * shape.tokens**2 * shape.dim,
         check=check,
     )
 

@@ -66,7 +66,10 @@ def draw(reports: dict[str, dict], output: Path) -> list[Path]:
             note = "Times as fast as each alternative, in the same process, interleaved; longer is better."
             pictures["speedups"] = (note, _bars(memory + whole, ("plain", "compiled"), _LABELS))
         if attention:
-            note = "With all statistics, against SDPA, which captures none, and against materialised attention."
+            note = (
+                "With all statistics (packed: with none), against SDPA, which captures none, and against materialised "
+                "attention."
+            )
             pictures["attention"] = (
                 note,
                 _bars(attention, ("sdpa", "plain"), {**_LABELS, "plain": "materialised attention"}),

@@ -65,12 +65,13 @@ def _memory_line(timing: Timing) -> str:
 
 
 def _attention_line(timing: Timing) -> str:
-    shares = (timing.median[name] / timing.median["sdpa"] for name in ("ours", "entropy", "bare", "plain"))
-    return (
-        f"{timing.median['ours'] * 1e3:7.2f} ms "
-        + " ".join(f"{share:{width}.2f}" for share, width in zip(shares, (8, 8, 8, 13), strict=True))
-        + f" {timing.share_of_gemm:8.0%}"
-    )
+    def share(version: str, width: int) -> str:
+        known = version in timing.median
+        return f"{timing.median[version] / timing.median['sdpa']:{width}.2f}" if known else " " * width
+
+    columns = (("ours", 8), ("entropy", 8), ("bare", 8), ("plain", 13))
+    shares = " ".join(share(version, width) for version, width in columns)
+    return f"{timing.median['ours'] * 1e3:7.2f} ms {shares} {timing.share_of_gemm:8.0%}"
 
 
 def _scaling_line(timing: Timing) -> str:
@@ -98,8 +99,8 @@ def _step_line(timing: Timing) -> str:
 
 
 def _call_line(timing: Timing) -> str:
-    ours, native = (timing.median[name] / CALLS * 1e6 for name in ("ours", "native"))
-    return f"{ours:7.2f} us {native:9.2f} us {ours / native:7.1f}"
+    ours, native, door = (timing.median[name] / CALLS * 1e6 for name in ("ours", "native", "native through torch.ops"))
+    return f"{ours:7.2f} us {native:9.2f} us {ours / native:7.1f} {door:14.2f} us {ours / door:7.1f}"
 
 
 def _times(ratio: float | None) -> str:
@@ -136,7 +137,7 @@ GROUPS = {
     ),
     "calls": Group(
         "cost of a call on tiny inputs, beside a native op",
-        f"{'ours':>10} {'native':>12} {'ratio':>7}",
+        f"{'ours':>10} {'native':>12} {'ratio':>7} {'by torch.ops':>17} {'ratio':>7}",
         lambda options, dtype, device: call_cases(dtype, device),
         _call_line,
     ),

@@ -31,7 +31,8 @@ class Attention(TimmAttention):
     """timm's ``Attention`` computed by ``mimkernels.attention``: same parameters, same names, same results.
 
     q, k and v are views of the packed projection and the output is written as the next projection reads it, so that
-    nothing is transposed in memory. With attention dropout (``attn_drop > 0`` in training) timm's own code runs.
+    nothing is transposed in memory; where q and k have no norms, the projection's gradient is written packed, too. With
+    attention dropout (``attn_drop > 0`` in training) timm's own code runs.
     Made by ``use_mimkernels_attention``, or built like timm's (``attn_layer=Attention`` of timm's models).
     """
 
@@ -52,16 +53,17 @@ class Attention(TimmAttention):
         batch, tokens, _ = x.shape
         gate = getattr(self, "gate", None)
         packed = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
-        q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, N, D] each, views
-        q, k = self.q_norm(q), self.k_norm(k)
+        parts = packed.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, N, D] each, views
+        q, k, v = self.q_norm(parts[0]), self.k_norm(parts[1]), parts[2]
         # Norms may leave q and k wider than v; as scaled_dot_product_attention, run in autocast's dtype.
         dtype = compute_dtype(v)
+        as_projected = q is parts[0] and k is parts[1] and v.dtype == dtype
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         bias, key_mask = as_bias(attn_mask, is_causal, q, tokens, q.shape[:2])
         again = is_recomputing()
         settings = _settings_of_recorded_pass(self) if again else slot.settings if slot is not None else _NOTHING
         made = attend(
-            AttentionCall(q, k, v, bias, key_mask, self.scale, q.shape[:2]),
+            AttentionCall(q, k, v, bias, key_mask, self.scale, q.shape[:2], packed if as_projected else None),
             num_prefix=settings.num_prefix,
             positions=settings.positions,
             stats=settings.stats,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from mimkernels.ops import AttentionOutput, attention
+from mimkernels.ops import AttentionOutput, attention, attention_qkvpacked
 from mimkernels.ops._registry import FLOATS
 from mimkernels.ops.attention.spec import SPEC
 
@@ -29,6 +29,7 @@ class AttentionCall(NamedTuple):
         key_mask: ``[B, Nk]`` bool or None.
         scale: of the scores.
         leading: sizes before ``[Nq, D]`` of the call's own output.
+        packed: ``[B, N, 3, H, D]`` if q, k and v are its three parts and it shall get their gradient as one.
     """
 
     q: Tensor
@@ -38,11 +39,18 @@ class AttentionCall(NamedTuple):
     key_mask: Tensor | None
     scale: float
     leading: tuple[int, ...]
+    packed: Tensor | None = None
 
     @property
     def options(self) -> dict[str, Any]:
         """What ``attention`` and its companion ops need besides q, k and v."""
         return {"bias": self.bias, "key_mask": self.key_mask, "scale": self.scale}
+
+    def compute(self, **options: Any) -> AttentionOutput:
+        """``attention`` of q, k and v with ``num_prefix``, ``positions`` and ``stats`` as given."""
+        if self.packed is None:
+            return attention(self.q, self.k, self.v, **self.options, **options)
+        return attention_qkvpacked(self.packed, **self.options, **options)
 
 
 def refusals(
@@ -162,9 +170,9 @@ def attend(
     """``attention`` of a call; whoever observes is told. Every module and integration calls attention by this."""
     options = {"num_prefix": num_prefix, "positions": positions, "stats": stats}
     if not _observers or is_recomputing():
-        return attention(call.q, call.k, call.v, **call.options, **options)
+        return call.compute(**options)
     if stats or keeps_tensors_elsewhere():
-        made, aside = attention(call.q, call.k, call.v, **call.options, **options), _observers
+        made, aside = call.compute(**options), _observers
     else:
         made, aside = _observers[-1].run(call), _observers[:-1]
     for observer in aside:

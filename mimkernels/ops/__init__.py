@@ -3,7 +3,7 @@
 from mimkernels.ops import _registry
 from mimkernels.ops._registry import use_backend
 from mimkernels.ops._token_mask import TokenMask
-from mimkernels.ops.attention import AttentionOutput, attention
+from mimkernels.ops.attention import AttentionOutput, attention, attention_qkvpacked
 from mimkernels.ops.attention_rows import attention_rows
 from mimkernels.ops.fill_mask_tokens import fill_mask_tokens
 from mimkernels.ops.gather_tokens import gather_tokens
@@ -24,6 +24,7 @@ __all__ = [
     "AttentionOutput",
     "TokenMask",
     "attention",
+    "attention_qkvpacked",
     "attention_rows",
     "fill_mask_tokens",
     "gather_tokens",

@@ -54,6 +54,11 @@ def token_ids(op: str, name: str, ids: Tensor, ranks: tuple[int, ...], main_name
     return rows(ids.long())
 
 
+def one_per_image(op: str, name: str, ids: Tensor, main_name: str, main: Tensor) -> None:
+    """Ids ``[B, K]`` or ``[M, B, K]`` for the images of ``main``; the message speaks of ``[M, B, K]``."""
+    same_size(op, name, ids if ids.dim() == 3 else ids.unsqueeze(0), 1, main_name, main, 0)
+
+
 def token_mask(op: str, mask: Tensor, main_name: str, main: Tensor) -> Tensor:
     """A mask ``[B, N]`` over the tokens of ``main`` as bool, nonzero = True."""
     has_rank(op, "mask", mask, 2)
@@ -114,11 +119,10 @@ def sorted_order(op: str, order: str) -> bool:
     return order == "sorted"
 
 
-def as_video(op: str, images: Tensor) -> Tensor:
-    """Images ``[B,C,H,W]`` or ``[B,C,T,H,W]`` as ``[B,C,T,H,W]`` with contiguous rows of pixels."""
+def is_images(op: str, images: Tensor) -> None:
+    """Images ``[B,C,H,W]`` or ``[B,C,T,H,W]``."""
     has_rank(op, "images", images, 4, 5)
     is_pixels(op, "images", images)
-    return rows(images if images.dim() == 5 else images.unsqueeze(2))
 
 
 def patch_sizes(op: str, patch_size: int | Sequence[int], images: Tensor) -> tuple[int, int, int]:

@@ -103,6 +103,10 @@ class OpSpec:
         """The torch op ``mimkernels::<schema>.<backend>``."""
         return getattr(getattr(torch.ops.mimkernels, schema), _overload_name(backend))
 
+    def overloads(self, backend: str) -> tuple:
+        """The torch ops of one backend, in the order of the schemas."""
+        return tuple(self.overload(schema, backend) for schema in self.schemas)
+
     def resolve(self, backend: str, device: str, dtype: torch.dtype, **sizes: int) -> str:
         """The name of the backend that runs this call.
 
@@ -116,7 +120,7 @@ class OpSpec:
             ValueError: no backend has that name.
             NotImplementedError: nothing takes these inputs; lists each backend's reasons.
         """
-        wanted = _forced if backend == "auto" else backend
+        wanted = forced if backend == "auto" else backend
         if wanted != "auto" and wanted not in BACKENDS:
             raise ValueError(f"{self.name}: unknown backend {wanted!r}; known: auto, {', '.join(BACKENDS)}")
         for impl in self.impls:
@@ -145,7 +149,7 @@ SPECS: dict[str, OpSpec] = {}
 
 _LIBRARY = torch.library.Library("mimkernels", "FRAGMENT")
 _UNAVAILABLE: dict[str, str] = {}
-_forced = "auto"
+forced = "auto"  # the backend that use_backend or MIMKERNELS_BACKEND names
 
 
 def register(spec: OpSpec) -> OpSpec:
@@ -189,10 +193,10 @@ def finish_loading() -> None:
         reason = backend.unavailable()
         if reason is not None:
             _UNAVAILABLE[name] = reason
-    forced = os.environ.get("MIMKERNELS_BACKEND") or "auto"
-    if forced != "auto" and forced not in BACKENDS:
-        raise ValueError(f"MIMKERNELS_BACKEND={forced!r} is unknown; known: auto, {', '.join(BACKENDS)}")
-    _force(forced)
+    wanted = os.environ.get("MIMKERNELS_BACKEND") or "auto"
+    if wanted != "auto" and wanted not in BACKENDS:
+        raise ValueError(f"MIMKERNELS_BACKEND={wanted!r} is unknown; known: auto, {', '.join(BACKENDS)}")
+    _force(wanted)
 
 
 def backend_state(name: str) -> str | None:
@@ -201,8 +205,8 @@ def backend_state(name: str) -> str | None:
 
 
 def _force(name: str) -> str:
-    global _forced
-    before, _forced = _forced, name
+    global forced
+    before, forced = forced, name
     return before
 
 

@@ -26,7 +26,8 @@ class TokenMask(NamedTuple):
 
 def from_op(outputs: tuple[Tensor, Tensor, Tensor], keep: int) -> TokenMask:
     ids_shuffle, ids_restore, mask = outputs
-    return TokenMask(ids_shuffle[:, :keep], ids_shuffle[:, keep:], ids_restore, mask)
+    ids_keep, ids_masked = ids_shuffle.split_with_sizes((keep, ids_shuffle.shape[1] - keep), 1)
+    return TokenMask(ids_keep, ids_masked, ids_restore, mask)
 
 
 def from_keys(keys: Tensor, keep: int, in_order: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("timm")
 import timm
@@ -150,6 +151,25 @@ def test_nothing_is_transposed_in_memory():
     ours(tokens())
     assert seen["q"].data_ptr() == seen["packed"].data_ptr() and seen["q"].stride() == (17 * 144, 16, 144, 1)
     assert seen["projected"].is_contiguous()
+
+
+@pytest.mark.parametrize(("options", "stacks"), [({}, 0), (NORMS, 1)], ids=["plain", "qk-norm"])
+def test_the_gradient_of_the_projection_is_written_in_place(options, stacks):
+    ran = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            ran.append(op.overloadpacket)
+            return op(*args, **(kwargs or {}))
+
+    out = ours_of(layer(**options))(tokens().requires_grad_())
+    with Watch():
+        out.sum().backward()
+    aten = torch.ops.aten
+    assert aten.mm in ran or aten.addmm in ran  # the projections' backward was seen
+    assert ran.count(aten.stack) == stacks
+    if not stacks:
+        assert not {aten.cat, aten.clone, aten.copy_} & set(ran)
 
 
 def vit(**options):

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from mimkernels import attention, attention_rows, head_divergence, received_attention
+from mimkernels import attention, attention_qkvpacked, attention_rows, head_divergence, received_attention
 from mimkernels.testing import DEVICE
 
 HERE = ("cpu", "triton", "reference") if DEVICE == "cpu" else ("triton", "reference")
@@ -149,6 +149,34 @@ def test_out_is_a_view_that_needs_no_transposing_copy():
     assert out.transpose(1, 2).is_contiguous()
 
 
+@pytest.mark.parametrize(("backend", "length"), [*((name, 20) for name in HERE[:-1]), (HERE[0], 330)])
+def test_a_packed_gradient_is_the_three_gradients_side_by_side(backend, length):
+    qkv = torch.randn(2, length, 3, 2, 16, device=DEVICE, requires_grad=True)
+    bias = torch.randn(2, length, length, device=DEVICE, requires_grad=True)
+    q, k, v = (x.detach().requires_grad_() for x in qkv.permute(2, 0, 3, 1, 4).unbind(0))
+    options = {"bias": bias, "num_prefix": 1, "stats": ("entropy", "patch_entropy"), "backend": backend}
+    packed, apart = attention_qkvpacked(qkv, **options), attention(q, k, v, **options)
+    upstream = [torch.randn_like(x) for x in _tracked(apart)]
+    assert all(torch.equal(a, b) for a, b in zip(_tracked(packed), _tracked(apart), strict=True))
+    dqkv, dbias = torch.autograd.grad(_tracked(packed), [qkv, bias], upstream)
+    dq, dk, dv, expected_dbias = torch.autograd.grad(_tracked(apart), [q, k, v, bias], upstream)
+    assert dqkv.shape == qkv.shape and dqkv.is_contiguous()
+    assert torch.equal(dqkv, torch.stack([x.transpose(1, 2) for x in (dq, dk, dv)], dim=2))
+    assert torch.equal(dbias, expected_dbias)
+
+
+def _tracked(made):
+    return [made.out, made.lse, *made.stats.values()]
+
+
+def test_a_packed_projection_that_needs_no_gradient_leaves_that_of_the_bias():
+    qkv, bias = torch.randn(1, 6, 3, 2, 8), torch.randn(2, 6, 6, requires_grad=True)
+    (grad,) = torch.autograd.grad(attention_qkvpacked(qkv, bias=bias).out.sum(), bias)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    (expected,) = torch.autograd.grad(attention(q, k, v, bias=bias).out.sum(), bias)
+    assert torch.equal(grad, expected)
+
+
 def test_statistics_as_regularisers_move_the_statistic():
     torch.manual_seed(0)
     x = torch.randn(1, 2, 16, 8)
@@ -223,6 +251,29 @@ X = torch.randn(2, 2, 6, 8)
 def test_refuses(changed, error, message):
     with pytest.raises(error, match=message):
         attention(**{"q": X, "k": X, "v": X, **changed})
+
+
+QKV = torch.randn(2, 6, 3, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"qkv": QKV[0]}, ValueError, r"qkv must have 5 dimensions, got 4 \(\[6, 3, 2, 8\]\)"),
+        ({"qkv": QKV.transpose(2, 3)}, ValueError, r"qkv \[2, 6, 2, 3, 8\] must be \[B, N, 3, H, D\]"),
+        ({"qkv": [QKV]}, TypeError, "qkv must be a torch.Tensor, got list"),
+        ({"qkv": QKV.long()}, TypeError, "qkv must be a floating-point tensor, got torch.int64"),
+        ({"stats": ("entropi",)}, ValueError, "unknown statistic 'entropi'; known: entropy, prefix_mass"),
+        ({"stats": ("distance",)}, ValueError, "the statistic 'distance' needs positions, got None"),
+        ({"stats": ("distance",), "positions": torch.rand(5, 2)}, ValueError, r"positions \[5, 2\] must be"),
+        ({"num_prefix": 7}, ValueError, "num_prefix is 7 but there are 6 keys"),
+        ({"bias": torch.rand(2, 5, 6)}, ValueError, r"bias \[1, 2, 5, 6\] must be \[B or 1, H or 1, Nq, Nk\]"),
+        ({"key_mask": torch.ones(2, 6)}, TypeError, "key_mask must be bool"),
+    ],
+)
+def test_packed_refuses(changed, error, message):
+    with pytest.raises(error, match="attention_qkvpacked: " + message):
+        attention_qkvpacked(**{"qkv": QKV, **changed})
 
 
 def test_a_wild_row_is_an_index_error():

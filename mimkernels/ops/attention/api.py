@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mimkernels.ops import _checks
-from mimkernels.ops._registry import ANY_FLOAT
+from mimkernels.ops._memo import by_signature
 from mimkernels.ops.attention import reference
 from mimkernels.ops.attention.spec import SPEC, STATISTICS
 
@@ -79,29 +80,98 @@ def attention(
 
     Source: online softmax as in FlashAttention, arXiv:2205.14135; the statistics' sources are in ``mimkernels.stats``.
     """
-    if not _fit(q, k, v):
-        _check_qk("attention", q, k)
-        _check_same_kind("attention", "v", v, q)
-        if v.shape != k.shape:
-            raise ValueError(f"attention: v {_checks.shape(v)} and k {_checks.shape(k)} must have the same shape")
-    (_, _, length, dim), keys = q.shape, k.shape[2]
-    planes, bits = _asked(stats, length, keys)
-    if not 0 <= num_prefix <= keys:
-        raise ValueError(f"attention: num_prefix is {num_prefix} but there are {keys} keys")
-    scale = dim**-0.5 if scale is None else float(scale)
-    bias = _check_bias("attention", bias, q, k)
-    key_mask = _check_key_mask("attention", key_mask, k)
-    positions = _check_positions(positions, "distance" in planes, num_prefix, q)
-    name = SPEC.resolve(backend, q.device.type, q.dtype, head_dim=dim)
+    tensors = (q, k, v, bias, key_mask, positions)
+    run, (*qkv, bias, key_mask, positions), options = _checked(tensors, scale, num_prefix, stats, backend)
+    return _attend(run, qkv, bias, key_mask, positions, *options)
+
+
+@by_signature
+def _checked(q, k, v, bias, key_mask, positions, scale, num_prefix, stats, backend):
+    op = "attention"
+    _check_qk(op, q, k)
+    _check_same_kind(op, "v", v, q)
+    if v.shape != k.shape:
+        raise ValueError(f"{op}: v {_checks.shape(v)} and k {_checks.shape(k)} must have the same shape")
+    others, options, name = _check_options(op, q, k, bias, key_mask, positions, scale, num_prefix, stats, backend)
+    run = _runner(name, _checks.needs_grad(q, k, v, bias))
+    return run, (_checks.rows(q), _checks.rows(k), _checks.rows(v), *others), options
+
+
+def attention_qkvpacked(
+    qkv: Tensor,
+    *,
+    bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    num_prefix: int = 0,
+    positions: Tensor | None = None,
+    stats: Sequence[str] = (),
+    backend: str = "auto",
+) -> AttentionOutput:
+    """``attention`` of the packed projection of self-attention, whose gradient is packed, too.
+
+    The same as ``attention`` of ``qkv.permute(2, 0, 3, 1, 4).unbind(0)``, to the bit, but the kernels write the
+    gradients of q, k and v into one tensor, where those of three views would be stacked into one afterwards.
+
+    Args:
+        qkv: ``[B, N, 3, H, D]``: q, k and v of every token, as ``nn.Linear(C, 3 * H * D)`` makes them. fp32, fp16 or
+            bf16 (fp64 on the reference); any strides with a contiguous last dim, others are copied. Its gradient is
+            contiguous (on the reference, as autograd makes it).
+        bias, key_mask, scale, num_prefix, positions, stats, backend: as of ``attention``, with Nq = Nk = N.
+
+    Returns:
+        ``AttentionOutput(out, lse, stats)``.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as ``attention``; ValueError if ``qkv`` does not hold three parts.
+    """
+    tensors = (qkv, bias, key_mask, positions)
+    run, (qkv, bias, key_mask, positions), options = _checked_packed(tensors, scale, num_prefix, stats, backend)
+    return _attend(run, (qkv,), bias, key_mask, positions, *options)
+
+
+@by_signature
+def _checked_packed(qkv, bias, key_mask, positions, scale, num_prefix, stats, backend):
+    op = "attention_qkvpacked"
+    _checks.has_rank(op, "qkv", qkv, 5)
+    _checks.is_float(op, "qkv", qkv)
+    if qkv.shape[2] != 3:
+        raise ValueError(f"{op}: qkv {_checks.shape(qkv)} must be [B, N, 3, H, D]")
+    q, k, _ = _parts(qkv)
+    others, options, name = _check_options(op, q, k, bias, key_mask, positions, scale, num_prefix, stats, backend)
+    tracked = _checks.needs_grad(qkv, bias)
+    run = partial(_whole if tracked and name != "reference" else _unpacked, _runner(name, tracked))
+    return run, (_checks.rows(qkv), *others), options
+
+
+def _parts(qkv: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v ``[B, H, N, D]`` as views of ``[B, N, 3, H, D]``."""
+    return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _unpacked(run, qkv, *options):
+    return run(*_parts(qkv), *options)
+
+
+def _whole(run, qkv, *options):
+    return run(qkv, None, None, *options)
+
+
+def _runner(name: str, tracked: bool) -> Callable:
+    """What computes out, lse and the statistics: kernels ``[B, Nq, H, D]`` and rows, the reference them by name."""
     if name == "reference":
-        return AttentionOutput(*reference.attention(q, k, v, bias, key_mask, scale, num_prefix, positions, planes))
-    q, k, v = _checks.rows(q), _checks.rows(k), _checks.rows(v)
-    arguments = (q, k, v, bias, key_mask, scale, num_prefix, positions, bits)
-    if _checks.needs_grad(q, k, v, bias):
-        out, lse, rows = _Attention.apply(*arguments, name)
-    else:
-        out, lse, rows = SPEC.overload("attention_fwd", name)(*arguments)
-        out = out.transpose(1, 2)
+        return reference.attention
+    if tracked:
+        return partial(_Attention.apply, *SPEC.overloads(name))
+    return SPEC.overload("attention_fwd", name)
+
+
+def _attend(run, qkv, bias, key_mask, positions, scale, num_prefix, asked, planes) -> AttentionOutput:
+    """``asked`` is what the backend knows the statistics by, ``planes`` where each is in the rows of a kernel."""
+    out, lse, rows = run(*qkv, bias, key_mask, scale, num_prefix, positions, asked)
+    if isinstance(rows, dict):
+        return AttentionOutput(out, lse, rows)
+    out = out.transpose(1, 2)
     if not planes:
         return AttentionOutput(out, lse, {})
     by_plane = rows.unbind(0)
@@ -112,36 +182,43 @@ def attention(
 
 
 class _Attention(torch.autograd.Function):
+    """Of q, k and v, or of all three packed, given as q, and None."""
+
     @staticmethod
-    def forward(ctx, q, k, v, bias, key_mask, scale, num_prefix, positions, bits, backend):
-        out, lse, rows = SPEC.overload("attention_fwd", backend)(
-            q, k, v, bias, key_mask, scale, num_prefix, positions, bits
+    def forward(ctx, fwd, coef, bwd, q, k, v, bias, key_mask, scale, num_prefix, positions, bits):
+        out, lse, rows = fwd(
+            *(_parts(q) if k is None else (q, k, v)), bias, key_mask, scale, num_prefix, positions, bits
         )
         ctx.save_for_backward(q, k, v, out, lse, bias, key_mask, positions, rows)
-        ctx.options = (scale, num_prefix, bits, backend)
+        ctx.options = (scale, num_prefix, bits)
+        ctx.ops = (coef, bwd)
         ctx.set_materialize_grads(False)
-        return out.transpose(1, 2), lse, rows
+        return out, lse, rows
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dlse, drows):
         q, k, v, out, lse, bias, key_mask, positions, rows = ctx.saved_tensors
-        scale, num_prefix, bits, backend = ctx.options
-        dout = torch.zeros_like(out) if dout is None else dout.transpose(1, 2)
+        scale, num_prefix, bits = ctx.options
+        make_coef, bwd = ctx.ops
+        packed = k is None
+        if packed:
+            q, k, v = _parts(q)
+        dout = torch.zeros_like(out) if dout is None else dout
         coef = None
         if dlse is not None or drows is not None:
-            coef = SPEC.overload("attention_coef", backend)(lse, dlse, rows, drows, bits)
-        need_bias = bias is not None and ctx.needs_input_grad[3]
-        dq, dk, dv, dbias = SPEC.overload("attention_bwd", backend)(
+            coef = make_coef(lse, dlse, rows, drows, bits)
+        need_bias = bias is not None and ctx.needs_input_grad[6]
+        dq, dk, dv, dbias = bwd(
             _checks.rows(dout),
             *(q, k, v, out, lse, bias, key_mask, scale, num_prefix, positions if drows is not None else None),
             coef,
             need_bias,
+            packed,
         )
-        grads = [
-            d.transpose(1, 2) if need else None for d, need in zip((dq, dk, dv), ctx.needs_input_grad[:3], strict=True)
-        ]
-        return *grads, dbias if need_bias else None, *(None,) * 6
+        grads = (dq, dk, dv) if packed else (d.transpose(1, 2) for d in (dq, dk, dv))
+        grads = [d if need else None for d, need in zip(grads, ctx.needs_input_grad[3:6], strict=True)]
+        return *(None,) * 3, *grads, dbias if need_bias else None, *(None,) * 5
 
 
 def checked_scores(
@@ -164,23 +241,19 @@ def checked_scores(
     return lse, _check_bias(op, bias, q, k), _check_key_mask(op, key_mask, k), scale
 
 
-def _fit(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether nothing is wrong with them, in one look; what is wrong, the checks below say.
-
-    Reading sizes and dtypes is a good part of what a small call costs.
-    """
-    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
-        return False
-    of_queries, of_keys, dtype, device = q.shape, k.shape, q.dtype, q.device
-    return (
-        len(of_queries) == 4 == len(of_keys)
-        and of_keys == v.shape
-        and of_queries[:2] == of_keys[:2]
-        and of_queries[3] == of_keys[3]
-        and dtype == k.dtype == v.dtype
-        and device == k.device == v.device
-        and dtype in ANY_FLOAT
-    )
+def _check_options(op, q, k, bias, key_mask, positions, scale, num_prefix, stats, backend):
+    """Of both ops: the tensors beside q, k and v, the other options of what runs, and the backend's name."""
+    (_, _, length, dim), keys = q.shape, k.shape[2]
+    planes, bits = _asked(op, stats, length, keys)
+    if not 0 <= num_prefix <= keys:
+        raise ValueError(f"{op}: num_prefix is {num_prefix} but there are {keys} keys")
+    scale = dim**-0.5 if scale is None else float(scale)
+    bias = _check_bias(op, bias, q, k)
+    key_mask = _check_key_mask(op, key_mask, k)
+    positions = _check_positions(op, positions, "distance" in planes, num_prefix, q)
+    name = SPEC.resolve(backend, q.device.type, q.dtype, head_dim=dim)
+    asked = tuple(planes) if name == "reference" else bits
+    return (bias, key_mask, positions), (scale, num_prefix, asked, planes), name
 
 
 def _check_qk(op: str, q: Tensor, k: Tensor) -> None:
@@ -198,39 +271,34 @@ def _check_same_kind(op: str, name: str, tensor: Tensor, q: Tensor) -> None:
         raise TypeError(f"{op}: {name} is {tensor.dtype} but q is {q.dtype}")
 
 
-# What names asked for before come to: their planes in the op's rows, and the op's bits.
-_ASKED: dict[tuple[str, ...], tuple[dict[str, int], int]] = {(): ({}, 0)}
-
-
-def _asked(stats: Sequence[str], queries: int, keys: int) -> tuple[dict[str, int], int]:
+def _asked(op: str, stats: Sequence[str], queries: int, keys: int) -> tuple[dict[str, int], int]:
+    """Where each asked statistic is in the op's rows, and the op's bits."""
     if isinstance(stats, str):
-        raise TypeError(f"attention: stats must be a sequence of names, got the string {stats!r}")
+        raise TypeError(f"{op}: stats must be a sequence of names, got the string {stats!r}")
     names = tuple(stats)
-    if names not in _ASKED:
-        for name in names:
-            if name not in STATISTICS:
-                raise ValueError(f"attention: unknown statistic {name!r}; known: {', '.join(STATISTICS)}")
-        # The gradient of patch_entropy needs M_i.
-        computed = {*names, "patch_mass"} if "patch_entropy" in names else {*names}
-        order = [name for name in STATISTICS if name in computed]
-        bits = sum(1 << STATISTICS.index(name) for name in order)
-        _ASKED[names] = {name: order.index(name) for name in names}, bits
-    planes, bits = _ASKED[names]
+    for name in names:
+        if name not in STATISTICS:
+            raise ValueError(f"{op}: unknown statistic {name!r}; known: {', '.join(STATISTICS)}")
+    # The gradient of patch_entropy needs M_i.
+    computed = {*names, "patch_mass"} if "patch_entropy" in names else {*names}
+    order = [name for name in STATISTICS if name in computed]
+    planes = {name: order.index(name) for name in names}
+    bits = sum(1 << STATISTICS.index(name) for name in order)
     if queries != keys:
         for name in ("self_mass", "distance"):
             if name in planes:
-                raise ValueError(f"attention: {name} needs self-attention, got {queries} queries and {keys} keys")
+                raise ValueError(f"{op}: {name} needs self-attention, got {queries} queries and {keys} keys")
     return planes, bits
 
 
-def _check_positions(positions: Tensor | None, needed: bool, num_prefix: int, q: Tensor) -> Tensor | None:
+def _check_positions(op: str, positions: Tensor | None, needed: bool, num_prefix: int, q: Tensor) -> Tensor | None:
     """fp32 (or fp64) ``[N or N - P, d]`` or one of those per image, or None where no statistic needs it."""
     if not needed:
         return None
     if positions is None:
-        raise ValueError("attention: the statistic 'distance' needs positions, got None")
-    _checks.has_rank("attention", "positions", positions, 2, 3)
-    _checks.same_device("attention", "positions", positions, "q", q)
+        raise ValueError(f"{op}: the statistic 'distance' needs positions, got None")
+    _checks.has_rank(op, "positions", positions, 2, 3)
+    _checks.same_device(op, "positions", positions, "q", q)
     batch, tokens = q.shape[0], q.shape[2]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     if positions.requires_grad or positions.dtype != wide:
@@ -238,7 +306,7 @@ def _check_positions(positions: Tensor | None, needed: bool, num_prefix: int, q:
     *images, places, dims = positions.shape
     if images not in ([], [1], [batch]) or places not in (tokens, tokens - num_prefix) or not 1 <= dims <= 3:
         raise ValueError(
-            f"attention: positions {_checks.shape(positions)} must be [N - P, d] or [B, N - P, d] with B = {batch}, "
+            f"{op}: positions {_checks.shape(positions)} must be [N - P, d] or [B, N - P, d] with B = {batch}, "
             f"N = {tokens}, P = {num_prefix} and d from 1 to 3"
         )
     return _checks.rows(positions)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from mimkernels.ops._registry import ANY_FLOAT, Impl, OpSpec, register
 
@@ -20,14 +21,18 @@ def _coef(lse, dlse, rows, drows, stats):
     return lse.new_empty((6, *lse.shape))
 
 
-def _bwd(dout, q, k, v, out, lse, bias, key_mask, scale, num_prefix, positions, coef, need_bias):
+def _bwd(dout, q, k, v, out, lse, bias, key_mask, scale, num_prefix, positions, coef, need_bias, packed):
+    dbias = bias.new_empty(bias.shape) if need_bias else q.new_empty((0,))
+    return *new_gradients(q, k, packed), dbias
+
+
+def new_gradients(q: Tensor, k: Tensor, packed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv ``[B, N, H, D]``, to be written; packed, one ``[B, N, 3, H, D]`` for all and two of no elements."""
     batch, heads, length, dim = k.shape
-    return (
-        q.new_empty(out.shape),
-        k.new_empty((batch, length, heads, dim)),
-        k.new_empty((batch, length, heads, dim)),
-        bias.new_empty(bias.shape) if need_bias else q.new_empty((0,)),
-    )
+    if packed:
+        return q.new_empty((batch, length, 3, heads, dim)), q.new_empty((0,)), q.new_empty((0,))
+    dq = q.new_empty((batch, q.shape[2], heads, dim))
+    return dq, k.new_empty((batch, length, heads, dim)), k.new_empty((batch, length, heads, dim))
 
 
 SPEC = register(
@@ -38,8 +43,8 @@ SPEC = register(
             "SymInt num_prefix, Tensor? positions, int stats) -> (Tensor, Tensor, Tensor)",
             "attention_coef": "(Tensor lse, Tensor? dlse, Tensor rows, Tensor? drows, int stats) -> Tensor",
             "attention_bwd": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? bias, "
-            "Tensor? key_mask, float scale, SymInt num_prefix, Tensor? positions, Tensor? coef, bool need_bias) "
-            "-> (Tensor, Tensor, Tensor, Tensor)",
+            "Tensor? key_mask, float scale, SymInt num_prefix, Tensor? positions, Tensor? coef, bool need_bias, "
+            "bool packed) -> (Tensor, Tensor, Tensor, Tensor)",
         },
         fakes={"attention_fwd": _fwd, "attention_coef": _coef, "attention_bwd": _bwd},
         impls=(

@@ -10,6 +10,7 @@ from torch import Tensor
 from mimkernels.ops import _triton
 from mimkernels.ops.attention import triton_configs
 from mimkernels.ops.attention.reference import with_prefix_rows
+from mimkernels.ops.attention.spec import new_gradients
 from mimkernels.ops.attention.triton_bias_grad import attention_dbias_kernel
 from mimkernels.ops.attention.triton_blocks import (
     INTEGERS,
@@ -441,11 +442,13 @@ def attention_bwd(
     positions: Tensor | None,
     coef: Tensor | None,
     need_bias: bool,
+    packed: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]
-    dq = q.new_empty((batch, queries, heads, dim))
-    dk, dv = (k.new_empty((batch, keys, heads, dim)) for _ in range(2))
+    made = new_gradients(q, k, packed)
+    dq, dk, dv = made[0].unbind(2) if packed else made
+    grad_heads = 3 * heads if packed else heads  # between a token of the gradients and the next
     dbias = bias.new_empty(bias.shape) if need_bias else q.new_empty((0,))
     if positions is not None:
         positions = with_prefix_rows(positions, num_prefix, keys)
@@ -492,14 +495,15 @@ def attention_bwd(
             )
 
     if fused is not None:
-        run(attention_bwd_kernel, batch * heads, (q, k, v, dout, out, lse, *given, delta, dq, dk, dv), (), fused)
+        tensors = (q, k, v, dout, out, lse, *given, delta, dq, dk, dv)
+        run(attention_bwd_kernel, batch * heads, tensors, (grad_heads,), fused)
     else:
         row_blocks = triton.cdiv(queries, dq_config.block_m)
         tensors = (q, k, v, dout, out, lse, *given, delta, dq, dbias if full_bias else None)
-        run(attention_dq_kernel, row_blocks * batch * heads, tensors, (row_blocks,), dq_config)
+        run(attention_dq_kernel, row_blocks * batch * heads, tensors, (row_blocks, grad_heads), dq_config)
         key_blocks = triton.cdiv(keys, dkv_config.block_n)
         tensors = (q, k, v, dout, lse, delta, *given, dk, dv)
-        run(attention_dkv_kernel, key_blocks * batch * heads, tensors, (key_blocks,), dkv_config)
+        run(attention_dkv_kernel, key_blocks * batch * heads, tensors, (key_blocks, grad_heads), dkv_config)
     if need_bias and not full_bias:
         row_blocks = triton.cdiv(queries, dq_config.block_m)
         key_blocks = triton.cdiv(keys, dq_config.block_n)
@@ -507,4 +511,4 @@ def attention_bwd(
         programs = row_blocks * key_blocks * bias.shape[0] * kept_heads
         blocks = (row_blocks, key_blocks, batch if bias.shape[0] == 1 else 1, kept_heads)
         run(attention_dbias_kernel, programs, (q, k, v, dout, lse, delta, *given, dbias), blocks, dq_config)
-    return dq, dk, dv, dbias
+    return *made, dbias

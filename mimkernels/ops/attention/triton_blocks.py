@@ -27,6 +27,7 @@ INTEGERS = (
         "key_blocks",
         "shared_images",
         "kept_heads",
+        "grad_heads",
         "plane",
         "mask_stride_b",
         "pos_stride_b",

@@ -163,6 +163,7 @@ def attention_dq_kernel(
     keys,
     num_prefix,
     row_blocks,
+    grad_heads,
     plane,
     q_stride_b,
     q_stride_h,
@@ -199,8 +200,8 @@ def attention_dq_kernel(
     # in:       q, k, v [B, H, N, D] and g = dout [B, Nq, H, D] by stride in units of UNIT elements, last stride 1;
     #           out [B, Nq, H, D], lse [B, H, Nq] and coef [6, B, H, Nq] or None contiguous; bias, key mask and
     #           positions as forward
-    # out:      dq [B, Nq, H, D]; delta fp32 [B, H, Nq] = sum of dout * out; dbias [B, H, Nq, Nk], where given;
-    #           contiguous, every element written once
+    # out:      dq [B, Nq, H, D], or a part of [B, N, 3, H, D]: tokens are grad_heads * D apart; delta fp32 [B, H, Nq]
+    #           = sum of dout * out; dbias [B, H, Nq, Nk], where given; contiguous, every element written once
     # numerics: as attention_fwd_kernel; P from lse, dS rounded to the dtype of k
     # bounds:   keys beyond the last have P = 0; query tails are masked; offsets are int64
     # cost:     q, dout, out read once, k and v cdiv(Nq, BLOCK_M) times; no atomics, deterministic
@@ -262,10 +263,11 @@ def attention_dq_kernel(
             k_stride_n, v_stride_n, bias_stride_n, pos_stride_n,
             HAS_PREFIX, True, D, D0, D1, BLOCK_N, DIMS, PRECISION, EXACT,
         )  # fmt: skip
-    dq_block = dq_ptr + (b * queries + first) * out_stride_n + h * D
-    store_rows(dq_block, dq0 * scale, left, out_stride_n, 0, D0, D, BLOCK_M)
+    grad_stride_n = grad_heads.to(tl.int64) * D
+    dq_block = dq_ptr + (b * queries + first) * grad_stride_n + h * D
+    store_rows(dq_block, dq0 * scale, left, grad_stride_n, 0, D0, D, BLOCK_M)
     if D1 > 0:
-        store_rows(dq_block, dq1 * scale, left, out_stride_n, D0, D1, D, BLOCK_M)
+        store_rows(dq_block, dq1 * scale, left, grad_stride_n, D0, D1, D, BLOCK_M)
 
 
 @triton.jit
@@ -349,6 +351,7 @@ def attention_dkv_kernel(
     keys,
     num_prefix,
     row_blocks,
+    grad_heads,
     plane,
     q_stride_b,
     q_stride_h,
@@ -383,7 +386,7 @@ def attention_dkv_kernel(
     # grid:     cdiv(Nk, BLOCK_N) * B * H, key blocks fastest; a program owns BLOCK_N keys of one head and sees all
     #           queries
     # in:       as attention_dq_kernel, whose delta it reads
-    # out:      dk, dv [B, Nk, H, D]; contiguous, every element written once
+    # out:      dk, dv [B, Nk, H, D], or parts of [B, N, 3, H, D] as dq; every element written once
     # numerics: as attention_dq_kernel; tiles are [keys, queries], so that P and dS enter the products from registers.
     #           EXACT: [queries, keys] as in the forward kernel, so that scores have the same bits
     # bounds:   queries beyond the last have P = 0; key tails are masked at the store; offsets are int64
@@ -391,7 +394,7 @@ def attention_dkv_kernel(
     head, b, h, first = locate(tl.program_id(0), heads, row_blocks, BLOCK_N)
     cols = first + tl.arange(0, BLOCK_N)
     left = keys - first
-    out_stride_n = heads.to(tl.int64) * D
+    grad_stride_n = grad_heads.to(tl.int64) * D
     q_stride_n = q_stride_n.to(tl.int64) * UNIT
     k_stride_n = k_stride_n.to(tl.int64) * UNIT
     v_stride_n = v_stride_n.to(tl.int64) * UNIT
@@ -441,12 +444,12 @@ def attention_dkv_kernel(
         if D1 > 0:
             dv1 = tl.dot(p, g1, dv1, input_precision=PRECISION)
             dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
-    target = (b * keys + first) * out_stride_n + h * D
-    store_rows(dk_ptr + target, dk0 * scale, left, out_stride_n, 0, D0, D, BLOCK_N)
-    store_rows(dv_ptr + target, dv0, left, out_stride_n, 0, D0, D, BLOCK_N)
+    target = (b * keys + first) * grad_stride_n + h * D
+    store_rows(dk_ptr + target, dk0 * scale, left, grad_stride_n, 0, D0, D, BLOCK_N)
+    store_rows(dv_ptr + target, dv0, left, grad_stride_n, 0, D0, D, BLOCK_N)
     if D1 > 0:
-        store_rows(dk_ptr + target, dk1 * scale, left, out_stride_n, D0, D1, D, BLOCK_N)
-        store_rows(dv_ptr + target, dv1, left, out_stride_n, D0, D1, D, BLOCK_N)
+        store_rows(dk_ptr + target, dk1 * scale, left, grad_stride_n, D0, D1, D, BLOCK_N)
+        store_rows(dv_ptr + target, dv1, left, grad_stride_n, D0, D1, D, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -471,6 +474,7 @@ def attention_bwd_kernel(
     queries,
     keys,
     num_prefix,
+    grad_heads,
     plane,
     q_stride_b,
     q_stride_h,
@@ -512,6 +516,7 @@ def attention_bwd_kernel(
     some = rows < queries
     place = head.to(tl.int64) * queries + rows
     out_stride_n = heads.to(tl.int64) * D
+    grad_stride_n = grad_heads.to(tl.int64) * D
     q_stride_n = q_stride_n.to(tl.int64) * UNIT
     k_stride_n = k_stride_n.to(tl.int64) * UNIT
     v_stride_n = v_stride_n.to(tl.int64) * UNIT
@@ -555,19 +560,19 @@ def attention_bwd_kernel(
         )  # fmt: skip
         p = tl.trans(p.to(g0.dtype))
         ds = ds.to(q0.dtype)
-        target = (b * keys + start) * out_stride_n + h * D
+        target = (b * keys + start) * grad_stride_n + h * D
         dv0 = tl.dot(p, g0, input_precision=PRECISION)
-        store_rows(dv_ptr + target, dv0, left, out_stride_n, 0, D0, D, BLOCK_N)
+        store_rows(dv_ptr + target, dv0, left, grad_stride_n, 0, D0, D, BLOCK_N)
         dk0 = tl.dot(tl.trans(ds), q0, input_precision=PRECISION)
-        store_rows(dk_ptr + target, dk0 * scale, left, out_stride_n, 0, D0, D, BLOCK_N)
+        store_rows(dk_ptr + target, dk0 * scale, left, grad_stride_n, 0, D0, D, BLOCK_N)
         dq0 = tl.dot(ds, k0, dq0, input_precision=PRECISION)
         if D1 > 0:
             dv1 = tl.dot(p, g1, input_precision=PRECISION)
-            store_rows(dv_ptr + target, dv1, left, out_stride_n, D0, D1, D, BLOCK_N)
+            store_rows(dv_ptr + target, dv1, left, grad_stride_n, D0, D1, D, BLOCK_N)
             dk1 = tl.dot(tl.trans(ds), q1, input_precision=PRECISION)
-            store_rows(dk_ptr + target, dk1 * scale, left, out_stride_n, D0, D1, D, BLOCK_N)
+            store_rows(dk_ptr + target, dk1 * scale, left, grad_stride_n, D0, D1, D, BLOCK_N)
             dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
-    dq_head = dq_ptr + b * queries * out_stride_n + h * D
-    store_rows(dq_head, dq0 * scale, queries, out_stride_n, 0, D0, D, BLOCK_M)
+    dq_head = dq_ptr + b * queries * grad_stride_n + h * D
+    store_rows(dq_head, dq0 * scale, queries, grad_stride_n, 0, D0, D, BLOCK_M)
     if D1 > 0:
-        store_rows(dq_head, dq1 * scale, queries, out_stride_n, D0, D1, D, BLOCK_M)
+        store_rows(dq_head, dq1 * scale, queries, grad_stride_n, D0, D1, D, BLOCK_M)

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mimkernels.ops import _checks
+from mimkernels.ops._memo import by_signature
 from mimkernels.ops.fill_mask_tokens import reference
 from mimkernels.ops.fill_mask_tokens.spec import SPEC
 
@@ -29,6 +32,12 @@ def fill_mask_tokens(x: Tensor, mask: Tensor, mask_token: Tensor, *, backend: st
     Source: the mask-token substitution of SimMIM, arXiv:2111.09886, and BEiT, arXiv:2106.08254. A selection, where
     those multiply by 0 and 1: NaN under the mask does not spread.
     """
+    run, tensors, _ = _checked((x, mask, mask_token), backend)
+    return run(*tensors)
+
+
+@by_signature
+def _checked(x, mask, mask_token, backend):
     op = "fill_mask_tokens"
     _checks.has_rank(op, "x", x, 3)
     _checks.is_float(op, "x", x)
@@ -37,24 +46,25 @@ def fill_mask_tokens(x: Tensor, mask: Tensor, mask_token: Tensor, *, backend: st
     _checks.same_size(op, "mask_token", mask_token, 0, "x", x, 2)
     name = SPEC.resolve(backend, x.device.type, x.dtype)
     if name == "reference":
-        return reference.fill_mask_tokens(x, mask, mask_token)
-    arguments = (_checks.rows(x), mask, mask_token)
-    if _checks.needs_grad(x, mask_token):
-        return _FillMaskTokens.apply(*arguments, name)
-    return SPEC.overload("fill_mask_tokens_fwd", name)(*arguments)
+        run = reference.fill_mask_tokens
+    elif _checks.needs_grad(x, mask_token):
+        run = partial(_FillMaskTokens.apply, *SPEC.overloads(name))
+    else:
+        run = SPEC.overload("fill_mask_tokens_fwd", name)
+    return run, (_checks.rows(x), mask, mask_token), ()
 
 
 class _FillMaskTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, mask, mask_token, backend):
+    def forward(ctx, fwd, bwd, x, mask, mask_token):
         ctx.save_for_backward(mask)
-        ctx.backend = backend
-        return SPEC.overload("fill_mask_tokens_fwd", backend)(x, mask, mask_token)
+        ctx.bwd = bwd
+        return fwd(x, mask, mask_token)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         (mask,) = ctx.saved_tensors
-        need_x, _, need_token, _ = ctx.needs_input_grad
-        dx, dtoken = SPEC.overload("fill_mask_tokens_bwd", ctx.backend)(_checks.rows(grad), mask, need_x, need_token)
-        return dx if need_x else None, None, dtoken if need_token else None, None
+        _, _, need_x, _, need_token = ctx.needs_input_grad
+        dx, dtoken = ctx.bwd(_checks.rows(grad), mask, need_x, need_token)
+        return None, None, dx if need_x else None, None, dtoken if need_token else None

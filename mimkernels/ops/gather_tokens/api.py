@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mimkernels.ops import _checks
+from mimkernels.ops._memo import by_signature
 from mimkernels.ops.gather_tokens import reference
 from mimkernels.ops.gather_tokens.spec import SPEC
 
@@ -38,13 +41,17 @@ def gather_tokens(
 
     Source: the visible-token gather of MAE, arXiv:2111.06377.
     """
+    run, tensors, _ = _checked((x, ids, pos, prefix), backend)
+    return run(*tensors)
+
+
+@by_signature
+def _checked(x, ids, pos, prefix, backend):
     op = "gather_tokens"
     _checks.has_rank(op, "x", x, 3)
     _checks.is_float(op, "x", x)
     ids = _checks.token_ids(op, "ids", ids, (2, 3), "x", x)
-    if ids.dim() == 2:
-        ids = ids.unsqueeze(0)
-    _checks.same_size(op, "ids", ids, 1, "x", x, 0)
+    _checks.one_per_image(op, "ids", ids, "x", x)
     if pos is not None:
         pos = _checks.parameter(op, "pos", pos, 2, "x", x)
         _checks.same_size(op, "pos", pos, 0, "x", x, 1)
@@ -54,34 +61,27 @@ def gather_tokens(
         _checks.same_size(op, "prefix", prefix, 1, "x", x, 2)
     name = SPEC.resolve(backend, x.device.type, x.dtype)
     if name == "reference":
-        return reference.gather_tokens(x, ids, pos, prefix)
-    arguments = (_checks.rows(x), ids, pos, prefix)
-    if _checks.needs_grad(x, pos, prefix):
-        return _GatherTokens.apply(*arguments, name)
-    return SPEC.overload("gather_tokens_fwd", name)(*arguments)
+        run = reference.gather_tokens
+    elif _checks.needs_grad(x, pos, prefix):
+        run = partial(_GatherTokens.apply, *SPEC.overloads(name))
+    else:
+        run = SPEC.overload("gather_tokens_fwd", name)
+    return run, (_checks.rows(x), ids, pos, prefix), ()
 
 
 class _GatherTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, ids, pos, prefix, backend):
+    def forward(ctx, fwd, bwd, x, ids, pos, prefix):
         ctx.save_for_backward(ids)
-        ctx.backend = backend
+        ctx.bwd = bwd
         ctx.tokens = x.shape[1]
         ctx.num_prefix = 0 if prefix is None else prefix.shape[0]
-        return SPEC.overload("gather_tokens_fwd", backend)(x, ids, pos, prefix)
+        return fwd(x, ids, pos, prefix)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         (ids,) = ctx.saved_tensors
-        need_x, _, need_pos, need_prefix, _ = ctx.needs_input_grad
-        dx, dpos, dprefix = SPEC.overload("gather_tokens_bwd", ctx.backend)(
-            _checks.rows(grad), ids, ctx.tokens, ctx.num_prefix, need_x, need_pos, need_prefix
-        )
-        return (
-            dx if need_x else None,
-            None,
-            dpos if need_pos else None,
-            dprefix if need_prefix else None,
-            None,
-        )
+        _, _, need_x, _, need_pos, need_prefix = ctx.needs_input_grad
+        dx, dpos, dprefix = ctx.bwd(_checks.rows(grad), ids, ctx.tokens, ctx.num_prefix, need_x, need_pos, need_prefix)
+        return None, None, dx if need_x else None, None, dpos if need_pos else None, dprefix if need_prefix else None

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import math
+
 from mimkernels.ops._registry import ANY_FLOAT, Impl, OpSpec, register
 
 
 def _fwd(x, ids, pos, prefix):
-    masks, batch, keep = ids.shape
-    return x.new_empty((masks * batch, keep + (0 if prefix is None else prefix.shape[0]), x.shape[2]))
+    *masks, batch, keep = ids.shape
+    return x.new_empty((math.prod(masks) * batch, keep + (0 if prefix is None else prefix.shape[0]), x.shape[2]))
 
 
 def _bwd(grad, ids, tokens, num_prefix, need_x, need_pos, need_prefix):
-    batch, dim = ids.shape[1], grad.shape[2]
+    batch, dim = ids.shape[-2], grad.shape[2]
     return (
         grad.new_empty((batch, tokens, dim) if need_x else (0,)),
         grad.new_empty((tokens, dim) if need_pos else (0,)),

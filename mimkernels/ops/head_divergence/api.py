@@ -1,15 +1,14 @@
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mimkernels.ops import _checks
+from mimkernels.ops._memo import by_signature
 from mimkernels.ops.attention.api import checked_scores
 from mimkernels.ops.head_divergence import reference
 from mimkernels.ops.head_divergence.spec import SPEC
 
 
-@torch.no_grad()
 def head_divergence(
     q: Tensor,
     k: Tensor,
@@ -38,9 +37,15 @@ def head_divergence(
 
     Source: the head diversity of "Revealing the Dark Secrets of Masked Image Modeling", arXiv:2205.13543.
     """
+    run, tensors, options = _checked((q, k, lse, bias, key_mask), scale, backend)
+    return run(*tensors, *options)
+
+
+@by_signature
+def _checked(q, k, lse, bias, key_mask, scale, backend):
     lse, bias, key_mask, scale = checked_scores("head_divergence", q, k, lse, bias, key_mask, scale)
     name = SPEC.resolve(backend, q.device.type, q.dtype, head_dim=q.shape[3])
-    if name == "reference":
-        return reference.head_divergence(q, k, lse, bias, key_mask, scale)
-    op = SPEC.overload("head_divergence_fwd", name)
-    return op(_checks.rows(q), _checks.rows(k), lse, bias, key_mask, scale)
+    run = reference.head_divergence if name == "reference" else SPEC.overload("head_divergence_fwd", name)
+    tensors = (_checks.rows(q), _checks.rows(k), lse, bias, key_mask)
+    # Nothing here has a gradient.
+    return run, tuple(None if tensor is None else tensor.detach() for tensor in tensors), (scale,)

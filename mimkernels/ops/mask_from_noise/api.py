@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from mimkernels.ops import _checks, _token_mask
+from mimkernels.ops._memo import by_signature
 from mimkernels.ops._token_mask import TokenMask
 from mimkernels.ops.mask_from_noise import reference
 from mimkernels.ops.mask_from_noise.spec import SPEC
@@ -30,6 +31,12 @@ def mask_from_noise(noise: Tensor, keep: int, *, order: str = "shuffle", backend
 
     Source: random masking of MAE, arXiv:2111.06377.
     """
+    run, tensors, options = _checked((noise,), keep, order, backend)
+    return _token_mask.from_op(run(*tensors, *options), keep)
+
+
+@by_signature
+def _checked(noise, keep, order, backend):
     in_order = _checks.sorted_order("mask_from_noise", order)
     _checks.has_rank("mask_from_noise", "noise", noise, 2)
     _checks.is_float("mask_from_noise", "noise", noise)
@@ -38,6 +45,5 @@ def mask_from_noise(noise: Tensor, keep: int, *, order: str = "shuffle", backend
     if noise.dtype in (torch.float16, torch.bfloat16):  # exact, and keeps ties
         noise = noise.float()
     name = SPEC.resolve(backend, noise.device.type, noise.dtype, tokens=noise.shape[1])
-    if name == "reference":
-        return _token_mask.from_op(reference.mask_from_noise(noise, keep, in_order), keep)
-    return _token_mask.from_op(SPEC.overload("mask_from_noise_fwd", name)(noise, keep, in_order), keep)
+    run = reference.mask_from_noise if name == "reference" else SPEC.overload("mask_from_noise_fwd", name)
+    return run, (noise,), (keep, in_order)

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mimkernels.ops import _checks
+from mimkernels.ops._memo import by_signature
 from mimkernels.ops.masked_patch_loss import reference
 from mimkernels.ops.masked_patch_loss.spec import KINDS, SPEC
 
@@ -58,10 +60,17 @@ def masked_patch_loss(
 
     Source: ``forward_loss`` of MAE, arXiv:2111.06377; L1 as in SimMIM, arXiv:2111.09886.
     """
+    target = (patch_size, norm_pix, kind, beta, layout, mean, std, reduction)
+    run, tensors, options = _checked((pred, images, ids, mask), *target, backend)
+    return run(*tensors, *options)
+
+
+@by_signature
+def _checked(pred, images, ids, mask, patch_size, norm_pix, kind, beta, layout, mean, std, reduction, backend):
     op = "masked_patch_loss"
     _checks.has_rank(op, "pred", pred, 3)
     _checks.is_float(op, "pred", pred)
-    video = _checks.as_video(op, images)
+    _checks.is_images(op, images)
     _checks.same_device(op, "images", images, "pred", pred)
     patch = _checks.patch_sizes(op, patch_size, images)
     scale, shift = _checks.normalisation(op, images, mean, std)
@@ -72,7 +81,8 @@ def masked_patch_loss(
             f"{op}: pred {_checks.shape(pred)} has {pred.shape[2]} pixels per patch but {images.shape[1]} channels "
             f"of patch size {patch_size} have {pixels}"
         )
-    tokens = (video.shape[2] // patch[0]) * (video.shape[3] // patch[1]) * (video.shape[4] // patch[2])
+    frames = images.shape[2] if images.dim() == 5 else 1
+    tokens = (frames // patch[0]) * (images.shape[-2] // patch[1]) * (images.shape[-1] // patch[2])
     if (ids is None) == (mask is None):
         raise ValueError(f"{op}: give exactly one of ids and mask, got {'neither' if ids is None else 'both'}")
     if ids is not None:
@@ -94,37 +104,35 @@ def masked_patch_loss(
         raise ValueError(f"{op}: reduction must be 'mean' or 'none', got {reduction!r}")
     if kind == "smooth_l1" and beta <= 0:
         raise ValueError(f"{op}: beta must be positive, got {beta}")
-    target = (ids, mask, *patch, scale, shift, bool(norm_pix), KINDS.index(kind), float(beta))
-    target = (*target, layout == "channels_last", reduction == "mean")
+    options = (*patch, scale, shift, bool(norm_pix), KINDS.index(kind), float(beta))
+    options = (*options, layout == "channels_last", reduction == "mean")
     # A kernel takes no fp64 on either side.
     dtype = pred.dtype if images.dtype != torch.float64 else torch.float64
     name = SPEC.resolve(backend, pred.device.type, dtype)
     if name == "reference":
-        return reference.masked_patch_loss(pred, video.detach(), *target)
-    arguments = (_checks.rows(pred), video.detach(), *target)
-    if _checks.needs_grad(pred):
-        return _MaskedPatchLoss.apply(*arguments, name)
-    return SPEC.overload("masked_patch_loss_fwd", name)(*arguments)
+        run = reference.masked_patch_loss
+    elif _checks.needs_grad(pred):
+        run = partial(_MaskedPatchLoss.apply, *SPEC.overloads(name))
+    else:
+        run = SPEC.overload("masked_patch_loss_fwd", name)
+    return run, (_checks.rows(pred), _checks.rows(images.detach()), ids, mask), options
 
 
 class _MaskedPatchLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, pred, images, ids, mask, pt, ph, pw, scale, shift, norm_pix, kind, beta, layout, mean, backend):
+    def forward(ctx, fwd, bwd, pred, images, ids, mask, pt, ph, pw, scale, shift, *options):
         ctx.save_for_backward(pred, images, ids, mask, scale, shift)
         ctx.patch = (pt, ph, pw)
-        ctx.options = (norm_pix, kind, beta, layout, mean)
-        ctx.backend = backend
-        return SPEC.overload("masked_patch_loss_fwd", backend)(
-            pred, images, ids, mask, pt, ph, pw, scale, shift, *ctx.options
-        )
+        ctx.options = options
+        ctx.bwd = bwd
+        return fwd(pred, images, ids, mask, pt, ph, pw, scale, shift, *options)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         pred, images, ids, mask, scale, shift = ctx.saved_tensors
         dpred = None
-        if ctx.needs_input_grad[0]:
-            dpred = SPEC.overload("masked_patch_loss_bwd", ctx.backend)(
-                _checks.rows(grad), pred, images, ids, mask, *ctx.patch, scale, shift, *ctx.options
-            )
-        return dpred, *(None,) * 14
+        if ctx.needs_input_grad[2]:
+            target = (images, ids, mask, *ctx.patch, scale, shift, *ctx.options)
+            dpred = ctx.bwd(_checks.rows(grad), pred, *target)
+        return None, None, dpred, *(None,) * 13

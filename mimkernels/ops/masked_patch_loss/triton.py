@@ -337,6 +337,7 @@ def masked_patch_loss_fwd(
     channels_last: bool,
     mean: bool,
 ) -> Tensor:
+    images = _triton.as_video(images)
     batch, rows, pixels = pred.shape
     grid_h, grid_w, patches = _grid(images, ids, patch_t, patch_h, patch_w)
     loss = pred.new_empty((batch, rows), dtype=torch.float32)  # [B, L]
@@ -383,6 +384,7 @@ def masked_patch_loss_bwd(
     channels_last: bool,
     mean: bool,
 ) -> Tensor:
+    images = _triton.as_video(images)
     batch, rows, pixels = pred.shape
     grid_h, grid_w, patches = _grid(images, ids, patch_t, patch_h, patch_w)
     dpred = pred.new_empty(pred.shape)  # [B, L, E]

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mimkernels.ops import _checks
+from mimkernels.ops._memo import by_signature
 from mimkernels.ops._registry import ANY_FLOAT, FLOATS
 from mimkernels.ops.patchify_gather import reference
 from mimkernels.ops.patchify_gather.spec import SPEC
@@ -48,8 +50,14 @@ def patchify_gather(
 
     Source: the patch embedding of ViT, arXiv:2010.11929, on visible patches only.
     """
+    run, tensors, options = _checked((images, ids), patch_size, mean, std, dtype, backend)
+    return run(*tensors, *options)
+
+
+@by_signature
+def _checked(images, ids, patch_size, mean, std, dtype, backend):
     op = "patchify_gather"
-    video = _checks.as_video(op, images)
+    _checks.is_images(op, images)
     patch = _checks.patch_sizes(op, patch_size, images)
     scale, shift = _checks.normalisation(op, images, mean, std)
     if dtype is None:
@@ -58,35 +66,35 @@ def patchify_gather(
         raise TypeError(f"{op}: dtype must be floating point, got {dtype}")
     if ids is not None:
         ids = _checks.token_ids(op, "ids", ids, (2, 3), "images", images)
-        if ids.dim() == 2:
-            ids = ids.unsqueeze(0)
-        _checks.same_size(op, "ids", ids, 1, "images", images, 0)
+        _checks.one_per_image(op, "ids", ids, "images", images)
     # A kernel must take both dtypes; only the reference takes fp64.
     name = SPEC.resolve(backend, images.device.type, images.dtype if dtype in FLOATS else dtype)
     if name == "reference":
-        return reference.patchify_gather(video, ids, *patch, scale, shift, dtype)
-    if _checks.needs_grad(video):
-        return _PatchifyGather.apply(video, ids, patch, scale, shift, dtype, name)
-    return SPEC.overload("patchify_gather_fwd", name)(video, ids, *patch, scale, shift, dtype)
+        run = reference.patchify_gather
+    elif _checks.needs_grad(images):
+        run = partial(_PatchifyGather.apply, *SPEC.overloads(name))
+    else:
+        run = SPEC.overload("patchify_gather_fwd", name)
+    return run, (_checks.rows(images), ids), (*patch, scale, shift, dtype)
 
 
 class _PatchifyGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, images, ids, patch, scale, shift, dtype, backend):
+    def forward(ctx, fwd, bwd, images, ids, patch_t, patch_h, patch_w, scale, shift, dtype):
         ctx.save_for_backward(ids, scale)
-        ctx.backend = backend
-        ctx.patch = patch
+        ctx.bwd = bwd
+        ctx.patch = (patch_t, patch_h, patch_w)
         ctx.image_shape = images.shape
         ctx.image_dtype = images.dtype
-        return SPEC.overload("patchify_gather_fwd", backend)(images, ids, *patch, scale, shift, dtype)
+        return fwd(images, ids, *ctx.patch, scale, shift, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         ids, scale = ctx.saved_tensors
         images = None
-        if ctx.needs_input_grad[0]:
-            images = SPEC.overload("patchify_gather_bwd", ctx.backend)(
-                _checks.rows(grad), ids, *ctx.image_shape, *ctx.patch, scale, ctx.image_dtype
-            )
-        return images, None, None, None, None, None, None
+        if ctx.needs_input_grad[2]:
+            batch, channels, *frames, height, width = ctx.image_shape
+            size = (batch, channels, frames[0] if frames else 1, height, width)
+            images = ctx.bwd(_checks.rows(grad), ids, *size, *ctx.patch, scale, ctx.image_dtype).view(ctx.image_shape)
+        return None, None, images, *(None,) * 7

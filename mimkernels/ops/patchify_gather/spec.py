@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import math
+
 import torch
 
 from mimkernels.ops._registry import ANY_FLOAT, FLOATS, Impl, OpSpec, register
 
 
 def _fwd(images, ids, patch_t, patch_h, patch_w, scale, shift, dtype):
-    batch, channels, frames, height, width = images.shape
-    rows = (frames // patch_t) * (height // patch_h) * (width // patch_w)
+    batch, channels, *frames, height, width = images.shape
+    rows = (math.prod(frames) // patch_t) * (height // patch_h) * (width // patch_w)
     if ids is not None:
-        batch, rows = ids.shape[0] * ids.shape[1], ids.shape[2]
+        batch, rows = math.prod(ids.shape[:-1]), ids.shape[-1]
     return images.new_empty((batch, rows, channels * patch_t * patch_h * patch_w), dtype=dtype)
 
 

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mimkernels.ops import _checks, _pool
+from mimkernels.ops._memo import by_signature
 from mimkernels.ops.query_pool import reference
 from mimkernels.ops.query_pool.spec import SPEC
 
@@ -52,6 +55,13 @@ def query_pool(
     Source: AbMILP of depth 1 (arXiv:1802.04712, arXiv:2412.03215), attentive probes with a learned query (CAE, MAP),
     efficient probing (sliced values, arXiv:2506.10178).
     """
+    run, tensors, options = _checked((x, queries, values, mask), scale, num_prefix, sliced, backend)
+    out, weights = run(*tensors, *options)
+    return (out, weights) if return_weights else out
+
+
+@by_signature
+def _checked(x, queries, values, mask, scale, num_prefix, sliced, backend):
     op = "query_pool"
     mask = _pool.tokens_and_mask(op, x, num_prefix, mask)
     queries = _check_queries(op, queries, x)
@@ -64,24 +74,22 @@ def query_pool(
     scale = x.shape[2] ** -0.5 if scale is None else float(scale)
     name = SPEC.resolve(backend, x.device.type, x.dtype)
     if name == "reference":
-        out, weights = reference.query_pool(x, queries, values, mask, scale, num_prefix, sliced)
+        run = reference.query_pool
+    elif _checks.needs_grad(x, queries, values):
+        run = partial(_QueryPool.apply, *SPEC.overloads(name))
     else:
-        x, queries = _checks.rows(x), _checks.rows(queries)
-        values = None if values is None else _checks.rows(values)
-        arguments = (x, queries, values, mask, scale, num_prefix, sliced)
-        if _checks.needs_grad(x, queries, values):
-            out, weights = _QueryPool.apply(*arguments, name)
-        else:
-            out, weights = SPEC.overload("query_pool_fwd", name)(*arguments)
-    return (out, weights) if return_weights else out
+        run = SPEC.overload("query_pool_fwd", name)
+    values = None if values is None else _checks.rows(values)
+    return run, (_checks.rows(x), _checks.rows(queries), values, mask), (scale, num_prefix, sliced)
 
 
 class _QueryPool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, queries, values, mask, scale, num_prefix, sliced, backend):
-        out, weights = SPEC.overload("query_pool_fwd", backend)(x, queries, values, mask, scale, num_prefix, sliced)
+    def forward(ctx, fwd, bwd, x, queries, values, mask, scale, num_prefix, sliced):
+        out, weights = fwd(x, queries, values, mask, scale, num_prefix, sliced)
         ctx.save_for_backward(x, queries, values, weights, mask)
-        ctx.options = (scale, num_prefix, sliced, backend)
+        ctx.options = (scale, num_prefix, sliced)
+        ctx.bwd = bwd
         ctx.out_shape = out.shape
         ctx.set_materialize_grads(False)
         return out, weights
@@ -90,19 +98,18 @@ class _QueryPool(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout, dweights):
         x, queries, values, weights, mask = ctx.saved_tensors
-        scale, num_prefix, sliced, backend = ctx.options
-        need_x, need_queries, need_values = ctx.needs_input_grad[:3]
+        need_x, need_queries, need_values = ctx.needs_input_grad[2:5]
         dout = x.new_zeros(ctx.out_shape) if dout is None else _checks.rows(dout)
         dweights = None if dweights is None else _checks.rows(dweights)
-        dx, dqueries, dvalues = SPEC.overload("query_pool_bwd", backend)(
-            *(dout, dweights, x, queries, values, weights, mask, scale, num_prefix, sliced),
-            *(need_x, need_queries, need_values),
+        dx, dqueries, dvalues = ctx.bwd(
+            dout, dweights, x, queries, values, weights, mask, *ctx.options, need_x, need_queries, need_values
         )
         return (
+            *(None, None),
             dx if need_x else None,
             dqueries if need_queries else None,
             dvalues if need_values else None,
-            *(None,) * 5,
+            *(None,) * 4,
         )
 
 

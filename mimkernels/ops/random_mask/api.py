@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from mimkernels.ops import _checks, _token_mask
+from mimkernels.ops._memo import by_signature
 from mimkernels.ops._token_mask import TokenMask
 from mimkernels.ops.random_mask import reference
 from mimkernels.ops.random_mask.spec import SPEC
@@ -45,24 +46,31 @@ def random_mask(
 
     Source: random masking of MAE, arXiv:2111.06377; Philox of Salmon et al., SC 2011.
     """
-    in_order = _checks.sorted_order("random_mask", order)
-    _checks.keep_count("random_mask", keep, tokens)
-    step = None
-    if isinstance(offset, Tensor):
-        step, offset = offset, 0
-        if step.dim() != 0 or step.dtype != torch.int64:
-            raise ValueError(f"random_mask: an offset tensor must be 0-d int64, got {_checks.shape(step)} {step.dtype}")
-        device = step.device if device is None else device
-    device = torch.get_default_device() if device is None else torch.device(device)
-    if step is not None and step.device.type != device.type:
-        raise ValueError(f"random_mask: offset is on {step.device} but device is {device}")
-    for name, value in (("batch", batch), ("seed", seed), ("offset", offset)):
+    step, offset = (offset, 0) if isinstance(offset, Tensor) else (None, offset)
+    if device is None:
+        device = torch.get_default_device() if step is None else step.device
+    run, (step,), options = _checked((step,), batch, tokens, keep, order, device, backend)
+    # These change from call to call.
+    for name, value in (("seed", seed), ("offset", offset)):
         if value < 0:
             raise ValueError(f"random_mask: {name} must not be negative, got {value}")
     if seed >= 2**63:
         raise ValueError(f"random_mask: seed must be below 2^63, got {seed}")
+    return _token_mask.from_op(run(seed, offset, step, *options), keep)
+
+
+@by_signature
+def _checked(step, batch, tokens, keep, order, device, backend):
+    in_order = _checks.sorted_order("random_mask", order)
+    _checks.keep_count("random_mask", keep, tokens)
+    device = torch.device(device)
+    if step is not None:
+        if step.dim() != 0 or step.dtype != torch.int64:
+            raise ValueError(f"random_mask: an offset tensor must be 0-d int64, got {_checks.shape(step)} {step.dtype}")
+        if step.device.type != device.type:
+            raise ValueError(f"random_mask: offset is on {step.device} but device is {device}")
+    if batch < 0:
+        raise ValueError(f"random_mask: batch must not be negative, got {batch}")
     name = SPEC.resolve(backend, device.type, torch.float32, tokens=tokens)
-    arguments = (seed, offset, step, batch, tokens, keep, in_order, device)
-    if name == "reference":
-        return _token_mask.from_op(reference.random_mask(*arguments), keep)
-    return _token_mask.from_op(SPEC.overload("random_mask_fwd", name)(*arguments), keep)
+    run = reference.random_mask if name == "reference" else SPEC.overload("random_mask_fwd", name)
+    return run, (step,), (batch, tokens, keep, in_order, device)

@@ -1,15 +1,14 @@
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mimkernels.ops import _checks
+from mimkernels.ops._memo import by_signature
 from mimkernels.ops.attention.api import checked_scores
 from mimkernels.ops.received_attention import reference
 from mimkernels.ops.received_attention.spec import SPEC
 
 
-@torch.no_grad()
 def received_attention(
     q: Tensor,
     k: Tensor,
@@ -39,9 +38,15 @@ def received_attention(
 
     Source: column means of the attention matrix, as in NMI (arXiv:2305.00729) and AttMask (arXiv:2203.12719).
     """
+    run, tensors, options = _checked((q, k, lse, bias, key_mask), scale, backend)
+    return run(*tensors, *options)
+
+
+@by_signature
+def _checked(q, k, lse, bias, key_mask, scale, backend):
     lse, bias, key_mask, scale = checked_scores("received_attention", q, k, lse, bias, key_mask, scale)
     name = SPEC.resolve(backend, q.device.type, q.dtype, head_dim=q.shape[3])
-    if name == "reference":
-        return reference.received_attention(q, k, lse, bias, key_mask, scale)
-    op = SPEC.overload("received_attention_fwd", name)
-    return op(_checks.rows(q), _checks.rows(k), lse, bias, key_mask, scale)
+    run = reference.received_attention if name == "reference" else SPEC.overload("received_attention_fwd", name)
+    tensors = (_checks.rows(q), _checks.rows(k), lse, bias, key_mask)
+    # Nothing here has a gradient.
+    return run, tuple(None if tensor is None else tensor.detach() for tensor in tensors), (scale,)

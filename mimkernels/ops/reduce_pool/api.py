@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mimkernels.ops import _checks, _pool
+from mimkernels.ops._memo import by_signature
 from mimkernels.ops.reduce_pool import reference
 from mimkernels.ops.reduce_pool.spec import KINDS, SPEC
 
@@ -42,52 +45,66 @@ def reduce_pool(
 
     Source: GeM, arXiv:1711.02512.
     """
+    power, number = (p, None) if isinstance(p, Tensor) else (None, p)
+    run, (x, mask, power), (kind, num_prefix, made, eps) = _checked(
+        (x, mask, power), kind, num_prefix, number, eps, backend
+    )
+    return run(x, mask, kind, num_prefix, power if made is None else made, eps)
+
+
+@by_signature
+def _checked(x, mask, p, kind, num_prefix, number, eps, backend):
     op = "reduce_pool"
     mask = _pool.tokens_and_mask(op, x, num_prefix, mask)
     if kind not in KINDS:
         raise ValueError(f"{op}: kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    exponent = None
-    if kind == "gem":
-        if eps <= 0:
-            raise ValueError(f"{op}: eps must be positive, got {eps}")
-        exponent = _exponent(op, p, x)
+    made = None  # the exponent, where it is a number
+    if kind != "gem":
+        p = None
+    elif eps <= 0:
+        raise ValueError(f"{op}: eps must be positive, got {eps}")
+    elif p is not None:
+        p = _exponent(op, p, x)
+    elif number <= 0:
+        raise ValueError(f"{op}: p must be positive, got {number}")
+    else:
+        made = torch.full((1,), float(number), dtype=_pool.wide(x), device=x.device)
     name = SPEC.resolve(backend, x.device.type, x.dtype)
     if name == "reference":
-        return reference.reduce_pool(x, kind, mask, num_prefix, exponent, eps)
-    arguments = (_checks.rows(x), mask, KINDS.index(kind), num_prefix, exponent, eps)
-    if _checks.needs_grad(x, exponent):
-        return _ReducePool.apply(*arguments, name)
-    return SPEC.overload("reduce_pool_fwd", name)(*arguments)[0]
+        run = reference.reduce_pool
+    elif _checks.needs_grad(x, p):
+        run = partial(_ReducePool.apply, *SPEC.overloads(name))
+    else:
+        run = partial(_first, SPEC.overload("reduce_pool_fwd", name))
+    return run, (_checks.rows(x), mask, p), (KINDS.index(kind), num_prefix, made, eps)
+
+
+def _first(fwd, *arguments):
+    return fwd(*arguments)[0]
 
 
 class _ReducePool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, mask, kind, num_prefix, p, eps, backend):
-        out, saved = SPEC.overload("reduce_pool_fwd", backend)(x, mask, kind, num_prefix, p, eps)
+    def forward(ctx, fwd, bwd, x, mask, kind, num_prefix, p, eps):
+        out, saved = fwd(x, mask, kind, num_prefix, p, eps)
         # Only the gradient of GeM looks at the tokens again.
         ctx.save_for_backward(x if p is not None else None, saved, mask, p)
         ctx.options = (kind, x.shape[1], num_prefix)
         ctx.eps = eps
-        ctx.backend = backend
+        ctx.bwd = bwd
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
         x, saved, mask, p = ctx.saved_tensors
-        need_x, need_p = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
-        dx, dp = SPEC.overload("reduce_pool_bwd", ctx.backend)(
-            _checks.rows(dout), x, saved, mask, *ctx.options, p, ctx.eps, need_x, need_p
-        )
-        return dx if need_x else None, None, None, None, dp if need_p else None, None, None
+        _, _, need_x, _, _, _, need_p, _ = ctx.needs_input_grad
+        dx, dp = ctx.bwd(_checks.rows(dout), x, saved, mask, *ctx.options, p, ctx.eps, need_x, need_p)
+        return None, None, dx if need_x else None, None, None, None, dp if need_p else None, None
 
 
-def _exponent(op: str, p: float | Tensor, x: Tensor) -> Tensor:
-    """The exponent as one element ``[1]`` on the device of ``x``, fp32 or fp64."""
-    if not isinstance(p, Tensor):
-        if p <= 0:
-            raise ValueError(f"{op}: p must be positive, got {p}")
-        return torch.full((1,), float(p), dtype=_pool.wide(x), device=x.device)
+def _exponent(op: str, p: Tensor, x: Tensor) -> Tensor:
+    """The exponent as one element ``[1]``, fp32 or fp64."""
     _checks.is_float(op, "p", p)
     _checks.same_device(op, "p", p, "x", x)
     if p.numel() != 1:

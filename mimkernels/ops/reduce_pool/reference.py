@@ -4,21 +4,22 @@ import torch
 from torch import Tensor
 
 from mimkernels.ops import _pool
+from mimkernels.ops.reduce_pool.spec import KINDS
 
 
-def reduce_pool(x: Tensor, kind: str, mask: Tensor | None, num_prefix: int, p: Tensor | None, eps: float) -> Tensor:
+def reduce_pool(x: Tensor, mask: Tensor | None, kind: int, num_prefix: int, p: Tensor | None, eps: float) -> Tensor:
     allowed = _pool.allowed_tokens(x, num_prefix, mask)
     if allowed is None:
         allowed = torch.ones((1, x.shape[1]), dtype=torch.bool, device=x.device)
     count = allowed.sum(1, keepdim=True)  # [B or 1, 1]
     nothing = count == 0
-    if kind == "max":
+    if KINDS[kind] == "max":
         if x.shape[1] == 0:
             return x.new_zeros((x.shape[0], x.shape[2]))
         # torch.max, not amax: of equal maxima the first token gets the gradient.
         return x.masked_fill(~allowed[..., None], float("-inf")).max(1).values.masked_fill(nothing, 0.0)
     count = count.clamp(min=1)
-    if kind == "mean":
+    if KINDS[kind] == "mean":
         return (_pool.without_excluded(x, allowed).sum(1, dtype=_pool.wide(x)) / count).to(x.dtype)
     x = _pool.without_excluded(x, allowed)
     powers = x.to(_pool.wide(x)).clamp(min=eps).pow(p)

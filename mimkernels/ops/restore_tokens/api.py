@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mimkernels.ops import _checks
+from mimkernels.ops._memo import by_signature
 from mimkernels.ops.restore_tokens import reference
 from mimkernels.ops.restore_tokens.spec import SPEC
 
@@ -40,6 +43,12 @@ def restore_tokens(
 
     Source: the decoder input of MAE, arXiv:2111.06377.
     """
+    run, tensors, options = _checked((x, ids_restore, mask_token, pos), num_prefix, backend)
+    return run(*tensors, *options)
+
+
+@by_signature
+def _checked(x, ids_restore, mask_token, pos, num_prefix, backend):
     op = "restore_tokens"
     _checks.has_rank(op, "x", x, 3)
     _checks.is_float(op, "x", x)
@@ -65,35 +74,36 @@ def restore_tokens(
         _checks.same_size(op, "pos", pos, 1, "x", x, 2)
     name = SPEC.resolve(backend, x.device.type, x.dtype)
     if name == "reference":
-        return reference.restore_tokens(x, ids_restore, mask_token, pos, num_prefix)
-    arguments = (_checks.rows(x), ids_restore, mask_token, pos, num_prefix)
-    if _checks.needs_grad(x, mask_token, pos):
-        return _RestoreTokens.apply(*arguments, name)
-    return SPEC.overload("restore_tokens_fwd", name)(*arguments)
+        run = reference.restore_tokens
+    elif _checks.needs_grad(x, mask_token, pos):
+        run = partial(_RestoreTokens.apply, *SPEC.overloads(name))
+    else:
+        run = SPEC.overload("restore_tokens_fwd", name)
+    return run, (_checks.rows(x), ids_restore, mask_token, pos), (num_prefix,)
 
 
 class _RestoreTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, ids_restore, mask_token, pos, num_prefix, backend):
+    def forward(ctx, fwd, bwd, x, ids_restore, mask_token, pos, num_prefix):
         ctx.save_for_backward(ids_restore)
-        ctx.backend = backend
+        ctx.bwd = bwd
         ctx.kept = x.shape[1] - num_prefix
         ctx.num_prefix = num_prefix
-        return SPEC.overload("restore_tokens_fwd", backend)(x, ids_restore, mask_token, pos, num_prefix)
+        return fwd(x, ids_restore, mask_token, pos, num_prefix)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         (ids_restore,) = ctx.saved_tensors
-        need_x, _, need_token, need_pos, _, _ = ctx.needs_input_grad
-        dx, dtoken, dpos = SPEC.overload("restore_tokens_bwd", ctx.backend)(
+        _, _, need_x, _, need_token, need_pos, _ = ctx.needs_input_grad
+        dx, dtoken, dpos = ctx.bwd(
             _checks.rows(grad), ids_restore, ctx.kept, ctx.num_prefix, need_x, need_token, need_pos
         )
         return (
+            *(None, None),
             dx if need_x else None,
             None,
             dtoken if need_token else None,
             dpos if need_pos else None,
-            None,
             None,
         )

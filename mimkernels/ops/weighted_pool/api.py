@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mimkernels.ops import _checks, _pool
+from mimkernels.ops._memo import by_signature
 from mimkernels.ops.weighted_pool import reference
 from mimkernels.ops.weighted_pool.spec import SPEC
 
@@ -44,6 +47,13 @@ def weighted_pool(
 
     Source: attention-based multiple instance learning, arXiv:1802.04712; poolings of arXiv:2412.03215.
     """
+    run, tensors, options = _checked((x, scores, mask), normalize, num_prefix, backend)
+    out, weights = run(*tensors, *options)
+    return (out, weights) if return_weights else out
+
+
+@by_signature
+def _checked(x, scores, mask, normalize, num_prefix, backend):
     op = "weighted_pool"
     mask = _pool.tokens_and_mask(op, x, num_prefix, mask)
     _checks.has_rank(op, "scores", scores, 2, 3)
@@ -51,31 +61,24 @@ def weighted_pool(
     _checks.same_device(op, "scores", scores, "x", x)
     _checks.same_size(op, "scores", scores, 0, "x", x, 0)
     _checks.same_size(op, "scores", scores, scores.dim() - 1, "x", x, 1)
-    one = scores.dim() == 2
-    if one:
-        scores = scores.unsqueeze(1)
     scores = scores.to(_pool.wide(x))
     name = SPEC.resolve(backend, x.device.type, x.dtype)
     if name == "reference":
-        out, weights = reference.weighted_pool(x, scores, mask, normalize, num_prefix)
+        run = reference.weighted_pool
+    elif _checks.needs_grad(x, scores):
+        run = partial(_WeightedPool.apply, *SPEC.overloads(name))
     else:
-        arguments = (_checks.rows(x), _checks.rows(scores), mask, normalize, num_prefix)
-        if _checks.needs_grad(x, scores):
-            out, weights = _WeightedPool.apply(*arguments, name)
-        else:
-            out, weights = SPEC.overload("weighted_pool_fwd", name)(*arguments)
-    if one:
-        out, weights = out.squeeze(1), weights.squeeze(1)
-    return (out, weights) if return_weights else out
+        run = SPEC.overload("weighted_pool_fwd", name)
+    return run, (_checks.rows(x), _checks.rows(scores), mask), (normalize, num_prefix)
 
 
 class _WeightedPool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scores, mask, normalize, num_prefix, backend):
-        out, weights = SPEC.overload("weighted_pool_fwd", backend)(x, scores, mask, normalize, num_prefix)
+    def forward(ctx, fwd, bwd, x, scores, mask, normalize, num_prefix):
+        out, weights = fwd(x, scores, mask, normalize, num_prefix)
         ctx.save_for_backward(x, weights, mask)
         ctx.options = (normalize, num_prefix)
-        ctx.backend = backend
+        ctx.bwd = bwd
         ctx.set_materialize_grads(False)
         return out, weights
 
@@ -83,10 +86,8 @@ class _WeightedPool(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout, dweights):
         x, weights, mask = ctx.saved_tensors
-        need_x, need_scores = ctx.needs_input_grad[:2]
-        dout = x.new_zeros((*weights.shape[:2], x.shape[2])) if dout is None else _checks.rows(dout)
+        need_x, need_scores = ctx.needs_input_grad[2:4]
+        dout = x.new_zeros((*weights.shape[:-1], x.shape[2])) if dout is None else _checks.rows(dout)
         dweights = None if dweights is None else _checks.rows(dweights)
-        dx, dscores = SPEC.overload("weighted_pool_bwd", ctx.backend)(
-            dout, dweights, x, weights, mask, *ctx.options, need_x, need_scores
-        )
-        return dx if need_x else None, dscores if need_scores else None, *(None,) * 4
+        dx, dscores = ctx.bwd(dout, dweights, x, weights, mask, *ctx.options, need_x, need_scores)
+        return None, None, dx if need_x else None, dscores if need_scores else None, *(None,) * 3

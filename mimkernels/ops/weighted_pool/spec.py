@@ -6,11 +6,7 @@ from mimkernels.ops._registry import ANY_FLOAT, Impl, OpSpec, register
 
 
 def _fwd(x, scores, mask, normalize, num_prefix):
-    batch, groups, tokens = scores.shape
-    return (
-        x.new_empty((batch, groups, x.shape[2])),
-        x.new_empty((batch, groups, tokens), dtype=torch.float32),
-    )
+    return x.new_empty((*scores.shape[:-1], x.shape[2])), x.new_empty(scores.shape, dtype=torch.float32)
 
 
 def _bwd(dout, dweights, x, weights, mask, normalize, num_prefix, need_x, need_scores):

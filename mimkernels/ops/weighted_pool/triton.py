@@ -11,6 +11,9 @@ from mimkernels.ops import _triton_pool
 def weighted_pool_fwd(
     x: Tensor, scores: Tensor, mask: Tensor | None, normalize: bool, num_prefix: int
 ) -> tuple[Tensor, Tensor]:
+    if scores.dim() == 2:
+        out, weights = weighted_pool_fwd(x, scores.unsqueeze(1), mask, normalize, num_prefix)
+        return out.squeeze(1), weights.squeeze(1)
     out = x.new_empty((*scores.shape[:2], x.shape[2]))
     weights = torch.empty_like(scores, memory_format=torch.contiguous_format)
     if weights.numel() == 0:
@@ -32,6 +35,11 @@ def weighted_pool_bwd(
     need_x: bool,
     need_scores: bool,
 ) -> tuple[Tensor, Tensor]:
+    if weights.dim() == 2:
+        dweights = None if dweights is None else dweights.unsqueeze(1)
+        gradients = (dout.unsqueeze(1), dweights, x, weights.unsqueeze(1), mask)
+        dx, dscores = weighted_pool_bwd(*gradients, normalize, num_prefix, need_x, need_scores)
+        return dx, dscores.squeeze(1) if need_scores else dscores
     dx = x.new_empty(x.shape if need_x else (0,))
     dscores = x.new_empty((0,), dtype=torch.float32)
     if weights.numel() == 0:

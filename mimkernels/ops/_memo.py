@@ -1,0 +1,125 @@
+"""What was checked once is not checked again.
+
+Whether an op takes its inputs, what runs and with which other arguments depends on the signature of the call alone:
+shape, dtype, device, layout and requires_grad of each tensor, and the value of each option. (The values in tensors are
+the kernels' business.) A signature that passed is remembered with what the checks came to, and the next call of it goes
+straight to the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial, wraps
+from operator import methodcaller
+
+import torch
+from torch import Tensor, nn
+
+from mimkernels.ops import _registry
+from mimkernels.ops._checks import rows
+
+MOST = 4096  # signatures kept of one op; then it starts anew
+
+_PLAIN = (Tensor, nn.Parameter)
+# Options of other types are looked at in every call: they may change, or hold tensors.
+_FIXED = {bool, int, float, str, tuple, list, type(None), torch.dtype, torch.device}
+
+
+def by_signature(checked: Callable) -> Callable:
+    """``checked(*tensors, *options)`` as a function of ``(tensors, *options)`` that looks at each signature once.
+
+    ``checked`` raises what the op refuses, and returns what runs, the tensors as it takes them, and the arguments after
+    those. All it looks at is the signature and the backend in force. The tensors it returns are its own in the same
+    order, each perhaps left out (None), detached, in another dtype, with contiguous rows, or with dims of size 1 added
+    or removed: these steps are remembered too. While torch.compile traces, for subclasses of tensors (such as fake
+    ones) and for symbolic sizes, nothing is looked up or remembered.
+    """
+    known: dict[tuple, tuple] = {}
+
+    @wraps(checked)
+    def recall(tensors: tuple[Tensor | None, ...], *options) -> tuple[Callable, tuple, tuple]:
+        if torch.compiler.is_compiling():
+            return checked(*tensors, *options)
+        try:
+            signature = _signature(tensors, options)
+            found = known.get(signature)
+        except (TypeError, RuntimeError):  # not hashable, or a layout without sizes or strides
+            signature = found = None
+        if found is not None:
+            run, steps, constants = found
+            return run, tensors if steps is None else tuple(map(_take, tensors, steps)), constants
+        run, ready, constants = checked(*tensors, *options)
+        if signature is not None and _FIXED.issuperset(signature[0]) and all(map(_lasts, constants)):
+            steps = tuple(map(_steps, tensors, ready))
+            if len(known) >= MOST:
+                known.clear()
+            known[signature] = run, steps if any(steps) else None, constants
+        return run, ready, constants
+
+    recall.known = known
+    return recall
+
+
+def _signature(tensors: tuple, options: tuple) -> tuple | None:
+    """All that the checks look at; None where a tensor is of a subclass."""
+    types = tuple(map(type, options))
+    if list in types:
+        options = tuple(tuple(option) if type(option) is list else option for option in options)
+    if list in types or tuple in types:
+        types += tuple(type(value) for option in options if type(option) is tuple for value in option)
+    # The types, because True, 1 and 1.0 are equal.
+    signature = [types, options, _registry.forced, torch.is_grad_enabled(), torch.is_inference_mode_enabled()]
+    for tensor in tensors:
+        if type(tensor) in _PLAIN:
+            signature += (
+                tensor.shape,
+                tensor.dtype,
+                tensor.is_cpu or tensor.device,
+                tensor.is_contiguous() or tensor.stride()[-1],
+                tensor.requires_grad,
+            )
+        elif tensor is None:
+            signature.append(None)
+        else:
+            return None
+    return tuple(signature)
+
+
+def _steps(given: Tensor | None, ready: Tensor | None) -> tuple[Callable[[Tensor], Tensor], ...]:
+    """What turns the given tensor, and every other of its signature, into the ready one."""
+    if ready is given:
+        return ()
+    if ready is None:
+        return (_drop,)
+    steps = []
+    if given.requires_grad and not ready.requires_grad:
+        steps.append(Tensor.detach)
+    if ready.dtype != given.dtype:
+        steps.append(partial(torch.ne, other=0) if ready.dtype == torch.bool else methodcaller("to", ready.dtype))
+    if rows(given) is not given:
+        steps.append(Tensor.contiguous)
+    if ready.shape != given.shape:
+        steps.append(methodcaller("view", *ready.shape))
+    return tuple(steps)
+
+
+def _drop(tensor: Tensor) -> None:
+    return None
+
+
+def _take(tensor: Tensor | None, steps: tuple[Callable[[Tensor], Tensor], ...]) -> Tensor | None:
+    for step in steps:
+        tensor = step(tensor)
+    return tensor
+
+
+def _lasts(constant: object) -> bool:
+    """Whether a constant may be used again: a tensor only if it is filled, and of no transform such as vmap."""
+    if not isinstance(constant, Tensor):
+        return True
+    if type(constant) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(constant):
+        return False
+    if constant.is_cuda and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.current_stream(constant.device).synchronize()  # so that any stream may read it
+        return True
+    return constant.is_cpu
