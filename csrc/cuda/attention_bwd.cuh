@@ -100,6 +100,7 @@ __device__ __forceinline__ void visit_side(const AttentionBwdParams& p, const St
   };
   load_strip(strip0, kStride, kChunks, own0, heads, place, own_tokens, dim, own0_aligned);
   load_strip(strip1, kStride, kChunks, own1, heads, place, own_tokens, dim, own1_aligned);
+  copy_async_commit();  // with no token on the other side, no tile would
 
   float acc0[DIM / 8][4] = {};             // dQ, or dK
   float acc1[KEYS ? DIM / 8 : 2][4] = {};  // dV
