@@ -142,24 +142,6 @@ MIMKERNELS_INLINE Pack<N> fused(const Pack<N>& a, const Pack<N>& b, Pack<N> c) {
   return c;
 }
 
-template <int N, bool kWhole, typename T>
-MIMKERNELS_INLINE Pack<N> load_columns(const T* src, int64_t n) {
-  if constexpr (kWhole) {
-    return load<N>(src);
-  } else {
-    return load_some<N>(src, n);
-  }
-}
-
-template <int N, bool kWhole, bool kStream, typename T>
-MIMKERNELS_INLINE void store_columns(T* dst, const Pack<N>& value, int64_t n) {
-  if constexpr (kWhole) {
-    put<kStream>(dst, value);
-  } else {
-    store_some<N>(dst, value, n);
-  }
-}
-
 template <int kSize, bool kIsWhole>
 struct Columns {
   static constexpr int size = kSize;
