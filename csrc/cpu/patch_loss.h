@@ -5,36 +5,26 @@
 
 namespace mimkernels::MIMKERNELS_ISA {
 
-// The lines of the next patch and of its predictions, asked for one by one between the steps of the
-// work on this patch: all at once, they would be waited for.
+// The lines of the next patch's pixels, asked for one by one between the steps of the work on this
+// one: all at once, they would be waited for.
 class UpcomingLines {
  public:
-  void open(const char* pixels, const int64_t* places, int64_t lines, const void* row,
-            int64_t row_bytes) {
+  void open(const char* pixels, const int64_t* places, int64_t lines) {
     pixels_ = pixels;
     place_ = places;
     end_ = places + lines;
-    row_ = static_cast<const char*>(row);
-    row_end_ = row_ + row_bytes;
   }
   MIMKERNELS_INLINE void ask() {
-    if (place_ < end_) {
-      prefetch(pixels_ + *place_++);
-    } else if (row_ < row_end_) {
-      prefetch(row_);
-      row_ += 64;
-    }
+    if (place_ < end_) prefetch(pixels_ + *place_++);
   }
   MIMKERNELS_INLINE void ask_all() {
-    while (row_ < row_end_) ask();
+    while (place_ < end_) ask();
   }
 
  private:
   const char* pixels_ = nullptr;
   const int64_t* place_ = nullptr;
   const int64_t* end_ = nullptr;
-  const char* row_ = nullptr;
-  const char* row_end_ = nullptr;
 };
 
 // Three runs of 16 pixels become 48 interleaved ones: r g b r g b ... First within each four
@@ -118,20 +108,24 @@ class TargetReader {
   // `whole` is true; `sum` counts 0, 1, 2, 0, ...
   template <typename T, typename Body>
   MIMKERNELS_INLINE void visit(int64_t i, int64_t next, const Body& body) {
+    const int64_t place = i == next_ ? next_place_ : place_of(i);
+    next_ = next;
     if (next >= 0) {
-      upcoming_.open(static_cast<const char*>(p_.images.data) + pixel_bytes_ * place_of(next),
-                     places_.get(), lines_, row_at<T>(p_.pred, next / p_.length, next % p_.length),
-                     layout_.elements * static_cast<int64_t>(sizeof(T)));
+      next_place_ = place_of(next);
+      upcoming_.open(static_cast<const char*>(p_.images.data) + pixel_bytes_ * next_place_,
+                     places_.get(), lines_);
     }
-    read(i);
+    const int64_t row = next < 0 ? i : next;
+    const T* const next_pred = row_at<T>(p_.pred, row / p_.length, row % p_.length);
+    read(place);
     const Normal normal = p_.norm_pix ? statistics() : Normal{};
     const int64_t n = layout_.elements;
     const int64_t channels = p_.channels_last ? p_.grid.channels : 1;
     if (channels == 3) {
-      visit_three(normal, body);
+      visit_three(normal, next_pred, body);
     } else {
       if (channels > 1) interleave(channels);
-      visit_row(channels > 1 ? tile_.get() : planes_.get(), 0, n, normal, body);
+      visit_row(channels > 1 ? tile_.get() : planes_.get(), 0, n, normal, next_pred, body);
     }
     upcoming_.ask_all();
   }
@@ -161,26 +155,27 @@ class TargetReader {
     }
   }
 
-  void read(int64_t i) {
+  void read(int64_t place) {
     switch (p_.images.dtype) {
       case DType::kFloat32:
-        return read_as<float>(i);
+        return read_as<float>(place);
       case DType::kBFloat16:
-        return read_as<bf16>(i);
+        return read_as<bf16>(place);
       case DType::kFloat16:
-        return read_as<fp16>(i);
+        return read_as<fp16>(place);
       case DType::kUInt8:
-        return read_as<uint8_t>(i);
+        return read_as<uint8_t>(place);
     }
   }
 
   // Planes first, as they lie in memory.
   template <typename Src>
-  __attribute__((noinline)) void read_as(int64_t i) {
-    const Src* patch = static_cast<const Src*>(p_.images.data) + place_of(i);
+  __attribute__((noinline)) void read_as(int64_t place) {
+    const Src* patch = static_cast<const Src*>(p_.images.data) + place;
     UpcomingLines upcoming = upcoming_;
+    bool asks = false;  // at every other run: the rest is for statistics()
     read_patch<false>(planes_.get(), patch, p_.images, p_.grid,
-                      [&](int64_t) MIMKERNELS_LAMBDA_INLINE { upcoming.ask(); });
+                      [&](int64_t) MIMKERNELS_LAMBDA_INLINE { if (asks) upcoming.ask(); asks = !asks || !p_.norm_pix; });
     upcoming_ = upcoming;
   }
 
@@ -204,7 +199,6 @@ class TargetReader {
     Pack16 sums[2] = {zero, zero};
     int64_t i = 0;
     for (; i + 32 <= n; i += 32) {
-      if (i % 64 == 0) upcoming.ask();
       sums[0] = sums[0] + load<16>(planes + i);
       sums[1] = sums[1] + load<16>(planes + i + 16);
     }
@@ -240,14 +234,12 @@ class TargetReader {
     }
   }
 
-  template <typename Body>
-  MIMKERNELS_INLINE void visit_three(const Normal& normal, const Body& body) {
+  template <typename T, typename Body>
+  MIMKERNELS_INLINE void visit_three(const Normal& normal, const T* next_pred, const Body& body) {
     const int64_t n = layout_.elements / 3;
     const float* planes = planes_.get();
     int64_t i = 0;
     for (; i + 16 <= n; i += 16) {
-      upcoming_.ask();
-      upcoming_.ask();
       Pack16 runs[3];
       MIMKERNELS_UNROLL
       for (int c = 0; c < 3; ++c) runs[c] = normal(load<16>(planes + c * n + i));
@@ -255,23 +247,23 @@ class TargetReader {
       interleave_three(runs, target);
       MIMKERNELS_UNROLL
       for (int s = 0; s < kSums; ++s) {
+        prefetch(next_pred + 3 * i + 16 * s);
         body(3 * i + 16 * s, target[s], s, std::true_type{}, int64_t{16});
       }
     }
     if (i == n) return;
     interleave(3, i);
-    visit_row(tile_.get(), 3 * i, layout_.elements, normal, body);
+    visit_row(tile_.get(), 3 * i, layout_.elements, normal, next_pred, body);
   }
 
   // Elements [first, end) of a row that is in order; first % kStep == 0.
-  template <typename Body>
-  MIMKERNELS_INLINE void visit_row(const float* row, int64_t first, int64_t end, const Normal& normal, const Body& body) {
+  template <typename T, typename Body>
+  MIMKERNELS_INLINE void visit_row(const float* row, int64_t first, int64_t end, const Normal& normal, const T* next_pred, const Body& body) {
     int64_t i = first;
     for (; i + kStep <= end; i += kStep) {
-      upcoming_.ask();
-      upcoming_.ask();
       MIMKERNELS_UNROLL
       for (int s = 0; s < kSums; ++s) {
+        prefetch(next_pred + i + 16 * s);
         const Pack16 target = normal(load<16>(row + i + 16 * s));
         body(i + 16 * s, target, s, std::true_type{}, int64_t{16});
       }
@@ -291,6 +283,8 @@ class TargetReader {
   Scratch<float> tile_;
   Scratch<int64_t> places_;  // of the lines of a patch, in bytes after its first pixel
   UpcomingLines upcoming_;
+  int64_t next_ = -1;  // the patch that was asked for, and its place
+  int64_t next_place_ = 0;
 };
 
 MIMKERNELS_INLINE bool counts(const MaskedPatchLossParams& p, int64_t i) {
