@@ -38,14 +38,14 @@ bool grad_range(const MaskedPatchLossParams& p, float mean_grad, int64_t begin, 
         const float* grads = p.grad + i / p.length * p.grad_strides[0];
         const float grad = p.mean ? mean_grad : grads[i % p.length * p.grad_strides[1]];
         const Pack16 g = broadcast<16>(grad / static_cast<float>(elements));
-        reader.visit<T>(
-            i, next,
-            [&](int64_t at, const Pack16& target, int, auto whole, int64_t n)
-                MIMKERNELS_LAMBDA_INLINE {
-                  constexpr bool kWhole = decltype(whole)::value;
-                  const Pack16 d = load_columns<16, kWhole>(pred + at, n) - target;
-                  store_columns<16, kWhole, kStream>(out + at, element_grad<kKind>(d, beta, g), n);
-                });
+        reader.visit<T>(i, next,
+                        [&](int64_t at, const Pack16& target, int, auto whole, int64_t n)
+                            MIMKERNELS_LAMBDA_INLINE {
+                              constexpr bool kWhole = decltype(whole)::value;
+                              const Pack16 d = load_columns<16, kWhole>(pred + at, n) - target;
+                              store_columns<16, kWhole, kStream>(
+                                  out + at, element_grad<kKind>(d, beta, g), n);
+                            });
       },
       [&](int64_t i) { zero_row<kStream>(dpred + i * elements, elements); });
   return true;

@@ -5,8 +5,8 @@
 // contiguous;
 //           ids int64 [B, L] or mask bool [B, L]
 // out:      fp32 [B, L], or one fp32 number
-// numerics: target, statistics (two passes, unbiased variance + 1e-6) and sums in fp32, 32 and 48 lanes,
-// fixed order;
+// numerics: target, statistics (two passes, unbiased variance + 1e-6) and sums in fp32, 32 and 48
+// lanes, fixed order;
 //           the sum over patches in double
 // cost:     pred and the pixels of counted patches read once; the target of one patch lives in L1
 #include "kernels.h"

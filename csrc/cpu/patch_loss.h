@@ -103,9 +103,9 @@ class TargetReader {
   bool failed() const { return planes_.failed() || tile_.failed() || places_.failed(); }
   int64_t elements() const { return layout_.elements; }
 
-  // Reads pred's patch i (of B * L) and asks for patch `next` and its predictions on the way, unless
-  // that is negative. Then body(at, target, sum, whole, n) for its elements [at, at + n), n = 16 if
-  // `whole` is true; `sum` counts 0, 1, 2, 0, ...
+  // Reads pred's patch i (of B * L) and asks for patch `next` and its predictions on the way,
+  // unless that is negative. Then body(at, target, sum, whole, n) for its elements [at, at + n), n
+  // = 16 if `whole` is true; `sum` counts 0, 1, 2, 0, ...
   template <typename T, typename Body>
   MIMKERNELS_INLINE void visit(int64_t i, int64_t next, const Body& body) {
     const int64_t place = i == next_ ? next_place_ : place_of(i);
@@ -147,8 +147,8 @@ class TargetReader {
     for (int64_t c = 0; c < p_.grid.channels; ++c) {
       for (int64_t t = 0; t < p_.grid.patch_t; ++t) {
         for (int64_t h = 0; h < p_.grid.patch_h; ++h) {
-          const int64_t run = c * p_.images.stride_channel + t * p_.images.stride_frame +
-                              h * p_.images.stride_row;
+          const int64_t run =
+              c * p_.images.stride_channel + t * p_.images.stride_frame + h * p_.images.stride_row;
           for (int64_t l = 0; l < lines_per_run_; ++l) *place++ = run * pixel_bytes_ + 64 * l;
         }
       }
@@ -173,9 +173,13 @@ class TargetReader {
   __attribute__((noinline)) void read_as(int64_t place) {
     const Src* patch = static_cast<const Src*>(p_.images.data) + place;
     UpcomingLines upcoming = upcoming_;
-    bool asks = false;  // at every other run: the rest is for statistics()
+    int64_t run = 0;
     read_patch<false>(planes_.get(), patch, p_.images, p_.grid,
-                      [&](int64_t) MIMKERNELS_LAMBDA_INLINE { if (asks) upcoming.ask(); asks = !asks || !p_.norm_pix; });
+                      [&](int64_t) MIMKERNELS_LAMBDA_INLINE {
+                        // Half of them where statistics() asks for the rest.
+                        if (!p_.norm_pix || run % 2 == 0) upcoming.ask();
+                        ++run;
+                      });
     upcoming_ = upcoming;
   }
 
@@ -258,7 +262,8 @@ class TargetReader {
 
   // Elements [first, end) of a row that is in order; first % kStep == 0.
   template <typename T, typename Body>
-  MIMKERNELS_INLINE void visit_row(const float* row, int64_t first, int64_t end, const Normal& normal, const T* next_pred, const Body& body) {
+  MIMKERNELS_INLINE void visit_row(const float* row, int64_t first, int64_t end,
+                                   const Normal& normal, const T* next_pred, const Body& body) {
     int64_t i = first;
     for (; i + kStep <= end; i += kStep) {
       MIMKERNELS_UNROLL
