@@ -14,68 +14,93 @@ namespace {
 // Rows copied side by side: one row alone leaves memory waiting for its first lines.
 constexpr int kGroup = 4;
 
-// kGroup rows of x (plus pos, unless null) to consecutive rows past the cache.
+// Where one output row comes from; pos is null where nothing is added.
 template <typename T>
-MIMKERNELS_INLINE void stream_group(T* out, const T* const (&x)[kGroup],
-                                    const T* const (&pos)[kGroup], int64_t dim) {
-  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
-  if (pos[0] == nullptr) {
-    for (int64_t i = 0; i < dim; i += kLine) {
-      MIMKERNELS_UNROLL
-      for (int r = 0; r < kGroup; ++r) copy_row<true>(out + r * dim + i, x[r] + i, kLine);
+struct Source {
+  const T* row;
+  const T* pos;
+};
+
+// Walks the sources of output rows, whatever sequence they belong to.
+template <typename T>
+class Sources {
+ public:
+  Sources(const GatherTokensFwdParams& p, int64_t first)
+      : p_(p),
+        rows_(p.num_prefix + p.kept),
+        sequence_(first / rows_),
+        place_(first % rows_ - p.num_prefix) {
+    open();
+  }
+
+  MIMKERNELS_INLINE Source<T> next() {
+    if (place_ == p_.kept) {
+      place_ = -p_.num_prefix;
+      ++sequence_;
+      open();
     }
+    const int64_t k = place_++;
+    if (k < 0) return {row_at<T>(p_.prefix, 0, p_.num_prefix + k), nullptr};
+    return {row_at<T>(p_.x, image_, ids_[k]),
+            p_.pos.data == nullptr ? nullptr : row_at<T>(p_.pos, 0, ids_[k])};
+  }
+
+ private:
+  MIMKERNELS_INLINE void open() {
+    image_ = sequence_ % p_.batch;
+    ids_ = p_.ids.data + sequence_ / p_.batch * p_.ids.stride0 + image_ * p_.ids.stride1;
+  }
+
+  const GatherTokensFwdParams& p_;
+  int64_t rows_;
+  int64_t sequence_;
+  int64_t place_;  // below 0: a prefix token
+  int64_t image_ = 0;
+  const int64_t* ids_ = nullptr;
+};
+
+template <bool kStream, typename T>
+MIMKERNELS_INLINE void put_row(T* out, const Source<T>& from, int64_t at, int64_t n) {
+  if (from.pos == nullptr) {
+    copy_row<kStream>(out + at, from.row + at, n);
   } else {
-    for (int64_t i = 0; i < dim; i += kLine) {
-      MIMKERNELS_UNROLL
-      for (int r = 0; r < kGroup; ++r) {
-        add_rows<true>(out + r * dim + i, x[r] + i, pos[r] + i, kLine);
-      }
-    }
+    add_rows<kStream>(out + at, from.row + at, from.pos + at, n);
   }
 }
 
 template <typename T, bool kStream>
 void gather_range(const GatherTokensFwdParams& p, int64_t begin, int64_t end) {
-  const int64_t rows = p.num_prefix + p.kept;
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
   const int64_t row_bytes = p.dim * static_cast<int64_t>(sizeof(T));
   T* out = static_cast<T*>(p.out) + begin * p.dim;
-  for (int64_t i = begin; i < end;) {
-    const int64_t sequence = i / rows;
-    const int64_t b = sequence % p.batch;
-    const int64_t* ids = p.ids.data + (sequence / p.batch) * p.ids.stride0 + b * p.ids.stride1;
-    const int64_t stop = min_of(rows, i % rows + end - i);
-    const auto x = [&](int64_t j) { return row_at<T>(p.x, b, ids[j - p.num_prefix]); };
-    const auto pos = [&](int64_t j) -> const T* {
-      return p.pos.data == nullptr ? nullptr : row_at<T>(p.pos, 0, ids[j - p.num_prefix]);
-    };
-    const auto ask_for = [&](int64_t j) {
-      if (j < stop) prefetch_row(x(j), row_bytes, kRowHead);
-    };
-    int64_t j = i % rows;
-    i += stop - j;
-    for (; j < min_of(stop, p.num_prefix); ++j, out += p.dim) {
-      copy_row<kStream>(out, row_at<T>(p.prefix, 0, j), p.dim);
-    }
-    if constexpr (kStream) {
-      for (; j + kGroup <= stop; j += kGroup, out += kGroup * p.dim) {
-        const T* from[kGroup];
-        const T* plus[kGroup];
+  Sources<T> sources(p, begin);
+  Source<T> next[kGroup];
+  for (int r = 0; r < kGroup && begin + r < end; ++r) next[r] = sources.next();
+  int64_t i = begin;
+  if constexpr (kStream) {
+    // Line by line, each asks for the same line of the next group: all at once, they would be
+    // waited for.
+    for (; i + kGroup <= end; i += kGroup, out += kGroup * p.dim) {
+      Source<T> from[kGroup];
+      for (int r = 0; r < kGroup; ++r) {
+        from[r] = next[r];
+        if (i + kGroup + r < end) next[r] = sources.next();
+      }
+      for (int64_t c = 0; c < p.dim; c += kLine) {
+        MIMKERNELS_UNROLL
         for (int r = 0; r < kGroup; ++r) {
-          ask_for(j + kGroup + r);
-          from[r] = x(j + r);
-          plus[r] = pos(j + r);
+          prefetch(next[r].row + c);
+          put_row<true>(out + r * p.dim, from[r], c, kLine);
         }
-        stream_group(out, from, plus, p.dim);
       }
     }
-    for (; j < stop; ++j, out += p.dim) {
-      ask_for(j + 1);
-      if (p.pos.data != nullptr) {
-        add_rows<kStream>(out, x(j), pos(j), p.dim);
-      } else {
-        copy_row<kStream>(out, x(j), p.dim);
-      }
-    }
+  }
+  for (; i < end; ++i, out += p.dim) {
+    const Source<T> from = next[0];
+    for (int r = 0; r + 1 < kGroup; ++r) next[r] = next[r + 1];
+    if (i + kGroup < end) next[kGroup - 1] = sources.next();
+    if (i + 1 < end) prefetch_row(next[0].row, row_bytes, kRowHead);
+    put_row<kStream>(out, from, 0, p.dim);
   }
 }
 

@@ -23,40 +23,31 @@ MIMKERNELS_INLINE Pack16 element_grad(const Pack16& d, const Pack16& beta, const
   }
 }
 
-template <LossKind kKind, bool kStream, typename T>
-MIMKERNELS_INLINE void patch_grad(T* dpred, const T* pred, const T* next, const float* tile,
-                                  int64_t n, float beta_value, float grad) {
-  const Pack16 beta = broadcast<16>(beta_value);
-  const Pack16 g = broadcast<16>(grad / static_cast<float>(n));
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    prefetch(next + i);
-    const Pack16 d = load<16>(pred + i) - load<16>(tile + i);
-    put<kStream>(dpred + i, element_grad<kKind>(d, beta, g));
-  }
-  if (i < n) {
-    const Pack16 d = load_some<16>(pred + i, n - i) - load_some<16>(tile + i, n - i);
-    store_some<16>(dpred + i, element_grad<kKind>(d, beta, g), n - i);
-  }
-}
-
 template <typename T, LossKind kKind, bool kStream>
 bool grad_range(const MaskedPatchLossParams& p, float mean_grad, int64_t begin, int64_t end) {
   TargetReader reader(p);
   if (reader.failed()) return false;
-  const int64_t n = reader.elements();
-  T* dpred = static_cast<T*>(p.dpred);
+  const int64_t elements = reader.elements();
+  const Pack16 beta = broadcast<16>(p.beta);
+  T* const dpred = static_cast<T*>(p.dpred);
   for_each_patch(
       p, begin, end,
       [&](int64_t i, int64_t next) {
-        const float* tile = reader.read(i, next);
-        const T* pred = pred_row<T>(p, i);
+        const T* const pred = pred_row<T>(p, i);
+        T* const out = dpred + i * elements;
         const float* grads = p.grad + i / p.length * p.grad_strides[0];
         const float grad = p.mean ? mean_grad : grads[i % p.length * p.grad_strides[1]];
-        patch_grad<kKind, kStream>(dpred + i * n, pred, next < 0 ? pred : pred_row<T>(p, next),
-                                   tile, n, p.beta, grad);
+        const Pack16 g = broadcast<16>(grad / static_cast<float>(elements));
+        reader.visit<T>(i, next,
+                        [&](int64_t at, const Pack16& target, int, auto whole, int64_t n)
+                            MIMKERNELS_LAMBDA_INLINE {
+                              constexpr bool kWhole = decltype(whole)::value;
+                              const Pack16 d = load_columns<16, kWhole>(pred + at, n) - target;
+                              store_columns<16, kWhole, kStream>(
+                                  out + at, element_grad<kKind>(d, beta, g), n);
+                            });
       },
-      [&](int64_t i) { zero_row<kStream>(dpred + i * n, n); });
+      [&](int64_t i) { zero_row<kStream>(dpred + i * elements, elements); });
   return true;
 }
 

@@ -5,8 +5,8 @@
 // contiguous;
 //           ids int64 [B, L] or mask bool [B, L]
 // out:      fp32 [B, L], or one fp32 number
-// numerics: target, statistics (two passes, unbiased variance + 1e-6) and sums in fp32, 32 lanes,
-// fixed order;
+// numerics: target, statistics (two passes, unbiased variance + 1e-6) and sums in fp32, 32 and 48
+// lanes, fixed order;
 //           the sum over patches in double
 // cost:     pred and the pixels of counted patches read once; the target of one patch lives in L1
 #include "kernels.h"
@@ -28,40 +28,26 @@ MIMKERNELS_INLINE Pack16 element_loss(const Pack16& d, const Pack16& beta) {
   }
 }
 
-template <LossKind kKind, typename T>
-MIMKERNELS_INLINE float patch_loss(const T* pred, const T* next, const float* tile, int64_t n,
-                                   float beta_value) {
-  const Pack16 beta = broadcast<16>(beta_value);
-  Pack16 sums[2] = {broadcast<16>(0.0f), broadcast<16>(0.0f)};
-  int64_t i = 0;
-  for (; i + 32 <= n; i += 32) {
-    prefetch(next + i);
-    if (sizeof(T) == 4) prefetch(next + i + 16);
-    const Pack16 a = load<16>(pred + i) - load<16>(tile + i);
-    const Pack16 b = load<16>(pred + i + 16) - load<16>(tile + i + 16);
-    sums[0] = sums[0] + element_loss<kKind>(a, beta);
-    sums[1] = sums[1] + element_loss<kKind>(b, beta);
-  }
-  for (; i < n; i += 16) {
-    const int64_t lanes = min_of(16, n - i);
-    const Pack16 d = load_some<16>(pred + i, lanes) - load_some<16>(tile + i, lanes);
-    sums[0] = sums[0] + keep_first(element_loss<kKind>(d, beta), lanes);
-  }
-  return sum_lanes(sums[0] + sums[1]) / static_cast<float>(n);
-}
-
 template <typename T, LossKind kKind>
 bool loss_range(const MaskedPatchLossParams& p, float* losses, int64_t begin, int64_t end) {
   TargetReader reader(p);
   if (reader.failed()) return false;
-  const int64_t n = reader.elements();
+  const Pack16 beta = broadcast<16>(p.beta);
   for_each_patch(
       p, begin, end,
       [&](int64_t i, int64_t next) {
-        const float* tile = reader.read(i, next);
-        const T* pred = pred_row<T>(p, i);
-        losses[i] =
-            patch_loss<kKind>(pred, next < 0 ? pred : pred_row<T>(p, next), tile, n, p.beta);
+        const T* const pred = pred_row<T>(p, i);
+        Pack16 sums[TargetReader::kSums];
+        for (Pack16& sum : sums) sum = broadcast<16>(0.0f);
+        reader.visit<T>(i, next,
+                        [&](int64_t at, const Pack16& target, int s, auto whole, int64_t n)
+                            MIMKERNELS_LAMBDA_INLINE {
+                              constexpr bool kWhole = decltype(whole)::value;
+                              const Pack16 d = load_columns<16, kWhole>(pred + at, n) - target;
+                              const Pack16 loss = element_loss<kKind>(d, beta);
+                              sums[s] = sums[s] + (kWhole ? loss : keep_first(loss, n));
+                            });
+        losses[i] = sum_lanes(sums[0] + sums[1] + sums[2]) / static_cast<float>(reader.elements());
       },
       [&](int64_t i) { losses[i] = 0.0f; });
   return true;

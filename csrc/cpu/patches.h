@@ -24,16 +24,14 @@ MIMKERNELS_INLINE PatchLayout layout_of(const PatchGrid& grid) {
   return layout;
 }
 
-// The first pixel of patch n of image b.
-template <typename Src>
-MIMKERNELS_INLINE const Src* patch_at(const Images& images, const PatchGrid& grid,
+// The first pixel of patch n of image b, after the images' first.
+MIMKERNELS_INLINE int64_t patch_place(const Images& images, const PatchGrid& grid,
                                       const PatchLayout& layout, int64_t b, int64_t n) {
   const int64_t column = n % layout.grid_w;
   const int64_t row = n / layout.grid_w % layout.grid_h;
   const int64_t frame = n / layout.grid_w / layout.grid_h;
-  return static_cast<const Src*>(images.data) + b * images.stride_batch +
-         frame * grid.patch_t * images.stride_frame + row * grid.patch_h * images.stride_row +
-         column * grid.patch_w;
+  return b * images.stride_batch + frame * grid.patch_t * images.stride_frame +
+         row * grid.patch_h * images.stride_row + column * grid.patch_w;
 }
 
 // What a pixel is multiplied with and what is added. Without constants 1 and -0, which change no
@@ -97,21 +95,30 @@ MIMKERNELS_INLINE void prefetch_pixels(const Src* run, int64_t n) {
   for (int64_t i = 0; i < n * static_cast<int64_t>(sizeof(Src)); i += 64) prefetch(byte + i);
 }
 
-// The pixels of one patch in the order (c, t, h, w); `next`, if not null, is the patch after it.
-template <bool kStream, typename Dst, typename Src>
-MIMKERNELS_INLINE void read_patch(Dst* dst, const Src* patch, const Src* next, const Images& images,
-                                  const PatchGrid& grid) {
-  for (int64_t c = 0; c < grid.channels; ++c) {
-    const PixelMap map = pixel_map(images, c);
-    for (int64_t t = 0; t < grid.patch_t; ++t) {
-      int64_t at = c * images.stride_channel + t * images.stride_frame;
-      for (int64_t h = 0; h < grid.patch_h; ++h) {
-        if (next != nullptr) prefetch_pixels(next + at, grid.patch_w);
-        convert_pixels<kStream>(dst, patch + at, grid.patch_w, map);
-        dst += grid.patch_w;
-        at += images.stride_row;
+// The pixels of one patch in the order (c, t, h, w); before_run(at) is called before each run of
+// patch_w pixels, `at` its place after the patch's first pixel.
+template <bool kStream, typename Dst, typename Src, typename BeforeRun>
+MIMKERNELS_INLINE void read_patch(Dst* dst, const Src* patch, const Images& images,
+                                  const PatchGrid& grid, const BeforeRun& before_run) {
+  const auto read = [&](auto width) MIMKERNELS_LAMBDA_INLINE {
+    for (int64_t c = 0; c < grid.channels; ++c) {
+      const PixelMap map = pixel_map(images, c);
+      for (int64_t t = 0; t < grid.patch_t; ++t) {
+        int64_t at = c * images.stride_channel + t * images.stride_frame;
+        for (int64_t h = 0; h < grid.patch_h; ++h) {
+          before_run(at);
+          convert_pixels<kStream>(dst, patch + at, width, map);
+          dst += width;
+          at += images.stride_row;
+        }
       }
     }
+  };
+  // The usual width as a constant: a run is a few instructions.
+  if (grid.patch_w == 16) {
+    read(std::integral_constant<int64_t, 16>{});
+  } else {
+    read(grid.patch_w);
   }
 }
 

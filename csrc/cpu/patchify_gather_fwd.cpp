@@ -20,13 +20,15 @@ void gather_range(const PatchifyGatherFwdParams& p, int64_t begin, int64_t end) 
     const int64_t b = i / p.kept % p.grid.batch;
     const int64_t m = i / p.kept / p.grid.batch;
     const int64_t n = p.has_ids ? p.ids.data[m * p.ids.stride0 + b * p.ids.stride1 + k] : k;
-    return patch_at<Src>(p.images, p.grid, layout, b, n);
+    return static_cast<const Src*>(p.images.data) + patch_place(p.images, p.grid, layout, b, n);
   };
   const Src* patch = source(begin);
   for (int64_t i = begin; i < end; ++i) {
     const Src* next = i + 1 < end ? source(i + 1) : nullptr;
-    read_patch<kStream>(static_cast<Dst*>(p.out) + i * layout.elements, patch, next, p.images,
-                        p.grid);
+    read_patch<kStream>(static_cast<Dst*>(p.out) + i * layout.elements, patch, p.images, p.grid,
+                        [&](int64_t at) MIMKERNELS_LAMBDA_INLINE {
+                          if (next != nullptr) prefetch_pixels(next + at, p.grid.patch_w);
+                        });
     patch = next;
   }
 }

@@ -92,6 +92,10 @@ class Ahead {
   }
   // The next row to ask for.
   MIMKERNELS_INLINE const char* take() { return taken_ < count_ ? row_[taken_++] : here_; }
+  // Asks for the first lines of the rows to come, before work that asks for nothing.
+  MIMKERNELS_INLINE void ask_heads(int64_t bytes) const {
+    for (int64_t i = taken_; i < count_; ++i) prefetch_row(row_[i], bytes, bytes);
+  }
   // Again from the first row, for other columns.
   MIMKERNELS_INLINE void rewind() { taken_ = 0; }
   // Bytes of an element.
@@ -142,24 +146,6 @@ MIMKERNELS_INLINE Pack<N> fused(const Pack<N>& a, const Pack<N>& b, Pack<N> c) {
   return c;
 }
 
-template <int N, bool kWhole, typename T>
-MIMKERNELS_INLINE Pack<N> load_columns(const T* src, int64_t n) {
-  if constexpr (kWhole) {
-    return load<N>(src);
-  } else {
-    return load_some<N>(src, n);
-  }
-}
-
-template <int N, bool kWhole, bool kStream, typename T>
-MIMKERNELS_INLINE void store_columns(T* dst, const Pack<N>& value, int64_t n) {
-  if constexpr (kWhole) {
-    put<kStream>(dst, value);
-  } else {
-    store_some<N>(dst, value, n);
-  }
-}
-
 template <int kSize, bool kIsWhole>
 struct Columns {
   static constexpr int size = kSize;
@@ -203,11 +189,7 @@ MIMKERNELS_INLINE void dot_tile(const float* const* rows, const float* vectors, 
   for (int i = 0; i < kAhead<kVectors>; ++i) next[i] = ahead.take();
   const int64_t size = ahead.size();
   int64_t c = from;
-  // Unrolled, GCC would load the vectors once per row instead of once.
-#pragma GCC unroll 1
-  for (; c + kLanes <= to; c += kLanes) {
-    MIMKERNELS_UNROLL
-    for (int i = 0; i < kAhead<kVectors>; ++i) prefetch(next[i] + c * size);
+  const auto step = [&]() MIMKERNELS_LAMBDA_INLINE {
     Floats right[kVectors];
     MIMKERNELS_UNROLL
     for (int v = 0; v < kVectors; ++v) right[v] = load_floats(vectors + v * stride + c);
@@ -217,7 +199,19 @@ MIMKERNELS_INLINE void dot_tile(const float* const* rows, const float* vectors, 
       MIMKERNELS_UNROLL
       for (int v = 0; v < kVectors; ++v) acc[r][v] = mul_add(left, right[v], acc[r][v]);
     }
+    c += kLanes;
+  };
+  constexpr int kStepsPerLine = 16 / kLanes;
+  // Unrolled further, GCC would load the vectors once per row instead of once.
+#pragma GCC unroll 1
+  while (c + 16 <= to) {
+    MIMKERNELS_UNROLL
+    for (int i = 0; i < kAhead<kVectors>; ++i) prefetch(next[i] + c * size);
+    MIMKERNELS_UNROLL
+    for (int i = 0; i < kStepsPerLine; ++i) step();
   }
+#pragma GCC unroll 1
+  while (c + kLanes <= to) step();
   MIMKERNELS_UNROLL
   for (int r = 0; r < kRows; ++r) {
     MIMKERNELS_UNROLL

@@ -12,49 +12,72 @@
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {
 
-// acc[c] += the sum over the block's rows of value(x[c]).
-template <typename T, typename Value>
-MIMKERNELS_INLINE void add_block(const T* const (&rows)[kBlock], int count, int64_t dim, float* acc,
-                                 const Value& value) {
-  const auto at = [&](int64_t c, int64_t n, auto whole) MIMKERNELS_LAMBDA_INLINE {
-    constexpr bool kWhole = decltype(whole)::value;
-    Pack16 sum = value(load_columns<16, kWhole>(rows[0] + c, n));
-    for (int i = 1; i < count; ++i) sum = sum + value(load_columns<16, kWhole>(rows[i] + c, n));
-    store<16>(acc + c, load<16>(acc + c) + sum);
-  };
+// The rows of a block, and those to ask for on the way: of the block after it, line by line.
+template <typename T>
+struct BlockOfRows {
+  const T* row[kBlock];
+  const T* next[kBlock];
+  int count;
+};
+
+// at(c, n, whole) for every 16 columns, the next block's lines asked for before each.
+template <typename T, typename At>
+MIMKERNELS_INLINE void walk_columns(const BlockOfRows<T>& block, int64_t dim, const At& at) {
   int64_t c = 0;
-  for (; c + 16 <= dim; c += 16) at(c, 16, std::true_type{});
+  for (; c + 16 <= dim; c += 16) {
+    MIMKERNELS_UNROLL
+    for (int i = 0; i < kBlock; ++i) prefetch(block.next[i] + c);
+    at(c, 16, std::true_type{});
+  }
   if (c < dim) at(c, dim - c, std::false_type{});
 }
 
-// best[c] and index[c] follow the largest so far; NaN is larger than anything.
+// acc[c] += the sum over the block's rows of value(x[c]).
+template <typename T, typename Value>
+MIMKERNELS_INLINE void add_block(const BlockOfRows<T>& block, int64_t dim, float* acc,
+                                 const Value& value) {
+  walk_columns(block, dim, [&](int64_t c, int64_t n, auto whole) MIMKERNELS_LAMBDA_INLINE {
+    constexpr bool kWhole = decltype(whole)::value;
+    Pack16 sum = value(load_columns<16, kWhole>(block.row[0] + c, n));
+    for (int i = 1; i < block.count; ++i) {
+      sum = sum + value(load_columns<16, kWhole>(block.row[i] + c, n));
+    }
+    store<16>(acc + c, load<16>(acc + c) + sum);
+  });
+}
+
+// best[c] and index[c] follow the largest so far, from the first block on; NaN is larger than
+// anything.
 template <typename T>
-MIMKERNELS_INLINE void max_block(const T* const (&rows)[kBlock], const int64_t (&token)[kBlock],
-                                 int count, int64_t dim, float* best, int32_t* index) {
+MIMKERNELS_INLINE void max_block(const BlockOfRows<T>& block, const int64_t (&token)[kBlock],
+                                 bool first, int64_t dim, float* best, int32_t* index) {
   using F = Pack16::Vec::F;
   using I = Pack16::Vec::I;
-  const auto at = [&](int64_t c, int64_t n, auto whole) MIMKERNELS_LAMBDA_INLINE {
+  walk_columns(block, dim, [&](int64_t c, int64_t n, auto whole) MIMKERNELS_LAMBDA_INLINE {
     constexpr bool kWhole = decltype(whole)::value;
-    Pack16 most = load<16>(best + c);
+    Pack16 most;
     I from[Pack16::kParts];
-    memcpy(from, index + c, sizeof(from));
-    for (int i = 0; i < count; ++i) {
-      const Pack16 x = load_columns<16, kWhole>(rows[i] + c, n);
+    if (first) {
+      most = load_columns<16, kWhole>(block.row[0] + c, n);
+      for (I& part : from) part = (I){} + static_cast<int32_t>(token[0]);
+    } else {
+      most = load<16>(best + c);
+      memcpy(from, index + c, sizeof(from));
+    }
+    for (int i = first ? 1 : 0; i < block.count; ++i) {
+      const Pack16 x = load_columns<16, kWhole>(block.row[i] + c, n);
       const I here = (I){} + static_cast<int32_t>(token[i]);
       MIMKERNELS_UNROLL
       for (int v = 0; v < Pack16::kParts; ++v) {
         const F old = most.v[v];
-        const I larger = (from[v] < 0) | (x.v[v] > old) | ((x.v[v] != x.v[v]) & (old == old));
+        const I larger = ~(x.v[v] <= old) & (old == old);
         most.v[v] = larger ? x.v[v] : old;
         from[v] = larger ? here : from[v];
       }
     }
     store<16>(best + c, most);
     memcpy(index + c, from, sizeof(from));
-  };
-  int64_t c = 0;
-  for (; c + 16 <= dim; c += 16) at(c, 16, std::true_type{});
-  if (c < dim) at(c, dim - c, std::false_type{});
+  });
 }
 
 template <typename T>
@@ -69,27 +92,31 @@ void reduce_tile(const ReducePoolParams& p, int64_t b, int64_t first, int64_t di
   const Pack16 eps = broadcast<16>(p.eps);
   const Pack16 by = broadcast<16>(exponent);
   TokenBlocks blocks(p.mask, p.num_prefix, b, 0, p.tokens);
-  const T* rows[kBlock];
+  BlockOfRows<T> block;
   int64_t allowed = 0;
   while (blocks.next()) {
-    const int64_t (&token)[kBlock] = blocks.block().token;
-    const int count = blocks.block().count;
-    for (int i = 0; i < count; ++i) rows[i] = row_at<T>(p.x, b, token[i]) + first;
-    allowed += count;
+    const Block& here = blocks.block();
+    const Block& ahead = blocks.upcoming();
+    block.count = here.count;
+    for (int i = 0; i < kBlock; ++i) {
+      block.row[i] = row_at<T>(p.x, b, here.token[i < here.count ? i : 0]) + first;
+      block.next[i] = i < ahead.count ? row_at<T>(p.x, b, ahead.token[i]) + first : block.row[i];
+    }
     if (p.kind == ReduceKind::kMean) {
-      add_block(rows, count, dim, acc, [](const Pack16& x) MIMKERNELS_LAMBDA_INLINE { return x; });
+      add_block(block, dim, acc, [](const Pack16& x) MIMKERNELS_LAMBDA_INLINE { return x; });
     } else if (p.kind == ReduceKind::kMax) {
-      max_block(rows, token, count, dim, acc, index);
+      max_block(block, here.token, allowed == 0, dim, acc, index);
     } else if (exponent == 3.0f) {
-      add_block(rows, count, dim, acc, [&](const Pack16& x) MIMKERNELS_LAMBDA_INLINE {
+      add_block(block, dim, acc, [&](const Pack16& x) MIMKERNELS_LAMBDA_INLINE {
         const Pack16 z = at_least(x, eps);
         return z * z * z;
       });
     } else {
-      add_block(rows, count, dim, acc, [&](const Pack16& x) MIMKERNELS_LAMBDA_INLINE {
+      add_block(block, dim, acc, [&](const Pack16& x) MIMKERNELS_LAMBDA_INLINE {
         return exp_of(by * log_of(at_least(x, eps)));
       });
     }
+    allowed += here.count;
   }
   const int64_t at = b * p.dim + first;
   if (p.kind == ReduceKind::kMax) {

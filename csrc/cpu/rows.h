@@ -123,6 +123,25 @@ MIMKERNELS_INLINE void put(T* dst, const Pack<N>& value) {
   }
 }
 
+// Whole registers of a row, or its last n elements.
+template <int N, bool kWhole, typename T>
+MIMKERNELS_INLINE Pack<N> load_columns(const T* src, int64_t n) {
+  if constexpr (kWhole) {
+    return load<N>(src);
+  } else {
+    return load_some<N>(src, n);
+  }
+}
+
+template <int N, bool kWhole, bool kStream, typename T>
+MIMKERNELS_INLINE void store_columns(T* dst, const Pack<N>& value, int64_t n) {
+  if constexpr (kWhole) {
+    put<kStream>(dst, value);
+  } else {
+    store_some<N>(dst, value, n);
+  }
+}
+
 MIMKERNELS_INLINE void prefetch(const void* address) { __builtin_prefetch(address, 0, 3); }
 
 // The first lines of a row: the hardware prefetcher notices it too late, but follows from there.

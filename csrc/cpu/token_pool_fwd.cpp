@@ -109,6 +109,7 @@ void pool_chunk(const TokenPoolFwdParams& p, int64_t b, int64_t begin, int64_t e
     for (int64_t g = 0; g < p.groups; ++g) {
       for (int i = 0; i < count; ++i) weights[g * p.tokens + token[i]] = scores[g * kBlock + i];
     }
+    ahead.ask_heads(kRowHead);
     if (p.softmax) online_softmax(p.groups, count, sums, scores, work.factors());
     if (!p.pools_x) {
       block_rows<T>(p.values, b, blocks.block(), p.width, work.block(), rows);

@@ -413,13 +413,21 @@ MIMKERNELS_INLINE Pack<N> keep_first(const Pack<N>& value, int64_t n) {
 
 // The sum of all lanes, halves onto halves: the same order on every instruction set.
 template <int N>
-MIMKERNELS_INLINE float sum_lanes(const Pack<N>& value) {
-  alignas(64) float lanes[N];
-  store<N>(lanes, value);
-  for (int half = N / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+MIMKERNELS_INLINE float sum_lanes(Pack<N> value) {
+  constexpr int kWidth = Pack<N>::kWidth;
+  MIMKERNELS_UNROLL
+  for (int half = Pack<N>::kParts / 2; half > 0; half /= 2) {
+    MIMKERNELS_UNROLL
+    for (int p = 0; p < half; ++p) value.v[p] += value.v[p + half];
   }
-  return lanes[0];
+  MIMKERNELS_UNROLL
+  for (int half = kWidth / 2; half > 0; half /= 2) {
+    typename Pack<N>::Vec::I upper = {};
+    MIMKERNELS_UNROLL
+    for (int l = 0; l < kWidth; ++l) upper[l] = (l + half) % kWidth;
+    value.v[0] += __builtin_shuffle(value.v[0], upper);
+  }
+  return value.v[0][0];
 }
 
 MIMKERNELS_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
