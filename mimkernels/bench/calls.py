@@ -58,6 +58,7 @@ def calls(dtype: torch.dtype, device: str) -> dict[str, tuple[Callable[[], objec
             lambda: mk.fill_mask_tokens(x, mask, token),
             lambda: torch.where(mask[..., None], token, x),
         ),
+        "bias_gelu": (lambda: mk.bias_gelu(x, token[0, 0]), lambda: F.gelu(x)),
         "patchify_gather": (lambda: mk.patchify_gather(images, ids, 4), lambda: F.unfold(images, 4, stride=4)),
         "masked_patch_loss": (
             lambda: mk.masked_patch_loss(pred, images, mask=mask, patch_size=4),

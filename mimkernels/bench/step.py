@@ -40,7 +40,7 @@ class Step:
 
 
 class PublishedMAE(nn.Module):
-    """The published forward pass on the parameters of `mae`, which was built with ``attention="timm"``."""
+    """The published forward pass on the parameters of `mae`, which was built with ``attention="timm", mlp="timm"``."""
 
     def __init__(self, mae: MAE) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ def step_cases(step: Step) -> Iterator[Benchmark]:
 def step_case(step: Step, stats: bool) -> Benchmark:
     torch.manual_seed(0)
     ours = MAE.from_timm(step.model).to(step.device)
-    plain = MAE.from_timm(step.model, attention="timm").to(step.device)
+    plain = MAE.from_timm(step.model, attention="timm", mlp="timm").to(step.device)
     plain.load_state_dict(ours.state_dict())
     images = torch.randn(step.batch, 3, 224, 224, device=step.device)
     patches = plain.grid_size[0] * plain.grid_size[1]
