@@ -57,7 +57,9 @@ def efficient_probing(size: Size, dtype: torch.dtype, device: str, backward: boo
 
     moved = [x, values, values, x, values] if backward else [x, values]
     flops = 2 * (QUERIES + 1) * size.batch * size.tokens * size.dim
-    return differentiable_case(f"query_pool, EP of {QUERIES}", size, ours, plain, [values, queries], moved, backward, compiled, flops)
+    return differentiable_case(
+        f"query_pool, EP of {QUERIES}", size, ours, plain, [values, queries], moved, backward, compiled, flops
+    )
 
 
 def reduction(size: Size, dtype: torch.dtype, device: str, backward: bool, compiled: bool, kind: str) -> Benchmark:

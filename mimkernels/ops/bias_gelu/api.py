@@ -9,9 +9,7 @@ from mimkernels.ops.bias_gelu import reference
 from mimkernels.ops.bias_gelu.spec import SPEC
 
 
-def bias_gelu(
-    x: Tensor, bias: Tensor | None = None, *, approximate: str = "none", backend: str = "auto"
-) -> Tensor:
+def bias_gelu(x: Tensor, bias: Tensor | None = None, *, approximate: str = "none", backend: str = "auto") -> Tensor:
     """``gelu(x + bias)`` in one pass; backward gives both gradients in one pass over x and the output's gradient.
 
     Args:
@@ -40,7 +38,8 @@ def bias_gelu(
     if bias is not None:
         _checks.has_rank(op, "bias", bias, 1)
         if bias.dtype not in (x.dtype, torch.float32):
-            raise TypeError(f"{op}: bias must be {x.dtype}, as x, or torch.float32, got {bias.dtype}")
+            wanted = " or ".join(str(dtype) for dtype in dict.fromkeys((x.dtype, torch.float32)))
+            raise TypeError(f"{op}: bias must be {wanted}, got {bias.dtype}")
         _checks.same_device(op, "bias", bias, "x", x)
         _checks.same_size(op, "bias", bias, 0, "x", x, x.dim() - 1)
         bias = _checks.rows(bias)
