@@ -42,6 +42,7 @@ class Case:
     make: Callable[[torch.Generator], dict]
     grads: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = field(default=(torch.float32, torch.bfloat16, torch.float16))
+    parameters: tuple[str, ...] = ()  # inputs that stay fp32 whatever the dtype of the others, as under autocast
 
     def __str__(self) -> str:
         return f"{self.op}-{self.label}"
@@ -49,7 +50,10 @@ class Case:
     def inputs(self, dtype: torch.dtype, device: str = "cpu", layout: str = "contiguous", seed: int = 0) -> dict:
         """Keyword arguments of the op; floating-point tensors rounded to ``dtype``."""
         arguments = self.make(torch.Generator().manual_seed(seed))
-        return {name: _placed(value, dtype, device, layout) for name, value in arguments.items()}
+        return {
+            name: _placed(value, torch.float32 if name in self.parameters else dtype, device, layout)
+            for name, value in arguments.items()
+        }
 
 
 def _placed(value, dtype: torch.dtype, device: str, layout: str):
@@ -263,6 +267,14 @@ def _fill(batch, tokens, dim, ratio=0.6):
             "mask": torch.rand(batch, tokens, generator=generator) < ratio,
             "mask_token": torch.randn(dim, generator=generator),
         }
+
+    return make
+
+
+def _bias_gelu(*size, bias=True, spread=1.0, **options):
+    def make(generator):
+        x = torch.randn(size, generator=generator) * spread
+        return {"x": x, "bias": torch.randn(size[-1], generator=generator) if bias else None, **options}
 
     return make
 
@@ -557,3 +569,32 @@ def _pool_cases() -> list[Case]:
 
 
 _CASES += _pool_cases()
+
+
+def _bias_gelu_cases() -> list[Case]:
+    made = {
+        "plain": _bias_gelu(2, 49, 64),
+        "odd": _bias_gelu(3, 17, 37),
+        "no-bias": _bias_gelu(2, 21, 40, bias=False),
+        "tanh": _bias_gelu(2, 33, 48, approximate="tanh"),
+        "tanh-odd": _bias_gelu(37, 19, approximate="tanh"),
+        "large": _bias_gelu(2, 40, 56, spread=5.0),
+        "tanh-large": _bias_gelu(2, 40, 56, spread=5.0, approximate="tanh"),
+        "four-dims": _bias_gelu(2, 3, 5, 24),
+        "vector": _bias_gelu(70),
+        "many-rows": _bias_gelu(5000, 8),
+        "wide": _bias_gelu(5, 3072),
+        "one": _bias_gelu(1, 1, 1),
+        "no-rows": _bias_gelu(2, 0, 16),
+        "no-images": _bias_gelu(0, 5, 16),
+        "no-columns": _bias_gelu(2, 5, 0),
+    }
+    grads = ("x", "bias")
+    with_parameter = {"fp32-bias": _bias_gelu(3, 21, 40), "tanh-fp32-bias": _bias_gelu(2, 9, 35, approximate="tanh")}
+    return [Case("bias_gelu", label, make, grads) for label, make in made.items()] + [
+        Case("bias_gelu", label, make, grads, (torch.bfloat16, torch.float16), ("bias",))
+        for label, make in with_parameter.items()
+    ]
+
+
+_CASES += _bias_gelu_cases()

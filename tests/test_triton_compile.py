@@ -63,6 +63,13 @@ def fill(op, dtype=BF16, dim=768):
     op.fill_mask_tokens_bwd(x, mask, True, False)
 
 
+def gelu(op, dtype=BF16, width=3072, bias=FP32, tanh=False):
+    x, bias = meta(64, 196, width, dtype=dtype), None if bias is None else meta(width, dtype=bias)
+    op.bias_gelu_fwd(x, bias, tanh)
+    op.bias_gelu_bwd(x, x, bias, tanh, True, True)
+    op.bias_gelu_bwd(x, x, bias, tanh, True, False)
+
+
 def patchify(op, images=U8, dtype=BF16, patch=(1, 16, 16), frames=1, ids=True):
     scale = meta(3, dtype=FP32)
     ids = meta(1, 64, 49, dtype=I64) if ids else None
@@ -143,6 +150,10 @@ CASES: dict[str, tuple[str, Callable, dict, bool]] = {
     "restore-bwd-fp32": ("restore_tokens", restore_bwd, {"dtype": FP32, "need_pos": True}, True),
     "fill": ("fill_mask_tokens", fill, {}, True),
     "fill-fp32": ("fill_mask_tokens", fill, {"dtype": FP32}, True),
+    "gelu": ("bias_gelu", gelu, {"bias": BF16}, True),
+    "gelu-fp32-bias-tanh": ("bias_gelu", gelu, {"tanh": True}, True),
+    "gelu-fp32": ("bias_gelu", gelu, {"dtype": FP32}, True),
+    "gelu-odd-width-no-bias": ("bias_gelu", gelu, {"width": 203, "bias": None}, False),
     "patchify-uint8": ("patchify_gather", patchify, {}, True),
     "patchify-fp32": ("patchify_gather", patchify, {"images": FP32, "dtype": FP32}, True),
     "patchify-video": ("patchify_gather", patchify, {"frames": 16, "patch": (2, 16, 16)}, True),

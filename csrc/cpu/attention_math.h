@@ -44,6 +44,19 @@ MIMKERNELS_INLINE Floats max_or_second(Floats a, Floats b) {
 #endif
 }
 
+// The smaller; b where either is NaN.
+MIMKERNELS_INLINE Floats min_or_second(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (Floats)_mm_min_ps((__m128)a, (__m128)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
 MIMKERNELS_INLINE Floats root(Floats x) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_maskz_sqrt_ps(0xffff, (__m512)x);

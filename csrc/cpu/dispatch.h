@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../core/attention.h"
+#include "../core/gelu.h"
 #include "../core/parallel.h"
 #include "../core/params.h"
 #include "../core/pool.h"
@@ -23,6 +24,8 @@ struct CpuKernels {
   Status (*fill_mask_tokens_bwd)(const FillMaskTokensBwdParams&, ParallelFor);
   Status (*masked_patch_loss_fwd)(const MaskedPatchLossParams&, ParallelFor);
   Status (*masked_patch_loss_bwd)(const MaskedPatchLossParams&, ParallelFor);
+  Status (*bias_gelu_fwd)(const BiasGeluFwdParams&, ParallelFor);
+  Status (*bias_gelu_bwd)(const BiasGeluBwdParams&, ParallelFor);
   Status (*attention_fwd)(const AttentionFwdParams&, ParallelFor);
   Status (*attention_coef)(const AttentionCoefParams&, ParallelFor);
   Status (*attention_bwd)(const AttentionBwdParams&, ParallelFor);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../core/attention.h"
+#include "../core/gelu.h"
 #include "../core/parallel.h"
 #include "../core/params.h"
 #include "../core/pool.h"
@@ -21,6 +22,8 @@ Status fill_mask_tokens_fwd(const FillMaskTokensFwdParams& params, ParallelFor p
 Status fill_mask_tokens_bwd(const FillMaskTokensBwdParams& params, ParallelFor parallel_for);
 Status masked_patch_loss_fwd(const MaskedPatchLossParams& params, ParallelFor parallel_for);
 Status masked_patch_loss_bwd(const MaskedPatchLossParams& params, ParallelFor parallel_for);
+Status bias_gelu_fwd(const BiasGeluFwdParams& params, ParallelFor parallel_for);
+Status bias_gelu_bwd(const BiasGeluBwdParams& params, ParallelFor parallel_for);
 Status attention_fwd(const AttentionFwdParams& params, ParallelFor parallel_for);
 Status attention_coef(const AttentionCoefParams& params, ParallelFor parallel_for);
 Status attention_bwd(const AttentionBwdParams& params, ParallelFor parallel_for);

@@ -22,6 +22,8 @@ const CpuKernels kernel_table = {
     &fill_mask_tokens_bwd,
     &masked_patch_loss_fwd,
     &masked_patch_loss_bwd,
+    &bias_gelu_fwd,
+    &bias_gelu_bwd,
     &attention_fwd,
     &attention_coef,
     &attention_bwd,

@@ -4,6 +4,7 @@
 
 #include "../cpu/dispatch.h"
 #include "cpu_attention.h"
+#include "cpu_gelu.h"
 #include "cpu_loss.h"
 #include "cpu_masks.h"
 #include "cpu_patches.h"
@@ -39,6 +40,8 @@ STABLE_TORCH_LIBRARY_IMPL(mimkernels, CPU, m) {
   m.impl("fill_mask_tokens_bwd.cpu", TORCH_BOX(&binding::fill_mask_tokens_bwd));
   m.impl("masked_patch_loss_fwd.cpu", TORCH_BOX(&binding::masked_patch_loss_fwd));
   m.impl("masked_patch_loss_bwd.cpu", TORCH_BOX(&binding::masked_patch_loss_bwd));
+  m.impl("bias_gelu_fwd.cpu", TORCH_BOX(&binding::bias_gelu_fwd));
+  m.impl("bias_gelu_bwd.cpu", TORCH_BOX(&binding::bias_gelu_bwd));
   m.impl("attention_fwd.cpu", TORCH_BOX(&binding::attention_fwd));
   m.impl("attention_coef.cpu", TORCH_BOX(&binding::attention_coef));
   m.impl("attention_bwd.cpu", TORCH_BOX(&binding::attention_bwd));

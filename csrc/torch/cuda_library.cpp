@@ -2,6 +2,7 @@
 // so that one library serves every torch from 2.10 on. Op by op in cuda_*.h.
 #include "cuda_attention.h"
 #include "cuda_common.h"
+#include "cuda_gelu.h"
 #include "cuda_loss.h"
 #include "cuda_masks.h"
 #include "cuda_patches.h"
@@ -20,6 +21,8 @@ MIMKERNELS_CUDA_LIBRARY(m) {
   MIMKERNELS_CUDA_IMPL(m, masked_patch_loss_fwd);
   MIMKERNELS_CUDA_IMPL(m, masked_patch_loss_bwd);
   MIMKERNELS_CUDA_IMPL(m, mask_from_noise_fwd);
+  MIMKERNELS_CUDA_IMPL(m, bias_gelu_fwd);
+  MIMKERNELS_CUDA_IMPL(m, bias_gelu_bwd);
   MIMKERNELS_CUDA_IMPL(m, attention_fwd);
   MIMKERNELS_CUDA_IMPL(m, attention_coef);
   MIMKERNELS_CUDA_IMPL(m, attention_bwd);

@@ -45,6 +45,7 @@ def calls(dtype: torch.dtype, device: str) -> dict[str, tuple[Callable[[], objec
     packed = torch.randn(1, 4, 3, 2, 8, device=device).to(dtype).requires_grad_()
     leaf, leaves = x.clone().requires_grad_(), [t.clone().requires_grad_() for t in (q, k, v)]
     visible, where, weights, one = x[:, :2], mask[..., None], noise[:, None].to(dtype), query[None]
+    bias = token[0, 0]
 
     def twice(native, op, *inputs, **options):
         return lambda: native(*inputs, **options), lambda: op(*inputs, **options)
@@ -75,6 +76,7 @@ def calls(dtype: torch.dtype, device: str) -> dict[str, tuple[Callable[[], objec
             lambda: F.unfold(images, 4, stride=4),
             lambda: aten.im2col.default(images, [4, 4], [1, 1], [0, 0], [4, 4]),
         ),
+        "bias_gelu": (lambda: mk.bias_gelu(x, bias), *twice(F.gelu, aten.gelu.default, x)),
         "masked_patch_loss": (
             lambda: mk.masked_patch_loss(pred, images, mask=mask, patch_size=4),
             *twice(F.mse_loss, aten.mse_loss.default, pred, pred),

@@ -38,7 +38,7 @@ def abmilp(size: Size, dtype: torch.dtype, device: str, backward: bool, compiled
     # Backward, the tokens are read for the gradient of the weights and again for that of the query.
     moved = 4 * [x] if backward else [x]
     flops = 4 * size.batch * size.tokens * size.dim
-    return _case("query_pool, AbMILP", size, ours, plain, [x, query], moved, backward, compiled, flops)
+    return differentiable_case("query_pool, AbMILP", size, ours, plain, [x, query], moved, backward, compiled, flops)
 
 
 def efficient_probing(size: Size, dtype: torch.dtype, device: str, backward: bool, compiled: bool) -> Benchmark:
@@ -57,7 +57,9 @@ def efficient_probing(size: Size, dtype: torch.dtype, device: str, backward: boo
 
     moved = [x, values, values, x, values] if backward else [x, values]
     flops = 2 * (QUERIES + 1) * size.batch * size.tokens * size.dim
-    return _case(f"query_pool, EP of {QUERIES}", size, ours, plain, [values, queries], moved, backward, compiled, flops)
+    return differentiable_case(
+        f"query_pool, EP of {QUERIES}", size, ours, plain, [values, queries], moved, backward, compiled, flops
+    )
 
 
 def reduction(size: Size, dtype: torch.dtype, device: str, backward: bool, compiled: bool, kind: str) -> Benchmark:
@@ -76,16 +78,16 @@ def reduction(size: Size, dtype: torch.dtype, device: str, backward: bool, compi
 
     leaves = [x, p] if kind == "gem" else [x]
     moved = (3 if kind == "gem" else 2) * [x] if backward else [x]
-    return _case(f"reduce_pool, {kind}", size, ours, plain, leaves, moved, backward, compiled)
+    return differentiable_case(f"reduce_pool, {kind}", size, ours, plain, leaves, moved, backward, compiled)
 
 
 def tokens(size: Size, dim: int, dtype: torch.dtype, device: str, requires_grad: bool) -> torch.Tensor:
     return torch.randn(size.batch, size.tokens, dim, device=device).to(dtype).requires_grad_(requires_grad)
 
 
-def _case(
+def differentiable_case(
     name: str,
-    size: Size,
+    size: object,
     ours: Callable[[], torch.Tensor],
     plain: Callable[[], torch.Tensor],
     leaves: list[torch.Tensor],
@@ -94,7 +96,7 @@ def _case(
     compiled: bool,
     flops: int | None = None,
 ) -> Benchmark:
-    """The pooling alone, or with the gradients of the leaves; ``moved`` are read or written once each.
+    """The op alone, or with the gradients of the leaves; ``moved`` are read or written once each.
 
     flops: of the products forward; backward has twice as many.
     """

@@ -16,6 +16,7 @@ from mimkernels.bench.attention import attention_cases
 from mimkernels.bench.calls import CALLS, call_cases
 from mimkernels.bench.gathering import Size, gathering_cases
 from mimkernels.bench.harness import Benchmark, Timing
+from mimkernels.bench.mlp import mlp_cases
 from mimkernels.bench.pooling import pooling_cases
 from mimkernels.bench.scaling import scaling_cases
 
@@ -117,6 +118,12 @@ GROUPS = {
         _memory_line,
     ),
     "pooling": Group("pooling of patch tokens", _MEMORY_COLUMNS, _by_size(pooling_cases), _memory_line),
+    "mlp": Group(
+        "bias and GELU of an MLP",
+        _MEMORY_COLUMNS,
+        lambda options, dtype, device: mlp_cases(dtype, device, compiled=not options.no_compile),
+        _memory_line,
+    ),
     "attention": Group(
         "attention with all statistics; times are of SDPA without any",
         f"{'ours':>10} {'of SDPA':>8} {'entropy':>8} {'none':>8} {'materialised':>13} {'of GEMM':>8}",

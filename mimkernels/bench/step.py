@@ -43,7 +43,7 @@ class Step:
 
 
 class PublishedMAE(nn.Module):
-    """The published forward pass on the parameters of `mae`, which was built with ``attention="timm"``."""
+    """The published forward pass on the parameters of `mae`, which was built with ``attention="timm", mlp="timm"``."""
 
     def __init__(self, mae: MAE) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def step_case(step: Step, *, stats: bool = False, pictures: Pictures | None = No
     torch.manual_seed(0)
     # Images from files stay uint8 until our kernels normalise them; the published code's loader does that.
     ours = MAE.from_timm(step.model, **({"mean": MEAN, "std": STD} if pictures else {})).to(step.device)
-    plain = MAE.from_timm(step.model, attention="timm").to(step.device)
+    plain = MAE.from_timm(step.model, attention="timm", mlp="timm").to(step.device)
     plain.load_state_dict(ours.state_dict())
     published = PublishedMAE(plain)
     layers = [block.attn for block in plain.encoder.blocks]

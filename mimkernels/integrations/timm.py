@@ -1,4 +1,4 @@
-"""timm models on the kernels, in place: attention of every kind that calls SDPA, and patch dropout."""
+"""timm models on the kernels, in place: attention of every kind that calls SDPA, MLPs, and patch dropout."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 try:
     from timm.layers import Attention as TimmAttention
+    from timm.layers import Mlp as TimmMlp
     from timm.layers import PatchDropout, PatchDropoutWithIndices, register_notrace_module
     from timm.models.vision_transformer import VisionTransformer
 except ImportError as error:
@@ -22,7 +23,8 @@ except ImportError as error:
 from mimkernels.integrations._reroute import calls_sdpa, rerouted
 from mimkernels.integrations._sdpa import kernels_refuse, stand_in
 from mimkernels.models.encoder import check_patch_embed, visible_features
-from mimkernels.nn import Attention
+from mimkernels.nn import Attention, Mlp
+from mimkernels.nn.mlp import has_hooks, reason_against
 from mimkernels.ops import gather_tokens, mask_from_noise
 
 __all__ = ["Accelerated", "Change", "accelerate", "restore"]
@@ -93,6 +95,7 @@ def accelerate(
     patch_drop: bool = True,
     pool: bool = True,
     patch_embed: bool = True,
+    mlp: bool = True,
 ) -> Accelerated:
     """Let a timm model compute on mimkernels, in place: same results, parameters and names.
 
@@ -110,6 +113,7 @@ def accelerate(
         pool: take pooling heads that are attention, such as ``AttentionPoolLatent``. Averages and maxima stay: they
             read the tokens once in PyTorch, too.
         patch_embed: in training with ``PatchDropout``, embed only the patches that are kept.
+        mlp: take ``Mlp``: the first layer's bias and GELU in one pass.
 
     Returns:
         a report, one line per module; print it.
@@ -133,6 +137,8 @@ def accelerate(
             found = Change(name, type(module).__name__, "mimkernels", "already")
         elif isinstance(module, (PatchDropout, PatchDropoutWithIndices)):
             found = _take_patch_drop(module) if patch_drop else None
+        elif isinstance(module, TimmMlp):
+            found = _take_mlp(module) if mlp else None
         elif isinstance(module, VisionTransformer):
             found = _take_patch_embed(module) if patch_embed and patch_drop else None
         elif pool if "pool" in type(module).__name__.lower() else attention:
@@ -144,7 +150,7 @@ def accelerate(
 
 
 def restore(model: nn.Module) -> int:
-    """Undo ``accelerate`` exactly; layers by ``use_mimkernels_attention`` stay.
+    """Undo ``accelerate`` exactly; layers by ``use_mimkernels_attention`` and ``use_mimkernels_mlp`` stay.
 
     Returns:
         how many modules were given their class back.
@@ -206,7 +212,7 @@ def _reason_against(module: nn.Module) -> str | None:
             return missing
     for name in ("attn_drop", "softmax"):
         part = getattr(module, name, None)
-        if getattr(module, "fused_attn", True) is False and isinstance(part, nn.Module) and _hooks(part):
+        if getattr(module, "fused_attn", True) is False and isinstance(part, nn.Module) and has_hooks(part):
             return f"a hook on its {name} reads the attention matrix"
     return None
 
@@ -215,6 +221,15 @@ def _dropout(module: nn.Module) -> float:
     drop = getattr(module, "attn_drop", 0.0)
     drop = getattr(drop, "p", drop)
     return float(drop) if isinstance(drop, (int, float)) else 0.0
+
+
+def _take_mlp(module: TimmMlp) -> Change:
+    kind = type(module)
+    reason = "a class of its own" if kind is not TimmMlp else reason_against(module)
+    if reason is not None:
+        return Change("", kind.__name__, "", reason)
+    _change_class(module)
+    return Change("", kind.__name__, "mimkernels.bias_gelu")
 
 
 def _take_patch_drop(module: nn.Module) -> Change | None:
@@ -261,8 +276,8 @@ def _change_class(module: nn.Module, attributes: dict[str, Any] | None = None) -
 
 @functools.cache
 def _accelerated(kind: type) -> type:
-    if kind is TimmAttention:
-        return Attention
+    if kind in (TimmAttention, TimmMlp):
+        return Attention if kind is TimmAttention else Mlp
     methods: dict[str, Any] = {}
     if issubclass(kind, VisionTransformer):
         methods["forward_features"] = _features_of_kept_patches(kind)
@@ -311,7 +326,7 @@ def _features_of_kept_patches(kind: type) -> Callable:
     def forward_features(self: VisionTransformer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         drop, embed = self.patch_drop, self.patch_embed
         fits = self.dynamic_img_size or tuple(x.shape[-2:]) == tuple(embed.img_size)
-        seen = any(_hooks(part) for part in (embed, embed.proj, drop))
+        seen = any(has_hooks(part) for part in (embed, embed.proj, drop))
         masked = any(value is not None and value is not False for value in (*args, *kwargs.values()))
         if not self.training or drop.prob == 0 or masked or seen or not fits:
             return kind.forward_features(self, x, *args, **kwargs)
@@ -321,11 +336,5 @@ def _features_of_kept_patches(kind: type) -> Callable:
     return forward_features
 
 
-def _hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
 def _is_accelerated(module: nn.Module) -> bool:
-    return _MARK in module.__dict__ or isinstance(module, Attention)
+    return _MARK in module.__dict__ or isinstance(module, (Attention, Mlp))

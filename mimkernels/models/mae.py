@@ -20,12 +20,12 @@ from mimkernels.models.encoder import (
     resample_positions,
 )
 from mimkernels.models.pictures import MAEPictures, pictures_of
-from mimkernels.nn import record_heads, sincos_positions_2d, use_mimkernels_attention
+from mimkernels.nn import record_heads, sincos_positions_2d, use_mimkernels_attention, use_mimkernels_mlp
 from mimkernels.ops import TokenMask, mask_from_noise, masked_patch_loss, random_mask, restore_tokens
 
 __all__ = ["MAE", "MAEOutput"]
 
-_ATTENTION = ("mimkernels", "timm")
+_COMPUTED_BY = ("mimkernels", "timm")
 _DECODER_NAMES = ("mask_token", "decoder_")
 
 
@@ -67,6 +67,8 @@ class MAE(nn.Module):
         attention: "mimkernels" lets the blocks of decoder and encoder compute attention with
             ``mimkernels.attention`` (in place, as ``use_mimkernels_attention`` does; of an encoder whose attention is
             of another kind, that stays); "timm" leaves them as they are. Weights and results are the same.
+        mlp: "mimkernels" lets their MLPs compute with ``mimkernels.bias_gelu`` (as ``use_mimkernels_mlp`` does), "timm"
+            leaves them as they are; likewise.
 
     Example::
 
@@ -91,11 +93,13 @@ class MAE(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         attention: str = "mimkernels",
+        mlp: str = "mimkernels",
     ) -> None:
         super().__init__()
         check_encoder(encoder)
-        if attention not in _ATTENTION:
-            raise ValueError(f"attention must be one of {', '.join(_ATTENTION)}, got {attention!r}")
+        for name, value in (("attention", attention), ("mlp", mlp)):
+            if value not in _COMPUTED_BY:
+                raise ValueError(f"{name} must be one of {', '.join(_COMPUTED_BY)}, got {value!r}")
         for name, value in (("decoder_dim", decoder_dim), ("decoder_depth", decoder_depth)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -129,6 +133,9 @@ class MAE(nn.Module):
         if attention == "mimkernels":
             use_mimkernels_attention(encoder.blocks, required=False)
             use_mimkernels_attention(self.decoder_blocks)
+        if mlp == "mimkernels":
+            use_mimkernels_mlp(encoder.blocks, required=False)
+            use_mimkernels_mlp(self.decoder_blocks)
         self.grad_checkpointing = False
 
     @classmethod
@@ -147,6 +154,7 @@ class MAE(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         attention: str = "mimkernels",
+        mlp: str = "mimkernels",
         **timm_kwargs: Any,
     ) -> "MAE":
         """A new MAE around the timm model `name`, initialised as published.
@@ -178,6 +186,7 @@ class MAE(nn.Module):
             "mean": None if mean is None else [float(value) for value in mean],
             "std": None if std is None else [float(value) for value in std],
             "attention": attention,
+            "mlp": mlp,
         }
         model = cls(encoder, **own)
         shape = {"img_size": img_size, "in_chans": in_chans, "patch_size": patch_size}

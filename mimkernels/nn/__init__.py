@@ -1,5 +1,6 @@
 """Modules and functions of Vision Transformers, built on the ops."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mimkernels.nn.embed import embed_visible
@@ -8,14 +9,24 @@ from mimkernels.nn.positions import sincos_positions_2d
 
 if TYPE_CHECKING:
     from mimkernels.nn.attention import Attention, HeadRecorder, LayerHeads, record_heads, use_mimkernels_attention
+    from mimkernels.nn.mlp import Mlp, use_mimkernels_mlp
 
-# From `attention`, which needs timm: imported when first asked for, so that the rest works without it.
-_OF_ATTENTION = ("Attention", "HeadRecorder", "LayerHeads", "record_heads", "use_mimkernels_attention")
+# From modules that need timm: imported when first asked for, so that the rest works without it.
+_NEED_TIMM = {
+    "Attention": "attention",
+    "HeadRecorder": "attention",
+    "LayerHeads": "attention",
+    "Mlp": "mlp",
+    "record_heads": "attention",
+    "use_mimkernels_attention": "attention",
+    "use_mimkernels_mlp": "mlp",
+}
 
 __all__ = [
     "Attention",
     "HeadRecorder",
     "LayerHeads",
+    "Mlp",
     "Pooling",
     "build_pooling",
     "cls_attention",
@@ -24,12 +35,11 @@ __all__ = [
     "record_heads",
     "sincos_positions_2d",
     "use_mimkernels_attention",
+    "use_mimkernels_mlp",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _OF_ATTENTION:
+    if name not in _NEED_TIMM:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from mimkernels.nn import attention
-
-    return getattr(attention, name)
+    return getattr(import_module(f"{__name__}.{_NEED_TIMM[name]}"), name)

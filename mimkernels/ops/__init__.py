@@ -5,6 +5,7 @@ from mimkernels.ops._registry import use_backend
 from mimkernels.ops._token_mask import TokenMask
 from mimkernels.ops.attention import AttentionOutput, attention, attention_qkvpacked
 from mimkernels.ops.attention_rows import attention_rows
+from mimkernels.ops.bias_gelu import bias_gelu
 from mimkernels.ops.fill_mask_tokens import fill_mask_tokens
 from mimkernels.ops.gather_tokens import gather_tokens
 from mimkernels.ops.head_divergence import head_divergence
@@ -26,6 +27,7 @@ __all__ = [
     "attention",
     "attention_qkvpacked",
     "attention_rows",
+    "bias_gelu",
     "fill_mask_tokens",
     "gather_tokens",
     "head_divergence",

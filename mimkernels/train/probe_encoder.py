@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mimkernels.nn import cls_attention, record_heads, use_mimkernels_attention
+from mimkernels.nn import cls_attention, record_heads, use_mimkernels_attention, use_mimkernels_mlp
 from mimkernels.train import checkpoint as files
 from mimkernels.train.checkpoint import CheckpointFolder
 from mimkernels.train.config import PretrainConfig
@@ -71,6 +71,7 @@ class FrozenEncoder(nn.Module):
         self.num_prefix = int(getattr(model, "num_prefix_tokens", 0))
         self.has_cls_token = self.num_prefix > 0 and getattr(model, "cls_token", None) is not None
         use_mimkernels_attention(model, required=False)
+        use_mimkernels_mlp(model, required=False)
         try:
             tokens = self(torch.zeros(1, in_chans, img_size, img_size, dtype=torch.uint8)).tokens
         except (AssertionError, RuntimeError) as e:

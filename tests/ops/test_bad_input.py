@@ -47,6 +47,10 @@ def reduce_pool(**changed):
     return mk.reduce_pool(**{"x": X, "kind": "mean", **changed})
 
 
+def bias_gelu(**changed):
+    return mk.bias_gelu(**{"x": X, "bias": TOKEN, **changed})
+
+
 REFUSED = [
     (gather, {"x": X[0]}, ValueError, r"x must have 3 dimensions, got 2 \(\[6, 8\]\)"),
     (gather, {"x": [1, 2]}, TypeError, "x must be a torch.Tensor, got list"),
@@ -162,6 +166,15 @@ REFUSED = [
     (reduce_pool, {"kind": "gem", "p": TOKEN}, ValueError, r"p must have one element, got shape \[8\]"),
     (reduce_pool, {"kind": "gem", "eps": 0.0}, ValueError, "eps must be positive, got 0.0"),
     (reduce_pool, {"num_prefix": 7}, ValueError, "num_prefix is 7 but x has 6 tokens"),
+    (bias_gelu, {"x": [1.0]}, TypeError, "x must be a torch.Tensor, got list"),
+    (bias_gelu, {"x": X.long()}, TypeError, "x must be a floating-point tensor, got torch.int64"),
+    (bias_gelu, {"x": X[0, 0, 0]}, ValueError, r"x must have at least 1 dimension, got 0 \(\[\]\)"),
+    (bias_gelu, {"bias": X[0]}, ValueError, r"bias must have 1 dimensions, got 2 \(\[6, 8\]\)"),
+    (bias_gelu, {"bias": TOKEN[:7]}, ValueError, r"bias \[7\] has size 7 in dimension 0 but x \[2, 6, 8\] has 8"),
+    (bias_gelu, {"bias": TOKEN.half()}, TypeError, "bias must be torch.float32, got torch.float16"),
+    (bias_gelu, {"x": X.bfloat16(), "bias": TOKEN.half()}, TypeError, "bias must be torch.bfloat16 or torch.float32"),
+    (bias_gelu, {"bias": TOKEN.to("meta")}, ValueError, "bias is on meta but x is on cpu"),
+    (bias_gelu, {"approximate": "erf"}, ValueError, "approximate must be 'none' or 'tanh', got 'erf'"),
 ]
 
 

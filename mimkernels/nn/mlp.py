@@ -1,0 +1,94 @@
+"""timm's MLP on ``mimkernels.bias_gelu``."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+try:
+    from timm.layers import Mlp as TimmMlp
+    from timm.layers import register_notrace_module
+    from timm.layers.activations import GELU, GELUTanh
+except ImportError as error:
+    raise ImportError(
+        f"mimkernels.nn.mlp needs timm, which cannot be imported ({error}); pip install 'mimkernels[train]'"
+    ) from error
+
+from mimkernels.ops import bias_gelu
+
+__all__ = ["Mlp", "use_mimkernels_mlp"]
+
+
+@register_notrace_module  # torch.fx takes it as one node: the op chooses its backend by the tensors it gets
+class Mlp(TimmMlp):
+    """timm's ``Mlp`` with the first layer's bias and GELU in one pass: same parameters, same names, same results.
+
+    The bias is added by ``mimkernels.bias_gelu``, whose backward pass sums the bias's gradient as well; dropout, norm
+    and the second layer are timm's. What that cannot replace (see ``reason_against``) runs timm's own code, looked at
+    anew in every call. Made by ``use_mimkernels_mlp``, or built like timm's (``mlp_layer=Mlp`` of timm's models).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., C]`` to ``[..., C']``, as timm's."""
+        if reason_against(self) is not None:
+            return super().forward(x)
+        hidden = F.linear(x, self.fc1.weight)  # [..., E]
+        bias = self.fc1.bias
+        if bias is not None and bias.dtype not in (hidden.dtype, torch.float32):
+            bias = bias.to(hidden.dtype)
+        hidden = self.drop1(bias_gelu(hidden, bias, approximate=_approximation(self.act)))
+        return self.drop2(self.fc2(self.norm(hidden)))
+
+
+def use_mimkernels_mlp(module: nn.Module, *, required: bool = True) -> list[Mlp]:
+    """Let every timm ``Mlp`` in `module`, or `module` itself, compute with ``mimkernels.bias_gelu``, in place.
+
+    Parameters, buffers, hooks, modes and state-dict names stay; only the layers' class changes. Subclasses of timm's
+    Mlp and other kinds (gated, convolutional, ...) are left as they are.
+
+    Args:
+        module: any model.
+        required: refuse a model that has no such layer.
+
+    Returns:
+        the layers that now do, in the model's order, with those that did before.
+
+    Raises:
+        ValueError: there is no timm Mlp in the model.
+    """
+    layers = []
+    for part in module.modules():
+        if type(part) is TimmMlp:
+            part.__class__ = Mlp
+        if isinstance(part, Mlp):
+            layers.append(part)
+    if required and not layers:
+        raise ValueError(f"{type(module).__name__} has no timm.layers.Mlp")
+    return layers
+
+
+def reason_against(module: TimmMlp) -> str | None:
+    """Why a timm ``Mlp`` must run timm's own code, or None: only what a plain linear layer and GELU do is replaced."""
+    for name in ("fc1", "act"):
+        part = getattr(module, name)
+        if has_hooks(part) or "forward" in part.__dict__:
+            return f"a hook or a forward of its own on {name}"
+    if type(module.fc1) is not nn.Linear:
+        return f"fc1 is {type(module.fc1).__name__}, not torch.nn.Linear"
+    if _approximation(module.act) is None:
+        return f"its activation is {type(module.act).__name__}, not GELU"
+    return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _approximation(act: nn.Module) -> str | None:
+    """As ``bias_gelu`` takes it; None for what is no GELU. Subclasses may compute anything."""
+    if type(act) is nn.GELU:
+        return act.approximate
+    return {GELU: "none", GELUTanh: "tanh"}.get(type(act))

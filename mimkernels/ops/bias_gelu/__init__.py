@@ -1,0 +1,1 @@
+from mimkernels.ops.bias_gelu.api import bias_gelu as bias_gelu
