@@ -243,6 +243,11 @@ def test_under_functional_transforms():
     def rows(images):
         return mk.patchify_gather(images, None, 4, (0.5,) * 3, (0.2,) * 3, backend="reference")
 
+    expected_rows = (mk.patchify_gather(IMAGES, None, 4) - 0.5) / 0.2
+    torch.testing.assert_close(torch.func.functionalize(rows)(IMAGES), expected_rows)
+    plain = rows(IMAGES)
+    torch.testing.assert_close(plain, expected_rows)
+    assert not torch._is_functional_tensor(plain)  # as a constant of the transform would make it
     grad = torch.func.grad(lambda images: rows(images).sum())(IMAGES)
     torch.testing.assert_close(grad, torch.full_like(IMAGES, 5.0))
     stacked = torch.stack([IMAGES, 2 * IMAGES])
