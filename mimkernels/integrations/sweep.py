@@ -196,8 +196,11 @@ def examine(family: str, variant: Variant | LayerVariant, seconds: float = 4.0) 
     row = Row(family, variant.model, variant.size)
     calling = Counter(type(part).__name__ for part in stock.modules() if calls_sdpa(type(part).forward))
     row.layers, row.classes = calling.total(), ", ".join(f"{count} {name}" for name, count in calling.items())
-    row.accelerated = len(report.accelerated)
-    row.left = [f"{change.kind}: {change.reason}" for change in _distinct(report.left)]
+    # The table counts layers of attention; MLPs are accelerated beside them.
+    mlps = {name for name, part in stock.named_modules() if isinstance(part, layers.Mlp)}
+    row.accelerated = sum(change.name not in mlps for change in report.accelerated)
+    left = [change for change in report.left if change.name not in mlps]
+    row.left = [f"{change.kind}: {change.reason}" for change in _distinct(left)]
     exact = _outputs_and_gradients(copy.deepcopy(stock).double(), x.double())
     row.output_error_stock, row.gradient_error_stock = _errors(_outputs_and_gradients(stock, x), exact)
     for kind in report._classes:

@@ -17,7 +17,7 @@ timm = pytest.importorskip("timm")
 from timm.layers import Attention, PatchDropout, PatchDropoutWithIndices  # noqa: E402
 
 from mimkernels.integrations._reroute import calls_sdpa, rerouted  # noqa: E402
-from mimkernels.nn import record_heads, use_mimkernels_attention  # noqa: E402
+from mimkernels.nn import Mlp, record_heads, use_mimkernels_attention, use_mimkernels_mlp  # noqa: E402
 from tests.integrations.models import Seen  # noqa: E402
 
 
@@ -98,7 +98,8 @@ def test_results_and_gradients_stay(kind):
     build, layers = MODELS[kind]
     model, x = build(), images()
     ours, report = accelerated(model)
-    assert [change.became for change in report] == ["mimkernels.attention"] * layers
+    became = [change.became for change in report if change.kind != "Mlp"]
+    assert became == ["mimkernels.attention"] * layers
     assert len(calls_of(ours, x)) == layers  # and it is so
     assert_equal_results(ours, model, x)
 
@@ -137,7 +138,7 @@ def test_layers_that_were_ours_before_stay_so():
     model = vit()
     use_mimkernels_attention(model.blocks[0])
     report = mimkernels.accelerate(model)
-    assert [change.reason for change in report] == ["already", ""]
+    assert [change.reason for change in report] == ["already", "", "", ""]
     mimkernels.restore(model)
     assert [type(block.attn) is Attention for block in model.blocks] == [False, True]
 
@@ -157,10 +158,12 @@ def test_the_report_is_a_table():
     lines = str(report).splitlines()
     assert lines[0].split() == ["module", "class", "now", "remarks"]
     assert lines[1].split() == ["a.blocks.0.attn", "Attention", "mimkernels.attention"]
-    assert lines[2].startswith("b.blocks.0.attn  Attention") and "head_dim in multiples of 8, got 20" in lines[2]
-    assert lines[3].split()[:3] == ["c", "MultiheadAttention", "-"]
-    assert lines[4] == "1 of 3 on mimkernels"
-    assert [change.name for change in report.left] == ["b.blocks.0.attn", "c"] and len(report.accelerated) == 1
+    assert lines[2].split() == ["a.blocks.0.mlp", "Mlp", "mimkernels.bias_gelu"]
+    assert lines[3].startswith("b.blocks.0.attn  Attention") and "head_dim in multiples of 8, got 20" in lines[3]
+    assert lines[4].split() == ["b.blocks.0.mlp", "Mlp", "mimkernels.bias_gelu"]
+    assert lines[5].split()[:3] == ["c", "MultiheadAttention", "-"]
+    assert lines[6] == "3 of 5 on mimkernels"
+    assert [change.name for change in report.left] == ["b.blocks.0.attn", "c"] and len(report.accelerated) == 3
 
 
 def test_parts_can_be_left_out():
@@ -168,6 +171,7 @@ def test_parts_can_be_left_out():
     kinds = {
         "attention": {"Attention"},
         "pool": {"AttentionPoolLatent"},
+        "mlp": {"Mlp"},
         "patch_embed": {"VisionTransformer"},
         "patch_drop": {"PatchDropout", "VisionTransformer"},
     }
@@ -180,7 +184,7 @@ def test_parts_can_be_left_out():
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
 def test_attention_dropout_keeps_its_own_path_in_training(name):
     model = vit(name, attn_drop_rate=0.3).train()
-    ours, report = accelerated(model)
+    ours, report = accelerated(model, mlp=False)
     assert {change.reason for change in report} == {"not in training: attention dropout 0.3"}
     assert torch.equal(results(ours, images())["out"], results(model, images())["out"])
     assert calls_of(ours, images()) == []
@@ -230,6 +234,37 @@ def test_a_device_without_kernels_is_named():
         mimkernels.accelerate(vit().to("meta"))
     with pytest.raises(TypeError, match="accelerate takes a module, got str"):
         mimkernels.accelerate("vit_tiny_patch16_224")
+
+
+# MLPs
+
+
+def test_mlps_are_taken_and_those_that_cannot_be_are_reported():
+    class Mine(timm.layers.Mlp):
+        pass
+
+    model = vit(depth=4)
+    model.blocks[1].mlp.fc1.register_forward_hook(lambda module, args, out: out + 1)
+    model.blocks[2].mlp.act = nn.SiLU()
+    model.blocks[3].mlp = Mine(32, 64)
+    ours, report = accelerated(model, attention=False)
+    assert [(change.name, change.became, change.reason) for change in report] == [
+        ("blocks.0.mlp", "mimkernels.bias_gelu", ""),
+        ("blocks.1.mlp", "", "a hook or a forward of its own on fc1"),
+        ("blocks.2.mlp", "", "its activation is SiLU, not GELU"),
+        ("blocks.3.mlp", "", "a class of its own"),
+    ]
+    assert [type(block.mlp) for block in ours.blocks] == [Mlp, timm.layers.Mlp, timm.layers.Mlp, Mine]
+    assert_equal_results(ours, model, images())
+    assert mimkernels.restore(ours) == 1 and type(ours.blocks[0].mlp) is timm.layers.Mlp
+
+
+def test_mlps_that_were_ours_before_stay_so():
+    model = vit()
+    use_mimkernels_mlp(model.blocks[0])
+    assert [change.reason for change in mimkernels.accelerate(model, attention=False)] == ["already", ""]
+    mimkernels.restore(model)
+    assert [type(block.mlp) is Mlp for block in model.blocks] == [True, False]
 
 
 # Patch dropout
@@ -296,7 +331,7 @@ def test_copies_and_pickles(name):
     for again in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
         assert [type(part) for part in again.modules()] == [type(part) for part in ours.modules()]
         assert torch.equal(again(images()), ours(images()))
-        assert mimkernels.restore(again) == mimkernels.restore(copy.deepcopy(ours)) == 4 - (name[0] == "e")
+        assert mimkernels.restore(again) == mimkernels.restore(copy.deepcopy(ours)) == {"v": 6, "e": 3}[name[0]]
 
 
 def test_the_model_compiles_whole():
@@ -357,7 +392,7 @@ def test_lightly_masked_vision_transformer():
     modules = pytest.importorskip("lightly.models.modules")
     model = modules.MaskedVisionTransformerTIMM(vit(), mask_token=nn.Parameter(torch.randn(1, 1, 32)))
     ours, report = accelerated(model)
-    assert len(report.accelerated) == 2
+    assert len(report.accelerated) == 4
     kept = torch.tensor([[0, 3, 5, 9], [0, 16, 2, 1]])
     mask = torch.zeros(2, 17, dtype=torch.bool)
     mask[:, 4:9] = True

@@ -9,7 +9,10 @@ from mimkernels.nn import sincos_positions_2d
 from mimkernels.ops import patchify_gather
 
 pytest.importorskip("timm")
+from timm.layers import Mlp as TimmMlp
+
 from mimkernels.models import MAE
+from mimkernels.nn import Mlp
 
 SMALL = {
     "img_size": 32,
@@ -335,6 +338,32 @@ def test_config_rebuilds_the_model():
     images, noise = batch(model)
     assert torch.equal(other(images, noise=noise).loss, model(images, noise=noise).loss)
     assert other.config == model.config
+
+
+def test_both_mlps_give_the_same_model():
+    ours, timm_s = build(), build(mlp="timm")
+    for model, kind in ((ours, Mlp), (timm_s, TimmMlp)):
+        assert {type(block.mlp) for block in [*model.encoder.blocks, *model.decoder_blocks]} == {kind}
+    assert list(ours.state_dict()) == list(timm_s.state_dict())
+    timm_s.load_state_dict(ours.state_dict())
+    images, noise = batch(ours)
+    made = []
+    for model in (ours, timm_s):
+        loss = model(images, noise=noise).loss
+        loss.backward()
+        made.append((loss.detach(), [p.grad for p in model.parameters() if p.requires_grad]))
+    torch.testing.assert_close(*made, rtol=1e-4, atol=1e-6)
+
+
+def test_config_remembers_the_mlp():
+    for mlp in ("mimkernels", "timm"):
+        model = build(mlp=mlp)
+        assert model.config["mlp"] == mlp
+        assert type(MAE.from_config(model.config).encoder.blocks[0].mlp) is type(model.encoder.blocks[0].mlp)
+    old = {name: value for name, value in build().config.items() if name != "mlp"}
+    assert type(MAE.from_config(old).decoder_blocks[0].mlp) is Mlp
+    with pytest.raises(ValueError, match="mlp must be one of mimkernels, timm, got 'fused'"):
+        build(mlp="fused")
 
 
 def test_gradient_checkpointing_and_drop_path_run_as_in_timm():
