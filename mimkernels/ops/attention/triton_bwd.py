@@ -516,7 +516,6 @@ def attention_bwd_kernel(
     some = rows < queries
     place = head.to(tl.int64) * queries + rows
     out_stride_n = heads.to(tl.int64) * D
-    grad_stride_n = grad_heads.to(tl.int64) * D
     q_stride_n = q_stride_n.to(tl.int64) * UNIT
     k_stride_n = k_stride_n.to(tl.int64) * UNIT
     v_stride_n = v_stride_n.to(tl.int64) * UNIT
@@ -560,6 +559,7 @@ def attention_bwd_kernel(
         )  # fmt: skip
         p = tl.trans(p.to(g0.dtype))
         ds = ds.to(q0.dtype)
+        grad_stride_n = grad_heads.to(tl.int64) * D
         target = (b * keys + start) * grad_stride_n + h * D
         dv0 = tl.dot(p, g0, input_precision=PRECISION)
         store_rows(dv_ptr + target, dv0, left, grad_stride_n, 0, D0, D, BLOCK_N)
@@ -572,6 +572,7 @@ def attention_bwd_kernel(
             dk1 = tl.dot(tl.trans(ds), q1, input_precision=PRECISION)
             store_rows(dk_ptr + target, dk1 * scale, left, grad_stride_n, D0, D1, D, BLOCK_N)
             dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
+    grad_stride_n = grad_heads.to(tl.int64) * D
     dq_head = dq_ptr + b * queries * grad_stride_n + h * D
     store_rows(dq_head, dq0 * scale, queries, grad_stride_n, 0, D0, D, BLOCK_M)
     if D1 > 0:
