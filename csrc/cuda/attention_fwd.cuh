@@ -193,6 +193,7 @@ __global__ void __launch_bounds__(forward_warps(DIM, sizeof(T), STATS) * kWarp,
     copy_async_commit();
   };
   load_strip(strip, kStride, kChunks, s.q, heads, place, queries, dim, aligned.q);
+  copy_async_commit();  // with no token on the other side, no tile would
 
   RowSums sums;
   float acc[DIM / 8][4] = {};

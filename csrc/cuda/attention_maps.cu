@@ -40,6 +40,7 @@ __global__ void __launch_bounds__(kReceivedWarps* kWarp, 1)
     copy_async_commit();
   };
   load_strip(strip, shape.stride, shape.chunks, s.k, heads, place, keys, dim, k_aligned);
+  copy_async_commit();  // with no token on the other side, no tile would
 
   float sum[2] = {};
   for (int tile = -1; tile < cut.tiles; ++tile) {

@@ -74,7 +74,8 @@ def mask_and_gather(size: Size, dtype: torch.dtype, device: str) -> Benchmark:
 
         return PatchDropout(1 - size.keep / size.tokens, num_prefix_tokens=0)(x)
 
-    moved = 2 * size.batch * size.keep * size.dim * x.element_size()
+    # The mask (a byte per token at least) and ids_restore (int64) are outputs too.
+    moved = 2 * size.batch * size.keep * size.dim * x.element_size() + size.batch * size.tokens * (1 + 8)
     versions = {"ours": ours, "plain": plain}
     # Masks of their own, of which they return less: what these give is not compared.
     versions |= {version.__name__: version for version in (lightly, timm) if runs(version)}
@@ -233,8 +234,13 @@ def patchify_uint8(size: Size, dtype: torch.dtype, device: str) -> Benchmark:
     def ours():
         return mk.patchify_gather(images, ids, size.patch, mean, std, dtype=dtype)
 
+    # Memory gives no less than a line of 64 bytes, in which rows of several patches lie side by side.
+    columns = size.side // size.patch
+    kept = torch.zeros(size.batch, size.tokens, dtype=torch.bool, device=device).scatter_(1, ids, True)
+    pixels = kept.view(-1, columns, 1, columns, 1).expand(-1, -1, size.patch, -1, size.patch)
+    lines = 3 * int(pixels.reshape(-1, 64).any(1).sum())
     element = torch.empty((), dtype=dtype).element_size()
-    moved = size.batch * size.keep * 3 * size.patch**2 * (1 + element)
+    moved = 64 * lines + size.batch * size.keep * 3 * size.patch**2 * element
     return case("patchify_gather of uint8, normalised", size, ours, plain, moved)
 
 
