@@ -13,7 +13,7 @@ namespace {
 // cost:     x read once, out written once, the bias once per block and warp; 4 independent loads in
 //           flight per thread; no shared memory, no atomics, deterministic
 template <typename T, int VEC, bool TANH>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 3)
     bias_gelu_fwd_kernel(BiasGeluFwdParams p, GeluCut cut) {
   using W = Word<T, VEC>;
   const int lane = threadIdx.x % kWarp;
