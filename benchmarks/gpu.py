@@ -57,7 +57,7 @@ def steps(output: Path) -> list[Step]:
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", python, "-m", "benchmarks.gpu"]
         found.append(Step(f"sanitizer-{tool}", [*command, "--kernels-once"], 40))
     bench = [python, "-m", "benchmarks", "--seconds", "0.5", "--no-compile", "--output", str(output)]
-    groups = ["--group", "gathering", "pooling", "attention"]
+    groups = ["--group", "gathering", "pooling", "mlp", "attention"]
     found.append(Step("benchmarks", [*bench, "--backends", *groups, "--dtype", *DTYPES], 90))
     step = ["--group", "calls", "step", "--model", "vit_base_patch16_224", "--compile-step", "--dtype", "bfloat16"]
     found.append(Step("whole-step", [*bench, *step], 70))

@@ -394,6 +394,7 @@ def _attention_cases() -> list[Case]:
         "key-mask": _attention(3, 2, 19, 16, mask=True, prefix=1, stats=_ALL),
         "huge-logits": _attention(1, 2, 33, 16, logits=300.0, prefix=1, stats=("entropy", "prefix_mass", "peak")),
         "no-images": _attention(0, 2, 5, 16, stats=("entropy",)),
+        "no-keys": _attention(2, 2, 5, 16, keys=0, stats=("entropy",)),
         "all-prefix": _attention(1, 1, 3, 8, prefix=3, stats=("entropy", "prefix_mass", "patch_entropy", "patch_mass")),
     }
     for stat in _ALL:
@@ -431,6 +432,7 @@ def _companion_cases(op: str) -> list[Case]:
         "long": _companion(1, 2, 300, 16),
         "cross": _companion(2, 2, 9, 24, keys=30),
         "no-images": _companion(0, 2, 5, 16),
+        "no-queries": _companion(2, 2, 0, 16, keys=5),
     }
     return [Case(op, label, make) for label, make in made.items()]
 

@@ -105,7 +105,7 @@ def test_versions_that_disagree_are_not_timed():
 
 def test_run_then_plot(tmp_path, capsys):
     run = ["bench", "run", "--seconds", "0.001", "--batch", "1", "--no-compile", "--output", str(tmp_path)]
-    assert main([*run, "--group", "gathering", "pooling", "calls"]) == 0
+    assert main([*run, "--group", "gathering", "pooling", "mlp", "calls"]) == 0
     shown = capsys.readouterr().out
     assert (
         "restore_tokens + positions" in shown

@@ -131,7 +131,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeat", type=int, default=_REPEATS, help=f"runs of each revision (default {_REPEATS})")
     parser.add_argument("--seconds", type=float, default=2.0, help="of revisions: measuring time per case (default 2)")
     parser.add_argument("--only", help="of revisions: cases whose name contains this")
-    parser.add_argument("--group", nargs="+", default=["gathering", "pooling", "attention"], help="of revisions")
+    parser.add_argument("--group", nargs="+", default=["gathering", "pooling", "mlp", "attention"], help="of revisions")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-MEMORY, ATTENTION, STEP, MODELS, CALLS = ("gathering", "pooling"), ("attention",), ("step",), ("models",), ("calls",)
+MEMORY, ATTENTION, STEP, MODELS, CALLS = (
+    ("gathering", "pooling", "mlp"),
+    ("attention",),
+    ("step",),
+    ("models",),
+    ("calls",),
+)
 
 
 def main_tables(reports: dict[str, dict]) -> str:
