@@ -2,7 +2,9 @@
 //
 // in:       noise fp32 [B, N], last dim contiguous
 // keys:     the bits of the noise in an order that unsigned integers share: -0.0 equals 0.0, NaN
-// last out, cost: as random_mask
+//           last
+// out:      as random_mask
+// cost:     as random_mask; noise that crowds together costs O(N^2) register compares
 #include "kernels.h"
 #include "ranks.h"
 

@@ -6,7 +6,7 @@
 // rank:     rank_i = #{j : (noise_j, j) < (noise_i, i)}
 // out:      ids_shuffle[b, rank_i] = i, ids_restore[b, i] = rank_i, mask[b, i] = rank_i >= keep;
 //           sorted: kept and removed tokens each in the order of their index, mask unchanged
-// cost:     O(N^2) register compares for small N, a radix sort beyond; a thread owns whole images
+// cost:     a sort by buckets for small N, by radix beyond; a thread owns whole images
 #include "../core/philox.h"
 #include "kernels.h"
 #include "ranks.h"

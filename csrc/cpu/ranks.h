@@ -5,9 +5,11 @@
 
 namespace mimkernels::MIMKERNELS_ISA {
 
-// Up to here every key is compared with every other, registers at a time; beyond, a radix sort
-// wins.
-constexpr int64_t kCountingTokens = 512;
+// Up to here keys are sorted by buckets, or every key is compared with every other, registers at a
+// time; beyond, a radix sort wins.
+constexpr int64_t kFewTokens = 512;
+// Buckets hold one key on average where keys are spread evenly. Fuller ones would take too long.
+constexpr int kMostInBucket = 12;
 // Keys are compared in blocks of four registers; key buffers are this much longer than N.
 constexpr int64_t kKeyPadding = 4 * kLanes;
 
@@ -63,6 +65,48 @@ MIMKERNELS_INLINE void rank_by_counting(const uint32_t* keys, int64_t n, int32_t
   }
 }
 
+// The same for few keys that are spread out, as random ones are: into buckets by their leading
+// bits, then each to its place among its neighbours. Returns false, and has written no rank, where
+// a bucket is too full. `pairs` holds n key-index pairs.
+MIMKERNELS_INLINE bool rank_by_buckets(const uint32_t* keys, int64_t n, uint64_t* pairs,
+                                       int32_t* rank) {
+  constexpr int kBits = 8;
+  constexpr int kBuckets = 1 << kBits;
+  uint32_t low = UINT32_MAX;
+  uint32_t high = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    low = keys[i] < low ? keys[i] : low;
+    high = keys[i] > high ? keys[i] : high;
+  }
+  int shift = 0;
+  while (((high - low) >> shift) >= kBuckets) ++shift;
+  uint32_t start[kBuckets] = {};
+  for (int64_t i = 0; i < n; ++i) ++start[(keys[i] - low) >> shift];
+  uint32_t total = 0;
+  uint32_t fullest = 0;
+  for (int bucket = 0; bucket < kBuckets; ++bucket) {
+    const uint32_t count = start[bucket];
+    fullest = count > fullest ? count : fullest;
+    start[bucket] = total;
+    total += count;
+  }
+  if (fullest > kMostInBucket) return false;
+  for (int64_t i = 0; i < n; ++i) {
+    pairs[start[(keys[i] - low) >> shift]++] =
+        (static_cast<uint64_t>(keys[i]) << 32) | static_cast<uint64_t>(i);
+  }
+  for (int64_t i = 1; i < n; ++i) {
+    const uint64_t pair = pairs[i];
+    int64_t at = i;
+    for (; at > 0 && pairs[at - 1] > pair; --at) pairs[at] = pairs[at - 1];
+    pairs[at] = pair;
+  }
+  for (int64_t place = 0; place < n; ++place) {
+    rank[pairs[place] & 0xffffffffu] = static_cast<int32_t>(place);
+  }
+  return true;
+}
+
 // The same by a stable radix sort, a byte at a time; bytes that all keys share are skipped. `pairs`
 // and `other` hold n key-index pairs each. Returns the sorted pairs, index in the low half.
 MIMKERNELS_INLINE const uint64_t* sort_pairs(const uint32_t* keys, int64_t n, uint64_t* pairs,
@@ -97,10 +141,7 @@ MIMKERNELS_INLINE const uint64_t* sort_pairs(const uint32_t* keys, int64_t n, ui
 class RankScratch {
  public:
   explicit RankScratch(int64_t n)
-      : keys_(n + kKeyPadding),
-        rank_(n),
-        pairs_(n > kCountingTokens ? n : 0),
-        other_(n > kCountingTokens ? n : 0) {
+      : keys_(n + kKeyPadding), rank_(n), pairs_(n), other_(n > kFewTokens ? n : 0) {
     if (!keys_.failed()) memset(keys_.get() + n, 0, kKeyPadding * sizeof(uint32_t));
   }
 
@@ -111,8 +152,10 @@ class RankScratch {
 
   // Ranks of the first n keys.
   MIMKERNELS_INLINE const int32_t* ranks(int64_t n) {
-    if (n <= kCountingTokens) {
-      rank_by_counting(keys_.get(), n, rank_.get());
+    if (n <= kFewTokens) {
+      if (!rank_by_buckets(keys_.get(), n, pairs_.get(), rank_.get())) {
+        rank_by_counting(keys_.get(), n, rank_.get());
+      }
     } else {
       const uint64_t* sorted = sort_pairs(keys_.get(), n, pairs_.get(), other_.get());
       for (int64_t place = 0; place < n; ++place) {
@@ -156,20 +199,18 @@ MIMKERNELS_INLINE Status make_masks(const Params& p, ParallelFor parallel_for,
   const int64_t n = p.tokens;
   if (n > INT32_MAX) return unsupported();
   int failures = 0;
-  const int64_t compares = n <= kCountingTokens ? n : 64;
-  run_parallel(parallel_for, p.batch, grain_for(n * (64 + compares / 2)),
-               [&](int64_t begin, int64_t end) {
-                 RankScratch scratch(n);
-                 if (scratch.failed()) {
-                   __atomic_store_n(&failures, 1, __ATOMIC_RELAXED);
-                   return;
-                 }
-                 for (int64_t b = begin; b < end; ++b) {
-                   fill_keys(b, scratch.keys());
-                   write_masks(scratch.ranks(n), n, p.keep, p.sorted, p.ids_shuffle + b * n,
-                               p.ids_restore + b * n, p.mask + b * n);
-                 }
-               });
+  run_parallel(parallel_for, p.batch, grain_for(64 * n), [&](int64_t begin, int64_t end) {
+    RankScratch scratch(n);
+    if (scratch.failed()) {
+      __atomic_store_n(&failures, 1, __ATOMIC_RELAXED);
+      return;
+    }
+    for (int64_t b = begin; b < end; ++b) {
+      fill_keys(b, scratch.keys());
+      write_masks(scratch.ranks(n), n, p.keep, p.sorted, p.ids_shuffle + b * n,
+                  p.ids_restore + b * n, p.mask + b * n);
+    }
+  });
   return failures != 0 ? out_of_memory() : Status{};
 }
 
