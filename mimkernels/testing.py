@@ -432,7 +432,6 @@ def _companion_cases(op: str) -> list[Case]:
         "long": _companion(1, 2, 300, 16),
         "cross": _companion(2, 2, 9, 24, keys=30),
         "no-images": _companion(0, 2, 5, 16),
-        "no-queries": _companion(2, 2, 0, 16, keys=5),
     }
     return [Case(op, label, make) for label, make in made.items()]
 

@@ -114,6 +114,13 @@ def test_a_query_that_may_attend_nothing_gets_zeros(backend):
 
 
 @pytest.mark.parametrize("backend", HERE)
+def test_means_over_no_queries_are_nan(backend):
+    q, k, lse = zeros(1, 2, 0, 16), torch.randn(1, 2, 5, 16, device=DEVICE), zeros(1, 2, 0)
+    for made in (received_attention(q, k, lse, backend=backend), head_divergence(q, k, lse, backend=backend)):
+        assert made.numel() > 0 and made.isnan().all()
+
+
+@pytest.mark.parametrize("backend", HERE)
 def test_two_identical_heads_have_no_divergence(backend):
     q, k = (torch.randn(2, 1, 20, 16, device=DEVICE).repeat(1, 3, 1, 1) for _ in range(2))
     q[:, 2] = -q[:, 2]
