@@ -10,13 +10,12 @@ import json
 import re
 import statistics
 import sys
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mimkernels.bench.harness import RESULTS
-from mimkernels.bench.tables import ATTENTION, MEMORY, MODELS, STEP, all_tables, records_of
+from mimkernels.bench.tables import ATTENTION, MEMORY, MODELS, STEP, all_tables, records_of, usual
 from mimkernels.stats.plots import COLORS, INK, LINE, MUTED, STYLE
 
 if TYPE_CHECKING:
@@ -84,7 +83,7 @@ def draw(reports: dict[str, dict], output: Path) -> list[Path]:
         if scaling:
             note = "How time and memory grow. Flat is linear."
             pictures["scaling"] = (note, _scaling(scaling))
-        steps = records_of(reports, STEP)
+        steps = [record for record in records_of(reports, STEP) if "breakdown_ms" in record]
         if steps:
             pictures["step"] = ("Where the time of a training step goes.", _steps(steps))
         written = []
@@ -129,20 +128,14 @@ def _row_label(record: dict, records: list[dict]) -> str:
     """A record's name, and what tells it from most others."""
     label = record["name"]
     for key in ("shape", "dtype"):
-        if record[key] != _usual(records, key):
+        if record[key] != usual(records, key):
             label += f"  {record[key]}"
     return label
 
 
-def _usual(records: list[dict], key: str) -> str | None:
-    """The value that more than half of the records have."""
-    value, times = Counter(record[key] for record in records).most_common(1)[0]
-    return value if times > len(records) / 2 else None
-
-
 def _label_x(axes: Axes, label: str, records: list[dict]) -> None:
-    usual = [_usual(records, "shape"), _usual(records, "dtype")]
-    axes.set_xlabel("; ".join(filter(None, [label, ", ".join(filter(None, usual))])))
+    common = [usual(records, "shape"), usual(records, "dtype")]
+    axes.set_xlabel("; ".join(filter(None, [label, ", ".join(filter(None, common))])))
 
 
 def _limits(records: list[dict]) -> Figure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 MEMORY, ATTENTION, STEP, MODELS, CALLS = (
@@ -55,7 +56,8 @@ def _memory(reports: dict[str, dict]) -> str:
                 _share(peak["ours"] / peak["plain"]) if peak.get("plain") else "",
             ]
         )
-    return _table([f"times as fast ({_shape(records)})", *columns], rows)
+    unless = ", ".join(filter(None, (usual(records, key) for key in ("dtype", "shape"))))
+    return _table([f"times as fast ({unless})" if unless else "times as fast", *columns], rows)
 
 
 def _attention(reports: dict[str, dict]) -> str:
@@ -65,7 +67,7 @@ def _attention(reports: dict[str, dict]) -> str:
     for r in records:
         shares = {name: f"{us / r['median_us']['sdpa']:.2f}" for name, us in r["median_us"].items()}
         against = f"{_times(r, 'plain')} times faster" if "plain" in r["median_us"] else ""
-        label = _label(r, ()).removeprefix("attention, ").replace("packed attention", "packed, without statistics")
+        label = _label(r, []).removeprefix("attention, ").replace("packed attention", "packed, without statistics")
         ours = [shares.get(name, "") for name in ("ours", "entropy", "bare")]
         rows.append([label, *ours, against, _share(r["share_of_gemm_rate"])])
     return _table(["attention with all statistics", *columns], rows)
@@ -86,7 +88,7 @@ def _whole(records: list[dict], title: str, other: str) -> str:
     rows = []
     for r in records:
         rates = {name: r["images"] / us * 1e6 for name, us in r["median_us"].items()}
-        row = [_label(r, ()), f"{rates['ours']:.2f}", f"{rates['plain']:.2f}", f"{rates['ours'] / rates['plain']:.2f}"]
+        row = [_label(r, []), f"{rates['ours']:.2f}", f"{rates['plain']:.2f}", f"{rates['ours'] / rates['plain']:.2f}"]
         if compiled:
             row.append(f"{rates['ours, compiled']:.2f}, {rates['compiled']:.2f}" if "compiled" in rates else "")
         spent = r.get("breakdown_ms", {})
@@ -117,20 +119,18 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
-def _label(record: dict, records: Iterable[dict]) -> str:
-    """The case, with its shape and dtype where these differ within the table."""
-    records = list(records)
-    parts = [record["name"]]
-    if len({r["shape"] for r in records}) != 1:
-        parts.append(record["shape"])
-    if len({r["dtype"] for r in records}) != 1 or record["dtype"] != "float32":
-        parts.append(record["dtype"])
-    return ", ".join(parts)
+def usual(records: list[dict], key: str) -> str | None:
+    """The value that more than half of the records have."""
+    if not records:
+        return None
+    value, times = Counter(record[key] for record in records).most_common(1)[0]
+    return value if times > len(records) / 2 else None
 
 
-def _shape(records: list[dict]) -> str:
-    shapes = {r["shape"] for r in records}
-    return f"{records[0]['dtype']}, {shapes.pop()}" if len(shapes) == 1 else "by case"
+def _label(record: dict, records: list[dict]) -> str:
+    """The case, with its shape and dtype where these are not the usual ones of `records`."""
+    unusual = [record[key] for key in ("shape", "dtype") if record[key] != usual(records, key)]
+    return ", ".join([record["name"], *unusual])
 
 
 def _times(record: dict, version: str) -> str:
