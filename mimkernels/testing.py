@@ -9,9 +9,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mimkernels
 from mimkernels.ops._registry import SPECS, OpSpec
@@ -161,6 +163,23 @@ def assert_as_good_as_plain(name: str, got: Tensor, plain_error: float, exact: T
         f"{name}: error {error.max().item():.3e} against the oracle, plain PyTorch has {plain_error:.3e} "
         f"({got.dtype}); beyond the allowance by {excess:.3e}"
     )
+
+
+class Watch(TorchDispatchMode):
+    """``seen`` collects what `note` makes of each torch op that runs, forward and backward, and of its arguments.
+
+    Ops of which it makes None are left out.
+    """
+
+    def __init__(self, note: Callable[[torch._ops.OpOverload, tuple], Any]) -> None:
+        super().__init__()
+        self.note, self.seen = note, []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        noted = self.note(op, args)
+        if noted is not None:
+            self.seen.append(noted)
+        return op(*args, **(kwargs or {}))
 
 
 def cases(op: str | None = None) -> list[Case]:

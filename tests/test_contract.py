@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mimkernels import testing
 from mimkernels.ops._registry import BACKENDS, SPECS, backend_state
@@ -45,17 +44,8 @@ def _is_richest(case: testing.Case) -> bool:
     return case.label == "mae" or not any(other.op == case.op and other.label == "mae" for other in CASES)
 
 
-class Recorded(TorchDispatchMode):
-    """The torch ops of ours that run, forward and backward, with their arguments."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "mimkernels":
-            self.calls.append((func, args))
-        return func(*args, **(kwargs or {}))
+def note_ours(op, args):
+    return (op, args) if op.namespace == "mimkernels" else None
 
 
 @pytest.mark.parametrize("backend", ON_DEVICE)
@@ -119,11 +109,11 @@ def test_reference_gradients_are_the_numerical_ones(case):
     ],
 )
 def test_opcheck(case, backend):
-    with Recorded() as recorded:
+    with testing.Watch(note_ours) as recorded:
         testing.run(case, case.inputs(torch.float32, DEVICE), backend)
-    names = {op._schema.name.removeprefix(f"mimkernels::{testing.spec(case.op).name}_") for op, _ in recorded.calls}
+    names = {op._schema.name.removeprefix(f"mimkernels::{testing.spec(case.op).name}_") for op, _ in recorded.seen}
     assert names >= ({"fwd", "bwd"} if case.grads else {"fwd"}), names
-    for op, args in recorded.calls:
+    for op, args in recorded.seen:
         args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
         torch.library.opcheck(op, args)
 

@@ -6,35 +6,27 @@ import sys
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import mimkernels
 from mimkernels.ops import _registry
 from mimkernels.ops._registry import Impl, OpSpec
+from mimkernels.testing import Watch
 
 X = torch.randn(2, 6, 8)
 IDS = torch.tensor([[0, 3], [5, 1]])
 
 
-class Ran(TorchDispatchMode):
-    """Names of the backends that ran gather_tokens, in order."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "mimkernels":
-            self.names.append(func._overloadname)
-        elif func is torch.ops.aten.gather.default:
-            self.names.append("reference")
-        return func(*args, **(kwargs or {}))
+def note_backend(op, args):
+    if op.namespace == "mimkernels":
+        return op._overloadname
+    return "reference" if op is torch.ops.aten.gather.default else None
 
 
 @pytest.fixture
 def used():
-    with Ran() as ran:
-        yield ran.names
+    """Names of the backends that ran gather_tokens, in order."""
+    with Watch(note_backend) as ran:
+        yield ran.seen
 
 
 def test_auto_takes_the_cpu_library_for_cpu_tensors(used):

@@ -85,20 +85,11 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
     if (partial != nullptr) {
-#pragma unroll
-      for (int e = 0; e < VEC; ++e) {
-        shared[(warp * VEC + e) * kWarp + lane] = sums[e];
-      }
-      __syncthreads();
+      sum_warps<VEC>(shared, sums);
       for (int i = threadIdx.x; i < VEC * kWarp; i += kThreads) {
-        const int64_t column = (chunk * kWarp + i % kWarp) * VEC + i / kWarp;
-        float sum = 0.0f;
-#pragma unroll
-        for (int w = 0; w < kWarps; ++w) {
-          sum += shared[w * VEC * kWarp + i];
-        }
+        const int64_t column = column_of<VEC>(chunk, i);
         if (column < p.dim) {
-          partial[slice * p.dim + column] = sum;
+          partial[slice * p.dim + column] = shared[place_of<VEC>(i)];
         }
       }
       __syncthreads();

@@ -7,7 +7,6 @@
 
 namespace mimkernels::cuda {
 
-constexpr int kWarps = kThreads / kWarp;
 // Rows that a thread works on at a time: as many loads in flight of each input.
 constexpr int kRowsAtOnce = 4;
 // Blocks that fill a large device several times over: the rows are cut into slices until there are

@@ -7,7 +7,6 @@
 
 namespace mimkernels::cuda {
 
-constexpr int kWarps = kThreads / kWarp;
 // Tokens that a thread works on at a time: as many loads in flight.
 constexpr int kTokens = 4;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
@@ -76,38 +75,6 @@ __device__ __forceinline__ float softmax_level(float most) {
 // 1 / total, 0 where nothing was summed.
 __device__ __forceinline__ float softmax_inverse(float total) {
   return total == 0.0f ? 0.0f : 1.0f / total;
-}
-
-// Leaves in the block's shared memory, [VEC * 32], the sums over its warps of values, element e of
-// lane l at e * 32 + l. All threads of the block; `shared` holds 8 times as many.
-template <int VEC>
-__device__ __forceinline__ void sum_warps(float* shared, const float (&values)[VEC]) {
-  const int lane = threadIdx.x % kWarp;
-  const int warp = threadIdx.x / kWarp;
-#pragma unroll
-  for (int e = 0; e < VEC; ++e) {
-    shared[(warp * VEC + e) * kWarp + lane] = values[e];
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < VEC * kWarp; i += kThreads) {
-    float sum = shared[i];
-#pragma unroll
-    for (int w = 1; w < kWarps; ++w) {
-      sum += shared[w * VEC * kWarp + i];
-    }
-    shared[i] = sum;
-  }
-  __syncthreads();
-}
-
-// Where thread i < VEC * 32 finds its column of a chunk of 32 vectors in what sum_warps leaves.
-template <int VEC>
-__device__ __forceinline__ int64_t column_of(int64_t chunk, int i) {
-  return (chunk * kWarp + i / VEC) * VEC + i % VEC;
-}
-template <int VEC>
-__device__ __forceinline__ int place_of(int i) {
-  return i % VEC * kWarp + i / VEC;
 }
 
 }  // namespace mimkernels::cuda

@@ -7,7 +7,6 @@
 namespace mimkernels::cuda {
 namespace {
 
-constexpr int kWarps = kThreads / kWarp;
 // Blocks that fill a large device: the images are cut into slices until there are as many. A
 // constant, so that the order of a sum depends on the shape alone.
 constexpr int64_t kBlocks = 512;
@@ -112,21 +111,12 @@ __global__ void __launch_bounds__(kThreads, 3)
       }
     }
     if (masked != nullptr) {
-#pragma unroll
-      for (int e = 0; e < VEC; ++e) {
-        shared[(warp * VEC + e) * kWarp + lane] = masked_sums[e];
-      }
-      __syncthreads();
+      sum_warps<VEC>(shared, masked_sums);
       float* const target = masked + (slice * row_blocks + row_block) * p.dim;
       for (int i = threadIdx.x; i < VEC * kWarp; i += kThreads) {
-        const int64_t column = (chunk * kWarp + i % kWarp) * VEC + i / kWarp;
-        float sum = 0.0f;
-#pragma unroll
-        for (int w = 0; w < kWarps; ++w) {
-          sum += shared[w * VEC * kWarp + i];
-        }
+        const int64_t column = column_of<VEC>(chunk, i);
         if (column < p.dim) {
-          target[column] = sum;
+          target[column] = shared[place_of<VEC>(i)];
         }
       }
       __syncthreads();

@@ -23,7 +23,7 @@ from mimkernels.bench.harness import Benchmark
 from mimkernels.bench.loading import MEAN, STD, Pictures
 from mimkernels.models import MAE
 from mimkernels.ops.attention.spec import STATISTICS
-from mimkernels.train.hardware import available_cores
+from mimkernels.train.hardware import default_workers
 
 KINDS = ("GEMM", "attention", "token movement", "loss", "optimizer", "elementwise")
 
@@ -109,7 +109,7 @@ def step_case(step: Step, *, stats: bool = False, pictures: Pictures | None = No
     images = torch.randn(step.batch, 3, 224, 224, device=step.device)
     our_batches = plain_batches = itertools.repeat(images)
     if pictures:
-        workers = max(1, available_cores() - 1)
+        workers = default_workers()
         our_batches, plain_batches = pictures.trainer(step.batch, workers), pictures.published(step.batch, workers)
 
     def next_of(batches: Iterator[Tensor]) -> Tensor:

@@ -100,9 +100,7 @@ def _whole(records: list[dict], title: str, other: str) -> str:
 
 def _calls(reports: dict[str, dict]) -> str:
     records = records_of(reports, CALLS)
-    versions = [
-        name for name in ("ours", "native", "native, torch.ops") if any(name in r["median_us"] for r in records)
-    ]
+    versions = list(dict.fromkeys(name for r in records for name in r["median_us"]))
     rows = [
         [
             r["name"].removeprefix("call of "),

@@ -18,6 +18,7 @@ except ImportError as error:
         f"mimkernels.nn.attention needs timm, which cannot be imported ({error}); pip install 'mimkernels[train]'"
     ) from error
 
+from mimkernels.nn._classes import change_class
 from mimkernels.nn.sdpa import AttentionCall, as_bias, attend, compute_dtype, is_recomputing
 from mimkernels.ops.attention.spec import STATISTICS
 
@@ -98,12 +99,7 @@ def use_mimkernels_attention(module: nn.Module, *, required: bool = True) -> lis
     Raises:
         ValueError: there is no timm Attention in the model; lists what there is.
     """
-    layers = []
-    for part in module.modules():
-        if type(part) is TimmAttention:
-            part.__class__ = Attention
-        if isinstance(part, Attention):
-            layers.append(part)
+    layers = change_class(module, TimmAttention, Attention)
     if required and not layers:
         raise ValueError(f"{type(module).__name__} has no timm.layers.Attention{_other_kinds(module)}")
     return layers

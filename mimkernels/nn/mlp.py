@@ -15,6 +15,7 @@ except ImportError as error:
         f"mimkernels.nn.mlp needs timm, which cannot be imported ({error}); pip install 'mimkernels[train]'"
     ) from error
 
+from mimkernels.nn._classes import change_class
 from mimkernels.ops import bias_gelu
 
 __all__ = ["Mlp", "use_mimkernels_mlp"]
@@ -57,12 +58,7 @@ def use_mimkernels_mlp(module: nn.Module, *, required: bool = True) -> list[Mlp]
     Raises:
         ValueError: there is no timm Mlp in the model.
     """
-    layers = []
-    for part in module.modules():
-        if type(part) is TimmMlp:
-            part.__class__ = Mlp
-        if isinstance(part, Mlp):
-            layers.append(part)
+    layers = change_class(module, TimmMlp, Mlp)
     if required and not layers:
         raise ValueError(f"{type(module).__name__} has no timm.layers.Mlp")
     return layers

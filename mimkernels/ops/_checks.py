@@ -56,7 +56,7 @@ def token_ids(op: str, name: str, ids: Tensor, ranks: tuple[int, ...], main_name
 
 def one_per_image(op: str, name: str, ids: Tensor, main_name: str, main: Tensor) -> None:
     """Ids ``[B, K]`` or ``[M, B, K]`` for the images of ``main``; the message speaks of ``[M, B, K]``."""
-    same_size(op, name, ids if ids.dim() == 3 else ids.unsqueeze(0), 1, main_name, main, 0)
+    same_size(op, name, as_masks(ids), 1, main_name, main, 0)
 
 
 def token_mask(op: str, mask: Tensor, main_name: str, main: Tensor) -> Tensor:
@@ -77,6 +77,16 @@ def parameter(op: str, name: str, value: Tensor, rank: int, main_name: str, main
         value = value.squeeze(0)
     has_rank(op, name, value, rank)
     return rows(value.to(main.dtype))
+
+
+def as_masks(ids: Tensor) -> Tensor:
+    """Ids ``[B, K]`` or ``[M, B, K]`` as ``[M, B, K]``."""
+    return ids if ids.dim() == 3 else ids.unsqueeze(0)
+
+
+def as_video(images: Tensor) -> Tensor:
+    """Images ``[B, C, H, W]`` or ``[B, C, T, H, W]`` as ``[B, C, T, H, W]``."""
+    return images if images.dim() == 5 else images.unsqueeze(2)
 
 
 def rows(tensor: Tensor) -> Tensor:

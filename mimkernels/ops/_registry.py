@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -103,9 +104,23 @@ class OpSpec:
         """The torch op ``mimkernels::<schema>.<backend>``."""
         return getattr(getattr(torch.ops.mimkernels, schema), _overload_name(backend))
 
-    def overloads(self, backend: str) -> tuple:
-        """The torch ops of one backend, in the order of the schemas."""
-        return tuple(self.overload(schema, backend) for schema in self.schemas)
+    def runner(
+        self, backend: str, reference: Callable, function: type[torch.autograd.Function] | None, tracked: bool
+    ) -> Callable:
+        """What runs on a resolved backend.
+
+        Args:
+            backend: its name.
+            reference: the op in plain PyTorch.
+            function: takes the torch ops of all schemas, in their order, before the op's own arguments; None if the op
+                has no gradient.
+            tracked: whether a gradient is wanted.
+        """
+        if backend == "reference":
+            return reference
+        if tracked:
+            return partial(function.apply, *(self.overload(schema, backend) for schema in self.schemas))
+        return self.overload(next(iter(self.schemas)), backend)
 
     def resolve(self, backend: str, device: str, dtype: torch.dtype, **sizes: int) -> str:
         """The name of the backend that runs this call.

@@ -45,16 +45,6 @@ def launch(kernel, programs: int, on: Tensor, *args, **options) -> None:
         kernel[(programs,)](*args, **options)
 
 
-def as_masks(ids: Tensor) -> Tensor:
-    """Ids ``[B, K]`` or ``[M, B, K]`` as ``[M, B, K]``."""
-    return ids if ids.dim() == 3 else ids.unsqueeze(0)
-
-
-def as_video(images: Tensor) -> Tensor:
-    """Images ``[B, C, H, W]`` or ``[B, C, T, H, W]`` as ``[B, C, T, H, W]``."""
-    return images if images.dim() == 5 else images.unsqueeze(2)
-
-
 def check_ids(op: str, name: str, ids: Tensor, size: int) -> None:
     """Refuse ids outside ``[0, size)`` where looking costs no device sync, or where MIMKERNELS_DEBUG asks for it.
 

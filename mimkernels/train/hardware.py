@@ -53,6 +53,11 @@ def cpu_computes_bf16() -> bool:
     return False
 
 
+def default_workers(processes: int = 1) -> int:
+    """Data-loading processes of each of `processes` that share the cores: they leave one to training."""
+    return min(8, max(1, available_cores() // processes - 1))
+
+
 def available_cores() -> int:
     """Cores this process may use: its affinity, or less where the container has a quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

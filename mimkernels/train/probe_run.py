@@ -15,7 +15,7 @@ from mimkernels.nn import build_pooling
 from mimkernels.train import checkpoint as files
 from mimkernels.train.data import Augmentation, BatchPlan, make_loader
 from mimkernels.train.errors import TrainingError
-from mimkernels.train.hardware import available_cores, device_name
+from mimkernels.train.hardware import default_workers, device_name
 from mimkernels.train.probe_config import PoolingChoice, ProbeConfig, parse_poolings
 from mimkernels.train.probe_data import ProbeImages, collate_probe, open_split
 from mimkernels.train.probe_encoder import load_encoder
@@ -329,7 +329,7 @@ class ProbeRun:
             return self.config.workers
         if self.accelerator.device.type == "cpu" and isinstance(self.split.train.source, DigitsSource):
             return 0
-        return min(8, max(1, available_cores() - 1))
+        return default_workers()
 
     def _facts(self) -> dict[str, str]:
         config, split, encoder = self.config, self.split, self.encoder

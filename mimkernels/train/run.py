@@ -19,9 +19,9 @@ from mimkernels.train.config import STREAM_FIELDS, PretrainConfig, changes
 from mimkernels.train.data import Augmentation, BatchPlan, PretrainImages, picture_batch, probe_images
 from mimkernels.train.errors import TrainingError
 from mimkernels.train.hardware import (
-    available_cores,
     choose_device,
     choose_precision,
+    default_workers,
     device_name,
     set_cpu_threads,
 )
@@ -263,8 +263,7 @@ class Run:
             return self.config.workers
         if self.accelerator.device.type == "cpu" and isinstance(self.source, DigitsSource):
             return 0  # they are in memory, and a worker would take a core from the training threads
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return min(8, max(1, available_cores() // local - 1))
+        return default_workers(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
     def _finish(self, weights: dict[str, Any], history: History, facts: dict[str, str]) -> Path:
         """Exported weights, held-out loss, pictures and the report; on the first process, with an unwrapped model."""

@@ -7,13 +7,13 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("timm")
 import timm
 from timm.layers import Attention as TimmAttention
 
 from mimkernels.nn import Attention, use_mimkernels_attention
+from mimkernels.testing import Watch
 
 HEADS = 3
 
@@ -155,17 +155,10 @@ def test_nothing_is_transposed_in_memory():
 
 @pytest.mark.parametrize(("options", "stacks"), [({}, 0), (NORMS, 1)], ids=["plain", "qk-norm"])
 def test_the_gradient_of_the_projection_is_written_in_place(options, stacks):
-    ran = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-            ran.append(op.overloadpacket)
-            return op(*args, **(kwargs or {}))
-
     out = ours_of(layer(**options))(tokens().requires_grad_())
-    with Watch():
+    with Watch(lambda op, args: op.overloadpacket) as watch:
         out.sum().backward()
-    aten = torch.ops.aten
+    ran, aten = watch.seen, torch.ops.aten
     assert aten.mm in ran or aten.addmm in ran  # the projections' backward was seen
     assert ran.count(aten.stack) == stacks
     if not stacks:

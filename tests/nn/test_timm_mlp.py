@@ -12,9 +12,9 @@ import timm
 from timm.layers import GluMlp
 from timm.layers import Mlp as TimmMlp
 from timm.layers.activations import GELU, GELUTanh
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mimkernels.nn import Mlp, use_mimkernels_mlp
+from mimkernels.testing import Watch
 
 
 def layer(**options):
@@ -56,24 +56,15 @@ def assert_same_as_timm(plain_layer, x):
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
-class Reached(TorchDispatchMode):
-    """Notes the schemas of mimkernels that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "mimkernels":
-            self.names.append(func._schema.name.partition("::")[2])
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.fixture
 def calls():
     """The schemas of bias_gelu that were reached."""
-    with Reached() as mode:
-        yield mode.names
+
+    def note(op, args):
+        return op._schema.name.partition("::")[2] if op.namespace == "mimkernels" else None
+
+    with Watch(note) as reached:
+        yield reached.seen
 
 
 LAYERS = {

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -93,7 +93,7 @@ def _checked(q, k, v, bias, key_mask, positions, scale, num_prefix, stats, backe
     if v.shape != k.shape:
         raise ValueError(f"{op}: v {_checks.shape(v)} and k {_checks.shape(k)} must have the same shape")
     others, options, name = _check_options(op, q, k, bias, key_mask, positions, scale, num_prefix, stats, backend)
-    run = _runner(name, _checks.needs_grad(q, k, v, bias))
+    run = SPEC.runner(name, reference.attention, _Attention, _checks.needs_grad(q, k, v, bias))
     return run, (_checks.rows(q), _checks.rows(k), _checks.rows(v), *others), options
 
 
@@ -140,7 +140,10 @@ def _checked_packed(qkv, bias, key_mask, positions, scale, num_prefix, stats, ba
     q, k, _ = _parts(qkv)
     others, options, name = _check_options(op, q, k, bias, key_mask, positions, scale, num_prefix, stats, backend)
     tracked = _checks.needs_grad(qkv, bias)
-    run = partial(_whole if tracked and name != "reference" else _unpacked, _runner(name, tracked))
+    run = partial(
+        _whole if tracked and name != "reference" else _unpacked,
+        SPEC.runner(name, reference.attention, _Attention, tracked),
+    )
     return run, (_checks.rows(qkv), *others), options
 
 
@@ -155,15 +158,6 @@ def _unpacked(run, qkv, *options):
 
 def _whole(run, qkv, *options):
     return run(qkv, None, None, *options)
-
-
-def _runner(name: str, tracked: bool) -> Callable:
-    """What computes out, lse and the statistics: kernels ``[B, Nq, H, D]`` and rows, the reference them by name."""
-    if name == "reference":
-        return reference.attention
-    if tracked:
-        return partial(_Attention.apply, *SPEC.overloads(name))
-    return SPEC.overload("attention_fwd", name)
 
 
 def _attend(run, qkv, bias, key_mask, positions, scale, num_prefix, asked, planes) -> AttentionOutput:

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -58,12 +56,7 @@ def _checked(x, bias, approximate, backend):
     if approximate not in ("none", "tanh"):
         raise ValueError(f"{op}: approximate must be 'none' or 'tanh', got {approximate!r}")
     name = SPEC.resolve(backend, x.device.type, x.dtype)
-    if name == "reference":
-        run = reference.bias_gelu
-    elif _checks.needs_grad(x, bias):
-        run = partial(_BiasGelu.apply, *SPEC.overloads(name))
-    else:
-        run = SPEC.overload("bias_gelu_fwd", name)
+    run = SPEC.runner(name, reference.bias_gelu, _BiasGelu, _checks.needs_grad(x, bias))
     return run, (_checks.rows(x), bias), (approximate == "tanh",)
 
 

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -45,12 +43,7 @@ def _checked(x, mask, mask_token, backend):
     mask_token = _checks.parameter(op, "mask_token", mask_token, 1, "x", x)
     _checks.same_size(op, "mask_token", mask_token, 0, "x", x, 2)
     name = SPEC.resolve(backend, x.device.type, x.dtype)
-    if name == "reference":
-        run = reference.fill_mask_tokens
-    elif _checks.needs_grad(x, mask_token):
-        run = partial(_FillMaskTokens.apply, *SPEC.overloads(name))
-    else:
-        run = SPEC.overload("fill_mask_tokens_fwd", name)
+    run = SPEC.runner(name, reference.fill_mask_tokens, _FillMaskTokens, _checks.needs_grad(x, mask_token))
     return run, (_checks.rows(x), mask, mask_token), ()
 
 

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -60,12 +58,7 @@ def _checked(x, ids, pos, prefix, backend):
         prefix = _checks.parameter(op, "prefix", prefix, 2, "x", x)
         _checks.same_size(op, "prefix", prefix, 1, "x", x, 2)
     name = SPEC.resolve(backend, x.device.type, x.dtype)
-    if name == "reference":
-        run = reference.gather_tokens
-    elif _checks.needs_grad(x, pos, prefix):
-        run = partial(_GatherTokens.apply, *SPEC.overloads(name))
-    else:
-        run = SPEC.overload("gather_tokens_fwd", name)
+    run = SPEC.runner(name, reference.gather_tokens, _GatherTokens, _checks.needs_grad(x, pos, prefix))
     return run, (_checks.rows(x), ids, pos, prefix), ()
 
 

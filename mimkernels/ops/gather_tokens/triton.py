@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mimkernels.ops import _triton
+from mimkernels.ops import _checks, _triton
 from mimkernels.ops._triton import gathered_sum, narrow, valid_id, widen
 
 
@@ -140,7 +140,7 @@ def gather_tokens_bwd_kernel(
 
 def gather_tokens_fwd(x: Tensor, ids: Tensor, pos: Tensor | None, prefix: Tensor | None) -> Tensor:
     images, tokens, columns = x.shape
-    ids = _triton.as_masks(ids)
+    ids = _checks.as_masks(ids)
     masks, _, kept = ids.shape
     num_prefix = 0 if prefix is None else prefix.shape[0]
     _triton.check_ids("gather_tokens", "ids", ids, tokens)
@@ -167,7 +167,7 @@ def gather_tokens_fwd(x: Tensor, ids: Tensor, pos: Tensor | None, prefix: Tensor
 def gather_tokens_bwd(
     grad: Tensor, ids: Tensor, tokens: int, num_prefix: int, need_x: bool, need_pos: bool, need_prefix: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    ids = _triton.as_masks(ids)
+    ids = _checks.as_masks(ids)
     masks, images, kept = ids.shape
     columns = grad.shape[2]
     _triton.check_ids("gather_tokens", "ids", ids, tokens)

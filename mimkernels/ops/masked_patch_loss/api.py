@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -109,12 +108,7 @@ def _checked(pred, images, ids, mask, patch_size, norm_pix, kind, beta, layout, 
     # A kernel takes no fp64 on either side.
     dtype = pred.dtype if images.dtype != torch.float64 else torch.float64
     name = SPEC.resolve(backend, pred.device.type, dtype)
-    if name == "reference":
-        run = reference.masked_patch_loss
-    elif _checks.needs_grad(pred):
-        run = partial(_MaskedPatchLoss.apply, *SPEC.overloads(name))
-    else:
-        run = SPEC.overload("masked_patch_loss_fwd", name)
+    run = SPEC.runner(name, reference.masked_patch_loss, _MaskedPatchLoss, _checks.needs_grad(pred))
     return run, (_checks.rows(pred), _checks.rows(images.detach()), ids, mask), options
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mimkernels.ops import _triton
+from mimkernels.ops import _checks, _triton
 from mimkernels.ops._triton import narrow, patch_offset, pixel_offset, valid_id, widen
 
 # A patch of up to MAX_BLOCK pixels stays in registers; a larger one is read once per pass, CHUNK pixels at a time.
@@ -337,7 +337,7 @@ def masked_patch_loss_fwd(
     channels_last: bool,
     mean: bool,
 ) -> Tensor:
-    images = _triton.as_video(images)
+    images = _checks.as_video(images)
     batch, rows, pixels = pred.shape
     grid_h, grid_w, patches = _grid(images, ids, patch_t, patch_h, patch_w)
     loss = pred.new_empty((batch, rows), dtype=torch.float32)  # [B, L]
@@ -384,7 +384,7 @@ def masked_patch_loss_bwd(
     channels_last: bool,
     mean: bool,
 ) -> Tensor:
-    images = _triton.as_video(images)
+    images = _checks.as_video(images)
     batch, rows, pixels = pred.shape
     grid_h, grid_w, patches = _grid(images, ids, patch_t, patch_h, patch_w)
     dpred = pred.new_empty(pred.shape)  # [B, L, E]

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -69,12 +68,7 @@ def _checked(images, ids, patch_size, mean, std, dtype, backend):
         _checks.one_per_image(op, "ids", ids, "images", images)
     # A kernel must take both dtypes; only the reference takes fp64.
     name = SPEC.resolve(backend, images.device.type, images.dtype if dtype in FLOATS else dtype)
-    if name == "reference":
-        run = reference.patchify_gather
-    elif _checks.needs_grad(images):
-        run = partial(_PatchifyGather.apply, *SPEC.overloads(name))
-    else:
-        run = SPEC.overload("patchify_gather_fwd", name)
+    run = SPEC.runner(name, reference.patchify_gather, _PatchifyGather, _checks.needs_grad(images))
     return run, (_checks.rows(images), ids), (*patch, scale, shift, dtype)
 
 

@@ -19,7 +19,7 @@ def patchify_gather(
     patches = patchify(images, (patch_t, patch_h, patch_w))  # [B, N, C, t, h, w]
     if ids is not None:
         _checks.in_range("patchify_gather", "ids", ids, patches.shape[1])
-        ids = ids if ids.dim() == 3 else ids.unsqueeze(0)
+        ids = _checks.as_masks(ids)
         batch = torch.arange(images.shape[0], device=images.device)[:, None]
         patches = patches[batch, ids].flatten(0, 1)  # [M*B, K, C, t, h, w]
     if scale is not None:
@@ -29,8 +29,7 @@ def patchify_gather(
 
 def patchify(images: Tensor, patch: tuple[int, int, int]) -> Tensor:
     """``[B, C, H, W]`` or ``[B, C, T, H, W]`` as ``[B, N, C, t, h, w]``, patches in row-major order of the grid."""
-    if images.dim() == 4:
-        images = images.unsqueeze(2)
+    images = _checks.as_video(images)
     batch, channels, *lengths = images.shape
     grid = [length // size for length, size in zip(lengths, patch, strict=True)]
     split = images.reshape(batch, channels, grid[0], patch[0], grid[1], patch[1], grid[2], patch[2])

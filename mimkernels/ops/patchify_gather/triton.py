@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mimkernels.ops import _triton
+from mimkernels.ops import _checks, _triton
 from mimkernels.ops._triton import gathered_sum, narrow, patch_offset, pixel_offset, valid_id, widen
 
 
@@ -156,13 +156,13 @@ def patchify_gather_fwd(
     shift: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    images = _triton.as_video(images)
+    images = _checks.as_video(images)
     batch, channels, frames, height, width = images.shape
     grid_h, grid_w = height // patch_h, width // patch_w
     patches = frames // patch_t * grid_h * grid_w
     masks, kept = 1, patches
     if ids is not None:
-        ids = _triton.as_masks(ids)
+        ids = _checks.as_masks(ids)
         masks, _, kept = ids.shape
         _triton.check_ids("patchify_gather", "ids", ids, patches)
     columns = channels * patch_t * patch_h * patch_w
@@ -207,7 +207,7 @@ def patchify_gather_bwd(
     patches = frames // patch_t * grid_h * grid_w
     masks, kept = 1, patches
     if ids is not None:
-        ids = _triton.as_masks(ids)
+        ids = _checks.as_masks(ids)
         masks, _, kept = ids.shape
         _triton.check_ids("patchify_gather", "ids", ids, patches)
     dimages = grad.new_empty((batch, channels, frames, height, width), dtype=dtype)

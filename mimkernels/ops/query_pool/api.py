@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -73,12 +71,7 @@ def _checked(x, queries, values, mask, scale, num_prefix, sliced, backend):
         raise ValueError(f"{op}: {groups} queries do not cut the {width} columns of the values into equal slices")
     scale = x.shape[2] ** -0.5 if scale is None else float(scale)
     name = SPEC.resolve(backend, x.device.type, x.dtype)
-    if name == "reference":
-        run = reference.query_pool
-    elif _checks.needs_grad(x, queries, values):
-        run = partial(_QueryPool.apply, *SPEC.overloads(name))
-    else:
-        run = SPEC.overload("query_pool_fwd", name)
+    run = SPEC.runner(name, reference.query_pool, _QueryPool, _checks.needs_grad(x, queries, values))
     values = None if values is None else _checks.rows(values)
     return run, (_checks.rows(x), _checks.rows(queries), values, mask), (scale, num_prefix, sliced)
 

@@ -70,12 +70,10 @@ def _checked(x, mask, p, kind, num_prefix, number, eps, backend):
     else:
         made = torch.full((1,), float(number), dtype=_pool.wide(x), device=x.device)
     name = SPEC.resolve(backend, x.device.type, x.dtype)
-    if name == "reference":
-        run = reference.reduce_pool
-    elif _checks.needs_grad(x, p):
-        run = partial(_ReducePool.apply, *SPEC.overloads(name))
-    else:
-        run = partial(_first, SPEC.overload("reduce_pool_fwd", name))
+    tracked = _checks.needs_grad(x, p)
+    run = SPEC.runner(name, reference.reduce_pool, _ReducePool, tracked)
+    if name != "reference" and not tracked:
+        run = partial(_first, run)
     return run, (_checks.rows(x), mask, p), (KINDS.index(kind), num_prefix, made, eps)
 
 

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -73,12 +71,7 @@ def _checked(x, ids_restore, mask_token, pos, num_prefix, backend):
             )
         _checks.same_size(op, "pos", pos, 1, "x", x, 2)
     name = SPEC.resolve(backend, x.device.type, x.dtype)
-    if name == "reference":
-        run = reference.restore_tokens
-    elif _checks.needs_grad(x, mask_token, pos):
-        run = partial(_RestoreTokens.apply, *SPEC.overloads(name))
-    else:
-        run = SPEC.overload("restore_tokens_fwd", name)
+    run = SPEC.runner(name, reference.restore_tokens, _RestoreTokens, _checks.needs_grad(x, mask_token, pos))
     return run, (_checks.rows(x), ids_restore, mask_token, pos), (num_prefix,)
 
 

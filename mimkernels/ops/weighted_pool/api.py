@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -63,12 +61,7 @@ def _checked(x, scores, mask, normalize, num_prefix, backend):
     _checks.same_size(op, "scores", scores, scores.dim() - 1, "x", x, 1)
     scores = scores.to(_pool.wide(x))
     name = SPEC.resolve(backend, x.device.type, x.dtype)
-    if name == "reference":
-        run = reference.weighted_pool
-    elif _checks.needs_grad(x, scores):
-        run = partial(_WeightedPool.apply, *SPEC.overloads(name))
-    else:
-        run = SPEC.overload("weighted_pool_fwd", name)
+    run = SPEC.runner(name, reference.weighted_pool, _WeightedPool, _checks.needs_grad(x, scores))
     return run, (_checks.rows(x), _checks.rows(scores), mask), (normalize, num_prefix)
 
 
