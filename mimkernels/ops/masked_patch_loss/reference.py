@@ -31,12 +31,13 @@ def masked_patch_loss(
     if ids is not None:
         _checks.in_range("masked_patch_loss", "ids", ids, target.shape[1])
         target = target.gather(1, ids[..., None].expand(-1, -1, target.shape[2]))
+    if mask is not None:  # what does not count has no gradient, NaN and infinity included
+        pred, target = (patches.masked_fill(~mask[..., None], 0.0) for patches in (pred, target))
     options = {"beta": beta} if kind == 2 else {}
     loss = _LOSSES[kind](pred.to(target.dtype), target, reduction="none", **options).mean(dim=-1)  # [B, L]
-    if mask is None:
+    if mask is None or not mean:
         return loss.mean() if mean else loss
-    loss = torch.where(mask, loss, 0.0)
-    return loss.sum() / mask.sum() if mean else loss
+    return loss.sum() / mask.sum()
 
 
 @torch.no_grad()
