@@ -52,6 +52,10 @@ def _sync_folder(folder: Path) -> None:
 
 def check_writable(folder: Path) -> None:
     """Raise ValueError unless `folder` can be made, or written to if it exists."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"output {str(folder)!r} is not UTF-8, where TensorBoard cannot write") from e
     existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     if not existing.is_dir():
         raise ValueError(f"output {str(folder)!r}: {str(existing)!r} is a file, expected a folder")
@@ -60,8 +64,9 @@ def check_writable(folder: Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
+    """UTF-8; bytes of a path that were none, surrogates to Python, are written as it shows them: ``\\udce9``."""
     with atomic_file(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))
 
 
 def save(path: str | Path, content: dict[str, Any], writer: Callable[[Any, BinaryIO], None] = torch.save) -> None:

@@ -14,13 +14,16 @@ METHODS = ("mae",)
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
 
+# Of an image file. So many take up to 1.6 GB in the process that reads them.
+MAX_PIXELS = 100_000_000
+
 # A checkpoint made with another value of these cannot be continued at all ...
 ARCHITECTURE_FIELDS = (
     "method", "model", "img_size", "in_chans", "patch_size", "model_kwargs",
     "decoder_dim", "decoder_depth", "decoder_heads",
 )  # fmt: skip
 # ... and with another value of these the stream of batches would be another one.
-STREAM_FIELDS = ("data", "seed", "crop_scale", "hflip", "mask_ratio", "norm_pix_loss")
+STREAM_FIELDS = ("data", "max_pixels", "pixel_range", "seed", "crop_scale", "hflip", "mask_ratio", "norm_pix_loss")
 
 
 def setting(default: Any, help: str, group: str, **extra: Any) -> Any:
@@ -74,6 +77,11 @@ class PretrainConfig(Settings):
         "digits", "digits (embedded, no download), an image folder, or torchvision:NAME", "data", metavar="DATA"
     )
     data_root: str = setting("data", "where torchvision sets are kept or downloaded to", "data", metavar="DIR")
+    max_pixels: int = setting(MAX_PIXELS, "refuse image files of more pixels, before they are decoded", "data")
+    pixel_range: str = setting(
+        "auto", "values that become black and white in grey images of more than 8 bits, with = if one is negative: "
+        "--pixel-range=-1000,3000; auto: 0,65535 for integers, 0,1 for floating point", "data", metavar="LOW,HIGH",
+    )  # fmt: skip
     crop_scale: float | None = setting(
         None, "smallest area of the random crop, 1 for none (default: 0.2; digits: 0.6)", "data"
     )
@@ -127,6 +135,8 @@ class PretrainConfig(Settings):
 
     def check(self) -> None:
         """Raise ValueError for values that cannot work, before anything is written."""
+        from mimkernels.train.pixels import Decoder
+
         for name in (
             "img_size",
             "decoder_dim",
@@ -156,6 +166,7 @@ class PretrainConfig(Settings):
             require(value >= 0 and math.isfinite(value), name, value, "0 or more and finite")
         require(self.clip_grad is None or self.clip_grad > 0, "clip_grad", self.clip_grad, "positive")
         require(self.crop_scale is None or 0 < self.crop_scale <= 1, "crop_scale", self.crop_scale, "in (0, 1]")
+        Decoder.from_settings(self.max_pixels, self.pixel_range)
         if self.patch_size is not None:
             require(self.patch_size >= 1, "patch_size", self.patch_size, "at least 1")
             if self.img_size % self.patch_size:

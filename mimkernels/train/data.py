@@ -6,7 +6,7 @@ index), so that a resumed run sees the same bits whatever the number of workers.
 """
 
 import contextlib
-import signal
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 
 from mimkernels.train.errors import DataError
+from mimkernels.train.pixels import eight_bits
 from mimkernels.train.sources import Source
 
 # So many unreadable images in a row mean that the folder is wrong, not that some files are.
@@ -90,12 +91,7 @@ def to_mode(image: Image.Image | torch.Tensor, in_chans: int) -> Image.Image | t
         if image.shape[0] == in_chans:
             return image
         return image.expand(3, -1, -1) if in_chans == 3 else v2.functional.rgb_to_grayscale(image)
-    if image.mode.startswith(("I", "F")):
-        # Pillow clips these to 0..255 on conversion; 16-bit images would turn white.
-        levels = np.asarray(image, dtype=np.float64)
-        low, high = (0.0, 65535.0) if image.mode.startswith("I;16") else (levels.min(), levels.max())
-        image = Image.fromarray(np.rint((levels - low) * (255.0 / max(high - low, 1e-12))).astype(np.uint8))
-    return image.convert("RGB" if in_chans == 3 else "L")
+    return eight_bits(image).convert("RGB" if in_chans == 3 else "L")
 
 
 class PretrainImages(Dataset):
@@ -130,9 +126,11 @@ class PretrainImages(Dataset):
 
 
 def reason_of(error: Exception) -> str:
-    # Pillow's own text ends in the file's path or the stream's address, which the caller names already.
+    # Their own texts end in the file's path or the stream's address, which the caller names already.
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image, or a format that Pillow does not know"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return str(error).strip() or type(error).__name__
 
 
@@ -197,8 +195,9 @@ class _Stream:
 
 
 def start_worker(_: int) -> None:
-    # Ctrl-C reaches the whole process group; the training process decides when to stop and still needs its batches.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C, and SIGTERM from the likes of `timeout`, reach the whole process group; the training process alone decides
+    # when to stop and still needs its batches.
+    os.setpgrp()
     torch.set_num_threads(1)
 
 

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from mimkernels.train.config import DEVICES, PRECISIONS, Settings, require, setting
+from mimkernels.train.config import DEVICES, MAX_PIXELS, PRECISIONS, Settings, require, setting
 
 OPTIMIZERS = ("lars", "adamw", "sgd")
 
@@ -45,6 +45,11 @@ class ProbeConfig(Settings):
         None, "folder of class folders to test on (default: the data's own, or held out)", "data", metavar="DIR"
     )
     val_share: float = setting(0.2, "share of every class held out for the test where the data has no split", "data")
+    max_pixels: int = setting(MAX_PIXELS, "refuse image files of more pixels, before they are decoded", "data")
+    pixel_range: str | None = setting(
+        None, "values that become black and white in grey images of more than 8 bits, or auto (default: the range that "
+        "the encoder was pre-trained with, otherwise auto)", "data", metavar="LOW,HIGH",
+    )  # fmt: skip
     augment: bool = setting(
         False, "crop and mirror training images at random, as published; the encoder then runs every epoch", "data"
     )
@@ -84,6 +89,8 @@ class ProbeConfig(Settings):
 
     def check(self) -> None:
         """Raise ValueError for values that cannot work, before anything is read or written."""
+        from mimkernels.train.pixels import Decoder
+
         if not self.model:
             raise ValueError("model is missing: --model takes a run folder, a checkpoint or a timm name")
         for name in ("epochs", "batch_size"):
@@ -107,6 +114,7 @@ class ProbeConfig(Settings):
         require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
         warmup = self.warmup_epochs
         require(warmup is None or 0 <= warmup <= self.epochs, "warmup_epochs", warmup, f"in 0..{self.epochs} (epochs)")
+        Decoder.from_settings(self.max_pixels, self.pixel_range or "auto")
         parse_poolings(self.pooling)
 
     @property

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mimkernels.train.data import AUGMENT, UNREADABLE, Augmentation, derived_seed, reason_of, start_worker
+from mimkernels.train.pixels import Decoder
 from mimkernels.train.probe_config import ProbeConfig
 from mimkernels.train.sources import FolderSource, Source, open_held_out, open_source
 
@@ -49,8 +50,11 @@ class Split(NamedTuple):
     description: str
 
 
-def open_split(config: ProbeConfig) -> Split:
+def open_split(config: ProbeConfig, pixel_range: str = "auto") -> Split:
     """Training and test images of ``--data``; the same on every run, whatever the seed.
+
+    Args:
+        pixel_range: to take where ``config.pixel_range`` is None.
 
     Raises:
         ValueError: no such data, no labels, fewer than two classes, or a class of the test that training lacks.
@@ -59,11 +63,14 @@ def open_split(config: ProbeConfig) -> Split:
     named = config.data == "digits" or config.data.startswith("torchvision:")
     parts = [folder / name for name in _TEST_FOLDERS if (folder / name).is_dir()]
     own_split = not named and (folder / "train").is_dir() and bool(parts)
-    train: Source = FolderSource(folder / "train") if own_split else open_source(config.data, config.data_root)
+    decoder = Decoder.from_settings(config.max_pixels, config.pixel_range or pixel_range)
+    train: Source = (
+        FolderSource(folder / "train", decoder) if own_split else open_source(config.data, config.data_root, decoder)
+    )
     if config.val_data is not None:
-        test, how = FolderSource(config.val_data), f"tested on {config.val_data}"
+        test, how = FolderSource(config.val_data, decoder), f"tested on {config.val_data}"
     elif own_split:
-        test, how = FolderSource(parts[0]), f"tested on its folder {parts[0].name}"
+        test, how = FolderSource(parts[0], decoder), f"tested on its folder {parts[0].name}"
     else:
         test, how = open_held_out(config.data, config.data_root), "tested on the set's own test images"
     numbers, classes = train.targets()

@@ -42,6 +42,7 @@ class FrozenEncoder(nn.Module):
         name, title: for people, short and whole.
         dim, num_tokens, num_prefix: D, N and P of the tokens.
         grid: rows and columns of patches, or None if they form no grid.
+        pixel_range: what images of more than 8 bits were converted with in its pre-training; see ``Decoder``.
     """
 
     def __init__(
@@ -55,12 +56,13 @@ class FrozenEncoder(nn.Module):
         mean: Sequence[float],
         std: Sequence[float],
         final_norm: bool = True,
+        pixel_range: str = "auto",
     ) -> None:
         super().__init__()
         self.model = model.requires_grad_(False)
         self.eval()
         self.name, self.title, self.img_size, self.in_chans = name, title, img_size, in_chans
-        self.final_norm = final_norm
+        self.final_norm, self.pixel_range = final_norm, pixel_range
         if not final_norm:
             if not isinstance(getattr(model, "norm", None), nn.Module):
                 raise ValueError(f"final_norm: {title} has no norm behind its blocks to leave out")
@@ -183,6 +185,7 @@ def _from_file(config: ProbeConfig, path: Path) -> FrozenEncoder:
         mean=model.mean,
         std=model.std,
         final_norm=config.final_norm,
+        pixel_range=trained.pixel_range,
     )
 
 

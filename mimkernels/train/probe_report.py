@@ -16,7 +16,7 @@ from torch import Tensor
 from mimkernels.train.checkpoint import write_text
 from mimkernels.train.figures import ACCENT, CHART, INK, LINE, png_address, svg
 from mimkernels.train.probe_config import ProbeConfig
-from mimkernels.train.progress import duration
+from mimkernels.train.progress import duration, printable
 from mimkernels.train.report import page
 
 if TYPE_CHECKING:
@@ -65,10 +65,13 @@ def print_table(results: list["PoolingResult"], test_images: int, stream: TextIO
     best = max(range(len(results)), key=lambda i: results[i].accuracy, default=0)
     for number, row in enumerate(rows):
         table.add_row(*row, style="bold" if number == best else None)
-    console = Console(file=stream or sys.stdout)
+    stream = stream or sys.stdout
+    console = Console(file=stream)
     if not console.is_terminal:
         console.width = 120  # a file has no width to keep to
-    console.print(table)
+    with console.capture() as written:
+        console.print(table)
+    print(printable(written.get(), stream), file=stream, end="", flush=True)
 
 
 def _table(results: list["PoolingResult"], test_images: int) -> tuple[list[str], list[list[str]]]:

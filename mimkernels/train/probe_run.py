@@ -35,8 +35,19 @@ from mimkernels.train.progress import Progress, duration
 from mimkernels.train.run import start_accelerator, versions
 from mimkernels.train.sources import DigitsSource
 
-# Settings that change no number of a pooling's result.
-_FREE = ("pooling", "output", "pictures", "title", "workers", "cache_gib", "device", "model", "data_root")
+# Settings that change no number of a pooling's result; the range of the pixels is part of the data's fingerprint.
+_FREE = (
+    "pooling",
+    "output",
+    "pictures",
+    "title",
+    "workers",
+    "cache_gib",
+    "device",
+    "model",
+    "data_root",
+    "pixel_range",
+)
 _FREE_WITHOUT_AUGMENT = ("crop_scale",)
 
 _PUBLISHED_CROP = 0.08  # smallest area of a crop in MAE's linear probing
@@ -100,7 +111,7 @@ class ProbeRun:
         self.accelerator, self.precision, self.precision_reason = start_accelerator(config.device, config.precision)
         self.encoder = load_encoder(config)
         self.choices = parse_poolings(config.pooling)
-        self.split = open_split(config)
+        self.split = open_split(config, self.encoder.pixel_range)
         self.probes = {choice.label: self._build(choice) for choice in self.choices}
         plan = BatchPlan(len(self.split.train), config.batch_size, 1, 1, config.seed)
         self.steps = config.epochs * plan.steps_per_epoch

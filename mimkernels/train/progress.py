@@ -16,6 +16,12 @@ def count(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.1f}"
 
 
+def printable(text: str, stream: TextIO) -> str:
+    """`text` with what `stream` cannot encode, such as bytes of a path that are no text, as Python shows it."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
 class Progress:
     """Progress of one run; silent in all processes but the first."""
 
@@ -90,6 +96,7 @@ class Progress:
         """A line that stays."""
         if self.quiet:
             return
+        text = printable(text, self.stream)
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:

@@ -67,7 +67,7 @@ def page(title: str, lead: str, body: str, written: str) -> str:
 
 def add_sections(path: Path, sections: str) -> None:
     """Put further sections into a written report, before the last, which says what was run."""
-    before, last, after = path.read_text().rpartition(_LAST_SECTION)
+    before, last, after = path.read_text(encoding="utf-8").rpartition(_LAST_SECTION)
     write_text(path, f"{before}{sections}\n{last}{after}")
 
 

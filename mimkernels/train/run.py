@@ -30,6 +30,7 @@ from mimkernels.train.history import History
 from mimkernels.train.loop import Trainer
 from mimkernels.train.memory import keep_freed_memory
 from mimkernels.train.methods import build_model, check_same_architecture
+from mimkernels.train.pixels import Decoder
 from mimkernels.train.progress import Progress, count, duration
 from mimkernels.train.report import Report, write_report
 from mimkernels.train.schedule import parameter_groups, scaled_learning_rate
@@ -106,7 +107,8 @@ class Run:
         self.model = build_model(config)
         self.heads = HeadWatch(config, self.model.encoder.num_prefix_tokens)
         with self.accelerator.local_main_process_first():  # one process per machine downloads
-            self.source = open_source(config.data, config.data_root)
+            decoder = Decoder.from_settings(config.max_pixels, config.pixel_range)
+            self.source = open_source(config.data, config.data_root, decoder)
         self.augmentation = Augmentation(
             config.img_size,
             config.in_chans,

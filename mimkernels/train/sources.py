@@ -1,8 +1,11 @@
 """Where images come from: the embedded digits, a folder, a torchvision set. A source reads image i; no randomness."""
 
+import contextlib
 import difflib
 import hashlib
 import os
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -10,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-IMAGE_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+from mimkernels.train.pixels import IMAGE_EXTENSIONS, Decoder
 
 # Sets whose classes change when an image is mirrored.
 _NOT_MIRRORED = ("MNIST", "QMNIST", "EMNIST", "KMNIST", "FashionMNIST", "USPS", "SVHN", "Omniglot", "GTSRB")
@@ -20,6 +23,10 @@ _TARGET_NAMES = ("targets", "labels", "_labels")
 
 # scikit-learn's digits: training on the first 1500 leaves 297 images for the pictures.
 _DIGITS_TRAIN = 1500
+
+
+# So many files are looked at for 16-bit images that become nearly black: none reaches an eighth of white.
+_LOOKED_AT, _BRIGHT = 8, 2**13
 
 
 class Source(Protocol):
@@ -38,7 +45,7 @@ class Source(Protocol):
         """How to name image ``index`` to a person."""
 
     def fingerprint(self) -> str:
-        """Changes when the images or their order change."""
+        """Changes when the images, what is made of their values, or their order change."""
 
     def targets(self) -> tuple[list[int], list[str]]:
         """The class number of every image, and the classes' names; ValueError where images have no class."""
@@ -80,40 +87,69 @@ class DigitsSource:
 
 
 class FolderSource:
-    """Every image below a folder, in sorted order; class folders or none makes no difference."""
+    """Every image below a folder, in sorted order; class folders or none makes no difference.
+
+    Links to files and folders are followed, but for one to a folder that it lies in. What its name calls an image and
+    cannot be read as one (a broken link, a FIFO) counts as a broken image.
+
+    Args:
+        folder: where the images are.
+        decoder: what becomes of a file's pixels, and which files are refused; ``Decoder`` has the table.
+
+    Raises:
+        ValueError: no such folder, or no image in it.
+    """
 
     mirrored = True
     crop_scale = 0.2
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, decoder: Decoder | None = None) -> None:
         self.folder = Path(folder)
         self.name = str(folder)
+        self.decoder = decoder or Decoder()
         if not self.folder.exists():
             raise ValueError(f"image folder {str(folder)!r} does not exist (looked for {self.folder.absolute()})")
         if not self.folder.is_dir():
             raise ValueError(
                 f"data must be a folder of images, 'digits' or 'torchvision:NAME'; {str(folder)!r} is a file"
             )
-        self.files = _image_files(self.folder)
+        self.files = sorted(_image_files(self.folder))
         if not self.files:
             raise ValueError(
                 f"no images in {str(folder)!r} or below it: looked for files ending in {', '.join(IMAGE_EXTENSIONS)}"
             )
+        self._warn_if_dark()
 
     def __len__(self) -> int:
         return len(self.files)
 
     def read(self, index: int) -> Image.Image:
-        with Image.open(self.folder / self.files[index]) as image:
-            image.load()
-            return image
+        return self.decoder.read(self.folder / self.files[index])
+
+    def _warn_if_dark(self) -> None:
+        """Tell of values of 12 bits, say, in files of 16, which leave images nearly black."""
+        if self.decoder.pixel_range is not None:
+            return
+        levels = []
+        for name in self.files[:: -(-len(self.files) // _LOOKED_AT)]:
+            with contextlib.suppress(OSError, ValueError):
+                levels.append(self.decoder.highest_level(self.folder / name))
+        highest = max((level for level in levels if level is not None), default=_BRIGHT)
+        if highest < _BRIGHT:
+            full = 2 ** max(1, highest.bit_length()) - 1
+            warnings.warn(
+                f"{self.name}: grey images of 16 bits reach {highest} of 65535 here and become nearly black; if they "
+                f"hold values of fewer bits, give their range, such as --pixel-range 0,{full}",
+                stacklevel=3,
+            )
 
     def label(self, index: int) -> str:
         return str(self.folder / self.files[index])
 
     def fingerprint(self) -> str:
         names = "\n".join(self.files).encode(errors="surrogateescape")
-        return f"folder/{len(self)}/{hashlib.sha256(names).hexdigest()[:16]}"
+        values = f"/{self.decoder.pixel_range}" if self.decoder.pixel_range else ""
+        return f"folder/{len(self)}/{hashlib.sha256(names).hexdigest()[:16]}{values}"
 
     def targets(self) -> tuple[list[int], list[str]]:
         """The folder directly below this one is an image's class."""
@@ -129,23 +165,36 @@ class FolderSource:
         return [numbers[folder] for folder in folders], classes
 
 
-def _image_files(folder: Path) -> list[str]:
-    found = []
-    seen: set[str] = set()  # links may form a ring
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        relative = Path(parent).relative_to(folder)
-        found += [
-            (relative / name).as_posix()
-            for name in files
-            if not name.startswith(".") and name.lower().endswith(IMAGE_EXTENSIONS)
-        ]
-    return sorted(found)
+def _image_files(folder: Path) -> Iterator[str]:
+    """Files below `folder` that are named like images, relative to it, in no order."""
+    pending: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
+    while pending:
+        inside, above = pending.pop()
+        place = folder / inside
+        try:
+            status = place.stat()
+            here = (status.st_dev, status.st_ino)
+            if here in above:  # a ring of links; two links to one folder are two folders
+                continue
+            with os.scandir(place) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if _is_folder(entry):
+                        pending.append((f"{inside}{entry.name}/", (*above, here)))
+                    elif entry.name.lower().endswith(IMAGE_EXTENSIONS):
+                        yield inside + entry.name
+        except OSError as e:
+            if not inside:
+                raise ValueError(f"image folder {str(folder)!r} cannot be read: {e.strerror}") from e
+            warnings.warn(f"cannot read the folder {place}, its images are left out: {e.strerror}", stacklevel=3)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 class TorchvisionSource:
@@ -209,13 +258,13 @@ class TorchvisionSource:
         return numbers, names if len(names) >= count else [str(number) for number in range(count)]
 
 
-def open_source(data: str, root: str = "data") -> Source:
-    """The training images named by ``--data``."""
+def open_source(data: str, root: str = "data", decoder: Decoder | None = None) -> Source:
+    """The training images named by ``--data``; `decoder` is for the files of a folder."""
     if data == "digits":
         return DigitsSource()
     if data.startswith("torchvision:"):
         return TorchvisionSource(data.removeprefix("torchvision:"), root)
-    return FolderSource(data)
+    return FolderSource(data, decoder)
 
 
 def open_held_out(data: str, root: str = "data") -> Source | None:

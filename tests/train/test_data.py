@@ -131,8 +131,10 @@ def test_nothing_but_broken_images_is_an_error(folder):
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F"])
 def test_every_mode_becomes_colour_or_grey(mode):
     image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
-    if mode == "I;16":
-        image = Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 257)
+    if mode in ("I;16", "I"):
+        image = Image.fromarray(np.arange(256, dtype="u2" if mode == "I;16" else "i4").reshape(16, 16) * 257)
+    elif mode == "F":
+        image = Image.fromarray(np.float32(np.arange(256) / 255).reshape(16, 16))
     else:
         image = image.convert(mode)
     colour, grey = to_mode(image, 3), to_mode(image, 1)
