@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import handle_torch_function
+from torch.autograd import forward_ad
 
-from mimkernels.nn.sdpa import observers, refusals, sdpa
+from mimkernels.nn.sdpa import has_own_rules, is_for_pytorch, laid_out_as, observers, refusals, sdpa
 from mimkernels.ops import attention
 from mimkernels.ops.attention.spec import SPEC
 
@@ -22,9 +22,12 @@ _known: dict[tuple, str | None] = {}  # functools.cache would be seen through, a
 def kernels_refuse(device: str, dtype: torch.dtype, head_dim: int | None = None) -> str | None:
     """Why no kernel of attention runs on this device, with this dtype and head dim, if it is known; None if one does.
 
-    ``use_backend`` does not count here: it is obeyed in the call.
+    ``use_backend`` does not count here: it is obeyed in the call. Nor do reasons that come and go, as those of
+    forward-mode gradients.
     """
     if (device, dtype, head_dim) not in _known:
+        if forward_ad._current_level >= 0:
+            return None
         rows = [impl for impl in SPEC.impls if impl.backend in ("triton", "cuda", "cpu")]
         here = [impl for impl in rows if not impl.reasons(device, dtype, {})] or rows
         sizes = {} if head_dim is None else {"head_dim": head_dim}
@@ -36,6 +39,9 @@ def kernels_refuse(device: str, dtype: torch.dtype, head_dim: int | None = None)
 
 def stand_in(note: Callable[[list[str]], object] | None = None) -> Callable[..., Tensor]:
     """A function that takes the arguments of ``F.scaled_dot_product_attention`` and gives its result.
+
+    What has rules of its own is for PyTorch: subclasses of tensors, and torch.fx's Proxy, which becomes the node that
+    it always was. So is what ``torch.jit.trace`` records.
 
     Args:
         note: called with the reasons whenever a call goes to PyTorch; not while compiling.
@@ -52,10 +58,9 @@ def stand_in(note: Callable[[list[str]], object] | None = None) -> Callable[...,
         enable_gqa: bool = False,
     ) -> Tensor:
         arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        if not isinstance(query, Tensor):  # of torch.fx: one node
-            return handle_torch_function(scaled_dot_product_attention, (query, key, value), *arguments)
-        if not (dropout_p or is_causal or enable_gqa) and _needs_no_translation(query, key, value, attn_mask):
-            return attention(query, key, value, bias=attn_mask, scale=scale).out
+        plain = not (is_for_pytorch(query) or dropout_p or is_causal or enable_gqa)
+        if plain and _needs_no_translation(query, key, value, attn_mask):
+            return laid_out_as(attention(query, key, value, bias=attn_mask, scale=scale).out, query)
         why = _head_dim_refused(query) or refusals(*arguments)
         if not why:
             missing = kernels_refuse(query.device.type, query.dtype)
@@ -76,7 +81,7 @@ scaled_dot_product_attention = stand_in()
 
 def _head_dim_refused(q: Tensor) -> list[str]:
     """The reason that needs no look at anything else."""
-    if torch.compiler.is_compiling() or q.is_nested or q.dim() == 0:
+    if torch.compiler.is_compiling() or is_for_pytorch(q) or q.is_nested or q.dim() == 0:
         return []
     missing = kernels_refuse(q.device.type, torch.float32, q.shape[-1])
     return [] if missing is None else [missing]
@@ -84,7 +89,7 @@ def _head_dim_refused(q: Tensor) -> list[str]:
 
 def _needs_no_translation(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
     """Whether `attention` takes the tensors as they are, as most models' calls: small models feel every step."""
-    if torch.compiler.is_compiling() or observers() or q.is_nested:
+    if torch.compiler.is_compiling() or observers() or any(map(has_own_rules, (k, v, bias))) or q.is_nested:
         return False
     sizes, of_keys, dtype, device = q.shape, k.shape, q.dtype, q.device.type
     if (

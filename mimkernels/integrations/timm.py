@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,13 @@ from torch import Tensor, nn
 try:
     from timm.layers import Attention as TimmAttention
     from timm.layers import Mlp as TimmMlp
-    from timm.layers import PatchDropout, PatchDropoutWithIndices, register_notrace_module
+    from timm.layers import (
+        PatchDropout,
+        PatchDropoutWithIndices,
+        PatchEmbed,
+        is_notrace_module,
+        register_notrace_module,
+    )
     from timm.models.vision_transformer import VisionTransformer
 except ImportError as error:
     raise ImportError(
@@ -24,13 +31,22 @@ from mimkernels.integrations._reroute import calls_sdpa, rerouted
 from mimkernels.integrations._sdpa import kernels_refuse, stand_in
 from mimkernels.models.encoder import check_patch_embed, visible_features
 from mimkernels.nn import Attention, Mlp
-from mimkernels.nn.mlp import has_hooks, reason_against
+from mimkernels.nn._classes import (
+    MARK,
+    become,
+    change_back,
+    fused_attn,
+    is_heard,
+    prepare_scriptable,
+    shows_its_matrix,
+)
+from mimkernels.nn.mlp import reason_against
+from mimkernels.nn.sdpa import is_for_pytorch
 from mimkernels.ops import gather_tokens, mask_from_noise
 
 __all__ = ["Accelerated", "Change", "accelerate", "restore"]
 
 _ATTENTION = "mimkernels.attention"
-_MARK = "_before_acceleration"  # in the __dict__ of every module that was changed: its class and attributes
 
 
 @dataclass(frozen=True)
@@ -103,8 +119,16 @@ def accelerate(
     modes stay, and the model can be compiled, copied, pickled and distributed as before. ``restore`` undoes it.
     Modules that run on mimkernels already are left so, and reported.
 
-    A module of any class whose ``forward`` calls ``F.scaled_dot_product_attention`` is taken. Calls that
+    A module of any class whose ``forward`` calls PyTorch's ``F.scaled_dot_product_attention`` is taken. Calls that
     ``mimkernels.attention`` does not take, such as attention dropout in training, go to PyTorch as before.
+
+    Whoever looks into the model later finds what they would without this. A module runs its original code while there
+    are hooks on parts that it would not run, after ``fused_attn = False``, where somebody has replaced
+    ``F.scaled_dot_product_attention``, and for tensors with rules of their own (subclasses). torch.fx, and with it
+    torchvision's and timm's ``create_feature_extractor``, and ``torch.jit.trace`` trace the original code;
+    ``torch.jit.script`` compiles the original classes and gives them back to the modules. Where ``fused_attn`` was
+    False before, the layer is fused as long as there are no hooks on ``attn_drop``, which see the attention matrix:
+    without that, it is stored.
 
     Args:
         model: a timm model, or one that contains timm models.
@@ -155,12 +179,9 @@ def restore(model: nn.Module) -> int:
     Returns:
         how many modules were given their class back.
     """
-    marked = [module for module in model.modules() if _MARK in module.__dict__]
+    marked = [module for module in model.modules() if MARK in module.__dict__]
     for module in marked:
-        kind, attributes = module.__dict__.pop(_MARK)
-        module.__class__ = kind
-        for name, value in attributes.items():
-            setattr(module, name, value)
+        change_back(module)
     return len(marked)
 
 
@@ -176,12 +197,9 @@ def _check_devices(model: nn.Module) -> None:
 
 def _take_attention(module: nn.Module) -> Change | None:
     kind = type(module)
-    if not calls_sdpa(kind.forward):
+    if not calls_sdpa(kind.forward, module):
         return _other_attention(module)
-    reason = _reason_against(module)
-    if reason is None:
-        # Where timm was told not to use SDPA, it is used now: without it, the attention matrix is stored.
-        reason = _change_class(module, {"fused_attn": True} if getattr(module, "fused_attn", True) is False else {})
+    reason = _reason_against(module) or _change_class(module)
     if reason is not None:
         return Change("", kind.__name__, "", reason)
     dropout = _dropout(module)
@@ -193,11 +211,13 @@ def _other_attention(module: nn.Module) -> Change | None:
     kind = type(module)
     if isinstance(module, nn.MultiheadAttention):
         return Change("", kind.__name__, "", "torch's own layer, with a fused path of its own")
-    if any(calls_sdpa(base.__dict__.get("forward")) for base in kind.__mro__):
+    if calls_sdpa(inspect.unwrap(kind.forward), module):
+        return Change("", kind.__name__, "", "its forward, which calls SDPA, is wrapped by a decorator")
+    if any(calls_sdpa(base.__dict__.get("forward"), module) for base in kind.__mro__):
         return Change("", kind.__name__, "", "its forward calls that of a parent class, which calls SDPA")
     if "att" in kind.__name__.lower() and any(True for _ in module.parameters()):
         inner = (part for part in module.modules() if part is not module)
-        if not any(calls_sdpa(type(part).forward) or _is_accelerated(part) for part in inner):
+        if not any(calls_sdpa(type(part).forward, part) or _is_accelerated(part) for part in inner):
             return Change("", kind.__name__, "", "its forward does not call scaled_dot_product_attention")
     return None
 
@@ -210,11 +230,12 @@ def _reason_against(module: nn.Module) -> str | None:
         missing = kernels_refuse(parameter.device.type, torch.float32, dim)
         if missing is not None:
             return missing
-    for name in ("attn_drop", "softmax"):
-        part = getattr(module, name, None)
-        if getattr(module, "fused_attn", True) is False and isinstance(part, nn.Module) and has_hooks(part):
-            return f"a hook on its {name} reads the attention matrix"
-    return None
+    if getattr(module, "fused_attn", True) is not False:
+        return None
+    scale = getattr(module, "scale", None)
+    if type(module) is not TimmAttention and isinstance(dim, int) and isinstance(scale, float) and scale != dim**-0.5:
+        return f"its scale, {scale:g}, counts in its plain branch only"
+    return shows_its_matrix(module)
 
 
 def _dropout(module: nn.Module) -> float:
@@ -228,8 +249,8 @@ def _take_mlp(module: TimmMlp) -> Change:
     reason = "a class of its own" if kind is not TimmMlp else reason_against(module)
     if reason is not None:
         return Change("", kind.__name__, "", reason)
-    _change_class(module)
-    return Change("", kind.__name__, "mimkernels.bias_gelu")
+    reason = _change_class(module)
+    return Change("", kind.__name__, "" if reason else "mimkernels.bias_gelu", reason or "")
 
 
 def _take_patch_drop(module: nn.Module) -> Change | None:
@@ -238,8 +259,8 @@ def _take_patch_drop(module: nn.Module) -> Change | None:
         return Change("", kind.__name__, "", "a class of its own")
     if module.prob == 0:
         return None
-    _change_class(module)
-    return Change("", kind.__name__, "mimkernels.gather_tokens")
+    reason = _change_class(module)
+    return Change("", kind.__name__, "" if reason else "mimkernels.gather_tokens", reason or "")
 
 
 def _take_patch_embed(module: VisionTransformer) -> Change | None:
@@ -249,28 +270,43 @@ def _take_patch_embed(module: VisionTransformer) -> Change | None:
     kind = type(module)
     try:
         check_patch_embed(module)
+        why = _why_every_patch(module)
     except ValueError as error:
-        return Change("", kind.__name__, "", f"embeds every patch: {error}")
-    if isinstance(module.pos_drop, nn.Dropout) and module.pos_drop.p > 0:
-        return Change("", kind.__name__, "", "embeds every patch: position dropout comes before patch dropout")
-    _change_class(module)
+        why = str(error)
+    reason = f"embeds every patch: {why}" if why else _change_class(module)
+    if reason:
+        return Change("", kind.__name__, "", reason)
     return Change("", kind.__name__, "mimkernels.patchify_gather", "in training: embeds the kept patches only")
+
+
+def _why_every_patch(module: VisionTransformer) -> str | None:
+    """Why a model must embed the patches that it drops, too, of what may change later; None if it need not."""
+    if isinstance(module.pos_drop, nn.Dropout) and module.pos_drop.p > 0:
+        return "position dropout comes before patch dropout"
+    embed = module.patch_embed
+    if type(embed) is not PatchEmbed or getattr(type(embed.proj), "forward", None) is not nn.Conv2d.forward:
+        return "its patch embedding is no plain convolution"
+    parts = {"patch_embed": embed, "its projection": embed.proj, "patch_drop": module.patch_drop}
+    heard = [name for name, part in parts.items() if is_heard(part)]
+    return f"a hook or a forward of its own on {heard[0]}" if heard else None
 
 
 # The classes that modules get: each a subclass of what the module was, under the same name.
 
 
-def _change_class(module: nn.Module, attributes: dict[str, Any] | None = None) -> str | None:
-    """Give a module its new class and attributes, or say why not."""
+def _change_class(module: nn.Module) -> str | None:
+    """Give a module its new class, or say why not."""
     kind = type(module)
+    if "forward" in module.__dict__:
+        return "it has a forward of its own"
     try:
         new = _accelerated(kind)
     except OSError as error:
         return f"its source cannot be read: {error}"
-    module.__dict__[_MARK] = kind, {name: getattr(module, name) for name in attributes or ()}
-    module.__class__ = new
-    for name, value in (attributes or {}).items():
-        setattr(module, name, value)
+    except ValueError as error:
+        return f"it cannot be rewritten: {error}"
+    become(module, new)
+    module.__dict__[MARK] = kind
     return None
 
 
@@ -282,21 +318,22 @@ def _accelerated(kind: type) -> type:
     if issubclass(kind, VisionTransformer):
         methods["forward_features"] = _features_of_kept_patches(kind)
     elif kind is PatchDropout:
-        methods["forward"] = lambda self, x: _dropped(self, x)[0]
+        methods["forward"] = lambda self, x: kind.forward(self, x) if is_for_pytorch(x) else _dropped(self, x)[0]
     elif kind is PatchDropoutWithIndices:
-        methods["forward"] = _dropped
+        methods["forward"] = lambda self, x: kind.forward(self, x) if is_for_pytorch(x) else _dropped(self, x)
     else:
         methods["_refused"] = set()
         methods["forward"] = rerouted(kind.forward, stand_in(methods["_refused"].update))
+        methods["fused_attn"] = fused_attn
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    new = type(kind.__name__, (kind,), {**names, **methods, "__reduce_ex__": _reduce})
-    # As mimkernels.nn.Attention, and as timm's own where it holds for them: torch.fx takes it as one node.
-    return register_notrace_module(new)
+    ways = {"__reduce_ex__": _reduce, "__prepare_scriptable__": prepare_scriptable}
+    new = type(kind.__name__, (kind,), {**names, **methods, **ways})
+    return register_notrace_module(new) if is_notrace_module(kind) else new
 
 
 def _reduce(module: nn.Module, protocol: int) -> tuple:
     # A class made here has no name to be found by: pickles and copies name the class it was made from.
-    return _made_again, (module.__dict__[_MARK][0],), module.__getstate__()
+    return _made_again, (module.__dict__[MARK],), module.__getstate__()
 
 
 def _made_again(kind: type) -> nn.Module:
@@ -325,10 +362,16 @@ def _kept(drop: nn.Module, batch: int, patches: int, device: torch.device) -> Te
 def _features_of_kept_patches(kind: type) -> Callable:
     def forward_features(self: VisionTransformer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         drop, embed = self.patch_drop, self.patch_embed
-        fits = self.dynamic_img_size or tuple(x.shape[-2:]) == tuple(embed.img_size)
-        seen = any(has_hooks(part) for part in (embed, embed.proj, drop))
         masked = any(value is not None and value is not False for value in (*args, *kwargs.values()))
-        if not self.training or drop.prob == 0 or masked or seen or not fits:
+        if (
+            not self.training
+            or not isinstance(drop, PatchDropout)
+            or drop.prob == 0
+            or masked
+            or is_for_pytorch(x)
+            or not (self.dynamic_img_size or tuple(x.shape[-2:]) == tuple(embed.img_size))
+            or _why_every_patch(self) is not None
+        ):
             return kind.forward_features(self, x, *args, **kwargs)
         patches = (x.shape[-2] // embed.patch_size[0]) * (x.shape[-1] // embed.patch_size[1])
         return visible_features(self, x, _kept(drop, x.shape[0], patches, x.device))
@@ -337,4 +380,4 @@ def _features_of_kept_patches(kind: type) -> Callable:
 
 
 def _is_accelerated(module: nn.Module) -> bool:
-    return _MARK in module.__dict__ or isinstance(module, (Attention, Mlp))
+    return MARK in module.__dict__ or isinstance(module, (Attention, Mlp))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mimkernels.integrations._sdpa import scaled_dot_product_attention
+from mimkernels.nn.sdpa import has_own_rules
 
 __all__ = [
     "BlockDiagonalMask",
@@ -30,6 +31,15 @@ __all__ = [
 
 class LowerTriangularMask:
     """Causal attention: query i attends to keys 0 to i."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        """`device` is not needed."""
+
+    def materialize(
+        self, shape: Sequence[int], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """The bias that this mask stands for, ``[..., queries, keys]``: 0 up to the diagonal, else -inf."""
+        return torch.full(shape, float("-inf"), dtype=dtype, device=device).triu(1)
 
 
 class BlockDiagonalMask:
@@ -53,6 +63,7 @@ class BlockDiagonalMask:
             raise ValueError(f"BlockDiagonalMask: lengths must not be negative, got {self.q_seqlen}, {self.kv_seqlen}")
         # How many sequences make up each tensor that `split` gives; code written for xformers sets it by this name.
         self._batch_sizes: Sequence[int] | None = None
+        self._lengths_of_none: dict[int, int] = {}  # of tensors that no sequence makes up, by their number
 
     @classmethod
     def from_seqlens(
@@ -68,9 +79,36 @@ class BlockDiagonalMask:
     @classmethod
     def from_tensor_list(cls, tensors: Sequence[Tensor]) -> tuple[BlockDiagonalMask, Tensor]:
         """The mask of ``[B_i, M_i, ...]`` tensors, and the tensors packed to ``[1, sum of B_i * M_i, ...]``."""
-        mask = cls([length for x in tensors for length in [x.shape[1]] * x.shape[0]])
-        mask._batch_sizes = [x.shape[0] for x in tensors]
-        return mask, torch.cat([x.reshape(1, -1, *x.shape[2:]) for x in tensors], dim=1)
+        mask, packed, _, _ = cls.from_tensor_lists_qkv(tensors, tensors)
+        return mask, packed
+
+    @classmethod
+    def from_tensor_lists_qkv(
+        cls, tensors_q: Sequence[Tensor], tensors_k: Sequence[Tensor], tensors_v: Sequence[Tensor] | None = None
+    ) -> tuple[BlockDiagonalMask, Tensor, Tensor, Tensor | None]:
+        """The mask of queries ``[B_i, Mq_i, ...]`` and keys ``[B_i, Mk_i, ...]``, and all tensors packed.
+
+        Args:
+            tensors_q: ``[B_i, Mq_i, ...]`` each.
+            tensors_k, tensors_v: ``[B_i, Mk_i, ...]`` each, as many.
+
+        Returns:
+            the mask; queries ``[1, sum of B_i * Mq_i, ...]``, keys and values ``[1, sum of B_i * Mk_i, ...]``, or None
+            for values that were not given.
+
+        Raises:
+            ValueError: the lists differ in length, or in batches or lengths of a tensor; shows both.
+        """
+        for name, tensors, others, dims in (("k", tensors_k, tensors_q, 1), ("v", tensors_v, tensors_k, 2)):
+            sizes, wanted = ([list(x.shape[:dims]) for x in several] for several in (tensors or (), others))
+            if tensors is not None and sizes != wanted:
+                raise ValueError(
+                    f"BlockDiagonalMask: tensors_{name} have the sizes {sizes}..., but those they belong to {wanted}..."
+                )
+        mask = cls(*([x.shape[1] for x in tensors for _ in range(x.shape[0])] for tensors in (tensors_q, tensors_k)))
+        mask._batch_sizes = [x.shape[0] for x in tensors_q]
+        mask._lengths_of_none = {i: x.shape[1] for i, x in enumerate(tensors_q) if x.shape[0] == 0}
+        return mask, _pack(tensors_q), _pack(tensors_k), None if tensors_v is None else _pack(tensors_v)
 
     def split(self, tensor: Tensor) -> list[Tensor]:
         """Packed ``[1, total, ...]`` as one tensor per sequence, or as those that `from_tensor_list` packed."""
@@ -81,12 +119,13 @@ class BlockDiagonalMask:
         if self._batch_sizes is None:
             return list(tensor.split(self.q_seqlen, dim=1))
         parts, first, start = [], 0, 0
-        for count in self._batch_sizes:
+        for number, count in enumerate(self._batch_sizes):
             lengths = self.q_seqlen[first : first + count]
             if len(set(lengths)) > 1:
                 raise ValueError(f"BlockDiagonalMask.split: sequences of lengths {lengths} are no batch")
             part = tensor[0, start : start + sum(lengths)]
-            parts.append(part.reshape(count, lengths[0] if lengths else 0, *tensor.shape[2:]))
+            length = lengths[0] if lengths else self._lengths_of_none.get(number, 0)
+            parts.append(part.reshape(count, length, *tensor.shape[2:]))
             first, start = first + count, start + sum(lengths)
         return parts
 
@@ -121,8 +160,8 @@ def memory_efficient_attention(
         query: ``[B, Mq, H, K]``; any strides, such as views of a packed projection.
         key, value: ``[B, Mk, H, K]``.
         attn_bias: added to the scores, ``[B, H, Mq, Mk]`` or anything that broadcasts to it; a ``BlockDiagonalMask``
-            for packed sequences (B = 1), which then run in batches of equal length; or another of xformers' biases,
-            which is written out as a tensor.
+            for packed sequences (B = 1), which then run in batches of equal length; another of xformers' biases, which
+            is written out as a tensor; or torch's ``CausalBias``.
         p: dropout of the attention weights.
         scale: of the scores; ``K ** -0.5`` if None.
         op: None; xformers' choice of a kernel has no meaning here.
@@ -141,7 +180,7 @@ def memory_efficient_attention(
         raise NotImplementedError(f"memory_efficient_attention: op must be None, got {op}; see mimkernels.use_backend")
     if query.dim() == 3:
         q, k, v = query.unsqueeze(2), key.unsqueeze(2), value.unsqueeze(2)
-        if isinstance(attn_bias, Tensor) and attn_bias.dim() == 3:
+        if isinstance(attn_bias, Tensor) and not has_own_rules(attn_bias) and attn_bias.dim() == 3:
             attn_bias = attn_bias.unsqueeze(1)
         out = memory_efficient_attention(q, k, v, attn_bias, p, scale, output_dtype=output_dtype)
         return out.squeeze(2)
@@ -153,7 +192,7 @@ def memory_efficient_attention(
     if lengths is not None:
         out = _packed(query, key, value, *lengths, p, scale)
     else:
-        causal = attn_bias is not None and type(attn_bias).__name__ == "LowerTriangularMask"
+        causal = isinstance(attn_bias, LowerTriangularMask) or _is_of_xformers(attn_bias, "LowerTriangularMask")
         bias = None if causal else _as_tensor(attn_bias, query, key)
         out = _attention(query, key, value, bias, p, scale, causal)
     return out if output_dtype is None else out.to(output_dtype)
@@ -190,9 +229,12 @@ def scaled_index_add(
         scaling: ``[D]``, or None for 1.
         alpha: factor of all.
     """
+    factor = alpha
     if scaling is not None:
-        source = source * scaling
-    return input.index_add_(0, index.long(), source.to(input.dtype), alpha=alpha)
+        # Products in fp32, so that they and the gradients of 16-bit tensors are rounded once.
+        precise = torch.promote_types(torch.promote_types(source.dtype, scaling.dtype), torch.float32)
+        source, factor = source.to(precise) * (scaling.to(precise) * alpha), 1.0
+    return input.index_add_(0, index.long(), source.to(input.dtype), alpha=factor)
 
 
 fmha = SimpleNamespace(BlockDiagonalMask=BlockDiagonalMask, memory_efficient_attention=memory_efficient_attention)
@@ -202,16 +244,20 @@ def _lengths(bias: object) -> tuple[list[int], list[int]] | None:
     """Lengths of queries and keys of a block-diagonal mask, ours or xformers', which need not be installed."""
     if isinstance(bias, BlockDiagonalMask):
         return bias.q_seqlen, bias.kv_seqlen
-    # Exactly that class: those derived from it (causal, local) mean something else.
-    if type(bias).__name__ == "BlockDiagonalMask" and type(bias).__module__.startswith("xformers."):
+    if _is_of_xformers(bias, "BlockDiagonalMask"):
         starts = bias.q_seqinfo.seqstart_py, bias.k_seqinfo.seqstart_py
         q, k = ([end - start for start, end in pairwise(s)] for s in starts)
         return q, k
     return None
 
 
+def _is_of_xformers(bias: object, name: str) -> bool:
+    """Whether it is of exactly that class: those derived from it (causal, local, with a bias) mean something else."""
+    return type(bias).__name__ == name and type(bias).__module__.startswith("xformers.")
+
+
 def _as_tensor(bias: Any, query: Tensor, key: Tensor) -> Tensor | None:
-    if bias is None or isinstance(bias, Tensor):
+    if bias is None or (isinstance(bias, Tensor) and not hasattr(bias, "materialize")):
         return bias
     if not hasattr(bias, "materialize"):
         raise TypeError(f"memory_efficient_attention: attn_bias must be a tensor or a mask, got {type(bias).__name__}")
@@ -258,6 +304,10 @@ def _packed(
     if not pieces:
         return q.new_zeros(*q.shape[:3], v.shape[3])
     return torch.cat([pieces[number] for number in sorted(pieces)]).unsqueeze(0)
+
+
+def _pack(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([x.reshape(1, x.shape[0] * x.shape[1], *x.shape[2:]) for x in tensors], dim=1)
 
 
 def _starts(lengths: list[int]) -> list[int]:

@@ -1,12 +1,19 @@
-"""Modules become modules of another class, in place."""
+"""Modules become modules of another class, in place: a subclass of what they were, and back."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+import warnings
+from typing import Any, TypeVar
 
+import torch.nn.functional as F
 from torch import nn
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+
+from mimkernels.nn.sdpa import TORCH_SDPA
 
 Ours = TypeVar("Ours", bound=nn.Module)
+
+MARK = "_before_acceleration"  # in the __dict__ of every module that `accelerate` changed: its class
 
 
 def change_class(module: nn.Module, plain: type[nn.Module], ours: type[Ours]) -> list[Ours]:
@@ -18,7 +25,93 @@ def change_class(module: nn.Module, plain: type[nn.Module], ours: type[Ours]) ->
     layers = []
     for part in module.modules():
         if type(part) is plain:
-            part.__class__ = ours
+            become(part, ours)
         if isinstance(part, ours):
             layers.append(part)
     return layers
+
+
+def become(module: nn.Module, ours: type[nn.Module]) -> None:
+    """Let `module` be of class `ours`, whose first base is the class that it has."""
+    module.__class__ = ours
+    if module.__dict__.get("fused_attn") is False:
+        module.__dict__["fused_attn"] = None
+
+
+def change_back(module: nn.Module) -> None:
+    """Let `module` be of the class that it had before ``become``."""
+    module.__class__ = module.__dict__.pop(MARK, None) or type(module).__bases__[0]
+    if module.__dict__.get("fused_attn", False) is None:
+        module.__dict__["fused_attn"] = False
+
+
+def prepare_scriptable(module: nn.Module) -> nn.Module:
+    """What ``torch.jit.script`` compiles: the module with the class that it had, which it keeps.
+
+    Used as ``__prepare_scriptable__`` of a class. TorchScript puts what this returns into the model that is scripted,
+    so that a copy would take the module's place there.
+
+    Raises:
+        NotImplementedError: the class is derived from one of ours.
+    """
+    kind = type(module)
+    if "__prepare_scriptable__" not in kind.__dict__:
+        raise NotImplementedError(
+            f"torch.jit.script cannot compile {kind.__name__}, which is built on {kind.__bases__[0].__name__} of "
+            "mimkernels: TorchScript does not know its kernels; torch.jit.trace does"
+        )
+    warnings.warn(
+        "torch.jit.script compiles the original classes of accelerated layers, and gives the layers of this model "
+        "their classes back; call mimkernels.accelerate(model) again to go on with it, or script a copy",
+        stacklevel=2,
+    )
+    change_back(module)
+    return module
+
+
+def _get_fused_attn(module: nn.Module) -> bool:
+    try:
+        told = module.__dict__["fused_attn"]
+    except KeyError:
+        raise AttributeError("fused_attn") from None
+    if told is None:
+        return shows_its_matrix(module) is None and not is_fx_symbolic_tracing()
+    return told
+
+
+def _set_fused_attn(module: nn.Module, value: Any) -> None:
+    module.__dict__["fused_attn"] = value
+
+
+# timm's attribute of this name: False computes the attention matrix step by step. A layer that had False before it ran
+# on the kernels stores None until the attribute is set again, and reads True, unless somebody looks at the matrix or
+# torch.fx traces the layer.
+fused_attn = property(_get_fused_attn, _set_fused_attn)
+
+
+def shows_its_matrix(module: nn.Module) -> str | None:
+    """Why the attention matrix of a timm layer is wanted, whose ``fused_attn`` is False; None if it is not."""
+    for name in ("attn_drop", "softmax"):
+        part = getattr(module, name, None)
+        if isinstance(part, nn.Module):
+            if is_heard(part):
+                return f"a hook on its {name} reads the attention matrix"
+            if type(part) not in (nn.Dropout, nn.Identity, nn.Softmax):
+                return f"its {name}, a {type(part).__name__}, reads the attention matrix"
+    return None
+
+
+def is_heard(module: nn.Module) -> bool:
+    """Whether somebody sees or changes what a module computes: by hooks, or by a ``forward`` of this object's own."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def sdpa_is_replaced() -> bool:
+    """Whether somebody has put a function of their own in the place of ``F.scaled_dot_product_attention``."""
+    return F.scaled_dot_product_attention is not TORCH_SDPA

@@ -9,17 +9,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.bias import CausalBias
 
 try:
     from timm.layers import Attention as TimmAttention
-    from timm.layers import register_notrace_module
 except ImportError as error:
     raise ImportError(
         f"mimkernels.nn.attention needs timm, which cannot be imported ({error}); pip install 'mimkernels[train]'"
     ) from error
 
-from mimkernels.nn._classes import change_class
-from mimkernels.nn.sdpa import AttentionCall, as_bias, attend, compute_dtype, is_recomputing
+from mimkernels.nn._classes import change_class, fused_attn, prepare_scriptable, sdpa_is_replaced
+from mimkernels.nn.sdpa import AttentionCall, as_bias, attend, compute_dtype, has_own_rules, is_recomputing
 from mimkernels.ops.attention.spec import STATISTICS
 
 __all__ = ["Attention", "HeadRecorder", "LayerHeads", "record_heads", "use_mimkernels_attention"]
@@ -27,29 +27,39 @@ __all__ = ["Attention", "HeadRecorder", "LayerHeads", "record_heads", "use_mimke
 _KEPT = ("q", "k", "lse", "output")
 
 
-@register_notrace_module  # torch.fx takes it as one node: the op chooses its backend by the tensors it gets
 class Attention(TimmAttention):
     """timm's ``Attention`` computed by ``mimkernels.attention``: same parameters, same names, same results.
 
     q, k and v are views of the packed projection and the output is written as the next projection reads it, so that
-    nothing is transposed in memory; where q and k have no norms, the projection's gradient is written packed, too. With
-    attention dropout (``attn_drop > 0`` in training) timm's own code runs.
+    nothing is transposed in memory; where q and k have no norms, the projection's gradient is written packed, too.
     Made by ``use_mimkernels_attention``, or built like timm's (``attn_layer=Attention`` of timm's models).
+
+    timm's own code runs with attention dropout (``attn_drop > 0`` in training), after ``fused_attn = False``, for
+    tensors with rules of their own (subclasses; torch.fx, which sees timm's nodes), under ``torch.jit.trace``, and
+    where somebody replaced ``F.scaled_dot_product_attention``. A layer that had ``fused_attn = False`` before, is fused
+    as long as there are no hooks on ``attn_drop``, which see the attention matrix. ``torch.jit.script`` gets timm's
+    class.
     """
 
+    __prepare_scriptable__ = prepare_scriptable
+    fused_attn = fused_attn
     _slot: _Slot | None = None  # where this layer's heads are recorded, inside `record_heads` only
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """``[B, N, C]`` to ``[B, N, C']``; arguments as timm's. A query that may attend to nothing gets zeros."""
         slot = self._slot
-        if self.training and self.attn_drop.p > 0:
-            if slot is not None:
-                raise RuntimeError(
-                    f"heads cannot be recorded under attention dropout (attn_drop = {self.attn_drop.p}): set it to 0, "
-                    "or the model to eval()"
-                )
+        again = is_recomputing()
+        settings = _settings_of_recorded_pass(self) if again else slot.settings if slot is not None else _NOTHING
+        is_recorded = slot is not None or settings is not _NOTHING
+        why = self._reason_against(x, attn_mask)
+        if why is not None:
+            if is_recorded:
+                raise RuntimeError(f"heads cannot be recorded under {why}")
+        elif not (self.fused_attn or is_recorded):
+            why = "fused_attn is False"
+        if why is not None:
             # Arguments only where given: older releases of timm have no is_causal.
-            causal = {"is_causal": True} if is_causal else {}
+            causal = {} if is_causal is False else {"is_causal": is_causal}
             return super().forward(x, attn_mask=attn_mask, **causal)
         batch, tokens, _ = x.shape
         gate = getattr(self, "gate", None)
@@ -61,10 +71,10 @@ class Attention(TimmAttention):
         as_projected = q is parts[0] and k is parts[1] and v.dtype == dtype
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         bias, key_mask = as_bias(attn_mask, is_causal, q, tokens, q.shape[:2])
-        again = is_recomputing()
-        settings = _settings_of_recorded_pass(self) if again else slot.settings if slot is not None else _NOTHING
+        # timm's fused branch knows no scale but this one, whatever `scale` is set to.
+        scale = self.scale if self.__dict__["fused_attn"] is None else self.head_dim**-0.5
         made = attend(
-            AttentionCall(q, k, v, bias, key_mask, self.scale, q.shape[:2], packed if as_projected else None),
+            AttentionCall(q, k, v, bias, key_mask, scale, q.shape[:2], packed if as_projected else None),
             num_prefix=settings.num_prefix,
             positions=settings.positions,
             stats=settings.stats,
@@ -74,9 +84,20 @@ class Attention(TimmAttention):
             y = y * gate(x).sigmoid()
         y = self.proj(y)
         if slot is not None and not again:
-            slot.fill(LayerHeads(made.stats, self.scale, q, k, made.lse, y, bias, key_mask))
+            slot.fill(LayerHeads(made.stats, scale, q, k, made.lse, y, bias, key_mask))
             _await_backward(self, settings, made.lse)
         return self.proj_drop(y)
+
+    def _reason_against(self, x: Tensor, attn_mask: Tensor | None) -> str | None:
+        """Why this call must run timm's own code, whatever ``fused_attn`` says; None if it need not."""
+        if self.training and self.attn_drop.p > 0:
+            return f"attention dropout (attn_drop = {self.attn_drop.p}): set it to 0, or the model to eval()"
+        if torch.jit.is_tracing():
+            return "torch.jit.trace, which records PyTorch's own operations"
+        for tensor in (x, attn_mask):
+            if has_own_rules(tensor) and type(tensor) is not CausalBias:
+                return f"the rules of its own that a {type(tensor).__name__} computes by"
+        return "another function in the place of F.scaled_dot_product_attention" if sdpa_is_replaced() else None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy made inside `record_heads` does not record.

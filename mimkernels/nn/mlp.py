@@ -8,31 +8,35 @@ from torch import Tensor, nn
 
 try:
     from timm.layers import Mlp as TimmMlp
-    from timm.layers import register_notrace_module
     from timm.layers.activations import GELU, GELUTanh
 except ImportError as error:
     raise ImportError(
         f"mimkernels.nn.mlp needs timm, which cannot be imported ({error}); pip install 'mimkernels[train]'"
     ) from error
 
-from mimkernels.nn._classes import change_class
+from mimkernels.nn._classes import change_class, is_heard, prepare_scriptable
+from mimkernels.nn.sdpa import is_for_pytorch
 from mimkernels.ops import bias_gelu
 
 __all__ = ["Mlp", "use_mimkernels_mlp"]
 
 
-@register_notrace_module  # torch.fx takes it as one node: the op chooses its backend by the tensors it gets
 class Mlp(TimmMlp):
     """timm's ``Mlp`` with the first layer's bias and GELU in one pass: same parameters, same names, same results.
 
     The bias is added by ``mimkernels.bias_gelu``, whose backward pass sums the bias's gradient as well; dropout, norm
-    and the second layer are timm's. What that cannot replace (see ``reason_against``) runs timm's own code, looked at
-    anew in every call. Made by ``use_mimkernels_mlp``, or built like timm's (``mlp_layer=Mlp`` of timm's models).
+    and the second layer are timm's. What that cannot replace (see ``reason_against``) and tensors with rules of their
+    own (subclasses; torch.fx) run timm's own code, as does ``torch.jit.trace``; looked at anew in every call.
+    ``torch.jit.script`` gets timm's class.
+
+    Made by ``use_mimkernels_mlp``, or built like timm's (``mlp_layer=Mlp`` of timm's models).
     """
+
+    __prepare_scriptable__ = prepare_scriptable
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., C]`` to ``[..., C']``, as timm's."""
-        if reason_against(self) is not None:
+        if reason_against(self) is not None or is_for_pytorch(x):
             return super().forward(x)
         hidden = F.linear(x, self.fc1.weight)  # [..., E]
         bias = self.fc1.bias
@@ -68,19 +72,13 @@ def reason_against(module: TimmMlp) -> str | None:
     """Why a timm ``Mlp`` must run timm's own code, or None: only what a plain linear layer and GELU do is replaced."""
     for name in ("fc1", "act"):
         part = getattr(module, name)
-        if has_hooks(part) or "forward" in part.__dict__:
+        if is_heard(part):
             return f"a hook or a forward of its own on {name}"
     if type(module.fc1) is not nn.Linear:
         return f"fc1 is {type(module.fc1).__name__}, not torch.nn.Linear"
     if _approximation(module.act) is None:
         return f"its activation is {type(module.act).__name__}, not GELU"
     return None
-
-
-def has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def _approximation(act: nn.Module) -> str | None:

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention.bias import CausalBias, CausalVariant
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mimkernels.ops import AttentionOutput, attention, attention_qkvpacked
 from mimkernels.ops._registry import FLOATS
@@ -18,6 +20,12 @@ __all__ = ["AttentionCall", "as_attention", "refusals", "sdpa"]
 # Head dims of the kernels.
 MOST_DIMS = min(impl.limits["head_dim"] for impl in SPEC.impls if impl.limits)
 DIM_DIVISOR = max(impl.multiples["head_dim"] for impl in SPEC.impls if impl.multiples)
+
+# PyTorch's own function, whatever a user may have put into torch.nn.functional.
+TORCH_SDPA = torch._C._nn.scaled_dot_product_attention
+
+_PLAIN = (Tensor, nn.Parameter, type(None))
+_INERT = torch._C._disabled_torch_function_impl  # the __torch_function__ of Parameter, fake tensors and the like
 
 
 class AttentionCall(NamedTuple):
@@ -74,7 +82,18 @@ def refusals(
     tensors = {"query": query, "key": key, "value": value}
     if attn_mask is not None:
         tensors["attn_mask"] = attn_mask
+    found = [
+        f"{name} is a {type(tensor).__name__}, which computes by rules of its own"
+        for name, tensor in tensors.items()
+        if has_own_rules(tensor) and type(tensor) is not CausalBias
+    ]
+    if torch.jit.is_tracing():
+        found.append("torch.jit.trace records the calls of PyTorch")  # and could not replay the choice of a backend
+    if found:
+        return found
     found = [f"{name} is a nested tensor" for name, tensor in tensors.items() if tensor.is_nested]
+    if type(attn_mask) is CausalBias:
+        del tensors["attn_mask"]  # has a shape in no sense
     found += [f"{name} has {tensor.dim()} dims" for name, tensor in tensors.items() if tensor.dim() < 2]
     if found:
         return found
@@ -108,6 +127,9 @@ def as_attention(
     ``[N, D]`` and ``[B, N, D]`` are one head; of more than four dims, all before heads are images (Swin's windows).
     Fewer key heads (``enable_gqa``) are repeated; as views if there is one. Bool masks that are the same for all heads
     and queries become key masks, others biases of 0 and -inf. Under autocast, q, k and v become its dtype.
+
+    ``torch.nn.attention.bias.CausalBias`` becomes the causal mask that it stands for; other tensors with rules of their
+    own are for PyTorch (see ``refusals``).
 
     A query that may attend to nothing gets zeros in both (in PyTorch since 2.5, on every backend).
 
@@ -161,7 +183,40 @@ def sdpa(
         raise ValueError(f"attention has no dropout, got dropout_p = {dropout_p}")
     call = as_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     made = attend(call, num_prefix=num_prefix, positions=positions, stats=stats)
-    return made._replace(out=made.out.reshape(*call.leading, *made.out.shape[2:]))
+    return made._replace(out=laid_out_as(made.out.reshape(*call.leading, *made.out.shape[2:]), query))
+
+
+def laid_out_as(out: Tensor, query: Tensor) -> Tensor:
+    """`out` in the order in memory in which PyTorch's own attention leaves it, copied if it is not.
+
+    That is the order of `query` where its kernels write the result, which callers may rely on to ``view`` it, and
+    contiguous where it computes step by step.
+    """
+    dims = out.dim()
+    if dims > 4 or out.shape != query.shape or query.is_contiguous() or query.stride(-1) != 1:
+        return out.contiguous()
+    steps = query.stride()
+    if dims == 4 and steps[0] >= steps[2] >= steps[1]:  # [B, N, H, D], as attention writes it
+        return out
+    order = sorted(range(dims), key=query.stride, reverse=True)
+    return out.permute(order).contiguous().permute([order.index(dim) for dim in range(dims)])
+
+
+def is_for_pytorch(*values: object) -> bool:
+    """Whether PyTorch's own code must compute these: under ``torch.jit.trace``, or for what has rules of its own."""
+    return torch.jit.is_tracing() or any(map(has_own_rules, values))
+
+
+def has_own_rules(value: object) -> bool:
+    """Whether operations on a tensor, or on what stands for one, are computed by its class.
+
+    True for subclasses with a ``__torch_function__``, tensors made of others, such as DTensor, and torch.fx's Proxy.
+    Modes, such as the one of ``torch.set_default_device``, do not count: they see what is computed either way.
+    """
+    kind = type(value)
+    if kind in _PLAIN:
+        return False
+    return getattr(kind, "__torch_function__", _INERT) is not _INERT or is_traceable_wrapper_subclass(value)
 
 
 def attend(
@@ -231,6 +286,7 @@ def as_bias(
 ) -> tuple[Tensor | None, Tensor | None]:
     """A mask (bool, True = attend, or added to the scores) as bias ``[B or 1, H or 1, Nq, Nk]`` or ``[B, Nk]`` bool."""
     batch, _, queries, _ = q.shape
+    attn_mask, is_causal = _as_mask(attn_mask, is_causal, q.device)
     if is_causal:
         if attn_mask is not None:
             raise ValueError("attention takes either attn_mask or is_causal=True, got both")
@@ -250,6 +306,16 @@ def as_bias(
             return None, mask[:, 0, 0].expand(batch, keys)
         mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, float("-inf"))
     return mask.expand(-1, -1, queries, keys), None
+
+
+def _as_mask(attn_mask: Tensor | None, is_causal: bool, device: torch.device | str) -> tuple[Tensor | None, bool]:
+    """The same ``attn_mask`` and ``is_causal`` without a ``CausalBias``, of which PyTorch makes these two."""
+    if type(attn_mask) is not CausalBias or is_causal:
+        return attn_mask, is_causal
+    queries, keys = attn_mask.seq_len_q, attn_mask.seq_len_kv
+    if attn_mask.variant == CausalVariant.UPPER_LEFT or queries == keys:
+        return None, True
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries), False
 
 
 def _same_along(mask: Tensor, dim: int) -> bool:
@@ -297,6 +363,7 @@ def _malformed(
         together = torch.broadcast_shapes(*leading)
     except RuntimeError:
         return [f"sizes before the last two do not fit each other: {shapes}"]
+    attn_mask, is_causal = _as_mask(attn_mask, is_causal, "meta")
     if attn_mask is None:
         return []
     if is_causal:

@@ -1,5 +1,7 @@
 """``attn_implementation="mimkernels"``: the results of ``"sdpa"`` and ``"eager"``."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -17,7 +19,8 @@ from transformers import (  # noqa: E402
     ViTModel,
 )
 
-import mimkernels.integrations.transformers  # noqa: E402
+import mimkernels  # noqa: E402
+import mimkernels.integrations.transformers as door  # noqa: E402
 from mimkernels.nn.sdpa import observing  # noqa: E402
 from tests.integrations.models import Seen  # noqa: E402
 
@@ -105,10 +108,71 @@ def test_dropout_in_training_goes_to_pytorch():
     assert torch.equal(*made)
 
 
-@pytest.mark.parametrize("kind", ["vit", "beit"])
-def test_attention_maps_are_refused(kind):
-    with pytest.raises(ValueError, match='output_attentions=True needs "eager"'):
-        run(build(kind, "mimkernels"), output_attentions=True)
+@pytest.fixture
+def warned_anew():
+    door._warn_of_maps.cache_clear()
+    yield
+    door._warn_of_maps.cache_clear()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_attention_maps_are_those_of_eager(kind, warned_anew):
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    options = {"noise": torch.rand(2, 16)} if kind == "vit_mae" else {}
+    ours, eager = build(kind, "mimkernels"), build(kind, "eager")
+    with pytest.warns(UserWarning, match="mimkernels.capture") as warned:
+        made = ours(x, output_attentions=True, **options)
+    assert len(warned) == 1
+    wanted = eager(x, output_attentions=True, **options)
+    assert len(made.attentions) == len(wanted.attentions) > 0
+    for maps, wanted_maps in zip(made.attentions, wanted.attentions, strict=True):
+        torch.testing.assert_close(maps, wanted_maps, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(made[0], wanted[0], rtol=1e-4, atol=1e-4)
+    seen = Seen()
+    with warnings.catch_warnings(), observing(seen):
+        warnings.simplefilter("error")
+        assert not ours(x, **options).attentions
+        assert len(seen.calls) == MODELS[kind][3]  # the next call is as fast as before
+        assert ours(x, output_attentions=True, **options).attentions  # and nobody is told twice
+
+
+def test_attention_maps_get_gradients_and_dropout():
+    models = [build("vit", name, attention_probs_dropout_prob=0.3).train() for name in ("mimkernels", "eager")]
+    for model in models:
+        torch.manual_seed(4)
+        maps = model(torch.ones(1, 3, 32, 32), output_attentions=True).attentions
+        assert all(0.1 < (part == 0).float().mean() < 0.5 for part in maps)
+        maps[1].square().sum().backward()
+        assert model.layers[0].attention.q_proj.weight.grad.norm() > 0
+
+
+def test_a_configuration_that_asks_for_maps_gets_them():
+    model = build("vit", "eager")
+    model.config.output_attentions = True
+    model.set_attn_implementation("mimkernels")
+    x = torch.randn(2, 3, 32, 32)
+    assert [maps.shape for maps in model(x).attentions] == [(2, 2, 17, 17)] * 2
+    assert not model(x, output_attentions=False).attentions
+
+
+def test_maps_of_masked_causal_attention_with_grouped_heads():
+    from transformers import LlamaConfig, LlamaModel
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    tokens = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0))
+    padding = torch.ones(2, 9, dtype=torch.long)
+    padding[1, 7:] = 0
+    made = []
+    for name in ("mimkernels", "eager"):
+        torch.manual_seed(0)
+        config = LlamaConfig(vocab_size=50, intermediate_size=64, **sizes, attn_implementation=name)
+        model = LlamaModel(config).eval()
+        for mask in (None, padding):
+            out = model(tokens, attention_mask=mask, output_attentions=True)
+            made.append((out.last_hidden_state, out.attentions[0]))
+    for ours, eager in zip(made[:2], made[2:], strict=True):
+        for one, other in zip(ours, eager, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_masks_and_grouped_heads_are_prepared_as_for_sdpa():
@@ -126,3 +190,21 @@ def test_masks_and_grouped_heads_are_prepared_as_for_sdpa():
             made.append(LlamaModel(config).eval()(tokens, attention_mask=padding).last_hidden_state[padding.bool()])
     assert len(seen.calls) == 1
     torch.testing.assert_close(*made, atol=1e-5, rtol=1e-5)
+
+
+def test_tensors_with_rules_of_their_own_are_for_pytorch():
+    from torch.nn.attention.bias import causal_lower_right
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    class Tagged(torch.Tensor):
+        pass
+
+    layer = torch.nn.Module()
+    q, k, v = (torch.randn(2, 2, 9, 16) for _ in range(3))
+    bias = causal_lower_right(9, 9)
+    made, wanted = (
+        forward(layer, q, k, v, bias, is_causal=False)[0]
+        for forward in (door.mimkernels_attention_forward, sdpa_attention_forward)
+    )
+    torch.testing.assert_close(made, wanted, rtol=1e-5, atol=1e-5)
+    assert type(door.mimkernels_attention_forward(layer, q.as_subclass(Tagged), k, v, None)[0]) is Tagged

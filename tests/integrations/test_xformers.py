@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 from mimkernels.integrations import xformers as xops
 from mimkernels.nn.sdpa import observing
@@ -90,6 +91,39 @@ def test_causal():
     assert_same(made, plain(q, k, v, bias), (q, k, v))
 
 
+def test_the_causal_mask_is_written_out_as_it_computes():
+    q, k, v = qkv(2, 9, 3, 16, keys=7)
+    mask = xops.LowerTriangularMask()
+    bias = mask.materialize((2, 3, 9, 7), dtype=torch.float64)
+    assert bias.shape == (2, 3, 9, 7) and bias.dtype == torch.float64
+    assert torch.equal(bias[1, 2] == 0, torch.ones(9, 7, dtype=torch.bool).tril())
+    assert set(bias.unique().tolist()) == {0.0, float("-inf")}
+    assert_same(xops.memory_efficient_attention(q, k, v, mask), plain(q, k, v, bias), (q, k, v))
+
+
+@pytest.mark.parametrize("dims", [3, 4])
+@pytest.mark.parametrize("make", [causal_upper_left, causal_lower_right])
+def test_causal_biases_of_torch(make, dims):
+    q, k, v = qkv(2, 6, 3, 16, keys=9)
+    if dims == 3:
+        q, k, v = (x[:, :, 0] for x in (q, k, v))
+    made = xops.memory_efficient_attention(q, k, v, attn_bias=make(6, 9))
+    bias = torch.zeros(6, 9).masked_fill(~torch.ones(6, 9, dtype=torch.bool).tril(0 if "upper" in str(make) else 3),
+                                         float("-inf"))  # fmt: skip
+    q, k, v = (x.unsqueeze(2) if dims == 3 else x for x in (q, k, v))
+    torch.testing.assert_close(made.double().reshape(q.shape), plain(q, k, v, bias), rtol=1e-5, atol=1e-5)
+
+
+def test_masks_that_are_tensors_and_can_be_written_out_are():
+    class Mask(torch.Tensor):
+        def materialize(self, shape, dtype, device):
+            return torch.full(shape, 2.0, dtype=dtype, device=device).tril()
+
+    q, k, v = qkv(2, 9, 3, 16)
+    made = xops.memory_efficient_attention(q, k, v, torch.zeros(9, 9).as_subclass(Mask))
+    torch.testing.assert_close(made.double(), plain(q, k, v, torch.full((9, 9), 2.0).tril()), rtol=1e-5, atol=1e-5)
+
+
 def test_dropout_goes_to_pytorch():
     q, k, v = qkv(2, 9, 3, 16)
     torch.manual_seed(3)
@@ -144,6 +178,37 @@ def test_pack_and_split_are_inverse():
     assert [tuple(part.shape) for part in again.split(packed)] == [(3, 5, 8), (2, 4, 8), (1, 5, 8)]
 
 
+def test_empty_batches_are_split_to_what_they_were():
+    tensors = [torch.randn(0, 3, 8), torch.randn(2, 4, 8), torch.randn(0, 5, 8)]
+    mask, packed = xops.BlockDiagonalMask.from_tensor_list(tensors)
+    assert [part.shape for part in mask.split(packed)] == [tensor.shape for tensor in tensors]
+    mask, packed = xops.BlockDiagonalMask.from_tensor_list(tensors[:1])
+    assert packed.shape == (1, 0, 8) and [part.shape for part in mask.split(packed)] == [(0, 3, 8)]
+
+
+@pytest.mark.parametrize("with_values", [True, False])
+def test_queries_keys_and_values_are_packed_together(with_values):
+    queries = [torch.randn(2, 5, 2, 16), torch.randn(0, 7, 2, 16), torch.randn(1, 4, 2, 16)]
+    keys, values = ([torch.randn(b, n, 2, 16) for b, n in ((2, 3), (0, 1), (1, 6))] for _ in range(2))
+    mask, q, k, v = xops.fmha.BlockDiagonalMask.from_tensor_lists_qkv(queries, keys, values if with_values else None)
+    assert (mask.q_seqlen, mask.kv_seqlen) == ([5, 5, 4], [3, 3, 6])
+    assert (q.shape, k.shape) == ((1, 14, 2, 16), (1, 12, 2, 16)) and (v is not None) == with_values
+    out = mask.split(xops.memory_efficient_attention(q, k, v if with_values else k, mask))
+    for made, one, key, value in zip(out, queries, keys, values if with_values else keys, strict=True):
+        wanted = xops.memory_efficient_attention(one, key, value) if len(one) else one
+        torch.testing.assert_close(made, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_lists_that_do_not_belong_together_are_refused():
+    q, k = [torch.randn(2, 5, 8)], [torch.randn(2, 3, 8)]
+    with pytest.raises(ValueError, match=r"tensors_k .*\[\].*\[\[2\]\]"):
+        xops.BlockDiagonalMask.from_tensor_lists_qkv(q, [])
+    with pytest.raises(ValueError, match=r"tensors_k .*\[\[3\]\].*\[\[2\]\]"):
+        xops.BlockDiagonalMask.from_tensor_lists_qkv(q, [torch.randn(3, 5, 8)])
+    with pytest.raises(ValueError, match=r"tensors_v .*\[\[2, 4\]\].*\[\[2, 3\]\]"):
+        xops.BlockDiagonalMask.from_tensor_lists_qkv(q, k, [torch.randn(2, 4, 8)])
+
+
 def test_masks_of_xformers_itself():
     attn_bias = pytest.importorskip("xformers.ops.fmha.attn_bias")
     q, k, v = qkv(1, 12, 2, 16)
@@ -178,6 +243,24 @@ def test_scaled_index_add(index, scaled):
     factor = scaling.double() if scaled else 1.0
     wanted = torch.index_add(x.double(), 0, index, factor * source.double(), alpha=2.5)
     assert_same(made, wanted, (x, source, scaling) if scaled else (x, source))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scaled_index_add_rounds_its_gradients_once(dtype):
+    torch.manual_seed(0)
+    x, source, scaling = torch.randn(5, 7, 64), torch.randn(3, 7, 64), torch.randn(64)
+    x, source, scaling = (tensor.to(dtype).requires_grad_() for tensor in (x, source, scaling))
+    index, weights = torch.tensor([4, 0, 1]), torch.randn(5, 7, 64).to(dtype)
+    made = xops.scaled_index_add(x * 1, index, source, scaling, alpha=0.7)
+    assert made.dtype == dtype
+    product = (source.double() * scaling.double() * 0.7).to(dtype)
+    assert torch.equal(made, (x * 1).index_add(0, index, product))
+    got = torch.autograd.grad((made * weights).sum(), (source, scaling))
+    upstream = weights[index].double()
+    wanted = upstream * scaling.double() * 0.7, (upstream * source.double() * 0.7).sum((0, 1))
+    assert got[0].dtype == got[1].dtype == dtype
+    assert torch.equal(got[0], wanted[0].to(dtype))
+    torch.testing.assert_close(got[1], wanted[1].to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
 
 
 def test_a_block_of_dinov2_with_stochastic_depth():

@@ -1,10 +1,13 @@
 """Calls of F.scaled_dot_product_attention in terms of mimkernels.attention: the same numbers, or a reason."""
 
+from itertools import permutations
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
-from mimkernels.nn.sdpa import as_attention, refusals, sdpa
+from mimkernels.nn.sdpa import as_attention, has_own_rules, refusals, sdpa
 from mimkernels.testing import ROUNDING
 
 
@@ -66,11 +69,17 @@ CALLS = {
     "bf16": (qkv(dtype=torch.bfloat16), {}),
     "bf16, fp32 mask": (qkv(dtype=torch.bfloat16), {"attn_mask": drawn(7, 7, seed=4)}),
     "no keys": (qkv((2, 4, 7, 16), (2, 4, 0, 16)), {}),
+    "causal, upper left": (qkv(), {"attn_mask": causal_upper_left(7, 7)}),
+    "causal, upper left, more keys": (qkv((2, 4, 5, 16), (2, 4, 7, 16)), {"attn_mask": causal_upper_left(5, 7)}),
+    "causal, upper left, more queries": (qkv((2, 4, 7, 16), (2, 4, 5, 16)), {"attn_mask": causal_upper_left(7, 5)}),
+    "causal, lower right": (qkv(), {"attn_mask": causal_lower_right(7, 7)}),
+    "causal, lower right, more keys": (qkv((2, 4, 5, 16), (2, 4, 7, 16)), {"attn_mask": causal_lower_right(5, 7)}),
+    "causal bias of one head": (qkv((7, 16)), {"attn_mask": causal_upper_left(7, 7)}),
 }
 
 
 def exact(tensors, options):
-    options = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in options.items()}
+    options = {k: v.double() if type(v) is torch.Tensor and v.is_floating_point() else v for k, v in options.items()}
     return F.scaled_dot_product_attention(*(tensor.double() for tensor in tensors), **options)
 
 
@@ -158,6 +167,80 @@ def test_refusals_name_what_was_given(name):
 def test_dropout_is_never_dropped_silently():
     with pytest.raises(ValueError, match="no dropout"):
         sdpa(*qkv(), dropout_p=0.1)
+
+
+class Tagged(torch.Tensor):
+    """A subclass that stays itself in whatever PyTorch computes."""
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_tensors_with_rules_of_their_own_are_refused(place):
+    tensors = [*qkv(), drawn(7, 7)]
+    assert refusals(*tensors) == []
+    tensors[place] = tensors[place].as_subclass(Tagged)
+    name = ("query", "key", "value", "attn_mask")[place]
+    assert refusals(*tensors) == [f"{name} is a Tagged, which computes by rules of its own"]
+
+
+def test_what_has_rules_of_its_own():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    plain = torch.ones(2)
+    fake = FakeTensorMode().from_tensor(plain)
+    with torch.device("cpu"):  # a mode
+        for value in (None, plain, torch.nn.Parameter(plain), torch.nn.Buffer(plain), fake):
+            assert not has_own_rules(value)
+    assert has_own_rules(plain.as_subclass(Tagged)) and has_own_rules(causal_upper_left(2, 2))
+    assert has_own_rules(torch.nested.nested_tensor([plain], layout=torch.jagged))
+    assert has_own_rules(torch.fx.Proxy(torch.fx.Graph().placeholder("x"), torch.fx.Tracer()))
+
+
+def test_causal_biases_are_refused_where_pytorch_refuses_them():
+    q, k, v = qkv()
+    with pytest.raises(ValueError, match="should not be used with causal=True"):
+        F.scaled_dot_product_attention(q, k, v, causal_upper_left(7, 7), is_causal=True)
+    assert "got both" in refusals(q, k, v, causal_upper_left(7, 7), is_causal=True)[0]
+    with pytest.raises(ValueError, match="got both"):
+        sdpa(q, k, v, causal_upper_left(7, 7), is_causal=True)
+    assert "must broadcast to [2, 4, 7, 7], got [5, 6]" in refusals(q, k, v, causal_lower_right(5, 6))[0]
+
+
+ORDERS = [order for order in permutations(range(4)) if order[3] == 3] + [(0, 1, 3, 2), (3, 2, 1, 0)]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+@pytest.mark.parametrize("mask", [None, drawn(7, 7, seed=4)], ids=["no mask", "mask"])
+def test_the_result_lies_in_memory_as_pytorch_s(order, mask):
+    shape = (2, 4, 7, 16)
+    q, k, v = (t.permute([order.index(dim) for dim in range(4)]) for t in qkv(tuple(shape[dim] for dim in order)))
+    assert q.shape == shape
+    made, theirs = sdpa(q, k, v, mask).out, F.scaled_dot_product_attention(q, k, v, mask)
+    assert made.stride() == theirs.stride()
+    torch.testing.assert_close(made, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["packed", "sliced", "one image", "other dtype", "three dims", "five dims"])
+def test_the_result_of_views_lies_in_memory_as_pytorch_s(kind):
+    q = {
+        "packed": lambda: drawn(2, 7, 3, 4, 16).permute(2, 0, 3, 1, 4)[0],
+        "sliced": lambda: drawn(2, 4, 9, 32)[:, :, 1:8, :16],
+        "one image": lambda: drawn(1, 7, 4, 16).transpose(1, 2),
+        "other dtype": lambda: drawn(2, 7, 4, 16).transpose(1, 2),
+        "three dims": lambda: drawn(7, 2, 16).transpose(0, 1),
+        "five dims": lambda: drawn(3, 2, 7, 4, 16).transpose(2, 3),
+    }[kind]()
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "other dtype"):
+        made, theirs = sdpa(q, q, q).out, F.scaled_dot_product_attention(q, q, q)
+    assert made.shape == theirs.shape and made.dtype == theirs.dtype
+    assert [step for step, size in zip(made.stride(), made.shape, strict=True) if size > 1] == [
+        step for step, size in zip(theirs.stride(), theirs.shape, strict=True) if size > 1
+    ]
+
+
+def test_nothing_is_copied_of_a_result_that_lies_right():
+    q, k, v = drawn(2, 7, 3, 4, 16).permute(2, 0, 3, 1, 4).unbind(0)
+    out = sdpa(q, k, v).out
+    assert out.transpose(1, 2).is_contiguous() and out._base is not None
 
 
 def test_statistics_come_with_the_result():

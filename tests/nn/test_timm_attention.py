@@ -11,8 +11,9 @@ from torch import nn
 pytest.importorskip("timm")
 import timm
 from timm.layers import Attention as TimmAttention
+from torch.utils.checkpoint import checkpoint
 
-from mimkernels.nn import Attention, use_mimkernels_attention
+from mimkernels.nn import Attention, record_heads, use_mimkernels_attention
 from mimkernels.testing import Watch
 
 HEADS = 3
@@ -244,13 +245,49 @@ def test_a_model_compiles_into_one_graph():
         model.zero_grad()
 
 
-def test_torch_fx_sees_one_node_per_layer():
+def test_torch_fx_sees_timm_s_nodes():
     from timm.models import create_feature_extractor
+    from timm.models._features_fx import get_graph_node_names
 
-    model = vit().eval()
+    model, plain = vit().eval(), vit().eval()
     use_mimkernels_attention(model)
-    features = create_feature_extractor(model, ["blocks.1.attn"])
-    layer_in = {}
-    model.blocks[1].attn.register_forward_hook(lambda _, args, out: layer_in.update(out=out))
-    model(images())
-    torch.testing.assert_close(next(iter(features(images()).values())), layer_in["out"], rtol=1e-5, atol=1e-5)
+    assert get_graph_node_names(model) == get_graph_node_names(plain)
+    nodes = ["blocks.1.attn", "blocks.1.attn.qkv"]
+    for made, wanted in zip(
+        *(create_feature_extractor(m, nodes)(images()).values() for m in (model, plain)), strict=True
+    ):
+        torch.testing.assert_close(made, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_timm_s_plain_branch_runs_where_it_is_asked_for():
+    plain = layer()
+    ours = ours_of(plain)
+    seen = []
+    for module in (plain, ours):
+        module.fused_attn = False
+        module.attn_drop.register_forward_hook(lambda module, args, out: seen.append(out))
+    assert torch.equal(ours(tokens()), plain(tokens())) and torch.equal(*seen)
+    ours.fused_attn = True
+    ours(tokens())
+    assert len(seen) == 2
+
+
+def test_a_recorder_comes_before_the_plain_branch():
+    ours = ours_of(layer())
+    ours.fused_attn = False
+    with record_heads(ours, ["entropy"]) as heads:
+        made = ours(tokens().requires_grad_())
+    assert heads[0].stats["entropy"].shape == (2, HEADS, 17)
+    torch.testing.assert_close(made, ours(tokens()), rtol=1e-5, atol=1e-5)
+    # Checkpointing computes again after the recorder is gone, and must compute the same.
+    with record_heads(ours, ["entropy"]) as heads:
+        made = checkpoint(ours, tokens().requires_grad_(), use_reentrant=False)
+    (made.sum() + heads[0].stats["entropy"].sum()).backward()
+
+
+def test_torchscript_compiles_timm_s_class():
+    plain = layer()
+    ours = ours_of(plain)
+    with pytest.warns(UserWarning, match="original classes"):
+        scripted = torch.jit.script(ours)
+    assert torch.equal(scripted(tokens()), plain(tokens())) and type(ours) is TimmAttention

@@ -228,3 +228,23 @@ def test_gradient_checkpointing(calls):
     got = torch.autograd.grad(out.square().sum(), [x, *ours.parameters()])
     assert calls == ["bias_gelu_fwd", "bias_gelu_fwd", "bias_gelu_bwd"]
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_tensors_with_rules_of_their_own_run_timm_s_code(calls):
+    class Tagged(torch.Tensor):
+        pass
+
+    plain = layer()
+    ours, x = ours_of(plain), tokens().as_subclass(Tagged)
+    made = ours(x)
+    assert type(made) is Tagged and torch.equal(made, plain(x)) and calls == []
+
+
+def test_torch_fx_and_torchscript_get_timm_s_code():
+    plain = layer()
+    ours = ours_of(plain)
+    nodes = [[str(node) for node in torch.fx.symbolic_trace(module).graph.nodes] for module in (ours, plain)]
+    assert nodes[0] == nodes[1] and "fc1" in nodes[0] and "act" in nodes[0]
+    with pytest.warns(UserWarning, match="original classes"):
+        scripted = torch.jit.script(ours)
+    assert torch.equal(scripted(tokens()), plain(tokens())) and type(ours) is TimmMlp
