@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from mimkernels.nn.sdpa import Observer, observers
 
 LayerChoice = str | re.Pattern[str] | Sequence[str | int] | None
 
@@ -62,10 +65,18 @@ class Choice:
 
 
 class Calls:
-    """Follows the modules of a model while they run, by hooks on all modules of the process."""
+    """Follows the modules of a model while the observer's context runs them, by hooks on all modules of the process.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: whose modules are followed.
+        observer: the same modules, run where this one does not observe, are not followed.
+        left: called with a module that has run, its inputs and its output.
+    """
+
+    def __init__(self, model: nn.Module, observer: Observer, left: Callable[[nn.Module, Any, Any], object]) -> None:
         self._model = model
+        self._observer = observer
+        self._left = left
         self._names = {id(module): name or type(model).__name__ for name, module in named_parts(model)}
         self._running: list[nn.Module] = []
         self._counts: Counter[str] = Counter()
@@ -144,7 +155,7 @@ class Calls:
     @torch.compiler.disable
     def _enter(self, module: nn.Module, args: object) -> None:
         name = self._names.get(id(module))
-        if name is None:
+        if name is None or self._observer not in observers():
             return
         if not self._running:
             self._counts.clear()
@@ -153,10 +164,12 @@ class Calls:
 
     @torch.compiler.disable
     def _leave(self, module: nn.Module, args: object, output: object) -> None:
+        if module not in self._running or self._observer not in observers():
+            return
         # A module whose own hook failed was entered and never left.
-        while module in self._running:
-            if self._running.pop() is module:
-                break
+        while self._running.pop() is not module:
+            pass
+        self._left(module, args, output)
 
     def _why(self, name: str, module: nn.Module) -> str:
         if isinstance(module, torch.jit.ScriptModule):

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import inspect
+import math
 import types
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from threading import get_ident
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import TorchFunctionMode
 
 from mimkernels.integrations._calls import Calls, Choice, LayerChoice, unwrapped
 from mimkernels.integrations._captured import CapturedHeads, CapturedLayer
-from mimkernels.integrations._fused import fused_attention
-from mimkernels.integrations._layout import Layout, find_layouts, layout_of, shown_grid, window_of
+from mimkernels.integrations._fused import fused_attention, sharing, uncompiled
+from mimkernels.integrations._layout import LAYOUT_FUNCTIONS, Layouts, described, shown_grid
 from mimkernels.nn.sdpa import (
     DIM_DIVISOR,
     MOST_DIMS,
     AttentionCall,
+    Patches,
     as_attention,
     is_recomputing,
     keeps_tensors_elsewhere,
@@ -56,17 +60,24 @@ def capture(
     ``torch.nn.MultiheadAttention``, lightly, your own. Inside the block these calls are computed by
     ``mimkernels.attention``, which gives the same result and the statistics from the same pass; N x N maps are never
     stored. Modules with a fused and a plain branch take the fused one, and compiled models run uncompiled, inside the
-    block only. What our attention does not take (dropout, heads wider than 128, attention inside gradient
-    checkpointing, ``need_weights=True``) is computed as it would be without this, and its statistics, before dropout,
-    beside it; ``notes`` of the layer say so.
+    block only. What the kernels do not take (dropout, heads wider than 128, attention inside gradient checkpointing,
+    ``need_weights=True``) is computed as it would be without this, and its statistics, before dropout, beside it;
+    those of wide heads store the map while they are computed. Of tensors that compute attention in their own way
+    (nested tensors, masks of unknown classes) there are no statistics. ``notes`` of the layer say so.
+
+    Seen is what the thread and asyncio task that enter the block run inside it; the same model may run, and be
+    captured, in others at the same time.
 
     Args:
         model: called inside the block, as a whole or in parts, any number of times. Attention elsewhere is not seen.
         stats: names of quantities (see ``mimkernels.stats.QUANTITIES``) and presets (``PRESETS``), one or several.
-        positions: where patches lie, for distances. "auto": from the model (timm, transformers, torchvision), and
-            windows from ``window_size``; or patches per axis, ``(14, 14)``; or coordinates as of ``attention``,
-            ``[N - P, d]`` or ``[B, N - P, d]``, such as ``grid_positions[ids_keep]`` of a masked encoder.
-        num_prefix: P, leading tokens that are no patches; "auto": from the model.
+        positions: where patches lie, for distances. "auto": as the patch embedding of the model (timm, transformers,
+            torchvision) laid out the images that it got last inside the block, less the patches that were dropped
+            since, and windows by ``window_size``; or patches per axis, ``(14, 14)``; or coordinates as of
+            ``attention``, ``[N - P, d]`` or ``[B, N - P, d]``, such as ``grid_positions[ids_keep]`` of a masked
+            encoder.
+        num_prefix: P, leading tokens that are no patches; "auto": from the model, where they and the patches that it
+            embedded are all tokens that there are.
         layers: which to capture: a regular expression that their name must contain, or names (as in the result) and
             numbers in the order of calls; all if None.
         accumulate: keep only sums over images, for whole data sets; else also every row, ``[B, H, N]``.
@@ -75,7 +86,7 @@ def capture(
 
     Raises:
         ValueError: an unknown statistic, or a layout that must be given; inside, a layer whose tokens do not fit the
-            layout.
+            layout, or whose layout was not seen and must be given.
         RuntimeError: on leaving, nothing was captured: says which modules looked like attention and why they were
             missed.
 
@@ -106,8 +117,9 @@ def capture(
     unseen = [name for name in wanted.names if {"tokens", "output"} & set(QUANTITIES[name].inputs)]
     if unseen:
         raise ValueError(f"{unseen[0]} is of tokens outside attention, which capture cannot see; use HeadStatistics")
-    places = _Places(model, wanted, positions, num_prefix)
-    return Capture(model, wanted, presets, places, Choice(layers), accumulate, differentiable)
+    layouts = Layouts(model)
+    places = _Places(model, layouts, wanted, positions, num_prefix)
+    return Capture(model, wanted, presets, layouts, places, Choice(layers), accumulate, differentiable)
 
 
 class Capture:
@@ -118,6 +130,7 @@ class Capture:
         model: nn.Module,
         wanted: HeadStatistics,
         presets: Sequence[str | Preset],
+        layouts: Layouts,
         places: _Places,
         choice: Choice,
         accumulate: bool,
@@ -126,12 +139,13 @@ class Capture:
         self._model = model
         self._wanted = wanted
         self._presets = presets
+        self._layouts = layouts
         self._places = places
         self._choice = choice
         self._accumulate = accumulate
         self._differentiable = differentiable
         self._heads = CapturedHeads()
-        self._calls = Calls(model)
+        self._calls = Calls(model, self, layouts.left)
         self._open: ExitStack | None = None
 
     @torch.compiler.disable
@@ -139,15 +153,13 @@ class Capture:
         if self._open is not None:
             raise RuntimeError("this capture was used before; call capture again")
         with ExitStack() as stack:
-            # Names come from hooks on all modules, which torch.compile warns of.
-            stack.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", message=r"Using `torch\.compile\(module\)` when there are global hooks")
             # Compiled code would be traced anew with what is captured in it; it runs as it was written instead.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(uncompiled())
             stack.enter_context(fused_attention(self._model))
             stack.enter_context(self._calls.followed())
             stack.enter_context(observing(self))
-            stack.enter_context(_Routing(self._calls))
+            # One for all captures of a thread: which of them a call concerns, the observers know.
+            stack.enter_context(sharing(("calls of the thread", get_ident()), _Routing))
             self._open = stack.pop_all()
         return self._heads
 
@@ -194,6 +206,23 @@ class Capture:
             if plan.names:
                 made = attention(call.q, call.k, call.v, **call.options, **plan.options)
                 self._keep(layer, plan, call, made)
+
+    def see_patches(self, embedding: nn.Module, patches: Patches) -> None:
+        self._layouts.see(embedding, patches)
+
+    # What `_Routing` tells
+
+    @property
+    def runs(self) -> bool:
+        """Whether a part of the model runs now."""
+        return bool(self._calls.modules)
+
+    def note(self, func: Callable, args: Sequence[Any], kwargs: dict[str, Any], made: Any) -> None:
+        """Look at what another function than attention made."""
+        if func in LAYOUT_FUNCTIONS:
+            self._layouts.note(func, args, kwargs, made, self._calls.modules)
+        elif isinstance(made, Tensor):
+            self._calls.note_softmax(made.shape)
 
     def _layer(self) -> CapturedLayer | None:
         """That of a call made now, or None if it is not to be captured; asked once for every call."""
@@ -258,11 +287,12 @@ class _Places:
     def __init__(
         self,
         model: nn.Module,
+        layouts: Layouts,
         wanted: HeadStatistics,
         positions: str | Sequence[int] | Tensor,
         num_prefix: str | int,
     ) -> None:
-        self._layouts = find_layouts(model)
+        self._layouts = layouts
         self._num_prefix = None if num_prefix == "auto" else num_prefix
         self._given = positions if isinstance(positions, Tensor) else None
         self._grid = None if isinstance(positions, Tensor | str) else tuple(positions)
@@ -276,45 +306,38 @@ class _Places:
         unknown = "num_prefix" if self._num_prefix is None else ""
         if self._needed and self._given is None and self._grid is None:
             unknown = unknown or "positions"
-        if unknown and not self._layouts:
+        if unknown and not layouts.parts:
             example = "num_prefix=1 with one [cls] token" if unknown == "num_prefix" else "positions=(14, 14)"
             raise ValueError(
-                f"{unknown} of {type(model).__name__} is not known: it has neither timm's patch_embed.grid_size nor "
-                f"image_size and patch_size; give it, such as {example}"
+                f"{unknown} of {type(model).__name__} is not known: no patch embedding is found in it (as timm's "
+                "patch_embed, or a convolution of the patch_size that a transformers model is configured for); give "
+                f"it, such as {example}"
             )
 
     def of(self, calls: Calls, call: AttentionCall, layer: str) -> tuple[int, Tensor | None]:
         """``num_prefix`` and ``positions`` of a call made now."""
-        keys = call.k.shape[2]
-        layout = layout_of(calls.caller, self._layouts)
-        window = None if self._given is not None or self._grid else window_of(calls.modules, keys)
-        prefix = self._num_prefix
+        batch, _, keys, _ = call.k.shape
+        prefix, patches, why = self._layouts.place(calls.modules, batch, keys, self._num_prefix)
         if prefix is None:
-            if window is not None:
-                prefix = 0
-            elif layout is None:
-                raise ValueError(
-                    f"{layer}: num_prefix is not known for this part of the model; give it, or use layers="
-                )
-            else:
-                # Patches alone, as in a trunk that gets [cls] at its end.
-                prefix = 0 if keys == layout.patches else layout.num_prefix
+            raise ValueError(f"{layer}: num_prefix is not known: {why}: give it, or use layers= to leave it out")
         if prefix > keys:
             raise ValueError(f"{layer}: {keys} tokens, but num_prefix is {prefix}")
         if not self._needed or call.q.shape[2] != keys:
             return prefix, None
         if self._given is not None:
             return prefix, self._given_positions(prefix, call, layer)
-        grid = self._grid or window or (layout.grid if layout is not None else None)
-        if grid is None:
-            raise ValueError(f"{layer}: positions are not known for this part of the model; give them, or use layers=")
-        found = Layout(tuple(grid), prefix)
-        if keys != found.patches + prefix:
+        if self._grid is not None:
+            patches = self._layouts.of_grid(calls.modules, batch, self._grid)
+            fits = keys == prefix + math.prod(patches.grid)
+            why = "" if fits else f"{keys} tokens, but {described(prefix, patches.grid)}"
+        if why or (patches.ids is not None and len(patches.ids) != batch):
             raise ValueError(
-                f"{layer}: {keys} tokens, but {found} are {found.patches + prefix}: give positions and num_prefix (of "
-                "a masked encoder, the kept patches' coordinates per image), or use layers= to leave it out"
+                f"{layer}: {why or f'{batch} images, but {len(patches.ids)} were embedded'}: give positions and "
+                "num_prefix (of a masked encoder, the kept patches' coordinates per image), or use layers= to leave "
+                "it out"
             )
-        return prefix, self._grid_positions(grid, layout, call.q.device)
+        positions = self._grid_positions(patches, call.q.device)
+        return prefix, positions if patches.ids is None else positions[patches.ids]
 
     def _given_positions(self, prefix: int, call: AttentionCall, layer: str) -> Tensor:
         batch, keys = call.k.shape[0], call.k.shape[2]
@@ -329,62 +352,68 @@ class _Places:
             self._made[key] = self._given.to(call.q.device)
         return self._made[key]
 
-    def _grid_positions(self, grid: Sequence[int], layout: Layout | None, device: torch.device) -> Tensor:
-        patch_size = layout.patch_size if layout is not None else None
-        if self._unit == "pixel" and patch_size is None:
+    def _grid_positions(self, patches: Patches, device: torch.device) -> Tensor:
+        if self._unit == "pixel" and patches.patch_size is None:
             raise ValueError(
-                f"distances in pixels of {shown_grid(grid)} patches need the patch size, which is not known: give "
-                "positions in pixels, or unit='patch'"
+                f"distances in pixels of {shown_grid(patches.grid)} patches need the patch size, which is not known: "
+                "give positions in pixels, or unit='patch'"
             )
-        key = (*grid, patch_size, device)
+        size = patches.patch_size if self._unit == "pixel" else None
+        key = patches.grid, size, device
         if key not in self._made:
-            size = patch_size if self._unit == "pixel" else None
-            self._made[key] = patch_grid_positions(grid, self._unit, size, device=device)
+            self._made[key] = patch_grid_positions(patches.grid, self._unit, size, device=device)
         return self._made[key]
 
 
 class _Routing(TorchFunctionMode):
-    """Sends calls of attention inside the model to ``mimkernels.nn.sdpa``, and notes softmax."""
+    """Sends calls of attention inside captured models to ``mimkernels.nn.sdpa``, and shows other calls to captures."""
 
-    _handled = False  # a call that an inner capture computes as it is, seen by the modes outside it
-
-    def __init__(self, calls: Calls) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._calls = calls
         self._multi_head: dict[str, Callable] = {}
 
     @torch.compiler.disable
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if self._calls.modules and not _Routing._handled and not is_recomputing():
-            if func is F.scaled_dot_product_attention:
-                return self._attend(*args, **kwargs)
-            if func is F.multi_head_attention_forward:
-                return self._attend_multi_head(*args, **kwargs)
-        made = func(*args, **kwargs)
-        if func in _SOFTMAX and isinstance(made, Tensor):
-            self._calls.note_softmax(made.shape)
-        return made
+        if func is not F.scaled_dot_product_attention and func is not F.multi_head_attention_forward:
+            made = func(*args, **kwargs)
+            if func in _LOOKED_AT and not is_recomputing():
+                for capture in _captures():
+                    capture.note(func, args, kwargs, made)
+            return made
+        if is_recomputing() or not any(capture.runs for capture in _captures()):
+            return func(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            return self._attend(*args, **kwargs)
+        return self._attend_multi_head(*args, **kwargs)
 
     def _attend(self, *args, **kwargs) -> Tensor:
-        why = refusals(*args, **kwargs)
+        given, foreign = _plain(*args, **kwargs)
+        why = foreign or refusals(**given)
         if not why and keeps_tensors_elsewhere():
             why = ["saved tensors are hooked, as in gradient checkpointing"]
         if not why:
-            return sdpa(*args, **kwargs).out
-        made = _as_it_is(F.scaled_dot_product_attention, *args, **kwargs)
-        _watch(f"computed as it is: {'; '.join(why)}", *args, **kwargs)
+            return sdpa(**given).out
+        made = F.scaled_dot_product_attention(*args, **kwargs)
+        note = f"computed as it is: {'; '.join(why)}"
+        if foreign:
+            _show(None, f"{note}; no statistics")
+        else:
+            _watch(note, **given)
         return made
 
     def _attend_multi_head(self, *args, **kwargs):
         """``F.multi_head_attention_forward``, whose own calls of attention no mode would see."""
         func = F.multi_head_attention_forward
         given = inspect.signature(func).bind(*args, **kwargs).arguments
-        if any(type(item) not in (Tensor, nn.Parameter) for item in given.values() if torch.is_tensor(item)):
-            return func(*args, **kwargs)
+        foreign = _foreign(given)
+        if foreign:
+            made = func(*args, **kwargs)
+            _show(None, f"computed as it is: {'; '.join(foreign)}; no statistics")
+            return made
         if not given.get("need_weights", True):
             return self._calling("_attend", self._attend)(*args, **kwargs)
-        made = _as_it_is(func, *args, **kwargs)
+        made = func(*args, **kwargs)
         with torch.no_grad() if keeps_tensors_elsewhere() else nullcontext():
             self._calling("_only_watch", _only_watch)(**{**given, "need_weights": False})
         return made
@@ -400,31 +429,74 @@ class _Routing(TorchFunctionMode):
         return self._multi_head[name]
 
 
-def _as_it_is(func: Callable, *args, **kwargs):
-    before, _Routing._handled = _Routing._handled, True
-    try:
-        return func(*args, **kwargs)
-    finally:
-        _Routing._handled = before
+def _captures() -> list[Capture]:
+    """Those of this thread and asyncio task."""
+    return [observer for observer in observers() if isinstance(observer, Capture)]
 
 
-def _watch(note: str, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs) -> None:
+def _plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[dict[str, Any], list[str]]:
+    """The arguments of ``F.scaled_dot_product_attention`` by name, without tensors that compute in their own way.
+
+    Returns:
+        the arguments, and which of them cannot be replaced.
+    """
+    if isinstance(attn_mask, CausalBias) and not is_causal:
+        # Its data mean nothing: it computes by its sizes and its corner.
+        queries, keys = attn_mask.seq_len_q, attn_mask.seq_len_kv
+        if attn_mask.variant == CausalVariant.UPPER_LEFT or queries == keys:
+            attn_mask, is_causal = None, True
+        else:
+            ones = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
+            attn_mask = ones.tril(keys - queries)
+    tensors = {"query": query, "key": key, "value": value, "attn_mask": attn_mask}
+    settings = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+    return {**tensors, **settings}, _foreign(tensors)
+
+
+def _foreign(given: Mapping[str, Any]) -> list[str]:
+    return [f"{name} is a {type(item).__name__}" for name, item in given.items() if _is_foreign(item)]
+
+
+def _is_foreign(item: Any) -> bool:
+    """Whether a tensor computes in its own way, by ``__torch_function__``."""
+    kind = type(item)
+    return (
+        isinstance(item, Tensor)
+        and kind not in (Tensor, nn.Parameter)
+        and kind.__torch_function__ is not torch._C._disabled_torch_function_impl
+    )
+
+
+def _watch(note: str, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> None:
     """Show all who observe a call that is computed elsewhere."""
-    call = None
-    dim = query.shape[-1]
     if query.is_nested:
-        note += "; no statistics of nested tensors"
-    elif dim > MOST_DIMS:
-        note += f"; no statistics of heads wider than {MOST_DIMS}"
-    else:
-        call = as_attention(query, key, key, *args, **kwargs)  # what v holds, no statistic asks
-        if dim % DIM_DIVISOR:  # filled up with zeros, which changes no score
-            wider = [F.pad(tensor, (0, -dim % DIM_DIVISOR)) for tensor in (call.q, call.k)]
-            call = call._replace(q=wider[0], k=wider[1], v=wider[1])
+        _show(None, f"{note}; no statistics of nested tensors")
+        return
+    call = as_attention(query, key, key, **options)  # what v holds, no statistic asks
+    dim = query.shape[-1]
+    if dim < MOST_DIMS and dim % DIM_DIVISOR:  # filled up with zeros, which changes no score
+        wider = [F.pad(tensor, (0, -dim % DIM_DIVISOR)) for tensor in (call.q, call.k)]
+        call = call._replace(q=wider[0], k=wider[1], v=wider[1])
+    _show(call, note)
+
+
+def _show(call: AttentionCall | None, note: str) -> None:
     for observer in observers():
         observer.watch(call, note)
 
 
 def _only_watch(query: Tensor, *args, **kwargs) -> Tensor:
-    _watch("computed as it is: need_weights=True asks for its maps", query, *args, **kwargs)
+    _watch("computed as it is: need_weights=True asks for its maps", **_plain(query, *args, **kwargs)[0])
     return query  # has the result's shape, and is not used
+
+
+_LOOKED_AT = LAYOUT_FUNCTIONS.union(_SOFTMAX)

@@ -1,41 +1,100 @@
-"""Modules with a plain and a fused branch of attention take the fused one, for a while."""
+"""Modules with a plain and a fused branch of attention take the fused one, and compiled ones none, for a while."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+import warnings
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+_lock = threading.RLock()
+_shared: dict[Hashable, tuple[int, ExitStack]] = {}  # what is changed now: by how many, and how it is undone
+
+
+@contextmanager
+def sharing(key: Hashable, change: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    """Inside the block, something that all threads see is changed: the first to come does it, the last to go undoes it.
+
+    Were each to put back what it found, threads that leave in the order they came in would leave the change behind.
+    """
+    with _lock:
+        count, stack = _shared.get(key, (0, ExitStack()))
+        if count == 0:
+            stack.enter_context(change())
+        _shared[key] = count + 1, stack
+    try:
+        yield
+    finally:
+        with _lock:
+            count, stack = _shared.pop(key)
+            if count > 1:
+                _shared[key] = count - 1, stack
+            else:
+                stack.close()
+
 
 @contextmanager
 def fused_attention(model: nn.Module) -> Iterator[None]:
     """Inside the block, timm's, transformers' and torch's modules call ``F.scaled_dot_product_attention``."""
-    changed: list[tuple[Any, str, Any]] = []
+    with ExitStack() as stack:
 
-    def change(owner: Any, name: str, value: Any) -> None:
-        changed.append((owner, name, getattr(owner, name)))
-        setattr(owner, name, value)
+        def change(owner: Any, name: str, unchanged: bool, value: Any) -> None:
+            key = id(owner), name
+            with _lock:
+                if unchanged or key in _shared:
+                    stack.enter_context(sharing(key, partial(_set, owner, name, value)))
 
-    # torch.nn.MultiheadAttention and TransformerEncoderLayer have a kernel of their own in eval mode.
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
+        # torch.nn.MultiheadAttention and TransformerEncoderLayer have a kernel of their own in eval mode.
+        stack.enter_context(sharing("fast path", _without_fast_path))
         for module in model.modules():
-            if getattr(module, "fused_attn", None) is False:  # timm
-                change(module, "fused_attn", True)
+            change(module, "fused_attn", getattr(module, "fused_attn", None) is False, True)  # timm
             config = getattr(module, "config", None)
             # transformers; who asks for maps in the configuration, needs the branch that makes them.
-            if (
+            eager = (
                 getattr(module, "_supports_sdpa", False)
                 and getattr(config, "_attn_implementation", None) == "eager"
                 and not getattr(config, "output_attentions", False)
-            ):
-                change(config, "_attn_implementation_internal", "sdpa")
+            )
+            change(config, "_attn_implementation_internal", eager, "sdpa")
+        yield
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Inside the block, compiled code runs as it was written."""
+    with sharing("stance", _force_eager):
+        yield
+
+
+@contextmanager
+def _force_eager() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # Whoever follows modules does so by hooks on all of them, which compiled modules warn of.
+        warnings.filterwarnings("ignore", message=r"Using `torch\.compile\(module\)` when there are global hooks")
+        with torch.compiler.set_stance("force_eager"):
+            yield
+
+
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-        for owner, name, value in reversed(changed):
-            setattr(owner, name, value)
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def _set(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)

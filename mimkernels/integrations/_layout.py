@@ -1,15 +1,17 @@
-"""Which tokens of a model are patches, and where: read off models of timm, transformers and torchvision."""
+"""Which tokens of a model are patches, and where: what its patch embedding made of the images that it got."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimkernels.integrations._calls import named_parts
+from mimkernels.nn.sdpa import Patches
 
 # Parameters that put one token (or as many as they have rows) in front of the patches.
 PREFIX_PARAMETERS = (
@@ -18,51 +20,284 @@ PREFIX_PARAMETERS = (
 )
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Prefix tokens first, then patches.
+class Part(NamedTuple):
+    """A model, or one inside another, that embeds patches.
 
     Attributes:
-        grid: patches per axis.
-        num_prefix: P.
-        patch_size: pixels per patch and axis, or None.
+        embedding: the module in which images become patches, by convolutions.
+        num_prefix: P, tokens that the part puts in front of the patches.
+        declared: the part says so itself; else it is what its parameters look like.
     """
 
-    grid: tuple[int, ...]
+    embedding: nn.Module
     num_prefix: int
+    declared: bool = False
+
+
+class Place(NamedTuple):
+    """What is known of the tokens that a layer attends to.
+
+    Attributes:
+        num_prefix: P, or None if that is not known.
+        patches: those that the other tokens are, or None if that is not known.
+        why: what is not known, and why; "" if all is.
+    """
+
+    num_prefix: int | None
+    patches: Patches | None
+    why: str = ""
+
+
+class Layouts:
+    """Where tokens lie in every part of a model, followed while it runs.
+
+    What is not seen is not known: a grid is that of the images that the part embedded last, whatever it was built for.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parts = find_parts(model)
+        self._names = {id(module): name for name, module in named_parts(model)}
+        self._embeddings = {id(part.embedding): name for name, part in self.parts.items()}
+        self._droppers = {
+            id(part) for part in model.modules() if any(kind.__name__ in _DROPPERS for kind in type(part).__mro__)
+        }
+        self._seen: dict[str, _Seen] = {}
+        self._convolutions: list[_Convolution] = []  # in the embedding that runs now
+
+    def place(self, modules: Sequence[nn.Module], batch: int, tokens: int, given: int | None) -> Place:
+        """What is known of the keys of a call made in these modules, the innermost first.
+
+        Args:
+            batch, tokens: of the keys.
+            given: P, if it is known; else it is that of the part.
+        """
+        name = _innermost(self._names[id(modules[0])], self.parts)
+        _, prefix, declared = self.parts[name] if name is not None else (None, 0, False)
+        # Where there are no prefix tokens, none can be missing in front of whatever became of the patches.
+        certain = 0 if declared and prefix == 0 else None
+        if given is not None:
+            certain = prefix = given
+        seen, found = self._seen.get(name), tokens - prefix
+        if seen is not None and found in seen.chosen:
+            ids = seen.chosen[found]
+            if ids is not None:
+                return Place(prefix, seen.patches._replace(ids=ids))
+            grid = shown_grid(seen.patches.grid)
+            return Place(prefix, None, f"which {found} of the {grid} patches were kept was not seen")
+        if seen is not None and seen.whole and found == math.prod(seen.patches.grid):
+            return Place(prefix, seen.patches)
+        window = window_of(modules, tokens) if prefix == 0 else None
+        if window is not None:
+            return Place(0, self.of_grid(modules, batch, window))
+        if name is None:
+            return Place(certain, None, "this part of the model embeds no patches")
+        if seen is None:
+            return Place(certain, None, f"no image was embedded by {name or 'the model'} inside capture")
+        return Place(certain, None, f"{tokens} tokens, but {described(prefix, seen.patches.grid)}" + seen.told())
+
+    def of_grid(self, modules: Sequence[nn.Module], batch: int, grid: Sequence[int]) -> Patches:
+        """Patches in a grid that is known: a window of the part's own, or one that was given."""
+        seen = self._seen.get(_innermost(self._names[id(modules[0])], self.parts))
+        patches = Patches(batch, tuple(grid))
+        if seen is None:
+            return patches
+        whole = seen.patches.batch * math.prod(seen.patches.grid)
+        # Where there are fewer, they were merged, and each has more pixels.
+        return patches._replace(patch_size=seen.patches.patch_size) if whole == batch * math.prod(grid) else patches
+
+    def see(self, embedding: nn.Module, patches: Patches) -> None:
+        """As of an observer of `mimkernels.nn.sdpa`."""
+        name = _innermost(self._names.get(id(embedding)), self.parts)
+        if name is not None:
+            self._seen[name] = _Seen(patches)
+
+    def left(self, module: nn.Module, inputs: Sequence[Any], output: Any) -> None:
+        """Look at a module that has just run."""
+        name = self._embeddings.get(id(module))
+        if name is not None and self._convolutions:
+            self._seen[name] = _Seen(_embedded(self._convolutions))
+            self._convolutions = []
+        if id(module) in self._droppers:
+            seen = self._seen.get(_innermost(self._names[id(module)], self.parts))
+            kept = output[0] if isinstance(output, tuple) else output
+            if seen is not None and inputs and isinstance(kept, Tensor):
+                seen.drop(inputs[0].shape[1], kept.shape[1], getattr(module, "num_prefix_tokens", 0))
+
+    def note(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], made: Any, modules: list) -> None:
+        """Look at one of ``LAYOUT_FUNCTIONS`` that was called in these modules, the innermost first."""
+        if func in _CONVOLUTIONS:
+            if any(id(module) in self._embeddings for module in modules):
+                self._convolutions.append(_convolution(made, *args, **kwargs))
+            return
+        choice = _CHOICES[func](made, *args, **kwargs)
+        if choice is None:
+            return
+        inside = _innermost(self._names[id(modules[0])], self._seen) if modules else None
+        for name in self._seen if inside is None else (inside,):
+            self._seen[name].choose(choice, self.parts[name].num_prefix)
+
+
+class _Choice(NamedTuple):
+    """Some of the tokens ``[B, N, D]`` of a batch."""
+
+    tokens: int
+    kept: int
+    ids: Tensor | None  # [B, K], or None if they are not known
+
+
+class _Seen:
+    """The patches that a part embedded last, and what was chosen of them since.
+
+    Attributes:
+        chosen: the ids ``[B, K]`` of patches that were chosen, by K; None where they are not known.
+        whole: all patches are there, in their order.
+    """
+
+    def __init__(self, patches: Patches) -> None:
+        self.patches = patches._replace(ids=None)
+        self.chosen: dict[int, Tensor | None] = {}
+        self.whole = patches.ids is None
+        if patches.ids is not None:
+            self.chosen[patches.ids.shape[-1]] = patches.ids
+
+    def choose(self, choice: _Choice, num_prefix: int) -> None:
+        """Some of the tokens, which may be patches alone or patches that were chosen before."""
+        count = math.prod(self.patches.grid)
+        shuffled = count in self.chosen
+        if choice.tokens == choice.kept == count and not self.whole and not shuffled:
+            self.chosen, self.whole = {}, True  # back in their order, with mask tokens among them
+        elif choice.tokens == count:
+            # Once patches were shuffled, it may be of them or of a table of positions, which is in order.
+            again = shuffled and not _same(self.chosen[count], choice.ids)
+            self._add(choice.kept, None if again else choice.ids)
+        elif choice.tokens in self.chosen:
+            before, ids = self.chosen[choice.tokens], choice.ids
+            known = before is not None and ids is not None and (len(before), before.device) == (len(ids), ids.device)
+            rows = torch.arange(len(ids), device=ids.device)[:, None] if known else None
+            self._add(choice.kept, before[rows, ids] if known else None)
+        elif choice.tokens == count + num_prefix:
+            self.whole = False  # whether the prefix is still there is not known
+
+    def drop(self, tokens: int, kept: int, num_prefix: int) -> None:
+        """A choice of patches that leaves prefix tokens alone, whose ids need not have been seen."""
+        if kept < tokens and kept - num_prefix not in self.chosen:
+            self._add(kept - num_prefix, None)
+
+    def _add(self, kept: int, ids: Tensor | None) -> None:
+        # As many chosen twice: which of the two a layer gets is not known, unless they are the same, as where tokens
+        # and their positions are chosen one after the other.
+        if kept in self.chosen and not _same(self.chosen[kept], ids):
+            ids = None
+        self.chosen[kept] = ids
+        self.whole = False
+
+    def told(self) -> str:
+        if self.whole:
+            return ""
+        return f", of which {' or '.join(map(str, self.chosen)) or 'some'} were chosen"
+
+
+def _same(ids: Tensor | None, others: Tensor | None) -> bool:
+    return ids is not None and others is not None and ids.data_ptr() == others.data_ptr()
+
+
+class _Convolution(NamedTuple):
+    batch: int
+    pixels: tuple[int, ...]
+    stride: tuple[int, ...]
+    grid: tuple[int, ...]
+
+
+def _convolution(made: Tensor, input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, *_: Any, **__: Any):
+    axes = weight.dim() - 2
+    steps = (stride,) * axes if isinstance(stride, int) else tuple(stride)
+    batch = made.shape[0] if made.dim() == weight.dim() else 1
+    return _Convolution(batch, tuple(input.shape[-axes:]), steps * (axes // len(steps)), tuple(made.shape[-axes:]))
+
+
+def _embedded(convolutions: Sequence[_Convolution]) -> Patches:
+    first, last = convolutions[0], convolutions[-1]
     patch_size: tuple[int, ...] | None = None
+    if len(convolutions) == 1:
+        patch_size = last.stride
+    elif all(size % count == 0 for size, count in zip(first.pixels, last.grid, strict=True)):
+        patch_size = tuple(size // count for size, count in zip(first.pixels, last.grid, strict=True))
+    # Of videos, steps in time are no pixels.
+    return Patches(last.batch, last.grid, patch_size if len(last.grid) == 2 else None)
 
-    @property
-    def patches(self) -> int:
-        return math.prod(self.grid)
 
-    def __str__(self) -> str:
-        return f"{self.num_prefix} prefix tokens + {shown_grid(self.grid)} patches"
+# What a function that chooses tokens chose: called with its result and its arguments.
 
 
-def find_layouts(model: nn.Module) -> dict[str, Layout]:
-    """The layouts of the model and of models inside it, by qualified name."""
-    found: dict[str, Layout] = {}
+def _gathered(made: Tensor, input: Tensor, dim: int, index: Tensor, **_: Any) -> _Choice | None:
+    if input.dim() != 3 or dim not in (1, -2):
+        return None
+    return _Choice(input.shape[1], index.shape[1], index[:, :, 0])
+
+
+def _along(made: Tensor, input: Tensor, indices: Tensor, dim: int | None = None, **_: Any) -> _Choice | None:
+    if input.dim() != 3 or dim not in (1, -2):
+        return None
+    return _Choice(input.shape[1], indices.shape[1], indices[:, :, 0].expand(len(input), -1))
+
+
+def _selected(made: Tensor, input: Tensor, dim: int, index: Tensor, **_: Any) -> _Choice | None:
+    if input.dim() != 3 or dim not in (1, -2):
+        return None
+    return _Choice(input.shape[1], made.shape[1], index.expand(len(input), -1))
+
+
+def _indexed(made: Tensor, x: Tensor, index: Any) -> _Choice | None:
+    if x.dim() != 3:
+        return None
+    batch, tokens, _ = x.shape
+    if isinstance(index, Tensor) and index.dtype == torch.bool and index.dim() == 2:  # [B, N], of every image as many
+        kept, rest = divmod(len(made), max(1, batch))
+        order = index.byte().argsort(dim=1, descending=True, stable=True)
+        return None if rest else _Choice(tokens, kept, order[:, :kept])
+    if not isinstance(index, tuple) or len(index) < 2 or not isinstance(index[1], Tensor) or made.dim() != 3:
+        return None
+    rows, ids = index[:2]
+    # x[:, ids] of all images, x[rows, ids] of each.
+    of_all = isinstance(rows, slice) and rows == slice(None) and ids.dim() == 1
+    of_each = isinstance(rows, Tensor) and rows.shape == (batch, 1) and ids.dim() == 2
+    known = (of_all or of_each) and ids.dtype in (torch.int32, torch.int64)
+    return _Choice(tokens, made.shape[1], ids.expand(batch, -1) if known else None)
+
+
+_DROPPERS = ("PatchDropout", "PatchDropoutWithIndices")  # of timm
+_CONVOLUTIONS = (F.conv2d, F.conv3d)
+_CHOICES = {
+    **dict.fromkeys((torch.gather, Tensor.gather), _gathered),
+    **dict.fromkeys((torch.take_along_dim, Tensor.take_along_dim), _along),
+    **dict.fromkeys((torch.index_select, Tensor.index_select), _selected),
+    Tensor.__getitem__: _indexed,
+}
+LAYOUT_FUNCTIONS = frozenset((*_CONVOLUTIONS, *_CHOICES))
+
+
+def find_parts(model: nn.Module) -> dict[str, Part]:
+    """The model and models inside it that embed patches, by qualified name."""
+    found: dict[str, Part] = {}
     configs: list[Any] = []
     for name, module in named_parts(model):
-        layout = _of_timm(module) or _of_torchvision(module)
+        part = _of_timm(module) or _of_torchvision(module)
         config = getattr(module, "config", None)
-        if layout is None and config is not None and not any(config is other for other in configs):
+        if part is None and config is not None and not any(config is other for other in configs):
             configs.append(config)  # every part of a transformers model refers to the whole model's
-            layout = _of_transformers(module, config)
-        if layout is not None:
-            found[name] = layout
+            part = _of_transformers(module, config)
+        if part is not None:
+            found[name] = part
     return found
 
 
-def layout_of(name: str, layouts: dict[str, Layout]) -> Layout | None:
-    """That of the innermost model that the module of that name is in."""
-    while True:
-        if name in layouts:
-            return layouts[name]
-        if not name:
-            return None
-        name = name.rpartition(".")[0]
+def _innermost(name: str | None, parts: Mapping[str, Any]) -> str | None:
+    """The name of the innermost part that the module of that name is in."""
+    while name is not None:
+        if name in parts:
+            return name
+        name = name.rpartition(".")[0] if name else None
+    return None
 
 
 def window_of(modules: Iterable[nn.Module], tokens: int) -> tuple[int, int] | None:
@@ -78,43 +313,38 @@ def shown_grid(grid: Sequence[int]) -> str:
     return " x ".join(str(size) for size in grid)
 
 
-def _of_timm(module: nn.Module) -> Layout | None:
+def described(num_prefix: int, grid: Sequence[int]) -> str:
+    return f"{num_prefix} prefix tokens + {shown_grid(grid)} patches are {num_prefix + math.prod(grid)}"
+
+
+def _of_timm(module: nn.Module) -> Part | None:
     if hasattr(module, "decoder_blocks") and hasattr(module, "encoder"):
         module = module.encoder  # mimkernels.models.MAE: the decoder's tokens are laid out as the encoder's
     embed = getattr(module, "patch_embed", None)
-    grid = _pair(getattr(embed, "grid_size", None))
-    if grid is None:
+    if not isinstance(embed, nn.Module) or not _convolutions_of(embed):
         return None
     prefix = getattr(module, "num_prefix_tokens", None)
-    prefix = prefix if isinstance(prefix, int) else _prefix_tokens(module)
-    return Layout(grid, prefix, _pair(getattr(embed, "patch_size", None)))
+    return Part(embed, prefix, True) if isinstance(prefix, int) else Part(embed, _prefix_tokens(module))
 
 
-def _of_torchvision(module: nn.Module) -> Layout | None:
-    if not isinstance(getattr(module, "class_token", None), Tensor):
+def _of_torchvision(module: nn.Module) -> Part | None:
+    embed = getattr(module, "conv_proj", None)
+    if not isinstance(embed, nn.Module) or not isinstance(getattr(module, "class_token", None), Tensor):
         return None
-    image, patch = _pair(getattr(module, "image_size", None)), _pair(getattr(module, "patch_size", None))
-    return _of_sizes(image, patch, _prefix_tokens(module))
+    return Part(embed, _prefix_tokens(module))
 
 
-def _of_transformers(module: nn.Module, config: Any) -> Layout | None:
-    image, patch = _pair(getattr(config, "image_size", None)), _pair(getattr(config, "patch_size", None))
-    if not any(isinstance(part, nn.Conv2d | nn.Conv3d) for part in module.modules()):
-        return None  # embeds no patches, as a decoder: its tokens come from the model that it is in
+def _of_transformers(module: nn.Module, config: Any) -> Part | None:
+    patch = _pair(getattr(config, "patch_size", None))
+    embed = next((part for part in _convolutions_of(module) if tuple(part.kernel_size[-2:]) == patch), None)
+    if embed is None:
+        return None  # as a decoder: its tokens come from the model that it is in
     # The tokens belong to the module that embeds patches.
-    prefix = next((count for part in module.modules() if (count := _prefix_tokens(part))), 0)
-    layout = _of_sizes(image, patch, prefix)
-    frames, tubelet = getattr(config, "num_frames", None), getattr(config, "tubelet_size", None)
-    if layout is not None and isinstance(frames, int) and isinstance(tubelet, int):
-        return Layout((frames // tubelet, *layout.grid), prefix)
-    return layout
+    return Part(embed, next((count for part in module.modules() if (count := _prefix_tokens(part))), 0))
 
 
-def _of_sizes(image: tuple[int, int] | None, patch: tuple[int, int] | None, prefix: int) -> Layout | None:
-    if image is None or patch is None or min(patch) < 1:
-        return None
-    rows, columns = image[0] // patch[0], image[1] // patch[1]
-    return Layout((rows, columns), prefix, patch) if rows and columns else None
+def _convolutions_of(module: nn.Module) -> list[nn.Module]:
+    return [part for part in module.modules() if isinstance(part, nn.Conv2d | nn.Conv3d)]
 
 
 def _prefix_tokens(module: nn.Module) -> int:

@@ -21,6 +21,7 @@ from mimkernels.models.encoder import (
 )
 from mimkernels.models.pictures import MAEPictures, pictures_of
 from mimkernels.nn import record_heads, sincos_positions_2d, use_mimkernels_attention, use_mimkernels_mlp
+from mimkernels.nn.sdpa import Patches, tell_patches
 from mimkernels.ops import TokenMask, mask_from_noise, masked_patch_loss, random_mask, restore_tokens
 
 __all__ = ["MAE", "MAEOutput"]
@@ -283,6 +284,7 @@ class MAE(nn.Module):
         # dtype that concatenating and adding them would give.
         x = self.decoder_embed(latent).to(self.mask_token.dtype)
         x = restore_tokens(x, mask.ids_restore, self.mask_token, pos, prefix)  # [B, P + N, D]
+        tell_patches(self, Patches(len(x), grid, self.encoder.patch_embed.patch_size))
         for block in self.decoder_blocks[:-1]:
             x = self._run(block, x)
         ids = None if full else mask.ids_masked + prefix

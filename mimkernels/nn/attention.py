@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +49,8 @@ class Attention(TimmAttention):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """``[B, N, C]`` to ``[B, N, C']``; arguments as timm's. A query that may attend to nothing gets zeros."""
         slot = self._slot
+        if slot is not None and not slot.of_this_thread():
+            slot = None
         again = is_recomputing()
         settings = _settings_of_recorded_pass(self) if again else slot.settings if slot is not None else _NOTHING
         is_recorded = slot is not None or settings is not _NOTHING
@@ -193,6 +196,7 @@ class HeadRecorder:
                 raise RuntimeError("these layers are already being recorded: record_heads cannot be nested")
         self._with_grad = torch.is_grad_enabled()
         for layer, slot in zip(self._layers, self._slots, strict=True):
+            slot.thread = None if torch.compiler.is_compiling() else get_ident()
             layer._slot = slot
         return self
 
@@ -227,7 +231,7 @@ def record_heads(
     positions: Tensor | None = None,
     keep: Sequence[str] = (),
 ) -> HeadRecorder:
-    """Record what the heads of a model do during one forward pass; a context manager.
+    """Record what the heads of a model do during one forward pass of this thread; a context manager.
 
     Statistics come out of the attention pass itself and carry gradients, so that they can be terms of the loss. Nothing
     stays behind in the model. Gradient checkpointing must be non-reentrant (timm's and torch's default); two passes
@@ -297,8 +301,13 @@ class _Slot:
         self.settings = settings
         self.keep = keep
         self.number = number
+        self.thread: int | None = None  # the one that records; compiled code cannot tell
         self.heads: LayerHeads | None = None
         self.with_grad = False
+
+    def of_this_thread(self) -> bool:
+        """Whether this thread records, as far as that is known."""
+        return torch.compiler.is_compiling() or self.thread in (None, get_ident())
 
     def fill(self, heads: LayerHeads) -> None:
         if self.heads is not None:

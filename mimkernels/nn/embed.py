@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mimkernels.nn.sdpa import Patches, tell_patches
 from mimkernels.ops import gather_tokens, patchify_gather
 
 __all__ = ["embed_visible"]
@@ -39,6 +40,8 @@ def embed_visible(
     """
     # kernel_size is the patch; conv weights [D, C, ph, pw] flatten to the pixel order of patchify_gather.
     pixels = patchify_gather(images, ids, proj.kernel_size, mean, std, dtype=_compute_dtype(proj.weight))
+    grid = tuple(size // patch for size, patch in zip(images.shape[2:], proj.kernel_size, strict=True))
+    tell_patches(proj, Patches(len(images), grid, proj.kernel_size, ids))
     x = F.linear(pixels, proj.weight.flatten(1), proj.bias)  # [B, K, D]
     if norm is not None:
         x = norm(x)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from threading import get_ident
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -224,19 +226,21 @@ def attend(
 ) -> AttentionOutput:
     """``attention`` of a call; whoever observes is told. Every module and integration calls attention by this."""
     options = {"num_prefix": num_prefix, "positions": positions, "stats": stats}
-    if not _observers or is_recomputing():
+    aside = observers()
+    if not aside or is_recomputing():
         return call.compute(**options)
     if stats or keeps_tensors_elsewhere():
-        made, aside = call.compute(**options), _observers
+        made = call.compute(**options)
     else:
-        made, aside = _observers[-1].run(call), _observers[:-1]
+        *aside, innermost = aside
+        made = innermost.run(call)
     for observer in aside:
         observer.watch(call)
     return made
 
 
 class Observer(Protocol):
-    """Sees every attention that is computed in this process while it observes."""
+    """Sees every attention that its context computes while it observes."""
 
     def run(self, call: AttentionCall) -> AttentionOutput:
         """Compute the call, and what is observed from the same pass."""
@@ -244,23 +248,57 @@ class Observer(Protocol):
     def watch(self, call: AttentionCall, note: str = "") -> None:
         """Observe a call that is computed elsewhere."""
 
+    def see_patches(self, embedding: nn.Module, patches: Patches) -> None:
+        """Know which patches the module `embedding` turned into tokens."""
 
-_observers: list[Observer] = []
+
+class Patches(NamedTuple):
+    """What images became at a patch embedding.
+
+    Attributes:
+        batch: number of images.
+        grid: patches per axis.
+        patch_size: pixels per patch and axis, or None if that is not known.
+        ids: ``[B, K]`` the patches that were kept, in the order of their tokens; None if that is all of them.
+    """
+
+    batch: int
+    grid: tuple[int, ...]
+    patch_size: tuple[int, ...] | None = None
+    ids: Tensor | None = None
+
+
+# Who observes, the innermost last. Each with its thread, because a context may be copied into another thread: what runs
+# there at the same time would be mixed up with what runs here.
+_observers: ContextVar[tuple[tuple[int, Observer], ...]] = ContextVar("mimkernels_observers", default=())
 
 
 def observers() -> tuple[Observer, ...]:
-    """Those who observe now, the innermost last."""
-    return tuple(_observers)
+    """Those who observe this thread and asyncio task now, the innermost last; nobody observes compiled code.
+
+    Threads of autograd, which run backward passes and the recomputation of gradient checkpointing, have none.
+    """
+    if torch.compiler.is_compiling():
+        return ()
+    known = _observers.get()
+    return tuple(observer for thread, observer in known if thread == get_ident()) if known else ()
 
 
 @contextmanager
 def observing(observer: Observer) -> Iterator[None]:
-    """Show the observer every attention inside the block."""
-    _observers.append(observer)
+    """Show the observer every attention that this thread and asyncio task compute inside the block."""
+    _observers.set((*_observers.get(), (get_ident(), observer)))
     try:
         yield
     finally:
-        _observers.remove(observer)
+        # Not reset by a token, which another context would refuse: a block may be left in another one, as in notebooks.
+        _observers.set(tuple(item for item in _observers.get() if item[1] is not observer))
+
+
+def tell_patches(embedding: nn.Module, patches: Patches) -> None:
+    """Tell all who observe of patches that were embedded by something else than the module's own forward."""
+    for observer in observers():
+        observer.see_patches(embedding, patches)
 
 
 def is_recomputing() -> bool:

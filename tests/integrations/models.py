@@ -141,3 +141,6 @@ class Seen:
 
     def watch(self, call, note=""):
         raise AssertionError("nothing is computed elsewhere here")
+
+    def see_patches(self, embedding, patches):
+        raise AssertionError("no model here embeds its patches by other means than its convolution")

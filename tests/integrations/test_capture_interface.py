@@ -237,15 +237,6 @@ def test_tokens_that_do_not_fit_are_refused_and_nothing_stays_behind(length, opt
     captured(model, ["distance"], m.tokens(), **GIVEN)
 
 
-def test_masked_encoders_are_told_what_to_give():
-    model = m.vit_mae()
-    with pytest.raises(
-        ValueError, match="vit.layers.0.attention: 5 tokens, but 1 prefix.*the kept patches' coordinates"
-    ):
-        captured(model, ["distance"], m.images())
-    assert captured(model, ["entropy"], m.images())["vit.layers.0.attention"].num_prefix == 1
-
-
 def test_errors_of_the_model_pass_and_leave_nothing_behind():
     model = m.swin()
     fused = [part.fused_attn for part in model.modules() if hasattr(part, "fused_attn")]

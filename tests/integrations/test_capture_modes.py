@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mimkernels
 from mimkernels.integrations import CapturedHeads
-from mimkernels.stats import PRESETS, HeadStatistics, regularization_loss
+from mimkernels.stats import PRESETS, HeadStatistics, patch_grid_positions, regularization_loss
 from tests.integrations import models as m
 from tests.integrations import reduced
 
@@ -191,22 +191,23 @@ def test_head_dims_between_the_kernels_are_filled_up(head_dim):
     torch.testing.assert_close(heads[0].stats["entropy"], -(p * p.log()).sum(-1), rtol=1e-4, atol=1e-5)
 
 
-def test_heads_too_wide_are_told_of():
+@pytest.mark.parametrize("head_dim", [132, 136, 256])
+def test_heads_wider_than_the_kernels_have_statistics(head_dim):
     torch.manual_seed(0)
-    wide, narrow = m.HandWritten(3 * 136), m.HandWritten()
-    with (
-        pytest.raises(
-            RuntimeError, match="(?s)no layer has any of the statistics.*no statistics of heads wider than 128"
-        ),
-        mimkernels.capture(wide, ["entropy"], num_prefix=1),
-    ):
-        wide(m.tokens(dim=3 * 136))
-    both = nn.ModuleList([wide, narrow])
-    with mimkernels.capture(both, ["entropy"], num_prefix=1) as heads:
-        wide(m.tokens(dim=3 * 136))
-        narrow(m.tokens())
-    assert heads["0"].stats == {} and "no statistics of heads wider" in heads.table()
-    assert heads["1"].stats["entropy"].shape == (2, 3, 17)
+    model, x = m.HandWritten(2 * head_dim, heads=2), m.tokens(dim=2 * head_dim)
+    with torch.no_grad(), mimkernels.capture(model, ["entropy", "distance", "head_divergence"], **GIVEN) as heads:
+        ours = model(x)
+        q, k = (layer(x).unflatten(-1, (2, -1)).transpose(1, 2).double() for layer in (model.q, model.k))
+    assert torch.equal(ours, model(x))
+    p = (q @ k.transpose(-2, -1) * head_dim**-0.5).softmax(-1)
+    places = patch_grid_positions((4, 4)).double()
+    layer, apart = heads[0], F.pad(torch.cdist(places, places), (1, 0, 1, 0))
+    assert f"head dim is {head_dim}" in layer.notes[0]
+    torch.testing.assert_close(layer.stats["entropy"].double(), -(p * p.log()).sum(-1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer.stats["distance"].double(), (p * apart).sum(-1), rtol=1e-4, atol=1e-5)
+    between = (p[:, :, None] * (p[:, :, None].log() - p[:, None].log())).sum(-1).mean((0, -1))  # [H, H]
+    expected = (between.sum(-1) / (between.shape[-1] - 1)).float()
+    torch.testing.assert_close(heads.statistics.mean("head_divergence")[0].float(), expected, rtol=1e-3, atol=1e-5)
 
 
 def test_captures_inside_each_other():

@@ -5,6 +5,7 @@ import gc
 import itertools
 import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -217,6 +218,18 @@ def test_copies_made_while_recording_do_not_record():
         with pytest.raises(RuntimeError, match="layer 0 of 3 has not run"):
             heads[0]
         model(images())
+
+
+def test_a_pass_of_another_thread_is_not_recorded():
+    model = vit()
+    expected = model(images(seed=7))
+    with ThreadPoolExecutor(1) as pool, record_heads(model, ["entropy"]) as heads:
+        out = model(images())
+        other = pool.submit(model, images(seed=7)).result(timeout=60)
+    with record_heads(model, ["entropy"]) as alone:
+        assert torch.equal(out, model(images()))
+    assert torch.equal(other, expected)
+    assert all(torch.equal(one.stats["entropy"], two.stats["entropy"]) for one, two in zip(heads, alone, strict=True))
 
 
 def test_an_error_inside_leaves_nothing_behind():
