@@ -1,6 +1,7 @@
 """timm Vision Transformers as encoders that see the visible patches only."""
 
 import difflib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,7 +61,13 @@ def create_encoder(
         if not timm.is_model(base):
             close = difflib.get_close_matches(base, timm.list_models("vit_*"), n=3, cutoff=0.4)
             raise ValueError(f"timm has no model {name!r}; close names: {', '.join(close) or 'none'}")
-        family = timm.model_entrypoint(base).__module__.rpartition(".")[2]
+        module = timm.model_entrypoint(base).__module__
+        family = module.rpartition(".")[2]
+        if family not in _OTHER_FAMILIES and not _has_vision_transformers(module):
+            raise ValueError(
+                f"{name!r} is no Vision Transformer of timm's VisionTransformer class (it is built from timm's module "
+                f"{family!r}), and no other can encode visible patches alone; take one such as 'vit_base_patch16_224'"
+            )
         if family in _OTHER_FAMILIES:
             raise ValueError(
                 f"{name!r} cannot encode visible patches alone: {_OTHER_FAMILIES[family]}; "
@@ -73,8 +80,9 @@ def create_encoder(
     kwargs["img_size"] = _as_pair(img_size, "img_size")
     try:
         encoder = timm.create_model(name, in_chans=in_chans, **kwargs)
-    except (TypeError, AssertionError) as error:
-        raise ValueError(f"timm cannot build {name!r} with in_chans={in_chans}, {kwargs}: {error}") from error
+    except (TypeError, AssertionError, LookupError, ArithmeticError, RuntimeError) as error:
+        reason = f"{type(error).__name__} {error}" if isinstance(error, LookupError) else error
+        raise ValueError(f"timm cannot build {name!r} with in_chans={in_chans}, {kwargs}: {reason}") from error
     try:
         check_encoder(encoder)
     except ValueError as error:
@@ -205,6 +213,12 @@ def init_linears_and_norms(module: nn.Module) -> None:
             nn.init.ones_(part.weight)
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
+
+
+def _has_vision_transformers(module: str) -> bool:
+    """Whether a module of timm defines or imports a VisionTransformer."""
+    kinds = (value for value in vars(sys.modules[module]).values() if isinstance(value, type))
+    return any(issubclass(kind, VisionTransformer) for kind in kinds)
 
 
 def _has_parameters(module: nn.Module | None) -> bool:

@@ -1,5 +1,6 @@
 """Masked autoencoders: reconstruct the masked patches from a few visible ones."""
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mimkernels.models.architecture import check_architecture
 from mimkernels.models.checkpoint import CheckpointReport, copy_by_name, read_weights
 from mimkernels.models.decoder import DecoderBlock
 from mimkernels.models.encoder import (
@@ -176,7 +178,7 @@ class MAE(nn.Module):
         """
         encoder = create_encoder(name, img_size=img_size, in_chans=in_chans, patch_size=patch_size, **timm_kwargs)
         weights = {key: timm_kwargs.pop(key) for key in _WEIGHT_KWARGS if key in timm_kwargs}
-        if not any(weights.values()):
+        if not (weights.get("pretrained") or weights.get("checkpoint_path")):
             init_encoder(encoder)
         own = {
             "decoder_dim": decoder_dim,
@@ -196,7 +198,17 @@ class MAE(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "MAE":
-        """A new model with the arguments of another: ``MAE.from_config(model.config)``; weights are fresh."""
+        """A new model with the arguments of another: ``MAE.from_config(model.config)``; weights are fresh.
+
+        `config` may come from a file that nobody vouches for: unlike ``from_timm``, this opens nothing.
+
+        Raises:
+            ValueError: as ``from_timm``; or the name has another source than timm, or a timm argument is not one of
+                the architecture (checkpoint_path, pretrained_cfg and the like), or no plain value.
+        """
+        own = inspect.getfullargspec(cls.from_timm)
+        for_timm = ("img_size", "in_chans", "patch_size", *(config.keys() - {*own.args, *own.kwonlyargs}))
+        check_architecture(config.get("name"), {key: config[key] for key in for_timm if key in config})
         return cls.from_timm(**config)
 
     def forward(
@@ -423,7 +435,8 @@ class MAE(nn.Module):
         return self
 
 
-_WEIGHT_KWARGS = ("pretrained", "checkpoint_path")
+# Arguments of timm.create_model that say where weights come from: no part of the architecture.
+_WEIGHT_KWARGS = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 
 
 def _is_decoder_name(name: str) -> bool:

@@ -1,17 +1,24 @@
 """Files that survive a crash: written beside their place, flushed to the disk, then moved into it."""
 
 import contextlib
+import json
+import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
+from mimkernels.models.checkpoint import DamagedFileError, read_file
+from mimkernels.train.config import PretrainConfig, is_of_type
+
 FORMAT = 1
 _NAME = re.compile(r"^step-(\d+)\.pt$")
+_TEMPORARY = re.compile(r"^\..+\.[a-z0-9_]{8}\.tmp$")  # as atomic_file names them
 
 
 @contextlib.contextmanager
@@ -27,11 +34,24 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as e:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        refused = _system_error(e) if isinstance(e, Exception) else None
+        if refused is not None:
+            raise OSError(refused.errno, refused.strerror, str(path)) from e
         raise
     _sync_folder(path.parent)
+
+
+def _system_error(error: BaseException) -> OSError | None:
+    """What the system said of a write, such as that the disk is full; torch hides it behind an error of its own."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno is not None:
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def _umask() -> int:
@@ -48,6 +68,11 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def refusal(error: OSError, folder: Path) -> str:
+    """What the system refused and where, in a few words; `folder` where it does not say."""
+    return f"{error.strerror or error}: {str(error.filename or folder)!r}"
 
 
 def check_writable(folder: Path) -> None:
@@ -74,6 +99,47 @@ def save(path: str | Path, content: dict[str, Any], writer: Callable[[Any, Binar
         writer(content, file)
 
 
+def read_entries(path: Path, fits: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Entries with a step, one JSON object a line, that are as `fits` wants them.
+
+    Half of a last line, as a crash leaves it, is left out; so are other lines, with a warning.
+    """
+    entries: list[dict[str, Any]] = []
+    if not path.is_file():
+        return entries
+    lines = path.read_text(errors="replace").splitlines()
+    strange = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        if isinstance(entry, dict) and is_of_type(entry.get("step"), int) and fits(entry):
+            entries.append(entry)
+        elif entry is not None or number < len(lines):
+            strange.append(number)
+    if strange:
+        more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+        warnings.warn(f"{str(path)!r}: line {strange[0]}{more} is no entry of a run, left out", stacklevel=2)
+    return entries
+
+
+def sweep(*folders: Path) -> None:
+    """Remove what writers that were killed left in `folders`. Only for who holds the run's lock."""
+    for folder in folders:
+        for path in folder.glob(".*.tmp"):
+            if _TEMPORARY.match(path.name):
+                path.unlink(missing_ok=True)
+
+
+class Newest(NamedTuple):
+    """The newest whole checkpoint of a folder."""
+
+    path: Path | None  # None where the folder has no checkpoint at all
+    content: dict[str, Any]
+    damaged: dict[Path, str]  # newer ones, and what is wrong with them
+
+
 class CheckpointFolder:
     """``step-XXXXXXXX.pt`` files of one run, the newest ``keep`` of them, besides ``final.pt``."""
 
@@ -93,12 +159,32 @@ class CheckpointFolder:
     def final(self) -> Path:
         return self.folder / "final.pt"
 
+    def newest_first(self) -> list[Path]:
+        """The final checkpoint if the run was finished, then the others by falling steps."""
+        final = [self.final] if self.final.exists() else []
+        return final + [self.path(step) for step in reversed(self.steps())]
+
     def latest(self) -> Path | None:
-        """The final checkpoint if the run was finished, otherwise the one with the most steps."""
-        if self.final.exists():
-            return self.final
-        steps = self.steps()
-        return self.path(steps[-1]) if steps else None
+        """The newest checkpoint by name, whole or not."""
+        return next(iter(self.newest_first()), None)
+
+    def load_newest(self) -> Newest:
+        """Read the newest checkpoint that is whole.
+
+        Raises:
+            ValueError: there are checkpoints but all are damaged, or the newest whole one is not of this trainer.
+        """
+        damaged: dict[Path, str] = {}
+        for path in self.newest_first():
+            try:
+                return Newest(path, _load(path), damaged)
+            except DamagedFileError as e:
+                damaged[path] = str(e)
+        if damaged:
+            raise ValueError(
+                f"{str(self.folder)!r} has no whole checkpoint: {'; '.join(damaged.values())}; --overwrite starts anew"
+            )
+        return Newest(None, {}, {})
 
     def save(self, content: dict[str, Any], *, final: bool = False) -> Path:
         path = self.final if final else self.path(content["step"])
@@ -108,35 +194,124 @@ class CheckpointFolder:
             self.path(step).unlink(missing_ok=True)
         return path
 
-    def reopen(self, step: int) -> None:
-        """Training goes on from the final checkpoint: it becomes one of the others, so that ``latest`` stays right."""
+    def reopen(self, step: int, damaged: Iterable[Path] = ()) -> None:
+        """Training goes on from `step`: the final checkpoint becomes one of the others, `damaged` ones are renamed.
+
+        So ``latest`` stays right, and no damaged checkpoint outlives a whole one as the newer of the two.
+        """
+        for path in damaged:
+            os.replace(path, path.with_name(path.name + ".damaged"))
         if self.final.exists():
             os.replace(self.final, self.path(step))
 
     def clear(self) -> None:
-        for path in [self.final, *map(self.path, self.steps())]:
+        for path in self.newest_first():
             path.unlink(missing_ok=True)
 
 
+def find(resume: str, output: str) -> Newest:
+    """The checkpoint that ``--resume`` means: the newest whole one of a run folder, or the file itself.
+
+    Raises:
+        ValueError: there is no such file, or it is damaged (names a whole one beside it), or not of this trainer.
+    """
+    folder = Path(output if resume == "auto" else resume)
+    if resume == "auto" or folder.is_dir():
+        return CheckpointFolder(folder / "checkpoints", 1).load_newest()
+    return Newest(folder, load(folder), {})
+
+
 def load(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of this trainer onto the CPU; no code in it is ever run."""
+    """Read a checkpoint of this trainer onto the CPU; no code in it is ever run.
+
+    Raises:
+        ValueError: there is none, it is damaged (names the newest whole one beside it), or not of this trainer.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"checkpoint {str(path)!r} does not exist")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # zip, pickle and torch each have their own, some many lines long
-        raise ValueError(
-            f"checkpoint {str(path)!r} cannot be read, it is damaged or no checkpoint: {str(e).partition(chr(10))[0]}"
-        ) from e
-    if not isinstance(content, dict) or "step" not in content or "optimizer" not in content:
-        held = sorted(content)[:6] if isinstance(content, dict) else type(content).__name__
+        return _load(path)
+    except DamagedFileError as e:
+        whole = whole_beside(path)
+        if whole is None:
+            raise
+        raise DamagedFileError(f"{e}; {str(whole)!r} beside it is whole: name that one to go on from there") from None
+
+
+def whole_beside(path: Path) -> Path | None:
+    """The newest undamaged checkpoint in the folder of `path`, other than `path`; None if there is none."""
+    others = (other for other in CheckpointFolder(path.parent, 1).newest_first() if other.name != path.name)
+    return next((other for other in others if damage_of(other) is None), None)
+
+
+def damage_of(path: Path) -> str | None:
+    """Why a checkpoint's file cannot be read; None if it can."""
+    try:
+        read_file(path)
+    except ValueError as e:
+        return str(e)
+    return None
+
+
+def _load(path: Path) -> dict[str, Any]:
+    content = read_file(path)
+    if not is_checkpoint(content):
+        held = sorted(map(str, content))[:6] if isinstance(content, dict) else type(content).__name__
         raise ValueError(
             f"{str(path)!r} is not a checkpoint of `mimkernels pretrain`: expected model, optimizer, step and "
             f"config, found {held}"
         )
+    check_content(content, str(path))
+    return content
+
+
+def is_checkpoint(content: Any) -> bool:
+    """Whether it claims to be a checkpoint of this trainer; ``check_content`` tells whether it is one."""
+    return isinstance(content, dict) and {"format", "step", "optimizer", "config"} <= content.keys()
+
+
+def check_content(content: dict[str, Any], where: str) -> None:
+    """Everything that is later taken from a checkpoint, by kind; ValueError names what is wrong.
+
+    Whether names and shapes are those of the model to be trained is ``state.check_fits``.
+    """
     if content.get("format") != FORMAT:
         raise ValueError(
-            f"checkpoint {str(path)!r} has format {content.get('format')}, this version reads format {FORMAT}"
+            f"checkpoint {where!r} has format {content.get('format')!r}, this version reads format {FORMAT}"
         )
-    return content
+    for name, (fits, wanted) in _SCHEMA.items():
+        if name not in content or not fits(content[name]):
+            value = content.get(name)
+            got = f"{type(value).__name__} {str(value)[:60]!r}" if name in content else "nothing"
+            raise ValueError(f"checkpoint {where!r} is malformed: {name!r} must be {wanted}, got {got}")
+    try:
+        PretrainConfig.from_dict(content["config"])
+    except ValueError as e:
+        raise ValueError(f"checkpoint {where!r} is malformed: config: {e}") from e
+
+
+def _is_number(value: Any) -> bool:
+    return is_of_type(value, float) and math.isfinite(value) and value >= 0
+
+
+def _is_count(value: Any) -> bool:
+    return is_of_type(value, int) and value >= 0
+
+
+def are_tensors(value: Any) -> bool:
+    """Whether it is a dict of tensors, and not empty."""
+    return isinstance(value, dict) and bool(value) and all(isinstance(item, torch.Tensor) for item in value.values())
+
+
+_SCHEMA: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "step": (_is_count, "a whole number, 0 or more"),
+    "epoch": (_is_number, "a number, 0 or more"),
+    "seconds": (_is_number, "a number, 0 or more"),
+    "model": (are_tensors, "named tensors, at least one"),
+    "optimizer": (lambda value: isinstance(value, dict), "a dict"),
+    "scaler": (lambda value: value is None or isinstance(value, dict), "a dict or None"),
+    "config": (lambda value: isinstance(value, dict), "a dict"),
+    "data": (lambda value: isinstance(value, str), "a string"),
+    "effective_batch": (_is_count, "a whole number, 0 or more"),
+}

@@ -136,7 +136,7 @@ def _guarded(prepare: Callable[[], Callable[[], int]], debug: bool) -> int:
         return _complain(e, _BAD_INPUT)
     try:
         return execute()
-    except TrainingError as e:
+    except (TrainingError, OSError) as e:
         if debug:
             raise
         return _complain(e, _FAILED)

@@ -41,17 +41,27 @@ class Settings:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> typing.Self:
-        """Rebuild from saved values; unknown names are refused, with what was meant where that is clear."""
-        known = [f.name for f in fields(cls)]
-        for name in values:
+        """Rebuild from saved values; names that are unknown and values of another type are refused by name."""
+        known = {f.name: f.type for f in fields(cls)}
+        for name, value in values.items():
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
+                close = difflib.get_close_matches(str(name), known, n=1)
                 raise ValueError(f"unknown setting {name!r}" + (f": did you mean {close[0]!r}?" if close else ""))
+            if not is_of_type(value, known[name]):
+                wanted = getattr(known[name], "__name__", None) or str(known[name])
+                raise ValueError(f"setting {name!r} must be {wanted}, got {type(value).__name__} {str(value)[:60]!r}")
         return cls(**values)
 
     @classmethod
     def load(cls, path: str | Path) -> typing.Self:
-        return cls.from_dict(json.loads(Path(path).read_text()))
+        """From a file that ``to_json`` filled; ValueError names the file and what is wrong with it."""
+        try:
+            values = json.loads(Path(path).read_text())
+            if not isinstance(values, dict):
+                raise ValueError(f"expected an object, found {type(values).__name__}")
+            return cls.from_dict(values)
+        except ValueError as e:  # of JSON and of UTF-8 as well
+            raise ValueError(f"{str(path)!r} does not hold settings: {e}") from e
 
 
 @dataclass
@@ -151,6 +161,11 @@ class PretrainConfig(Settings):
         for name in ("workers", "pictures", "seed"):
             value = getattr(self, name)
             require(value is None or value >= 0, name, value, "0 or more")
+        if self.data == "torchvision:LSUN":  # the settings may be those of a file, and name a folder that came with it
+            raise ValueError(
+                "data 'torchvision:LSUN' is not opened: torchvision unpickles an index from its folder, which could "
+                "run code; export its images to a folder"
+            )
         require(self.method in METHODS, "method", self.method, f"one of {', '.join(METHODS)}")
         require(self.device in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
         require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
@@ -211,6 +226,19 @@ def given_arguments(args: argparse.Namespace, kind: type[Settings] = PretrainCon
     """The settings that were given on the command line."""
     given = {f.name: getattr(args, f.name) for f in fields(kind) if hasattr(args, f.name)}
     return {name: dict(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def is_of_type(value: Any, annotation: Any) -> bool:
+    """Whether a value read from a file is what a field of a dataclass is annotated with; an int is also a float."""
+    kind, optional = _scalar_type(annotation)
+    kind, items = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if value is None:
+        return optional
+    if isinstance(value, bool):
+        return kind is bool
+    if not isinstance(value, (int, float) if kind is float else kind):
+        return False
+    return kind is not list or not items or all(is_of_type(item, items[0]) for item in value)
 
 
 def _scalar_type(annotation: Any) -> tuple[type, bool]:

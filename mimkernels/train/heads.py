@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from mimkernels.ops.attention.spec import STATISTICS
 from mimkernels.stats import HeadStatistics, parse_regularizers, plot_overview, regularization_loss
 from mimkernels.stats.presets import QUANTITIES
-from mimkernels.train.checkpoint import write_text
+from mimkernels.train import checkpoint as files
 from mimkernels.train.config import PretrainConfig
 
 
@@ -73,10 +74,10 @@ class HeadHistory:
 
     def __init__(self, folder: Path, first_step: int) -> None:
         self.path = folder / "heads.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.is_file() else []
-        self.entries = [entry for entry in map(_parsed, lines) if entry is not None and entry["step"] <= first_step]
-        if lines:
-            write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in self.entries))
+        entries = files.read_entries(self.path, _has_statistics)
+        self.entries = [entry for entry in entries if entry["step"] <= first_step]
+        if self.path.is_file():
+            files.write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in self.entries))
 
     def add(self, step: int, seen: HeadStatistics) -> None:
         self.entries.append({"step": step, "heads": seen.to_dict()})
@@ -103,8 +104,9 @@ def layer_means(seen: HeadStatistics) -> dict[str, float]:
     return made
 
 
-def _parsed(line: str) -> dict | None:
+def _has_statistics(entry: Mapping[str, Any]) -> bool:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError:  # half of a last line, after a crash
-        return None
+        HeadStatistics.from_dict(entry["heads"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return True

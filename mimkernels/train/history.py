@@ -1,12 +1,16 @@
 """The numbers of a run: one JSON line per log entry, and the same in TensorBoard."""
 
 import json
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
 from mimkernels.stats import HeadStatistics
-from mimkernels.train.checkpoint import write_text
+from mimkernels.train import checkpoint as files
+from mimkernels.train.config import is_of_type
 from mimkernels.train.heads import HeadHistory, layer_means
+
+_NAMES = ("loss", "lr", "images_per_second", "seconds")  # of every entry, as the report takes them
 
 
 class History:
@@ -19,8 +23,9 @@ class History:
         self.heads = heads
         self.entries = [entry for entry in read_entries(self.path) if entry["step"] <= first_step]
         # What was logged after the checkpoint that training continues from will be logged again.
-        write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in self.entries))
+        files.write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in self.entries))
         self._file = self.path.open("a")
+        self._excepthook, threading.excepthook = threading.excepthook, self._unless_told
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
@@ -37,18 +42,18 @@ class History:
             self._board.add_scalar(f"heads/{name}", value, step)
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        try:
+            self._file.close()
+            self._board.close()
+        finally:
+            threading.excepthook = self._excepthook
+
+    def _unless_told(self, args: threading.ExceptHookArgs) -> None:
+        # TensorBoard writes in a thread and raises what stopped it again, with its next entry: that is told, once.
+        if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
+            self._excepthook(args)
 
 
 def read_entries(path: Path) -> list[dict[str, float]]:
-    """All whole lines; a crash may have left half of a last one."""
-    entries: list[dict[str, float]] = []
-    if not path.is_file():
-        return entries
-    for line in path.read_text().splitlines():
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return entries
+    """All whole log entries of a ``metrics.jsonl``."""
+    return files.read_entries(path, lambda entry: all(is_of_type(entry.get(name), float) for name in _NAMES))

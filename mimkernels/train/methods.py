@@ -26,10 +26,11 @@ def build_model(config: PretrainConfig) -> torch.nn.Module:
         "mean": mean,
         "std": std,
     }
-    repeated = sorted(own.keys() & config.model_kwargs)
+    repeated = sorted({"name", *own}.intersection(config.model_kwargs))
     if repeated:
         raise ValueError(f"model_kwargs repeats {', '.join(repeated)}, which is given by an option of its own")
-    return MAE.from_timm(config.model, **own, **config.model_kwargs)
+    # Not from_timm: the settings may be those of a file.
+    return MAE.from_config({"name": config.model, **own, **config.model_kwargs})
 
 
 def check_same_architecture(saved: PretrainConfig, now: PretrainConfig, path: str) -> None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mimkernels.models.checkpoint import DamagedFileError, copy_by_name, read_file, weights_of
 from mimkernels.nn import cls_attention, record_heads, use_mimkernels_attention, use_mimkernels_mlp
 from mimkernels.train import checkpoint as files
 from mimkernels.train.checkpoint import CheckpointFolder
@@ -26,6 +27,12 @@ _BY_SHAPE = {
     (1280, 32): "vit_huge_patch14_224",
 }
 _DECODER = ("mask_token", "decoder_", "head.")
+
+# Weights whose shapes tell the size of a published encoder: name, axes, what is missing without it.
+_NEEDED = (
+    ("patch_embed.proj.weight", 4, "it is not timm's or MAE's Vision Transformer"),
+    ("pos_embed", 3, "its positions are of another kind (rotary, relative, or computed)"),
+)
 
 
 class Tokens(NamedTuple):
@@ -156,24 +163,24 @@ def load_encoder(config: ProbeConfig) -> FrozenEncoder:
 
 
 def _from_file(config: ProbeConfig, path: Path) -> FrozenEncoder:
-    from mimkernels.models.checkpoint import read_weights
-
     settings = path.parent / "config.json"
     try:
-        content = files.load(path)
+        content = read_file(path)
+    except DamagedFileError as e:
+        whole = files.whole_beside(path)
+        raise ValueError(f"{e}; whole beside it, as --model: {whole}" if whole else str(e)) from None
+    if files.is_checkpoint(content):
+        files.check_content(content, str(path))
         trained, weights = PretrainConfig.from_dict(content["config"]), content["model"]
-    except ValueError:
+    else:
         # Published, or exported by a run, whose settings then lie beside it.
-        weights = read_weights(path)
-        if config.arch is None and settings.is_file():
-            trained = PretrainConfig.load(settings)
-            weights = {name if name.startswith(_DECODER[:2]) else f"encoder.{name}": w for name, w in weights.items()}
-        else:
+        weights = weights_of(content, repr(str(path)))
+        if config.arch is not None or not settings.is_file():
             return _from_published(config, path, weights)
+        trained = PretrainConfig.load(settings)
+        weights = {name if name.startswith(_DECODER[:2]) else f"encoder.{name}": w for name, w in weights.items()}
     _not_with(config, "a checkpoint of `mimkernels pretrain`", "arch", "model_kwargs", "img_size")
     model = build_model(trained)
-    from mimkernels.models.checkpoint import copy_by_name
-
     copy_by_name(model.state_dict(), weights, title=f"{trained.model} of {settings}")
     own = ", ".join(f"{name} {value}" for name, value in trained.model_kwargs.items())
     return FrozenEncoder(
@@ -190,14 +197,11 @@ def _from_file(config: ProbeConfig, path: Path) -> FrozenEncoder:
 
 
 def _from_published(config: ProbeConfig, path: Path, weights: dict[str, Tensor]) -> FrozenEncoder:
-    from mimkernels.models.checkpoint import copy_by_name
     from mimkernels.models.encoder import create_encoder
 
     weights = {name.removeprefix("encoder."): tensor for name, tensor in weights.items()}
     weights = {name: tensor for name, tensor in weights.items() if not name.startswith(_DECODER)}
-    projection, positions = weights.get("patch_embed.proj.weight"), weights.get("pos_embed")
-    if projection is None or positions is None or projection.dim() != 4 or positions.dim() != 3:
-        raise ValueError(f"{str(path)!r} has no patch_embed.proj.weight and pos_embed: not a Vision Transformer's")
+    projection, positions = (_required(weights, *needed, path) for needed in _NEEDED)
     width, channels, patch = projection.shape[0], projection.shape[1], projection.shape[2]
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     name = config.arch or _BY_SHAPE.get((width, depth))
@@ -223,6 +227,15 @@ def _from_published(config: ProbeConfig, path: Path, weights: dict[str, Tensor])
         std=std,
         final_norm=config.final_norm,
     )
+
+
+def _required(weights: dict[str, Tensor], name: str, axes: int, without: str, path: Path) -> Tensor:
+    weight = weights.get(name)
+    if weight is None or weight.dim() != axes:
+        held = f"{name} has shape {list(weight.shape)}" if weight is not None else f"there is no {name}"
+        first = ", ".join(f"{key} {list(value.shape)}" for key, value in list(weights.items())[:4])
+        raise ValueError(f"{str(path)!r}: {held}, so {without}; its {len(weights)} weights begin with {first}")
+    return weight
 
 
 def _from_timm(config: ProbeConfig) -> FrozenEncoder:

@@ -1,21 +1,25 @@
 """One probe from its settings to its report. Everything is checked before the first file is written."""
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
+from mimkernels.models.checkpoint import check_by_name, read_file
 from mimkernels.nn import build_pooling
 from mimkernels.train import checkpoint as files
+from mimkernels.train.config import is_of_type
 from mimkernels.train.data import Augmentation, BatchPlan, make_loader
-from mimkernels.train.errors import TrainingError
+from mimkernels.train.errors import DataError, TrainingError
 from mimkernels.train.hardware import default_workers, device_name
+from mimkernels.train.lock import folder_lock
 from mimkernels.train.probe_config import PoolingChoice, ProbeConfig, parse_poolings
 from mimkernels.train.probe_data import ProbeImages, collate_probe, open_split
 from mimkernels.train.probe_encoder import load_encoder
@@ -84,17 +88,18 @@ def probe(config: ProbeConfig, *, overwrite: bool = False, stream: TextIO | None
     """Check everything, then probe; the arguments are those of ``ProbeRun``.
 
     Raises:
-        ValueError: an argument, the data or the checkpoint does not fit; nothing has been written.
-        TrainingError: training could not go on.
+        ValueError: an argument, the data or the checkpoint does not fit, or another run is at work in the folder;
+            nothing has been written.
+        TrainingError: training could not go on (loss not finite, too few images readable, out of memory, disk full).
     """
     return ProbeRun(config, overwrite=overwrite, stream=stream).execute()
 
 
 class ProbeRun:
-    """A probe that has been checked and is ready to start: constructing it writes nothing.
+    """A probe that has been checked and is ready to start: constructing it locks the folder and writes nothing else.
 
     A folder that holds results of the same encoder, data and recipe is continued: finished poolings are kept,
-    interrupted ones go on where they were.
+    interrupted ones go on where they were. What is damaged of either is said and trained anew.
 
     Args:
         config: what to probe.
@@ -108,6 +113,15 @@ class ProbeRun:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("a probe runs in one process; start it without torchrun or accelerate launch")
         files.check_writable(self.output)
+        self.overwrite, self.stream = overwrite, stream
+        with contextlib.ExitStack() as held:
+            held.enter_context(folder_lock(self.output))
+            self._check()
+            self._held = held.pop_all()
+
+    def _check(self) -> None:
+        """Everything that can be wrong before training begins."""
+        config = self.config
         self.accelerator, self.precision, self.precision_reason = start_accelerator(config.device, config.precision)
         self.encoder = load_encoder(config)
         self.choices = parse_poolings(config.pooling)
@@ -121,13 +135,26 @@ class ProbeRun:
         self.augmentation = Augmentation(self.encoder.img_size, self.encoder.in_chans, crop, source.mirrored)
         self.encoder.to(self.accelerator.device)
         self.identity = self._identity()
-        self.finished = {} if overwrite else self._finished_before()
-        self.progress = Progress(total_steps=1, steps_per_epoch=1, quiet=False, stream=stream)
-        self.stream = stream
+        self.warnings: list[str] = []
+        self.finished = {} if self.overwrite else self._finished_before()
+        self.unfinished = None if self.overwrite else self._unfinished_before()
+        self.progress = Progress(total_steps=1, steps_per_epoch=1, quiet=False, stream=self.stream)
 
     def execute(self) -> ProbeResult:
         """Encode, train what is not finished, test, write the report."""
+        with self._held:
+            try:
+                return self._execute()
+            except OSError as e:
+                raise TrainingError(
+                    f"{files.refusal(e, self.output)}; the same command goes on with what {self.output} holds"
+                ) from e
+
+    def _execute(self) -> ProbeResult:
         progress = self.progress
+        self._clear_folder()
+        for text in self.warnings:
+            progress.note(f"warning: {text}")
         to_train = [choice for choice in self.choices if choice.label not in self.finished]
         facts = self._facts()
         for name, fact in facts.items():
@@ -171,8 +198,15 @@ class ProbeRun:
         if keep_train:
             progress.note(f"encoded {len(train.images) + len(test.images):,} images once; "
                           f"{size / 2**20:,.0f} MiB of tokens in memory")  # fmt: skip
+        if len(train.images) < config.batch_size:
+            raise DataError(
+                f"{len(train.images)} of {len(split.train)} training images can be read, fewer than batch_size "
+                f"{config.batch_size}: mend the files or lower --batch-size"
+            )
         plan = BatchPlan(len(train.images), config.batch_size, 1, 1, config.seed)
-        state = self._state(list(probes))
+        state = self.unfinished
+        if state is not None and sorted(state["probes"]) != sorted(probes):
+            state = None  # of other poolings
         progress = self.progress = Progress(
             total_steps=config.epochs * plan.steps_per_epoch,
             steps_per_epoch=plan.steps_per_epoch,
@@ -185,7 +219,12 @@ class ProbeRun:
         ]
         if state is not None:
             for trained in in_training:
-                trained.load_state_dict(state["probes"][trained.label], device)
+                try:
+                    trained.load_state_dict(state["probes"][trained.label], device)
+                except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
+                    raise TrainingError(
+                        f"{str(self._state_path)!r} does not fit pooling {trained.label!r}: remove it, or --overwrite"
+                    ) from e
             progress.note(f"continuing at step {state['step']:,}")
         # With augmentation every image is new, and vectors pooled before are of no use.
         streamed = config.augment or (not keep_train and len(fixed) < len(probes))
@@ -224,8 +263,11 @@ class ProbeRun:
         )
         with_attention = self.config.augment and any(p.pooling.needs_cls_attention for p in self.probes.values())
         for batch in loader:
-            if batch.images is None:
-                raise TrainingError(f"no image of a batch could be read, the first because: {batch.broken[0][1]}")
+            if len(batch.positions) < 2:  # the classifier normalises batches
+                raise DataError(
+                    f"{len(batch.positions)} of a batch's {self.config.batch_size} images can be read, 2 are needed; "
+                    f"the first that cannot: {batch.broken[0][1]}"
+                )
             targets = train.images.targets[batch.positions]
             made = self.extractor.encode(batch.images, batch.positions, targets, with_attention)
             pooled = {} if self.config.augment else train.batch(batch.positions, made.tokens.device).pooled
@@ -302,15 +344,29 @@ class ProbeRun:
             "test images": self.split.test.fingerprint(),
         }
 
+    def _clear_folder(self) -> None:
+        weights = self.output / "probes"
+        files.sweep(self.output, weights)
+        if self.overwrite:
+            # All of it, so that the command given again, without the option, finds nothing of the time before.
+            places = [
+                self.output / "results.json",
+                self._state_path,
+                self.output / "report.html",
+                *weights.glob("*.pt"),
+            ]
+            for path in places:
+                path.unlink(missing_ok=True)
+
     def _finished_before(self) -> dict[str, PoolingResult]:
         path = self.output / "results.json"
         if not path.is_file():
             return {}
         try:
             saved = json.loads(path.read_text())
-            results = {entry["label"]: PoolingResult(**entry) for entry in saved["results"]}
-            identity = saved["identity"]
-        except (json.JSONDecodeError, KeyError, TypeError) as e:
+            results = {entry["label"]: _result(entry) for entry in saved["results"]}
+            identity = dict(saved["identity"])
+        except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{str(path)!r} is no result of a probe: replace it with --overwrite") from e
         different = [name for name, value in self.identity.items() if identity.get(name) != value]
         if different:
@@ -318,7 +374,43 @@ class ProbeRun:
                 f"{str(self.output)!r} holds another probe (different: {', '.join(different)}): choose another "
                 "--output, or replace it with --overwrite"
             )
-        return results
+        return {label: result for label, result in results.items() if self._weights_are_whole(label)}
+
+    def _weights_are_whole(self, label: str) -> bool:
+        """Whether a finished pooling can be used; of one that is not asked for it does not matter."""
+        if label not in self.probes:
+            return True
+        try:
+            check_by_name(self.probes[label].state_dict(), self._weights(label), title=f"pooling {label}")
+        except (ValueError, FileNotFoundError) as e:
+            self.warnings.append(f"{' '.join(str(e).split())}; {label} is trained anew")
+            return False
+        return True
+
+    def _weights(self, label: str) -> dict[str, torch.Tensor]:
+        path = self._weights_path(label)
+        content = read_file(path)
+        if not isinstance(content, dict) or not files.are_tensors(content.get("probe")):
+            raise ValueError(f"{str(path)!r} holds no weights of a probe")
+        return content["probe"]
+
+    def _unfinished_before(self) -> dict[str, Any] | None:
+        """The state of an interrupted probe of the same recipe, if there is one."""
+        path = self._state_path
+        if not path.is_file():
+            return None
+        try:
+            state = read_file(path)
+        except ValueError as e:
+            self.warnings.append(f"{e}; its poolings are trained anew")
+            return None
+        if not isinstance(state, dict) or state.get("identity") != self.identity:
+            return None
+        step, probes = state.get("step"), state.get("probes")
+        if not is_of_type(step, int) or not 0 <= step <= self.steps or not isinstance(probes, dict):
+            self.warnings.append(f"{str(path)!r} holds no state of a probe; its poolings are trained anew")
+            return None
+        return state
 
     @property
     def _state_path(self) -> Path:
@@ -326,14 +418,6 @@ class ProbeRun:
 
     def _weights_path(self, label: str) -> Path:
         return self.output / "probes" / f"{re.sub(r'[^A-Za-z0-9+=.-]+', '_', label)}.pt"
-
-    def _state(self, labels: list[str]) -> dict[str, Any] | None:
-        """The state of an interrupted probe of the same poolings, if there is one."""
-        if not self._state_path.is_file():
-            return None
-        state = torch.load(self._state_path, map_location="cpu", weights_only=True)
-        same = state["identity"] == self.identity and sorted(state["probes"]) == sorted(labels)
-        return state if same else None
 
     def _workers(self) -> int:
         if self.config.workers is not None:
@@ -382,8 +466,7 @@ class ProbeRun:
             made = self.encoder(images.to(device), any(p.pooling.needs_cls_attention for p in weighing.values()))
         weights = {}
         for label, probe in weighing.items():
-            state = torch.load(self._weights_path(label), map_location="cpu", weights_only=True)
-            probe.load_state_dict(state["probe"])
+            probe.load_state_dict(self._weights(label))
             probe.to(device).eval()
             with torch.no_grad():
                 _, rows = probe.pooling(made.tokens, cls_attention=made.cls_attention, return_weights=True)
@@ -398,3 +481,11 @@ class ProbeRun:
         step = max(1, len(firsts) // count)
         read = (images[(0, position)] for position in firsts[::step])
         return [(image, position) for image, position, _ in read if image is not None][:count]
+
+
+def _result(entry: dict[str, Any]) -> PoolingResult:
+    """From ``results.json``; ValueError or TypeError where it is none."""
+    for f in fields(PoolingResult):
+        if not is_of_type(entry[f.name], f.type):
+            raise ValueError(f"{f.name}: {entry[f.name]!r}")
+    return PoolingResult(**entry)

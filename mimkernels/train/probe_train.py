@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimkernels.nn import Pooling
+from mimkernels.train.config import is_of_type
 from mimkernels.train.data import BatchPlan
 from mimkernels.train.errors import TrainingError
 from mimkernels.train.probe_config import ProbeConfig
@@ -96,8 +97,16 @@ class Trained:
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Take over what ``state_dict`` gave; ValueError, KeyError or TypeError where it was not of such a probe."""
         self.probe.load_state_dict(state["probe"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for weight, held in self.optimizer.state.items():
+            if any(
+                isinstance(value, Tensor) and value.dim() and value.shape != weight.shape for value in held.values()
+            ):
+                raise ValueError("the optimizer's state has other shapes than the weights")
+        if not is_of_type(state["seconds"], float) or not is_of_type(state["losses"], list[float]):
+            raise TypeError("seconds and losses must be numbers")
         self.watch = Stopwatch(device, state["seconds"])
         self.losses = state["losses"]
         self.epoch_loss = None if state["epoch_loss"] is None else state["epoch_loss"].to(device)

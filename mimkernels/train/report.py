@@ -83,6 +83,8 @@ def _lead(report: Report) -> str:
 
 
 def _tiles(report: Report) -> str:
+    if not report.entries:  # their file was lost
+        return ""
     last = report.entries[-1]
     rates = sorted(entry["images_per_second"] for entry in report.entries)
     tiles = [
@@ -97,6 +99,8 @@ def _tiles(report: Report) -> str:
 
 
 def _curve(report: Report) -> str:
+    if not report.entries:
+        return ""
     kind = (
         "each patch normalised by its own mean and variance" if report.config.norm_pix_loss else "of normalised pixels"
     )

@@ -1,5 +1,6 @@
 """One pre-training run from its configuration to its report. Everything is checked before the first file is written."""
 
+import contextlib
 import os
 import platform
 import resource
@@ -27,6 +28,7 @@ from mimkernels.train.hardware import (
 )
 from mimkernels.train.heads import HeadHistory, HeadWatch
 from mimkernels.train.history import History
+from mimkernels.train.lock import folder_lock
 from mimkernels.train.loop import Trainer
 from mimkernels.train.memory import keep_freed_memory
 from mimkernels.train.methods import build_model, check_same_architecture
@@ -35,7 +37,7 @@ from mimkernels.train.progress import Progress, count, duration
 from mimkernels.train.report import Report, write_report
 from mimkernels.train.schedule import parameter_groups, scaled_learning_rate
 from mimkernels.train.sources import DigitsSource, Source, open_held_out, open_source
-from mimkernels.train.state import restore
+from mimkernels.train.state import check_fits, restore
 
 _HELD_OUT_IMAGES = 512  # enough for a loss to two digits, little beside an epoch
 
@@ -68,14 +70,15 @@ def pretrain(
     """Check everything, then train; the arguments are those of ``Run``.
 
     Raises:
-        ValueError: an argument, the data or the checkpoint does not fit; nothing has been written.
-        TrainingError: training could not go on (loss not finite, no image readable, out of memory).
+        ValueError: an argument, the data or the checkpoint does not fit, or another run is at work in the folder;
+            nothing has been written.
+        TrainingError: training could not go on (loss not finite, no image readable, out of memory, disk full).
     """
     return Run(config, resume=resume, overwrite=overwrite, stream=stream).execute()
 
 
 class Run:
-    """A run that has been checked and is ready to start: constructing it writes nothing.
+    """A run that has been checked and is ready to start: constructing it locks the folder and writes nothing else.
 
     Args:
         config: what to train.
@@ -97,7 +100,19 @@ class Run:
         self.config = config
         self.output = Path(config.output)
         self.checkpoints = CheckpointFolder(self.output / "checkpoints", config.keep_checkpoints)
-        self.start = _find_start(config, self.checkpoints, resume, overwrite)
+        files.check_writable(self.output)
+        with contextlib.ExitStack() as held:
+            if os.environ.get("RANK", "0") == "0":  # of several processes the first one writes
+                held.enter_context(folder_lock(self.output))
+            self._check(resume, overwrite, stream)
+            self._held = held.pop_all()
+
+    def _check(self, resume: str | None, overwrite: bool, stream: TextIO | None) -> None:
+        """Everything that can be wrong before training begins."""
+        config = self.config
+        found = _find_start(config, self.checkpoints, resume, overwrite)
+        self.start = found.content if found.path else None
+        self.start_path, self.damaged = found.path, found.damaged
         self.accelerator, self.precision, self.precision_reason = start_accelerator(config.device, config.precision)
         device = self.accelerator.device
         if device.type == "cpu" and _asked_to_shard() and self.accelerator.distributed_type.value != "FSDP":
@@ -105,6 +120,8 @@ class Run:
             raise ValueError("FSDP was asked for, but accelerate shards on accelerators only and the device is 'cpu'")
         torch.manual_seed(config.seed)
         self.model = build_model(config)
+        if self.start is not None:
+            check_fits(self.model, self.start["model"], self.start["optimizer"], str(self.start_path))
         self.heads = HeadWatch(config, self.model.encoder.num_prefix_tokens)
         with self.accelerator.local_main_process_first():  # one process per machine downloads
             decoder = Decoder.from_settings(config.max_pixels, config.pixel_range)
@@ -131,6 +148,17 @@ class Run:
 
     def execute(self) -> RunResult:
         """Train to the end of the schedule or to a stop request, then write weights, pictures and the report."""
+        with self._held:
+            try:
+                return self._execute()
+            except OSError as e:
+                newest = self.checkpoints.latest()
+                kept = (
+                    f"--output {self.output} --resume goes on from {newest}" if newest else "nothing had been saved yet"
+                )
+                raise TrainingError(f"{files.refusal(e, self.output)}; {kept}") from e
+
+    def _execute(self) -> RunResult:
         config, accelerator, progress = self.config, self.accelerator, self.progress
         first_step = 0 if self.start is None else self.start["step"]
         facts = self._facts()
@@ -204,6 +232,7 @@ class Run:
         return model, optimizer
 
     def _open_folder(self, first_step: int) -> History:
+        files.sweep(self.output, self.checkpoints.folder)
         if self.start is None:
             self.checkpoints.clear()
             for path in [
@@ -213,7 +242,7 @@ class Run:
             ]:
                 path.unlink(missing_ok=True)
         else:
-            self.checkpoints.reopen(first_step)
+            self.checkpoints.reopen(first_step, self.damaged)
         files.write_text(self.output / "config.json", self.config.to_json())
         return History(self.output, first_step, HeadHistory(self.output, first_step))
 
@@ -252,7 +281,11 @@ class Run:
     def _continuation_notes(self) -> list[str]:
         if self.start is None:
             return []
-        notes = [f"continuing at step {self.start['step']} (epoch {self.start['epoch']:.1f})"]
+        notes = [f"warning: {reason}" for reason in self.damaged.values()]
+        notes.append(
+            f"continuing at step {self.start['step']} (epoch {self.start['epoch']:.1f})"
+            + (f" from {self.start_path}, which is whole" if notes else "")
+        )
         different = changes(PretrainConfig.from_dict(self.start["config"]), self.config, _RESULT_FIELDS)
         if different:
             notes.append(f"settings that differ from the checkpoint's: {'; '.join(different)}")
@@ -334,37 +367,36 @@ def _time_facts(trainer: Trainer, first_step: int) -> str:
 
 def _find_start(
     config: PretrainConfig, checkpoints: CheckpointFolder, resume: str | None, overwrite: bool
-) -> dict[str, Any] | None:
-    """The checkpoint to continue from, checked against the configuration; None to start anew."""
+) -> files.Newest:
+    """The checkpoint to continue from, checked against the configuration; its path is None to start anew."""
     output = Path(config.output)
-    files.check_writable(output)
-    newest = checkpoints.latest()
     if resume is None:
+        newest = checkpoints.latest()
         if newest is not None and not overwrite:
             raise ValueError(
                 f"{str(output)!r} already holds a run ({newest.name}): continue it with --resume, "
                 "replace it with --overwrite, or choose another --output"
             )
-        return None
-    if resume == "auto":
-        path = newest
-    else:
-        path = Path(resume)
-        if path.is_dir():
-            path = CheckpointFolder(path / "checkpoints", 1).latest()
-            if path is None:
-                raise ValueError(f"{resume!r} holds no checkpoint to resume from")
-        if newest is not None and path.resolve() != newest.resolve():
-            raise ValueError(
-                f"{str(output)!r} already holds {newest.name}, resuming from {str(path)!r} would overwrite what came "
-                "after it: choose another --output"
-            )
-    if path is None:
-        return None
-    content = files.load(path)
-    saved = PretrainConfig.from_dict(content["config"])
-    check_same_architecture(saved, config, str(path))
-    return content
+        return files.Newest(None, {}, {})
+    found = files.find(resume, config.output)
+    if found.path is None:
+        if resume != "auto":
+            raise ValueError(f"{resume!r} holds no checkpoint to resume from")
+        return found
+    damaged = {path: reason for path, reason in found.damaged.items() if path.parent == checkpoints.folder}
+    for other in checkpoints.newest_first():
+        if other.resolve() == found.path.resolve():
+            break
+        reason = damaged.get(other) or files.damage_of(other)
+        if reason is not None:
+            damaged[other] = reason
+            continue
+        raise ValueError(
+            f"{str(output)!r} already holds {other.name}, resuming from {str(found.path)!r} would overwrite what came "
+            "after it: choose another --output"
+        )
+    check_same_architecture(PretrainConfig.from_dict(found.content["config"]), config, str(found.path))
+    return found._replace(damaged=damaged)
 
 
 def _check_same_stream(start: dict[str, Any], source: Source, plan: BatchPlan) -> None:

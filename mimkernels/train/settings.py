@@ -1,9 +1,8 @@
 """The settings of a run that is to be continued."""
 
-from pathlib import Path
 from typing import Any
 
-from mimkernels.train.checkpoint import CheckpointFolder, load
+from mimkernels.train.checkpoint import find
 
 
 def settings_to_continue(resume: str, output: str) -> dict[str, Any]:
@@ -11,8 +10,7 @@ def settings_to_continue(resume: str, output: str) -> dict[str, Any]:
 
     A run goes on in the folder that it is found in, wherever that was when it began.
     """
-    folder = Path(output if resume == "auto" else resume)
-    path = CheckpointFolder(folder / "checkpoints", 1).latest() if resume == "auto" or folder.is_dir() else folder
-    if path is None:
+    newest = find(resume, output)
+    if newest.path is None:
         return {}
-    return {**load(path)["config"], "output": output if resume == "auto" else str(path.parent.parent)}
+    return {**newest.content["config"], "output": output if resume == "auto" else str(newest.path.parent.parent)}

@@ -32,9 +32,12 @@ def run(*words: str) -> int:
     ("words", "message"),
     [
         (["--model", "vit_tiny_patch16_2244"], "vit_tiny_patch16_224"),
-        (["--model", "resnet18"], "resnet18"),
+        (["--model", "resnet18"], "'resnet18' is no Vision Transformer"),
+        (["--model", "hf-hub:timm/vit_tiny_patch16_224.augreg_in21k"], "is not a plain timm name"),
+        (["--model-kwargs", "checkpoint_path=evil.pth"], "model argument 'checkpoint_path' is not allowed"),
         (["--data", "missing_folder"], "image folder 'missing_folder' does not exist"),
         (["--data", "torchvision:CIFAR01"], "did you mean"),
+        (["--data", "torchvision:LSUN"], "unpickles an index from its folder"),
         (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
         (["--batch-size", "2000"], "the data holds 1500 images"),
         (["--epochs", "0"], "epochs must be at least 1, got 0"),
