@@ -1,8 +1,11 @@
 """Choosing a backend: priority, naming, refusing."""
 
+import asyncio
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -70,6 +73,57 @@ def test_use_backend_does_not_fall_back_and_is_undone_by_an_error():
     with pytest.raises(NotImplementedError), mimkernels.use_backend("cpu"):
         mimkernels.gather_tokens(X.double(), IDS)
     assert mimkernels.gather_tokens(X.double(), IDS).shape == (2, 2, 8)
+
+
+def test_use_backend_is_of_the_calling_thread(used):
+    """Two blocks that overlap in time: neither is seen from the other thread, and none stays when both have ended."""
+    first_in, second_in, first_out = (threading.Event() for _ in range(3))
+
+    def second():
+        first_in.wait()
+        mimkernels.gather_tokens(X, IDS)
+        with mimkernels.use_backend("cpu"):
+            second_in.set()
+            first_out.wait()
+            with pytest.raises(NotImplementedError):
+                mimkernels.gather_tokens(X.double(), IDS)
+        return mimkernels.gather_tokens(X.double(), IDS)
+
+    with ThreadPoolExecutor(1) as pool:
+        with mimkernels.use_backend("reference"):
+            other = pool.submit(second)
+            first_in.set()
+            second_in.wait()
+            mimkernels.gather_tokens(X, IDS)
+        first_out.set()
+        assert other.result().dtype == torch.float64
+    mimkernels.gather_tokens(X, IDS)
+    assert used == ["reference", "cpu"]  # of this thread: what is watched is too
+
+
+def test_use_backend_is_of_the_calling_task(used):
+    async def task(name):
+        with mimkernels.use_backend(name):
+            for _ in range(2):
+                await asyncio.sleep(0)
+                mimkernels.gather_tokens(X, IDS)
+
+    async def both():
+        await asyncio.gather(task("reference"), task("cpu"))
+
+    asyncio.run(both())
+    assert used == ["reference", "cpu", "reference", "cpu"]
+
+
+def test_backward_on_another_thread_runs_on_the_backend_of_its_forward():
+    with mimkernels.use_backend("cpu"):
+        x = X.clone().requires_grad_()
+        out = mimkernels.gather_tokens(x, IDS)
+    with mimkernels.use_backend("reference"), ThreadPoolExecutor(1) as pool, Watch(note_backend) as ran:
+        pool.submit(out.sum().backward).result()
+    assert x.grad.sum() == out.numel()
+    assert ran.seen == []
+    assert type(out.grad_fn).__name__ == "gather_tokens_fwdBackward"
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_other_signatures_are_told_apart(checks, other, backend):
         ({"ids": IDS[:1]}, ValueError, "has size 1 in dimension 1"),
         ({"ids": IDS.to("meta")}, ValueError, "ids is on meta but x is on cpu"),
         ({"x": [1, 2]}, TypeError, "x must be a torch.Tensor, got list"),
-        ({"x": X.to_sparse()}, RuntimeError, "format|sparse"),
+        ({"x": X.to_sparse()}, TypeError, "x must be a dense tensor, got a tensor of layout sparse_coo"),
         ({"x": X.double(), "backend": "cpu"}, NotImplementedError, "takes float32/bfloat16/float16, got float64"),
         ({"backend": "gpu"}, ValueError, "unknown backend 'gpu'"),
     ],

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Integral
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from mimkernels.ops._registry import ANY_FLOAT
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def is_tensor(op: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{op}: {name} must be a dense tensor, got a tensor of layout {layout}")
 
 
 def has_rank(op: str, name: str, tensor: Tensor, *ranks: int) -> None:
@@ -25,6 +34,11 @@ def has_rank(op: str, name: str, tensor: Tensor, *ranks: int) -> None:
 def is_float(op: str, name: str, tensor: Tensor) -> None:
     if tensor.dtype not in ANY_FLOAT:
         raise TypeError(f"{op}: {name} must be a floating-point tensor, got {tensor.dtype}")
+
+
+def is_real(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in (torch.bool, *_INTEGERS, *ANY_FLOAT):
+        raise TypeError(f"{op}: {name} must be bool, integer or floating point, got {tensor.dtype}")
 
 
 def is_pixels(op: str, name: str, tensor: Tensor) -> None:
@@ -62,6 +76,7 @@ def one_per_image(op: str, name: str, ids: Tensor, main_name: str, main: Tensor)
 def token_mask(op: str, mask: Tensor, main_name: str, main: Tensor) -> Tensor:
     """A mask ``[B, N]`` over the tokens of ``main`` as bool, nonzero = True."""
     has_rank(op, "mask", mask, 2)
+    is_real(op, "mask", mask)
     same_device(op, "mask", mask, main_name, main)
     if mask.shape != main.shape[:2]:
         raise ValueError(f"{op}: mask {shape(mask)} and {main_name} {shape(main)} must agree in [B, N]")
@@ -105,19 +120,80 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
+def without_autocast(tensor: Tensor) -> torch.autocast:
+    """For products of a reference, which autocast would round to half precision."""
+    device = tensor.device.type
+    return torch.autocast("cpu" if device == "meta" else device, enabled=False)  # meta tensors know no autocast
+
+
 def in_range(op: str, name: str, ids: Tensor, size: int) -> None:
     """For the reference on CPU tensors; kernels check for themselves. On CUDA it would wait for the device."""
     if torch.compiler.is_compiling() or ids.device.type != "cpu" or ids.numel() == 0:
+        return
+    if is_functorch_wrapped_tensor(ids):  # many ids as one, whose values vmap does not show
         return
     low, high = (int(v) for v in torch.aminmax(ids))
     if low < 0 or high >= size:
         raise IndexError(f"{op}: {name} holds {low if low < 0 else high}, outside [0, {size})")
 
 
+def integer(op: str, name: str, value: int) -> int:
+    """An integer that fits 64 bits."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, Integral)):
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{op}: {name} must be below 2^63, got {value}")
+    return value
+
+
+def count(op: str, name: str, value: int) -> None:
+    """A non-negative integer."""
+    if integer(op, name, value) < 0:
+        raise ValueError(f"{op}: {name} must not be negative, got {value}")
+
+
+def prefix_count(op: str, num_prefix: int, tokens: int, unit: str = "tokens") -> None:
+    if not 0 <= integer(op, "num_prefix", num_prefix) <= tokens:
+        raise ValueError(f"{op}: num_prefix is {num_prefix} but there are {tokens} {unit}")
+
+
+def number(op: str, name: str, value: float) -> float:
+    """A finite number as float."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise TypeError(f"{op}: {name} gets no gradient but is a tensor that requires one; detach it")
+    try:
+        if isinstance(value, (bool, str)):
+            raise TypeError
+        made = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{op}: {name} must be a number, got {_text(value)}") from None
+    except OverflowError:
+        made = math.inf
+    if not -math.inf < made < math.inf:
+        raise ValueError(f"{op}: {name} must be finite, got {value}")
+    return made
+
+
+def positive(op: str, name: str, value: float) -> float:
+    """A finite number above 0 as float."""
+    made = number(op, name, value)
+    if made <= 0:
+        raise ValueError(f"{op}: {name} must be positive, got {value}")
+    return made
+
+
+def boolean(op: str, name: str, value: bool) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{op}: {name} must be a bool, got {_text(value)}")
+    return bool(value)
+
+
+def _text(value: object) -> str:
+    return f"{value!r}" if isinstance(value, (bool, int, float, str)) else type(value).__name__
+
+
 def keep_count(op: str, keep: int, tokens: int) -> None:
-    if not isinstance(keep, (int, torch.SymInt)) or isinstance(keep, bool):
-        raise TypeError(f"{op}: keep must be an int, got {type(keep).__name__}")
-    if keep <= 0:
+    if integer(op, "keep", keep) <= 0:
         raise ValueError(f"{op}: keep must be at least 1, got {keep}")
     if keep > tokens:
         raise ValueError(f"{op}: keep is {keep} but there are only {tokens} tokens")
@@ -138,10 +214,8 @@ def is_images(op: str, images: Tensor) -> None:
 def patch_sizes(op: str, patch_size: int | Sequence[int], images: Tensor) -> tuple[int, int, int]:
     """The patch as (frames, height, width), which must divide the images ``[B,C,H,W]`` or ``[B,C,T,H,W]``."""
     frames = images.dim() == 5
-    if isinstance(patch_size, (int, torch.SymInt)):
-        patch = (patch_size,) * (3 if frames else 2)
-    else:
-        patch = tuple(patch_size)
+    sides = patch_size if isinstance(patch_size, Sequence) else (patch_size,) * (3 if frames else 2)
+    patch = tuple(integer(op, "patch_size", side) for side in sides)
     if len(patch) != images.dim() - 2:
         wanted = "(frames, height, width)" if frames else "(height, width)"
         raise ValueError(f"{op}: patch_size must be an int or {wanted} for images {shape(images)}, got {patch}")
@@ -167,14 +241,28 @@ def normalisation(
         if images.dtype == torch.uint8:
             raise ValueError(f"{op}: uint8 images need mean and std (sequences of {images.shape[1]} floats)")
         return None, None
-    device, channels = images.device, images.shape[1]
-    mean = torch.as_tensor(mean, dtype=torch.float32, device=device)
-    std = torch.as_tensor(std, dtype=torch.float32, device=device)
-    for name, value in (("mean", mean), ("std", std)):
-        if tuple(value.shape) != (channels,):
-            raise ValueError(f"{op}: {name} has shape {shape(value)} but the images have {channels} channels")
+    mean, std = _per_channel(op, "mean", mean, number, images), _per_channel(op, "std", std, positive, images)
     unit = 255.0 if images.dtype == torch.uint8 else 1.0
     return 1.0 / (std * unit), -mean / std
+
+
+def _per_channel(op: str, name: str, values: Sequence[float] | Tensor, check, images: Tensor) -> Tensor:
+    if isinstance(values, Tensor):  # whose values only the device knows
+        is_tensor(op, name, values)
+        is_real(op, name, values)
+        if values.requires_grad:
+            raise TypeError(f"{op}: {name} gets no gradient but is a tensor that requires one; detach it")
+    else:
+        values = [check(op, name, value) for value in values]
+    values = torch.as_tensor(values, dtype=torch.float32, device=images.device)
+    if tuple(values.shape) != (images.shape[1],):
+        raise ValueError(f"{op}: {name} has shape {shape(values)} but the images have {images.shape[1]} channels")
+    return values
+
+
+def head_scale(op: str, scale: float | None, dim: int) -> float:
+    """The scale of scores that are products of ``dim`` numbers."""
+    return max(dim, 1) ** -0.5 if scale is None else number(op, "scale", scale)
 
 
 def shape(tensor: Tensor) -> str:

@@ -14,9 +14,15 @@ from operator import methodcaller
 
 import torch
 from torch import Tensor, nn
+from torch._C import _are_functorch_transforms_active as in_torch_func
+from torch._C import _get_tracing_state as tracing
+from torch._C import is_grad_enabled, is_inference_mode_enabled
+from torch._C._functorch import is_functorch_wrapped_tensor, unwrap_if_dead
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
-from mimkernels.ops import _registry
 from mimkernels.ops._checks import rows
+from mimkernels.ops._registry import forced
 
 MOST = 4096  # signatures kept of one op; then it starts anew
 
@@ -38,16 +44,18 @@ def by_signature(checked: Callable) -> Callable:
 
     @wraps(checked)
     def recall(tensors: tuple[Tensor | None, ...], *options) -> tuple[Callable, tuple, tuple]:
-        if torch.compiler.is_compiling():
+        if is_compiling() or in_torch_func() or forward_ad._current_level >= 0 or tracing() is not None:
             return checked(*tensors, *options)
         try:
             signature = _signature(tensors, options)
             found = known.get(signature)
-        except (TypeError, RuntimeError):  # not hashable, or a layout without sizes or strides
+        except (TypeError, RuntimeError, IndexError):  # not hashable, or a layout without sizes or strides
             signature = found = None
         if found is not None:
             run, steps, constants = found
             return run, tensors if steps is None else tuple(map(_take, tensors, steps)), constants
+        if signature is None:  # what a transform of torch.func left behind is a tensor as any other
+            tensors = tuple(unwrap_if_dead(tensor) if isinstance(tensor, Tensor) else tensor for tensor in tensors)
         run, ready, constants = checked(*tensors, *options)
         if signature is not None and _FIXED.issuperset(signature[0]) and all(map(_lasts, constants)):
             steps = tuple(map(_steps, tensors, ready))
@@ -66,14 +74,17 @@ def _signature(tensors: tuple, options: tuple) -> tuple | None:
     if list in types:
         options = tuple(tuple(option) if type(option) is list else option for option in options)
     if list in types or tuple in types:
-        types += tuple(type(value) for option in options if type(option) is tuple for value in option)
+        for option in options:
+            if type(option) is tuple:
+                types += tuple(map(type, option))
     # The types, because True, 1 and 1.0 are equal.
-    signature = [types, options, _registry.forced, torch.is_grad_enabled(), torch.is_inference_mode_enabled()]
+    signature = [types, options, forced.get(), is_grad_enabled(), is_inference_mode_enabled()]
     for tensor in tensors:
-        if type(tensor) in _PLAIN:
+        if type(tensor) in _PLAIN and not is_functorch_wrapped_tensor(tensor):
             signature += (
                 tensor.shape,
                 tensor.dtype,
+                tensor.layout,
                 tensor.is_cpu or tensor.device,
                 tensor.is_contiguous() or tensor.stride()[-1],
                 tensor.requires_grad,

@@ -49,6 +49,12 @@ def libraries() -> tuple[NativeLibrary, ...]:
     return tuple(_LIBRARIES.values())
 
 
+def torch_version() -> tuple[int, int]:
+    """Major and minor version of torch."""
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
 def load() -> None:
     """Load what is there, once per process, after the schemas were defined. Failing is a state, not an error."""
     global _tried
@@ -94,7 +100,7 @@ def _missing(state: NativeLibrary) -> tuple[str, str] | None:
 
 def _refused_by_torch(state: NativeLibrary) -> tuple[str, str] | None:
     version = torch.__version__
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
+    if torch_version() < OLDEST_TORCH:
         return f"needs torch >= {'.'.join(map(str, OLDEST_TORCH))}, this is torch {version}", "update torch"
     if state.name == "cuda" and torch.version.cuda is None:
         return f"this torch ({version}) was built without CUDA", "install a CUDA build of torch (pytorch.org)"

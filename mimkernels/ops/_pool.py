@@ -12,8 +12,7 @@ def tokens_and_mask(op: str, x: Tensor, num_prefix: int, mask: Tensor | None) ->
     """Check the tokens ``[B, N, D]`` and which of them may be pooled; the mask as kernels take it."""
     _checks.has_rank(op, "x", x, 3)
     _checks.is_float(op, "x", x)
-    if not 0 <= num_prefix <= x.shape[1]:
-        raise ValueError(f"{op}: num_prefix is {num_prefix} but x has {x.shape[1]} tokens")
+    _checks.prefix_count(op, num_prefix, x.shape[1])
     if mask is None:
         return None
     _checks.is_tensor(op, "mask", mask)
@@ -51,5 +50,5 @@ def softmax(scores: Tensor, allowed: Tensor | None) -> Tensor:
 
 def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
     """``[B, G, N]`` weights of ``[B, N, D]`` tokens: ``[B, G, D]`` in the dtype of the tokens."""
-    with torch.autocast(values.device.type, enabled=False):
+    with _checks.without_autocast(values):
         return weights.to(values.dtype) @ values

@@ -9,14 +9,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 
-from mimkernels.ops import _native
+from mimkernels.ops import _autograd, _native
+from mimkernels.ops._autograd import Gradient, Kernel
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ANY_FLOAT = (*FLOATS, torch.float64)
@@ -76,6 +77,10 @@ class Impl:
         found = []
         if self.backend in _UNAVAILABLE:
             found.append(_UNAVAILABLE[self.backend])
+        if self.backend != "reference" and torch.jit.is_tracing():
+            found.append("torch.jit.trace records no overloads, and so not which backend runs")
+        if self.backend != "reference" and not named and _autograd.forward_mode():
+            found.append("has no forward-mode gradients")
         if not backend.runs_on(device, named):
             hint = " (TRITON_INTERPRET=1 runs it on CPU tensors)" if self.backend == "triton" else ""
             runs_on = _words(backend.devices or backend.testing_devices)
@@ -86,41 +91,56 @@ class Impl:
             if name in sizes and sizes[name] > most:
                 found.append(f"takes at most {most} {name}, got {sizes[name]}")
         for name, divisor in self.multiples.items():
-            if name in sizes and sizes[name] % divisor:
+            if name in sizes and (sizes[name] % divisor or sizes[name] == 0):
                 found.append(f"takes {name} in multiples of {divisor}, got {sizes[name]}")
         return found
 
 
 @dataclass(frozen=True)
 class OpSpec:
-    """An op: schemas by name (without the overload), shape functions by the same names, rows by priority."""
+    """An op: schemas by name (without the overload), shape functions by the same names, rows by priority.
+
+    ``gradient`` differentiates the first schema by means of the others, which cannot be differentiated. Without it the
+    outputs carry no gradient.
+    """
 
     name: str
     schemas: dict[str, str]
     fakes: dict[str, Callable]
     impls: tuple[Impl, ...]
+    gradient: Gradient | None = None
+    kernels: dict[str, dict[str, Kernel]] = field(default_factory=dict)  # by backend and schema; register fills it
 
     def overload(self, schema: str, backend: str):
         """The torch op ``mimkernels::<schema>.<backend>``."""
         return getattr(getattr(torch.ops.mimkernels, schema), _overload_name(backend))
 
-    def runner(
-        self, backend: str, reference: Callable, function: type[torch.autograd.Function] | None, tracked: bool
-    ) -> Callable:
+    def runner(self, backend: str, reference: Callable, tracked: bool) -> Callable:
         """What runs on a resolved backend.
 
         Args:
             backend: its name.
             reference: the op in plain PyTorch.
-            function: takes the torch ops of all schemas, in their order, before the op's own arguments; None if the op
-                has no gradient.
             tracked: whether a gradient is wanted.
         """
         if backend == "reference":
             return reference
-        if tracked:
-            return partial(function.apply, *(self.overload(schema, backend) for schema in self.schemas))
-        return self.overload(next(iter(self.schemas)), backend)
+        kernel = self.kernels[backend][next(iter(self.schemas))]
+        if _autograd.transformed():
+            return kernel.dispatched
+        return kernel.tracked if tracked else kernel.direct
+
+    def plain_ops(self, backend: str) -> tuple[Callable, ...] | None:
+        """What an autograd.Function that puts the ops of all schemas together calls, in their order.
+
+        None where there are none (the reference) or the dispatcher must see each op on its own (under torch.func).
+        """
+        if backend == "reference":
+            return None
+        first, *others = (self.kernels[backend][schema] for schema in self.schemas)
+        if torch.compiler.is_compiling():
+            return first.dispatched, *(other.dispatched for other in others)
+        return None if _autograd.transformed() else (first.direct, *(other.backward for other in others))
 
     def resolve(self, backend: str, device: str, dtype: torch.dtype, **sizes: int) -> str:
         """The name of the backend that runs this call.
@@ -135,7 +155,9 @@ class OpSpec:
             ValueError: no backend has that name.
             NotImplementedError: nothing takes these inputs; lists each backend's reasons.
         """
-        wanted = forced if backend == "auto" else backend
+        wanted = _in_force() if backend == "auto" else backend
+        if not isinstance(wanted, str):
+            raise TypeError(f"{self.name}: backend must be a str, got {type(wanted).__name__}")
         if wanted != "auto" and wanted not in BACKENDS:
             raise ValueError(f"{self.name}: unknown backend {wanted!r}; known: auto, {', '.join(BACKENDS)}")
         for impl in self.impls:
@@ -164,22 +186,36 @@ SPECS: dict[str, OpSpec] = {}
 
 _LIBRARY = torch.library.Library("mimkernels", "FRAGMENT")
 _UNAVAILABLE: dict[str, str] = {}
-forced = "auto"  # the backend that use_backend or MIMKERNELS_BACKEND names
+_BY_ENVIRONMENT = os.environ.get("MIMKERNELS_BACKEND") or "auto"
+forced = ContextVar("backend of mimkernels", default=_BY_ENVIRONMENT)  # the backend that use_backend names
+# What torch.compile traces can set no context variable, and read one (with a guard) since torch 2.14: there a block is
+# seen here. Before 2.14 all blocks are, of every thread.
+_TRACED_CONTEXT = _native.torch_version() >= (2, 14)
+_traced_blocks: list[str] = []
 
 
 def register(spec: OpSpec) -> OpSpec:
-    """Define the op's overloads with their shape functions; native kernels attach when their library loads."""
+    """Define the op's overloads with shapes and gradients; native kernels attach when their library loads."""
     if _native.has_emulation():
         spec = replace(spec, impls=(*spec.impls, *_emulated(spec.impls)))
     for impl in spec.impls:
         if impl.backend == "reference":
             continue
-        for schema, signature in spec.schemas.items():
+        kernels = spec.kernels.setdefault(impl.backend, {})
+        for schema, signature in reversed(spec.schemas.items()):
             name = f"{schema}.{_overload_name(impl.backend)}"
             _LIBRARY.define(f"{name}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
             torch.library.register_fake(f"mimkernels::{name}", spec.fakes[schema], lib=_LIBRARY)
             if impl.backend == "triton":
                 _LIBRARY.impl(name, _lazy_triton(spec.name, schema), "CompositeExplicitAutograd")
+            first = schema == next(iter(spec.schemas))
+            kernels[schema] = _autograd.attach(
+                _LIBRARY,
+                spec.overload(schema, impl.backend),
+                spec.fakes[schema],
+                spec.gradient if first else _autograd.refused(name),
+                [*reversed(kernels.values())],
+            )
     SPECS[spec.name] = spec
     return spec
 
@@ -208,10 +244,8 @@ def finish_loading() -> None:
         reason = backend.unavailable()
         if reason is not None:
             _UNAVAILABLE[name] = reason
-    wanted = os.environ.get("MIMKERNELS_BACKEND") or "auto"
-    if wanted != "auto" and wanted not in BACKENDS:
-        raise ValueError(f"MIMKERNELS_BACKEND={wanted!r} is unknown; known: auto, {', '.join(BACKENDS)}")
-    _force(wanted)
+    if _BY_ENVIRONMENT != "auto" and _BY_ENVIRONMENT not in BACKENDS:
+        raise ValueError(f"MIMKERNELS_BACKEND={_BY_ENVIRONMENT!r} is unknown; known: auto, {', '.join(BACKENDS)}")
 
 
 def backend_state(name: str) -> str | None:
@@ -219,29 +253,40 @@ def backend_state(name: str) -> str | None:
     return _UNAVAILABLE.get(name)
 
 
-def _force(name: str) -> str:
-    global forced
-    before, forced = forced, name
-    return before
+def _in_force() -> str:
+    if torch.compiler.is_compiling() and (_traced_blocks or not _TRACED_CONTEXT):
+        return _traced_blocks[0] if _traced_blocks else _BY_ENVIRONMENT
+    return forced.get()
 
 
 @contextmanager
-def use_backend(name: str):
-    """Run every op inside the block on one backend; it never falls back.
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op of the calling thread on one backend while the block runs; it never falls back.
+
+    Other threads, new ones too, and other asyncio tasks are not concerned. Backward runs on the backend of its forward,
+    whichever thread runs it; what checkpointing computes again in backward on a GPU does so on autograd's own thread,
+    where the call itself or ``MIMKERNELS_BACKEND`` must name the backend. Code that torch.compile traced before torch
+    2.14 takes the block that any thread entered last.
 
     Args:
-        name: ``"auto"``, or a name from ``mimkernels info``. Process-wide while the block runs.
+        name: ``"auto"``, or a name from ``mimkernels info``.
 
     Raises:
         ValueError: no backend has that name.
     """
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; known: auto, {', '.join(BACKENDS)}")
-    before = _force(name)
+    traced = torch.compiler.is_compiling()
+    if traced or not _TRACED_CONTEXT:
+        _traced_blocks.insert(0, name)  # so that remove takes the latest of a name
+    token = None if traced else forced.set(name)
     try:
         yield
     finally:
-        _force(before)
+        if token is not None:
+            forced.reset(token)
+        if traced or not _TRACED_CONTEXT:
+            _traced_blocks.remove(name)
 
 
 def _words(things: tuple) -> str:

@@ -6,12 +6,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mimkernels.ops import _checks
 from mimkernels.ops._memo import by_signature
 from mimkernels.ops.attention import reference
-from mimkernels.ops.attention.spec import SPEC, STATISTICS
+from mimkernels.ops.attention.spec import SPEC, STATISTICS, gradients, parts, save
 
 
 class AttentionOutput(NamedTuple):
@@ -81,7 +80,7 @@ def attention(
     Source: online softmax as in FlashAttention, arXiv:2205.14135; the statistics' sources are in ``mimkernels.stats``.
     """
     tensors = (q, k, v, bias, key_mask, positions)
-    run, (*qkv, bias, key_mask, positions), options = _checked(tensors, scale, num_prefix, stats, backend)
+    run, (*qkv, bias, key_mask, positions), options = _checked(tensors, scale, num_prefix, stats or None, backend)
     return _attend(run, qkv, bias, key_mask, positions, *options)
 
 
@@ -93,7 +92,7 @@ def _checked(q, k, v, bias, key_mask, positions, scale, num_prefix, stats, backe
     if v.shape != k.shape:
         raise ValueError(f"{op}: v {_checks.shape(v)} and k {_checks.shape(k)} must have the same shape")
     others, options, name = _check_options(op, q, k, bias, key_mask, positions, scale, num_prefix, stats, backend)
-    run = SPEC.runner(name, reference.attention, _Attention, _checks.needs_grad(q, k, v, bias))
+    run = SPEC.runner(name, reference.attention, _checks.needs_grad(q, k, v, bias))
     return run, (_checks.rows(q), _checks.rows(k), _checks.rows(v), *others), options
 
 
@@ -126,7 +125,7 @@ def attention_qkvpacked(
         ValueError, TypeError, NotImplementedError: as ``attention``; ValueError if ``qkv`` does not hold three parts.
     """
     tensors = (qkv, bias, key_mask, positions)
-    run, (qkv, bias, key_mask, positions), options = _checked_packed(tensors, scale, num_prefix, stats, backend)
+    run, (qkv, bias, key_mask, positions), options = _checked_packed(tensors, scale, num_prefix, stats or None, backend)
     return _attend(run, (qkv,), bias, key_mask, positions, *options)
 
 
@@ -137,34 +136,27 @@ def _checked_packed(qkv, bias, key_mask, positions, scale, num_prefix, stats, ba
     _checks.is_float(op, "qkv", qkv)
     if qkv.shape[2] != 3:
         raise ValueError(f"{op}: qkv {_checks.shape(qkv)} must be [B, N, 3, H, D]")
-    q, k, _ = _parts(qkv)
+    q, k, _ = parts(qkv)
     others, options, name = _check_options(op, q, k, bias, key_mask, positions, scale, num_prefix, stats, backend)
     tracked = _checks.needs_grad(qkv, bias)
-    run = partial(
-        _whole if tracked and name != "reference" else _unpacked,
-        SPEC.runner(name, reference.attention, _Attention, tracked),
-    )
+    ops = SPEC.plain_ops(name) if tracked else None
+    if ops is None:
+        run = partial(_unpacked, SPEC.runner(name, reference.attention, tracked))
+    else:
+        run = partial(_Packed.apply, *ops)
     return run, (_checks.rows(qkv), *others), options
 
 
-def _parts(qkv: Tensor) -> tuple[Tensor, ...]:
-    """q, k and v ``[B, H, N, D]`` as views of ``[B, N, 3, H, D]``."""
-    return qkv.permute(2, 0, 3, 1, 4).unbind(0)
-
-
 def _unpacked(run, qkv, *options):
-    return run(*_parts(qkv), *options)
-
-
-def _whole(run, qkv, *options):
-    return run(qkv, None, None, *options)
+    return run(*parts(qkv), *options)
 
 
 def _attend(run, qkv, bias, key_mask, positions, scale, num_prefix, asked, planes) -> AttentionOutput:
     """``asked`` is what the backend knows the statistics by, ``planes`` where each is in the rows of a kernel."""
-    out, lse, *_, rows = run(*qkv, bias, key_mask, scale, num_prefix, positions, asked)
-    if isinstance(rows, dict):
-        return AttentionOutput(out, lse, rows)
+    outputs = run(*qkv, bias, key_mask, scale, num_prefix, positions, asked)
+    if len(outputs) == 3:  # of the reference
+        return AttentionOutput(*outputs)
+    out, lse, _, rows = outputs
     out = out.transpose(1, 2)
     if not planes:
         return AttentionOutput(out, lse, {})
@@ -175,46 +167,21 @@ def _attend(run, qkv, bias, key_mask, positions, scale, num_prefix, asked, plane
     return AttentionOutput(out, lse, made)
 
 
-class _Attention(torch.autograd.Function):
-    """Of q, k and v, or of all three packed, given as q, and None."""
+class _Packed(torch.autograd.Function):
+    """Of q, k and v in one tensor, whose gradient the kernels write as one."""
 
     @staticmethod
-    def forward(ctx, fwd, coef, bwd, q, k, v, bias, key_mask, scale, num_prefix, positions, bits):
-        out, lse, lse_low, rows = fwd(
-            *(_parts(q) if k is None else (q, k, v)), bias, key_mask, scale, num_prefix, positions, bits
-        )
-        ctx.save_for_backward(q, k, v, out, lse, lse_low, bias, key_mask, positions, rows)
-        ctx.options = (scale, num_prefix, bits)
+    def forward(ctx, fwd, coef, bwd, qkv, *options):
+        outputs = fwd(*parts(qkv), *options)
+        save(ctx, (qkv, None, None, *options), outputs)
         ctx.ops = (coef, bwd)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(lse_low)
-        return out, lse, lse_low, rows
+        return outputs
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dout, dlse, _, drows):
-        q, k, v, out, lse, lse_low, bias, key_mask, positions, rows = ctx.saved_tensors
-        scale, num_prefix, bits = ctx.options
-        make_coef, bwd = ctx.ops
-        packed = k is None
-        if packed:
-            q, k, v = _parts(q)
-        dout = torch.zeros_like(out) if dout is None else dout
-        coef = None
-        if dlse is not None or drows is not None:
-            coef = make_coef(lse, dlse, rows, drows, bits)
-        need_bias = bias is not None and ctx.needs_input_grad[6]
-        dq, dk, dv, dbias = bwd(
-            _checks.rows(dout),
-            *(q, k, v, out, lse, lse_low, bias, key_mask, scale, num_prefix),
-            positions if drows is not None else None,
-            coef,
-            need_bias,
-            packed,
-        )
-        grads = (dq, dk, dv) if packed else (d.transpose(1, 2) for d in (dq, dk, dv))
-        grads = [d if need else None for d, need in zip(grads, ctx.needs_input_grad[3:6], strict=True)]
-        return *(None,) * 3, *grads, dbias if need_bias else None, *(None,) * 5
+    def backward(ctx, *grads):
+        found = gradients(ctx, *ctx.ops, *grads)
+        *_, need_qkv, need_bias, _, _, _, _, _ = ctx.needs_input_grad
+        return *(None,) * 3, found["q"] if need_qkv else None, found["bias"] if need_bias else None, *(None,) * 5
 
 
 def checked_scores(
@@ -229,10 +196,11 @@ def checked_scores(
     """Checks of the ops that go back from lse to probabilities; lse, bias, key_mask and scale as kernels take them."""
     _check_qk(op, q, k)
     _checks.has_rank(op, "lse", lse, 3)
+    _checks.is_float(op, "lse", lse)
     _checks.same_device(op, "lse", lse, "q", q)
     if lse.shape != q.shape[:3]:
         raise ValueError(f"{op}: lse {_checks.shape(lse)} must be [B, H, Nq] of q {_checks.shape(q)}")
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    scale = _checks.head_scale(op, scale, q.shape[3])
     lse = _checks.rows(lse.to(torch.promote_types(q.dtype, torch.float32)))
     return lse, _check_bias(op, bias, q, k), _check_key_mask(op, key_mask, k), scale
 
@@ -241,9 +209,8 @@ def _check_options(op, q, k, bias, key_mask, positions, scale, num_prefix, stats
     """Of both ops: the tensors beside q, k and v, the other options of what runs, and the backend's name."""
     (_, _, length, dim), keys = q.shape, k.shape[2]
     planes, bits = _asked(op, stats, length, keys)
-    if not 0 <= num_prefix <= keys:
-        raise ValueError(f"{op}: num_prefix is {num_prefix} but there are {keys} keys")
-    scale = dim**-0.5 if scale is None else float(scale)
+    _checks.prefix_count(op, num_prefix, keys, "keys")
+    scale = _checks.head_scale(op, scale, dim)
     bias = _check_bias(op, bias, q, k)
     key_mask = _check_key_mask(op, key_mask, k)
     positions = _check_positions(op, positions, "distance" in planes, num_prefix, q)
@@ -271,7 +238,7 @@ def _asked(op: str, stats: Sequence[str], queries: int, keys: int) -> tuple[dict
     """Where each asked statistic is in the op's rows, and the op's bits."""
     if isinstance(stats, str):
         raise TypeError(f"{op}: stats must be a sequence of names, got the string {stats!r}")
-    names = tuple(stats)
+    names = tuple(stats or ())
     for name in names:
         if name not in STATISTICS:
             raise ValueError(f"{op}: unknown statistic {name!r}; known: {', '.join(STATISTICS)}")
@@ -294,6 +261,7 @@ def _check_positions(op: str, positions: Tensor | None, needed: bool, num_prefix
     if positions is None:
         raise ValueError(f"{op}: the statistic 'distance' needs positions, got None")
     _checks.has_rank(op, "positions", positions, 2, 3)
+    _checks.is_real(op, "positions", positions)
     _checks.same_device(op, "positions", positions, "q", q)
     batch, tokens = q.shape[0], q.shape[2]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from mimkernels.ops import _checks
+
 
 def attention(
     q: Tensor,
@@ -21,7 +23,7 @@ def attention(
     s = scores(q, k, bias, key_mask, scale)  # [B, H, Nq, Nk], at least fp32
     lse = s.logsumexp(dim=-1)
     p = probabilities(s, lse)
-    with torch.autocast(q.device.type, enabled=False):
+    with _checks.without_autocast(q):
         out = p.to(q.dtype) @ v
     made = {name: _STATISTICS[name](s, p, lse, num_prefix, positions) for name in stats}
     return out, lse, made
@@ -30,7 +32,7 @@ def attention(
 def scores(q: Tensor, k: Tensor, bias: Tensor | None, key_mask: Tensor | None, scale: float) -> Tensor:
     """``scale * q k^T + bias``, -inf on masked keys."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):  # which would round the product to half precision
+    with _checks.without_autocast(q):  # which would round the product to half precision
         s = (q.to(wide) @ k.to(wide).transpose(-2, -1)) * scale
     if bias is not None:
         s = s + bias

@@ -3,6 +3,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mimkernels.ops import _checks
+from mimkernels.ops._autograd import Gradient
 from mimkernels.ops._registry import ANY_FLOAT, Impl, OpSpec, register
 
 STATISTICS = ("entropy", "prefix_mass", "self_mass", "distance", "patch_entropy", "peak", "patch_mass")
@@ -36,6 +38,38 @@ def new_gradients(q: Tensor, k: Tensor, packed: bool) -> tuple[Tensor, Tensor, T
     return dq, k.new_empty((batch, length, heads, dim)), k.new_empty((batch, length, heads, dim))
 
 
+def parts(qkv: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v ``[B, H, N, D]`` as views of ``[B, N, 3, H, D]``."""
+    return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def save(ctx, inputs, outputs):
+    """Keep what ``gradients`` needs; q, k and v may be one packed tensor and twice None."""
+    q, k, v, bias, key_mask, scale, num_prefix, positions, stats = inputs
+    out, lse, lse_low, rows = outputs
+    ctx.mark_non_differentiable(lse_low)
+    ctx.save_for_backward(q, k, v, out, lse, lse_low, bias, key_mask, positions, rows)
+    ctx.options = (scale, num_prefix, stats)
+    ctx.set_materialize_grads(False)
+
+
+def gradients(ctx, coef, bwd, dout, dlse, _, drows):
+    """By name; packed, the one of all three is that of q."""
+    q, k, v, out, lse, lse_low, bias, key_mask, positions, rows = ctx.saved_tensors
+    scale, num_prefix, stats = ctx.options
+    packed = k is None
+    if packed:
+        q, k, v = parts(q)
+    dout = torch.zeros_like(out) if dout is None else _checks.rows(dout)
+    by_score = None if dlse is None and drows is None else coef(lse, dlse, rows, drows, stats)
+    need_bias = bias is not None and ctx.needs_input_grad[-6]
+    options = (bias, key_mask, scale, num_prefix, positions if drows is not None else None)
+    dq, dk, dv, dbias = bwd(dout, q, k, v, out, lse, lse_low, *options, by_score, need_bias, packed)
+    if packed:
+        return {"q": dq, "bias": dbias}
+    return {"q": dq.transpose(1, 2), "k": dk.transpose(1, 2), "v": dv.transpose(1, 2), "bias": dbias}
+
+
 SPEC = register(
     OpSpec(
         name="attention",
@@ -46,10 +80,11 @@ SPEC = register(
             "SymInt num_prefix, Tensor? positions, int stats) -> (Tensor, Tensor, Tensor, Tensor)",
             "attention_coef": "(Tensor lse, Tensor? dlse, Tensor rows, Tensor? drows, int stats) -> Tensor",
             "attention_bwd": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-            "Tensor lse_low, Tensor? bias, Tensor? key_mask, float scale, SymInt num_prefix, Tensor? positions, Tensor? coef, bool need_bias, "
-            "bool packed) -> (Tensor, Tensor, Tensor, Tensor)",
+            "Tensor lse_low, Tensor? bias, Tensor? key_mask, float scale, SymInt num_prefix, Tensor? positions, "
+            "Tensor? coef, bool need_bias, bool packed) -> (Tensor, Tensor, Tensor, Tensor)",
         },
         fakes={"attention_fwd": _fwd, "attention_coef": _coef, "attention_bwd": _bwd},
+        gradient=Gradient(save, gradients),
         impls=(
             Impl("triton", limits={"head_dim": 128}, multiples={"head_dim": 8}),
             Impl("cuda", limits={"head_dim": 128}, multiples={"head_dim": 8}),

@@ -42,6 +42,7 @@ def attention_rows(
     """
     lse, bias, key_mask, scale = checked_scores("attention_rows", q, k, lse, bias, key_mask, scale)
     if not isinstance(rows, Tensor):
-        rows = torch.tensor(list(rows), dtype=torch.int64, device=q.device)
+        rows = [_checks.integer("attention_rows", "a row", row) for row in rows]
+        rows = torch.tensor(rows, dtype=torch.int64, device=q.device)
     rows = _checks.token_ids("attention_rows", "rows", rows, (1,), "q", q)
     return reference.attention_rows(q, k, lse, rows, bias, key_mask, scale)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mimkernels.ops import _checks
 from mimkernels.ops._memo import by_signature
@@ -56,21 +55,5 @@ def _checked(x, bias, approximate, backend):
     if approximate not in ("none", "tanh"):
         raise ValueError(f"{op}: approximate must be 'none' or 'tanh', got {approximate!r}")
     name = SPEC.resolve(backend, x.device.type, x.dtype)
-    run = SPEC.runner(name, reference.bias_gelu, _BiasGelu, _checks.needs_grad(x, bias))
+    run = SPEC.runner(name, reference.bias_gelu, _checks.needs_grad(x, bias))
     return run, (_checks.rows(x), bias), (approximate == "tanh",)
-
-
-class _BiasGelu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, fwd, bwd, x, bias, tanh):
-        ctx.save_for_backward(x, bias)
-        ctx.bwd, ctx.tanh = bwd, tanh
-        return fwd(x, bias, tanh)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, bias = ctx.saved_tensors
-        _, _, need_x, need_bias, _ = ctx.needs_input_grad
-        dx, dbias = ctx.bwd(_checks.rows(grad), x, bias, ctx.tanh, need_x, need_bias)
-        return None, None, dx if need_x else None, dbias if need_bias else None, None

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from mimkernels.ops import _checks
+from mimkernels.ops._autograd import Gradient
 from mimkernels.ops._registry import ANY_FLOAT, Impl, OpSpec, register
 
 
@@ -14,6 +16,19 @@ def _bwd(grad, x, bias, tanh, need_x, need_bias):
     return dx, bias.new_empty(bias.shape if need_bias else (0,))
 
 
+def _save(ctx, inputs, output):
+    x, bias, tanh = inputs
+    ctx.save_for_backward(x, bias)
+    ctx.tanh = tanh
+
+
+def _gradients(ctx, bwd, grad):
+    x, bias = ctx.saved_tensors
+    need_x, need_bias, _ = ctx.needs_input_grad
+    dx, dbias = bwd(_checks.rows(grad), x, bias, ctx.tanh, need_x, need_bias)
+    return {"x": dx, "bias": dbias}
+
+
 SPEC = register(
     OpSpec(
         name="bias_gelu",
@@ -24,6 +39,7 @@ SPEC = register(
             ),
         },
         fakes={"bias_gelu_fwd": _fwd, "bias_gelu_bwd": _bwd},
+        gradient=Gradient(_save, _gradients),
         impls=(Impl("triton"), Impl("cuda"), Impl("cpu"), Impl("reference", ANY_FLOAT)),
     )
 )

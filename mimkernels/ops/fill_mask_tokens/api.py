@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mimkernels.ops import _checks
 from mimkernels.ops._memo import by_signature
@@ -43,21 +41,5 @@ def _checked(x, mask, mask_token, backend):
     mask_token = _checks.parameter(op, "mask_token", mask_token, 1, "x", x)
     _checks.same_size(op, "mask_token", mask_token, 0, "x", x, 2)
     name = SPEC.resolve(backend, x.device.type, x.dtype)
-    run = SPEC.runner(name, reference.fill_mask_tokens, _FillMaskTokens, _checks.needs_grad(x, mask_token))
+    run = SPEC.runner(name, reference.fill_mask_tokens, _checks.needs_grad(x, mask_token))
     return run, (_checks.rows(x), mask, mask_token), ()
-
-
-class _FillMaskTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, fwd, bwd, x, mask, mask_token):
-        ctx.save_for_backward(mask)
-        ctx.bwd = bwd
-        return fwd(x, mask, mask_token)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        (mask,) = ctx.saved_tensors
-        _, _, need_x, _, need_token = ctx.needs_input_grad
-        dx, dtoken = ctx.bwd(_checks.rows(grad), mask, need_x, need_token)
-        return None, None, dx if need_x else None, None, dtoken if need_token else None

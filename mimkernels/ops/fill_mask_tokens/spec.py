@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from mimkernels.ops import _checks
+from mimkernels.ops._autograd import Gradient
 from mimkernels.ops._registry import ANY_FLOAT, Impl, OpSpec, register
 
 
@@ -14,6 +16,17 @@ def _bwd(grad, mask, need_x, need_mask_token):
     )
 
 
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(inputs[1])
+
+
+def _gradients(ctx, bwd, grad):
+    (mask,) = ctx.saved_tensors
+    need_x, _, need_token = ctx.needs_input_grad
+    dx, dtoken = bwd(_checks.rows(grad), mask, need_x, need_token)
+    return {"x": dx, "mask_token": dtoken}
+
+
 SPEC = register(
     OpSpec(
         name="fill_mask_tokens",
@@ -22,6 +35,7 @@ SPEC = register(
             "fill_mask_tokens_bwd": "(Tensor grad, Tensor mask, bool need_x, bool need_mask_token) -> (Tensor, Tensor)",
         },
         fakes={"fill_mask_tokens_fwd": _fwd, "fill_mask_tokens_bwd": _bwd},
+        gradient=Gradient(_save, _gradients),
         impls=(Impl("triton"), Impl("cuda"), Impl("cpu"), Impl("reference", ANY_FLOAT)),
     )
 )

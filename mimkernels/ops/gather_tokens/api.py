@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mimkernels.ops import _checks
 from mimkernels.ops._memo import by_signature
@@ -58,23 +56,5 @@ def _checked(x, ids, pos, prefix, backend):
         prefix = _checks.parameter(op, "prefix", prefix, 2, "x", x)
         _checks.same_size(op, "prefix", prefix, 1, "x", x, 2)
     name = SPEC.resolve(backend, x.device.type, x.dtype)
-    run = SPEC.runner(name, reference.gather_tokens, _GatherTokens, _checks.needs_grad(x, pos, prefix))
+    run = SPEC.runner(name, reference.gather_tokens, _checks.needs_grad(x, pos, prefix))
     return run, (_checks.rows(x), ids, pos, prefix), ()
-
-
-class _GatherTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, fwd, bwd, x, ids, pos, prefix):
-        ctx.save_for_backward(ids)
-        ctx.bwd = bwd
-        ctx.tokens = x.shape[1]
-        ctx.num_prefix = 0 if prefix is None else prefix.shape[0]
-        return fwd(x, ids, pos, prefix)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        (ids,) = ctx.saved_tensors
-        _, _, need_x, _, need_pos, need_prefix = ctx.needs_input_grad
-        dx, dpos, dprefix = ctx.bwd(_checks.rows(grad), ids, ctx.tokens, ctx.num_prefix, need_x, need_pos, need_prefix)
-        return None, None, dx if need_x else None, None, dpos if need_pos else None, dprefix if need_prefix else None

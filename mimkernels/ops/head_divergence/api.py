@@ -45,7 +45,7 @@ def head_divergence(
 def _checked(q, k, lse, bias, key_mask, scale, backend):
     lse, bias, key_mask, scale = checked_scores("head_divergence", q, k, lse, bias, key_mask, scale)
     name = SPEC.resolve(backend, q.device.type, q.dtype, head_dim=q.shape[3])
-    run = SPEC.runner(name, reference.head_divergence, None, False)
+    run = SPEC.runner(name, reference.head_divergence, False)
     tensors = (_checks.rows(q), _checks.rows(k), lse, bias, key_mask)
     # Nothing here has a gradient.
     return run, tuple(None if tensor is None else tensor.detach() for tensor in tensors), (scale,)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mimkernels.ops import _checks
 from mimkernels.ops.attention import reference
 from mimkernels.ops.received_attention.reference import ROWS
 
@@ -21,7 +22,7 @@ def head_divergence(
         log_p = s.masked_fill(s == float("-inf"), 0.0) - level[..., None]
         # sum over i, j of P^h (log P^h - log P^g): the own term, and an H x H product.
         own = (p * log_p).sum((2, 3))
-        with torch.autocast(q.device.type, enabled=False):
+        with _checks.without_autocast(q):
             crossed = p.flatten(2) @ log_p.flatten(2).transpose(1, 2)
         total = total + own[:, :, None] - crossed
     return total / length

@@ -45,5 +45,5 @@ def _checked(noise, keep, order, backend):
     if noise.dtype in (torch.float16, torch.bfloat16):  # exact, and keeps ties
         noise = noise.float()
     name = SPEC.resolve(backend, noise.device.type, noise.dtype, tokens=noise.shape[1])
-    run = SPEC.runner(name, reference.mask_from_noise, None, False)
+    run = SPEC.runner(name, reference.mask_from_noise, False)
     return run, (noise,), (keep, in_order)

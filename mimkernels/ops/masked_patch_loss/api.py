@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mimkernels.ops import _checks
 from mimkernels.ops._memo import by_signature
@@ -101,32 +100,11 @@ def _checked(pred, images, ids, mask, patch_size, norm_pix, kind, beta, layout, 
         raise ValueError(f"{op}: layout must be 'channels_last' or 'channels_first', got {layout!r}")
     if reduction not in ("mean", "none"):
         raise ValueError(f"{op}: reduction must be 'mean' or 'none', got {reduction!r}")
-    if kind == "smooth_l1" and beta <= 0:
-        raise ValueError(f"{op}: beta must be positive, got {beta}")
-    options = (*patch, scale, shift, bool(norm_pix), KINDS.index(kind), float(beta))
+    norm_pix, beta = _checks.boolean(op, "norm_pix", norm_pix), _checks.positive(op, "beta", beta)
+    options = (*patch, scale, shift, norm_pix, KINDS.index(kind), beta)
     options = (*options, layout == "channels_last", reduction == "mean")
     # A kernel takes no fp64 on either side.
     dtype = pred.dtype if images.dtype != torch.float64 else torch.float64
     name = SPEC.resolve(backend, pred.device.type, dtype)
-    run = SPEC.runner(name, reference.masked_patch_loss, _MaskedPatchLoss, _checks.needs_grad(pred))
+    run = SPEC.runner(name, reference.masked_patch_loss, _checks.needs_grad(pred))
     return run, (_checks.rows(pred), _checks.rows(images.detach()), ids, mask), options
-
-
-class _MaskedPatchLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, fwd, bwd, pred, images, ids, mask, pt, ph, pw, scale, shift, *options):
-        ctx.save_for_backward(pred, images, ids, mask, scale, shift)
-        ctx.patch = (pt, ph, pw)
-        ctx.options = options
-        ctx.bwd = bwd
-        return fwd(pred, images, ids, mask, pt, ph, pw, scale, shift, *options)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        pred, images, ids, mask, scale, shift = ctx.saved_tensors
-        dpred = None
-        if ctx.needs_input_grad[2]:
-            target = (images, ids, mask, *ctx.patch, scale, shift, *ctx.options)
-            dpred = ctx.bwd(_checks.rows(grad), pred, *target)
-        return None, None, dpred, *(None,) * 13

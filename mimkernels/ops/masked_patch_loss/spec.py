@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import torch
 
+from mimkernels.ops import _checks
+from mimkernels.ops._autograd import Gradient
 from mimkernels.ops._registry import ANY_FLOAT, Impl, OpSpec, register
 
 KINDS = ("mse", "l1", "smooth_l1")
@@ -19,6 +21,18 @@ def _bwd(grad, pred, *target):
     return pred.new_empty(pred.shape)
 
 
+def _save(ctx, inputs, output):
+    pred, images, ids, mask, pt, ph, pw, scale, shift, *options = inputs
+    ctx.save_for_backward(pred, images, ids, mask, scale, shift)
+    ctx.patch = (pt, ph, pw)
+    ctx.options = options
+
+
+def _gradients(ctx, bwd, grad):
+    pred, images, ids, mask, scale, shift = ctx.saved_tensors
+    return {"pred": bwd(_checks.rows(grad), pred, images, ids, mask, *ctx.patch, scale, shift, *ctx.options)}
+
+
 SPEC = register(
     OpSpec(
         name="masked_patch_loss",
@@ -27,6 +41,7 @@ SPEC = register(
             "masked_patch_loss_bwd": f"(Tensor grad, {_TARGET}) -> Tensor",
         },
         fakes={"masked_patch_loss_fwd": _fwd, "masked_patch_loss_bwd": _bwd},
+        gradient=Gradient(_save, _gradients),
         impls=(Impl("triton"), Impl("cuda"), Impl("cpu"), Impl("reference", ANY_FLOAT)),
     )
 )

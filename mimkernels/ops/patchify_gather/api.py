@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mimkernels.ops import _checks
 from mimkernels.ops._memo import by_signature
@@ -68,27 +67,5 @@ def _checked(images, ids, patch_size, mean, std, dtype, backend):
         _checks.one_per_image(op, "ids", ids, "images", images)
     # A kernel must take both dtypes; only the reference takes fp64.
     name = SPEC.resolve(backend, images.device.type, images.dtype if dtype in FLOATS else dtype)
-    run = SPEC.runner(name, reference.patchify_gather, _PatchifyGather, _checks.needs_grad(images))
+    run = SPEC.runner(name, reference.patchify_gather, _checks.needs_grad(images))
     return run, (_checks.rows(images), ids), (*patch, scale, shift, dtype)
-
-
-class _PatchifyGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, fwd, bwd, images, ids, patch_t, patch_h, patch_w, scale, shift, dtype):
-        ctx.save_for_backward(ids, scale)
-        ctx.bwd = bwd
-        ctx.patch = (patch_t, patch_h, patch_w)
-        ctx.image_shape = images.shape
-        ctx.image_dtype = images.dtype
-        return fwd(images, ids, *ctx.patch, scale, shift, dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        ids, scale = ctx.saved_tensors
-        images = None
-        if ctx.needs_input_grad[2]:
-            batch, channels, *frames, height, width = ctx.image_shape
-            size = (batch, channels, frames[0] if frames else 1, height, width)
-            images = ctx.bwd(_checks.rows(grad), ids, *size, *ctx.patch, scale, ctx.image_dtype).view(ctx.image_shape)
-        return None, None, images, *(None,) * 7

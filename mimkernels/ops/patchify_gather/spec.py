@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from mimkernels.ops import _checks
+from mimkernels.ops._autograd import Gradient
 from mimkernels.ops._registry import ANY_FLOAT, FLOATS, Impl, OpSpec, register
 
 
@@ -19,6 +21,22 @@ def _bwd(grad, ids, batch, channels, frames, height, width, patch_t, patch_h, pa
     return grad.new_empty((batch, channels, frames, height, width), dtype=dtype)
 
 
+def _save(ctx, inputs, output):
+    images, ids, *patch, scale, _, _ = inputs
+    ctx.save_for_backward(ids, scale)
+    ctx.patch = patch
+    ctx.image_shape = images.shape
+    ctx.image_dtype = images.dtype
+
+
+def _gradients(ctx, bwd, grad):
+    ids, scale = ctx.saved_tensors
+    batch, channels, *frames, height, width = ctx.image_shape
+    size = (batch, channels, frames[0] if frames else 1, height, width)
+    images = bwd(_checks.rows(grad), ids, *size, *ctx.patch, scale, ctx.image_dtype)
+    return {"images": images.view(ctx.image_shape)}
+
+
 SPEC = register(
     OpSpec(
         name="patchify_gather",
@@ -30,6 +48,7 @@ SPEC = register(
             "ScalarType dtype) -> Tensor",
         },
         fakes={"patchify_gather_fwd": _fwd, "patchify_gather_bwd": _bwd},
+        gradient=Gradient(_save, _gradients),
         impls=(
             Impl("triton", (*FLOATS, torch.uint8)),
             Impl("cuda", (*FLOATS, torch.uint8)),

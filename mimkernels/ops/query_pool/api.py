@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mimkernels.ops import _checks, _pool
 from mimkernels.ops._memo import by_signature
@@ -67,43 +65,13 @@ def _checked(x, queries, values, mask, scale, num_prefix, sliced, backend):
     if values is not None:
         values = _check_values(op, values, x)
     width = x.shape[2] if values is None else values.shape[2]
-    if sliced and (groups == 0 or width % groups):
+    if _checks.boolean(op, "sliced", sliced) and (groups == 0 or width % groups):
         raise ValueError(f"{op}: {groups} queries do not cut the {width} columns of the values into equal slices")
-    scale = x.shape[2] ** -0.5 if scale is None else float(scale)
+    scale = _checks.head_scale(op, scale, x.shape[2])
     name = SPEC.resolve(backend, x.device.type, x.dtype)
-    run = SPEC.runner(name, reference.query_pool, _QueryPool, _checks.needs_grad(x, queries, values))
+    run = SPEC.runner(name, reference.query_pool, _checks.needs_grad(x, queries, values))
     values = None if values is None else _checks.rows(values)
     return run, (_checks.rows(x), _checks.rows(queries), values, mask), (scale, num_prefix, sliced)
-
-
-class _QueryPool(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, fwd, bwd, x, queries, values, mask, scale, num_prefix, sliced):
-        out, weights = fwd(x, queries, values, mask, scale, num_prefix, sliced)
-        ctx.save_for_backward(x, queries, values, weights, mask)
-        ctx.options = (scale, num_prefix, sliced)
-        ctx.bwd = bwd
-        ctx.out_shape = out.shape
-        ctx.set_materialize_grads(False)
-        return out, weights
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout, dweights):
-        x, queries, values, weights, mask = ctx.saved_tensors
-        need_x, need_queries, need_values = ctx.needs_input_grad[2:5]
-        dout = x.new_zeros(ctx.out_shape) if dout is None else _checks.rows(dout)
-        dweights = None if dweights is None else _checks.rows(dweights)
-        dx, dqueries, dvalues = ctx.bwd(
-            dout, dweights, x, queries, values, weights, mask, *ctx.options, need_x, need_queries, need_values
-        )
-        return (
-            *(None, None),
-            dx if need_x else None,
-            dqueries if need_queries else None,
-            dvalues if need_values else None,
-            *(None,) * 4,
-        )
 
 
 def _check_queries(op: str, queries: Tensor, x: Tensor) -> Tensor:

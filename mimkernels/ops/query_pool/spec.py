@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import torch
 
+from mimkernels.ops import _checks
+from mimkernels.ops._autograd import Gradient
 from mimkernels.ops._registry import ANY_FLOAT, Impl, OpSpec, register
 
 
@@ -37,6 +39,25 @@ def _bwd(
     )
 
 
+def _save(ctx, inputs, outputs):
+    x, queries, values, mask, *options = inputs
+    out, weights = outputs
+    ctx.save_for_backward(x, queries, values, weights, mask)
+    ctx.options = options
+    ctx.out_shape = out.shape
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, bwd, dout, dweights):
+    x, queries, values, weights, mask = ctx.saved_tensors
+    need_x, need_queries, need_values, *_ = ctx.needs_input_grad
+    dout = x.new_zeros(ctx.out_shape) if dout is None else _checks.rows(dout)
+    dweights = None if dweights is None else _checks.rows(dweights)
+    needs = (need_x, need_queries, need_values)
+    dx, dqueries, dvalues = bwd(dout, dweights, x, queries, values, weights, mask, *ctx.options, *needs)
+    return {"x": dx, "queries": dqueries, "values": dvalues}
+
+
 SPEC = register(
     OpSpec(
         name="query_pool",
@@ -48,6 +69,7 @@ SPEC = register(
             "bool need_queries, bool need_values) -> (Tensor, Tensor, Tensor)",
         },
         fakes={"query_pool_fwd": _fwd, "query_pool_bwd": _bwd},
+        gradient=Gradient(_save, _gradients),
         impls=(Impl("triton"), Impl("cuda"), Impl("cpu"), Impl("reference", ANY_FLOAT)),
     )
 )

@@ -47,30 +47,33 @@ def random_mask(
     Source: random masking of MAE, arXiv:2111.06377; Philox of Salmon et al., SC 2011.
     """
     step, offset = (offset, 0) if isinstance(offset, Tensor) else (None, offset)
-    if device is None:
-        device = torch.get_default_device() if step is None else step.device
+    if device is None and step is not None:
+        device = step.device
+    elif device is None:  # torch.compile traces no get_default_device
+        device = torch.empty(0).device if torch.compiler.is_compiling() else torch.get_default_device()
     run, (step,), options = _checked((step,), batch, tokens, keep, order, device, backend)
     # These change from call to call.
-    for name, value in (("seed", seed), ("offset", offset)):
-        if value < 0:
-            raise ValueError(f"random_mask: {name} must not be negative, got {value}")
-    if seed >= 2**63:
-        raise ValueError(f"random_mask: seed must be below 2^63, got {seed}")
+    _checks.count("random_mask", "seed", seed)
+    _checks.count("random_mask", "offset", offset)
     return _token_mask.from_op(run(seed, offset, step, *options), keep)
 
 
 @by_signature
 def _checked(step, batch, tokens, keep, order, device, backend):
     in_order = _checks.sorted_order("random_mask", order)
+    _checks.count("random_mask", "batch", batch)
+    _checks.count("random_mask", "tokens", tokens)
     _checks.keep_count("random_mask", keep, tokens)
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"random_mask: device {device!r} is none: {error}") from None
     if step is not None:
+        _checks.is_tensor("random_mask", "offset", step)
         if step.dim() != 0 or step.dtype != torch.int64:
             raise ValueError(f"random_mask: an offset tensor must be 0-d int64, got {_checks.shape(step)} {step.dtype}")
-        if step.device.type != device.type:
+        if step.device.type != device.type or device.index not in (None, step.device.index):
             raise ValueError(f"random_mask: offset is on {step.device} but device is {device}")
-    if batch < 0:
-        raise ValueError(f"random_mask: batch must not be negative, got {batch}")
     name = SPEC.resolve(backend, device.type, torch.float32, tokens=tokens)
-    run = SPEC.runner(name, reference.random_mask, None, False)
+    run = SPEC.runner(name, reference.random_mask, False)
     return run, (step,), (batch, tokens, keep, in_order, device)

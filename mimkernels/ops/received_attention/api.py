@@ -46,7 +46,7 @@ def received_attention(
 def _checked(q, k, lse, bias, key_mask, scale, backend):
     lse, bias, key_mask, scale = checked_scores("received_attention", q, k, lse, bias, key_mask, scale)
     name = SPEC.resolve(backend, q.device.type, q.dtype, head_dim=q.shape[3])
-    run = SPEC.runner(name, reference.received_attention, None, False)
+    run = SPEC.runner(name, reference.received_attention, False)
     tensors = (_checks.rows(q), _checks.rows(k), lse, bias, key_mask)
     # Nothing here has a gradient.
     return run, tuple(None if tensor is None else tensor.detach() for tensor in tensors), (scale,)

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mimkernels.ops import _checks, _pool
 from mimkernels.ops._memo import by_signature
@@ -49,7 +46,8 @@ def reduce_pool(
     run, (x, mask, power), (kind, num_prefix, made, eps) = _checked(
         (x, mask, power), kind, num_prefix, number, eps, backend
     )
-    return run(x, mask, kind, num_prefix, power if made is None else made, eps)
+    out = run(x, mask, kind, num_prefix, power if made is None else made, eps)
+    return out if isinstance(out, Tensor) else out[0]  # kernels also return what backward needs
 
 
 @by_signature
@@ -61,48 +59,19 @@ def _checked(x, mask, p, kind, num_prefix, number, eps, backend):
     made = None  # the exponent, where it is a number
     if kind != "gem":
         p = None
-    elif eps <= 0:
-        raise ValueError(f"{op}: eps must be positive, got {eps}")
     elif p is not None:
         p = _exponent(op, p, x)
-    elif number <= 0:
-        raise ValueError(f"{op}: p must be positive, got {number}")
     else:
-        made = torch.full((1,), float(number), dtype=_pool.wide(x), device=x.device)
+        made = torch.full((1,), _checks.positive(op, "p", number), dtype=_pool.wide(x), device=x.device)
+    eps = _checks.positive(op, "eps", eps)
     name = SPEC.resolve(backend, x.device.type, x.dtype)
-    tracked = _checks.needs_grad(x, p)
-    run = SPEC.runner(name, reference.reduce_pool, _ReducePool, tracked)
-    if name != "reference" and not tracked:
-        run = partial(_first, run)
+    run = SPEC.runner(name, reference.reduce_pool, _checks.needs_grad(x, p))
     return run, (_checks.rows(x), mask, p), (KINDS.index(kind), num_prefix, made, eps)
-
-
-def _first(fwd, *arguments):
-    return fwd(*arguments)[0]
-
-
-class _ReducePool(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, fwd, bwd, x, mask, kind, num_prefix, p, eps):
-        out, saved = fwd(x, mask, kind, num_prefix, p, eps)
-        # Only the gradient of GeM looks at the tokens again.
-        ctx.save_for_backward(x if p is not None else None, saved, mask, p)
-        ctx.options = (kind, x.shape[1], num_prefix)
-        ctx.eps = eps
-        ctx.bwd = bwd
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        x, saved, mask, p = ctx.saved_tensors
-        _, _, need_x, _, _, _, need_p, _ = ctx.needs_input_grad
-        dx, dp = ctx.bwd(_checks.rows(dout), x, saved, mask, *ctx.options, p, ctx.eps, need_x, need_p)
-        return None, None, dx if need_x else None, None, None, None, dp if need_p else None, None
 
 
 def _exponent(op: str, p: Tensor, x: Tensor) -> Tensor:
     """The exponent as one element ``[1]``, fp32 or fp64."""
+    _checks.is_tensor(op, "p", p)
     _checks.is_float(op, "p", p)
     _checks.same_device(op, "p", p, "x", x)
     if p.numel() != 1:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import torch
 
+from mimkernels.ops import _checks
+from mimkernels.ops._autograd import Gradient
 from mimkernels.ops._registry import ANY_FLOAT, Impl, OpSpec, register
 
 KINDS = ("mean", "max", "gem")  # in the kernels their positions here
@@ -23,6 +25,23 @@ def _bwd(dout, x, saved, mask, kind, tokens, num_prefix, p, eps, need_x, need_p)
     )
 
 
+def _save(ctx, inputs, outputs):
+    x, mask, kind, num_prefix, p, eps = inputs
+    saved = outputs[1]
+    ctx.mark_non_differentiable(saved)
+    # Only the gradient of GeM looks at the tokens again.
+    ctx.save_for_backward(x if p is not None else None, saved, mask, p)
+    ctx.options = (kind, x.shape[1], num_prefix)
+    ctx.eps = eps
+
+
+def _gradients(ctx, bwd, dout, _):
+    x, saved, mask, p = ctx.saved_tensors
+    need_x, _, _, _, need_p, _ = ctx.needs_input_grad
+    dx, dp = bwd(_checks.rows(dout), x, saved, mask, *ctx.options, p, ctx.eps, need_x, need_p)
+    return {"x": dx, "p": dp}
+
+
 SPEC = register(
     OpSpec(
         name="reduce_pool",
@@ -35,6 +54,7 @@ SPEC = register(
             "SymInt num_prefix, Tensor? p, float eps, bool need_x, bool need_p) -> (Tensor, Tensor)",
         },
         fakes={"reduce_pool_fwd": _fwd, "reduce_pool_bwd": _bwd},
+        gradient=Gradient(_save, _gradients),
         impls=(Impl("triton"), Impl("cuda"), Impl("cpu"), Impl("reference", ANY_FLOAT)),
     )
 )

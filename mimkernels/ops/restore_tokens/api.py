@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mimkernels.ops import _checks
 from mimkernels.ops._memo import by_signature
@@ -52,8 +50,7 @@ def _checked(x, ids_restore, mask_token, pos, num_prefix, backend):
     _checks.is_float(op, "x", x)
     ids_restore = _checks.token_ids(op, "ids_restore", ids_restore, (2,), "x", x)
     _checks.same_size(op, "ids_restore", ids_restore, 0, "x", x, 0)
-    if not 0 <= num_prefix <= x.shape[1]:
-        raise ValueError(f"{op}: num_prefix is {num_prefix} but x has {x.shape[1]} tokens ({_checks.shape(x)})")
+    _checks.prefix_count(op, num_prefix, x.shape[1])
     tokens = ids_restore.shape[1]
     if x.shape[1] - num_prefix > tokens:
         raise ValueError(
@@ -71,32 +68,5 @@ def _checked(x, ids_restore, mask_token, pos, num_prefix, backend):
             )
         _checks.same_size(op, "pos", pos, 1, "x", x, 2)
     name = SPEC.resolve(backend, x.device.type, x.dtype)
-    run = SPEC.runner(name, reference.restore_tokens, _RestoreTokens, _checks.needs_grad(x, mask_token, pos))
+    run = SPEC.runner(name, reference.restore_tokens, _checks.needs_grad(x, mask_token, pos))
     return run, (_checks.rows(x), ids_restore, mask_token, pos), (num_prefix,)
-
-
-class _RestoreTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, fwd, bwd, x, ids_restore, mask_token, pos, num_prefix):
-        ctx.save_for_backward(ids_restore)
-        ctx.bwd = bwd
-        ctx.kept = x.shape[1] - num_prefix
-        ctx.num_prefix = num_prefix
-        return fwd(x, ids_restore, mask_token, pos, num_prefix)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        (ids_restore,) = ctx.saved_tensors
-        _, _, need_x, _, need_token, need_pos, _ = ctx.needs_input_grad
-        dx, dtoken, dpos = ctx.bwd(
-            _checks.rows(grad), ids_restore, ctx.kept, ctx.num_prefix, need_x, need_token, need_pos
-        )
-        return (
-            *(None, None),
-            dx if need_x else None,
-            None,
-            dtoken if need_token else None,
-            dpos if need_pos else None,
-            None,
-        )

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from mimkernels.ops import _checks
+from mimkernels.ops._autograd import Gradient
 from mimkernels.ops._registry import ANY_FLOAT, Impl, OpSpec, register
 
 
@@ -16,6 +18,20 @@ def _bwd(grad, ids_restore, kept, num_prefix, need_x, need_mask_token, need_pos)
     )
 
 
+def _save(ctx, inputs, output):
+    x, ids_restore, _, _, num_prefix = inputs
+    ctx.save_for_backward(ids_restore)
+    ctx.kept = x.shape[1] - num_prefix
+    ctx.num_prefix = num_prefix
+
+
+def _gradients(ctx, bwd, grad):
+    (ids_restore,) = ctx.saved_tensors
+    need_x, _, need_token, need_pos, _ = ctx.needs_input_grad
+    dx, dtoken, dpos = bwd(_checks.rows(grad), ids_restore, ctx.kept, ctx.num_prefix, need_x, need_token, need_pos)
+    return {"x": dx, "mask_token": dtoken, "pos": dpos}
+
+
 SPEC = register(
     OpSpec(
         name="restore_tokens",
@@ -26,6 +42,7 @@ SPEC = register(
             "bool need_mask_token, bool need_pos) -> (Tensor, Tensor, Tensor)",
         },
         fakes={"restore_tokens_fwd": _fwd, "restore_tokens_bwd": _bwd},
+        gradient=Gradient(_save, _gradients),
         impls=(Impl("triton"), Impl("cuda"), Impl("cpu"), Impl("reference", ANY_FLOAT)),
     )
 )

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mimkernels.ops import _checks, _pool
 from mimkernels.ops._memo import by_signature
@@ -54,6 +52,7 @@ def weighted_pool(
 def _checked(x, scores, mask, normalize, num_prefix, backend):
     op = "weighted_pool"
     mask = _pool.tokens_and_mask(op, x, num_prefix, mask)
+    _checks.boolean(op, "normalize", normalize)
     _checks.has_rank(op, "scores", scores, 2, 3)
     _checks.is_float(op, "scores", scores)
     _checks.same_device(op, "scores", scores, "x", x)
@@ -61,26 +60,5 @@ def _checked(x, scores, mask, normalize, num_prefix, backend):
     _checks.same_size(op, "scores", scores, scores.dim() - 1, "x", x, 1)
     scores = scores.to(_pool.wide(x))
     name = SPEC.resolve(backend, x.device.type, x.dtype)
-    run = SPEC.runner(name, reference.weighted_pool, _WeightedPool, _checks.needs_grad(x, scores))
+    run = SPEC.runner(name, reference.weighted_pool, _checks.needs_grad(x, scores))
     return run, (_checks.rows(x), _checks.rows(scores), mask), (normalize, num_prefix)
-
-
-class _WeightedPool(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, fwd, bwd, x, scores, mask, normalize, num_prefix):
-        out, weights = fwd(x, scores, mask, normalize, num_prefix)
-        ctx.save_for_backward(x, weights, mask)
-        ctx.options = (normalize, num_prefix)
-        ctx.bwd = bwd
-        ctx.set_materialize_grads(False)
-        return out, weights
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout, dweights):
-        x, weights, mask = ctx.saved_tensors
-        need_x, need_scores = ctx.needs_input_grad[2:4]
-        dout = x.new_zeros((*weights.shape[:-1], x.shape[2])) if dout is None else _checks.rows(dout)
-        dweights = None if dweights is None else _checks.rows(dweights)
-        dx, dscores = ctx.bwd(dout, dweights, x, weights, mask, *ctx.options, need_x, need_scores)
-        return None, None, dx if need_x else None, dscores if need_scores else None, *(None,) * 3

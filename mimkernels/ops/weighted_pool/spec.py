@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import torch
 
+from mimkernels.ops import _checks
+from mimkernels.ops._autograd import Gradient
 from mimkernels.ops._registry import ANY_FLOAT, Impl, OpSpec, register
 
 
@@ -16,6 +18,22 @@ def _bwd(dout, dweights, x, weights, mask, normalize, num_prefix, need_x, need_s
     )
 
 
+def _save(ctx, inputs, outputs):
+    x, _, mask, normalize, num_prefix = inputs
+    ctx.save_for_backward(x, outputs[1], mask)
+    ctx.options = (normalize, num_prefix)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, bwd, dout, dweights):
+    x, weights, mask = ctx.saved_tensors
+    need_x, need_scores, *_ = ctx.needs_input_grad
+    dout = x.new_zeros((*weights.shape[:-1], x.shape[2])) if dout is None else _checks.rows(dout)
+    dweights = None if dweights is None else _checks.rows(dweights)
+    dx, dscores = bwd(dout, dweights, x, weights, mask, *ctx.options, need_x, need_scores)
+    return {"x": dx, "scores": dscores}
+
+
 SPEC = register(
     OpSpec(
         name="weighted_pool",
@@ -26,6 +44,7 @@ SPEC = register(
             "bool normalize, SymInt num_prefix, bool need_x, bool need_scores) -> (Tensor, Tensor)",
         },
         fakes={"weighted_pool_fwd": _fwd, "weighted_pool_bwd": _bwd},
+        gradient=Gradient(_save, _gradients),
         impls=(Impl("triton"), Impl("cuda"), Impl("cpu"), Impl("reference", ANY_FLOAT)),
     )
 )

@@ -1,0 +1,174 @@
+"""torch.compile, torch.jit.trace and meta tensors: what traces an op sees what eager mode runs."""
+
+import threading
+
+import pytest
+import torch
+from torch.func import grad, vmap
+
+import mimkernels as mk
+
+IDS = torch.tensor([[0, 3], [5, 1]])
+X = torch.randn(2, 6, 8)
+Q = torch.randn(2, 2, 6, 8)
+QUERY = torch.randn(1, 8)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    torch._dynamo.reset()
+
+
+def whole(function, **options):
+    return torch.compile(function, backend="aot_eager", fullgraph=True, **options)
+
+
+def kernels(graphs):
+    """A backend of torch.compile that notes what the graphs run."""
+
+    def backend(graph, inputs):
+        names = [str(node.target) for node in graph.graph.nodes if node.op in ("call_function", "call_method")]
+        graphs.append(["reference" if name == "gather" else name for name in names if "gather" in name])
+        return graph
+
+    return backend
+
+
+def test_random_masks_without_a_device():
+    assert torch.equal(whole(lambda: mk.random_mask(2, 6, 3, 7).ids_keep)(), mk.random_mask(2, 6, 3, 7).ids_keep)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("call", "tensor"),
+    [
+        (lambda q: mk.attention(q, q, q).out, Q),
+        (lambda q: mk.attention(q, q, q, stats=("entropy",)).stats["entropy"], Q),
+        (lambda x: mk.query_pool(x, QUERY, values=x), X),
+        (lambda x: mk.query_pool(x, x, values=x), X),
+        (lambda x: mk.weighted_pool(x, x[..., 0]), X),
+        (lambda x: mk.bias_gelu(x, x[0, 0]), X),
+    ],
+)
+def test_one_tensor_given_twice(call, tensor, dynamic):
+    leaf = tensor.clone().requires_grad_()
+    out, expected = whole(call, dynamic=dynamic)(leaf), call(leaf)
+    torch.testing.assert_close(out, expected)
+    (ours,), (exact,) = (torch.autograd.grad(t.square().sum(), leaf) for t in (out, expected))
+    torch.testing.assert_close(ours, exact)
+
+
+def test_transforms_inside_a_compiled_function():
+    stacked = torch.randn(3, 2, 6, 8)
+
+    def pooled(x):
+        return mk.reduce_pool(x, "mean", num_prefix=1)
+
+    torch.testing.assert_close(whole(vmap(pooled))(stacked), torch.stack([pooled(x) for x in stacked]))
+    compiled = whole(lambda x: grad(lambda t: pooled(t).square().sum())(x))(X)
+    torch.testing.assert_close(compiled, grad(lambda t: pooled(t).square().sum())(X))
+
+
+def test_compiled_code_follows_use_backend():
+    graphs = []
+    compiled = torch.compile(lambda x: mk.gather_tokens(x, IDS), backend=kernels(graphs), fullgraph=True)
+    for _ in range(2):
+        compiled(X)
+        with mk.use_backend("reference"):
+            compiled(X)
+    assert graphs == [["mimkernels.gather_tokens_fwd.cpu"], ["reference"]]
+
+
+def test_use_backend_inside_a_compiled_function():
+    graphs = []
+
+    def twice(x):
+        with mk.use_backend("reference"):
+            with mk.use_backend("cpu"), mk.use_backend("reference"):
+                pass
+            first = mk.gather_tokens(x, IDS)
+        return first + mk.gather_tokens(x, IDS)
+
+    out = torch.compile(twice, backend=kernels(graphs), fullgraph=True)(X)
+    assert graphs == [["reference", "mimkernels.gather_tokens_fwd.cpu"]]
+    torch.testing.assert_close(out, 2 * mk.gather_tokens(X, IDS))
+
+
+@pytest.mark.skipif(torch.__version__ < "2.14", reason="torch.compile reads context variables since torch 2.14")
+def test_compiled_code_does_not_follow_the_block_of_another_thread():
+    graphs, entered, leave = [], threading.Event(), threading.Event()
+
+    def elsewhere():
+        with mk.use_backend("reference"):
+            entered.set()
+            leave.wait()
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    entered.wait()
+    torch.compile(lambda x: mk.gather_tokens(x, IDS), backend=kernels(graphs), fullgraph=True)(X)
+    leave.set()
+    thread.join()
+    assert graphs == [["mimkernels.gather_tokens_fwd.cpu"]]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(
+    ("call", "tensor"),
+    [
+        (lambda x: mk.reduce_pool(x, "mean"), X),
+        (lambda x: mk.gather_tokens(x, IDS), X),
+        (lambda x: mk.query_pool(x, QUERY), X),
+        (lambda q: mk.attention(q, q, q).out, Q),
+    ],
+)
+def test_a_traced_op_runs_where_it_was_traced_for(call, tensor):
+    traced = torch.jit.trace(call, (tensor,))
+    torch.testing.assert_close(traced(2 * tensor), call(2 * tensor))
+    assert "mimkernels::" not in str(traced.graph)
+    with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace records no overloads"), mk.use_backend("cpu"):
+        torch.jit.trace(call, (tensor,))
+    torch.testing.assert_close(call(tensor), traced(tensor))  # and later calls are not touched
+
+
+META = {
+    "gather_tokens": lambda t: mk.gather_tokens(t(2, 6, 8), IDS.to("meta")),
+    "query_pool": lambda t: mk.query_pool(t(2, 6, 8), t(3, 8), sliced=False),
+    "query_pool sliced": lambda t: mk.query_pool(t(2, 6, 8), t(2, 8), sliced=True, num_prefix=1),
+    "weighted_pool": lambda t: mk.weighted_pool(t(2, 6, 8), t(2, 6)),
+    "reduce_pool": lambda t: mk.reduce_pool(t(2, 6, 8), "gem"),
+    "bias_gelu": lambda t: mk.bias_gelu(t(2, 6, 8), t(8)),
+    "fill_mask_tokens": lambda t: mk.fill_mask_tokens(t(2, 6, 8), t(2, 6), t(8)),
+    "restore_tokens": lambda t: mk.restore_tokens(t(2, 4, 8), torch.zeros(2, 6).long().to("meta"), t(8)),
+    "patchify_gather": lambda t: mk.patchify_gather(t(2, 3, 8, 8), IDS.to("meta"), 4),
+    "masked_patch_loss": lambda t: mk.masked_patch_loss(t(2, 4, 48), t(2, 3, 8, 8), mask=t(2, 4), patch_size=4),
+    "mask_from_noise": lambda t: mk.mask_from_noise(t(2, 6), 3).mask,
+    "random_mask": lambda t: mk.random_mask(2, 6, 3, 0, device="meta").mask,
+    "attention": lambda t: mk.attention(t(2, 2, 6, 8), t(2, 2, 6, 8), t(2, 2, 6, 8)).out,
+    "attention_qkvpacked": lambda t: mk.attention_qkvpacked(t(2, 6, 3, 2, 8), stats=("entropy",)).stats["entropy"],
+    "received_attention": lambda t: mk.received_attention(t(2, 2, 6, 8), t(2, 2, 6, 8), t(2, 2, 6)),
+    "head_divergence": lambda t: mk.head_divergence(t(2, 2, 6, 8), t(2, 2, 6, 8), t(2, 2, 6)),
+    "attention_rows": lambda t: mk.attention_rows(t(2, 2, 6, 8), t(2, 2, 6, 8), t(2, 2, 6), [0]),
+}
+
+
+@pytest.mark.parametrize("op", META)
+def test_meta_tensors_give_shapes(op):
+    def real(*shape):
+        return torch.ones(shape)
+
+    def meta(*shape):
+        return torch.ones(shape, device="meta", requires_grad=True)
+
+    if op in ("gather_tokens", "patchify_gather", "restore_tokens"):
+        assert META[op](meta).device.type == "meta"
+        return
+    expected = META[op](real)
+    if op == "random_mask":
+        expected = mk.random_mask(2, 6, 3, 0).mask
+    out = META[op](meta)
+    assert out.device.type == "meta"
+    assert out.shape == expected.shape
+    assert out.dtype == expected.dtype
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert META[op](meta).dtype == expected.dtype
