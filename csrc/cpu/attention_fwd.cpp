@@ -361,7 +361,8 @@ class Worker {
       if (asks(kPatchEntropy)) {
         const Floats mass = field(kPatchSum);
         const Floats entropy = log_lanes(mass) - field(kPatchExpected) / mass;
-        next(choose_lanes((Ints)(mass > 0.0f), entropy, zero));
+        const Ints few = (Ints)(mass * inverse < splat(kLeastPatchMass));
+        next(choose_lanes(few, zero, entropy));
       }
       if (asks(kPeak)) next(inverse);
       if (asks(kPatchMass)) next(field(kPatchSum) * inverse);
