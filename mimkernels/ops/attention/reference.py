@@ -5,7 +5,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-LEAST_PATCH_MASS = 1e-30  # of a row that has a patch entropy; as in csrc/core/attention.h
+# As in csrc/core/attention.h.
+LEAST_PATCH_MASS = 1e-30  # of a row that has a patch entropy
+LARGE_LSE = 16.0  # whose rounding is found again
 
 
 def attention(
@@ -44,7 +46,7 @@ def scores(q: Tensor, k: Tensor, bias: Tensor | None, key_mask: Tensor | None, s
 
 
 def below_maximum(s: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores less their row's largest, and that one ``[..., 1]``, or 0 where it is infinite: huge scores cancel here."""
+    """Scores less their row's largest, where huge ones cancel, and that one ``[..., 1]``, or 0 where it is infinite."""
     top = s.detach().amax(-1, keepdim=True) if s.shape[-1] else s.new_zeros((*s.shape[:-1], 1))
     top = torch.where(top.isinf(), 0.0, top)
     return s - top, top
@@ -63,6 +65,15 @@ def log_softmax(x: Tensor) -> tuple[Tensor, Tensor]:
 def probabilities(s: Tensor) -> Tensor:
     """softmax(s), 0 in rows where every key is masked."""
     return log_softmax(below_maximum(s)[0])[0].exp()
+
+
+def log_probabilities(s: Tensor, lse: Tensor) -> Tensor:
+    """log softmax(s) from ``lse [B, H, Nq]``; what rounding took from a large one is found again."""
+    lse = lse[..., None]
+    x, top = below_maximum(s)
+    low = (top - lse) + log_softmax(x)[1]
+    large = lse.isfinite() & (lse.abs() > LARGE_LSE)
+    return (s - torch.where(lse == float("-inf"), 0.0, lse)) - torch.where(large, low, 0.0)
 
 
 def expected(p: Tensor, values: Tensor) -> Tensor:
