@@ -46,8 +46,8 @@ SPEC = register(
             "SymInt num_prefix, Tensor? positions, int stats) -> (Tensor, Tensor, Tensor, Tensor)",
             "attention_coef": "(Tensor lse, Tensor? dlse, Tensor rows, Tensor? drows, int stats) -> Tensor",
             "attention_bwd": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-            "Tensor lse_low, Tensor? bias, Tensor? key_mask, float scale, SymInt num_prefix, Tensor? positions, Tensor? coef, bool need_bias, "
-            "bool packed) -> (Tensor, Tensor, Tensor, Tensor)",
+            "Tensor lse_low, Tensor? bias, Tensor? key_mask, float scale, SymInt num_prefix, Tensor? positions, "
+            "Tensor? coef, bool need_bias, bool packed) -> (Tensor, Tensor, Tensor, Tensor)",
         },
         fakes={"attention_fwd": _fwd, "attention_coef": _coef, "attention_bwd": _bwd},
         impls=(
