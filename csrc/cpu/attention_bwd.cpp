@@ -298,7 +298,7 @@ class Worker {
     start_.template set_rows<kStride>(scores, row, rows);
     products.panels = values_;
     products.dim = s_.dim;
-    products.run = s_.dim;
+    products.run = product_run(s_.dim);
     products.keys = count;
     products.scores = ds;
     with_row_count(rows, [&](auto n) {
