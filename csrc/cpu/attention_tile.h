@@ -297,8 +297,9 @@ void score_rows(const ScoreTile<E>& t) {
 }
 
 // How many weighted rows are summed at a time, at most: rounding errors grow with the length of a
-// chain of additions, and one more sum of a tile costs a hundredth of this many steps.
-constexpr int64_t kLongestRun = 192;
+// chain of additions. Up to 256 rows, one more sum of a tile would cost a hundredth and gain little
+// where products are not rounded.
+constexpr int64_t kLongestRun = kFused ? 256 : 128;
 
 // The sums over keys of weights[r * kRowStride + key] * panels[key, :], with the panels of
 // pack_rows, added to the rows of `start` if kAdd: finish(r, c, value) takes a register of row r
@@ -312,16 +313,19 @@ void weigh_panels(const E* weights, const E* panels, int64_t keys, int64_t dim, 
   const auto panel_of = [&](auto vectors, const E* panel, int64_t c) MIMKERNELS_LAMBDA_INLINE {
     constexpr int64_t kWidth = vectors.value * kLanes;
     Floats acc[kRows][vectors.value];
-    clear(acc);
-    multiply(acc, weights, kRowStride, kStep, panel, kWidth * kStep, min_of(run, steps));
-    for (int64_t k = run; k < steps; k += run) {
-      float sums[kRows * kWidth];
-      store_tile(acc, sums, kWidth);
+    float sums[kRows * kWidth];
+    int64_t k = 0;
+    for (; k + run < steps; k += run) {
       clear(acc);
       multiply(acc, weights + k * kStep, kRowStride, kStep, panel + k * kWidth * kStep,
-               kWidth * kStep, min_of(run, steps - k));
-      add_tile(acc, sums, kWidth);
+               kWidth * kStep, run);
+      if (k > 0) add_tile(acc, sums, kWidth);
+      store_tile(acc, sums, kWidth);
     }
+    clear(acc);
+    multiply(acc, weights + k * kStep, kRowStride, kStep, panel + k * kWidth * kStep,
+             kWidth * kStep, steps - k);
+    if (k > 0) add_tile(acc, sums, kWidth);
     if constexpr (kAdd) add_tile(acc, start + c, kDimStride);
     MIMKERNELS_UNROLL
     for (int r = 0; r < kRows; ++r) {
