@@ -313,19 +313,16 @@ void weigh_panels(const E* weights, const E* panels, int64_t keys, int64_t dim, 
   const auto panel_of = [&](auto vectors, const E* panel, int64_t c) MIMKERNELS_LAMBDA_INLINE {
     constexpr int64_t kWidth = vectors.value * kLanes;
     Floats acc[kRows][vectors.value];
-    float sums[kRows * kWidth];
-    int64_t k = 0;
-    for (; k + run < steps; k += run) {
+    clear(acc);
+    multiply(acc, weights, kRowStride, kStep, panel, kWidth * kStep, min_of(run, steps));
+    for (int64_t k = run; k < steps; k += run) {
+      float sums[kRows * kWidth];
+      store_tile(acc, sums, kWidth);
       clear(acc);
       multiply(acc, weights + k * kStep, kRowStride, kStep, panel + k * kWidth * kStep,
-               kWidth * kStep, run);
-      if (k > 0) add_tile(acc, sums, kWidth);
-      store_tile(acc, sums, kWidth);
+               kWidth * kStep, min_of(run, steps - k));
+      add_tile(acc, sums, kWidth);
     }
-    clear(acc);
-    multiply(acc, weights + k * kStep, kRowStride, kStep, panel + k * kWidth * kStep,
-             kWidth * kStep, steps - k);
-    if (k > 0) add_tile(acc, sums, kWidth);
     if constexpr (kAdd) add_tile(acc, start + c, kDimStride);
     MIMKERNELS_UNROLL
     for (int r = 0; r < kRows; ++r) {
