@@ -55,10 +55,15 @@ struct SplitScale {
   }
 };
 
-// How many products of a score are summed at a time. A few queries or keys can afford short sums,
-// whose rounding errors are smaller; BLAS libraries do the same there.
+// How many products over the features are summed at a time. Products that are rounded need short
+// sums, whose rounding errors are smaller.
+MIMKERNELS_INLINE int64_t product_run(int64_t dim) { return kFused ? dim : min_of(dim, 16); }
+
+// The same of a score. A few queries or keys can afford short sums; BLAS libraries do the same
+// there.
 MIMKERNELS_INLINE int64_t score_run(const AttentionScores& scores) {
-  return min_of(scores.queries, scores.keys) < 16 ? min_of(scores.dim, 16) : scores.dim;
+  const bool few = min_of(scores.queries, scores.keys) < 16;
+  return few ? min_of(scores.dim, 16) : product_run(scores.dim);
 }
 
 // ---- scratch memory ----

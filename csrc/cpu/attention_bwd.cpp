@@ -1,17 +1,17 @@
 // Gradients of attention, its lse and its row statistics, from lse, without the N x N matrix:
-//   P = exp(S - lse),  dP = dout v^T,  delta = dout . out,
-//   dS = P * (dP - delta + c(j) + a(j) S + [i = j] s + w d),  dq = scale dS k,  dk = scale dS^T q,
+//   L = (S - lse) - lse_low,  P = exp(L),  dP = dout v^T,  delta = dout . out,
+//   dS = P * (dP - delta + c(j) + a(j) L + [i = j] s + w d),  dq = scale dS k,  dk = scale dS^T q,
 //   dv = P^T dout,  dbias = dS summed over the dims that bias broadcasts over.
 //
-// in:       q, k, v, out, dout by strides, features contiguous; lse; coef [6, B, H, Nq] or none
+// in:       q, k, v, out, dout by strides, features contiguous; lse and lse_low [B, H, Nq]; coef
+//           [6, B, H, Nq] or none
 // out:      dq [B, Nq, H, D], dk and dv [B, Nk, H, D], apart or the parts of [B, N, 3, H, D]; dbias
 //           like bias; every element written
 // numerics: everything in fp32, rounded once; delta is the sum of P dP where one block of keys
-// holds
-//           them all. Where bf16 has a dot product of its own, P and dS are rounded to bf16 for it
+//           holds them all. Where bf16 has a dot product of its own, P and dS are rounded to bf16
+//           for it
 // cost:     per block of keys (packed three ways, in L2) and block of rows five products: scores
-// and
-//           dP a few rows at a time, dq from them, then dk and dv for the whole block of rows
+//           and dP a few rows at a time, dq from them, then dk and dv for the whole block of rows
 // order:    a head belongs to one task, its sums run over rows in order; few heads are cut into
 //           chunks of rows, by shape alone, whose dk and dv are added in order; so is dbias, head
 //           by head
@@ -39,21 +39,21 @@ struct RowCoef {
   float far = 0.0f;
 };
 
-// For one row, replaces scores s by P, and dP by dP + c(j) + a(j) S + w d; returns the sum of P dP.
+// For one row, replaces scores s by P, and dP by dP + c(j) + a(j) L + w d; returns the sum of P dP.
 template <bool kCoef, bool kFarther>
 MIMKERNELS_INLINE float probability_row(float* s, float* dp, const float* distance, int64_t padded,
-                                        int64_t prefix, float lse, const RowCoef& coef) {
+                                        int64_t prefix, float lse, float lse_low,
+                                        const RowCoef& coef) {
   const Floats shift = splat(lse);
-  const Floats least = splat(lse + kLeastExponent);
+  const Floats low = splat(lse_low);
   Floats sum = {};
   const auto step = [&](int64_t j, Floats c, Floats a) MIMKERNELS_LAMBDA_INLINE {
-    const Floats score = load_floats(s + j);
-    const Floats p = exp_lanes(score - shift);
+    Floats log_p;
+    const Floats p = exp_clamped((load_floats(s + j) - shift) - low, log_p);
     Floats t = load_floats(dp + j);
     sum = mul_add(p, t, sum);
     store_floats(s + j, p);
-    // Where p is 0 the score may be -inf: any finite number will do.
-    if constexpr (kCoef) t += mul_add(a, max_or_second(least, score), c);
+    if constexpr (kCoef) t += mul_add(a, log_p, c);
     if constexpr (kFarther) t = mul_add(splat(coef.far), load_floats(distance + j), t);
     if constexpr (kCoef) store_floats(dp + j, t);
   };
@@ -298,7 +298,7 @@ class Worker {
     start_.template set_rows<kStride>(scores, row, rows);
     products.panels = values_;
     products.dim = s_.dim;
-    products.run = s_.dim;
+    products.run = product_run(s_.dim);
     products.keys = count;
     products.scores = ds;
     with_row_count(rows, [&](auto n) {
@@ -311,21 +311,24 @@ class Worker {
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t index = (b_ * s_.heads + h_) * s_.queries + row + i;
       const float lse = p_.lse[index] == -kInfinity ? 0.0f : p_.lse[index];
+      const float low = p_.lse_low[index];
       float* s_row = s + i * kStride;
       float* ds_row = ds + i * kStride;
       RowCoef coef;
       float delta = 0.0f;
       if (!p_.has_coef) {
-        delta = probability_row<false, false>(s_row, ds_row, nullptr, columns, 0, lse, coef);
+        delta = probability_row<false, false>(s_row, ds_row, nullptr, columns, 0, lse, low, coef);
       } else {
         const float* from = p_.coef + index;
         coef = {from[0],         from[plane],     from[2 * plane],
                 from[3 * plane], from[4 * plane], from[5 * plane]};
         if (!p_.positions.given) {
-          delta = probability_row<true, false>(s_row, ds_row, nullptr, columns, prefix, lse, coef);
+          delta =
+              probability_row<true, false>(s_row, ds_row, nullptr, columns, prefix, lse, low, coef);
         } else {
           const float* distance = distances_.row(row + i, i, first, count);
-          delta = probability_row<true, true>(s_row, ds_row, distance, columns, prefix, lse, coef);
+          delta =
+              probability_row<true, true>(s_row, ds_row, distance, columns, prefix, lse, low, coef);
         }
       }
       // With all keys at hand delta = sum of P dP, free of out's rounding.

@@ -1,7 +1,7 @@
 // The six coefficients of every row through which upstream gradients of lse and of the statistics
 // reach the scores (see AttentionCoefParams).
 //
-// in:       lse, dlse [B, H, Nq], statistics and their gradients [S, B, H, Nq], fp32, contiguous
+// in:       dlse [B, H, Nq], statistics and their gradients [S, B, H, Nq], fp32, contiguous
 // out:      coef fp32 [6, B, H, Nq]; every element written once
 // numerics: fp32
 // cost:     inputs read once, outputs written once
@@ -18,8 +18,6 @@ MIMKERNELS_INLINE Floats load_row(const float* src, int64_t lanes) {
 
 MIMKERNELS_INLINE void coefficients(const AttentionCoefParams& p, int64_t i, int64_t lanes) {
   const Floats zero = {};
-  const Floats lse = load_row(p.lse + i, lanes);
-  const Floats level = choose_lanes((Ints)(lse - lse == zero), lse, zero);
   Floats both = p.has_dlse ? load_row(p.dlse + i, lanes) : zero;
   Floats slope = zero, c_prefix = zero, c_patch = zero, a_patch = zero, own = zero, far = zero;
   if (p.has_drows) {
@@ -30,7 +28,7 @@ MIMKERNELS_INLINE void coefficients(const AttentionCoefParams& p, int64_t i, int
     const auto up = [&](AttentionStat stat) { return load_row(p.drows + plane(stat), lanes); };
     if (p.stats & kEntropy) {
       slope = -up(kEntropy);
-      both += up(kEntropy) * (level - value(kEntropy));
+      both -= up(kEntropy) * value(kEntropy);
     }
     if (p.stats & kPrefixMass) {
       c_prefix = up(kPrefixMass);
@@ -46,11 +44,10 @@ MIMKERNELS_INLINE void coefficients(const AttentionCoefParams& p, int64_t i, int
     }
     if (p.stats & kPatchEntropy) {
       const Floats mass = value(kPatchMass);
-      const Ints some = (Ints)(mass > zero);
-      const Floats weight = choose_lanes(some, up(kPatchEntropy) / mass, zero);
-      a_patch = -weight;
-      const Floats constant = weight * (level + log_lanes(mass) - value(kPatchEntropy));
-      c_patch = choose_lanes(some, constant, zero);
+      const Ints few = (Ints)(mass < splat(kLeastPatchMass));
+      const Floats weight = up(kPatchEntropy) / mass;
+      a_patch = choose_lanes(few, zero, -weight);
+      c_patch = choose_lanes(few, zero, weight * (log_lanes(mass) - value(kPatchEntropy)));
     }
     if (p.stats & kPatchMass) {
       c_patch += up(kPatchMass);

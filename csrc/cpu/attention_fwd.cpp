@@ -46,11 +46,11 @@ MIMKERNELS_INLINE void exp_row(float* s, float* x, E* weights, int64_t padded, f
   }
 }
 
-// The sums of one row: p, p x, both over the patch keys too, p * distance. `prefix` of the keys are
-// prefix keys. The sum of p does not depend on where they end.
+// The sums of some keys of one row: p, p x, both over the patch keys too, p * distance. The first
+// `prefix` are prefix keys. The sum of p does not depend on where they end.
 template <bool kExpect, bool kPatch, bool kFarther>
-MIMKERNELS_INLINE RowSums sum_row(const float* p, const float* x, const float* distance,
-                                  int64_t padded, int64_t prefix) {
+MIMKERNELS_INLINE RowSums sum_keys(const float* p, const float* x, const float* distance,
+                                   int64_t padded, int64_t prefix) {
   Floats sum = {}, before = {}, patch_sum = {}, patch_expected = {}, far = {};
   int64_t j = 0;
   if constexpr (kExpect || kPatch) {
@@ -83,6 +83,26 @@ MIMKERNELS_INLINE RowSums sum_row(const float* p, const float* x, const float* d
   if constexpr (kExpect) out.expected = out.patch_expected + add_lanes(before);
   if constexpr (kFarther) out.far = add_lanes(far);
   return out;
+}
+
+// Keys whose sums are taken at a time: a lane adds few numbers, so that rounding errors stay small.
+constexpr int64_t kSumKeys = kLanes < 8 ? 64 : 256;
+
+template <bool kExpect, bool kPatch, bool kFarther>
+MIMKERNELS_INLINE RowSums sum_row(const float* p, const float* x, const float* distance,
+                                  int64_t padded, int64_t prefix) {
+  RowSums total;
+  for (int64_t j = 0; j < padded; j += kSumKeys) {
+    const int64_t keys = min_of(kSumKeys, padded - j);
+    const RowSums sums = sum_keys<kExpect, kPatch, kFarther>(
+        p + j, x + j, kFarther ? distance + j : nullptr, keys, max_of(0, min_of(prefix - j, keys)));
+    total.sum += sums.sum;
+    total.expected += sums.expected;
+    total.patch_sum += sums.patch_sum;
+    total.patch_expected += sums.patch_expected;
+    total.far += sums.far;
+  }
+  return total;
 }
 
 MIMKERNELS_INLINE float sum_of_first(const float* p, int64_t count) {
@@ -361,7 +381,8 @@ class Worker {
       if (asks(kPatchEntropy)) {
         const Floats mass = field(kPatchSum);
         const Floats entropy = log_lanes(mass) - field(kPatchExpected) / mass;
-        next(choose_lanes((Ints)(mass > 0.0f), entropy, zero));
+        const Ints few = (Ints)(mass * inverse < splat(kLeastPatchMass));
+        next(choose_lanes(few, zero, entropy));
       }
       if (asks(kPeak)) next(inverse);
       if (asks(kPatchMass)) next(field(kPatchSum) * inverse);

@@ -1,10 +1,13 @@
 // Statistics of the attention map that are no row sums: attention received per key, divergence of
-// heads. Both recompute P = exp(S - lse) a few rows at a time and keep nothing N x N.
+// heads. Both recompute L = (S - lse) - lse_low and P = exp(L) a few rows at a time and keep
+// nothing N x N.
 //
 // in:       q, k by strides, features contiguous; lse [B, H, Nq]; bias, key mask
 // out:      received [B, H, Nk] = mean over queries of P_ij; divergence [B, H, H] = mean over
-//           queries of KL(P^h || P^g); fp32, every element written once
+//           queries of KL(P^h || P^g) over the keys that both heads see; fp32, every element
+//           written once
 // numerics: fp32, totals of divergence over queries in fp64; sums over queries run in order
+// cost:     one pass over the scores, and another over those of rows whose lse is large
 #include "attention_block.h"
 #include "kernels.h"
 
@@ -13,10 +16,7 @@ namespace {
 
 constexpr int64_t kBlockKeys = 512;
 constexpr int kStride = kBlockKeys + 16;
-// Stands in for log 0 = -inf, so that 0 * log 0 = 0; a divergence that it enters with weight is
-// infinite.
-constexpr float kLogZero = -1e30f;
-constexpr float kCertainlyInfinite = 1e15f;
+constexpr float kLowest = -3.40282347e38f;  // stands in for log 0 = -inf, so that 0 * log 0 = 0
 
 // The scores of a few rows against one block of keys.
 template <typename T>
@@ -59,11 +59,8 @@ class ScoreRows {
 
   const KeyBlocks& blocks() const { return blocks_; }
   int64_t columns() const { return padded_columns(blocks_.length(block_)); }
-  // lse of a row, 0 where no key is allowed.
-  float shift(const float* lse, int64_t row) const {
-    const float value = lse[(b_ * s_.heads + h_) * s_.queries + row];
-    return value == -kInfinity ? 0.0f : value;
-  }
+  // Where a row of this head is among all rows.
+  int64_t at(int64_t row) const { return (b_ * s_.heads + h_) * s_.queries + row; }
 
  private:
   const AttentionScores& s_;
@@ -93,12 +90,122 @@ MIMKERNELS_INLINE Status run_tasks(const Params& params, int64_t tasks, Parallel
   return failures != 0 ? out_of_memory() : Status{};
 }
 
+// lse in two parts, [B, H, Nq] each.
+struct RowLogs {
+  const float* lse = nullptr;
+  const float* low = nullptr;
+};
+
+// L of one register of scores of one row.
+MIMKERNELS_INLINE Floats log_p(Floats score, const RowLogs& logs, int64_t row) {
+  const float lse = logs.lse[row] == -kInfinity ? 0.0f : logs.lse[row];
+  return (score - splat(lse)) - splat(logs.low[row]);
+}
+
+struct LowParams {
+  const AttentionScores& scores;
+  const float* lse;
+  float* low;
+};
+
+// lse_low of some rows of one head: 0 where lse is not large, else from the row's maximum and sum.
+template <typename T>
+class LowWorker {
+ public:
+  explicit LowWorker(const LowParams& params) : p_(params), rows_(params.scores) {}
+
+  static int64_t tasks(const AttentionScores& s) {
+    return s.batch * s.heads * ceil_div(s.queries, kTaskRows);
+  }
+
+  bool reserve() {
+    allocate();
+    if (!arena_.reserve()) return false;
+    allocate();
+    return true;
+  }
+
+  void run(int64_t task) {
+    const AttentionScores& s = p_.scores;
+    const int64_t parts = ceil_div(s.queries, kTaskRows);
+    const int64_t head = task / parts;
+    const int64_t first = task % parts * kTaskRows;
+    const int64_t count = min_of(kTaskRows, s.queries - first);
+    const float* lse = p_.lse + head * s.queries + first;
+    float* low = p_.low + head * s.queries + first;
+    const RowTiles tiles(count);
+    const auto large = [&](int64_t row) {
+      return lse[row] - lse[row] == 0.0f && __builtin_fabsf(lse[row]) > kLargeLse;
+    };
+    bool any = false;
+    for (int64_t i = 0; i < count; ++i) {
+      low[i] = 0.0f;
+      any = any || large(i);
+      tops_[i] = -kInfinity;
+      sums_[i] = 0.0f;
+    }
+    if (!any) return;
+    for (int64_t block = 0; block < rows_.blocks().blocks; ++block) {
+      rows_.set_block(head / s.heads, head % s.heads, block);
+      for (int64_t tile = 0; tile < tiles.tiles; ++tile) {
+        const int64_t row = tiles.first(tile);
+        const int64_t rows = tiles.first(tile + 1) - row;
+        bool needed = false;
+        for (int64_t i = row; i < row + rows; ++i) needed = needed || large(i);
+        if (!needed) continue;
+        rows_.compute(first + row, rows, scores_);
+        for (int64_t i = 0; i < rows; ++i) add_row(row + i, scores_ + i * kStride);
+      }
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      if (large(i)) low[i] = (tops_[i] - lse[i]) + log_lanes(splat(sums_[i]))[0];
+    }
+  }
+
+ private:
+  static constexpr int64_t kTaskRows = 64;
+
+  void add_row(int64_t row, const float* scores) {
+    Floats best = splat(tops_[row]);
+    for (int64_t j = 0; j < rows_.columns(); j += kLanes) {
+      best = max_or_second(load_floats(scores + j), best);
+    }
+    const float top = max_lanes(best);
+    if (top == -kInfinity) return;
+    Floats sum = {};
+    for (int64_t j = 0; j < rows_.columns(); j += kLanes) {
+      sum += exp_lanes(load_floats(scores + j) - splat(top));
+    }
+    sums_[row] = sums_[row] * exp_lanes(splat(tops_[row] - top))[0] + add_lanes(sum);
+    tops_[row] = top;
+  }
+
+  void allocate() {
+    rows_.allocate(arena_);
+    scores_ = arena_.floats(kRowTile * kStride);
+    tops_ = arena_.floats(kTaskRows);
+    sums_ = arena_.floats(kTaskRows);
+  }
+
+  const LowParams& p_;
+  ScoreRows<T> rows_;
+  Arena arena_;
+  float* scores_ = nullptr;
+  float* tops_ = nullptr;
+  float* sums_ = nullptr;
+};
+
+struct ReceivedTasks {
+  const ReceivedAttentionParams& params;
+  RowLogs logs;
+};
+
 // A task is one block of keys of one head, and owns its part of the output.
 template <typename T>
 class ReceivedWorker {
  public:
-  explicit ReceivedWorker(const ReceivedAttentionParams& params)
-      : p_(params), rows_(params.scores) {}
+  explicit ReceivedWorker(const ReceivedTasks& tasks)
+      : p_(tasks.params), logs_(tasks.logs), rows_(p_.scores) {}
 
   bool reserve() {
     allocate();
@@ -124,8 +231,7 @@ class ReceivedWorker {
       for (int64_t j = 0; j < columns; j += kLanes) {
         Floats sum = {};
         for (int64_t i = 0; i < rows; ++i) {
-          sum += exp_lanes(load_floats(scores_ + i * kStride + j) -
-                           splat(rows_.shift(p_.lse, row + i)));
+          sum += exp_lanes(log_p(load_floats(scores_ + i * kStride + j), logs_, rows_.at(row + i)));
         }
         store_floats(sums_ + j, load_floats(sums_ + j) + sum);
       }
@@ -143,6 +249,7 @@ class ReceivedWorker {
   }
 
   const ReceivedAttentionParams& p_;
+  RowLogs logs_;
   ScoreRows<T> rows_;
   Arena arena_;
   float* scores_ = nullptr;
@@ -150,12 +257,14 @@ class ReceivedWorker {
 };
 
 // sums[h, g] += sum over columns of p[h, :] * logs[g, :], all heads against all heads, in tiles of
-// kSide x kSide heads. Rows are `stride` apart.
+// kSide x kSide heads. Rows are `stride` apart. With kHidden, keys that g does not see, whose
+// logarithm is -inf, count with h's own.
 constexpr int kSide = 3;
 
-template <int kRows, int kColumns>
-MIMKERNELS_INLINE void cross_tile(const float* p, const float* logs, int64_t stride,
-                                  int64_t columns, float* sums, int64_t sums_stride) {
+template <bool kHidden, int kRows, int kColumns>
+MIMKERNELS_INLINE void cross_tile(const float* p, const float* own, const float* logs,
+                                  int64_t stride, int64_t columns, float* sums,
+                                  int64_t sums_stride) {
   Floats acc[kRows][kColumns];
   clear(acc);
   for (int64_t j = 0; j < columns; j += kLanes) {
@@ -165,8 +274,18 @@ MIMKERNELS_INLINE void cross_tile(const float* p, const float* logs, int64_t str
     MIMKERNELS_UNROLL
     for (int h = 0; h < kRows; ++h) {
       const Floats left = load_floats(p + h * stride + j);
+      Floats instead = {};
+      if constexpr (kHidden) {
+        instead = max_or_second(splat(kLowest), load_floats(own + h * stride + j));
+      }
       MIMKERNELS_UNROLL
-      for (int g = 0; g < kColumns; ++g) acc[h][g] = mul_add(left, right[g], acc[h][g]);
+      for (int g = 0; g < kColumns; ++g) {
+        Floats log = right[g];
+        if constexpr (kHidden) {
+          log = choose_lanes((Ints)(log == splat(-kInfinity)), instead, log);
+        }
+        acc[h][g] = mul_add(left, log, acc[h][g]);
+      }
     }
   }
   for (int h = 0; h < kRows; ++h) {
@@ -174,34 +293,36 @@ MIMKERNELS_INLINE void cross_tile(const float* p, const float* logs, int64_t str
   }
 }
 
+template <bool kHidden>
 void cross_heads(const float* p, const float* logs, int64_t stride, int64_t columns, int64_t heads,
                  float* sums) {
+  const auto tile = [&](auto rows, auto others, int64_t h, int64_t g) MIMKERNELS_LAMBDA_INLINE {
+    cross_tile<kHidden, rows.value, others.value>(p + h * stride, logs + h * stride,
+                                                  logs + g * stride, stride, columns,
+                                                  sums + h * heads + g, heads);
+  };
   int64_t h = 0;
   for (; h + kSide <= heads; h += kSide) {
     int64_t g = 0;
-    for (; g + kSide <= heads; g += kSide) {
-      cross_tile<kSide, kSide>(p + h * stride, logs + g * stride, stride, columns,
-                               sums + h * heads + g, heads);
-    }
-    for (; g < heads; ++g) {
-      cross_tile<kSide, 1>(p + h * stride, logs + g * stride, stride, columns, sums + h * heads + g,
-                           heads);
-    }
+    for (; g + kSide <= heads; g += kSide) tile(Constant<kSide>{}, Constant<kSide>{}, h, g);
+    for (; g < heads; ++g) tile(Constant<kSide>{}, Constant<1>{}, h, g);
   }
   for (; h < heads; ++h) {
-    for (int64_t g = 0; g < heads; ++g) {
-      cross_tile<1, 1>(p + h * stride, logs + g * stride, stride, columns, sums + h * heads + g,
-                       heads);
-    }
+    for (int64_t g = 0; g < heads; ++g) tile(Constant<1>{}, Constant<1>{}, h, g);
   }
 }
+
+struct DivergenceTasks {
+  const HeadDivergenceParams& params;
+  RowLogs logs;
+};
 
 // A task is one image. Rows of all heads are visited together: their P and log P lie side by side.
 template <typename T>
 class DivergenceWorker {
  public:
-  explicit DivergenceWorker(const HeadDivergenceParams& params)
-      : p_(params), rows_(params.scores) {}
+  explicit DivergenceWorker(const DivergenceTasks& tasks)
+      : p_(tasks.params), row_logs_(tasks.logs), rows_(p_.scores) {}
 
   bool reserve() {
     allocate();
@@ -224,8 +345,7 @@ class DivergenceWorker {
     }
     float* out = p_.out + b * cells;
     for (int64_t i = 0; i < cells; ++i) {
-      const float value = static_cast<float>(totals_[i] / static_cast<double>(s.queries));
-      out[i] = value > kCertainlyInfinite ? kInfinity : value;
+      out[i] = static_cast<float>(totals_[i] / static_cast<double>(s.queries));
     }
   }
 
@@ -238,6 +358,9 @@ class DivergenceWorker {
     const int64_t top = tiles.first(begin);
     const int64_t rows = tiles.first(end) - top;
     const int64_t head_stride = kSpanRows * kStride;
+    // Only a bias can hide a key from one head and not from another.
+    const bool hides = s.bias.given;
+    const Floats least = splat(hides ? -kInfinity : kLowest);
     for (int64_t h = 0; h < s.heads; ++h) {
       rows_.set_block(b, h, block);
       for (int64_t tile = begin; tile < end; ++tile) {
@@ -247,10 +370,9 @@ class DivergenceWorker {
         float* logs = logs_ + h * head_stride + (row - top) * kStride;
         rows_.compute(row, count, p);
         for (int64_t i = 0; i < count; ++i) {
-          const Floats shift = splat(rows_.shift(p_.lse, row + i));
           for (int64_t j = 0; j < rows_.columns(); j += kLanes) {
-            const Floats x = load_floats(p + i * kStride + j) - shift;
-            store_floats(logs + i * kStride + j, max_or_second(splat(kLogZero), x));
+            const Floats x = log_p(load_floats(p + i * kStride + j), row_logs_, rows_.at(row + i));
+            store_floats(logs + i * kStride + j, max_or_second(least, x));
             store_floats(p + i * kStride + j, exp_lanes(x));
           }
         }
@@ -259,8 +381,9 @@ class DivergenceWorker {
     const int64_t cells = s.heads * s.heads;
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t c = 0; c < cells; ++c) sums_[c] = 0.0f;
-      cross_heads(weights_ + i * kStride, logs_ + i * kStride, head_stride, rows_.columns(),
-                  s.heads, sums_);
+      const auto cross = hides ? cross_heads<true> : cross_heads<false>;
+      cross(weights_ + i * kStride, logs_ + i * kStride, head_stride, rows_.columns(), s.heads,
+            sums_);
       // KL(h || g) = sum P^h log P^h - sum P^h log P^g: nearly equal sums, subtracted before they
       // grow.
       for (int64_t h = 0; h < s.heads; ++h) {
@@ -281,6 +404,7 @@ class DivergenceWorker {
   }
 
   const HeadDivergenceParams& p_;
+  RowLogs row_logs_;
   ScoreRows<T> rows_;
   Arena arena_;
   float* weights_ = nullptr;
@@ -289,20 +413,38 @@ class DivergenceWorker {
   double* totals_ = nullptr;
 };
 
+// Calls run(RowLogs) once lse_low is there.
+template <typename T, typename Run>
+MIMKERNELS_INLINE Status with_row_logs(const AttentionScores& s, const float* lse,
+                                       ParallelFor parallel_for, const Run& run) {
+  Scratch<float> low(s.batch * s.heads * s.queries);
+  if (low.failed()) return out_of_memory();
+  const LowParams params{s, lse, low.get()};
+  const Status status = run_tasks<LowWorker<T>>(params, LowWorker<T>::tasks(s), parallel_for);
+  return status.ok() ? run(RowLogs{lse, low.get()}) : status;
+}
+
 }  // namespace
 
 Status received_attention_fwd(const ReceivedAttentionParams& params, ParallelFor parallel_for) {
   const AttentionScores& s = params.scores;
   return with_float_type(s.dtype, [&](auto type) {
+    using T = decltype(type);
     if (s.keys == 0) return Status{};
-    const int64_t tasks = s.batch * s.heads * KeyBlocks(s.keys, kBlockKeys).blocks;
-    return run_tasks<ReceivedWorker<decltype(type)>>(params, tasks, parallel_for);
+    return with_row_logs<T>(s, params.lse, parallel_for, [&](const RowLogs& logs) {
+      const int64_t tasks = s.batch * s.heads * KeyBlocks(s.keys, kBlockKeys).blocks;
+      return run_tasks<ReceivedWorker<T>>(ReceivedTasks{params, logs}, tasks, parallel_for);
+    });
   });
 }
 
 Status head_divergence_fwd(const HeadDivergenceParams& params, ParallelFor parallel_for) {
-  return with_float_type(params.scores.dtype, [&](auto type) {
-    return run_tasks<DivergenceWorker<decltype(type)>>(params, params.scores.batch, parallel_for);
+  const AttentionScores& s = params.scores;
+  return with_float_type(s.dtype, [&](auto type) {
+    using T = decltype(type);
+    return with_row_logs<T>(s, params.lse, parallel_for, [&](const RowLogs& logs) {
+      return run_tasks<DivergenceWorker<T>>(DivergenceTasks{params, logs}, s.batch, parallel_for);
+    });
   });
 }
 

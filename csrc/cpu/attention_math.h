@@ -20,6 +20,12 @@ MIMKERNELS_INLINE Floats splat(float value) { return value - (Floats){}; }
 MIMKERNELS_INLINE Floats load_floats(const float* src) { return load_part<kLanes>(src); }
 MIMKERNELS_INLINE void store_floats(float* dst, Floats value) { store_part<kLanes>(dst, value); }
 
+#if defined(__AVX512F__) || defined(__FMA__)
+constexpr bool kFused = true;
+#else
+constexpr bool kFused = false;  // a product is rounded before it is added
+#endif
+
 // a * b + c
 MIMKERNELS_INLINE Floats mul_add(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)

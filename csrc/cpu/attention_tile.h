@@ -193,15 +193,6 @@ MIMKERNELS_INLINE void clear(Floats (&acc)[kRows][kVectors]) {
 }
 
 template <int kRows, int kVectors>
-MIMKERNELS_INLINE void load_tile(Floats (&acc)[kRows][kVectors], const float* src, int64_t stride) {
-  MIMKERNELS_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    MIMKERNELS_UNROLL
-    for (int v = 0; v < kVectors; ++v) acc[r][v] = load_floats(src + r * stride + v * kLanes);
-  }
-}
-
-template <int kRows, int kVectors>
 MIMKERNELS_INLINE void add_tile(Floats (&acc)[kRows][kVectors], const float* src, int64_t stride) {
   MIMKERNELS_UNROLL
   for (int r = 0; r < kRows; ++r) {
@@ -305,6 +296,11 @@ void score_rows(const ScoreTile<E>& t) {
   }
 }
 
+// How many weighted rows are summed at a time, at most: rounding errors grow with the length of a
+// chain of additions. Up to 256 rows, one more sum of a tile would cost a hundredth and gain little
+// where products are not rounded.
+constexpr int64_t kLongestRun = kFused ? 256 : 128;
+
 // The sums over keys of weights[r * kRowStride + key] * panels[key, :], with the panels of
 // pack_rows, added to the rows of `start` if kAdd: finish(r, c, value) takes a register of row r
 // from column c.
@@ -313,14 +309,21 @@ void weigh_panels(const E* weights, const E* panels, int64_t keys, int64_t dim, 
                   const Finish& finish) {
   constexpr int64_t kStep = kDepth<E>;
   const int64_t steps = steps_of<E>(keys);
+  const int64_t run = ceil_div(steps, max_of(1, ceil_div(keys, kLongestRun)));
   const auto panel_of = [&](auto vectors, const E* panel, int64_t c) MIMKERNELS_LAMBDA_INLINE {
+    constexpr int64_t kWidth = vectors.value * kLanes;
     Floats acc[kRows][vectors.value];
-    if constexpr (kAdd) {
-      load_tile(acc, start + c, kDimStride);
-    } else {
+    clear(acc);
+    multiply(acc, weights, kRowStride, kStep, panel, kWidth * kStep, min_of(run, steps));
+    for (int64_t k = run; k < steps; k += run) {
+      float sums[kRows * kWidth];
+      store_tile(acc, sums, kWidth);
       clear(acc);
+      multiply(acc, weights + k * kStep, kRowStride, kStep, panel + k * kWidth * kStep,
+               kWidth * kStep, min_of(run, steps - k));
+      add_tile(acc, sums, kWidth);
     }
-    multiply(acc, weights, kRowStride, kStep, panel, vectors.value * kLanes * kStep, steps);
+    if constexpr (kAdd) add_tile(acc, start + c, kDimStride);
     MIMKERNELS_UNROLL
     for (int r = 0; r < kRows; ++r) {
       MIMKERNELS_UNROLL
@@ -342,9 +345,10 @@ void gather_panels(const E* weights, const E* right, int64_t rows, int64_t dim, 
   constexpr int64_t kStep = kDepth<E>;
   const auto panel_of = [&](auto vectors, int64_t c) MIMKERNELS_LAMBDA_INLINE {
     Floats acc[kKeys][vectors.value];
-    load_tile(acc, out + c, out_stride);
+    clear(acc);
     multiply(acc, weights, kStep, kRowStride * kStep, right + c * kStep, kDimStride * kStep,
              steps_of<E>(rows));
+    add_tile(acc, out + c, out_stride);
     store_tile(acc, out + c, out_stride);
   };
   int64_t c = 0;

@@ -223,14 +223,16 @@ MIMKERNELS_INLINE void dot_tile(const float* const* rows, const float* vectors, 
   }
 }
 
-// Columns of a block's rows that stay in the first-level cache while many vectors pass by.
-constexpr int64_t kDotColumns = 384;
+// Columns that are summed at a time. A lane adds at most 64 products, so that rounding errors stay
+// small; beside many vectors, a block's rows must also stay in the first-level cache.
+constexpr int64_t kDotRun = 64 * kLanes;
+constexpr int64_t kDotRunOfMany = kDotRun < 384 ? kDotRun : 384;
 
 // out[v * kBlock + i] = rows[i] . vectors[v * stride ...].
 inline void block_dots(const BlockRows& rows, const float* vectors, int64_t stride, int64_t count,
                        int64_t dim, Ahead& ahead, float* out) {
   const int64_t triples = count / 3;
-  const int64_t run = count == 1 ? max_of(dim, 1) : kDotColumns;
+  const int64_t run = count == 1 ? kDotRun : kDotRunOfMany;
   for (int64_t from = 0; from == 0 || from < dim; from += run) {
     const int64_t to = min_of(dim, from + run);
     const bool add = from > 0;
@@ -266,11 +268,10 @@ MIMKERNELS_INLINE void weigh_tile(const BlockRows& rows, int count, const float*
       MIMKERNELS_UNROLL
       for (int at = 0; at < kSize; at += 16) prefetch(next[i] + (c + at) * size);
     }
+    // The block's own sum comes first: rounding errors grow with the number of blocks, not tokens.
     Pack<kSize> sum[kVectors];
     MIMKERNELS_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      sum[v] = load_columns<kSize, kWhole>(acc + v * stride + c, n) * broadcast<kSize>(factors[v]);
-    }
+    for (int v = 0; v < kVectors; ++v) sum[v] = broadcast<kSize>(0.0f);
     for (int i = 0; i < count; ++i) {
       const Pack<kSize> row = load_columns<kSize, kWhole>(rows[i] + c, n);
       MIMKERNELS_UNROLL
@@ -280,6 +281,8 @@ MIMKERNELS_INLINE void weigh_tile(const BlockRows& rows, int count, const float*
     }
     MIMKERNELS_UNROLL
     for (int v = 0; v < kVectors; ++v) {
+      const Pack<kSize> before = load_columns<kSize, kWhole>(acc + v * stride + c, n);
+      sum[v] = fused(before, broadcast<kSize>(factors[v]), sum[v]);
       store_columns<kSize, kWhole, false>(acc + v * stride + c, sum[v], n);
     }
   });
@@ -318,7 +321,7 @@ inline void block_dots_slices(const BlockRows& rows, const float* vectors, int64
   for (int64_t v = 0; v < count; ++v) {
     for (int i = 0; i < kBlock; ++i) slice[i] = rows[i] + v * width;
     Ahead nothing(slice);
-    dot_tile<8, 1>(slice, vectors + v * width, 0, 0, width, false, nothing, out + v * kBlock);
+    block_dots(slice, vectors + v * width, 0, 1, width, nothing, out + v * kBlock);
   }
 }
 

@@ -33,6 +33,17 @@ MIMKERNELS_INLINE int64_t count_allowed(const ReducePoolParams& p, int64_t b) {
   return count;
 }
 
+// Tokens that are summed one after the other; then their sums join the total, so that rounding
+// errors do not grow with the length of the sequence.
+constexpr int64_t kSumRun = 128;
+
+MIMKERNELS_INLINE void close_run(float* total, float* run, int64_t dim) {
+  for (int64_t c = 0; c < dim; c += 16) {
+    store<16>(total + c, load<16>(total + c) + load<16>(run + c));
+    store<16>(run + c, broadcast<16>(0.0f));
+  }
+}
+
 // exp(x) for any x; infinity beyond the largest float.
 template <int N>
 MIMKERNELS_INLINE Pack<N> exp_of(Pack<N> x) {

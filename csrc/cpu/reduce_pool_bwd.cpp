@@ -77,6 +77,7 @@ double power_gradient(const Tile<T>& t) {
   alignas(64) float factor[kReduceTile + 16];  // of z^(p - 1)
   alignas(64) float center[kReduceTile + 16];  // log M / p
   alignas(64) float logs[kReduceTile + 16];    // sum of z^p (log z - log M / p)
+  alignas(64) float run[kReduceTile + 16];     // that of the last tokens
   alignas(64) float dout[kReduceTile + 16];
   const float exponent = *t.p.p;
   const float* const moment = t.p.moment + t.b * t.p.dim + t.first;
@@ -87,6 +88,7 @@ double power_gradient(const Tile<T>& t) {
   memset(dout, 0, sizeof(dout));
   memset(factor, 0, sizeof(factor));
   memset(logs, 0, sizeof(logs));
+  memset(run, 0, sizeof(run));
   set_acc(dout, t.dout, t.dim);
   set_acc(factor, moment, t.dim);
   for (int64_t c = 0; c < t.dim; c += 16) {
@@ -97,6 +99,7 @@ double power_gradient(const Tile<T>& t) {
     store<16>(factor + c, load<16>(dout + c) * (exp_of(log_root) / m) / count);
   }
   for (int64_t n = 0; n < t.p.tokens; ++n) {
+    if (n % kSumRun == 0) close_run(logs, run, t.dim);
     T* const dx = t.p.dx == nullptr ? nullptr : t.dx(n);
     if (!t.allowed(n)) {
       if (dx != nullptr) zero_row<kStream>(dx, t.dim);
@@ -112,7 +115,7 @@ double power_gradient(const Tile<T>& t) {
       if (!cube || t.p.dp != nullptr) log_z = log_of(z);
       const Pack16 power = cube ? z * z : exp_of(less * log_z);
       if (t.p.dp != nullptr)
-        store<16>(logs + c, load<16>(logs + c) + power * z * (log_z - load<16>(center + c)));
+        store<16>(run + c, load<16>(run + c) + power * z * (log_z - load<16>(center + c)));
       if (dx == nullptr) return;
       Pack16 out = load<16>(factor + c) * power;
       MIMKERNELS_UNROLL
@@ -125,6 +128,7 @@ double power_gradient(const Tile<T>& t) {
     for (; c + 16 <= t.dim; c += 16) at(c, 16, std::true_type{});
     if (c < t.dim) at(c, t.dim - c, std::false_type{});
   }
+  close_run(logs, run, t.dim);
   if (t.p.dp == nullptr || t.count == 0) return 0.0;
   double sum = 0.0;
   for (int64_t c = 0; c < t.dim; ++c) {

@@ -4,7 +4,9 @@
 // in:       x [B, N, D] by strides, last dim contiguous; mask [B, N] or null; p [1] fp32
 // out:      out [B, D]; of the maximum also its token [B, D] int32 (the first of equals, -1 for
 //           none), of the power mean also the mean of the powers [B, D] fp32
-// numerics: fp32 sums of 8 tokens each, added in order; powers as exp(p log x), cubes as products
+// numerics: fp32 sums of 8 tokens each, added in order in runs of 128 tokens; powers as exp(p log
+// x),
+//           cubes as products
 // cost:     x read once, excluded tokens not at all; a thread owns columns of images
 #include "kernels.h"
 #include "reduce_pool.h"
@@ -83,9 +85,11 @@ MIMKERNELS_INLINE void max_block(const BlockOfRows<T>& block, const int64_t (&to
 template <typename T>
 void reduce_tile(const ReducePoolParams& p, int64_t b, int64_t first, int64_t dim) {
   alignas(64) float acc[kReduceTile + 16];
+  alignas(64) float run[kReduceTile + 16];  // the sums of the last tokens
   alignas(64) int32_t index[kReduceTile + 16];
   for (int64_t c = 0; c < dim + 16; ++c) {
     acc[c] = 0.0f;
+    run[c] = 0.0f;
     index[c] = -1;
   }
   const float exponent = p.kind == ReduceKind::kGem ? *p.p : 1.0f;
@@ -103,20 +107,23 @@ void reduce_tile(const ReducePoolParams& p, int64_t b, int64_t first, int64_t di
       block.next[i] = i < ahead.count ? row_at<T>(p.x, b, ahead.token[i]) + first : block.row[i];
     }
     if (p.kind == ReduceKind::kMean) {
-      add_block(block, dim, acc, [](const Pack16& x) MIMKERNELS_LAMBDA_INLINE { return x; });
+      add_block(block, dim, run, [](const Pack16& x) MIMKERNELS_LAMBDA_INLINE { return x; });
     } else if (p.kind == ReduceKind::kMax) {
       max_block(block, here.token, allowed == 0, dim, acc, index);
     } else if (exponent == 3.0f) {
-      add_block(block, dim, acc, [&](const Pack16& x) MIMKERNELS_LAMBDA_INLINE {
+      add_block(block, dim, run, [&](const Pack16& x) MIMKERNELS_LAMBDA_INLINE {
         const Pack16 z = at_least(x, eps);
         return z * z * z;
       });
     } else {
-      add_block(block, dim, acc, [&](const Pack16& x) MIMKERNELS_LAMBDA_INLINE {
+      add_block(block, dim, run, [&](const Pack16& x) MIMKERNELS_LAMBDA_INLINE {
         return exp_of(by * log_of(at_least(x, eps)));
       });
     }
     allowed += here.count;
+    if (p.kind != ReduceKind::kMax && (allowed % kSumRun == 0 || ahead.count == 0)) {
+      close_run(acc, run, dim);
+    }
   }
   const int64_t at = b * p.dim + first;
   if (p.kind == ReduceKind::kMax) {

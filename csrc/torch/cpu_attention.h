@@ -18,11 +18,9 @@ struct OnCpu {
   }
 };
 
-inline std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k,
-                                                        const Tensor& v, OptionalTensor bias,
-                                                        OptionalTensor key_mask, double scale,
-                                                        int64_t num_prefix,
-                                                        OptionalTensor positions, int64_t stats) {
+inline std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd(
+    const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor bias, OptionalTensor key_mask,
+    double scale, int64_t num_prefix, OptionalTensor positions, int64_t stats) {
   return attention_fwd_at(OnCpu{}, q, k, v, bias, key_mask, scale, num_prefix, positions, stats,
                           [](const AttentionFwdParams& params) {
                             raise_if_failed(cpu_kernels().attention_fwd(params, &torch_pool),
@@ -40,14 +38,14 @@ inline Tensor attention_coef(const Tensor& lse, OptionalTensor dlse, const Tenso
 
 inline std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-    const Tensor& lse, const Tensor& lse_low, OptionalTensor bias, OptionalTensor key_mask, double scale,
-    int64_t num_prefix, OptionalTensor positions, OptionalTensor coef, bool need_bias,
+    const Tensor& lse, const Tensor& lse_low, OptionalTensor bias, OptionalTensor key_mask,
+    double scale, int64_t num_prefix, OptionalTensor positions, OptionalTensor coef, bool need_bias,
     bool packed) {
-  return attention_bwd_at(OnCpu{}, dout, q, k, v, out, lse, lse_low, bias, key_mask, scale, num_prefix,
-                          positions, coef, need_bias, packed, [](const AttentionBwdParams& params) {
-                            raise_if_failed(cpu_kernels().attention_bwd(params, &torch_pool),
-                                            "attention", "", false);
-                          });
+  return attention_bwd_at(
+      OnCpu{}, dout, q, k, v, out, lse, lse_low, bias, key_mask, scale, num_prefix, positions, coef,
+      need_bias, packed, [](const AttentionBwdParams& params) {
+        raise_if_failed(cpu_kernels().attention_bwd(params, &torch_pool), "attention", "", false);
+      });
 }
 
 inline Tensor received_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& lse,

@@ -534,20 +534,20 @@ def build_pooling(name: str, dim: int, num_prefix: int, **options: Any) -> Pooli
     return kind(dim, num_prefix, **options)
 
 
-def cls_attention(q: Tensor, k: Tensor, lse: Tensor, **options: Any) -> Tensor:
+def cls_attention(q: Tensor, k: Tensor, **options: Any) -> Tensor:
     """The [cls] query's attention ``[B, H, N]`` fp32, for poolings that need it; N x N is never computed.
 
     Args:
-        q, k: ``[B, H, N, D]`` and lse: ``[B, H, N]``, of the last block, as ``record_heads`` keeps them.
+        q, k: ``[B, H, N, D]`` of the last block, as ``record_heads`` keeps them.
         options: of ``attention_rows``; the ``options`` of a recorded layer.
 
     Example::
 
-        with record_heads(encoder.blocks[-1], keep=("q", "k", "lse")) as heads:
+        with record_heads(encoder.blocks[-1], keep=("q", "k")) as heads:
             tokens = encoder.forward_features(images)
-        pooled = pooling(tokens, cls_attention=cls_attention(heads[0].q, heads[0].k, heads[0].lse, **heads[0].options))
+        pooled = pooling(tokens, cls_attention=cls_attention(heads[0].q, heads[0].k, **heads[0].options))
     """
-    return attention_rows(q, k, lse, [0], **options).squeeze(2)
+    return attention_rows(q, k, [0], **options).squeeze(2)
 
 
 def _one_of(pooling: Pooling, option: str, value: Any, known: Sequence[str]) -> None:

@@ -177,7 +177,6 @@ def per_head_divergence(divergence: Tensor, *, symmetrize: bool = False) -> Tens
 def eps_patch_entropy(
     q: Tensor,
     k: Tensor,
-    lse: Tensor,
     num_prefix: int = 0,
     *,
     eps: float = 1e-6,
@@ -189,7 +188,6 @@ def eps_patch_entropy(
 
     Args:
         q, k: ``[B, H, N, D]``.
-        lse: ``[B, H, N]`` from ``attention`` with the same arguments.
         num_prefix: leading tokens that are no patches; left out of the sums.
         eps: in the denominator and inside the logarithm.
         bias, key_mask, scale: as in ``attention``.
@@ -203,7 +201,7 @@ def eps_patch_entropy(
     made = []
     for first in range(0, q.shape[2], ROWS):
         rows = torch.arange(first, min(first + ROWS, q.shape[2]), device=q.device)
-        a = attention_rows(q, k, lse, rows, bias=bias, key_mask=key_mask, scale=scale)
+        a = attention_rows(q, k, rows, bias=bias, key_mask=key_mask, scale=scale)
         made.append(_eps_entropy(a[..., num_prefix:], eps))
     return torch.cat(made, dim=-1)
 

@@ -179,7 +179,7 @@ class HeadStatistics:
         options = {"bias": bias, "key_mask": key_mask, "scale": scale, "backend": backend}
         if self.exact_eps and {"cls_pos_entropy", "pos_pos_entropy"} & set(self.names):
             rows["eps_patch_entropy"] = derived.eps_patch_entropy(
-                q, k, lse, self.num_prefix, eps=self.eps, bias=bias, key_mask=key_mask, scale=scale
+                q, k, self.num_prefix, eps=self.eps, bias=bias, key_mask=key_mask, scale=scale
             )
         # Everything side by side, [B, columns]: one pass of float64 sums for all quantities.
         columns = torch.cat([self._values(name, rows, given, options) for name in self.names], dim=1).double()

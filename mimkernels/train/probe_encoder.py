@@ -97,10 +97,10 @@ class FrozenEncoder(nn.Module):
         pixels = (images - self._shift) * self._scale
         if not with_attention:
             return Tokens(self._tokens(pixels), None)
-        with record_heads(self._last_block(), keep=("q", "k", "lse")) as heads:
+        with record_heads(self._last_block(), keep=("q", "k")) as heads:
             tokens = self._tokens(pixels)
         last = heads[-1]
-        return Tokens(tokens, cls_attention(last.q, last.k, last.lse, **last.options))
+        return Tokens(tokens, cls_attention(last.q, last.k, **last.options))
 
     def check_attention(self, pooling: str) -> None:
         """Raise ValueError unless the last block's attention can be had, which `pooling` needs."""

@@ -49,7 +49,7 @@ def attention(
     - ``prefix_mass``: ``sum of P_ij over prefix keys``
     - ``self_mass``: ``P_ii``
     - ``distance``: ``sum over T of P_ij |x_i - x_j|``, in the units of ``positions``; 0 for prefix queries
-    - ``patch_entropy``: entropy of ``P_ij / M_i`` over T, nats
+    - ``patch_entropy``: entropy of ``P_ij / M_i`` over T, nats; 0, without a gradient, where ``M_i`` is below 1e-30
     - ``peak``: ``max_j P_ij``, detached
     - ``patch_mass``: ``M_i``
 
@@ -185,24 +185,22 @@ class _Packed(torch.autograd.Function):
 
 
 def checked_scores(
-    op: str,
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    bias: Tensor | None,
-    key_mask: Tensor | None,
-    scale: float | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, float]:
-    """Checks of the ops that go back from lse to probabilities; lse, bias, key_mask and scale as kernels take them."""
+    op: str, q: Tensor, k: Tensor, bias: Tensor | None, key_mask: Tensor | None, scale: float | None
+) -> tuple[Tensor | None, Tensor | None, float]:
+    """Checks of the ops that need scores alone; bias, key_mask and scale as kernels take them."""
     _check_qk(op, q, k)
+    scale = _checks.head_scale(op, scale, q.shape[3])
+    return _check_bias(op, bias, q, k), _check_key_mask(op, key_mask, k), scale
+
+
+def checked_lse(op: str, lse: Tensor, q: Tensor) -> Tensor:
+    """lse as kernels take it."""
     _checks.has_rank(op, "lse", lse, 3)
     _checks.is_float(op, "lse", lse)
     _checks.same_device(op, "lse", lse, "q", q)
     if lse.shape != q.shape[:3]:
         raise ValueError(f"{op}: lse {_checks.shape(lse)} must be [B, H, Nq] of q {_checks.shape(q)}")
-    scale = _checks.head_scale(op, scale, q.shape[3])
-    lse = _checks.rows(lse.to(torch.promote_types(q.dtype, torch.float32)))
-    return lse, _check_bias(op, bias, q, k), _check_key_mask(op, key_mask, k), scale
+    return _checks.rows(lse.to(torch.promote_types(q.dtype, torch.float32)))
 
 
 def _check_options(op, q, k, bias, key_mask, positions, scale, num_prefix, stats, backend):

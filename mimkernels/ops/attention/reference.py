@@ -7,6 +7,10 @@ from torch import Tensor
 
 from mimkernels.ops import _checks
 
+# As in csrc/core/attention.h.
+LEAST_PATCH_MASS = 1e-30  # of a row that has a patch entropy
+LARGE_LSE = 16.0  # whose rounding is found again
+
 
 def attention(
     q: Tensor,
@@ -21,11 +25,13 @@ def attention(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Materialised attention: out ``[B, H, Nq, D]``, lse ``[B, H, Nq]`` and the asked statistics."""
     s = scores(q, k, bias, key_mask, scale)  # [B, H, Nq, Nk], at least fp32
-    lse = s.logsumexp(dim=-1)
-    p = probabilities(s, lse)
+    x, top = below_maximum(s)
+    log_p, log_sum = log_softmax(x)
+    p = log_p.exp()
     with _checks.without_autocast(q):
         out = p.to(q.dtype) @ v
-    made = {name: _STATISTICS[name](s, p, lse, num_prefix, positions) for name in stats}
+    lse = torch.where((x == float("-inf")).all(-1), float("-inf"), top.squeeze(-1) + log_sum.squeeze(-1))
+    made = {name: _STATISTICS[name](x, log_p, p, num_prefix, positions) for name in stats}
     return out, lse, made
 
 
@@ -41,43 +47,72 @@ def scores(q: Tensor, k: Tensor, bias: Tensor | None, key_mask: Tensor | None, s
     return s
 
 
-def probabilities(s: Tensor, lse: Tensor) -> Tensor:
+def below_maximum(s: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores less their row's largest, where huge ones cancel, and that one ``[..., 1]``, or 0 where it is infinite."""
+    top = s.detach().amax(-1, keepdim=True) if s.shape[-1] else s.new_zeros((*s.shape[:-1], 1))
+    top = torch.where(top.isinf(), 0.0, top)
+    return s - top, top
+
+
+def log_softmax(x: Tensor) -> tuple[Tensor, Tensor]:
+    """log softmax of scores of moderate size, and the log of their sum ``[..., 1]``.
+
+    A row whose keys are all masked is -inf throughout, its log sum 0, and its gradients are 0 (torch's are NaN).
+    """
+    total = x.exp().sum(-1, keepdim=True)
+    log_sum = torch.where(total == 0, 1.0, total).log()
+    return x - log_sum, log_sum
+
+
+def probabilities(s: Tensor) -> Tensor:
     """softmax(s), 0 in rows where every key is masked."""
-    return (s - torch.where(lse == float("-inf"), 0.0, lse)[..., None]).exp()
+    return log_softmax(below_maximum(s)[0])[0].exp()
 
 
-def _entropy(s, p, lse, num_prefix, positions):
-    return _lse_or_zero(lse) - _expected(s, p)
+def log_probabilities(s: Tensor, lse: Tensor) -> Tensor:
+    """log softmax(s) from ``lse [B, H, Nq]``; what rounding took from a large one is found again."""
+    lse = lse[..., None]
+    x, top = below_maximum(s)
+    low = (top - lse) + log_softmax(x)[1]
+    large = lse.isfinite() & (lse.abs() > LARGE_LSE)
+    return (s - torch.where(lse == float("-inf"), 0.0, lse)) - torch.where(large, low, 0.0)
 
 
-def _prefix_mass(s, p, lse, num_prefix, positions):
+def expected(p: Tensor, values: Tensor) -> Tensor:
+    """Sum of p times values; those of keys that have no p may be infinite, or too large to be multiplied."""
+    return (p * values.masked_fill(p == 0, 0.0)).sum(-1)
+
+
+def _entropy(x, log_p, p, num_prefix, positions):
+    return -expected(p, log_p)
+
+
+def _prefix_mass(x, log_p, p, num_prefix, positions):
     return p[..., :num_prefix].sum(-1)
 
 
-def _self_mass(s, p, lse, num_prefix, positions):
+def _self_mass(x, log_p, p, num_prefix, positions):
     return p.diagonal(dim1=-2, dim2=-1)
 
 
-def _distance(s, p, lse, num_prefix, positions):
+def _distance(x, log_p, p, num_prefix, positions):
     positions = with_prefix_rows(positions.to(p.dtype), num_prefix, p.shape[-1])
     d = distances(positions, num_prefix)  # [B or 1, Nq, Nk]
     return (p * d[:, None]).sum(-1)
 
 
-def _patch_entropy(s, p, lse, num_prefix, positions):
-    mass = p[..., num_prefix:].sum(-1)
-    here = mass > 0
-    safe = torch.where(here, mass, 1.0)
-    expected = _expected(s[..., num_prefix:], p[..., num_prefix:])
-    return torch.where(here, _lse_or_zero(lse) + safe.log() - expected / safe, 0.0)
+def _patch_entropy(x, log_p, p, num_prefix, positions):
+    log_q, _ = log_softmax(below_maximum(x[..., num_prefix:])[0])
+    few = p[..., num_prefix:].sum(-1) < LEAST_PATCH_MASS
+    return torch.where(few, 0.0, -expected(log_q.exp(), log_q))
 
 
-def _patch_mass(s, p, lse, num_prefix, positions):
+def _patch_mass(x, log_p, p, num_prefix, positions):
     return p[..., num_prefix:].sum(-1)
 
 
-def _peak(s, p, lse, num_prefix, positions):
-    return p.detach().amax(-1) if p.shape[-1] else torch.zeros_like(lse)
+def _peak(x, log_p, p, num_prefix, positions):
+    return p.detach().amax(-1) if p.shape[-1] else p.new_zeros(p.shape[:-1])
 
 
 _STATISTICS = {
@@ -106,12 +141,3 @@ def distances(positions: Tensor, num_prefix: int) -> Tensor:
     square = difference.square().sum(-1)
     patch = torch.arange(positions.shape[1], device=positions.device) >= num_prefix
     return torch.where(patch[:, None] & patch, square.sqrt(), 0.0)
-
-
-def _expected(s: Tensor, p: Tensor) -> Tensor:
-    # Masked keys have s = -inf and p = 0: they count nothing.
-    return (p * s.masked_fill(s == float("-inf"), 0.0)).sum(-1)
-
-
-def _lse_or_zero(lse: Tensor) -> Tensor:
-    return torch.where(lse == float("-inf"), 0.0, lse)

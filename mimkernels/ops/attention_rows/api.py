@@ -13,7 +13,6 @@ from mimkernels.ops.attention_rows import reference
 def attention_rows(
     q: Tensor,
     k: Tensor,
-    lse: Tensor,
     rows: Tensor | Sequence[int],
     *,
     bias: Tensor | None = None,
@@ -27,12 +26,11 @@ def attention_rows(
     Args:
         q: ``[B, H, Nq, D]`` fp32, fp16 or bf16 (fp64 on the reference).
         k: ``[B, H, Nk, D]``.
-        lse: ``[B, H, Nq]`` from ``attention`` with the same ``bias``, ``key_mask`` and ``scale``.
         rows: R query indices in ``[0, Nq)``, a sequence or an int64 ``[R]`` tensor.
         bias, key_mask, scale: as in ``attention``.
 
     Returns:
-        ``[B, H, R, Nk]`` fp32 attention probabilities. Gradients reach ``q``, ``k``, ``lse`` and ``bias``.
+        ``[B, H, R, Nk]`` fp32 attention probabilities. Gradients reach ``q``, ``k`` and ``bias``.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices disagree; the message shows both sides.
@@ -40,9 +38,9 @@ def attention_rows(
 
     Source: [cls] attention maps as in DINO, arXiv:2104.14294; Beyond-[cls], arXiv:2412.03215.
     """
-    lse, bias, key_mask, scale = checked_scores("attention_rows", q, k, lse, bias, key_mask, scale)
+    bias, key_mask, scale = checked_scores("attention_rows", q, k, bias, key_mask, scale)
     if not isinstance(rows, Tensor):
         rows = [_checks.integer("attention_rows", "a row", row) for row in rows]
         rows = torch.tensor(rows, dtype=torch.int64, device=q.device)
     rows = _checks.token_ids("attention_rows", "rows", rows, (1,), "q", q)
-    return reference.attention_rows(q, k, lse, rows, bias, key_mask, scale)
+    return reference.attention_rows(q, k, rows, bias, key_mask, scale)

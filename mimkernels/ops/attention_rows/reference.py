@@ -9,7 +9,6 @@ from mimkernels.ops.attention import reference
 def attention_rows(
     q: Tensor,
     k: Tensor,
-    lse: Tensor,
     rows: Tensor,
     bias: Tensor | None,
     key_mask: Tensor | None,
@@ -18,4 +17,4 @@ def attention_rows(
     _checks.in_range("attention_rows", "rows", rows, q.shape[2])
     some = None if bias is None else bias[:, :, rows]
     s = reference.scores(q[:, :, rows], k, some, key_mask, scale)  # [B, H, R, Nk]
-    return reference.probabilities(s, lse[:, :, rows])
+    return reference.probabilities(s)

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from mimkernels.ops import _checks
 from mimkernels.ops._memo import by_signature
-from mimkernels.ops.attention.api import checked_scores
+from mimkernels.ops.attention.api import checked_lse, checked_scores
 from mimkernels.ops.head_divergence import reference
 from mimkernels.ops.head_divergence.spec import SPEC
 
@@ -25,8 +25,8 @@ def head_divergence(
         q: ``[B, H, Nq, D]`` fp32, fp16 or bf16 (fp64 on the reference).
         k: ``[B, H, Nk, D]``.
         lse: ``[B, H, Nq]`` from ``attention`` with the same ``bias``, ``key_mask`` and ``scale``.
-        bias, key_mask, scale, backend: as in ``attention``. Keys that the bias hides (-inf) from one head only make
-            the true divergence infinite; they are left out of it here.
+        bias, key_mask, scale, backend: as in ``attention``. A key that the bias hides (-inf) from one of two
+            heads, which would make their divergence infinite, is left out of its sum, which may then be below 0.
 
     Returns:
         ``[B, H, H]`` fp32: entry (h, g) is ``KL(P^h || P^g)``, 0 on the diagonal. Carries no gradient.
@@ -43,7 +43,8 @@ def head_divergence(
 
 @by_signature
 def _checked(q, k, lse, bias, key_mask, scale, backend):
-    lse, bias, key_mask, scale = checked_scores("head_divergence", q, k, lse, bias, key_mask, scale)
+    bias, key_mask, scale = checked_scores("head_divergence", q, k, bias, key_mask, scale)
+    lse = checked_lse("head_divergence", lse, q)
     name = SPEC.resolve(backend, q.device.type, q.dtype, head_dim=q.shape[3])
     run = SPEC.runner(name, reference.head_divergence, False)
     tensors = (_checks.rows(q), _checks.rows(k), lse, bias, key_mask)

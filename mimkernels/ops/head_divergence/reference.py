@@ -17,12 +17,13 @@ def head_divergence(
         block = slice(first, first + ROWS)
         some = None if bias is None else bias[:, :, block]
         s = reference.scores(q[:, :, block], k, some, key_mask, scale)  # [B, H, rows, Nk]
-        p = reference.probabilities(s, lse[:, :, block])
-        level = torch.where(lse[:, :, block] == float("-inf"), 0.0, lse[:, :, block])
-        log_p = s.masked_fill(s == float("-inf"), 0.0) - level[..., None]
-        # sum over i, j of P^h (log P^h - log P^g): the own term, and an H x H product.
-        own = (p * log_p).sum((2, 3))
+        log_p = reference.log_probabilities(s, lse[:, :, block])
+        seen = (log_p != float("-inf")).to(s.dtype).flatten(2)
+        p = log_p.exp().flatten(2)
+        log_p = log_p.masked_fill(log_p == float("-inf"), 0.0).flatten(2)
+        # sum over i, j that both see of P^h (log P^h - log P^g), as two H x H products.
         with _checks.without_autocast(q):
-            crossed = p.flatten(2) @ log_p.flatten(2).transpose(1, 2)
-        total = total + own[:, :, None] - crossed
+            own = (p * log_p) @ seen.transpose(1, 2)
+            crossed = p @ log_p.transpose(1, 2)
+        total = total + own - crossed
     return total / length

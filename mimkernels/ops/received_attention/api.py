@@ -4,7 +4,7 @@ from torch import Tensor
 
 from mimkernels.ops import _checks
 from mimkernels.ops._memo import by_signature
-from mimkernels.ops.attention.api import checked_scores
+from mimkernels.ops.attention.api import checked_lse, checked_scores
 from mimkernels.ops.received_attention import reference
 from mimkernels.ops.received_attention.spec import SPEC
 
@@ -44,7 +44,8 @@ def received_attention(
 
 @by_signature
 def _checked(q, k, lse, bias, key_mask, scale, backend):
-    lse, bias, key_mask, scale = checked_scores("received_attention", q, k, lse, bias, key_mask, scale)
+    bias, key_mask, scale = checked_scores("received_attention", q, k, bias, key_mask, scale)
+    lse = checked_lse("received_attention", lse, q)
     name = SPEC.resolve(backend, q.device.type, q.dtype, head_dim=q.shape[3])
     run = SPEC.runner(name, reference.received_attention, False)
     tensors = (_checks.rows(q), _checks.rows(k), lse, bias, key_mask)

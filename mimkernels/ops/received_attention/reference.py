@@ -16,5 +16,5 @@ def received_attention(
         block = slice(first, first + ROWS)
         some = None if bias is None else bias[:, :, block]
         s = reference.scores(q[:, :, block], k, some, key_mask, scale)
-        total = total + reference.probabilities(s, lse[:, :, block]).sum(2)
+        total = total + reference.log_probabilities(s, lse[:, :, block]).exp().sum(2)
     return total / q.shape[2]
