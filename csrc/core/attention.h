@@ -82,9 +82,26 @@ struct AttentionFwdParams {
   float* rows = nullptr;     // [popcount(stats), B, H, Nq]
 };
 
-// How upstream gradients of lse and of the statistics enter the gradient of a row's scores: each
-// statistic's is P_ij times a term affine in S_ij, so that a row needs six numbers: constant and
-// slope on prefix keys, the same on patch keys, the weight of its own key and that of the distance.
+// A row whose patches have less attention than this has no patch entropy: the value is 0 and has no
+// gradient. Down to here every number of the formulas fits into fp32.
+constexpr float kLeastPatchMass = 1e-30f;
+
+// How upstream gradients of lse and of the statistics enter the gradient of a row's scores. With
+//   L_ij = (S_ij - lse_i) - lse_low_i = log P_ij,
+// which stays small where the scores are huge, each statistic's gradient is P_ij times a term affine
+// in L_ij (not in S_ij), so that a row needs six numbers, in this order: constant and slope on prefix
+// keys, the same on patch keys, the weight of its own key and that of the distance:
+//   dS_ij = P_ij (dP_ij - delta_i + constant + slope L_ij + [i = j] own + distance_ij far).
+// With d the upstream gradients and f the statistics:
+//   entropy        slope -d on all keys,               constant -d f
+//   patch_entropy  slope -d / M on patch keys,         constant (d / M) (log M - f) on them;
+//                  neither where M, which is patch_mass, is below kLeastPatchMass
+//   prefix_mass    constant d on prefix keys,          constant -d f on all
+//   patch_mass     constant d on patch keys,           constant -d f on all
+//   self_mass      own d,                              constant -d f on all
+//   distance       far d,                              constant -d f on all
+//   lse            constant d on all keys
+// lse itself is in none of them. Where P_ij is 0, L_ij may be -inf: any finite number will do.
 struct AttentionCoefParams {
   int64_t count = 0;             // B * H * Nq
   int64_t stats = 0;             // the planes of rows and drows
@@ -115,12 +132,21 @@ struct AttentionBwdParams {
   void* dbias = nullptr;        // as bias, contiguous, or null
 };
 
+// lse is a number of about log N only where scores are. Of a row with a large one, half a unit in its
+// last place, by which it may be wrong, is more than the rounding of P: there the kernels compute
+// the row's maximum m and l = log sum exp(S - m) again, and lse_low = (m - lse) + l. Elsewhere
+// lse_low is 0.
+constexpr float kLargeLse = 16.0f;
+
+// out[j] = mean over queries of P_ij = exp((S_ij - lse_i) - lse_low_i).
 struct ReceivedAttentionParams {
   AttentionScores scores;
   const float* lse = nullptr;  // [B, H, Nq]
   float* out = nullptr;        // [B, H, Nk]
 };
 
+// out[h, g] = mean over queries of the sum over the keys that both heads see (S > -inf) of
+// P^h (L^h - L^g), L = (S - lse) - lse_low.
 struct HeadDivergenceParams {
   AttentionScores scores;
   const float* lse = nullptr;  // [B, H, Nq]
