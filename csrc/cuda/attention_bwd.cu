@@ -18,8 +18,7 @@ struct BiasAligned {
   bool dout = false;
 };
 
-// grid:     key blocks, fastest, row blocks, heads and images of dbias; a block owns a tile of
-// dbias
+// grid:     key blocks, fastest, row blocks, heads and images of dbias; a block owns a tile of it
 //           and visits all images and heads that share it
 // in:       as attention_bwd_kernel, whose delta it reads
 // out:      dbias [B or 1, H or 1, Nq, Nk], contiguous, every element written once
@@ -86,12 +85,12 @@ __global__ void __launch_bounds__(256, 1)
     const int h = head_of(member);
     const int head = b * heads + h;
     const GroupTerms group = load_terms<T, false>(HeadTerms(s, b, h), row, column);
-    float level[2];
+    Level level[2];
     float row_delta[2];
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       const int query = query_token<false>(row, 0, n);
-      level[n] = load_level<T>(p.lse, head, queries, query);
+      level[n] = load_level<T>(p.lse, p.lse_low, head, queries, query);
       row_delta[n] = query < queries ? delta[head * s.queries + query] : 0.0f;
     }
     const T* const q_rows = shared + member % 2 * 2 * (query_rows + key_rows) +

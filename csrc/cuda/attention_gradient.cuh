@@ -1,13 +1,12 @@
 // From products to P and to the gradient of the scores, for the kernels of attention_bwd:
-//   P = exp(S - lse),  dS = P (dP - delta + c(j) + a(j) S + [i = j] s + w d)
+//   L = (S - lse) - lse_low,  P = exp(L),  dS = P (dP - delta + c(j) + a(j) L + [i = j] s + w d)
 #pragma once
 
 #include "cuda/attention_tile.cuh"
 
 namespace mimkernels::cuda {
 
-// The coefficients of upstream gradients of lse and statistics, changed so that c + a t, with t the
-// exponent of P, is what c + a S was.
+// The coefficients of upstream gradients of lse and statistics, a as a slope on the exponent of P.
 struct Coefficients {
   float c_prefix, a_prefix;
   float c_patch, a_patch;
@@ -24,11 +23,9 @@ __device__ __forceinline__ Coefficients load_coefficients(const AttentionBwdPara
   const int64_t place = head * s.queries + query;
   const int64_t plane = s.batch * s.heads * s.queries;
   const float* const coef = p.coef + place;
-  const float lse = p.lse[place];
-  const float level = lse == kInfinity || lse == -kInfinity ? 0.0f : lse;
-  return {fmaf(coef[plane], level, coef[0]),
+  return {coef[0],
           coef[plane] * kOneUnit<T>,
-          fmaf(coef[3 * plane], level, coef[2 * plane]),
+          coef[2 * plane],
           coef[3 * plane] * kOneUnit<T>,
           coef[4 * plane],
           query >= p.num_prefix ? coef[5 * plane] : 0.0f};
@@ -74,7 +71,7 @@ __device__ __forceinline__ void add_coefficients(float (&ds)[2][4], const float 
 template <typename T, bool KEYS>
 __device__ __forceinline__ void score_gradient(float (&score)[2][4], float (&ds)[2][4],
                                                const AttentionBwdParams& p, const GroupTerms& group,
-                                               const float (&level)[kQueries<KEYS>],
+                                               const Level (&level)[kQueries<KEYS>],
                                                const float (&delta)[kQueries<KEYS>],
                                                const HeadPositions& positions, int head,
                                                int first_row, int first_column) {

@@ -28,6 +28,12 @@ class OnDeviceOf {
   OnDevice device_;
 };
 
+// A float per query, for kernels to hand to each other. Freed on return, while they may still run:
+// torch's allocator reuses it in stream order.
+inline Tensor row_workspace(const OnDeviceOf& place, const AttentionScores& s) {
+  return place.empty({s.batch, s.heads, s.queries}, ScalarType::Float);
+}
+
 inline std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k,
                                                         const Tensor& v, OptionalTensor bias,
                                                         OptionalTensor key_mask, double scale,
@@ -58,10 +64,7 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
   return attention_bwd_at(
       place, dout, q, k, v, out, lse, lse_low, bias, key_mask, scale, num_prefix, positions, coef, need_bias,
       packed, [&](const AttentionBwdParams& params) {
-        const AttentionScores& s = params.scores;
-        // Freed on return, while the kernels may still run: torch's allocator
-        // reuses it in stream order.
-        const Tensor delta = place.empty({s.batch, s.heads, s.queries}, ScalarType::Float);
+        const Tensor delta = row_workspace(place, params.scores);
         check_cuda(
             cuda::attention_bwd(params, static_cast<float*>(delta.data_ptr()), place.stream()));
       });
@@ -72,7 +75,9 @@ inline Tensor received_attention_fwd(const Tensor& q, const Tensor& k, const Ten
   const OnDeviceOf place(q);
   return received_attention_at(place, q, k, lse, bias, key_mask, scale,
                                [&](const ReceivedAttentionParams& params) {
-                                 check_cuda(cuda::received_attention_fwd(params, place.stream()));
+                                 const Tensor low = row_workspace(place, params.scores);
+                                 check_cuda(cuda::received_attention_fwd(
+                                     params, static_cast<float*>(low.data_ptr()), place.stream()));
                                });
 }
 
@@ -81,7 +86,9 @@ inline Tensor head_divergence_fwd(const Tensor& q, const Tensor& k, const Tensor
   const OnDeviceOf place(q);
   return head_divergence_at(place, q, k, lse, bias, key_mask, scale,
                             [&](const HeadDivergenceParams& params) {
-                              check_cuda(cuda::head_divergence_fwd(params, place.stream()));
+                              const Tensor low = row_workspace(place, params.scores);
+                              check_cuda(cuda::head_divergence_fwd(
+                                  params, static_cast<float*>(low.data_ptr()), place.stream()));
                             });
 }
 

@@ -23,18 +23,17 @@ from mimkernels.ops.attention.triton_blocks import (
 
 
 @triton.jit
-def load_coefficients(coef_ptr, place, plane, some, lse, is_patch, unit, HAS_PREFIX: tl.constexpr, DIMS: tl.constexpr):
-    # (c_prefix, a_prefix, c_patch, a_patch, own, far) of some queries, changed so that c + a * t with
-    # t = (S - lse) / unit is what c + a * S was. far is 0 for prefix queries.
-    slope = load_row(coef_ptr, place + 3 * plane, some)
-    c_patch = load_row(coef_ptr, place + 2 * plane, some) + slope * lse
-    a_patch = slope * unit
+def load_coefficients(coef_ptr, place, plane, some, is_patch, unit, HAS_PREFIX: tl.constexpr, DIMS: tl.constexpr):
+    # (c_prefix, a_prefix, c_patch, a_patch, own, far) of some queries, as slopes on t = (S - lse - lse_low) / unit. far
+    # is 0 for prefix queries.
+    plane = plane.to(tl.int64)
+    c_patch = load_row(coef_ptr, place + 2 * plane, some)
+    a_patch = load_row(coef_ptr, place + 3 * plane, some) * unit
     c_prefix = c_patch
     a_prefix = a_patch
     if HAS_PREFIX:
-        slope = load_row(coef_ptr, place + plane, some)
-        c_prefix = load_row(coef_ptr, place, some) + slope * lse
-        a_prefix = slope * unit
+        c_prefix = load_row(coef_ptr, place, some)
+        a_prefix = load_row(coef_ptr, place + plane, some) * unit
     own = load_row(coef_ptr, place + 4 * plane, some)
     far = own
     if DIMS > 0:
@@ -68,8 +67,8 @@ def score_gradient(
     g1,
     rows,
     cols,
-    level,
     lse,
+    low,
     delta,
     some,
     place,
@@ -81,7 +80,7 @@ def score_gradient(
     queries,
     keys,
     num_prefix,
-    factor,
+    scale,
     bias_stride_n,
     pos_stride_n,
     HAS_PREFIX: tl.constexpr,
@@ -93,7 +92,7 @@ def score_gradient(
     EXACT: tl.constexpr,
 ):
     # (P, dS), fp32 [queries, keys], or the transposes [keys, queries]. CHECK: keys may lie beyond the last; their P
-    # is 0. Scores are in units of log2(e), folded into factor; EXACT: in their own, where lse is rounded once less.
+    # is 0. EXACT: exponents are of base e, else of base 2.
     if TRANSPOSED:
         score = tl.dot(k0, tl.trans(q0), input_precision=PRECISION)
         if D1 > 0:
@@ -109,7 +108,7 @@ def score_gradient(
         if D1 > 0:
             dp = tl.dot(g1, tl.trans(v1), dp, input_precision=PRECISION)
     t = exponents(
-        score, rows, cols, level, bias_head, mask_row, queries, keys, factor, bias_stride_n, TRANSPOSED, CHECK, EXACT
+        score, rows, cols, lse, low, bias_head, mask_row, queries, keys, scale, bias_stride_n, TRANSPOSED, CHECK, EXACT
     )
     if coef_ptr is None:
         p = power(t, EXACT)
@@ -119,7 +118,7 @@ def score_gradient(
         t = tl.maximum(t, -1000.0, propagate_nan=tl.PropagateNan.ALL)
         p = power(t, EXACT)
         c_prefix, a_prefix, c_patch, a_patch, own, far = load_coefficients(
-            coef_ptr, place, plane, some, lse, rows >= num_prefix, 1.0 if EXACT else LN2, HAS_PREFIX, DIMS
+            coef_ptr, place, plane, some, rows >= num_prefix, 1.0 if EXACT else LN2, HAS_PREFIX, DIMS
         )
         c = along(c_patch - delta, True, TRANSPOSED)
         a = along(a_patch, True, TRANSPOSED)
@@ -149,6 +148,7 @@ def attention_dq_kernel(
     g_ptr,
     out_ptr,
     lse_ptr,
+    low_ptr,
     coef_ptr,
     bias_ptr,
     mask_ptr,
@@ -157,7 +157,6 @@ def attention_dq_kernel(
     dq_ptr,
     dbias_ptr,
     scale,
-    factor,
     heads,
     queries,
     keys,
@@ -230,7 +229,7 @@ def attention_dq_kernel(
     pos_image = None
     if pos_ptr is not None:
         pos_image = pos_ptr + b * pos_stride_b
-    level, lse = load_levels(lse_ptr, place, some, EXACT)
+    lse, low = load_levels(lse_ptr, low_ptr, place, some, EXACT)
     q0 = load_rows(q_block, left, q_stride_n, 0, D0, D, BLOCK_M, True)
     g0 = load_rows(g_block, left, g_stride_n, 0, D0, D, BLOCK_M, True)
     out0 = load_rows(out_block, left, out_stride_n, 0, D0, D, BLOCK_M, True)
@@ -249,17 +248,17 @@ def attention_dq_kernel(
     # All but the last block are full.
     for block in tl.range(0, full):
         dq0, dq1 = dq_step(
-            dq0, dq1, q0, q1, g0, g1, rows, level, lse, delta, some, place, plane,
+            dq0, dq1, q0, q1, g0, g1, rows, lse, low, delta, some, place, plane,
             k_head, v_head, coef_ptr, bias_head, mask_row, pos_image, dbias_ptr,
-            block * BLOCK_N, queries, keys, num_prefix, factor,
+            block * BLOCK_N, queries, keys, num_prefix, scale,
             k_stride_n, v_stride_n, bias_stride_n, pos_stride_n,
             HAS_PREFIX, False, D, D0, D1, BLOCK_N, DIMS, PRECISION, EXACT,
         )  # fmt: skip
     for block in tl.range(full, tl.cdiv(keys, BLOCK_N), num_stages=1):
         dq0, dq1 = dq_step(
-            dq0, dq1, q0, q1, g0, g1, rows, level, lse, delta, some, place, plane,
+            dq0, dq1, q0, q1, g0, g1, rows, lse, low, delta, some, place, plane,
             k_head, v_head, coef_ptr, bias_head, mask_row, pos_image, dbias_ptr,
-            block * BLOCK_N, queries, keys, num_prefix, factor,
+            block * BLOCK_N, queries, keys, num_prefix, scale,
             k_stride_n, v_stride_n, bias_stride_n, pos_stride_n,
             HAS_PREFIX, True, D, D0, D1, BLOCK_N, DIMS, PRECISION, EXACT,
         )  # fmt: skip
@@ -279,8 +278,8 @@ def dq_step(
     g0,
     g1,
     rows,
-    level,
     lse,
+    low,
     delta,
     some,
     place,
@@ -296,7 +295,7 @@ def dq_step(
     queries,
     keys,
     num_prefix,
-    factor,
+    scale,
     k_stride_n,
     v_stride_n,
     bias_stride_n,
@@ -316,8 +315,8 @@ def dq_step(
     k0, k1 = load_head(k_head + start * k_stride_n, keys - start, k_stride_n, D, D0, D1, BLOCK_N, CHECK)
     v0, v1 = load_head(v_head + start * v_stride_n, keys - start, v_stride_n, D, D0, D1, BLOCK_N, CHECK)
     _, ds = score_gradient(
-        q0, q1, k0, k1, v0, v1, g0, g1, rows, cols, level, lse, delta, some, place, plane,
-        coef_ptr, bias_head, mask_row, pos_image, queries, keys, num_prefix, factor, bias_stride_n, pos_stride_n,
+        q0, q1, k0, k1, v0, v1, g0, g1, rows, cols, lse, low, delta, some, place, plane,
+        coef_ptr, bias_head, mask_row, pos_image, queries, keys, num_prefix, scale, bias_stride_n, pos_stride_n,
         HAS_PREFIX, False, CHECK, D1, DIMS, PRECISION, EXACT,
     )  # fmt: skip
     if dbias_ptr is not None:
@@ -337,6 +336,7 @@ def attention_dkv_kernel(
     v_ptr,
     g_ptr,
     lse_ptr,
+    low_ptr,
     delta_ptr,
     coef_ptr,
     bias_ptr,
@@ -345,7 +345,6 @@ def attention_dkv_kernel(
     dk_ptr,
     dv_ptr,
     scale,
-    factor,
     heads,
     queries,
     keys,
@@ -427,11 +426,11 @@ def attention_dkv_kernel(
         place = head.to(tl.int64) * queries + rows
         q0, q1 = load_head(q_head + start * q_stride_n, queries - start, q_stride_n, D, D0, D1, BLOCK_M, True)
         g0, g1 = load_head(g_head + start * g_stride_n, queries - start, g_stride_n, D, D0, D1, BLOCK_M, True)
-        level, lse = load_levels(lse_ptr, place, some, EXACT)
+        lse, low = load_levels(lse_ptr, low_ptr, place, some, EXACT)
         delta = load_row(delta_ptr, place, some)
         p, ds = score_gradient(
-            q0, q1, k0, k1, v0, v1, g0, g1, rows, cols, level, lse, delta, some, place, plane,
-            coef_ptr, bias_head, mask_row, pos_image, queries, keys, num_prefix, factor, bias_stride_n, pos_stride_n,
+            q0, q1, k0, k1, v0, v1, g0, g1, rows, cols, lse, low, delta, some, place, plane,
+            coef_ptr, bias_head, mask_row, pos_image, queries, keys, num_prefix, scale, bias_stride_n, pos_stride_n,
             HAS_PREFIX, TRANSPOSED, False, D1, DIMS, PRECISION, EXACT,
         )  # fmt: skip
         p = p.to(g0.dtype)
@@ -460,6 +459,7 @@ def attention_bwd_kernel(
     g_ptr,
     out_ptr,
     lse_ptr,
+    low_ptr,
     coef_ptr,
     bias_ptr,
     mask_ptr,
@@ -469,7 +469,6 @@ def attention_bwd_kernel(
     dk_ptr,
     dv_ptr,
     scale,
-    factor,
     heads,
     queries,
     keys,
@@ -535,7 +534,7 @@ def attention_bwd_kernel(
     pos_image = None
     if pos_ptr is not None:
         pos_image = pos_ptr + b * pos_stride_b
-    level, lse = load_levels(lse_ptr, place, some, EXACT)
+    lse, low = load_levels(lse_ptr, low_ptr, place, some, EXACT)
     q0, q1 = load_head(q_head, queries, q_stride_n, D, D0, D1, BLOCK_M, True)
     g0, g1 = load_head(g_head, queries, g_stride_n, D, D0, D1, BLOCK_M, True)
     out0, out1 = load_head(out_head, queries, out_stride_n, D, D0, D1, BLOCK_M, True)
@@ -553,8 +552,8 @@ def attention_bwd_kernel(
         k0, k1 = load_head(k_head + start * k_stride_n, left, k_stride_n, D, D0, D1, BLOCK_N, True)
         v0, v1 = load_head(v_head + start * v_stride_n, left, v_stride_n, D, D0, D1, BLOCK_N, True)
         p, ds = score_gradient(
-            q0, q1, k0, k1, v0, v1, g0, g1, rows, cols, level, lse, delta, some, place, plane,
-            coef_ptr, bias_head, mask_row, pos_image, queries, keys, num_prefix, factor, bias_stride_n, pos_stride_n,
+            q0, q1, k0, k1, v0, v1, g0, g1, rows, cols, lse, low, delta, some, place, plane,
+            coef_ptr, bias_head, mask_row, pos_image, queries, keys, num_prefix, scale, bias_stride_n, pos_stride_n,
             HAS_PREFIX, False, True, D1, DIMS, PRECISION, EXACT,
         )  # fmt: skip
         p = tl.trans(p.to(g0.dtype))
