@@ -101,7 +101,8 @@ __global__ void __launch_bounds__(256, 1)
     float ds[2][4];
     multiply_rows<T>(score, q_rows, k_rows, shape.stride, shape.steps);
     multiply_rows<T>(ds, q_rows + query_rows, k_rows + key_rows, shape.stride, shape.steps);
-    score_gradient<T, false>(score, ds, p, group, level, row_delta,
+    float delta_error[2] = {};  // unused
+    score_gradient<T, false>(score, ds, delta_error, p, group, level, row_delta,
                              HeadPositions(p.positions, b, keys), head, row, column);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -130,7 +131,9 @@ cudaError_t launch_dbias(const AttentionBwdParams& p, const float* delta, cudaSt
 
 cudaError_t attention_bwd(const AttentionBwdParams& p, float* delta, cudaStream_t stream) {
   const AttentionScores& s = p.scores;
-  const bool shares_bias = s.bias.batch != s.batch || s.bias.heads != s.heads;
+  // An fp32 bias beside 16-bit rows has its gradient from the delta that the others are summed for.
+  const bool shares_bias =
+      s.bias.batch != s.batch || s.bias.heads != s.heads || s.bias.dtype != s.dtype;
   return with_float_type(s.dtype, [&](auto type) {
     using T = decltype(type);
     cudaError_t error = cudaSuccess;

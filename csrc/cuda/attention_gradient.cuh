@@ -68,8 +68,11 @@ __device__ __forceinline__ void add_coefficients(float (&ds)[2][4], const float 
 
 // score: q k products, which become P. ds: dO v products, which become dS. KEYS: rows of the group
 // are keys. level and delta are those of the lane's queries.
+// delta_error += P (dP - delta), for rows of queries, where it sums to 0 but for the rounding of
+// out.
 template <typename T, bool KEYS>
 __device__ __forceinline__ void score_gradient(float (&score)[2][4], float (&ds)[2][4],
+                                               float (&delta_error)[2],
                                                const AttentionBwdParams& p, const GroupTerms& group,
                                                const Level (&level)[kQueries<KEYS>],
                                                const float (&delta)[kQueries<KEYS>],
@@ -80,6 +83,10 @@ __device__ __forceinline__ void score_gradient(float (&score)[2][4], float (&ds)
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     ds[i / 4][i % 4] -= delta[query_of<KEYS>(i)];
+    if constexpr (!KEYS) {
+      float& error = delta_error[query_of<KEYS>(i)];
+      error = fmaf(score[i / 4][i % 4], ds[i / 4][i % 4], error);
+    }
   }
   if (p.has_coef) {
     add_coefficients<T, KEYS>(ds, exponent, p, positions, head, first_row, first_column);

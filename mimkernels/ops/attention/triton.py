@@ -460,8 +460,11 @@ def attention_bwd(
     fused, dq_config, dkv_config = (triton_configs.config(kernel, *target) for kernel in ("fused", "dq", "dkv"))
     unit, qkvg_strides = strides(q, k, v, dout)
     bias_unit, of_bias = bias_strides(bias)
-    full_bias = need_bias and bias.shape[:2] == (batch, heads)
-    # Programs of the dQ kernel write the gradient of a bias that nothing shares; another kernel sums a shared one.
+    # The gradient of an fp32 bias is more exact than a 16-bit output lets delta be.
+    refine = need_bias and bias.dtype != q.dtype
+    # Programs of the dQ kernel write the gradient of a bias that nothing shares, with the delta that they begin with;
+    # another kernel sums a shared one.
+    full_bias = need_bias and not refine and bias.shape[:2] == (batch, heads)
     fused = None if full_bias else fused
     delta = torch.empty_like(lse) if fused is None or need_bias else None
     given = (coef, bias, key_mask, positions)
@@ -478,6 +481,7 @@ def attention_bwd(
         "BIAS_UNIT": bias_unit,
         "PRECISION": precision,
         "EXACT": exact,
+        "REFINE": refine,
     }
     all_strides = (*qkvg_strides, *of_bias, *position_strides(key_mask, positions))
     plane = lse.numel()

@@ -61,6 +61,7 @@ def attention_dbias_kernel(
     BIAS_UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
+    REFINE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -108,7 +109,7 @@ def attention_dbias_kernel(
         g0, g1 = load_head(g_block, queries - first_row, g_stride_n, D, D0, D1, BLOCK_M, True)
         k0, k1 = load_head(k_block, keys - first_col, k_stride_n, D, D0, D1, BLOCK_N, True)
         v0, v1 = load_head(v_block, keys - first_col, v_stride_n, D, D0, D1, BLOCK_N, True)
-        _, ds = score_gradient(
+        _, ds, _ = score_gradient(
             q0, q1, k0, k1, v0, v1, g0, g1, rows, cols, lse, low, delta, some, place, plane,
             coef_ptr, bias_head, mask_row, pos_image, queries, keys, num_prefix, scale, bias_stride_n, pos_stride_n,
             HAS_PREFIX, False, False, D1, DIMS, PRECISION, EXACT,

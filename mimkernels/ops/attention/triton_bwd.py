@@ -91,8 +91,8 @@ def score_gradient(
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    # (P, dS), fp32 [queries, keys], or the transposes [keys, queries]. CHECK: keys may lie beyond the last; their P
-    # is 0. EXACT: exponents are of base e, else of base 2.
+    # (P, dS, P (dP - delta)), fp32 [queries, keys], or the transposes [keys, queries]. CHECK: keys may lie beyond the
+    # last; their P is 0. EXACT: exponents are of base e, else of base 2.
     if TRANSPOSED:
         score = tl.dot(k0, tl.trans(q0), input_precision=PRECISION)
         if D1 > 0:
@@ -112,7 +112,8 @@ def score_gradient(
     )
     if coef_ptr is None:
         p = power(t, EXACT)
-        ds = p * (dp - along(delta, True, TRANSPOSED))
+        of_out = p * (dp - along(delta, True, TRANSPOSED))
+        ds = of_out
     else:
         # A masked key's t is -inf; its product with p = 0 must be 0.
         t = tl.maximum(t, -1000.0, propagate_nan=tl.PropagateNan.ALL)
@@ -137,7 +138,8 @@ def score_gradient(
             d = key_distances(x0, x1, x2, y0, y1, y2, cols, num_prefix, TRANSPOSED, DIMS)
             inner += along(far, True, TRANSPOSED) * d
         ds = p * inner
-    return p, ds
+        of_out = p * (dp - along(delta, True, TRANSPOSED))
+    return p, ds, of_out
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -191,6 +193,7 @@ def attention_dq_kernel(
     BIAS_UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
+    REFINE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -200,7 +203,7 @@ def attention_dq_kernel(
     #           out [B, Nq, H, D], lse [B, H, Nq] and coef [6, B, H, Nq] or None contiguous; bias, key mask and
     #           positions as forward
     # out:      dq [B, Nq, H, D], or a part of [B, N, 3, H, D]: tokens are grad_heads * D apart; delta fp32 [B, H, Nq]
-    #           = sum of dout * out; dbias [B, H, Nq, Nk], where given; contiguous, every element written once
+    #           = sum of dout * out, or with REFINE what it is before out is rounded: sum of P * dP; dbias [B, H, Nq, Nk], where given; contiguous, every element written once
     # numerics: as attention_fwd_kernel; P from lse, dS rounded to the dtype of k
     # bounds:   keys beyond the last have P = 0; query tails are masked; offsets are int64
     # cost:     q, dout, out read once, k and v cdiv(Nq, BLOCK_M) times; no atomics, deterministic
@@ -241,27 +244,28 @@ def attention_dq_kernel(
         g1 = load_rows(g_block, left, g_stride_n, D0, D1, D, BLOCK_M, True)
         out1 = load_rows(out_block, left, out_stride_n, D0, D1, D, BLOCK_M, True)
         delta += tl.sum(g1.to(tl.float32) * out1.to(tl.float32), axis=1)
-    tl.store(delta_ptr + place, delta, mask=some)
+    error = tl.zeros([BLOCK_M], dtype=tl.float32)
     dq0 = tl.zeros([BLOCK_M, D0], dtype=tl.float32)
     dq1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 16], dtype=tl.float32)
     full = keys // BLOCK_N
     # All but the last block are full.
     for block in tl.range(0, full):
-        dq0, dq1 = dq_step(
-            dq0, dq1, q0, q1, g0, g1, rows, lse, low, delta, some, place, plane,
+        dq0, dq1, error = dq_step(
+            dq0, dq1, error, q0, q1, g0, g1, rows, lse, low, delta, some, place, plane,
             k_head, v_head, coef_ptr, bias_head, mask_row, pos_image, dbias_ptr,
             block * BLOCK_N, queries, keys, num_prefix, scale,
             k_stride_n, v_stride_n, bias_stride_n, pos_stride_n,
-            HAS_PREFIX, False, D, D0, D1, BLOCK_N, DIMS, PRECISION, EXACT,
+            HAS_PREFIX, False, D, D0, D1, BLOCK_N, DIMS, PRECISION, EXACT, REFINE,
         )  # fmt: skip
     for block in tl.range(full, tl.cdiv(keys, BLOCK_N), num_stages=1):
-        dq0, dq1 = dq_step(
-            dq0, dq1, q0, q1, g0, g1, rows, lse, low, delta, some, place, plane,
+        dq0, dq1, error = dq_step(
+            dq0, dq1, error, q0, q1, g0, g1, rows, lse, low, delta, some, place, plane,
             k_head, v_head, coef_ptr, bias_head, mask_row, pos_image, dbias_ptr,
             block * BLOCK_N, queries, keys, num_prefix, scale,
             k_stride_n, v_stride_n, bias_stride_n, pos_stride_n,
-            HAS_PREFIX, True, D, D0, D1, BLOCK_N, DIMS, PRECISION, EXACT,
+            HAS_PREFIX, True, D, D0, D1, BLOCK_N, DIMS, PRECISION, EXACT, REFINE,
         )  # fmt: skip
+    tl.store(delta_ptr + place, delta + error, mask=some)
     grad_stride_n = grad_heads.to(tl.int64) * D
     dq_block = dq_ptr + (b * queries + first) * grad_stride_n + h * D
     store_rows(dq_block, dq0 * scale, left, grad_stride_n, 0, D0, D, BLOCK_M)
@@ -273,6 +277,7 @@ def attention_dq_kernel(
 def dq_step(
     dq0,
     dq1,
+    error,
     q0,
     q1,
     g0,
@@ -309,12 +314,13 @@ def dq_step(
     DIMS: tl.constexpr,
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
+    REFINE: tl.constexpr,
 ):
-    # dq / scale plus what BLOCK_N keys from `start` add to it; stores their dbias.
+    # dq / scale and, with REFINE, the error of delta, plus what BLOCK_N keys from `start` add; stores their dbias.
     cols = start + tl.arange(0, BLOCK_N)
     k0, k1 = load_head(k_head + start * k_stride_n, keys - start, k_stride_n, D, D0, D1, BLOCK_N, CHECK)
     v0, v1 = load_head(v_head + start * v_stride_n, keys - start, v_stride_n, D, D0, D1, BLOCK_N, CHECK)
-    _, ds = score_gradient(
+    _, ds, of_out = score_gradient(
         q0, q1, k0, k1, v0, v1, g0, g1, rows, cols, lse, low, delta, some, place, plane,
         coef_ptr, bias_head, mask_row, pos_image, queries, keys, num_prefix, scale, bias_stride_n, pos_stride_n,
         HAS_PREFIX, False, CHECK, D1, DIMS, PRECISION, EXACT,
@@ -322,11 +328,13 @@ def dq_step(
     if dbias_ptr is not None:
         target = dbias_ptr + place[:, None] * keys + cols[None, :]
         tl.store(target, narrow(ds, dbias_ptr.dtype.element_ty), mask=some[:, None] & (cols < keys)[None, :])
+    if REFINE:
+        error += tl.sum(of_out, axis=1)
     ds = ds.to(k0.dtype)
     dq0 = tl.dot(ds, k0, dq0, input_precision=PRECISION)
     if D1 > 0:
         dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
-    return dq0, dq1
+    return dq0, dq1, error
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -379,6 +387,7 @@ def attention_dkv_kernel(
     BIAS_UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
+    REFINE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -428,7 +437,7 @@ def attention_dkv_kernel(
         g0, g1 = load_head(g_head + start * g_stride_n, queries - start, g_stride_n, D, D0, D1, BLOCK_M, True)
         lse, low = load_levels(lse_ptr, low_ptr, place, some, EXACT)
         delta = load_row(delta_ptr, place, some)
-        p, ds = score_gradient(
+        p, ds, _ = score_gradient(
             q0, q1, k0, k1, v0, v1, g0, g1, rows, cols, lse, low, delta, some, place, plane,
             coef_ptr, bias_head, mask_row, pos_image, queries, keys, num_prefix, scale, bias_stride_n, pos_stride_n,
             HAS_PREFIX, TRANSPOSED, False, D1, DIMS, PRECISION, EXACT,
@@ -502,6 +511,7 @@ def attention_bwd_kernel(
     BIAS_UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
+    REFINE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -541,8 +551,7 @@ def attention_bwd_kernel(
     delta = tl.sum(g0.to(tl.float32) * out0.to(tl.float32), axis=1)
     if D1 > 0:
         delta += tl.sum(g1.to(tl.float32) * out1.to(tl.float32), axis=1)
-    if delta_ptr is not None:
-        tl.store(delta_ptr + place, delta, mask=some)
+    error = tl.zeros([BLOCK_M], dtype=tl.float32)
     dq0 = tl.zeros([BLOCK_M, D0], dtype=tl.float32)
     dq1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 16], dtype=tl.float32)
     for block in tl.range(0, tl.cdiv(keys, BLOCK_N)):
@@ -551,11 +560,13 @@ def attention_bwd_kernel(
         cols = start + tl.arange(0, BLOCK_N)
         k0, k1 = load_head(k_head + start * k_stride_n, left, k_stride_n, D, D0, D1, BLOCK_N, True)
         v0, v1 = load_head(v_head + start * v_stride_n, left, v_stride_n, D, D0, D1, BLOCK_N, True)
-        p, ds = score_gradient(
+        p, ds, of_out = score_gradient(
             q0, q1, k0, k1, v0, v1, g0, g1, rows, cols, lse, low, delta, some, place, plane,
             coef_ptr, bias_head, mask_row, pos_image, queries, keys, num_prefix, scale, bias_stride_n, pos_stride_n,
             HAS_PREFIX, False, True, D1, DIMS, PRECISION, EXACT,
         )  # fmt: skip
+        if REFINE:
+            error += tl.sum(of_out, axis=1)
         p = tl.trans(p.to(g0.dtype))
         ds = ds.to(q0.dtype)
         grad_stride_n = grad_heads.to(tl.int64) * D
@@ -571,6 +582,8 @@ def attention_bwd_kernel(
             dk1 = tl.dot(tl.trans(ds), q1, input_precision=PRECISION)
             store_rows(dk_ptr + target, dk1 * scale, left, grad_stride_n, D0, D1, D, BLOCK_N)
             dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
+    if delta_ptr is not None:
+        tl.store(delta_ptr + place, delta + error, mask=some)
     grad_stride_n = grad_heads.to(tl.int64) * D
     dq_head = dq_ptr + b * queries * grad_stride_n + h * D
     store_rows(dq_head, dq0 * scale, queries, grad_stride_n, 0, D0, D, BLOCK_M)
