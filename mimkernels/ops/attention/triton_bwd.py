@@ -203,7 +203,8 @@ def attention_dq_kernel(
     #           out [B, Nq, H, D], lse [B, H, Nq] and coef [6, B, H, Nq] or None contiguous; bias, key mask and
     #           positions as forward
     # out:      dq [B, Nq, H, D], or a part of [B, N, 3, H, D]: tokens are grad_heads * D apart; delta fp32 [B, H, Nq]
-    #           = sum of dout * out, or with REFINE what it is before out is rounded: sum of P * dP; dbias [B, H, Nq, Nk], where given; contiguous, every element written once
+    #           = sum of dout * out, or with REFINE what it is before out is rounded, sum of P * dP; dbias [B, H, Nq,
+    #           Nk], where given; contiguous, every element written once
     # numerics: as attention_fwd_kernel; P from lse, dS rounded to the dtype of k
     # bounds:   keys beyond the last have P = 0; query tails are masked; offsets are int64
     # cost:     q, dout, out read once, k and v cdiv(Nq, BLOCK_M) times; no atomics, deterministic
