@@ -150,8 +150,8 @@ __device__ __forceinline__ void visit_side(const AttentionBwdParams& p, const St
       float ds[2][4];
       multiply_rows<T>(score, strip0, rows0 + row, kStride, kSteps);
       multiply_rows<T>(ds, strip1, rows1 + row, kStride, kSteps);
-      score_gradient<T, KEYS>(score, ds, delta_error, p, group, level, row_delta, positions, place.head,
-                              place.first, first);
+      score_gradient<T, KEYS>(score, ds, delta_error, p, group, level, row_delta, positions,
+                              place.head, place.first, first);
       if constexpr (KEYS) {
         add_weighted<T>(acc1, score, rows1 + row, kStride);
       } else if (dbias) {
@@ -188,11 +188,13 @@ __device__ __forceinline__ void visit_side(const AttentionBwdParams& p, const St
 // grid:     row blocks of 16 tokens per warp, fastest, times B * H; short heads share a block. A
 //           launch does the strips of queries, those of keys, or of a head's both sides in turn
 // in:       q, k, v, out, dout by stride, features contiguous; lse, lse_low and coef contiguous,
-//           coef or none; bias by stride (0 where broadcast), key mask, positions fp32, each or none
+//           coef or none; bias by stride (0 where broadcast), key mask, positions fp32, each or
+//           none
 // out:      dq [B, Nq, H, D], dk, dv [B, Nk, H, D], apart or the parts of [B, N, 3, H, D]; delta
-//           fp32 [B, H, Nq] = dout . out before out is rounded, which keys read; dbias where nothing shares it;
-//           contiguous, every element written once
-// numerics: P from lse and lse_low, everything in fp32; P and dS rounded to the type of v for their products
+//           fp32 [B, H, Nq] = dout . out before out is rounded, which keys read; dbias where
+//           nothing shares it; contiguous, every element written once
+// numerics: P from lse and lse_low, everything in fp32; P and dS rounded to the type of v for
+//           their products
 // bounds:   keys beyond the last and masked keys have P = 0, and so have queries beyond the last;
 //           tails are not stored; offsets into tensors are int64
 // cost:     seven products, so that every sum stays in one warp; own rows read once, the other

@@ -94,7 +94,7 @@ __device__ __forceinline__ void rescale(RowSums& sums, float (&acc)[TILES][4], i
   }
 }
 
-// lse, lse_low and statistics of row `half`, from the sums of its four lanes; the first of them writes.
+// What is written of row `half`, from the sums of its four lanes, by the first of them.
 template <typename T, bool STATS>
 __device__ __forceinline__ void write_row(const AttentionFwdParams& p, const RowSums& sums,
                                           int half, float total, float inverse, float scale,
@@ -137,8 +137,7 @@ __device__ __forceinline__ void write_row(const AttentionFwdParams& p, const Row
     }
     if (p.stats & kPatchEntropy) {
       const float energy = add_quad(sums.patch_energy[half]);
-      put(patch * inverse < kLeastPatchMass ? 0.0f
-                                            : logf(patch) - energy / patch * kOneUnit<T>);
+      put(patch * inverse < kLeastPatchMass ? 0.0f : logf(patch) - energy / patch * kOneUnit<T>);
     }
     if (p.stats & kPeak) {
       put(inverse);

@@ -23,12 +23,9 @@ __device__ __forceinline__ Coefficients load_coefficients(const AttentionBwdPara
   const int64_t place = head * s.queries + query;
   const int64_t plane = s.batch * s.heads * s.queries;
   const float* const coef = p.coef + place;
-  return {coef[0],
-          coef[plane] * kOneUnit<T>,
-          coef[2 * plane],
-          coef[3 * plane] * kOneUnit<T>,
-          coef[4 * plane],
-          query >= p.num_prefix ? coef[5 * plane] : 0.0f};
+  return {coef[0],         coef[plane] * kOneUnit<T>,
+          coef[2 * plane], coef[3 * plane] * kOneUnit<T>,
+          coef[4 * plane], query >= p.num_prefix ? coef[5 * plane] : 0.0f};
 }
 
 // ds += c + a t + [i = j] s + w d.
@@ -72,8 +69,8 @@ __device__ __forceinline__ void add_coefficients(float (&ds)[2][4], const float 
 // out.
 template <typename T, bool KEYS>
 __device__ __forceinline__ void score_gradient(float (&score)[2][4], float (&ds)[2][4],
-                                               float (&delta_error)[2],
-                                               const AttentionBwdParams& p, const GroupTerms& group,
+                                               float (&delta_error)[2], const AttentionBwdParams& p,
+                                               const GroupTerms& group,
                                                const Level (&level)[kQueries<KEYS>],
                                                const float (&delta)[kQueries<KEYS>],
                                                const HeadPositions& positions, int head,

@@ -7,7 +7,6 @@ namespace {
 
 constexpr int kSide = kDivergenceHeads / 2;  // heads that a block compares with as many others
 constexpr int kHeads = kDivergenceHeads;
-constexpr int kLowWarps = 4;
 
 // grid:     a warp owns a strip of 16 queries, strips of a head fastest, 4 warps a block
 // in:       q, k by stride, features contiguous; lse fp32 [B, H, Nq] contiguous; bias by stride (0
@@ -49,8 +48,7 @@ __global__ void __launch_bounds__(kLowWarps* kWarp)
     const int b = head / heads;
     const int h = head % heads;
     const HeadTerms terms(s, b, h);
-    T* const q_rows =
-        reinterpret_cast<T*>(shared_memory()) + warp * 2 * kStrip * shape.stride;
+    T* const q_rows = reinterpret_cast<T*>(shared_memory()) + warp * 2 * kStrip * shape.stride;
     T* const k_rows = q_rows + kStrip * shape.stride;
     load_rows(q_rows, shape.stride, shape.chunks, head_at<T>(s.q, b, h, first), s.q.stride_token,
               kStrip, queries - first, dim, q_aligned, lane, kWarp);
@@ -86,8 +84,7 @@ __global__ void __launch_bounds__(kLowWarps* kWarp)
     const float total = add_quad(sum[half]);
     const int query = query_token<false>(first, 0, half);
     if (lane % 4 == 0 && query < queries) {
-      low[head * s.queries + query] =
-          large[half] && total > 0.0f ? top[half] + logf(total) : 0.0f;
+      low[head * s.queries + query] = large[half] && total > 0.0f ? top[half] + logf(total) : 0.0f;
     }
   }
 }
@@ -100,9 +97,9 @@ cudaError_t launch_lse_low(const AttentionScores& s, const float* lse, float* lo
   if (strips == 0) {
     return cudaSuccess;
   }
-  return launch(lse_low_kernel<T>, dim3(static_cast<unsigned>((strips + kLowWarps - 1) / kLowWarps)),
-                kLowWarps * kWarp,
-                kLowWarps * 2 * kStrip * row_bytes_of(static_cast<int>(s.dim), sizeof(T)), stream, s,
+  return launch(lse_low_kernel<T>,
+                dim3(static_cast<unsigned>((strips + kLowWarps - 1) / kLowWarps)),
+                kLowWarps * kWarp, low_shared_bytes(static_cast<int>(s.dim), sizeof(T)), stream, s,
                 lse, low, shape, aligned_rows(s.q, sizeof(T)), aligned_rows(s.k, sizeof(T)));
 }
 
@@ -110,7 +107,8 @@ cudaError_t launch_lse_low(const AttentionScores& s, const float* lse, float* lo
 // in:       q, k by stride, features contiguous; lse, lse_low fp32 [B, H, Nq] contiguous; bias by
 //           stride (0 where broadcast) and key mask, each or none
 // out:      out fp32 [B, H, Nk] = mean over queries of P; contiguous, every element written once
-// numerics: fp32; P from lse and lse_low as in the backward of attention; a lane adds its queries in order
+// numerics: fp32; P from lse and lse_low as in the backward of attention; a lane adds its queries
+//           in order
 // bounds:   queries beyond the last, and those that may attend nothing, have P = 0
 // cost:     k read once, q once per row block, two tiles in shared memory; no atomics,
 //           deterministic

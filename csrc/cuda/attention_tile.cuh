@@ -487,8 +487,8 @@ __device__ __forceinline__ void subtract_lse(float (&score)[2][4], const GroupTe
   } else {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      score[i / 4][i % 4] = fmaf(score[i / 4][i % 4], scale, terms.bias[i / 4][i % 4]) -
-                            level[query_of<KEYS>(i)].lse;
+      score[i / 4][i % 4] =
+          fmaf(score[i / 4][i % 4], scale, terms.bias[i / 4][i % 4]) - level[query_of<KEYS>(i)].lse;
     }
   }
 #pragma unroll

@@ -11,8 +11,8 @@ namespace {
 //           the number of the block's losses, which of ids is that of all; every element written
 //           exactly once
 // numerics: target, statistics (variance about the mean, unbiased, + 1e-6) and sums over a patch in
-//           fp32, lanes apart, 16 to 32 terms in a row, then by a tree; sums over patches in fp64, in an order that depends
-//           on the shape alone
+//           fp32, lanes apart, 16 to 32 terms in a row, then by a tree; sums over patches in fp64,
+//           in an order that depends on the shape alone
 // bounds:   tails are masked; an id outside [0, N) has loss 0; offsets are int64
 // cost:     counted rows of pred and their pixels read once, 4 independent loads in flight per
 //           thread; shared memory 4 * E bytes a warp and the table; no atomics, deterministic

@@ -93,9 +93,8 @@ __device__ __forceinline__ void make_runs(PixelRun* runs, const Images& images,
 }
 
 __device__ __forceinline__ float normalised(const Images& images, int channel, float value) {
-  return !images.has_scale
-             ? value
-             : value * __ldg(images.scale + channel) + __ldg(images.shift + channel);
+  return !images.has_scale ? value
+                           : value * __ldg(images.scale + channel) + __ldg(images.shift + channel);
 }
 
 // Terms that a lane adds in a row: larger sums are sums of such sums, or they would lose digits.

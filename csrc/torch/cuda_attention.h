@@ -34,11 +34,9 @@ inline Tensor row_workspace(const OnDeviceOf& place, const AttentionScores& s) {
   return place.empty({s.batch, s.heads, s.queries}, ScalarType::Float);
 }
 
-inline std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k,
-                                                        const Tensor& v, OptionalTensor bias,
-                                                        OptionalTensor key_mask, double scale,
-                                                        int64_t num_prefix,
-                                                        OptionalTensor positions, int64_t stats) {
+inline std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd(
+    const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor bias, OptionalTensor key_mask,
+    double scale, int64_t num_prefix, OptionalTensor positions, int64_t stats) {
   const OnDeviceOf place(q);
   return attention_fwd_at(place, q, k, v, bias, key_mask, scale, num_prefix, positions, stats,
                           [&](const AttentionFwdParams& params) {
@@ -57,17 +55,17 @@ inline Tensor attention_coef(const Tensor& lse, OptionalTensor dlse, const Tenso
 
 inline std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-    const Tensor& lse, const Tensor& lse_low, OptionalTensor bias, OptionalTensor key_mask, double scale,
-    int64_t num_prefix, OptionalTensor positions, OptionalTensor coef, bool need_bias,
+    const Tensor& lse, const Tensor& lse_low, OptionalTensor bias, OptionalTensor key_mask,
+    double scale, int64_t num_prefix, OptionalTensor positions, OptionalTensor coef, bool need_bias,
     bool packed) {
   const OnDeviceOf place(q);
-  return attention_bwd_at(
-      place, dout, q, k, v, out, lse, lse_low, bias, key_mask, scale, num_prefix, positions, coef, need_bias,
-      packed, [&](const AttentionBwdParams& params) {
-        const Tensor delta = row_workspace(place, params.scores);
-        check_cuda(
-            cuda::attention_bwd(params, static_cast<float*>(delta.data_ptr()), place.stream()));
-      });
+  return attention_bwd_at(place, dout, q, k, v, out, lse, lse_low, bias, key_mask, scale,
+                          num_prefix, positions, coef, need_bias, packed,
+                          [&](const AttentionBwdParams& params) {
+                            const Tensor delta = row_workspace(place, params.scores);
+                            check_cuda(cuda::attention_bwd(
+                                params, static_cast<float*>(delta.data_ptr()), place.stream()));
+                          });
 }
 
 inline Tensor received_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& lse,
@@ -84,12 +82,12 @@ inline Tensor received_attention_fwd(const Tensor& q, const Tensor& k, const Ten
 inline Tensor head_divergence_fwd(const Tensor& q, const Tensor& k, const Tensor& lse,
                                   OptionalTensor bias, OptionalTensor key_mask, double scale) {
   const OnDeviceOf place(q);
-  return head_divergence_at(place, q, k, lse, bias, key_mask, scale,
-                            [&](const HeadDivergenceParams& params) {
-                              const Tensor low = row_workspace(place, params.scores);
-                              check_cuda(cuda::head_divergence_fwd(
-                                  params, static_cast<float*>(low.data_ptr()), place.stream()));
-                            });
+  return head_divergence_at(
+      place, q, k, lse, bias, key_mask, scale, [&](const HeadDivergenceParams& params) {
+        const Tensor low = row_workspace(place, params.scores);
+        check_cuda(
+            cuda::head_divergence_fwd(params, static_cast<float*>(low.data_ptr()), place.stream()));
+      });
 }
 
 }  // namespace mimkernels::binding
