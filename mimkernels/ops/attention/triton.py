@@ -455,7 +455,7 @@ def attention_bwd(
     dbias = bias.new_empty(bias.shape) if need_bias else q.new_empty((0,))
     if positions is not None:
         positions = with_prefix_rows(positions, num_prefix, keys)
-    d0, d1 = head_split(dim, q.dtype)
+    d0, d1 = head_split(dim, q.dtype, backward=True)
     target = (architecture(q.device), precision_name(q.dtype), d0 + d1, queries, coef is not None)
     fused, dq_config, dkv_config = (triton_configs.config(kernel, *target) for kernel in ("fused", "dq", "dkv"))
     unit, qkvg_strides = strides(q, k, v, dout)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mimkernels.ops._triton import narrow
+from mimkernels.ops._triton import INTERPRETED, narrow
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -246,18 +246,20 @@ def locate(pid, heads, row_blocks, BLOCK: tl.constexpr):
     return head, (head // heads).to(tl.int64), (head % heads).to(tl.int64), pid % row_blocks * BLOCK
 
 
-def head_split(dim: int, dtype: torch.dtype) -> tuple[int, int]:
+def head_split(dim: int, dtype: torch.dtype, backward: bool = False) -> tuple[int, int]:
     """(D0, D1): the head dim as one power of two, or as two where that pads less: 80 = 64 + 16. D1 = 0 for one.
 
-    The same in every kernel, so that all compute the same scores. Without tensor cores the products of the backward
-    pass over 128 columns want more registers than there are: one piece of fp32 has at most 64.
+    Without tensor cores the products of the backward pass over 128 columns want more registers than there are: there
+    one piece has at most 64. Such products add one feature after another, so that scores have the same bits in one
+    piece and in two; the interpreter's do not, and so it takes two forward as well.
     """
-    most = 64 if precision_name(dtype) == "fp32" else 128
+    narrow_pieces = precision_name(dtype) == "fp32" and (backward or INTERPRETED.value)
     whole = max(16, triton.next_power_of_2(dim))
     rest = dim - whole // 2
     second = max(16, triton.next_power_of_2(rest))
     shorter = whole // 2 + second < whole
-    return (whole // 2, second) if whole > 32 and (shorter or whole > most) else (whole, 0)
+    too_wide = whole > (64 if narrow_pieces else 128)
+    return (whole // 2, second) if whole > 32 and (shorter or too_wide) else (whole, 0)
 
 
 def strides(*tensors: Tensor) -> tuple[int, list[int]]:

@@ -97,7 +97,7 @@ TABLE = {
     ("forward", 80, "half", 64, ANY, False): (128, 64, 8, 3),
     ("forward", 80, "half", 64, ANY, True): (128, 64, 8, 3),
     ("forward", 80, "half", 128, 64, False): (64, 64, 4, 1),
-    ("forward", 80, "half", 128, 64, True): (64, 64, 4, 1),
+    ("forward", 80, "half", 128, 64, True): (64, 64, 8, 1),
     ("forward", 80, "half", 128, 128, False): (64, 64, 4, 2),
     ("forward", 80, "half", 128, 128, True): (64, 32, 4, 2),
     ("forward", 80, "half", 128, 256, False): (64, 64, 4, 2),
