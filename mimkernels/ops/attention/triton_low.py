@@ -69,10 +69,10 @@ def lse_low_kernel(
     lse = tl.load(lse_ptr + place, mask=rows < queries, other=0.0)
     large = (tl.abs(lse) > LARGE_LSE) & (tl.abs(lse) < float("inf"))
     low = tl.zeros([BLOCK_M], dtype=tl.float32)
+    q_stride_n = q_stride_n.to(tl.int64) * UNIT
+    k_stride_n = k_stride_n.to(tl.int64) * UNIT
+    bias_stride_n = bias_stride_n.to(tl.int64) * BIAS_UNIT
     if tl.max(large.to(tl.int32), axis=0) > 0:
-        q_stride_n = q_stride_n.to(tl.int64) * UNIT
-        k_stride_n = k_stride_n.to(tl.int64) * UNIT
-        bias_stride_n = bias_stride_n.to(tl.int64) * BIAS_UNIT
         q_block = q_ptr + (b * q_stride_b + h * q_stride_h) * UNIT + first * q_stride_n
         k_head = k_ptr + (b * k_stride_b + h * k_stride_h) * UNIT
         bias_head = None

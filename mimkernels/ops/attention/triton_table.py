@@ -161,7 +161,7 @@ TABLE = {
     ("masked", 80, "half", 64, ANY, True): (128, 64, 8, 1),
     ("masked", 80, "half", 128, 64, True): (64, 64, 8, 1),
     ("masked", 80, "half", 128, 128, False): (64, 64, 4, 1),
-    ("masked", 80, "half", 128, ANY, False): (128, 32, 8, 3),
+    ("masked", 80, "half", 128, ANY, False): (64, 32, 8, 3),
     ("masked", 80, "half", 128, ANY, True): (64, 32, 8, 3),
     ("masked", 90, "half", 64, 128, True): (64, 128, 8, 1),
     ("masked", 90, "half", 64, 256, False): (64, 256, 8, 1),
