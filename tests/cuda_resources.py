@@ -54,6 +54,7 @@ int main() {
     }
     const BiasCut bias = cut_bias(TOKENS, TOKENS, 64, size);
     print("attention_dbias_kernel", type, "", 32 * bias.warps(), bias.shared_bytes);
+    print("lse_low_kernel", type, "", 32 * kLowWarps, low_shared_bytes(64, size));
     const StripCut received = cut_received(TOKENS, TOKENS, 64, size);
     print("received_attention_kernel", type, "", 32 * received.warps(), received.shared_bytes);
     const DivergenceCut divergence(64, size);

@@ -16,8 +16,11 @@ cudaError_t attention_coef(const AttentionCoefParams& params, cudaStream_t strea
 // `delta` holds B * H * Nq floats of workspace.
 cudaError_t attention_bwd(const AttentionBwdParams& params, float* delta, cudaStream_t stream);
 
-cudaError_t received_attention_fwd(const ReceivedAttentionParams& params, cudaStream_t stream);
+// `low` holds B * H * Nq floats of workspace.
+cudaError_t received_attention_fwd(const ReceivedAttentionParams& params, float* low,
+                                   cudaStream_t stream);
 
-cudaError_t head_divergence_fwd(const HeadDivergenceParams& params, cudaStream_t stream);
+cudaError_t head_divergence_fwd(const HeadDivergenceParams& params, float* low,
+                                cudaStream_t stream);
 
 }  // namespace mimkernels::cuda

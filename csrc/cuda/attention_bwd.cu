@@ -18,8 +18,7 @@ struct BiasAligned {
   bool dout = false;
 };
 
-// grid:     key blocks, fastest, row blocks, heads and images of dbias; a block owns a tile of
-// dbias
+// grid:     key blocks, fastest, row blocks, heads and images of dbias; a block owns a tile of it
 //           and visits all images and heads that share it
 // in:       as attention_bwd_kernel, whose delta it reads
 // out:      dbias [B or 1, H or 1, Nq, Nk], contiguous, every element written once
@@ -86,12 +85,12 @@ __global__ void __launch_bounds__(256, 1)
     const int h = head_of(member);
     const int head = b * heads + h;
     const GroupTerms group = load_terms<T, false>(HeadTerms(s, b, h), row, column);
-    float level[2];
+    Level level[2];
     float row_delta[2];
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       const int query = query_token<false>(row, 0, n);
-      level[n] = load_level<T>(p.lse, head, queries, query);
+      level[n] = load_level<T>(p.lse, p.lse_low, head, queries, query);
       row_delta[n] = query < queries ? delta[head * s.queries + query] : 0.0f;
     }
     const T* const q_rows = shared + member % 2 * 2 * (query_rows + key_rows) +
@@ -102,7 +101,8 @@ __global__ void __launch_bounds__(256, 1)
     float ds[2][4];
     multiply_rows<T>(score, q_rows, k_rows, shape.stride, shape.steps);
     multiply_rows<T>(ds, q_rows + query_rows, k_rows + key_rows, shape.stride, shape.steps);
-    score_gradient<T, false>(score, ds, p, group, level, row_delta,
+    float delta_error[2] = {};  // unused
+    score_gradient<T, false>(score, ds, delta_error, p, group, level, row_delta,
                              HeadPositions(p.positions, b, keys), head, row, column);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -131,7 +131,9 @@ cudaError_t launch_dbias(const AttentionBwdParams& p, const float* delta, cudaSt
 
 cudaError_t attention_bwd(const AttentionBwdParams& p, float* delta, cudaStream_t stream) {
   const AttentionScores& s = p.scores;
-  const bool shares_bias = s.bias.batch != s.batch || s.bias.heads != s.heads;
+  // An fp32 bias beside 16-bit rows has its gradient from the delta that the others are summed for.
+  const bool shares_bias =
+      s.bias.batch != s.batch || s.bias.heads != s.heads || s.bias.dtype != s.dtype;
   return with_float_type(s.dtype, [&](auto type) {
     using T = decltype(type);
     cudaError_t error = cudaSuccess;

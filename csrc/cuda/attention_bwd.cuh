@@ -104,8 +104,9 @@ __device__ __forceinline__ void visit_side(const AttentionBwdParams& p, const St
 
   float acc0[DIM / 8][4] = {};             // dQ, or dK
   float acc1[KEYS ? DIM / 8 : 2][4] = {};  // dV
-  float level[kQueries<KEYS>];
+  Level level[kQueries<KEYS>];
   float row_delta[kQueries<KEYS>];
+  float delta_error[2] = {};  // this lane's share
   for (int tile = -1; tile < cut.tiles; ++tile) {
     if (tile >= 0) {
       copy_async_wait<0>();
@@ -125,10 +126,7 @@ __device__ __forceinline__ void visit_side(const AttentionBwdParams& p, const St
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
           const int query = query_token<KEYS>(place.first, 0, n);
-          level[n] = load_level<T>(p.lse, place.head, own_tokens, query);
-          if (lane % 4 == 0 && query < own_tokens) {
-            delta[place.head * s.queries + query] = row_delta[n];
-          }
+          level[n] = load_level<T>(p.lse, p.lse_low, place.head, own_tokens, query);
         }
       }
     }
@@ -144,7 +142,7 @@ __device__ __forceinline__ void visit_side(const AttentionBwdParams& p, const St
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
           const int query = query_token<KEYS>(0, first, n);
-          level[n] = load_level<T>(p.lse, place.head, other_tokens, query);
+          level[n] = load_level<T>(p.lse, p.lse_low, place.head, other_tokens, query);
           row_delta[n] = query < other_tokens ? delta[place.head * s.queries + query] : 0.0f;
         }
       }
@@ -152,8 +150,8 @@ __device__ __forceinline__ void visit_side(const AttentionBwdParams& p, const St
       float ds[2][4];
       multiply_rows<T>(score, strip0, rows0 + row, kStride, kSteps);
       multiply_rows<T>(ds, strip1, rows1 + row, kStride, kSteps);
-      score_gradient<T, KEYS>(score, ds, p, group, level, row_delta, positions, place.head,
-                              place.first, first);
+      score_gradient<T, KEYS>(score, ds, delta_error, p, group, level, row_delta, positions,
+                              place.head, place.first, first);
       if constexpr (KEYS) {
         add_weighted<T>(acc1, score, rows1 + row, kStride);
       } else if (dbias) {
@@ -165,6 +163,17 @@ __device__ __forceinline__ void visit_side(const AttentionBwdParams& p, const St
   copy_async_wait<0>();
   if (!place.busy) {
     return;
+  }
+  if constexpr (!KEYS) {
+    // With no keys there is no delta, nor any key to read it.
+#pragma unroll
+    for (int n = 0; n < 2 && cut.tiles > 0; ++n) {
+      const float exact = row_delta[n] + add_quad(delta_error[n]);
+      const int query = query_token<KEYS>(place.first, 0, n);
+      if (lane % 4 == 0 && query < own_tokens) {
+        delta[place.head * s.queries + query] = exact;
+      }
+    }
   }
   const int64_t offset = (b * int64_t{own_tokens} + place.first) * p.stride_grad + h * s.dim;
   const int rows = own_tokens - place.first;
@@ -178,12 +187,14 @@ __device__ __forceinline__ void visit_side(const AttentionBwdParams& p, const St
 
 // grid:     row blocks of 16 tokens per warp, fastest, times B * H; short heads share a block. A
 //           launch does the strips of queries, those of keys, or of a head's both sides in turn
-// in:       q, k, v, out, dout by stride, features contiguous; lse and coef contiguous, coef or
-//           none; bias by stride (0 where broadcast), key mask, positions fp32, each or none
+// in:       q, k, v, out, dout by stride, features contiguous; lse, lse_low and coef contiguous,
+//           coef or none; bias by stride (0 where broadcast), key mask, positions fp32, each or
+//           none
 // out:      dq [B, Nq, H, D], dk, dv [B, Nk, H, D], apart or the parts of [B, N, 3, H, D]; delta
-//           fp32 [B, H, Nq] = dout . out, which keys read; dbias where nothing shares it;
-//           contiguous, every element written once
-// numerics: P from lse, everything in fp32; P and dS rounded to the type of v for their products
+//           fp32 [B, H, Nq] = dout . out before out is rounded, which keys read; dbias where
+//           nothing shares it; contiguous, every element written once
+// numerics: P from lse and lse_low, everything in fp32; P and dS rounded to the type of v for
+//           their products
 // bounds:   keys beyond the last and masked keys have P = 0, and so have queries beyond the last;
 //           tails are not stored; offsets into tensors are int64
 // cost:     seven products, so that every sum stays in one warp; own rows read once, the other

@@ -10,7 +10,7 @@ __device__ __forceinline__ int plane_of(int64_t stats, AttentionStat stat) {
 }
 
 // grid:     blocks of 256 threads; a thread owns one query of one head, then loops
-// in:       lse, dlse [B, H, Nq], statistics and their gradients [S, B, H, Nq], fp32, contiguous
+// in:       dlse [B, H, Nq], statistics and their gradients [S, B, H, Nq], fp32, contiguous
 // out:      coef fp32 [6, B, H, Nq]; every element written once
 // numerics: fp32
 // bounds:   offsets are int64
@@ -18,8 +18,6 @@ __device__ __forceinline__ int plane_of(int64_t stats, AttentionStat stat) {
 __global__ void __launch_bounds__(kThreads) attention_coef_kernel(AttentionCoefParams p) {
   for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < p.count;
        i += gridDim.x * int64_t{kThreads}) {
-    const float lse = p.lse[i];
-    const float level = lse - lse == 0.0f ? lse : 0.0f;  // 0 for infinities and NaN
     float both = p.has_dlse ? p.dlse[i] : 0.0f;
     float slope = 0.0f, c_prefix = 0.0f, c_patch = 0.0f, a_patch = 0.0f, own = 0.0f, far = 0.0f;
     if (p.has_drows) {
@@ -31,7 +29,7 @@ __global__ void __launch_bounds__(kThreads) attention_coef_kernel(AttentionCoefP
       };
       if (p.stats & kEntropy) {
         slope = -up(kEntropy);
-        both += up(kEntropy) * (level - value(kEntropy));
+        both -= up(kEntropy) * value(kEntropy);
       }
       if (p.stats & kPrefixMass) {
         c_prefix = up(kPrefixMass);
@@ -47,10 +45,10 @@ __global__ void __launch_bounds__(kThreads) attention_coef_kernel(AttentionCoefP
       }
       if (p.stats & kPatchEntropy) {
         const float mass = value(kPatchMass);
-        if (mass > 0.0f) {
+        if (!(mass < kLeastPatchMass)) {
           const float weight = up(kPatchEntropy) / mass;
           a_patch = -weight;
-          c_patch = weight * (level + logf(mass) - value(kPatchEntropy));
+          c_patch = weight * (logf(mass) - value(kPatchEntropy));
         }
       }
       if (p.stats & kPatchMass) {

@@ -113,6 +113,12 @@ inline BiasCut cut_bias(int64_t queries, int64_t keys, int dim, int size) {
   return cut;
 }
 
+// What rounding took from lse, for those below: a warp has 16 queries and 16 keys in shared memory.
+constexpr int kLowWarps = 4;
+constexpr int low_shared_bytes(int dim, int size) {
+  return kLowWarps * 2 * kStrip * row_bytes_of(dim, size);
+}
+
 // received_attention
 constexpr int kReceivedWarps = 4;
 

@@ -94,7 +94,7 @@ __device__ __forceinline__ void rescale(RowSums& sums, float (&acc)[TILES][4], i
   }
 }
 
-// lse and statistics of row `half`, from the sums of its four lanes; the first of them writes.
+// What is written of row `half`, from the sums of its four lanes, by the first of them.
 template <typename T, bool STATS>
 __device__ __forceinline__ void write_row(const AttentionFwdParams& p, const RowSums& sums,
                                           int half, float total, float inverse, float scale,
@@ -106,7 +106,10 @@ __device__ __forceinline__ void write_row(const AttentionFwdParams& p, const Row
   const float level = sums.level[half];
   const float log_total = logf(total);
   if (writes) {
-    p.lse[place] = level == kInfinity ? level : level * scale + log_total;
+    // Scaled in one rounding with what is added, as subtract_lse does it.
+    const float lse = level == kInfinity ? level : fmaf(level, scale, log_total);
+    p.lse[place] = lse;
+    p.lse_low[place] = fabsf(lse) < kInfinity ? fmaf(level, scale, -lse) + log_total : 0.0f;
   }
   if constexpr (STATS) {
     const int64_t plane = s.batch * s.heads * s.queries;
@@ -134,7 +137,7 @@ __device__ __forceinline__ void write_row(const AttentionFwdParams& p, const Row
     }
     if (p.stats & kPatchEntropy) {
       const float energy = add_quad(sums.patch_energy[half]);
-      put(patch * inverse > 0.0f ? logf(patch) - energy / patch * kOneUnit<T> : 0.0f);
+      put(patch * inverse < kLeastPatchMass ? 0.0f : logf(patch) - energy / patch * kOneUnit<T>);
     }
     if (p.stats & kPeak) {
       put(inverse);
@@ -148,8 +151,8 @@ __device__ __forceinline__ void write_row(const AttentionFwdParams& p, const Row
 // grid:     row blocks of 16 queries per warp, fastest, times B * H; short heads share a block
 // in:       q, k, v by stride, features contiguous; bias by stride (0 where broadcast), key mask,
 //           positions fp32, each or none
-// out:      out [B, Nq, H, D], lse fp32 [B, H, Nq], rows fp32 [S, B, H, Nq] in the order of the
-//           bits of stats; contiguous, every element written once
+// out:      out [B, Nq, H, D], lse and lse_low fp32 [B, H, Nq], rows fp32 [S, B, H, Nq] in the
+//           order of the bits of stats; contiguous, every element written once
 // numerics: scores, maxima and sums in fp32; p = power((score - maximum) * factor), rounded to the
 //           type of v for its product; FOLD (no bias, positive
 //           scale): the scale is in factor. Statistics are sums relative to the row's maximum
@@ -177,7 +180,7 @@ __global__ void __launch_bounds__(forward_warps(DIM, sizeof(T), STATS) * kWarp,
   const int h = place.busy ? place.head % heads : 0;
   const HeadTerms terms(s, b, h);
   const HeadPositions positions(p.positions, b, keys);
-  const bool fold = !terms.has_bias && s.scale > 0.0f;
+  const bool fold = terms.folds;
   const float factor = (fold ? s.scale : 1.0f) * kUnitsOfOne<T>;
 
   T* const shared = reinterpret_cast<T*>(shared_memory());

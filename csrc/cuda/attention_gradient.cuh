@@ -1,13 +1,12 @@
 // From products to P and to the gradient of the scores, for the kernels of attention_bwd:
-//   P = exp(S - lse),  dS = P (dP - delta + c(j) + a(j) S + [i = j] s + w d)
+//   L = (S - lse) - lse_low,  P = exp(L),  dS = P (dP - delta + c(j) + a(j) L + [i = j] s + w d)
 #pragma once
 
 #include "cuda/attention_tile.cuh"
 
 namespace mimkernels::cuda {
 
-// The coefficients of upstream gradients of lse and statistics, changed so that c + a t, with t the
-// exponent of P, is what c + a S was.
+// The coefficients of upstream gradients of lse and statistics, a as a slope on the exponent of P.
 struct Coefficients {
   float c_prefix, a_prefix;
   float c_patch, a_patch;
@@ -24,14 +23,9 @@ __device__ __forceinline__ Coefficients load_coefficients(const AttentionBwdPara
   const int64_t place = head * s.queries + query;
   const int64_t plane = s.batch * s.heads * s.queries;
   const float* const coef = p.coef + place;
-  const float lse = p.lse[place];
-  const float level = lse == kInfinity || lse == -kInfinity ? 0.0f : lse;
-  return {fmaf(coef[plane], level, coef[0]),
-          coef[plane] * kOneUnit<T>,
-          fmaf(coef[3 * plane], level, coef[2 * plane]),
-          coef[3 * plane] * kOneUnit<T>,
-          coef[4 * plane],
-          query >= p.num_prefix ? coef[5 * plane] : 0.0f};
+  return {coef[0],         coef[plane] * kOneUnit<T>,
+          coef[2 * plane], coef[3 * plane] * kOneUnit<T>,
+          coef[4 * plane], query >= p.num_prefix ? coef[5 * plane] : 0.0f};
 }
 
 // ds += c + a t + [i = j] s + w d.
@@ -71,10 +65,13 @@ __device__ __forceinline__ void add_coefficients(float (&ds)[2][4], const float 
 
 // score: q k products, which become P. ds: dO v products, which become dS. KEYS: rows of the group
 // are keys. level and delta are those of the lane's queries.
+// delta_error += P (dP - delta), for rows of queries, where it sums to 0 but for the rounding of
+// out.
 template <typename T, bool KEYS>
 __device__ __forceinline__ void score_gradient(float (&score)[2][4], float (&ds)[2][4],
-                                               const AttentionBwdParams& p, const GroupTerms& group,
-                                               const float (&level)[kQueries<KEYS>],
+                                               float (&delta_error)[2], const AttentionBwdParams& p,
+                                               const GroupTerms& group,
+                                               const Level (&level)[kQueries<KEYS>],
                                                const float (&delta)[kQueries<KEYS>],
                                                const HeadPositions& positions, int head,
                                                int first_row, int first_column) {
@@ -83,6 +80,10 @@ __device__ __forceinline__ void score_gradient(float (&score)[2][4], float (&ds)
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     ds[i / 4][i % 4] -= delta[query_of<KEYS>(i)];
+    if constexpr (!KEYS) {
+      float& error = delta_error[query_of<KEYS>(i)];
+      error = fmaf(score[i / 4][i % 4], ds[i / 4][i % 4], error);
+    }
   }
   if (p.has_coef) {
     add_coefficients<T, KEYS>(ds, exponent, p, positions, head, first_row, first_column);

@@ -8,18 +8,114 @@ namespace {
 constexpr int kSide = kDivergenceHeads / 2;  // heads that a block compares with as many others
 constexpr int kHeads = kDivergenceHeads;
 
-// grid:     row blocks of 16 keys per warp, fastest, times B * H; short heads share a block
+// grid:     a warp owns a strip of 16 queries, strips of a head fastest, 4 warps a block
 // in:       q, k by stride, features contiguous; lse fp32 [B, H, Nq] contiguous; bias by stride (0
 //           where broadcast) and key mask, each or none
+// out:      low fp32 [B, H, Nq] = log of the sum over keys of exp(S - lse), 0 where lse is not
+//           large; contiguous, every element written once
+// numerics: fp32, relative to the row's maximum of S - lse
+// bounds:   keys beyond the last and masked keys count nothing, tails of queries are not stored
+// cost:     nothing but lse is read where no row of the strip is large, else k once per strip; the
+//           warp's queries and 16 keys in shared memory; no atomics, deterministic
+template <typename T>
+__global__ void __launch_bounds__(kLowWarps* kWarp)
+    lse_low_kernel(AttentionScores s, const float* lse, float* low, RowShape<T> shape,
+                   bool q_aligned, bool k_aligned) {
+  const int heads = static_cast<int>(s.heads);
+  const int queries = static_cast<int>(s.queries);
+  const int keys = static_cast<int>(s.keys);
+  const int dim = static_cast<int>(s.dim);
+  const int lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp;
+  const int strips = (queries + kStrip - 1) / kStrip;
+  const int64_t index = blockIdx.x * int64_t{kLowWarps} + warp;
+  const int head = static_cast<int>(index / strips);
+  const int first = static_cast<int>(index % strips) * kStrip;
+  if (head >= s.batch * s.heads) {
+    return;
+  }
+  Level level[2];
+  bool large[2];
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    const int query = query_token<false>(first, 0, n);
+    level[n] = {query < queries ? lse[head * s.queries + query] : 0.0f, 0.0f};
+    large[n] = fabsf(level[n].lse) > kLargeLse && fabsf(level[n].lse) < kInfinity;
+  }
+  float top[2] = {-kInfinity, -kInfinity};
+  float sum[2] = {};
+  if (__any_sync(kAll, large[0] || large[1])) {
+    const int b = head / heads;
+    const int h = head % heads;
+    const HeadTerms terms(s, b, h);
+    T* const q_rows = reinterpret_cast<T*>(shared_memory()) + warp * 2 * kStrip * shape.stride;
+    T* const k_rows = q_rows + kStrip * shape.stride;
+    load_rows(q_rows, shape.stride, shape.chunks, head_at<T>(s.q, b, h, first), s.q.stride_token,
+              kStrip, queries - first, dim, q_aligned, lane, kWarp);
+    for (int first_key = 0; first_key < keys; first_key += kStrip) {
+      __syncwarp();
+      load_rows(k_rows, shape.stride, shape.chunks, head_at<T>(s.k, b, h, first_key),
+                s.k.stride_token, kStrip, keys - first_key, dim, k_aligned, lane, kWarp);
+      copy_async_commit();
+      copy_async_wait<0>();
+      __syncwarp();
+      float t[2][4];
+      multiply_rows<T>(t, q_rows, k_rows, shape.stride, shape.steps);
+      subtract_lse<false>(t, load_terms<T, false>(terms, first, first_key), level, s.scale);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float last = top[half];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          top[half] = fmaxf(top[half], t[i / 2][2 * half + i % 2]);
+        }
+        top[half] = max_quad(top[half]);
+        const float base = top[half] == -kInfinity ? 0.0f : top[half];
+        sum[half] *= expf(last - base);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          sum[half] += expf(t[i / 2][2 * half + i % 2] - base);
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float total = add_quad(sum[half]);
+    const int query = query_token<false>(first, 0, half);
+    if (lane % 4 == 0 && query < queries) {
+      low[head * s.queries + query] = large[half] && total > 0.0f ? top[half] + logf(total) : 0.0f;
+    }
+  }
+}
+
+template <typename T>
+cudaError_t launch_lse_low(const AttentionScores& s, const float* lse, float* low,
+                           cudaStream_t stream) {
+  const RowShape<T> shape(s.dim);
+  const int64_t strips = s.batch * s.heads * ((s.queries + kStrip - 1) / kStrip);
+  if (strips == 0) {
+    return cudaSuccess;
+  }
+  return launch(lse_low_kernel<T>,
+                dim3(static_cast<unsigned>((strips + kLowWarps - 1) / kLowWarps)),
+                kLowWarps * kWarp, low_shared_bytes(static_cast<int>(s.dim), sizeof(T)), stream, s,
+                lse, low, shape, aligned_rows(s.q, sizeof(T)), aligned_rows(s.k, sizeof(T)));
+}
+
+// grid:     row blocks of 16 keys per warp, fastest, times B * H; short heads share a block
+// in:       q, k by stride, features contiguous; lse, lse_low fp32 [B, H, Nq] contiguous; bias by
+//           stride (0 where broadcast) and key mask, each or none
 // out:      out fp32 [B, H, Nk] = mean over queries of P; contiguous, every element written once
-// numerics: fp32; P from lse as in the backward of attention; a lane adds its queries in order
+// numerics: fp32; P from lse and lse_low as in the backward of attention; a lane adds its queries
+//           in order
 // bounds:   queries beyond the last, and those that may attend nothing, have P = 0
 // cost:     k read once, q once per row block, two tiles in shared memory; no atomics,
 //           deterministic
 template <typename T>
 __global__ void __launch_bounds__(kReceivedWarps* kWarp, 1)
-    received_attention_kernel(ReceivedAttentionParams p, StripCut cut, RowShape<T> shape,
-                              bool q_aligned, bool k_aligned) {
+    received_attention_kernel(ReceivedAttentionParams p, const float* low, StripCut cut,
+                              RowShape<T> shape, bool q_aligned, bool k_aligned) {
   const AttentionScores& s = p.scores;
   const int images = static_cast<int>(s.batch);
   const int heads = static_cast<int>(s.heads);
@@ -60,10 +156,10 @@ __global__ void __launch_bounds__(kReceivedWarps* kWarp, 1)
     for (int j = 0; j < groups; ++j) {
       const int first = tile * cut.tile + j * kStrip;
       const GroupTerms group = load_terms<T, true>(terms, place.first, first);
-      float level[4];
+      Level level[4];
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
-        level[n] = load_level<T>(p.lse, place.head, queries, query_token<true>(0, first, n));
+        level[n] = load_level<T>(p.lse, low, place.head, queries, query_token<true>(0, first, n));
       }
       float score[2][4];
       float exponent[2][4];
@@ -107,21 +203,21 @@ struct HeadPair {
 };
 
 // grid:     B * cdiv(H, 4)^2; a block compares 4 heads with 4 others over all queries and keys
-// in:       q, k by stride, features contiguous; lse fp32 [B, H, Nq] contiguous; bias by stride (0
-//           where broadcast) and key mask, each or none
+// in:       q, k by stride, features contiguous; lse, lse_low fp32 [B, H, Nq] contiguous; bias by
+//           stride (0 where broadcast) and key mask, each or none
 // out:      out fp32 [B, H, H] = mean over queries of sum over keys of P^h (log P^h - log P^g);
 //           contiguous, every element written once
-// numerics: fp32; logarithms are subtracted before they are weighted, so that equal heads give 0.
-//           A key that the bias hides has P = 0 and counts as a score of 0 in the logarithm
-// bounds:   keys beyond the last and masked keys, and queries beyond the last, have P = 0
+// numerics: fp32; logarithms are subtracted before they are weighted, so that equal heads give 0
+// bounds:   keys that do not exist, or that one of the two heads does not see, and queries beyond
+//           the last count nothing
 // cost:     the logarithms of a 16 x 16 group of 8 heads lie in shared memory, where only the lane
 //           that wrote them reads them; q and k of a head are read cdiv(H, 4) * 2 times from L2; no
 //           atomics, deterministic
 template <typename T>
 __global__ void __launch_bounds__(kDivergenceWarps* kWarp, 1)
-    head_divergence_kernel(HeadDivergenceParams p, int blocks, RowShape<T> shape, bool q_aligned,
-                           bool k_aligned) {
-  constexpr int kWords = 9;  // of a lane and head: 8 logarithms, and bits that say whose P is not 0
+    head_divergence_kernel(HeadDivergenceParams p, const float* low, int blocks, RowShape<T> shape,
+                           bool q_aligned, bool k_aligned) {
+  constexpr int kWords = 9;  // of a lane and head: 8 logarithms, and bits that say which are finite
   const AttentionScores& s = p.scores;
   const int heads = static_cast<int>(s.heads);
   const int queries = static_cast<int>(s.queries);
@@ -178,29 +274,25 @@ __global__ void __launch_bounds__(kDivergenceWarps* kWarp, 1)
       const T* const rows = shared + step % 2 * slot;
       const GroupTerms group =
           load_terms<T, false>(HeadTerms(s, pair.image, head), first_query, first_key);
-      float level[2];
+      Level level[2];
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        const int query = query_token<false>(first_query, 0, n);
-        const float lse =
-            query < queries ? p.lse[(int64_t{pair.image} * heads + head) * queries + query] : 0.0f;
-        level[n] = lse == -kInfinity ? 0.0f : lse;
+        level[n] = load_level<float>(p.lse, low, int64_t{pair.image} * heads + head, queries,
+                                     query_token<false>(first_query, 0, n));
       }
       float score[2][4];
       multiply_rows<T>(score, rows, rows + (kStrip + warp * kStrip) * shape.stride, shape.stride,
                        shape.steps);
-      finish_scores(score, group, false, true, s.scale);
+      subtract_lse<false>(score, group, level, s.scale);
       float* const own = words + step % kHeads * kWords * kWarp;
-      unsigned weighs = 0;
+      unsigned seen = 0;
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
-        const float x = score[e / 4][e % 4];
-        const int n = query_of<false>(e);
-        const bool here = x != -kInfinity && query_token<false>(first_query, 0, n) < queries;
-        weighs |= static_cast<unsigned>(here) << e;
-        own[e * kWarp] = (x == -kInfinity ? 0.0f : x) - level[n];
+        const float log_p = score[e / 4][e % 4] - level[query_of<false>(e)].low;
+        seen |= static_cast<unsigned>(log_p != -kInfinity) << e;
+        own[e * kWarp] = log_p;
       }
-      own[8 * kWarp] = __uint_as_float(weighs);
+      own[8 * kWarp] = __uint_as_float(seen);
     }
     if (step % kHeads + 1 < kHeads) {
       continue;
@@ -214,13 +306,16 @@ __global__ void __launch_bounds__(kDivergenceWarps* kWarp, 1)
         }
         const float* const own = words + h * kWords * kWarp;
         const float log_p = own[e * kWarp];
-        const bool weighs = __float_as_uint(own[8 * kWarp]) >> e & 1;
-        const float weight = weighs ? power<T>(log_p * kUnitsOfOne<T>) : 0.0f;
+        const float weight = power<T>(log_p * kUnitsOfOne<T>);
 #pragma unroll
         for (int g = 0; g < kSide; ++g) {
           if (pair.first[1] + g < heads) {
-            const float log_other = words[((kSide + g) * kWords + e) * kWarp];
-            sum[h][g] = fmaf(weight, log_p - log_other, sum[h][g]);
+            const float* const other = words + (kSide + g) * kWords * kWarp;
+            const unsigned seen =
+                __float_as_uint(own[8 * kWarp]) & __float_as_uint(other[8 * kWarp]);
+            if (seen >> e & 1) {
+              sum[h][g] = fmaf(weight, log_p - other[e * kWarp], sum[h][g]);
+            }
           }
         }
       }
@@ -255,33 +350,42 @@ __global__ void __launch_bounds__(kDivergenceWarps* kWarp, 1)
 
 }  // namespace
 
-cudaError_t received_attention_fwd(const ReceivedAttentionParams& p, cudaStream_t stream) {
+cudaError_t received_attention_fwd(const ReceivedAttentionParams& p, float* low,
+                                   cudaStream_t stream) {
   const AttentionScores& s = p.scores;
   if (s.batch * s.heads * s.keys == 0) {
     return cudaSuccess;
   }
   return with_float_type(s.dtype, [&](auto type) {
     using T = decltype(type);
+    const cudaError_t error = launch_lse_low<T>(s, p.lse, low, stream);
+    if (error != cudaSuccess) {
+      return error;
+    }
     const RowShape<T> shape(s.dim);
     const StripCut cut = cut_received(s.queries, s.keys, static_cast<int>(s.dim), sizeof(T));
     return launch(received_attention_kernel<T>, dim3(cut.blocks(s.batch * s.heads)),
-                  cut.warps() * kWarp, cut.shared_bytes, stream, p, cut, shape,
+                  cut.warps() * kWarp, cut.shared_bytes, stream, p, low, cut, shape,
                   aligned_rows(s.q, sizeof(T)), aligned_rows(s.k, sizeof(T)));
   });
 }
 
-cudaError_t head_divergence_fwd(const HeadDivergenceParams& p, cudaStream_t stream) {
+cudaError_t head_divergence_fwd(const HeadDivergenceParams& p, float* low, cudaStream_t stream) {
   const AttentionScores& s = p.scores;
   if (s.batch * s.heads == 0) {
     return cudaSuccess;
   }
   return with_float_type(s.dtype, [&](auto type) {
     using T = decltype(type);
+    const cudaError_t error = launch_lse_low<T>(s, p.lse, low, stream);
+    if (error != cudaSuccess) {
+      return error;
+    }
     const RowShape<T> shape(s.dim);
     const DivergenceCut cut(static_cast<int>(s.dim), sizeof(T));
     const int blocks = cut_up(s.heads, kSide);
     return launch(head_divergence_kernel<T>, dim3(static_cast<unsigned>(s.batch) * blocks * blocks),
-                  cut.warps * kWarp, cut.shared_bytes, stream, p, blocks, shape,
+                  cut.warps * kWarp, cut.shared_bytes, stream, p, low, blocks, shape,
                   aligned_rows(s.q, sizeof(T)), aligned_rows(s.k, sizeof(T)));
   });
 }

@@ -339,10 +339,12 @@ __device__ __forceinline__ void store_strip(const float (&acc)[TILES][4], float 
 
 // ---- scores ----
 
-// What enters the scores of one head beside the products.
+// What enters the scores of one head beside the products. folds: no bias and a positive scale, so
+// that products order the keys as scores do, and are scaled when they are subtracted.
 struct HeadTerms {
   bool has_bias = false;
   bool has_mask = false;
+  bool folds = false;
   const void* bias = nullptr;  // of this image and head
   int64_t bias_stride = 0;
   bool bias_is_float = false;
@@ -353,6 +355,7 @@ struct HeadTerms {
   __device__ __forceinline__ HeadTerms(const AttentionScores& s, int b, int h)
       : has_bias(s.bias.given),
         has_mask(s.key_mask.given),
+        folds(!has_bias && s.scale > 0.0f),
         bias_stride(s.bias.stride_query),
         bias_is_float(s.bias.dtype == DType::kFloat32),
         queries(static_cast<int>(s.queries)),
@@ -372,6 +375,7 @@ struct HeadTerms {
 struct GroupTerms {
   float bias[2][4];
   unsigned hidden;
+  bool folds;
 };
 
 // The query and the key of element (u, e) of a group; KEYS: rows are keys.
@@ -391,6 +395,7 @@ __device__ __forceinline__ GroupTerms load_terms(const HeadTerms& head, int firs
                                                  int first_column) {
   GroupTerms terms;
   terms.hidden = 0;
+  terms.folds = head.folds;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     int query, key;
@@ -452,26 +457,58 @@ __device__ __forceinline__ int query_token(int first_row, int first_column, int 
   return KEYS ? first_column + n / 2 * 8 + lane % 4 * 2 + n % 2 : first_row + lane / 4 + n * 8;
 }
 
-// lse of a query as an exponent; +inf where P is 0: nothing may be attended, or no such query.
+// lse of a query and what rounding took from it, the latter in the units of exponents. lse is +inf
+// where P is 0: nothing may be attended, or no such query.
+struct Level {
+  float lse;
+  float low;
+};
+
 template <typename T>
-__device__ __forceinline__ float load_level(const float* lse, int64_t head, int queries,
-                                            int query) {
-  const float level = query < queries ? lse[head * queries + query] : kInfinity;
-  return level == -kInfinity ? kInfinity : level * kUnitsOfOne<T>;
+__device__ __forceinline__ Level load_level(const float* lse, const float* low, int64_t head,
+                                            int queries, int query) {
+  if (query >= queries) {
+    return {kInfinity, 0.0f};
+  }
+  const float level = lse[head * queries + query];
+  return {level == -kInfinity ? kInfinity : level, low[head * queries + query] * kUnitsOfOne<T>};
 }
 
-// Products become P = exp(S - lse), whose exponents are kept.
+// Products become S - lse, -inf where the key is hidden. lse is subtracted from whole scores: both
+// may be huge, as a bias of -1e9 makes them, where their difference has lost nothing.
+template <bool KEYS>
+__device__ __forceinline__ void subtract_lse(float (&score)[2][4], const GroupTerms& terms,
+                                             const Level (&level)[kQueries<KEYS>], float scale) {
+  if (terms.folds) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      score[i / 4][i % 4] = fmaf(score[i / 4][i % 4], scale, -level[query_of<KEYS>(i)].lse);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      score[i / 4][i % 4] =
+          fmaf(score[i / 4][i % 4], scale, terms.bias[i / 4][i % 4]) - level[query_of<KEYS>(i)].lse;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    score[i / 4][i % 4] = terms.hidden >> i & 1 ? -kInfinity : score[i / 4][i % 4];
+  }
+}
+
+// Products become P = exp((S - lse) - low), whose exponents are kept.
 template <typename T, bool KEYS>
 __device__ __forceinline__ void make_probabilities(float (&score)[2][4], float (&exponent)[2][4],
                                                    const GroupTerms& terms,
-                                                   const float (&level)[kQueries<KEYS>],
+                                                   const Level (&level)[kQueries<KEYS>],
                                                    float scale) {
+  subtract_lse<KEYS>(score, terms, level, scale);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const float start = fmaf(terms.bias[i / 4][i % 4], kUnitsOfOne<T>, -level[query_of<KEYS>(i)]);
-    const float t = fmaf(score[i / 4][i % 4], scale * kUnitsOfOne<T>, start);
-    exponent[i / 4][i % 4] = terms.hidden >> i & 1 ? -kInfinity : t;
-    score[i / 4][i % 4] = power<T>(exponent[i / 4][i % 4]);
+    const float t = fmaf(score[i / 4][i % 4], kUnitsOfOne<T>, -level[query_of<KEYS>(i)].low);
+    exponent[i / 4][i % 4] = t;
+    score[i / 4][i % 4] = power<T>(t);
   }
 }
 
@@ -487,7 +524,7 @@ struct HeadPositions {
   __device__ __forceinline__ HeadPositions(const Positions& positions, int b, int tokens)
       : given(positions.given),
         stride(positions.stride_token),
-        dims(positions.dims),
+        dims(positions.first < tokens ? positions.dims : 0),  // none where all tokens are prefix
         first(static_cast<int>(positions.first)),
         last(tokens - 1) {
     if (given) {

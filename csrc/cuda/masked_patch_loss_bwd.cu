@@ -43,8 +43,7 @@ __global__ void __launch_bounds__(kThreads)
 // numerics: the target as in the forward; fp32, rounded once
 // bounds:   as in the forward
 // cost:     counted rows of pred and their pixels read once, dpred written once, 4 independent
-// loads
-//           in flight per thread; no atomics, deterministic
+//           loads in flight per thread; no atomics, deterministic
 template <typename T, int VEC>
 __global__ void __launch_bounds__(kThreads, 3)
     masked_patch_loss_bwd_kernel(MaskedPatchLossParams p, LossBlock block, const int64_t* counts) {
@@ -77,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     const float upstream =
         __ldg(p.grad + (p.mean ? 0 : b * p.grad_strides[0] + j * p.grad_strides[1]));
     const float grad = upstream / divisor / static_cast<float>(block.elements);
-    for_each_difference<T, VEC>(
+    sum_over_differences<T, VEC>(
         row_at<T>(p.pred, b, j), target, block.elements, [&](int v, float (&d)[VEC]) {
 #pragma unroll
           for (int e = 0; e < VEC; ++e) {
@@ -92,6 +91,7 @@ __global__ void __launch_bounds__(kThreads, 3)
             d[e] = slope * grad;
           }
           out[v] = pack<T, VEC>(d);
+          return 0.0f;
         });
   }
 }

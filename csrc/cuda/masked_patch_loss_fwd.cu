@@ -8,11 +8,12 @@ namespace {
 // in:       pred [B, L, E], images [B, C, T, H, W], ids int64 [B, L] or mask bool [B, L] by stride,
 //           last stride 1; scale and shift fp32 [C] or null
 // out:      loss fp32 [B, L], 0 where the patch does not count; or partial [blocks, 2]: the sum and
-//           the number of the block's losses; every element written exactly once
+//           the number of the block's losses, which of ids is that of all; every element written
+//           exactly once
 // numerics: target, statistics (variance about the mean, unbiased, + 1e-6) and sums over a patch in
-//           fp32, lanes apart, then by a tree; sums over patches in fp64, in an order that depends
-//           on the shape alone
-// bounds:   tails are masked; an id outside [0, N) does not count; offsets are int64
+//           fp32, lanes apart, 16 to 32 terms in a row, then by a tree; sums over patches in fp64,
+//           in an order that depends on the shape alone
+// bounds:   tails are masked; an id outside [0, N) has loss 0; offsets are int64
 // cost:     counted rows of pred and their pixels read once, 4 independent loads in flight per
 //           thread; shared memory 4 * E bytes a warp and the table; no atomics, deterministic
 template <typename T, int VEC>
@@ -35,25 +36,26 @@ __global__ void __launch_bounds__(kThreads, 3)
     if (n >= 0) {
       const PatchTarget target =
           read_target(p, block, runs, tiles + int64_t{warp} * block.tile, b, n);
-      float share = 0.0f;
-      for_each_difference<T, VEC>(
+      const float share = sum_over_differences<T, VEC>(
           row_at<T>(p.pred, b, j), target, block.elements, [&](int, const float (&d)[VEC]) {
+            float part = 0.0f;
 #pragma unroll
             for (int e = 0; e < VEC; ++e) {
               const float size = fabsf(d[e]);
               if (p.kind == LossKind::kMse) {
-                share += d[e] * d[e];
+                part += d[e] * d[e];
               } else if (p.kind == LossKind::kL1) {
-                share += size;
+                part += size;
               } else {
-                share += size < p.beta ? 0.5f * d[e] * d[e] / p.beta : size - 0.5f * p.beta;
+                part += size < p.beta ? 0.5f * d[e] * d[e] / p.beta : size - 0.5f * p.beta;
               }
             }
+            return part;
           });
       loss = warp_sum(share) / static_cast<float>(block.elements);
       sum += static_cast<double>(loss);
-      count += 1.0;
     }
+    count += n >= 0 || !p.mask.given ? 1.0 : 0.0;
     if (!p.mean && lane == 0) {
       p.loss[i] = loss;
     }

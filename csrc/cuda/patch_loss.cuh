@@ -93,9 +93,27 @@ __device__ __forceinline__ void make_runs(PixelRun* runs, const Images& images,
 }
 
 __device__ __forceinline__ float normalised(const Images& images, int channel, float value) {
-  return !images.has_scale
-             ? value
-             : value * __ldg(images.scale + channel) + __ldg(images.shift + channel);
+  return !images.has_scale ? value
+                           : value * __ldg(images.scale + channel) + __ldg(images.shift + channel);
+}
+
+// Terms that a lane adds in a row: larger sums are sums of such sums, or they would lose digits.
+constexpr int kLossChain = 16;
+
+// This lane's share of the sum of term(e) over a patch.
+template <typename Term>
+__device__ __forceinline__ float lane_sum(int elements, const Term& term) {
+  float sum = 0.0f;
+  for (int first = threadIdx.x % kWarp; first < elements; first += kWarp * kLossChain) {
+    const int end = min(elements, first + kWarp * kLossChain);
+    float part = 0.0f;
+#pragma unroll 4
+    for (int e = first; e < end; e += kWarp) {
+      part += term(e);
+    }
+    sum += part;
+  }
+  return sum;
 }
 
 // Pixels of a patch to the tile; returns this lane's share of their sum.
@@ -114,6 +132,7 @@ __device__ __forceinline__ float fill_tile(float* tile, const PixelRun* runs, co
         packs[i] = load_pack<Src, RUN>(patch + runs[first + i * kWarp].offset);
       }
     }
+    float part = 0.0f;
 #pragma unroll
     for (int i = 0; i < kLossBatch; ++i) {
       if (first + i * kWarp >= block.runs) {
@@ -125,7 +144,7 @@ __device__ __forceinline__ float fill_tile(float* tile, const PixelRun* runs, co
 #pragma unroll
       for (int e = 0; e < RUN; ++e) {
         values[e] = normalised(images, run.channel, values[e]);
-        sum += values[e];
+        part += values[e];
       }
       if constexpr (RUN == 1) {
         tile[run.place] = values[0];
@@ -155,6 +174,7 @@ __device__ __forceinline__ float fill_tile(float* tile, const PixelRun* runs, co
         }
       }
     }
+    sum += part;
   }
   return sum;
 }
@@ -233,7 +253,6 @@ struct PatchTarget {
 __device__ __forceinline__ PatchTarget read_target(const MaskedPatchLossParams& p,
                                                    const LossBlock& block, const PixelRun* runs,
                                                    float* tile, int64_t b, int64_t n) {
-  const int lane = threadIdx.x % kWarp;
   const int64_t start = patch_offset(p.images, block.layout, b, n);
   PatchTarget target = {p.images, block, block.runs > 0 ? tile : nullptr, start};
   float sum = 0.0f;
@@ -257,17 +276,13 @@ __device__ __forceinline__ PatchTarget read_target(const MaskedPatchLossParams& 
   }
   if (p.norm_pix) {
     if (target.tile == nullptr) {
-      for (int e = lane; e < block.elements; e += kWarp) {
-        sum += target.pixel(e);
-      }
+      sum = lane_sum(block.elements, [&](int e) { return target.pixel(e); });
     }
     target.mean = warp_sum(sum) / static_cast<float>(block.elements);
-    float squares = 0.0f;
-#pragma unroll 4
-    for (int e = lane; e < block.elements; e += kWarp) {
+    const float squares = lane_sum(block.elements, [&](int e) {
       const float deviation = target.pixel(e) - target.mean;
-      squares += deviation * deviation;
-    }
+      return deviation * deviation;
+    });
     // A single pixel has no unbiased variance: 0 / 0.
     const float variance = warp_sum(squares) / static_cast<float>(block.elements - 1);
     target.inverse = 1.0f / sqrtf(variance + 1e-6f);
@@ -275,10 +290,12 @@ __device__ __forceinline__ PatchTarget read_target(const MaskedPatchLossParams& 
   return target;
 }
 
-// Calls body(v, d) with d[e] = pred - target of element v * VEC + e, for this lane's share.
+// Calls body(v, d) with d[e] = pred - target of element v * VEC + e, for this lane's share, and
+// returns the sum of what it returns.
 template <typename T, int VEC, typename Body>
-__device__ __forceinline__ void for_each_difference(const T* pred, const PatchTarget& target,
-                                                    int elements, const Body& body) {
+__device__ __forceinline__ float sum_over_differences(const T* pred, const PatchTarget& target,
+                                                      int elements, const Body& body) {
+  float sum = 0.0f;
   const int vectors = elements / VEC;
   for (int first = threadIdx.x % kWarp; first < vectors; first += kWarp * kLossBatch) {
     Pack<T, VEC> packs[kLossBatch];
@@ -289,6 +306,7 @@ __device__ __forceinline__ void for_each_difference(const T* pred, const PatchTa
         packs[i] = load_pack<T, VEC>(pred + (first + i * kWarp) * VEC);
       }
     }
+    float part = 0.0f;
 #pragma unroll
     for (int i = 0; i < kLossBatch; ++i) {
       const int v = first + i * kWarp;
@@ -301,13 +319,15 @@ __device__ __forceinline__ void for_each_difference(const T* pred, const PatchTa
         for (int e = 0; e < VEC; ++e) {
           d[e] -= targets[e];
         }
-        body(v, d);
+        part += body(v, d);
       }
     }
+    sum += part;
   }
+  return sum;
 }
 
-// Which patch row j of pred is, or -1 if it does not count. An id outside [0, N) does not.
+// Which patch row j of pred is, or -1 if it has no loss: not masked, or an id outside [0, N).
 __device__ __forceinline__ int64_t counted_patch(const MaskedPatchLossParams& p,
                                                  const LossBlock& block, int64_t b, int64_t j) {
   if (p.mask.given) {

@@ -28,11 +28,15 @@ class OnDeviceOf {
   OnDevice device_;
 };
 
-inline std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k,
-                                                        const Tensor& v, OptionalTensor bias,
-                                                        OptionalTensor key_mask, double scale,
-                                                        int64_t num_prefix,
-                                                        OptionalTensor positions, int64_t stats) {
+// A float per query, for kernels to hand to each other. Freed on return, while they may still run:
+// torch's allocator reuses it in stream order.
+inline Tensor row_workspace(const OnDeviceOf& place, const AttentionScores& s) {
+  return place.empty({s.batch, s.heads, s.queries}, ScalarType::Float);
+}
+
+inline std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd(
+    const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor bias, OptionalTensor key_mask,
+    double scale, int64_t num_prefix, OptionalTensor positions, int64_t stats) {
   const OnDeviceOf place(q);
   return attention_fwd_at(place, q, k, v, bias, key_mask, scale, num_prefix, positions, stats,
                           [&](const AttentionFwdParams& params) {
@@ -51,20 +55,17 @@ inline Tensor attention_coef(const Tensor& lse, OptionalTensor dlse, const Tenso
 
 inline std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-    const Tensor& lse, const Tensor& lse_low, OptionalTensor bias, OptionalTensor key_mask, double scale,
-    int64_t num_prefix, OptionalTensor positions, OptionalTensor coef, bool need_bias,
+    const Tensor& lse, const Tensor& lse_low, OptionalTensor bias, OptionalTensor key_mask,
+    double scale, int64_t num_prefix, OptionalTensor positions, OptionalTensor coef, bool need_bias,
     bool packed) {
   const OnDeviceOf place(q);
-  return attention_bwd_at(
-      place, dout, q, k, v, out, lse, lse_low, bias, key_mask, scale, num_prefix, positions, coef, need_bias,
-      packed, [&](const AttentionBwdParams& params) {
-        const AttentionScores& s = params.scores;
-        // Freed on return, while the kernels may still run: torch's allocator
-        // reuses it in stream order.
-        const Tensor delta = place.empty({s.batch, s.heads, s.queries}, ScalarType::Float);
-        check_cuda(
-            cuda::attention_bwd(params, static_cast<float*>(delta.data_ptr()), place.stream()));
-      });
+  return attention_bwd_at(place, dout, q, k, v, out, lse, lse_low, bias, key_mask, scale,
+                          num_prefix, positions, coef, need_bias, packed,
+                          [&](const AttentionBwdParams& params) {
+                            const Tensor delta = row_workspace(place, params.scores);
+                            check_cuda(cuda::attention_bwd(
+                                params, static_cast<float*>(delta.data_ptr()), place.stream()));
+                          });
 }
 
 inline Tensor received_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& lse,
@@ -72,17 +73,21 @@ inline Tensor received_attention_fwd(const Tensor& q, const Tensor& k, const Ten
   const OnDeviceOf place(q);
   return received_attention_at(place, q, k, lse, bias, key_mask, scale,
                                [&](const ReceivedAttentionParams& params) {
-                                 check_cuda(cuda::received_attention_fwd(params, place.stream()));
+                                 const Tensor low = row_workspace(place, params.scores);
+                                 check_cuda(cuda::received_attention_fwd(
+                                     params, static_cast<float*>(low.data_ptr()), place.stream()));
                                });
 }
 
 inline Tensor head_divergence_fwd(const Tensor& q, const Tensor& k, const Tensor& lse,
                                   OptionalTensor bias, OptionalTensor key_mask, double scale) {
   const OnDeviceOf place(q);
-  return head_divergence_at(place, q, k, lse, bias, key_mask, scale,
-                            [&](const HeadDivergenceParams& params) {
-                              check_cuda(cuda::head_divergence_fwd(params, place.stream()));
-                            });
+  return head_divergence_at(
+      place, q, k, lse, bias, key_mask, scale, [&](const HeadDivergenceParams& params) {
+        const Tensor low = row_workspace(place, params.scores);
+        check_cuda(
+            cuda::head_divergence_fwd(params, static_cast<float*>(low.data_ptr()), place.stream()));
+      });
 }
 
 }  // namespace mimkernels::binding

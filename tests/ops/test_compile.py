@@ -148,7 +148,7 @@ META = {
     "attention_qkvpacked": lambda t: mk.attention_qkvpacked(t(2, 6, 3, 2, 8), stats=("entropy",)).stats["entropy"],
     "received_attention": lambda t: mk.received_attention(t(2, 2, 6, 8), t(2, 2, 6, 8), t(2, 2, 6)),
     "head_divergence": lambda t: mk.head_divergence(t(2, 2, 6, 8), t(2, 2, 6, 8), t(2, 2, 6)),
-    "attention_rows": lambda t: mk.attention_rows(t(2, 2, 6, 8), t(2, 2, 6, 8), t(2, 2, 6), [0]),
+    "attention_rows": lambda t: mk.attention_rows(t(2, 2, 6, 8), t(2, 2, 6, 8), [0]),
 }
 
 

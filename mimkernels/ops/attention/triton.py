@@ -14,6 +14,7 @@ from mimkernels.ops.attention.spec import new_gradients
 from mimkernels.ops.attention.triton_bias_grad import attention_dbias_kernel
 from mimkernels.ops.attention.triton_blocks import (
     INTEGERS,
+    LEAST_PATCH_MASS,
     LN2,
     LOG2E,
     architecture,
@@ -124,10 +125,7 @@ def attend_block(
     else:
         new_level = tl.maximum(level, top)
     base = tl.where(new_level == float("-inf"), 0.0, new_level)
-    if EXACT:
-        t = (score - base[:, None]) * factor
-    else:
-        t = score * factor - (base * factor)[:, None]
+    t = (score - base[:, None]) * factor
     if asked(STATS, EXPECTING):
         # A masked key's t is -inf; its product with p = 0 must be 0.
         t = tl.maximum(t, -1000.0, propagate_nan=tl.PropagateNan.ALL)
@@ -183,6 +181,7 @@ def attention_fwd_kernel(
     pos_ptr,
     out_ptr,
     lse_ptr,
+    low_ptr,
     rows_ptr,
     scale,
     factor,
@@ -226,8 +225,8 @@ def attention_fwd_kernel(
     #           keys
     # in:       q [B, H, Nq, D], k, v [B, H, Nk, D] by stride in units of UNIT elements, last stride 1; bias [B, H,
     #           Nq, Nk] by stride (0 where broadcast), key mask [B, Nk], positions fp32 [B, N, DIMS], each or None
-    # out:      out [B, Nq, H, D], lse fp32 [B, H, Nq], rows fp32 [S, B, H, Nq] in the order of the bits of STATS;
-    #           contiguous, every element written once
+    # out:      out [B, Nq, H, D], lse and lse_low fp32 [B, H, Nq], rows fp32 [S, B, H, Nq] in the order of the bits
+    #           of STATS; contiguous, every element written once
     # numerics: scores, maxima and sums in fp32; p = 2 ** ((score - maximum) * factor), rounded to the dtype of v,
     #           with log2(e) folded into factor; EXACT: e ** (...), for fp32. FOLD: no bias and a positive scale,
     #           which then is in factor. Statistics come from sums relative to the row's maximum, so that large scores
@@ -322,10 +321,13 @@ def attention_fwd_kernel(
     inverse = tl.where(empty, 0.0, 1.0 / total)
     place = head.to(tl.int64) * queries + rows
     log_total = tl.log2(total) * LN2
-    if FOLD:
-        tl.store(lse_ptr + place, level * scale + log_total, mask=some)
-    else:
-        tl.store(lse_ptr + place, level + log_total, mask=some)
+    # The backward pass scales products before it subtracts lse, in one rounding, and so does lse_low.
+    unit_score = scale if FOLD else 1.0
+    lse = tl.fma(level, unit_score, log_total)
+    lse = tl.where(level == float("inf"), level, lse)
+    low = tl.where(tl.abs(lse) < float("inf"), tl.fma(level, unit_score, -lse) + log_total, 0.0)
+    tl.store(lse_ptr + place, lse, mask=some)
+    tl.store(low_ptr + place, low, mask=some)
     out_stride_n = heads.to(tl.int64) * D
     out_block = out_ptr + (b * queries + first) * out_stride_n + h * D
     store_rows(out_block, acc0 * inverse[:, None], queries - first, out_stride_n, 0, D0, D, BLOCK_M)
@@ -357,10 +359,9 @@ def attention_fwd_kernel(
         tl.store(target, far * inverse, mask=some)
         target += plane
     if asked(STATS, PATCH_ENTROPY):
-        # 0 where M_i = mass / total is 0 (or mass the sum over no key), and where it is not a number.
-        any_mass = mass * inverse > 0.0
-        safe = tl.where(any_mass, mass, 1.0)
-        tl.store(target, tl.where(any_mass, tl.log2(safe) * LN2 - energy / safe * unit, 0.0), mask=some)
+        no_mass = mass * inverse < LEAST_PATCH_MASS  # false for NaN, which goes on
+        safe = tl.where(no_mass, 1.0, mass)
+        tl.store(target, tl.where(no_mass, 0.0, tl.log2(safe) * LN2 - energy / safe * unit), mask=some)
         target += plane
     if asked(STATS, PEAK):
         tl.store(target, inverse, mask=some)
@@ -379,17 +380,18 @@ def attention_fwd(
     num_prefix: int,
     positions: Tensor | None,
     stats: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]
     out = q.new_empty((batch, queries, heads, dim))
     lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
+    low = torch.empty_like(lse)
     rows = q.new_empty((stats.bit_count(), batch, heads, queries), dtype=torch.float32)
     if lse.numel() == 0:
-        return out, lse, rows
+        return out, lse, low, rows
     if positions is not None:
         positions = with_prefix_rows(positions, num_prefix, keys)
-    d0, d1 = head_split(dim)
+    d0, d1 = head_split(dim, q.dtype)
     kernel = "forward" if bias is None and key_mask is None else "masked"
     config = triton_configs.config(
         kernel, architecture(q.device), precision_name(q.dtype), d0 + d1, keys, stats & ~PEAK.value > 0
@@ -404,7 +406,7 @@ def attention_fwd(
         attention_fwd_kernel,
         row_blocks * batch * heads,
         q,
-        *(q, k, v, bias, key_mask, positions, out, lse, rows),
+        *(q, k, v, bias, key_mask, positions, out, lse, low, rows),
         *(scale, (scale if fold else 1.0) * (1.0 if exact else LOG2E.value)),
         *(heads, queries, keys, num_prefix, row_blocks, lse.numel()),
         *(*qkv_strides, *of_bias, *position_strides(key_mask, positions)),
@@ -425,7 +427,7 @@ def attention_fwd(
         num_warps=config.warps,
         num_stages=config.stages,
     )
-    return out, lse, rows
+    return out, lse, low, rows
 
 
 def attention_bwd(
@@ -435,6 +437,7 @@ def attention_bwd(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    lse_low: Tensor,
     bias: Tensor | None,
     key_mask: Tensor | None,
     scale: float,
@@ -452,20 +455,22 @@ def attention_bwd(
     dbias = bias.new_empty(bias.shape) if need_bias else q.new_empty((0,))
     if positions is not None:
         positions = with_prefix_rows(positions, num_prefix, keys)
-    # Without tensor cores the products of the backward pass over 128 columns want more registers than there are.
-    d0, d1 = head_split(dim, 64 if precision_name(q.dtype) == "fp32" else 128)
+    d0, d1 = head_split(dim, q.dtype, backward=True)
     target = (architecture(q.device), precision_name(q.dtype), d0 + d1, queries, coef is not None)
     fused, dq_config, dkv_config = (triton_configs.config(kernel, *target) for kernel in ("fused", "dq", "dkv"))
     unit, qkvg_strides = strides(q, k, v, dout)
     bias_unit, of_bias = bias_strides(bias)
-    full_bias = need_bias and bias.shape[:2] == (batch, heads)
-    # Programs of the dQ kernel write the gradient of a bias that nothing shares; another kernel sums a shared one.
+    # The gradient of an fp32 bias is more exact than a 16-bit output lets delta be.
+    refine = need_bias and bias.dtype != q.dtype
+    # Programs of the dQ kernel write the gradient of a bias that nothing shares, with the delta that they begin with;
+    # another kernel sums a shared one.
+    full_bias = need_bias and not refine and bias.shape[:2] == (batch, heads)
     fused = None if full_bias else fused
     delta = torch.empty_like(lse) if fused is None or need_bias else None
     given = (coef, bias, key_mask, positions)
     precision = dot_precision(q.dtype)
     exact = q.dtype == torch.float32 and precision == "ieee"
-    sizes = (scale, scale if exact else scale * LOG2E.value, heads, queries, keys, num_prefix)
+    sizes = (scale, heads, queries, keys, num_prefix)
     options = {
         "HAS_PREFIX": num_prefix > 0 and coef is not None,
         "D": dim,
@@ -476,6 +481,7 @@ def attention_bwd(
         "BIAS_UNIT": bias_unit,
         "PRECISION": precision,
         "EXACT": exact,
+        "REFINE": refine,
     }
     all_strides = (*qkvg_strides, *of_bias, *position_strides(key_mask, positions))
     plane = lse.numel()
@@ -495,14 +501,14 @@ def attention_bwd(
             )
 
     if fused is not None:
-        tensors = (q, k, v, dout, out, lse, *given, delta, dq, dk, dv)
+        tensors = (q, k, v, dout, out, lse, lse_low, *given, delta, dq, dk, dv)
         run(attention_bwd_kernel, batch * heads, tensors, (grad_heads,), fused)
     else:
         row_blocks = triton.cdiv(queries, dq_config.block_m)
-        tensors = (q, k, v, dout, out, lse, *given, delta, dq, dbias if full_bias else None)
+        tensors = (q, k, v, dout, out, lse, lse_low, *given, delta, dq, dbias if full_bias else None)
         run(attention_dq_kernel, row_blocks * batch * heads, tensors, (row_blocks, grad_heads), dq_config)
         key_blocks = triton.cdiv(keys, dkv_config.block_n)
-        tensors = (q, k, v, dout, lse, delta, *given, dk, dv)
+        tensors = (q, k, v, dout, lse, lse_low, delta, *given, dk, dv)
         run(attention_dkv_kernel, key_blocks * batch * heads, tensors, (key_blocks, grad_heads), dkv_config)
     if need_bias and not full_bias:
         row_blocks = triton.cdiv(queries, dq_config.block_m)
@@ -510,5 +516,5 @@ def attention_bwd(
         kept_heads = bias.shape[1]
         programs = row_blocks * key_blocks * bias.shape[0] * kept_heads
         blocks = (row_blocks, key_blocks, batch if bias.shape[0] == 1 else 1, kept_heads)
-        run(attention_dbias_kernel, programs, (q, k, v, dout, lse, delta, *given, dbias), blocks, dq_config)
+        run(attention_dbias_kernel, programs, (q, k, v, dout, lse, lse_low, delta, *given, dbias), blocks, dq_config)
     return *made, dbias

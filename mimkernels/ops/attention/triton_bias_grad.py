@@ -17,6 +17,7 @@ def attention_dbias_kernel(
     v_ptr,
     g_ptr,
     lse_ptr,
+    low_ptr,
     delta_ptr,
     coef_ptr,
     bias_ptr,
@@ -24,7 +25,6 @@ def attention_dbias_kernel(
     pos_ptr,
     dbias_ptr,
     scale,
-    factor,
     heads,
     queries,
     keys,
@@ -61,6 +61,7 @@ def attention_dbias_kernel(
     BIAS_UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
+    REFINE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -102,15 +103,15 @@ def attention_dbias_kernel(
         pos_image = None
         if pos_ptr is not None:
             pos_image = pos_ptr + b * pos_stride_b
-        level, lse = load_levels(lse_ptr, place, some, EXACT)
+        lse, low = load_levels(lse_ptr, low_ptr, place, some, EXACT)
         delta = load_row(delta_ptr, place, some)
         q0, q1 = load_head(q_block, queries - first_row, q_stride_n, D, D0, D1, BLOCK_M, True)
         g0, g1 = load_head(g_block, queries - first_row, g_stride_n, D, D0, D1, BLOCK_M, True)
         k0, k1 = load_head(k_block, keys - first_col, k_stride_n, D, D0, D1, BLOCK_N, True)
         v0, v1 = load_head(v_block, keys - first_col, v_stride_n, D, D0, D1, BLOCK_N, True)
-        _, ds = score_gradient(
-            q0, q1, k0, k1, v0, v1, g0, g1, rows, cols, level, lse, delta, some, place, plane,
-            coef_ptr, bias_head, mask_row, pos_image, queries, keys, num_prefix, factor, bias_stride_n, pos_stride_n,
+        _, ds, _ = score_gradient(
+            q0, q1, k0, k1, v0, v1, g0, g1, rows, cols, lse, low, delta, some, place, plane,
+            coef_ptr, bias_head, mask_row, pos_image, queries, keys, num_prefix, scale, bias_stride_n, pos_stride_n,
             HAS_PREFIX, False, False, D1, DIMS, PRECISION, EXACT,
         )  # fmt: skip
         acc += ds

@@ -7,10 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mimkernels.ops._triton import narrow
+from mimkernels.ops._triton import INTERPRETED, narrow
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+# kLeastPatchMass and kLargeLse of csrc/core/attention.h: a row whose patches have less attention has no patch entropy,
+# and lse of larger size has lost digits that P needs.
+LEAST_PATCH_MASS = tl.constexpr(1e-30)
+LARGE_LSE = tl.constexpr(16.0)
 
 # Strides of head-dim rows are passed in units of 8 elements where all are multiples of 8: then the compiler knows
 # that rows start on 16 bytes and loads them whole.
@@ -183,16 +188,16 @@ def load_row(ptr, place, some):
 
 
 @triton.jit
-def load_levels(lse_ptr, place, some, EXACT: tl.constexpr):
-    # (lse in the units of scaled scores, lse or 0) of some queries. Where nothing may be attended, and beyond the last
-    # query, the former is +inf: then every probability is 0.
+def load_levels(lse_ptr, low_ptr, place, some, EXACT: tl.constexpr):
+    # (lse, lse_low in the units of exponents) of some queries. Where nothing may be attended, and beyond the last
+    # query, lse is +inf: then every probability is 0.
     lse = tl.load(lse_ptr + place, mask=some, other=float("inf"))
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
-    finite = tl.where(lse == float("inf"), 0.0, lse)
+    low = tl.load(low_ptr + place, mask=some, other=0.0)
     if EXACT:
-        return lse, finite
+        return lse, low
     else:
-        return lse * LOG2E, finite
+        return lse, low * LOG2E
 
 
 @triton.jit
@@ -200,30 +205,34 @@ def exponents(
     score,
     rows,
     cols,
-    level,
+    lse,
+    low,
     bias_head,
     mask_row,
     queries,
     keys,
-    factor,
+    scale,
     bias_stride_n,
     TRANSPOSED: tl.constexpr,
     CHECK: tl.constexpr,
     EXACT: tl.constexpr,
 ):
     # t of P = 2 ** t (e ** t if EXACT) from dots q k and the levels of load_levels; -inf where a key is masked or, with
-    # CHECK, beyond the last.
+    # CHECK, beyond the last. lse is subtracted from whole scores, of which it is one but for lse_low and the row's
+    # spread: huge scores, as a bias of -1e9 makes them, leave differences that have lost nothing.
     if bias_head is not None:
-        # Tails read the last row's or column's bias.
-        over_rows = tl.minimum(rows, queries - 1).to(tl.int64) * bias_stride_n
-        over_cols = tl.minimum(cols, keys - 1)
-        bias = tl.load(bias_head + along(over_rows, True, TRANSPOSED) + along(over_cols, False, TRANSPOSED))
-        bias = bias.to(tl.float32)
-        if not EXACT:
-            bias = bias * LOG2E
-        t = score * factor + bias - along(level, True, TRANSPOSED)
+        # Tails read no bias: without queries or keys there is none.
+        over_rows = rows.to(tl.int64) * bias_stride_n
+        ptrs = bias_head + along(over_rows, True, TRANSPOSED) + along(cols, False, TRANSPOSED)
+        here = along(rows < queries, True, TRANSPOSED) & along(cols < keys, False, TRANSPOSED)
+        bias = tl.load(ptrs, mask=here, other=0.0).to(tl.float32)
+        t = tl.fma(score, scale, bias) - along(lse, True, TRANSPOSED)
     else:
-        t = score * factor - along(level, True, TRANSPOSED)
+        t = tl.fma(score, scale, -along(lse, True, TRANSPOSED))
+    if EXACT:
+        t -= along(low, True, TRANSPOSED)
+    else:
+        t = tl.fma(t, LOG2E, -along(low, True, TRANSPOSED))
     if CHECK or mask_row is not None:
         allowed = allowed_keys(mask_row, cols, keys)
         t = tl.where(along(allowed, False, TRANSPOSED), t, float("-inf"))
@@ -237,16 +246,20 @@ def locate(pid, heads, row_blocks, BLOCK: tl.constexpr):
     return head, (head // heads).to(tl.int64), (head % heads).to(tl.int64), pid % row_blocks * BLOCK
 
 
-def head_split(dim: int, most: int = 128) -> tuple[int, int]:
+def head_split(dim: int, dtype: torch.dtype, backward: bool = False) -> tuple[int, int]:
     """(D0, D1): the head dim as one power of two, or as two where that pads less: 80 = 64 + 16. D1 = 0 for one.
 
-    most: of one piece, 64 or 128.
+    Without tensor cores the products of the backward pass over 128 columns want more registers than there are: there
+    one piece has at most 64. Such products add one feature after another, so that scores have the same bits in one
+    piece and in two; the interpreter's do not, and so it takes two forward as well.
     """
+    narrow_pieces = precision_name(dtype) == "fp32" and (backward or INTERPRETED.value)
     whole = max(16, triton.next_power_of_2(dim))
     rest = dim - whole // 2
     second = max(16, triton.next_power_of_2(rest))
     shorter = whole // 2 + second < whole
-    return (whole // 2, second) if whole > 32 and (shorter or whole > most) else (whole, 0)
+    too_wide = whole > (64 if narrow_pieces else 128)
+    return (whole // 2, second) if whole > 32 and (shorter or too_wide) else (whole, 0)
 
 
 def strides(*tensors: Tensor) -> tuple[int, list[int]]:
@@ -274,7 +287,9 @@ def precision_name(dtype: torch.dtype) -> str:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """TF32 products of fp32 inputs only where torch's own setting allows them."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # allow_tf32, the older name of the setting, cannot be read once the newer one was set.
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"
 
 
 def position_strides(key_mask: Tensor | None, positions: Tensor | None) -> tuple[int, int, int]:

@@ -23,18 +23,17 @@ from mimkernels.ops.attention.triton_blocks import (
 
 
 @triton.jit
-def load_coefficients(coef_ptr, place, plane, some, lse, is_patch, unit, HAS_PREFIX: tl.constexpr, DIMS: tl.constexpr):
-    # (c_prefix, a_prefix, c_patch, a_patch, own, far) of some queries, changed so that c + a * t with
-    # t = (S - lse) / unit is what c + a * S was. far is 0 for prefix queries.
-    slope = load_row(coef_ptr, place + 3 * plane, some)
-    c_patch = load_row(coef_ptr, place + 2 * plane, some) + slope * lse
-    a_patch = slope * unit
+def load_coefficients(coef_ptr, place, plane, some, is_patch, unit, HAS_PREFIX: tl.constexpr, DIMS: tl.constexpr):
+    # (c_prefix, a_prefix, c_patch, a_patch, own, far) of some queries, as slopes on t = (S - lse - lse_low) / unit. far
+    # is 0 for prefix queries.
+    plane = plane.to(tl.int64)
+    c_patch = load_row(coef_ptr, place + 2 * plane, some)
+    a_patch = load_row(coef_ptr, place + 3 * plane, some) * unit
     c_prefix = c_patch
     a_prefix = a_patch
     if HAS_PREFIX:
-        slope = load_row(coef_ptr, place + plane, some)
-        c_prefix = load_row(coef_ptr, place, some) + slope * lse
-        a_prefix = slope * unit
+        c_prefix = load_row(coef_ptr, place, some)
+        a_prefix = load_row(coef_ptr, place + plane, some) * unit
     own = load_row(coef_ptr, place + 4 * plane, some)
     far = own
     if DIMS > 0:
@@ -68,8 +67,8 @@ def score_gradient(
     g1,
     rows,
     cols,
-    level,
     lse,
+    low,
     delta,
     some,
     place,
@@ -81,7 +80,7 @@ def score_gradient(
     queries,
     keys,
     num_prefix,
-    factor,
+    scale,
     bias_stride_n,
     pos_stride_n,
     HAS_PREFIX: tl.constexpr,
@@ -92,8 +91,8 @@ def score_gradient(
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    # (P, dS), fp32 [queries, keys], or the transposes [keys, queries]. CHECK: keys may lie beyond the last; their P
-    # is 0. Scores are in units of log2(e), folded into factor; EXACT: in their own, where lse is rounded once less.
+    # (P, dS, P (dP - delta)), fp32 [queries, keys], or the transposes [keys, queries]. CHECK: keys may lie beyond the
+    # last; their P is 0. EXACT: exponents are of base e, else of base 2.
     if TRANSPOSED:
         score = tl.dot(k0, tl.trans(q0), input_precision=PRECISION)
         if D1 > 0:
@@ -109,17 +108,18 @@ def score_gradient(
         if D1 > 0:
             dp = tl.dot(g1, tl.trans(v1), dp, input_precision=PRECISION)
     t = exponents(
-        score, rows, cols, level, bias_head, mask_row, queries, keys, factor, bias_stride_n, TRANSPOSED, CHECK, EXACT
+        score, rows, cols, lse, low, bias_head, mask_row, queries, keys, scale, bias_stride_n, TRANSPOSED, CHECK, EXACT
     )
     if coef_ptr is None:
         p = power(t, EXACT)
-        ds = p * (dp - along(delta, True, TRANSPOSED))
+        of_out = p * (dp - along(delta, True, TRANSPOSED))
+        ds = of_out
     else:
         # A masked key's t is -inf; its product with p = 0 must be 0.
         t = tl.maximum(t, -1000.0, propagate_nan=tl.PropagateNan.ALL)
         p = power(t, EXACT)
         c_prefix, a_prefix, c_patch, a_patch, own, far = load_coefficients(
-            coef_ptr, place, plane, some, lse, rows >= num_prefix, 1.0 if EXACT else LN2, HAS_PREFIX, DIMS
+            coef_ptr, place, plane, some, rows >= num_prefix, 1.0 if EXACT else LN2, HAS_PREFIX, DIMS
         )
         c = along(c_patch - delta, True, TRANSPOSED)
         a = along(a_patch, True, TRANSPOSED)
@@ -138,7 +138,8 @@ def score_gradient(
             d = key_distances(x0, x1, x2, y0, y1, y2, cols, num_prefix, TRANSPOSED, DIMS)
             inner += along(far, True, TRANSPOSED) * d
         ds = p * inner
-    return p, ds
+        of_out = p * (dp - along(delta, True, TRANSPOSED))
+    return p, ds, of_out
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -149,6 +150,7 @@ def attention_dq_kernel(
     g_ptr,
     out_ptr,
     lse_ptr,
+    low_ptr,
     coef_ptr,
     bias_ptr,
     mask_ptr,
@@ -157,7 +159,6 @@ def attention_dq_kernel(
     dq_ptr,
     dbias_ptr,
     scale,
-    factor,
     heads,
     queries,
     keys,
@@ -192,6 +193,7 @@ def attention_dq_kernel(
     BIAS_UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
+    REFINE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -201,7 +203,8 @@ def attention_dq_kernel(
     #           out [B, Nq, H, D], lse [B, H, Nq] and coef [6, B, H, Nq] or None contiguous; bias, key mask and
     #           positions as forward
     # out:      dq [B, Nq, H, D], or a part of [B, N, 3, H, D]: tokens are grad_heads * D apart; delta fp32 [B, H, Nq]
-    #           = sum of dout * out; dbias [B, H, Nq, Nk], where given; contiguous, every element written once
+    #           = sum of dout * out, or with REFINE what it is before out is rounded, sum of P * dP; dbias [B, H, Nq,
+    #           Nk], where given; contiguous, every element written once
     # numerics: as attention_fwd_kernel; P from lse, dS rounded to the dtype of k
     # bounds:   keys beyond the last have P = 0; query tails are masked; offsets are int64
     # cost:     q, dout, out read once, k and v cdiv(Nq, BLOCK_M) times; no atomics, deterministic
@@ -230,7 +233,7 @@ def attention_dq_kernel(
     pos_image = None
     if pos_ptr is not None:
         pos_image = pos_ptr + b * pos_stride_b
-    level, lse = load_levels(lse_ptr, place, some, EXACT)
+    lse, low = load_levels(lse_ptr, low_ptr, place, some, EXACT)
     q0 = load_rows(q_block, left, q_stride_n, 0, D0, D, BLOCK_M, True)
     g0 = load_rows(g_block, left, g_stride_n, 0, D0, D, BLOCK_M, True)
     out0 = load_rows(out_block, left, out_stride_n, 0, D0, D, BLOCK_M, True)
@@ -242,27 +245,28 @@ def attention_dq_kernel(
         g1 = load_rows(g_block, left, g_stride_n, D0, D1, D, BLOCK_M, True)
         out1 = load_rows(out_block, left, out_stride_n, D0, D1, D, BLOCK_M, True)
         delta += tl.sum(g1.to(tl.float32) * out1.to(tl.float32), axis=1)
-    tl.store(delta_ptr + place, delta, mask=some)
+    error = tl.zeros([BLOCK_M], dtype=tl.float32)
     dq0 = tl.zeros([BLOCK_M, D0], dtype=tl.float32)
     dq1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 16], dtype=tl.float32)
     full = keys // BLOCK_N
     # All but the last block are full.
     for block in tl.range(0, full):
-        dq0, dq1 = dq_step(
-            dq0, dq1, q0, q1, g0, g1, rows, level, lse, delta, some, place, plane,
+        dq0, dq1, error = dq_step(
+            dq0, dq1, error, q0, q1, g0, g1, rows, lse, low, delta, some, place, plane,
             k_head, v_head, coef_ptr, bias_head, mask_row, pos_image, dbias_ptr,
-            block * BLOCK_N, queries, keys, num_prefix, factor,
+            block * BLOCK_N, queries, keys, num_prefix, scale,
             k_stride_n, v_stride_n, bias_stride_n, pos_stride_n,
-            HAS_PREFIX, False, D, D0, D1, BLOCK_N, DIMS, PRECISION, EXACT,
+            HAS_PREFIX, False, D, D0, D1, BLOCK_N, DIMS, PRECISION, EXACT, REFINE,
         )  # fmt: skip
     for block in tl.range(full, tl.cdiv(keys, BLOCK_N), num_stages=1):
-        dq0, dq1 = dq_step(
-            dq0, dq1, q0, q1, g0, g1, rows, level, lse, delta, some, place, plane,
+        dq0, dq1, error = dq_step(
+            dq0, dq1, error, q0, q1, g0, g1, rows, lse, low, delta, some, place, plane,
             k_head, v_head, coef_ptr, bias_head, mask_row, pos_image, dbias_ptr,
-            block * BLOCK_N, queries, keys, num_prefix, factor,
+            block * BLOCK_N, queries, keys, num_prefix, scale,
             k_stride_n, v_stride_n, bias_stride_n, pos_stride_n,
-            HAS_PREFIX, True, D, D0, D1, BLOCK_N, DIMS, PRECISION, EXACT,
+            HAS_PREFIX, True, D, D0, D1, BLOCK_N, DIMS, PRECISION, EXACT, REFINE,
         )  # fmt: skip
+    tl.store(delta_ptr + place, delta + error, mask=some)
     grad_stride_n = grad_heads.to(tl.int64) * D
     dq_block = dq_ptr + (b * queries + first) * grad_stride_n + h * D
     store_rows(dq_block, dq0 * scale, left, grad_stride_n, 0, D0, D, BLOCK_M)
@@ -274,13 +278,14 @@ def attention_dq_kernel(
 def dq_step(
     dq0,
     dq1,
+    error,
     q0,
     q1,
     g0,
     g1,
     rows,
-    level,
     lse,
+    low,
     delta,
     some,
     place,
@@ -296,7 +301,7 @@ def dq_step(
     queries,
     keys,
     num_prefix,
-    factor,
+    scale,
     k_stride_n,
     v_stride_n,
     bias_stride_n,
@@ -310,24 +315,27 @@ def dq_step(
     DIMS: tl.constexpr,
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
+    REFINE: tl.constexpr,
 ):
-    # dq / scale plus what BLOCK_N keys from `start` add to it; stores their dbias.
+    # dq / scale and, with REFINE, the error of delta, plus what BLOCK_N keys from `start` add; stores their dbias.
     cols = start + tl.arange(0, BLOCK_N)
     k0, k1 = load_head(k_head + start * k_stride_n, keys - start, k_stride_n, D, D0, D1, BLOCK_N, CHECK)
     v0, v1 = load_head(v_head + start * v_stride_n, keys - start, v_stride_n, D, D0, D1, BLOCK_N, CHECK)
-    _, ds = score_gradient(
-        q0, q1, k0, k1, v0, v1, g0, g1, rows, cols, level, lse, delta, some, place, plane,
-        coef_ptr, bias_head, mask_row, pos_image, queries, keys, num_prefix, factor, bias_stride_n, pos_stride_n,
+    _, ds, of_out = score_gradient(
+        q0, q1, k0, k1, v0, v1, g0, g1, rows, cols, lse, low, delta, some, place, plane,
+        coef_ptr, bias_head, mask_row, pos_image, queries, keys, num_prefix, scale, bias_stride_n, pos_stride_n,
         HAS_PREFIX, False, CHECK, D1, DIMS, PRECISION, EXACT,
     )  # fmt: skip
     if dbias_ptr is not None:
         target = dbias_ptr + place[:, None] * keys + cols[None, :]
         tl.store(target, narrow(ds, dbias_ptr.dtype.element_ty), mask=some[:, None] & (cols < keys)[None, :])
+    if REFINE:
+        error += tl.sum(of_out, axis=1)
     ds = ds.to(k0.dtype)
     dq0 = tl.dot(ds, k0, dq0, input_precision=PRECISION)
     if D1 > 0:
         dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
-    return dq0, dq1
+    return dq0, dq1, error
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -337,6 +345,7 @@ def attention_dkv_kernel(
     v_ptr,
     g_ptr,
     lse_ptr,
+    low_ptr,
     delta_ptr,
     coef_ptr,
     bias_ptr,
@@ -345,7 +354,6 @@ def attention_dkv_kernel(
     dk_ptr,
     dv_ptr,
     scale,
-    factor,
     heads,
     queries,
     keys,
@@ -380,6 +388,7 @@ def attention_dkv_kernel(
     BIAS_UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
+    REFINE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -427,11 +436,11 @@ def attention_dkv_kernel(
         place = head.to(tl.int64) * queries + rows
         q0, q1 = load_head(q_head + start * q_stride_n, queries - start, q_stride_n, D, D0, D1, BLOCK_M, True)
         g0, g1 = load_head(g_head + start * g_stride_n, queries - start, g_stride_n, D, D0, D1, BLOCK_M, True)
-        level, lse = load_levels(lse_ptr, place, some, EXACT)
+        lse, low = load_levels(lse_ptr, low_ptr, place, some, EXACT)
         delta = load_row(delta_ptr, place, some)
-        p, ds = score_gradient(
-            q0, q1, k0, k1, v0, v1, g0, g1, rows, cols, level, lse, delta, some, place, plane,
-            coef_ptr, bias_head, mask_row, pos_image, queries, keys, num_prefix, factor, bias_stride_n, pos_stride_n,
+        p, ds, _ = score_gradient(
+            q0, q1, k0, k1, v0, v1, g0, g1, rows, cols, lse, low, delta, some, place, plane,
+            coef_ptr, bias_head, mask_row, pos_image, queries, keys, num_prefix, scale, bias_stride_n, pos_stride_n,
             HAS_PREFIX, TRANSPOSED, False, D1, DIMS, PRECISION, EXACT,
         )  # fmt: skip
         p = p.to(g0.dtype)
@@ -460,6 +469,7 @@ def attention_bwd_kernel(
     g_ptr,
     out_ptr,
     lse_ptr,
+    low_ptr,
     coef_ptr,
     bias_ptr,
     mask_ptr,
@@ -469,7 +479,6 @@ def attention_bwd_kernel(
     dk_ptr,
     dv_ptr,
     scale,
-    factor,
     heads,
     queries,
     keys,
@@ -503,6 +512,7 @@ def attention_bwd_kernel(
     BIAS_UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
+    REFINE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -535,15 +545,14 @@ def attention_bwd_kernel(
     pos_image = None
     if pos_ptr is not None:
         pos_image = pos_ptr + b * pos_stride_b
-    level, lse = load_levels(lse_ptr, place, some, EXACT)
+    lse, low = load_levels(lse_ptr, low_ptr, place, some, EXACT)
     q0, q1 = load_head(q_head, queries, q_stride_n, D, D0, D1, BLOCK_M, True)
     g0, g1 = load_head(g_head, queries, g_stride_n, D, D0, D1, BLOCK_M, True)
     out0, out1 = load_head(out_head, queries, out_stride_n, D, D0, D1, BLOCK_M, True)
     delta = tl.sum(g0.to(tl.float32) * out0.to(tl.float32), axis=1)
     if D1 > 0:
         delta += tl.sum(g1.to(tl.float32) * out1.to(tl.float32), axis=1)
-    if delta_ptr is not None:
-        tl.store(delta_ptr + place, delta, mask=some)
+    error = tl.zeros([BLOCK_M], dtype=tl.float32)
     dq0 = tl.zeros([BLOCK_M, D0], dtype=tl.float32)
     dq1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 16], dtype=tl.float32)
     for block in tl.range(0, tl.cdiv(keys, BLOCK_N)):
@@ -552,11 +561,13 @@ def attention_bwd_kernel(
         cols = start + tl.arange(0, BLOCK_N)
         k0, k1 = load_head(k_head + start * k_stride_n, left, k_stride_n, D, D0, D1, BLOCK_N, True)
         v0, v1 = load_head(v_head + start * v_stride_n, left, v_stride_n, D, D0, D1, BLOCK_N, True)
-        p, ds = score_gradient(
-            q0, q1, k0, k1, v0, v1, g0, g1, rows, cols, level, lse, delta, some, place, plane,
-            coef_ptr, bias_head, mask_row, pos_image, queries, keys, num_prefix, factor, bias_stride_n, pos_stride_n,
+        p, ds, of_out = score_gradient(
+            q0, q1, k0, k1, v0, v1, g0, g1, rows, cols, lse, low, delta, some, place, plane,
+            coef_ptr, bias_head, mask_row, pos_image, queries, keys, num_prefix, scale, bias_stride_n, pos_stride_n,
             HAS_PREFIX, False, True, D1, DIMS, PRECISION, EXACT,
         )  # fmt: skip
+        if REFINE:
+            error += tl.sum(of_out, axis=1)
         p = tl.trans(p.to(g0.dtype))
         ds = ds.to(q0.dtype)
         grad_stride_n = grad_heads.to(tl.int64) * D
@@ -572,6 +583,8 @@ def attention_bwd_kernel(
             dk1 = tl.dot(tl.trans(ds), q1, input_precision=PRECISION)
             store_rows(dk_ptr + target, dk1 * scale, left, grad_stride_n, D0, D1, D, BLOCK_N)
             dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
+    if delta_ptr is not None:
+        tl.store(delta_ptr + place, delta + error, mask=some)
     grad_stride_n = grad_heads.to(tl.int64) * D
     dq_head = dq_ptr + b * queries * grad_stride_n + h * D
     store_rows(dq_head, dq0 * scale, queries, grad_stride_n, 0, D0, D, BLOCK_M)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mimkernels.ops import _triton
 from mimkernels.ops.attention.spec import STATISTICS
+from mimkernels.ops.attention.triton_blocks import LEAST_PATCH_MASS
 
 BLOCK = 512
 
@@ -15,13 +16,12 @@ BLOCK = 512
 @triton.jit
 def captured(rows_ptr, drows_ptr, plane, count, cells, some):
     # A statistic and its upstream gradient.
-    at = plane * count + cells
+    at = plane * count + cells  # int64
     return tl.load(rows_ptr + at, mask=some, other=0.0), tl.load(drows_ptr + at, mask=some, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("count",))
 def attention_coef_kernel(
-    lse_ptr,
     dlse_ptr,
     rows_ptr,
     drows_ptr,
@@ -36,16 +36,15 @@ def attention_coef_kernel(
     BLOCK: tl.constexpr,
 ):
     # grid:     cdiv(B * H * Nq, BLOCK)
-    # in:       lse, dlse fp32 [B, H, Nq], statistics and their gradients fp32 [S, B, H, Nq], contiguous, dlse and
-    #           drows None where not given; the constants are each statistic's plane, negative where not captured
+    # in:       dlse fp32 [B, H, Nq], statistics and their gradients fp32 [S, B, H, Nq], contiguous, dlse and drows
+    #           None where not given; the constants are each statistic's plane, negative where not captured
     # out:      coef fp32 [6, B, H, Nq] as AttentionCoefParams (csrc/core/attention.h) has it; written once
     # numerics: fp32
     # bounds:   the tail is masked; offsets are int64
     # cost:     inputs read once; no atomics, deterministic
     cells = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     some = cells < count
-    lse = tl.load(lse_ptr + cells, mask=some, other=0.0)
-    level = tl.where(tl.abs(lse) < float("inf"), lse, 0.0)
+    count = count.to(tl.int64)
     zero = tl.zeros([BLOCK], dtype=tl.float32)
     both = zero
     if dlse_ptr is not None:
@@ -60,7 +59,7 @@ def attention_coef_kernel(
         if ENTROPY >= 0:
             value, up = captured(rows_ptr, drows_ptr, ENTROPY, count, cells, some)
             slope = -up
-            both += up * (level - value)
+            both -= up * value
         if PREFIX_MASS >= 0:
             value, c_prefix = captured(rows_ptr, drows_ptr, PREFIX_MASS, count, cells, some)
             both -= c_prefix * value
@@ -73,11 +72,11 @@ def attention_coef_kernel(
         if PATCH_ENTROPY >= 0:
             value, up = captured(rows_ptr, drows_ptr, PATCH_ENTROPY, count, cells, some)
             mass = tl.load(rows_ptr + PATCH_MASS * count + cells, mask=some, other=0.0)
-            there = mass > 0.0
-            safe = tl.where(there, mass, 1.0)
-            weight = tl.where(there, up / safe, 0.0)
+            absent = mass < LEAST_PATCH_MASS  # false for NaN, which goes on
+            safe = tl.where(absent, 1.0, mass)
+            weight = tl.where(absent, 0.0, up / safe)
             a_patch = -weight
-            c_patch = tl.where(there, weight * (level + tl.log(safe) - value), 0.0)
+            c_patch = weight * (tl.log(safe) - value)
         if PATCH_MASS >= 0:
             value, up = captured(rows_ptr, drows_ptr, PATCH_MASS, count, cells, some)
             c_patch += up
@@ -96,7 +95,7 @@ def attention_coef(lse: Tensor, dlse: Tensor | None, rows: Tensor, drows: Tensor
         return coef
     captured = [name for bit, name in enumerate(STATISTICS) if stats >> bit & 1]
     planes = {name.upper(): captured.index(name) if name in captured else -1 for name in STATISTICS if name != "peak"}
-    given = [None if x is None else x.contiguous() for x in (lse, dlse, rows, drows)]
+    given = [None if x is None else x.contiguous() for x in (dlse, rows, drows)]
     grid = triton.cdiv(lse.numel(), BLOCK)
     _triton.launch(attention_coef_kernel, grid, lse, *given, coef, lse.numel(), **planes, BLOCK=BLOCK)
     return coef

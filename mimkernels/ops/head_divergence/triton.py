@@ -13,14 +13,17 @@ from mimkernels.ops.attention.triton_blocks import (
     INTEGERS,
     allowed_keys,
     architecture,
+    bias_block,
     bias_strides,
     dot_precision,
     head_split,
     load_head,
+    load_levels,
     power,
     precision_name,
     strides,
 )
+from mimkernels.ops.attention.triton_low import lse_low
 
 
 @triton.jit
@@ -28,6 +31,7 @@ def log_probabilities(
     q_head,
     k_head,
     lse_row,
+    low_row,
     bias_rows,
     rows,
     cols,
@@ -46,20 +50,20 @@ def log_probabilities(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    # (log P, whether the key is seen) of a tile of one head. A key that the bias hides counts as a score of 0.
+    # (log P or 0, whether the head sees the key) of a tile of one head.
     q0, q1 = load_head(q_head + first * q_stride_n, queries - first, q_stride_n, D, D0, D1, BLOCK_M, True)
     k0, k1 = load_head(k_head + start * k_stride_n, keys - start, k_stride_n, D, D0, D1, BLOCK_N, True)
     score = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
     if D1 > 0:
         score = tl.dot(q1, tl.trans(k1), score, input_precision=PRECISION)
-    score = score * scale
+    lse, low = load_levels(lse_row, low_row, rows, rows < queries, True)
     if bias_rows is not None:
-        score += tl.load(bias_rows[:, None] + tl.minimum(cols, keys - 1)[None, :]).to(tl.float32)
-    score = tl.where(allowed, score, float("-inf"))
-    seen = score != float("-inf")
-    lse = tl.load(lse_row + rows, mask=rows < queries, other=0.0)
-    lse = tl.where(lse == float("-inf"), 0.0, lse)
-    return tl.where(seen, score, 0.0) - lse[:, None], seen
+        bias = bias_block(bias_rows, cols, keys, True)
+        log_p = tl.fma(score, scale, bias) - lse[:, None] - low[:, None]
+    else:
+        log_p = tl.fma(score, scale, -lse[:, None]) - low[:, None]
+    seen = allowed & (log_p != float("-inf"))
+    return tl.where(seen, log_p, 0.0), seen
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -67,6 +71,7 @@ def head_divergence_kernel(
     q_ptr,
     k_ptr,
     lse_ptr,
+    low_ptr,
     bias_ptr,
     mask_ptr,
     out_ptr,
@@ -98,12 +103,13 @@ def head_divergence_kernel(
 ):
     # grid:     cdiv(Nq, BLOCK_M) * B * H, heads fastest; a program compares BLOCK_M queries of one head with all
     #           heads
-    # in:       q, k [B, H, N, D] by stride in units of UNIT elements, last stride 1; lse fp32 [B, H, Nq] contiguous;
-    #           bias [B, H, Nq, Nk] by stride (0 where broadcast) and key mask [B, Nk], each or None
+    # in:       q, k [B, H, N, D] by stride in units of UNIT elements, last stride 1; lse, lse_low fp32 [B, H, Nq]
+    #           contiguous; bias [B, H, Nq, Nk] by stride (0 where broadcast) and key mask [B, Nk], each or None
     # out:      out fp32 [row blocks, B, H, H] = sum of P^h (log P^h - log P^g) / Nq; contiguous, every element
     #           written once
     # numerics: fp32; logarithms are subtracted before they are weighted, so that equal heads give 0
-    # bounds:   keys beyond the last and masked keys, and queries beyond the last, have P = 0; offsets are int64
+    # bounds:   keys that do not exist, or that one of the two heads does not see, and queries beyond the last count
+    #           nothing; offsets are int64
     # cost:     H + 1 score tiles per tile of P, from q and k in L2; no N x N memory, no atomics, deterministic
     pid = tl.program_id(0)
     h = (pid % heads).to(tl.int64)
@@ -117,6 +123,7 @@ def head_divergence_kernel(
     q_image = q_ptr + b * q_stride_b * UNIT
     k_image = k_ptr + b * k_stride_b * UNIT
     lse_image = lse_ptr + b * heads * queries
+    low_image = low_ptr + b * heads * queries
     bias_rows = None
     if bias_ptr is not None:
         bias_rows = bias_ptr + (b * bias_stride_b + h * bias_stride_h + inside * bias_stride_n) * BIAS_UNIT
@@ -129,9 +136,9 @@ def head_divergence_kernel(
         cols = start + tl.arange(0, BLOCK_N)
         allowed = (rows < queries)[:, None] & allowed_keys(mask_row, cols, keys)[None, :]
         log_p, seen = log_probabilities(
-            q_image + h * q_stride_h * UNIT, k_image + h * k_stride_h * UNIT, lse_image + h * queries, bias_rows,
-            rows, cols, allowed, queries, keys, first, start, scale, q_stride_n, k_stride_n,
-            D, D0, D1, PRECISION, BLOCK_M, BLOCK_N,
+            q_image + h * q_stride_h * UNIT, k_image + h * k_stride_h * UNIT, lse_image + h * queries,
+            low_image + h * queries, bias_rows, rows, cols, allowed, queries, keys, first, start, scale,
+            q_stride_n, k_stride_n, D, D0, D1, PRECISION, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         p = tl.where(seen, power(log_p, True), 0.0)
         for i in tl.range(0, heads):
@@ -139,12 +146,12 @@ def head_divergence_kernel(
             other_rows = None
             if bias_ptr is not None:
                 other_rows = bias_ptr + (b * bias_stride_b + g * bias_stride_h + inside * bias_stride_n) * BIAS_UNIT
-            log_other, _ = log_probabilities(
-                q_image + g * q_stride_h * UNIT, k_image + g * k_stride_h * UNIT, lse_image + g * queries, other_rows,
-                rows, cols, allowed, queries, keys, first, start, scale, q_stride_n, k_stride_n,
-                D, D0, D1, PRECISION, BLOCK_M, BLOCK_N,
+            log_other, other_seen = log_probabilities(
+                q_image + g * q_stride_h * UNIT, k_image + g * k_stride_h * UNIT, lse_image + g * queries,
+                low_image + g * queries, other_rows, rows, cols, allowed, queries, keys, first, start, scale,
+                q_stride_n, k_stride_n, D, D0, D1, PRECISION, BLOCK_M, BLOCK_N,
             )  # fmt: skip
-            row_sum = tl.sum(p * (log_p - log_other), axis=1)
+            row_sum = tl.sum(tl.where(other_seen, p * (log_p - log_other), 0.0), axis=1)
             acc += tl.where(others[None, :] == i, row_sum[:, None], 0.0)
     target = out_ptr + (pid // heads % row_blocks).to(tl.int64) * plane + (b * heads + h) * heads + others
     tl.store(target, tl.sum(acc, axis=0) / queries, mask=others < heads)
@@ -159,18 +166,19 @@ def head_divergence_fwd(
         return out.fill_(float("nan"))  # a mean over nothing
     if out.numel() == 0:
         return out
-    d0, d1 = head_split(dim)
+    d0, d1 = head_split(dim, q.dtype)
     target = (architecture(q.device), precision_name(q.dtype), d0 + d1, queries, False)
     config = triton_configs.config("companion", *target)
     row_blocks = triton.cdiv(queries, config.block_m)
     partial, out = _triton.partials(row_blocks, (batch, heads, heads), out)
     unit, of_qk = strides(q, k)
     bias_unit, of_bias = bias_strides(bias)
+    lse = lse.contiguous()
     _triton.launch(
         head_divergence_kernel,
         row_blocks * batch * heads,
         q,
-        *(q, k, lse.contiguous(), bias, key_mask, partial),
+        *(q, k, lse, lse_low(q, k, lse, bias, key_mask, scale), bias, key_mask, partial),
         *(scale, heads, queries, k.shape[2], row_blocks, out.numel()),
         *(*of_qk, *of_bias, 0 if key_mask is None else key_mask.stride(0)),
         D=dim,

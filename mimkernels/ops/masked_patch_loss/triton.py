@@ -98,7 +98,7 @@ def chunked_statistics(
 
 @triton.jit
 def is_counted(ids_ptr, mask_ptr, image, row, patches, ids_stride, mask_stride):
-    # (whether this row of pred counts, its patch). An id outside [0, N) does not count.
+    # (whether this row of pred has a loss, its patch). An id outside [0, N) has none.
     if ids_ptr is not None:
         patch = valid_id(tl.load(ids_ptr + image * ids_stride + row), patches)
         return patch >= 0, patch
@@ -141,7 +141,7 @@ def masked_patch_loss_fwd_kernel(
     # grid:     B * L; a program owns one row of pred, whose target it builds in registers
     # in:       pred [B, L, E], images [B, C, T, H, W], ids int64 [B, L] or mask bool [B, N = L], by stride, last
     #           stride 1; scale and shift fp32 [C] or None; E padded to the block, or read in chunks
-    # out:      loss fp32 [B, L] contiguous, UNCOUNTED where the patch does not count; every element written once
+    # out:      loss fp32 [B, L] contiguous, UNCOUNTED where the patch has none; every element written once
     # numerics: fp32; variance about the mean, unbiased, in a second pass over registers; sums by a tree
     # bounds:   the pixel tail is masked; offsets are int64
     # cost:     counted rows of pred and their pixels read once; with NORM_PIX, pixels thrice if E > BLOCK_E
@@ -360,7 +360,7 @@ def masked_patch_loss_fwd(
         CHANNELS_LAST=channels_last,
         NORM_PIX=norm_pix,
         KIND=kind,
-        UNCOUNTED=-1.0 if mean else 0.0,
+        UNCOUNTED=-1.0 if mean and mask is not None else 0.0,
         BLOCK_E=block_e,
         num_warps=warps,
     )

@@ -11,7 +11,6 @@ from mimkernels.ops import _triton
 from mimkernels.ops.attention import triton_configs
 from mimkernels.ops.attention.triton_blocks import (
     INTEGERS,
-    LOG2E,
     architecture,
     bias_strides,
     dot_precision,
@@ -24,6 +23,7 @@ from mimkernels.ops.attention.triton_blocks import (
     precision_name,
     strides,
 )
+from mimkernels.ops.attention.triton_low import lse_low
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -31,10 +31,11 @@ def received_attention_kernel(
     q_ptr,
     k_ptr,
     lse_ptr,
+    low_ptr,
     bias_ptr,
     mask_ptr,
     out_ptr,
-    factor,
+    scale,
     heads,
     queries,
     keys,
@@ -61,10 +62,10 @@ def received_attention_kernel(
 ):
     # grid:     cdiv(Nk, BLOCK_N) * B * H, key blocks fastest; a program owns BLOCK_N keys of one head and sees all
     #           queries
-    # in:       q, k [B, H, N, D] by stride in units of UNIT elements, last stride 1; lse fp32 [B, H, Nq] contiguous;
-    #           bias [B, H, Nq, Nk] by stride (0 where broadcast) and key mask [B, Nk], each or None
+    # in:       q, k [B, H, N, D] by stride in units of UNIT elements, last stride 1; lse, lse_low fp32 [B, H, Nq]
+    #           contiguous; bias [B, H, Nq, Nk] by stride (0 where broadcast) and key mask [B, Nk], each or None
     # out:      out fp32 [B, H, Nk] = mean over queries of P; contiguous, every element written once
-    # numerics: fp32; P from lse as in the backward of attention; queries are added in order, block by block
+    # numerics: fp32; P from lse and lse_low as in the backward of attention; queries are added in order, block by block
     # bounds:   queries beyond the last, and those that may attend nothing, have P = 0; offsets are int64
     # cost:     k read once, q cdiv(Nk, BLOCK_N) times; no atomics, deterministic
     head, b, h, first = locate(tl.program_id(0), heads, row_blocks, BLOCK_N)
@@ -85,13 +86,13 @@ def received_attention_kernel(
     for block in tl.range(0, tl.cdiv(queries, BLOCK_M)):
         start = block * BLOCK_M
         rows = start + tl.arange(0, BLOCK_M)
-        level, _ = load_levels(lse_ptr, head.to(tl.int64) * queries + rows, rows < queries, EXACT)
+        lse, low = load_levels(lse_ptr, low_ptr, head.to(tl.int64) * queries + rows, rows < queries, EXACT)
         q0, q1 = load_head(q_head + start * q_stride_n, queries - start, q_stride_n, D, D0, D1, BLOCK_M, True)
         score = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
         if D1 > 0:
             score = tl.dot(q1, tl.trans(k1), score, input_precision=PRECISION)
         t = exponents(
-            score, rows, cols, level, bias_head, mask_row, queries, keys, factor, bias_stride_n, False, False, EXACT
+            score, rows, cols, lse, low, bias_head, mask_row, queries, keys, scale, bias_stride_n, False, False, EXACT
         )
         total += tl.sum(power(t, EXACT), axis=0)
     tl.store(out_ptr + head.to(tl.int64) * keys + cols, total / queries, mask=cols < keys)
@@ -107,7 +108,7 @@ def received_attention_fwd(
         return out.fill_(float("nan"))  # a mean over nothing
     if out.numel() == 0:
         return out
-    d0, d1 = head_split(dim)
+    d0, d1 = head_split(dim, q.dtype)
     target = (architecture(q.device), precision_name(q.dtype), d0 + d1, queries, False)
     config = triton_configs.config("companion", *target)
     key_blocks = triton.cdiv(keys, config.block_n)
@@ -115,12 +116,13 @@ def received_attention_fwd(
     bias_unit, of_bias = bias_strides(bias)
     precision = dot_precision(q.dtype)
     exact = q.dtype == torch.float32 and precision == "ieee"
+    lse = lse.contiguous()
     _triton.launch(
         received_attention_kernel,
         key_blocks * batch * heads,
         q,
-        *(q, k, lse.contiguous(), bias, key_mask, out),
-        *(scale if exact else scale * LOG2E.value, heads, queries, keys, key_blocks),
+        *(q, k, lse, lse_low(q, k, lse, bias, key_mask, scale), bias, key_mask, out),
+        *(scale, heads, queries, keys, key_blocks),
         *(*of_qk, *of_bias, 0 if key_mask is None else key_mask.stride(0)),
         D=dim,
         D0=d0,
