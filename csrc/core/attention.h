@@ -20,10 +20,10 @@ struct HeadRows {
   int64_t stride_token = 0;
 };
 
-// [B or 1, H or 1, Nq, Nk], the last dim contiguous; strides of broadcast dims are 0. data is null
-// where there is no bias.
+// [B or 1, H or 1, Nq, Nk], the last dim contiguous; strides of broadcast dims are 0.
 struct ScoreBias {
   const void* data = nullptr;
+  bool given = false;
   DType dtype = DType::kFloat32;
   int64_t batch = 1;
   int64_t heads = 1;
@@ -36,6 +36,7 @@ struct ScoreBias {
 // no earlier token lies anywhere. stride_batch is 0 where all images share them.
 struct Positions {
   const float* data = nullptr;
+  bool given = false;
   int64_t first = 0;
   int64_t stride_batch = 0;
   int64_t stride_token = 0;
@@ -75,9 +76,10 @@ struct AttentionFwdParams {
   int64_t num_prefix = 0;
   Positions positions;
   int64_t stats = 0;
-  void* out = nullptr;    // [B, Nq, H, D]
-  float* lse = nullptr;   // [B, H, Nq]
-  float* rows = nullptr;  // [popcount(stats), B, H, Nq]
+  void* out = nullptr;       // [B, Nq, H, D]
+  float* lse = nullptr;      // [B, H, Nq]
+  float* lse_low = nullptr;  // [B, H, Nq]: what rounding took from lse; P = exp((S - lse) - lse_low)
+  float* rows = nullptr;     // [popcount(stats), B, H, Nq]
 };
 
 // How upstream gradients of lse and of the statistics enter the gradient of a row's scores: each
@@ -86,10 +88,12 @@ struct AttentionFwdParams {
 struct AttentionCoefParams {
   int64_t count = 0;             // B * H * Nq
   int64_t stats = 0;             // the planes of rows and drows
+  bool has_dlse = false;
+  bool has_drows = false;
   const float* lse = nullptr;    // [count]
-  const float* dlse = nullptr;   // [count] or null
+  const float* dlse = nullptr;   // [count]
   const float* rows = nullptr;   // [popcount(stats), count]
-  const float* drows = nullptr;  // the same, or null
+  const float* drows = nullptr;  // the same
   float* coef = nullptr;         // [6, count]
 };
 
@@ -100,8 +104,10 @@ struct AttentionBwdParams {
   HeadRows dout;
   int64_t num_prefix = 0;
   Positions positions;
-  const float* lse = nullptr;   // [B, H, Nq]
-  const float* coef = nullptr;  // [6, B, H, Nq] or null
+  bool has_coef = false;
+  const float* lse = nullptr;      // [B, H, Nq]
+  const float* lse_low = nullptr;  // [B, H, Nq]
+  const float* coef = nullptr;     // [6, B, H, Nq]
   int64_t stride_grad = 0;      // between tokens of dq, dk and dv: H * D, or 3 * H * D if packed
   void* dq = nullptr;           // [B, Nq, H, D]
   void* dk = nullptr;           // [B, Nk, H, D]

@@ -14,7 +14,8 @@ struct BiasGeluFwdParams {
   int64_t tokens = 0;                  // R
   int64_t dim = 0;                     // E
   Rows x;                              // [A, R, E]
-  const void* bias = nullptr;          // [E] or null
+  bool has_bias = false;
+  const void* bias = nullptr;          // [E]
   void* out = nullptr;                 // [A, R, E]
 };
 
@@ -27,7 +28,8 @@ struct BiasGeluBwdParams {
   int64_t dim = 0;
   Rows grad;                   // [A, R, E]
   Rows x;                      // [A, R, E]
-  const void* bias = nullptr;  // [E] or null
+  bool has_bias = false;
+  const void* bias = nullptr;  // [E]
   void* dx = nullptr;          // [A, R, E] or null
   void* dbias = nullptr;       // [E] or null
 };

@@ -11,12 +11,16 @@
 
 namespace mimkernels {
 
+// Whether an optional tensor was given is said by `given` (or a `has_` flag), never by its address:
+// a tensor without elements may have a null one. An output is null where it was not asked for.
+
 // A [A, R, D] tensor by its strides; the last dim is contiguous. Strides may be 0 (expanded).
-// A [R, D] tensor has stride0 = 0; data is null where an optional tensor was not given.
+// A [R, D] tensor has stride0 = 0.
 struct Rows {
   const void* data = nullptr;
   int64_t stride0 = 0;
   int64_t stride1 = 0;
+  bool given = false;
 };
 
 // int64 ids [M, B, K] (or [B, N] with stride0 = 0), the last dim contiguous.
@@ -24,16 +28,18 @@ struct Ids {
   const int64_t* data = nullptr;
   int64_t stride0 = 0;
   int64_t stride1 = 0;
+  bool given = false;
 };
 
 // A bool [B, N] mask, the last dim contiguous.
 struct BoolMask {
   const uint8_t* data = nullptr;
   int64_t stride0 = 0;
+  bool given = false;
 };
 
 // Images [B, C, T, H, W] cut into a row-major grid of patches; the last dim is contiguous.
-// scale and shift [C] are fp32 and null together.
+// scale and shift [C] are fp32 and given together.
 struct Images {
   const void* data = nullptr;
   DType dtype = DType::kFloat32;
@@ -41,6 +47,7 @@ struct Images {
   int64_t stride_channel = 0;
   int64_t stride_frame = 0;
   int64_t stride_row = 0;
+  bool has_scale = false;
   const float* scale = nullptr;
   const float* shift = nullptr;
 };
@@ -116,7 +123,6 @@ struct PatchifyGatherFwdParams {
   DType out_dtype = DType::kFloat32;
   int64_t masks = 1;
   int64_t kept = 0;
-  bool has_ids = false;
   Ids ids;              // [M, B, K]; without ids every patch, in order
   void* out = nullptr;  // [M * B, K, E]
 };
@@ -128,9 +134,9 @@ struct PatchifyGatherBwdParams {
   int64_t masks = 1;
   int64_t kept = 0;
   Rows grad;  // [M * B, K, E]
-  bool has_ids = false;
   Ids ids;
-  const float* scale = nullptr;  // [C] or null
+  bool has_scale = false;
+  const float* scale = nullptr;  // [C]
   void* dimages = nullptr;       // [B, C, T, H, W]
 };
 
@@ -192,9 +198,8 @@ struct MaskedPatchLossParams {
   DType dtype = DType::kFloat32;  // of pred and dpred
   Rows pred;                      // [B, L, E]
   int64_t length = 0;             // L
-  bool has_mask = false;          // mask [B, L = N] is given, else ids
-  Ids ids;                        // [B, L] with stride0 = 0
-  BoolMask mask;                  // [B, L], true = counted
+  Ids ids;                        // [B, L] with stride0 = 0, or, given instead:
+  BoolMask mask;                  // [B, L = N], true = counted
   bool norm_pix = false;
   LossKind kind = LossKind::kMse;
   float beta = 1.0f;

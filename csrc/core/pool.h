@@ -30,7 +30,7 @@ struct TokenPoolFwdParams {
   bool pools_x = false;      // the values are x
   bool has_queries = false;  // else there are scores; tokens of no columns have no query's address
   float scale = 1.0f;
-  BoolMask mask;             // [B, N], true = allowed; null: all
+  BoolMask mask;             // [B, N], true = allowed; not given: all
   Rows x;                    // [B, N, D], for queries
   Rows queries;              // [B, G, D], stride0 = 0 where images share them
   Rows scores;               // fp32 [B, G, N]
@@ -59,7 +59,7 @@ struct TokenPoolBwdParams {
   float scale = 1.0f;
   BoolMask mask;
   Rows dout;                       // [B, G, Dv] or [B, G, d]
-  Rows dweights;                   // fp32 [B, G, N] or null
+  Rows dweights;                   // fp32 [B, G, N], optional
   Rows x;                          // [B, N, D], for queries
   Rows queries;                    // [B, G, D]
   Rows values;                     // [B, N, Dv]
@@ -84,7 +84,7 @@ struct ReducePoolParams {
   float eps = 0.0f;
   BoolMask mask;
   const float* p = nullptr;  // [1], for kGem
-  Rows x;                    // [B, N, D]; null in the backward of kMean and kMax
+  Rows x;                    // [B, N, D]; not given in the backward of kMean and kMax
   void* out = nullptr;       // forward: [B, D]
   int32_t* index = nullptr;  // [B, D] of kMax: the first largest token, -1 if none is allowed
   float* moment = nullptr;   // [B, D] of kGem: the mean of the powers, 0 if none is allowed

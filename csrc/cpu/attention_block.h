@@ -140,7 +140,7 @@ MIMKERNELS_INLINE void prefetch_rows(const T* src, int64_t stride, int64_t rows,
 }
 
 MIMKERNELS_INLINE const uint8_t* mask_of(const BoolMask& mask, int64_t b) {
-  return mask.data == nullptr ? nullptr : mask.data + b * mask.stride0;
+  return mask.given ? mask.data + b * mask.stride0 : nullptr;
 }
 
 // 0 where a key may be attended, -inf where it may not, and -inf on the padding.
@@ -192,7 +192,7 @@ class ScoreStart {
     tile.start = nullptr;
     tile.start_stride = 0;
     tile.tail_start = mask_row_ + count_ / kPanel * kPanel;
-    if (p_.bias.data != nullptr) {
+    if (p_.bias.given) {
       const int64_t offset = b_ * p_.bias.stride_batch + h_ * p_.bias.stride_head +
                              query * p_.bias.stride_query + first_;
       with_float_type(p_.bias.dtype, [&](auto type) {
@@ -203,7 +203,7 @@ class ScoreStart {
       });
       tile.start = tile.scores;
       tile.start_stride = kStride;
-    } else if (p_.key_mask.data != nullptr) {
+    } else if (p_.key_mask.given) {
       tile.start = mask_row_;
     }
   }
@@ -227,7 +227,7 @@ class Distances {
 
   Distances(const Positions& positions, int64_t tokens, int64_t num_prefix, int64_t block_rows)
       : positions_(positions),
-        tokens_(positions.data == nullptr ? 0 : tokens),
+        tokens_(positions.given ? tokens : 0),
         num_prefix_(num_prefix),
         block_rows_(block_rows),
         stride_(padded_columns(tokens_)),

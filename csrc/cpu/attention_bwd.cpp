@@ -315,13 +315,13 @@ class Worker {
       float* ds_row = ds + i * kStride;
       RowCoef coef;
       float delta = 0.0f;
-      if (p_.coef == nullptr) {
+      if (!p_.has_coef) {
         delta = probability_row<false, false>(s_row, ds_row, nullptr, columns, 0, lse, coef);
       } else {
         const float* from = p_.coef + index;
         coef = {from[0],         from[plane],     from[2 * plane],
                 from[3 * plane], from[4 * plane], from[5 * plane]};
-        if (p_.positions.data == nullptr) {
+        if (!p_.positions.given) {
           delta = probability_row<true, false>(s_row, ds_row, nullptr, columns, prefix, lse, coef);
         } else {
           const float* distance = distances_.row(row + i, i, first, count);

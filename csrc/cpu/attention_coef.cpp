@@ -20,9 +20,9 @@ MIMKERNELS_INLINE void coefficients(const AttentionCoefParams& p, int64_t i, int
   const Floats zero = {};
   const Floats lse = load_row(p.lse + i, lanes);
   const Floats level = choose_lanes((Ints)(lse - lse == zero), lse, zero);
-  Floats both = p.dlse == nullptr ? zero : load_row(p.dlse + i, lanes);
+  Floats both = p.has_dlse ? load_row(p.dlse + i, lanes) : zero;
   Floats slope = zero, c_prefix = zero, c_patch = zero, a_patch = zero, own = zero, far = zero;
-  if (p.drows != nullptr) {
+  if (p.has_drows) {
     const auto plane = [&](AttentionStat stat) {
       return __builtin_popcountll(static_cast<uint64_t>(p.stats & (stat - 1))) * p.count + i;
     };

@@ -345,7 +345,10 @@ class Worker {
       const Ints empty = (Ints)(sum == 0.0f);
       const Floats inverse = choose_lanes(empty, zero, 1.0f / sum);
       const Floats log_sum = log_lanes(sum);
-      put(p_.lse, choose_lanes((Ints)(top == splat(kInfinity)), top, top + log_sum));
+      const Floats lse = choose_lanes((Ints)(top == splat(kInfinity)), top, top + log_sum);
+      const Floats low = (top - lse) + log_sum;
+      put(p_.lse, lse);
+      put(p_.lse_low, choose_lanes((Ints)(lse - lse == zero), low, zero));
       float* dst = p_.rows;
       const auto next = [&](Floats value) MIMKERNELS_LAMBDA_INLINE {
         put(dst, value);
@@ -399,7 +402,10 @@ void write_empty(const AttentionFwdParams& p) {
   const AttentionScores& s = p.scores;
   const int64_t rows = s.batch * s.heads * s.queries;
   memset(p.out, 0, static_cast<size_t>(rows * s.dim) * sizeof(T));
-  for (int64_t i = 0; i < rows; ++i) p.lse[i] = -kInfinity;
+  for (int64_t i = 0; i < rows; ++i) {
+    p.lse[i] = -kInfinity;
+    p.lse_low[i] = 0.0f;
+  }
   const int64_t planes = __builtin_popcountll(static_cast<unsigned long long>(p.stats));
   if (planes > 0) memset(p.rows, 0, static_cast<size_t>(planes * rows) * sizeof(float));
 }

@@ -41,7 +41,7 @@ Status run(const BiasGeluBwdParams& p, ParallelFor parallel_for) {
   Scratch<float> bias(p.dim);
   Scratch<float> partial(needs_bias ? chunks : 0, p.dim);
   if (bias.failed() || partial.failed()) return out_of_memory();
-  widen_bias(bias.get(), p.bias, p.bias_dtype, p.dim);
+  widen_bias(bias.get(), p.has_bias, p.bias, p.bias_dtype, p.dim);
   const bool streams = p.dx != nullptr && may_stream(p.dx, rows * row_bytes, row_bytes);
   run_parallel(parallel_for, chunks, grain_for(3 * chunk * row_bytes),
                [&](int64_t begin, int64_t end) {

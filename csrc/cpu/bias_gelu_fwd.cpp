@@ -30,7 +30,7 @@ Status run(const BiasGeluFwdParams& p, ParallelFor parallel_for) {
   const int64_t rows = p.batch * p.tokens;
   Scratch<float> bias(p.dim);
   if (bias.failed()) return out_of_memory();
-  widen_bias(bias.get(), p.bias, p.bias_dtype, p.dim);
+  widen_bias(bias.get(), p.has_bias, p.bias, p.bias_dtype, p.dim);
   const bool streams = may_stream(p.out, rows * row_bytes, row_bytes);
   run_parallel(parallel_for, rows, grain_for(2 * row_bytes), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

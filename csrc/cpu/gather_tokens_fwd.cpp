@@ -42,7 +42,7 @@ class Sources {
     const int64_t k = place_++;
     if (k < 0) return {row_at<T>(p_.prefix, 0, p_.num_prefix + k), nullptr};
     return {row_at<T>(p_.x, image_, ids_[k]),
-            p_.pos.data == nullptr ? nullptr : row_at<T>(p_.pos, 0, ids_[k])};
+            p_.pos.given ? row_at<T>(p_.pos, 0, ids_[k]) : nullptr};
   }
 
  private:

@@ -138,7 +138,7 @@ class TargetReader {
   MIMKERNELS_INLINE int64_t place_of(int64_t i) const {
     const int64_t b = i / p_.length;
     const int64_t j = i % p_.length;
-    const int64_t n = p_.has_mask ? j : p_.ids.data[b * p_.ids.stride1 + j];
+    const int64_t n = p_.mask.given ? j : p_.ids.data[b * p_.ids.stride1 + j];
     return patch_place(p_.images, p_.grid, layout_, b, n);
   }
 
@@ -293,7 +293,7 @@ class TargetReader {
 };
 
 MIMKERNELS_INLINE bool counts(const MaskedPatchLossParams& p, int64_t i) {
-  return !p.has_mask || p.mask.data[i / p.length * p.mask.stride0 + i % p.length] != 0;
+  return !p.mask.given || p.mask.data[i / p.length * p.mask.stride0 + i % p.length] != 0;
 }
 
 // counted(i, next) for every patch in [begin, end) that counts, `next` the one after it or -1;
@@ -318,7 +318,7 @@ MIMKERNELS_INLINE const T* pred_row(const MaskedPatchLossParams& p, int64_t i) {
 }
 
 MIMKERNELS_INLINE int64_t count_patches(const MaskedPatchLossParams& p) {
-  if (!p.has_mask) return p.grid.batch * p.length;
+  if (!p.mask.given) return p.grid.batch * p.length;
   int64_t count = 0;
   for (int64_t b = 0; b < p.grid.batch; ++b) {
     const uint8_t* mask = p.mask.data + b * p.mask.stride0;
@@ -328,7 +328,7 @@ MIMKERNELS_INLINE int64_t count_patches(const MaskedPatchLossParams& p) {
 }
 
 MIMKERNELS_INLINE Status check_loss_ids(const MaskedPatchLossParams& p) {
-  if (p.has_mask) return Status{};
+  if (p.mask.given) return Status{};
   return check_ids(p.ids, 1, p.grid.batch, p.length, layout_of(p.grid).patches);
 }
 

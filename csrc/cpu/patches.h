@@ -43,7 +43,7 @@ struct PixelMap {
 
 MIMKERNELS_INLINE PixelMap pixel_map(const Images& images, int64_t c) {
   PixelMap map;
-  if (images.scale != nullptr) {
+  if (images.has_scale) {
     map.scale = images.scale[c];
     map.shift = images.shift[c];
   }

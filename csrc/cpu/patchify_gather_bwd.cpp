@@ -50,7 +50,7 @@ void scatter_grid_row(const PatchifyGatherBwdParams& p, const PatchLayout& layou
   const Src* grad = row_at<Src>(p.grad, b, 0);
   for (int64_t c = 0; c < g.channels; ++c) {
     PixelMap map;
-    if (p.scale != nullptr) map.scale = p.scale[c];
+    if (p.has_scale) map.scale = p.scale[c];
     for (int64_t t = 0; t < g.patch_t; ++t) {
       for (int64_t h = 0; h < g.patch_h; ++h) {
         Dst* dst = static_cast<Dst*>(p.dimages) +
@@ -77,8 +77,8 @@ void scatter_range(const PatchifyGatherBwdParams& p, const Inverse& inverse, int
   const int64_t grid_rows = layout.grid_t * layout.grid_h;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / grid_rows;
-    scatter_grid_row<Dst, Src, kStream>(p, layout, p.has_ids ? inverse.offsets(b) : nullptr,
-                                        p.has_ids ? inverse.entries(b) : nullptr, b,
+    scatter_grid_row<Dst, Src, kStream>(p, layout, p.ids.given ? inverse.offsets(b) : nullptr,
+                                        p.ids.given ? inverse.entries(b) : nullptr, b,
                                         task % grid_rows);
   }
 }
@@ -90,9 +90,9 @@ Status run(const PatchifyGatherBwdParams& p, ParallelFor parallel_for) {
   const int64_t grid_rows = layout.grid_t * layout.grid_h;
   const int64_t grid_row_bytes = p.grid.patch_t * p.grid.patch_h * p.grid.channels * image_row;
   if (layout.patches == 0 || layout.elements == 0 || p.grid.batch == 0) return Status{};
-  Inverse inverse(p.masks, p.has_ids ? p.grid.batch : 0, p.kept, layout.patches);
+  Inverse inverse(p.masks, p.ids.given ? p.grid.batch : 0, p.kept, layout.patches);
   if (inverse.failed()) return out_of_memory();
-  if (p.has_ids) {
+  if (p.ids.given) {
     inverse.build(parallel_for, p.ids, p.grid.batch, p.grid.batch * p.grad.stride0, p.grad.stride1);
   }
   const bool streams = p.grid.patch_w % 16 == 0 &&
@@ -111,7 +111,7 @@ Status run(const PatchifyGatherBwdParams& p, ParallelFor parallel_for) {
 }  // namespace
 
 Status patchify_gather_bwd(const PatchifyGatherBwdParams& p, ParallelFor parallel_for) {
-  if (p.has_ids) {
+  if (p.ids.given) {
     const Status status =
         check_ids(p.ids, p.masks, p.grid.batch, p.kept, layout_of(p.grid).patches);
     if (!status.ok()) return status;

@@ -19,7 +19,7 @@ void gather_range(const PatchifyGatherFwdParams& p, int64_t begin, int64_t end) 
     const int64_t k = i % p.kept;
     const int64_t b = i / p.kept % p.grid.batch;
     const int64_t m = i / p.kept / p.grid.batch;
-    const int64_t n = p.has_ids ? p.ids.data[m * p.ids.stride0 + b * p.ids.stride1 + k] : k;
+    const int64_t n = p.ids.given ? p.ids.data[m * p.ids.stride0 + b * p.ids.stride1 + k] : k;
     return static_cast<const Src*>(p.images.data) + patch_place(p.images, p.grid, layout, b, n);
   };
   const Src* patch = source(begin);
@@ -52,7 +52,7 @@ Status run(const PatchifyGatherFwdParams& p, ParallelFor parallel_for) {
 }  // namespace
 
 Status patchify_gather_fwd(const PatchifyGatherFwdParams& p, ParallelFor parallel_for) {
-  if (p.has_ids) {
+  if (p.ids.given) {
     const Status status =
         check_ids(p.ids, p.masks, p.grid.batch, p.kept, layout_of(p.grid).patches);
     if (!status.ok()) return status;

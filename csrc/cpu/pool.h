@@ -33,7 +33,7 @@ struct Chunks {
 };
 
 MIMKERNELS_INLINE bool is_allowed(const BoolMask& mask, int64_t num_prefix, int64_t b, int64_t n) {
-  return n >= num_prefix && (mask.data == nullptr || mask.data[b * mask.stride0 + n] != 0);
+  return n >= num_prefix && (!mask.given || mask.data[b * mask.stride0 + n] != 0);
 }
 
 // Up to kBlock tokens.

@@ -29,7 +29,7 @@ void restore_range(const RestoreTokensFwdParams& p, int64_t begin, int64_t end) 
     for (int64_t j = i - b * rows; j < rows && i < end; ++j, ++i, out += p.dim) {
       if (j + 1 < rows) prefetch_row(source_row<T>(p, b, j + 1), row_bytes, kRowHead);
       const T* source = source_row<T>(p, b, j);
-      if (p.pos.data != nullptr) {
+      if (p.pos.given) {
         add_rows<kStream>(out, source, row_at<T>(p.pos, 0, j), p.dim);
       } else {
         copy_row<kStream>(out, source, p.dim);

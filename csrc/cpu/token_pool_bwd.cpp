@@ -97,7 +97,7 @@ void weight_gradients(const TokenPoolBwdParams& p, int64_t b, int64_t begin, int
   }
   for (int64_t g = 0; g < p.groups; ++g) {
     float* const row = ds + g * p.tokens;
-    if (p.dweights.data != nullptr) {
+    if (p.dweights.given) {
       const float* more = row_at<float>(p.dweights, b, g);
       for (int64_t n = begin; n < end; ++n) {
         if (is_allowed(p.mask, p.num_prefix, b, n)) row[n] += more[n];

@@ -138,7 +138,7 @@ void write_weights(const TokenPoolFwdParams& p, int64_t b, float level, float in
     }
   }
   for (int64_t n = 0; n < p.num_prefix; ++n) row[n] = 0.0f;
-  if (p.mask.data == nullptr) return;
+  if (!p.mask.given) return;
   for (int64_t n = p.num_prefix; n < p.tokens; ++n) {
     if (!is_allowed(p.mask, p.num_prefix, b, n)) row[n] = 0.0f;
   }

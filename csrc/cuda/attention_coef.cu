@@ -20,9 +20,9 @@ __global__ void __launch_bounds__(kThreads) attention_coef_kernel(AttentionCoefP
        i += gridDim.x * int64_t{kThreads}) {
     const float lse = p.lse[i];
     const float level = lse - lse == 0.0f ? lse : 0.0f;  // 0 for infinities and NaN
-    float both = p.dlse == nullptr ? 0.0f : p.dlse[i];
+    float both = p.has_dlse ? p.dlse[i] : 0.0f;
     float slope = 0.0f, c_prefix = 0.0f, c_patch = 0.0f, a_patch = 0.0f, own = 0.0f, far = 0.0f;
-    if (p.drows != nullptr) {
+    if (p.has_drows) {
       const auto value = [&](AttentionStat stat) {
         return p.rows[plane_of(p.stats, stat) * p.count + i];
       };

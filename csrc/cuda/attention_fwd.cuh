@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(forward_warps(DIM, sizeof(T), STATS) * kWarp,
   const int h = place.busy ? place.head % heads : 0;
   const HeadTerms terms(s, b, h);
   const HeadPositions positions(p.positions, b, keys);
-  const bool fold = terms.bias == nullptr && s.scale > 0.0f;
+  const bool fold = !terms.has_bias && s.scale > 0.0f;
   const float factor = (fold ? s.scale : 1.0f) * kUnitsOfOne<T>;
 
   T* const shared = reinterpret_cast<T*>(shared_memory());
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(forward_warps(DIM, sizeof(T), STATS) * kWarp,
     const T* const v_rows = k_rows + matrix;
     const int first_key = tile * cut.tile;
     const int groups = (min(keys - first_key, cut.tile) + kStrip - 1) / kStrip;
-    const bool checks = terms.mask != nullptr || first_key + groups * kStrip > keys;
+    const bool checks = terms.has_mask || first_key + groups * kStrip > keys;
 
     float score[kGroups][2][4];
     float top[2] = {sums.level[0], sums.level[1]};

@@ -56,7 +56,7 @@ __device__ __forceinline__ void add_coefficients(float (&ds)[2][4], const float 
                              key < prefix ? terms.c_prefix : terms.c_patch) +
                         (query == key ? terms.own : 0.0f);
   }
-  if (positions.data == nullptr) {
+  if (!positions.given) {
     return;
   }
   float d[2][4];
@@ -84,7 +84,7 @@ __device__ __forceinline__ void score_gradient(float (&score)[2][4], float (&ds)
   for (int i = 0; i < 8; ++i) {
     ds[i / 4][i % 4] -= delta[query_of<KEYS>(i)];
   }
-  if (p.coef != nullptr) {
+  if (p.has_coef) {
     add_coefficients<T, KEYS>(ds, exponent, p, positions, head, first_row, first_column);
   }
 #pragma unroll

@@ -341,23 +341,27 @@ __device__ __forceinline__ void store_strip(const float (&acc)[TILES][4], float 
 
 // What enters the scores of one head beside the products.
 struct HeadTerms {
-  const void* bias = nullptr;  // of this image and head, or null
+  bool has_bias = false;
+  bool has_mask = false;
+  const void* bias = nullptr;  // of this image and head
   int64_t bias_stride = 0;
   bool bias_is_float = false;
-  const uint8_t* mask = nullptr;  // of this image, or null
+  const uint8_t* mask = nullptr;  // of this image
   int queries = 0;
   int keys = 0;
 
   __device__ __forceinline__ HeadTerms(const AttentionScores& s, int b, int h)
-      : bias_stride(s.bias.stride_query),
+      : has_bias(s.bias.given),
+        has_mask(s.key_mask.given),
+        bias_stride(s.bias.stride_query),
         bias_is_float(s.bias.dtype == DType::kFloat32),
         queries(static_cast<int>(s.queries)),
         keys(static_cast<int>(s.keys)) {
-    if (s.bias.data != nullptr) {
+    if (has_bias) {
       const int64_t offset = b * s.bias.stride_batch + h * s.bias.stride_head;
       bias = static_cast<const char*>(s.bias.data) + offset * (bias_is_float ? 4 : 2);
     }
-    if (s.key_mask.data != nullptr) {
+    if (has_mask) {
       mask = s.key_mask.data + b * s.key_mask.stride0;
     }
   }
@@ -391,7 +395,7 @@ __device__ __forceinline__ GroupTerms load_terms(const HeadTerms& head, int firs
   for (int i = 0; i < 8; ++i) {
     int query, key;
     locate<KEYS>(first_row, first_column, i / 4, i % 4, query, key);
-    const bool hidden = key >= head.keys || (head.mask != nullptr && head.mask[key] == 0);
+    const bool hidden = key >= head.keys || (head.has_mask && head.mask[key] == 0);
     terms.hidden |= static_cast<unsigned>(hidden) << i;
     terms.bias[i / 4][i % 4] = 0.0f;
   }
@@ -406,9 +410,9 @@ __device__ __forceinline__ GroupTerms load_terms(const HeadTerms& head, int firs
       terms.bias[i / 4][i % 4] = to_float(row[min(key, head.keys - 1)]);
     }
   };
-  if (head.bias != nullptr && head.bias_is_float) {
+  if (head.has_bias && head.bias_is_float) {
     load(float{});
-  } else if (head.bias != nullptr) {
+  } else if (head.has_bias) {
     load(T{});
   }
   return terms;
@@ -473,6 +477,7 @@ __device__ __forceinline__ void make_probabilities(float (&score)[2][4], float (
 
 // Where the tokens of one image are.
 struct HeadPositions {
+  bool given = false;
   const float* data = nullptr;
   int64_t stride = 0;
   int dims = 0;
@@ -480,11 +485,12 @@ struct HeadPositions {
   int last = 0;
 
   __device__ __forceinline__ HeadPositions(const Positions& positions, int b, int tokens)
-      : stride(positions.stride_token),
+      : given(positions.given),
+        stride(positions.stride_token),
         dims(positions.dims),
         first(static_cast<int>(positions.first)),
         last(tokens - 1) {
-    if (positions.data != nullptr) {
+    if (given) {
       data = positions.data + b * positions.stride_batch;
     }
   }

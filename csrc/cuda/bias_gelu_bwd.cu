@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const bool active = word < cut.words;
     float bias[VEC] = {};
     if (active) {
-      load_bias<T, VEC>(bias, p.bias, fp32_bias, word * VEC);
+      load_bias<T, VEC>(bias, p.has_bias, p.bias, fp32_bias, word * VEC);
     }
     float sums[VEC] = {};
     const int64_t end = active ? min(rows, (slice + 1) * cut.per_slice) : 0;

@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads, 3)
       continue;
     }
     float bias[VEC];
-    load_bias<T, VEC>(bias, p.bias, fp32_bias, word * VEC);
+    load_bias<T, VEC>(bias, p.has_bias, p.bias, fp32_bias, word * VEC);
     const int64_t end = min(rows, (slice + 1) * cut.per_slice);
     for (int64_t i = slice * cut.per_slice + warp * kRowsAtOnce; i < end;
          i += kWarps * kRowsAtOnce) {

@@ -23,7 +23,7 @@ struct GatheredRows {
     if (id < 0 || id >= p.tokens) {
       return {};
     }
-    return {row_at<T>(p.x, b, id), p.pos.data == nullptr ? nullptr : row_at<T>(p.pos, 0, id)};
+    return {row_at<T>(p.x, b, id), p.pos.given ? row_at<T>(p.pos, 0, id) : nullptr};
   }
 };
 
@@ -33,7 +33,7 @@ cudaError_t gather_tokens_fwd(const GatherTokensFwdParams& p, cudaStream_t strea
   const bool aligned = rows_aligned({p.out, 0, 0}, p.dim, p.dtype) &&
                        rows_aligned(p.x, p.dim, p.dtype) && rows_aligned(p.pos, p.dim, p.dtype) &&
                        rows_aligned(p.prefix, p.dim, p.dtype);
-  return write_rows(GatheredRows{p}, p.dtype, p.pos.data != nullptr, aligned, p.out,
+  return write_rows(GatheredRows{p}, p.dtype, p.pos.given, aligned, p.out,
                     p.masks * p.batch * (p.num_prefix + p.kept), p.dim, stream);
 }
 

@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 }  // namespace
 
 int64_t masked_patch_loss_bwd_workspace(const MaskedPatchLossParams& p) {
-  return p.mean && p.has_mask ? kCountBlocks : 0;
+  return p.mean && p.mask.given ? kCountBlocks : 0;
 }
 
 cudaError_t masked_patch_loss_bwd(const MaskedPatchLossParams& p, int64_t* workspace,
@@ -112,7 +112,7 @@ cudaError_t masked_patch_loss_bwd(const MaskedPatchLossParams& p, int64_t* works
     return cudaErrorInvalidValue;
   }
   const int64_t* counts = nullptr;
-  if (p.mean && p.has_mask) {
+  if (p.mean && p.mask.given) {
     constexpr int kShared = kThreads / kWarp * static_cast<int>(sizeof(int64_t));
     const cudaError_t error = launch(count_patches_kernel, dim3(kCountBlocks), kThreads, kShared,
                                      stream, p.mask, p.length, block.patches, workspace);

@@ -93,7 +93,7 @@ __device__ __forceinline__ void make_runs(PixelRun* runs, const Images& images,
 }
 
 __device__ __forceinline__ float normalised(const Images& images, int channel, float value) {
-  return images.scale == nullptr
+  return !images.has_scale
              ? value
              : value * __ldg(images.scale + channel) + __ldg(images.shift + channel);
 }
@@ -310,7 +310,7 @@ __device__ __forceinline__ void for_each_difference(const T* pred, const PatchTa
 // Which patch row j of pred is, or -1 if it does not count. An id outside [0, N) does not.
 __device__ __forceinline__ int64_t counted_patch(const MaskedPatchLossParams& p,
                                                  const LossBlock& block, int64_t b, int64_t j) {
-  if (p.has_mask) {
+  if (p.mask.given) {
     return __ldg(p.mask.data + b * p.mask.stride0 + j) != 0 ? j : -1;
   }
   const int64_t n = __ldg(p.ids.data + b * p.ids.stride1 + j);

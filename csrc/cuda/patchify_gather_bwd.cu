@@ -11,9 +11,10 @@ cudaError_t patchify_gather_bwd(const PatchifyGatherBwdParams& p, cudaStream_t s
   scatter.batch = p.grid.batch;
   scatter.kept = p.kept;
   scatter.grad = p.grad;
-  scatter.has_ids = p.has_ids;
+  scatter.has_ids = p.ids.given;
   scatter.ids = p.ids;
   scatter.grid = p.grid;
+  scatter.has_scale = p.has_scale;
   scatter.scale = p.scale;
   scatter.out = p.dimages;
   return scatter_rows(scatter, stream);

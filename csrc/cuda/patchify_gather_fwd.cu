@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads, 3)
       for (int r = threadIdx.x; r < block.rows(); r += block.threads()) {
         const int64_t k = first + r;
         int64_t n = k < p.kept ? k : -1;
-        if (n >= 0 && p.has_ids) {
+        if (n >= 0 && p.ids.given) {
           n = __ldg(p.ids.data + m * p.ids.stride0 + b * p.ids.stride1 + k);
         }
         starts[r] = n >= 0 && n < layout.patches ? patch_offset(p.images, layout, b, n) : -1;
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads, 3)
         const Pixel pixel = pixel_at(p.images, layout, v * VEC);
         float scale = 1.0f;
         float shift = -0.0f;  // which changes no bit
-        if (p.images.scale != nullptr) {
+        if (p.images.has_scale) {
           scale = __ldg(p.images.scale + pixel.channel);
           shift = __ldg(p.images.shift + pixel.channel);
         }

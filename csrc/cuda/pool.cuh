@@ -19,7 +19,7 @@ struct AllowedTokens {
 
   __device__ __forceinline__ bool operator()(int64_t b, int64_t n) const {
     return n >= num_prefix && n < tokens &&
-           (mask.data == nullptr || __ldg(mask.data + b * mask.stride0 + n) != 0);
+           (!mask.given || __ldg(mask.data + b * mask.stride0 + n) != 0);
   }
 };
 

@@ -31,7 +31,7 @@ struct ReduceItem {
 // How many tokens of image b may be pooled. All threads of the block; `counts` holds 8 numbers.
 __device__ __forceinline__ int64_t count_allowed(const AllowedTokens& allowed, int64_t b,
                                                  int* counts) {
-  if (allowed.mask.data == nullptr) {
+  if (!allowed.mask.given) {
     return allowed.tokens - allowed.num_prefix;
   }
   int count = 0;

@@ -17,7 +17,7 @@ struct RestoredRows {
   __device__ __forceinline__ RowSource<T> source(int64_t row) const {
     int64_t j;
     const int64_t b = divide(row, p.num_prefix + p.tokens, j);
-    const T* const pos = p.pos.data == nullptr ? nullptr : row_at<T>(p.pos, 0, j);
+    const T* const pos = p.pos.given ? row_at<T>(p.pos, 0, j) : nullptr;
     if (j < p.num_prefix) {
       return {row_at<T>(p.x, b, j), pos};
     }
@@ -37,7 +37,7 @@ cudaError_t restore_tokens_fwd(const RestoreTokensFwdParams& p, cudaStream_t str
   const bool aligned = rows_aligned({p.out, 0, 0}, p.dim, p.dtype) &&
                        rows_aligned(p.x, p.dim, p.dtype) && rows_aligned(p.pos, p.dim, p.dtype) &&
                        rows_aligned({p.mask_token, 0, 0}, p.dim, p.dtype);
-  return write_rows(RestoredRows{p}, p.dtype, p.pos.data != nullptr, aligned, p.out,
+  return write_rows(RestoredRows{p}, p.dtype, p.pos.given, aligned, p.out,
                     p.batch * (p.num_prefix + p.tokens), p.dim, stream);
 }
 

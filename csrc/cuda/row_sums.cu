@@ -72,9 +72,9 @@ __global__ void __launch_bounds__(kThreads, 3)
         const int64_t b = b0 + i;
         is_masked[i] = false;
         if (active && b < end) {
-          if (p.mask.data != nullptr) {
+          if (p.mask.given) {
             is_masked[i] = __ldg(p.mask.data + b * p.mask.stride0 + j) != 0;
-          } else if (p.ids.data != nullptr && j >= p.first) {
+          } else if (p.ids.given && j >= p.first) {
             const int64_t id = __ldg(p.ids.data + b * p.ids.stride1 + j - p.first);
             is_masked[i] = id >= p.kept && id < p.rows - p.first;
           }

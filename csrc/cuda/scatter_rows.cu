@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, 3)
         const int v = start + lane;
         const bool active = v < vectors;
         const Pixel pixel = pixel_at(out, layout, active ? v * VEC : 0);
-        const float scale = p.scale == nullptr ? 1.0f : __ldg(p.scale + pixel.channel);
+        const float scale = p.has_scale ? __ldg(p.scale + pixel.channel) : 1.0f;
         const Src* const grad = static_cast<const Src*>(p.grad.data) + int64_t{v} * VEC;
         Dst* const result = static_cast<Dst*>(p.out) + pixel.offset;
 #pragma unroll 1

@@ -23,7 +23,8 @@ struct ScatterRowsParams {
   // The result as images, one target per patch, E elements each. Tokens [B, N, D] are images of N
   // rows and D columns, cut into patches of one row.
   PatchGrid grid;
-  const float* scale = nullptr;  // [C] or null
+  bool has_scale = false;
+  const float* scale = nullptr;  // [C]
   void* out = nullptr;           // contiguous
 };
 

@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kThreads, 4)
        row += gridDim.x * int64_t{kWarps}) {
     int64_t g;
     const int64_t b = divide(row, p.groups, g);
-    const float* const more = dweights.data == nullptr ? nullptr : row_at<float>(dweights, b, g);
+    const float* const more = dweights.given ? row_at<float>(dweights, b, g) : nullptr;
     const float* const a = weights + row * p.tokens;
     float* const d = ds + row * p.tokens;
     const auto upstream = [&](int64_t n) { return more == nullptr ? d[n] : d[n] + more[n]; };

@@ -38,6 +38,7 @@ inline ScoreBias view_bias(const OptionalTensor& bias) {
   ScoreBias view;
   if (!bias.has_value()) return view;
   view.data = bias->data_ptr();
+  view.given = true;
   view.dtype = dtype_of(bias->scalar_type(), "bias", false);
   view.batch = bias->size(0);
   view.heads = bias->size(1);
@@ -52,6 +53,7 @@ inline Positions view_positions(const OptionalTensor& positions, int64_t tokens)
   if (!positions.has_value()) return view;
   const int64_t rank = positions->dim();
   view.data = static_cast<const float*>(positions->data_ptr());
+  view.given = true;
   view.first = tokens - positions->size(rank - 2);
   view.stride_batch = rank == 2 || positions->size(0) == 1 ? 0 : positions->stride(0);
   view.stride_token = positions->stride(rank - 2);
@@ -100,8 +102,7 @@ struct ScoreTensors {
     if (key_mask.has_value()) {
       place.check(*key_mask, "key_mask", {scores.batch, scores.keys});
       check_dtype(*key_mask, "key_mask", ScalarType::Bool);
-      scores.key_mask.data = static_cast<const uint8_t*>(key_mask->data_ptr());
-      scores.key_mask.stride0 = key_mask->stride(0);
+      scores.key_mask = view_mask(*key_mask);
     }
   }
 
@@ -113,9 +114,9 @@ struct ScoreTensors {
     return rows_of(v);
   }
 
-  Tensor checked_lse(const Tensor& lse) const {
-    place.check(lse, "lse", {scores.batch, scores.heads, scores.queries});
-    check_dtype(lse, "lse", ScalarType::Float);
+  Tensor checked_lse(const Tensor& lse, const char* name) const {
+    place.check(lse, name, {scores.batch, scores.heads, scores.queries});
+    check_dtype(lse, name, ScalarType::Float);
     return torch::stable::contiguous(lse);
   }
 
@@ -164,7 +165,7 @@ struct ScoreTensors {
 
 // run(params) starts the kernels.
 template <typename Place, typename Run>
-std::tuple<Tensor, Tensor, Tensor> attention_fwd_at(
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd_at(
     const Place& place, const Tensor& q_any, const Tensor& k_any, const Tensor& v_any,
     const OptionalTensor& bias_any, const OptionalTensor& key_mask_any, double scale,
     int64_t num_prefix, const OptionalTensor& positions_any, int64_t stats, Run run) {
@@ -185,12 +186,14 @@ std::tuple<Tensor, Tensor, Tensor> attention_fwd_at(
   params.stats = stats;
   Tensor out = place.empty({s.batch, s.queries, s.heads, s.dim}, tensors.type());
   Tensor lse = place.empty({s.batch, s.heads, s.queries}, ScalarType::Float);
+  Tensor lse_low = place.empty({s.batch, s.heads, s.queries}, ScalarType::Float);
   Tensor rows = place.empty({planes, s.batch, s.heads, s.queries}, ScalarType::Float);
   params.out = out.data_ptr();
   params.lse = static_cast<float*>(lse.data_ptr());
+  params.lse_low = static_cast<float*>(lse_low.data_ptr());
   params.rows = static_cast<float*>(rows.data_ptr());
   run(params);
-  return {out, lse, rows};
+  return {out, lse, lse_low, rows};
 }
 
 template <typename Place, typename Run>
@@ -216,8 +219,10 @@ Tensor attention_coef_at(const Place& place, const Tensor& lse_any, const Option
   params.stats = stats;
   params.lse = numbers(lse_any, "lse", {batch, heads, queries});
   params.rows = numbers(rows_any, "rows", {planes, batch, heads, queries});
-  if (dlse_any.has_value()) params.dlse = numbers(*dlse_any, "dlse", {batch, heads, queries});
-  if (drows_any.has_value()) {
+  params.has_dlse = dlse_any.has_value();
+  params.has_drows = drows_any.has_value();
+  if (params.has_dlse) params.dlse = numbers(*dlse_any, "dlse", {batch, heads, queries});
+  if (params.has_drows) {
     params.drows = numbers(*drows_any, "drows", {planes, batch, heads, queries});
   }
   Tensor coef = place.empty({6, batch, heads, queries}, ScalarType::Float);
@@ -229,7 +234,7 @@ Tensor attention_coef_at(const Place& place, const Tensor& lse_any, const Option
 template <typename Place, typename Run>
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_at(
     const Place& place, const Tensor& dout_any, const Tensor& q_any, const Tensor& k_any,
-    const Tensor& v_any, const Tensor& out_any, const Tensor& lse_any,
+    const Tensor& v_any, const Tensor& out_any, const Tensor& lse_any, const Tensor& lse_low_any,
     const OptionalTensor& bias_any, const OptionalTensor& key_mask_any, double scale,
     int64_t num_prefix, const OptionalTensor& positions_any, const OptionalTensor& coef_any,
     bool need_bias, bool packed, Run run) {
@@ -243,7 +248,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_at(
   check_dtype(dout_any, "dout", type);
   const Tensor out = rows_of(out_any);
   const Tensor dout = rows_of(dout_any);
-  const Tensor lse = tensors.checked_lse(lse_any);
+  const Tensor lse = tensors.checked_lse(lse_any, "lse");
+  const Tensor lse_low = tensors.checked_lse(lse_low_any, "lse_low");
   const OptionalTensor positions = tensors.checked_positions(positions_any, num_prefix);
   OptionalTensor coef;
   if (coef_any.has_value()) {
@@ -263,7 +269,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_at(
   params.num_prefix = num_prefix;
   params.positions = view_positions(positions, s.keys);
   params.lse = static_cast<const float*>(lse.data_ptr());
-  if (coef.has_value()) params.coef = static_cast<const float*>(coef->data_ptr());
+  params.lse_low = static_cast<const float*>(lse_low.data_ptr());
+  params.has_coef = coef.has_value();
+  if (params.has_coef) params.coef = static_cast<const float*>(coef->data_ptr());
   // Packed, the first holds all three.
   Tensor dq = packed ? place.empty({s.batch, s.queries, 3, s.heads, s.dim}, type)
                      : place.empty({s.batch, s.queries, s.heads, s.dim}, type);
@@ -292,7 +300,7 @@ Tensor received_attention_at(const Place& place, const Tensor& q_any, const Tens
                              const OptionalTensor& key_mask_any, double scale, Run run) {
   const ScoreTensors<Place> tensors(place, q_any, k_any, bias_any, key_mask_any, scale);
   const AttentionScores& s = tensors.scores;
-  const Tensor lse = tensors.checked_lse(lse_any);
+  const Tensor lse = tensors.checked_lse(lse_any, "lse");
   Tensor out = place.empty({s.batch, s.heads, s.keys}, ScalarType::Float);
   ReceivedAttentionParams params;
   params.scores = s;
@@ -308,7 +316,7 @@ Tensor head_divergence_at(const Place& place, const Tensor& q_any, const Tensor&
                           const OptionalTensor& key_mask_any, double scale, Run run) {
   const ScoreTensors<Place> tensors(place, q_any, k_any, bias_any, key_mask_any, scale);
   const AttentionScores& s = tensors.scores;
-  const Tensor lse = tensors.checked_lse(lse_any);
+  const Tensor lse = tensors.checked_lse(lse_any, "lse");
   Tensor out = place.empty({s.batch, s.heads, s.heads}, ScalarType::Float);
   HeadDivergenceParams params;
   params.scores = s;

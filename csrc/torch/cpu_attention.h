@@ -18,7 +18,7 @@ struct OnCpu {
   }
 };
 
-inline std::tuple<Tensor, Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k,
+inline std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k,
                                                         const Tensor& v, OptionalTensor bias,
                                                         OptionalTensor key_mask, double scale,
                                                         int64_t num_prefix,
@@ -40,10 +40,10 @@ inline Tensor attention_coef(const Tensor& lse, OptionalTensor dlse, const Tenso
 
 inline std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-    const Tensor& lse, OptionalTensor bias, OptionalTensor key_mask, double scale,
+    const Tensor& lse, const Tensor& lse_low, OptionalTensor bias, OptionalTensor key_mask, double scale,
     int64_t num_prefix, OptionalTensor positions, OptionalTensor coef, bool need_bias,
     bool packed) {
-  return attention_bwd_at(OnCpu{}, dout, q, k, v, out, lse, bias, key_mask, scale, num_prefix,
+  return attention_bwd_at(OnCpu{}, dout, q, k, v, out, lse, lse_low, bias, key_mask, scale, num_prefix,
                           positions, coef, need_bias, packed, [](const AttentionBwdParams& params) {
                             raise_if_failed(cpu_kernels().attention_bwd(params, &torch_pool),
                                             "attention", "", false);

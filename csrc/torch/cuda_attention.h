@@ -28,7 +28,7 @@ class OnDeviceOf {
   OnDevice device_;
 };
 
-inline std::tuple<Tensor, Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k,
+inline std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k,
                                                         const Tensor& v, OptionalTensor bias,
                                                         OptionalTensor key_mask, double scale,
                                                         int64_t num_prefix,
@@ -51,12 +51,12 @@ inline Tensor attention_coef(const Tensor& lse, OptionalTensor dlse, const Tenso
 
 inline std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-    const Tensor& lse, OptionalTensor bias, OptionalTensor key_mask, double scale,
+    const Tensor& lse, const Tensor& lse_low, OptionalTensor bias, OptionalTensor key_mask, double scale,
     int64_t num_prefix, OptionalTensor positions, OptionalTensor coef, bool need_bias,
     bool packed) {
   const OnDeviceOf place(q);
   return attention_bwd_at(
-      place, dout, q, k, v, out, lse, bias, key_mask, scale, num_prefix, positions, coef, need_bias,
+      place, dout, q, k, v, out, lse, lse_low, bias, key_mask, scale, num_prefix, positions, coef, need_bias,
       packed, [&](const AttentionBwdParams& params) {
         const AttentionScores& s = params.scores;
         // Freed on return, while the kernels may still run: torch's allocator

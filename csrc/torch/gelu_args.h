@@ -31,7 +31,8 @@ GeluInputs set_gelu(Params& params, const Check& check, const Tensor& x, const O
   }
   GeluInputs inputs = {rows_of(x), rows_of(bias), std::nullopt};
   params.x = view_rows(inputs.x);
-  params.bias = inputs.bias.has_value() ? inputs.bias->data_ptr() : nullptr;
+  params.has_bias = inputs.bias.has_value();
+  if (params.has_bias) params.bias = inputs.bias->data_ptr();
   return inputs;
 }
 

@@ -45,7 +45,6 @@ LossInputs set_loss_inputs(MaskedPatchLossParams& params, const Check& check, co
   params.images = view_images(inputs.images, inputs.constants);
   if (inputs.ids.has_value()) params.ids = view_ids(*inputs.ids);
   if (inputs.mask.has_value()) params.mask = view_mask(*inputs.mask);
-  params.has_mask = mask.has_value();
   params.norm_pix = norm_pix;
   params.kind = static_cast<LossKind>(kind);
   params.beta = static_cast<float>(beta);

@@ -82,6 +82,7 @@ inline Images view_images(const Tensor& images, const ChannelConstants& constant
   view.stride_frame = images.dim() == 5 ? images.stride(2) : 0;
   view.stride_row = images.stride(images.dim() - 2);
   if (constants.scale.has_value()) {
+    view.has_scale = true;
     view.scale = static_cast<const float*>(constants.scale->data_ptr());
     view.shift = static_cast<const float*>(constants.shift->data_ptr());
   }
@@ -103,7 +104,6 @@ OptionalTensor set_patch_ids(Params& params, const Check& check, const OptionalT
   const OptionalTensor ids = rows_of(ids_any);
   if (ids.has_value()) {
     set_masks(params, check, *ids, params.grid.batch);
-    params.has_ids = true;
     params.ids = view_ids(*ids);
   }
   return ids;
@@ -138,6 +138,7 @@ PatchifyInputs set_patchify_bwd(PatchifyGatherBwdParams& params, const Check& ch
   params.grad = view_rows(inputs.main);
   inputs.constants.scale = channel_constant(check, scale, "scale", grid.channels);
   if (inputs.constants.scale.has_value()) {
+    params.has_scale = true;
     params.scale = static_cast<const float*>(inputs.constants.scale->data_ptr());
   }
   return inputs;

@@ -117,6 +117,7 @@ inline OptionalTensor rows_of(const OptionalTensor& tensor) {
 inline Rows view_rows(const Tensor& tensor) {
   Rows rows;
   rows.data = tensor.data_ptr();
+  rows.given = true;
   const int64_t rank = tensor.dim();
   rows.stride0 = rank == 3 ? tensor.stride(0) : 0;
   rows.stride1 = rank >= 2 ? tensor.stride(rank - 2) : 0;
@@ -130,6 +131,7 @@ inline Rows view_rows(const OptionalTensor& tensor) {
 inline Ids view_ids(const Tensor& tensor) {
   Ids ids;
   ids.data = static_cast<const int64_t*>(tensor.data_ptr());
+  ids.given = true;
   const int64_t rank = tensor.dim();
   ids.stride0 = rank == 3 ? tensor.stride(0) : 0;
   ids.stride1 = tensor.stride(rank - 2);
@@ -154,6 +156,7 @@ void set_masks(Params& params, const Check& check, const Tensor& ids, int64_t ba
 inline BoolMask view_mask(const Tensor& mask) {
   BoolMask view;
   view.data = static_cast<const uint8_t*>(mask.data_ptr());
+  view.given = true;
   view.stride0 = mask.stride(0);
   return view;
 }
@@ -168,7 +171,8 @@ inline Tensor new_output_if(bool needed, std::initializer_list<int64_t> sizes, S
   return needed ? new_output(sizes, type) : new_output({0}, type);
 }
 
-// Empty tensors may have a null data pointer, which kernels read as "not asked for".
+// Null where the output was not asked for. One without elements may be null, too: there is nothing
+// to write.
 inline void* output_ptr(bool needed, const Tensor& tensor) {
   return needed ? tensor.data_ptr() : nullptr;
 }

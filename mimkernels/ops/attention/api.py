@@ -162,7 +162,7 @@ def _whole(run, qkv, *options):
 
 def _attend(run, qkv, bias, key_mask, positions, scale, num_prefix, asked, planes) -> AttentionOutput:
     """``asked`` is what the backend knows the statistics by, ``planes`` where each is in the rows of a kernel."""
-    out, lse, rows = run(*qkv, bias, key_mask, scale, num_prefix, positions, asked)
+    out, lse, *_, rows = run(*qkv, bias, key_mask, scale, num_prefix, positions, asked)
     if isinstance(rows, dict):
         return AttentionOutput(out, lse, rows)
     out = out.transpose(1, 2)
@@ -180,19 +180,20 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, fwd, coef, bwd, q, k, v, bias, key_mask, scale, num_prefix, positions, bits):
-        out, lse, rows = fwd(
+        out, lse, lse_low, rows = fwd(
             *(_parts(q) if k is None else (q, k, v)), bias, key_mask, scale, num_prefix, positions, bits
         )
-        ctx.save_for_backward(q, k, v, out, lse, bias, key_mask, positions, rows)
+        ctx.save_for_backward(q, k, v, out, lse, lse_low, bias, key_mask, positions, rows)
         ctx.options = (scale, num_prefix, bits)
         ctx.ops = (coef, bwd)
         ctx.set_materialize_grads(False)
-        return out, lse, rows
+        ctx.mark_non_differentiable(lse_low)
+        return out, lse, lse_low, rows
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout, dlse, drows):
-        q, k, v, out, lse, bias, key_mask, positions, rows = ctx.saved_tensors
+    def backward(ctx, dout, dlse, _, drows):
+        q, k, v, out, lse, lse_low, bias, key_mask, positions, rows = ctx.saved_tensors
         scale, num_prefix, bits = ctx.options
         make_coef, bwd = ctx.ops
         packed = k is None
@@ -205,7 +206,8 @@ class _Attention(torch.autograd.Function):
         need_bias = bias is not None and ctx.needs_input_grad[6]
         dq, dk, dv, dbias = bwd(
             _checks.rows(dout),
-            *(q, k, v, out, lse, bias, key_mask, scale, num_prefix, positions if drows is not None else None),
+            *(q, k, v, out, lse, lse_low, bias, key_mask, scale, num_prefix),
+            positions if drows is not None else None,
             coef,
             need_bias,
             packed,

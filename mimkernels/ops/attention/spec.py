@@ -13,6 +13,7 @@ def _fwd(q, k, v, bias, key_mask, scale, num_prefix, positions, stats):
     return (
         q.new_empty((batch, length, heads, dim)),
         q.new_empty((batch, heads, length), dtype=torch.float32),
+        q.new_empty((batch, heads, length), dtype=torch.float32),
         q.new_empty((stats.bit_count(), batch, heads, length), dtype=torch.float32),
     )
 
@@ -21,7 +22,7 @@ def _coef(lse, dlse, rows, drows, stats):
     return lse.new_empty((6, *lse.shape))
 
 
-def _bwd(dout, q, k, v, out, lse, bias, key_mask, scale, num_prefix, positions, coef, need_bias, packed):
+def _bwd(dout, q, k, v, out, lse, lse_low, bias, key_mask, scale, num_prefix, positions, coef, need_bias, packed):
     dbias = bias.new_empty(bias.shape) if need_bias else q.new_empty((0,))
     return *new_gradients(q, k, packed), dbias
 
@@ -39,11 +40,13 @@ SPEC = register(
     OpSpec(
         name="attention",
         schemas={
+            # out, lse, lse_low, statistics. lse_low is what rounding took from lse, log N of a row whose scores are all
+            # -1e9, say: P = exp((S - lse) - lse_low).
             "attention_fwd": "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_mask, float scale, "
-            "SymInt num_prefix, Tensor? positions, int stats) -> (Tensor, Tensor, Tensor)",
+            "SymInt num_prefix, Tensor? positions, int stats) -> (Tensor, Tensor, Tensor, Tensor)",
             "attention_coef": "(Tensor lse, Tensor? dlse, Tensor rows, Tensor? drows, int stats) -> Tensor",
-            "attention_bwd": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? bias, "
-            "Tensor? key_mask, float scale, SymInt num_prefix, Tensor? positions, Tensor? coef, bool need_bias, "
+            "attention_bwd": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+            "Tensor lse_low, Tensor? bias, Tensor? key_mask, float scale, SymInt num_prefix, Tensor? positions, Tensor? coef, bool need_bias, "
             "bool packed) -> (Tensor, Tensor, Tensor, Tensor)",
         },
         fakes={"attention_fwd": _fwd, "attention_coef": _coef, "attention_bwd": _bwd},

@@ -22,6 +22,8 @@ def reduce_pool(x: Tensor, mask: Tensor | None, kind: int, num_prefix: int, p: T
     if KINDS[kind] == "mean":
         return (_pool.without_excluded(x, allowed).sum(1, dtype=_pool.wide(x)) / count).to(x.dtype)
     x = _pool.without_excluded(x, allowed)
-    powers = x.to(_pool.wide(x)).clamp(min=eps).pow(p)
+    x = x.to(_pool.wide(x))
+    # Not clamp, whose gradient at x == eps differs between versions of torch.
+    powers = torch.where(x < eps, eps, x).pow(p)
     moment = _pool.without_excluded(powers, allowed).sum(1) / count
     return moment.masked_fill(nothing, 1.0).pow(1.0 / p).masked_fill(nothing, 0.0).to(x.dtype)
