@@ -31,6 +31,8 @@ def masked_patch_loss(
     if ids is not None:
         _checks.in_range("masked_patch_loss", "ids", ids, target.shape[1])
         target = target.gather(1, ids[..., None].expand(-1, -1, target.shape[2]))
+    if mask is not None:  # what is not counted reaches no gradient, whatever it holds
+        pred = pred.masked_fill(~mask[..., None], 0.0)
     options = {"beta": beta} if kind == 2 else {}
     loss = _LOSSES[kind](pred.to(target.dtype), target, reduction="none", **options).mean(dim=-1)  # [B, L]
     if mask is None:
