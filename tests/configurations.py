@@ -140,10 +140,14 @@ class Draw:
         return make
 
     def values(
-        self, *shape: int, most: float = math.inf, zero: bool = True, wild: tuple = (math.nan, math.inf, -math.inf)
+        self, *shape: int, most: float = math.inf, flat: bool = True, wild: tuple = (math.nan, math.inf, -math.inf)
     ) -> Make:
-        """Normal numbers, or such as meet the limits of the dtype; ``wild``: one of these here and there."""
-        kind = self.of(*("normal",) * 8, "wide", "equal", "huge", "whole", "zero" if zero else "normal")
+        """Normal numbers, or such as meet the limits of the dtype; ``wild``: one of these here and there.
+
+        ``flat``: also all the same, where a result that is then exactly 0 need not come out as 0 in 16 bits.
+        """
+        kind = self.of(*("normal",) * 8, "wide", "equal", "huge", "whole", "zero")
+        kind = "normal" if kind in ("equal", "zero") and not flat else kind
         count = 0
         if wild and self.special and not self.non_finite and self.chance(0.5):
             self.non_finite, value, count = True, self.of(*wild), self.of(1, 1, 2, 20)
@@ -247,7 +251,7 @@ def attention(draw: Draw) -> dict:
     wild = _nan(options)
     tensors = {
         "q": draw.values(batch, heads, queries, dim, most=LOGITS, wild=wild),
-        "k": draw.values(batch, heads, keys, dim, most=1.0, wild=wild),
+        "k": draw.values(batch, heads, keys, dim, most=1.0, flat=False, wild=wild),
         "v": draw.values(batch, heads, keys, dim, wild=wild),
     }
     options |= _statistics(draw, batch, queries, keys)
@@ -261,7 +265,7 @@ def attention_qkvpacked(draw: Draw) -> dict:
     (batch, heads, tokens, _, dim), options = _scores(draw, cross=False)
     options |= _statistics(draw, batch, tokens, tokens)
     parameters = ("positions", *draw.wide_parameter("bias"))
-    arguments = {"qkv": draw.values(batch, tokens, 3, heads, dim, most=5.0, wild=_nan(options)), **options}
+    arguments = {"qkv": draw.values(batch, tokens, 3, heads, dim, most=5.0, flat=False, wild=_nan(options)), **options}
     return draw.case(arguments, draw.some("qkv", "bias") if tokens != 1 else (), parameters=parameters)
 
 
@@ -443,7 +447,7 @@ def reduce_pool(draw: Draw) -> dict:
     kind, power = draw.of("mean", "max", "gem", "gem"), draw.of(1.5, 2.5, 3.0, 4.0)
     number = kind == "gem" and draw.chance(0.3)
     arguments = {
-        "x": draw.values(batch, tokens, dim, **({"most": 30.0, "zero": False} if kind == "gem" else {})),
+        "x": draw.values(batch, tokens, dim, **({"most": 30.0, "flat": False} if kind == "gem" else {})),
         "kind": kind,
         "p": power if number else lambda g: torch.full((1,), power),
         "eps": draw.of(1e-6, 1e-6, 0.5),
