@@ -27,7 +27,7 @@ demo: $(BUILT) ## pre-train a small MAE on handwritten digits and write runs/dem
 	$(BIN)/mimkernels demo $(ARGS)
 
 # A process per core, with one thread each: most tests are too small for more.
-test: $(BUILT) ## run every test (ARGS="-k gather": some)
+test: $(BUILT) ## run every test (ARGS="-k gather": some), the contract on every instruction set of this CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
 
 # libstdc++ as well: Python brings no exceptions of C++ for AddressSanitizer to intercept. The planted accesses of

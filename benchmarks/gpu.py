@@ -203,8 +203,9 @@ def _sanitizer() -> str:
 def kernel_cases() -> list:
     """One small case of every op that has CUDA kernels, per option that reaches other kernels."""
     from mimkernels import testing
+    from tests.cases import cases
 
-    return [case for case in testing.cases() if "cuda" in testing.backends(case.op) and _is_small(case)]
+    return [case for case in cases() if "cuda" in testing.backends(case.op) and _is_small(case)]
 
 
 def _is_small(case) -> bool:

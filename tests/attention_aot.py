@@ -61,6 +61,18 @@ def launches(kernel: str, arch: int, precision: str, dim: int, length: int, extr
             found += some[:2]
         return found
     module = importlib.import_module("mimkernels.ops.attention.triton")
+    if kernel == "coef":
+        rows = torch.empty(7, 1, 2, tokens)
+        with recorded_launches(arch, module) as found:
+            importlib.import_module("mimkernels.ops.attention.triton_coef").attention_coef(
+                lse, lse, rows, rows, ALL_STATISTICS
+            )
+        return found
+    if kernel == "dbias":  # of a bias that the heads share
+        bias, coef = torch.empty(1, 1, tokens, tokens, dtype=dtype), torch.empty(6, 1, 2, tokens)
+        with recorded_launches(arch, module) as found:
+            module.attention_bwd(out, q, k, v, out, lse, lse, bias, None, scale, 1, positions, coef, True, False)
+        return found[-1:]
     with recorded_launches(arch, module) as found:
         if kernel in ("forward", "masked"):
             bias = torch.empty(1, 2, tokens, tokens, dtype=dtype) if kernel == "masked" else None
@@ -80,7 +92,7 @@ def resources(launch: tuple, arch: int) -> dict:
     """Registers per thread, bytes spilled per thread, and shared memory in bytes of one launch, compiled."""
     kernel, args, options = launch
     options = dict(options)
-    compile_options = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+    compile_options = {name: options.pop(name) for name in ("num_warps", "num_stages") if name in options}
     signature, constants, attributes = {}, {}, {}
     given = {**dict(zip(kernel.arg_names, args, strict=False)), **options}
     for index, parameter in enumerate(kernel.params):

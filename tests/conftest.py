@@ -1,6 +1,7 @@
 """Without a GPU, Triton runs in its interpreter; that must be decided before triton is imported."""
 
 import os
+from collections import Counter
 
 import torch
 
@@ -8,6 +9,47 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--configurations",
+        type=int,
+        help="how many random configurations tests/test_fuzz.py draws for each backend",
+    )
+
+
+def pytest_runtest_setup(item):
+    """A test says which backend or instruction set it is of by a parameter of that name."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    item.user_properties += [(name, parameters[name]) for name in ("backend", "isa") if parameters.get(name)]
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What ran, and what did not: a suite that is green because it left something out says so here."""
+    from mimkernels.ops import _native
+    from mimkernels.ops._registry import TRITON_INTERPRETED
+
+    ran = Counter()
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            ran.update(tuple(entry) for entry in report.user_properties if report.when == "call")
+    backends = [f"{name} {count}" for (kind, name), count in sorted(ran.items()) if kind == "backend"]
+    sets = sorted(name for kind, name in ran if kind == "isa")
+    native = _native.library("cpu").isa
+    terminalreporter.section("what ran")
+    line = terminalreporter.write_line
+    line(f"instruction sets: {', '.join([f'{native} (this process)', *(name for name in sets if name != native)])}")
+    line(f"backends, in tests: {', '.join(backends) or 'none'}{' (triton interpreted)' if TRITON_INTERPRETED else ''}")
+    skipped = Counter(reason(report) for report in terminalreporter.stats.get("skipped", []))
+    line(f"skipped: {sum(skipped.values()) or 'nothing'}")
+    for why, count in sorted(skipped.items()):
+        line(f"  {count} x {why}")
+
+
+def reason(report) -> str:
+    """Why a test was skipped."""
+    return report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else str(report.longrepr)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 
 from mimkernels.ops.attention import triton_configs
 from mimkernels.ops.attention.triton_table import TABLE
+from tests import triton_kernels
 
 pytestmark = pytest.mark.xdist_group("attention-compile")  # what is compiled once serves all of them
 
@@ -44,7 +45,17 @@ def entries() -> list[tuple]:
                 binary = (kernel, target, precision, dim, blocks, one_pass)
                 if extra or binary not in found:
                     found[binary] = entry
-    return list(found.values())
+    return [*found.values(), *beside_the_table()]
+
+
+def beside_the_table() -> list[tuple]:
+    """Kernels that take the block sizes of "dq", or always the same."""
+    return [
+        (kernel, arch, precision, dim, None, True)
+        for kernel, dims in (("dbias", (64, 128)), ("coef", (64,)))
+        for arch, precision in ((80, "half"), (90, "half"), (100, "half"), (80, "fp32"), (80, "tf32"))
+        for dim in dims
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +89,15 @@ def test_committed_block_sizes_fit_and_spill_no_more_than_stated(entry, compiled
     kernel, arch, *_ = entry
     assert compiled[entry], "the launcher does not run this entry's kernel"
     for launch in compiled[entry]:
-        backward = kernel in ("fused", "dq", "dkv")
+        backward = kernel in ("fused", "dq", "dkv", "dbias")
         allowed = SPILLS.get("-".join(str(part) for part in entry), 0) if backward else 0
         assert launch["spilled"] <= allowed, f"{launch} spills more than {allowed} bytes"
         assert launch["shared"] <= SHARED[arch], f"{launch} needs more shared memory than {SHARED[arch]}"
+
+
+def test_every_kernel_is_compiled(compiled):
+    seen = {launch["kernel"] for launches in compiled.values() for launch in launches}
+    assert seen == triton_kernels.kernels(attention=True)
 
 
 def test_every_call_finds_block_sizes():

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import mimkernels as mk
-from mimkernels import testing
 from mimkernels.ops._registry import BACKENDS, backend_state
 from mimkernels.testing import DEVICE
+from tests.cases import cases
 
 HERE = [name for name in ("cpu", "triton", "cuda", "cuda-emulated") if name in BACKENDS and backend_state(name) is None]
 HERE = [name for name in HERE if BACKENDS[name].runs_on(DEVICE, named=True)]
@@ -150,6 +150,6 @@ def test_outputs_past_the_cache_are_the_same(dtype):
 
 
 def test_there_is_a_case_with_a_parameter_in_fp32():
-    kinds = {str(case): case for case in testing.cases("bias_gelu")}
+    kinds = {str(case): case for case in cases("bias_gelu")}
     inputs = kinds["bias_gelu-fp32-bias"].inputs(torch.bfloat16)
     assert inputs["x"].dtype == torch.bfloat16 and inputs["bias"].dtype == torch.float32

@@ -5,6 +5,7 @@ import torch
 
 from mimkernels import fill_mask_tokens, gather_tokens, masked_patch_loss, patchify_gather, random_mask, testing
 from mimkernels.testing import DEVICE, Case
+from tests import cases
 
 BACKEND = "cuda" if DEVICE == "cuda" else "cuda-emulated"
 # Kernels have at most 2^14 blocks, then they loop.
@@ -13,26 +14,26 @@ MOST_BLOCKS = 2**14
 TOKENS = ("x", "pos", "prefix")
 CASES = [
     # Rows longer than a block is wide, and sums over enough images to be cut into slices.
-    Case("gather_tokens", "wide", testing._gather(2, 6, 4, 1100, masks=2, pos=True, prefix=3), TOKENS),
-    Case("gather_tokens", "many-images", testing._gather(70, 3, 2, 24, pos=True, prefix=1), TOKENS),
+    Case("gather_tokens", "wide", cases.gather(2, 6, 4, 1100, masks=2, pos=True, prefix=3), TOKENS),
+    Case("gather_tokens", "many-images", cases.gather(70, 3, 2, 24, pos=True, prefix=1), TOKENS),
     # Enough rows for several to a thread.
-    Case("gather_tokens", "many-rows", testing._gather(1, 10, 8460, 24, pos=True, prefix=1, repeat=True), TOKENS),
-    Case("gather_tokens", "many-rows-copied", testing._gather(1, 10, 8460, 5, repeat=True), TOKENS),
-    Case("restore_tokens", "wide", testing._restore(2, 9, 4, 1100, pos=True, num_prefix=1), ("x", "mask_token", "pos")),
-    Case("restore_tokens", "many-images", testing._restore(70, 9, 4, 24, pos=True), ("x", "mask_token", "pos")),
-    Case("restore_tokens", "fixed-positions", testing._restore(70, 9, 4, 24, pos=True), ("x", "mask_token")),
-    Case("restore_tokens", "mask-token-alone", testing._restore(5, 9, 4, 24), ("mask_token",)),
-    Case("fill_mask_tokens", "wide", testing._fill(2, 9, 1100), ("x", "mask_token")),
-    Case("fill_mask_tokens", "many-parts", testing._fill(9, 300, 24), ("x", "mask_token")),
-    Case("fill_mask_tokens", "x-alone", testing._fill(5, 9, 24), ("x",)),
+    Case("gather_tokens", "many-rows", cases.gather(1, 10, 8460, 24, pos=True, prefix=1, repeat=True), TOKENS),
+    Case("gather_tokens", "many-rows-copied", cases.gather(1, 10, 8460, 5, repeat=True), TOKENS),
+    Case("restore_tokens", "wide", cases.restore(2, 9, 4, 1100, pos=True, num_prefix=1), ("x", "mask_token", "pos")),
+    Case("restore_tokens", "many-images", cases.restore(70, 9, 4, 24, pos=True), ("x", "mask_token", "pos")),
+    Case("restore_tokens", "fixed-positions", cases.restore(70, 9, 4, 24, pos=True), ("x", "mask_token")),
+    Case("restore_tokens", "mask-token-alone", cases.restore(5, 9, 4, 24), ("mask_token",)),
+    Case("fill_mask_tokens", "wide", cases.fill(2, 9, 1100), ("x", "mask_token")),
+    Case("fill_mask_tokens", "many-parts", cases.fill(9, 300, 24), ("x", "mask_token")),
+    Case("fill_mask_tokens", "x-alone", cases.fill(5, 9, 24), ("x",)),
     # Patches whose rows are no multiple of a vector, and larger than shared memory.
-    Case("patchify_gather", "patch-14", testing._patchify((2, 3, 28, 28), 14, 3, uint8=True, normalise=True)),
-    Case("patchify_gather", "wide", testing._patchify((1, 3, 32, 64), 32, 2, normalise=True), ("images",)),
-    Case("masked_patch_loss", "patch-14", testing._loss((2, 3, 28, 28), 14, 3, norm_pix=True), ("pred",)),
-    Case("masked_patch_loss", "patch-32", testing._loss((1, 3, 32, 96), 32, 2, norm_pix=True), ("pred",)),
-    Case("masked_patch_loss", "patch-64", testing._loss((1, 3, 64, 128), 64, 2, norm_pix=True), ("pred",)),
-    Case("masked_patch_loss", "patch-68", testing._loss((1, 3, 68, 68), 68, 1, norm_pix=True), ("pred",)),
-    Case("masked_patch_loss", "one-pixel", testing._loss((1, 1, 2, 3), 1, 4, norm_pix=False), ("pred",)),
+    Case("patchify_gather", "patch-14", cases.patchify((2, 3, 28, 28), 14, 3, uint8=True, normalise=True)),
+    Case("patchify_gather", "wide", cases.patchify((1, 3, 32, 64), 32, 2, normalise=True), ("images",)),
+    Case("masked_patch_loss", "patch-14", cases.loss((2, 3, 28, 28), 14, 3, norm_pix=True), ("pred",)),
+    Case("masked_patch_loss", "patch-32", cases.loss((1, 3, 32, 96), 32, 2, norm_pix=True), ("pred",)),
+    Case("masked_patch_loss", "patch-64", cases.loss((1, 3, 64, 128), 64, 2, norm_pix=True), ("pred",)),
+    Case("masked_patch_loss", "patch-68", cases.loss((1, 3, 68, 68), 68, 1, norm_pix=True), ("pred",)),
+    Case("masked_patch_loss", "one-pixel", cases.loss((1, 1, 2, 3), 1, 4, norm_pix=False), ("pred",)),
 ]
 
 
@@ -43,11 +44,7 @@ def test_matches_the_float64_oracle(case, dtype, poisoned):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "case",
-    [case for case in testing.cases() if case.label == "mae" and case.op != "attention"],
-    ids=str,
-)
+@pytest.mark.parametrize("case", [cases.rich(op) for op in cases.RICH], ids=str)
 def test_takes_addresses_that_no_vector_starts_at(case, dtype, monkeypatch, poisoned):
     plain = testing._placed
 
