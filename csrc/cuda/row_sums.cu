@@ -97,9 +97,15 @@ __global__ void __launch_bounds__(kThreads, 3)
           accumulate<T, VEC>(masked_sums, words[i]);
           words[i] = W{};
         }
-        if (p.dx != nullptr && active && b0 + i < end) {
-          T* const row = static_cast<T*>(p.dx) + ((b0 + i) * p.rows + j) * p.dim;
-          reinterpret_cast<W*>(row)[v] = words[i];
+      }
+      if (p.dx != nullptr && active) {
+        W* to = reinterpret_cast<W*>(static_cast<T*>(p.dx) + (b0 * p.rows + j) * p.dim) + v;
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          if (b0 + i < end) {
+            *to = words[i];
+          }
+          to += p.rows * vectors;
         }
       }
     }
