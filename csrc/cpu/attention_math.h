@@ -198,11 +198,16 @@ MIMKERNELS_INLINE Floats exp_lanes(Floats x) {
   return exp_clamped(x, clamped);
 }
 
-// log(x) for x >= 0, at most 1 unit in the last place off; -inf for 0, NaN for NaN.
-MIMKERNELS_INLINE Floats log_lanes(Floats x) {
+// x = 2^e * m with m in [sqrt(1/2), sqrt(2)) and log(m) = f - curve, for finite x > 0.
+struct LogParts {
+  Floats e;
+  Floats f;
+  Floats curve;
+};
+
+MIMKERNELS_INLINE LogParts log_parts(Floats x) {
   const Ints tiny = (Ints)(x < splat(1.17549435e-38f));
   const Floats scaled = choose_lanes(tiny, x * 8388608.0f, x);
-  // x = 2^e * m with m in [sqrt(1/2), sqrt(2)).
   const Words offset = (Words)scaled - 0x3f3504f3u;
   const Ints exponent = ((Ints)offset >> 23) - (tiny & 23);
   const Floats m = (Floats)((offset & 0x007fffffu) + 0x3f3504f3u);
@@ -215,9 +220,14 @@ MIMKERNELS_INLINE Floats log_lanes(Floats x) {
   tail = mul_add(tail, z, splat(2.0f / 5.0f));
   tail = mul_add(tail, z, splat(2.0f / 3.0f));
   tail *= z;
-  const Floats e = __builtin_convertvector(exponent, Floats);
-  const Floats small = mul_add(e, splat(-2.12194440e-4f), -(s * (f - tail)));
-  Floats out = mul_add(e, splat(0.693359375f), f + small);
+  return {__builtin_convertvector(exponent, Floats), f, s * (f - tail)};
+}
+
+// log(x) for x >= 0, at most 1 unit in the last place off; -inf for 0, NaN for NaN.
+MIMKERNELS_INLINE Floats log_lanes(Floats x) {
+  const LogParts parts = log_parts(x);
+  const Floats small = mul_add(parts.e, splat(-2.12194440e-4f), -parts.curve);
+  Floats out = mul_add(parts.e, splat(0.693359375f), parts.f + small);
   out = choose_lanes((Ints)(x == 0.0f), splat(-kInfinity), out);
   // Infinity stays, NaN stays.
   return choose_lanes((Ints)(x < splat(kInfinity)), out, x);

@@ -44,18 +44,55 @@ MIMKERNELS_INLINE void close_run(float* total, float* run, int64_t dim) {
   }
 }
 
-// exp(x) for any x; infinity beyond the largest float.
+// The same exponent p for many numbers. high has so few bits that its products with the exponents of
+// floats are exact, and low is the rest.
+struct Power {
+  explicit Power(float exponent) : p(exponent) {
+    uint32_t bits;
+    memcpy(&bits, &exponent, sizeof(bits));
+    bits &= 0xfffff000u;
+    memcpy(&high, &bits, sizeof(high));
+    low = exponent - high;
+  }
+  float p;
+  float high;
+  float low = 0.0f;
+};
+
+// 2^n for whole n in [-126, 127].
+MIMKERNELS_INLINE Floats power_of_two(Floats n) {
+  return (Floats)((Words)(__builtin_convertvector(n, Ints) + 127) << 23);
+}
+
+// x^p for x > 0, infinity and NaN included: a few units in the last place off however large p log x
+// is, where exp(p log x) loses as many bits as that has.
+MIMKERNELS_INLINE Floats pow_lanes(Floats x, const Power& power) {
+  const LogParts parts = log_parts(x);
+  const Floats log2_m = (parts.f - parts.curve) * 1.44269504f;
+  const Floats high = parts.e * power.high;
+  const Floats rest = parts.e * power.low + log2_m * power.p;
+  // Beyond 2^+-200 all is infinity or 0. Adding 1.5 * 2^23 rounds to a whole number.
+  Floats n = high + rest;
+  n = choose_lanes((Ints)(n > splat(200.0f)), splat(200.0f), n);
+  n = choose_lanes((Ints)(n < splat(-200.0f)), splat(-200.0f), n);
+  n = (n + 12582912.0f) - 12582912.0f;
+  Floats r = (high - n) + rest;
+  r = choose_lanes((Ints)(r > splat(1.0f)), splat(1.0f), r);
+  r = choose_lanes((Ints)(r < splat(-1.0f)), splat(-1.0f), r);
+  // In two steps, so that the powers of two are floats.
+  const Floats half = (n * 0.5f + 12582912.0f) - 12582912.0f;
+  const Floats out = exp_lanes(r * 0.693147181f) * power_of_two(half) * power_of_two(n - half);
+  const Floats at_infinity = splat(power.p > 0.0f ? kInfinity : power.p < 0.0f ? 0.0f : 1.0f);
+  // NaN stays NaN.
+  return choose_lanes((Ints)(x < splat(kInfinity)), out,
+                      choose_lanes((Ints)(x == splat(kInfinity)), at_infinity, x));
+}
+
 template <int N>
-MIMKERNELS_INLINE Pack<N> exp_of(Pack<N> x) {
+MIMKERNELS_INLINE Pack<N> pow_of(Pack<N> x, const Power& power) {
   static_assert(Pack<N>::kWidth == kLanes);
   MIMKERNELS_UNROLL
-  for (int p = 0; p < Pack<N>::kParts; ++p) {
-    // exp_lanes reaches to 88; the largest float is exp(88.72).
-    const Floats least = choose_lanes((Ints)(x.v[p] > splat(89.0f)), splat(89.0f), x.v[p]);
-    const Ints large = (Ints)(least > splat(88.0f));
-    const Floats power = exp_lanes(choose_lanes(large, least - 1.0f, least));
-    x.v[p] = choose_lanes(large, power * 2.71828183f, power);
-  }
+  for (int p = 0; p < Pack<N>::kParts; ++p) x.v[p] = pow_lanes(x.v[p], power);
   return x;
 }
 

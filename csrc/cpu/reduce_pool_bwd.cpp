@@ -82,7 +82,8 @@ double power_gradient(const Tile<T>& t) {
   const float exponent = *t.p.p;
   const float* const moment = t.p.moment + t.b * t.p.dim + t.first;
   const Pack16 eps = broadcast<16>(t.p.eps);
-  const Pack16 less = broadcast<16>(exponent - 1.0f);
+  const Power less(exponent - 1.0f);
+  const Power root(1.0f / exponent);
   const Pack16 by = broadcast<16>(exponent);
   const Pack16 count = broadcast<16>(static_cast<float>(max_of(t.count, 1)));
   memset(dout, 0, sizeof(dout));
@@ -96,7 +97,7 @@ double power_gradient(const Tile<T>& t) {
     const Pack16 m = load<16>(factor + c);
     const Pack16 log_root = log_of(m) / by;
     store<16>(center + c, log_root);
-    store<16>(factor + c, load<16>(dout + c) * (exp_of(log_root) / m) / count);
+    store<16>(factor + c, load<16>(dout + c) * (pow_of(m, root) / m) / count);
   }
   for (int64_t n = 0; n < t.p.tokens; ++n) {
     if (n % kSumRun == 0) close_run(logs, run, t.dim);
@@ -112,8 +113,8 @@ double power_gradient(const Tile<T>& t) {
       const Pack16 z = at_least(value, eps);
       const bool cube = exponent == 3.0f;
       Pack16 log_z = broadcast<16>(0.0f);
-      if (!cube || t.p.dp != nullptr) log_z = log_of(z);
-      const Pack16 power = cube ? z * z : exp_of(less * log_z);
+      if (t.p.dp != nullptr) log_z = log_of(z);
+      const Pack16 power = cube ? z * z : pow_of(z, less);
       if (t.p.dp != nullptr)
         store<16>(run + c, load<16>(run + c) + power * z * (log_z - load<16>(center + c)));
       if (dx == nullptr) return;

@@ -4,9 +4,8 @@
 // in:       x [B, N, D] by strides, last dim contiguous; mask [B, N] or null; p [1] fp32
 // out:      out [B, D]; of the maximum also its token [B, D] int32 (the first of equals, -1 for
 //           none), of the power mean also the mean of the powers [B, D] fp32
-// numerics: fp32 sums of 8 tokens each, added in order in runs of 128 tokens; powers as exp(p log
-// x),
-//           cubes as products
+// numerics: fp32 sums of 8 tokens each, added in order in runs of 128 tokens; cubes as products, other powers
+//           with an exact exponent (pow_lanes)
 // cost:     x read once, excluded tokens not at all; a thread owns columns of images
 #include "kernels.h"
 #include "reduce_pool.h"
@@ -94,7 +93,8 @@ void reduce_tile(const ReducePoolParams& p, int64_t b, int64_t first, int64_t di
   }
   const float exponent = p.kind == ReduceKind::kGem ? *p.p : 1.0f;
   const Pack16 eps = broadcast<16>(p.eps);
-  const Pack16 by = broadcast<16>(exponent);
+  const Power power(exponent);
+  const Power root(1.0f / exponent);
   TokenBlocks blocks(p.mask, p.num_prefix, b, 0, p.tokens);
   BlockOfRows<T> block;
   int64_t allowed = 0;
@@ -117,7 +117,7 @@ void reduce_tile(const ReducePoolParams& p, int64_t b, int64_t first, int64_t di
       });
     } else {
       add_block(block, dim, run, [&](const Pack16& x) MIMKERNELS_LAMBDA_INLINE {
-        return exp_of(by * log_of(at_least(x, eps)));
+        return pow_of(at_least(x, eps), power);
       });
     }
     allowed += here.count;
@@ -135,7 +135,7 @@ void reduce_tile(const ReducePoolParams& p, int64_t b, int64_t first, int64_t di
   if (p.kind == ReduceKind::kGem) {
     memcpy(p.moment + at, acc, static_cast<size_t>(dim) * sizeof(float));
     for (int64_t c = 0; allowed > 0 && c < dim; c += 16) {
-      store<16>(acc + c, exp_of(log_of(load<16>(acc + c)) / by));
+      store<16>(acc + c, pow_of(load<16>(acc + c), root));
     }
   }
   round_acc<false>(static_cast<T*>(p.out) + at, acc, dim);
