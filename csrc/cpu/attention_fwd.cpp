@@ -364,9 +364,14 @@ class Worker {
       const Floats sum = field(kSum);
       const Ints empty = (Ints)(sum == 0.0f);
       const Floats inverse = choose_lanes(empty, zero, 1.0f / sum);
-      const Floats log_sum = log_lanes(sum);
-      const Floats lse = choose_lanes((Ints)(top == splat(kInfinity)), top, top + log_sum);
-      const Floats low = (top - lse) + log_sum;
+      // Errors of lse and entropies are the same for all keys of a row: they do not average out in
+      // its gradients.
+      const Split log_sum = split_log(sum);
+      const Split whole = exact_sum(top, log_sum.high);
+      const Floats rest = whole.low + log_sum.low;
+      const Floats infinite = choose_lanes((Ints)(top == splat(kInfinity)), top, top + log_sum.high);
+      const Floats lse = choose_lanes((Ints)(top - top == zero), whole.high + rest, infinite);
+      const Floats low = (whole.high - lse) + rest;
       put(p_.lse, lse);
       put(p_.lse_low, choose_lanes((Ints)(lse - lse == zero), low, zero));
       float* dst = p_.rows;
@@ -374,13 +379,17 @@ class Worker {
         put(dst, value);
         dst += plane;
       };
-      if (asks(kEntropy)) next(choose_lanes(empty, zero, log_sum - field(kExpected) * inverse));
+      if (asks(kEntropy)) {
+        const Floats entropy = (log_sum.high - field(kExpected) * inverse) + log_sum.low;
+        next(choose_lanes(empty, zero, entropy));
+      }
       if (asks(kPrefixMass)) next(field(kPrefixSum) * inverse);
       if (asks(kSelfMass)) next(field(kOwn) * inverse);
       if (asks(kDistance)) next(field(kFar) * inverse);
       if (asks(kPatchEntropy)) {
         const Floats mass = field(kPatchSum);
-        const Floats entropy = log_lanes(mass) - field(kPatchExpected) / mass;
+        const Split log_mass = split_log(mass);
+        const Floats entropy = (log_mass.high - field(kPatchExpected) / mass) + log_mass.low;
         const Ints few = (Ints)(mass * inverse < splat(kLeastPatchMass));
         next(choose_lanes(few, zero, entropy));
       }

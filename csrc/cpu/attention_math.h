@@ -223,6 +223,27 @@ MIMKERNELS_INLINE LogParts log_parts(Floats x) {
   return {__builtin_convertvector(exponent, Floats), f, s * (f - tail)};
 }
 
+// A number as an unevaluated sum, low being far smaller than high.
+struct Split {
+  Floats high;
+  Floats low;
+};
+
+// a + b, exactly where nothing overflows.
+MIMKERNELS_INLINE Split exact_sum(Floats a, Floats b) {
+  const Floats high = a + b;
+  const Floats part = high - a;
+  return {high, (a - (high - part)) + (b - part)};
+}
+
+// log(x) for finite x > 0, whose sum with a number is rounded once; NaN for NaN, any for others.
+MIMKERNELS_INLINE Split split_log(Floats x) {
+  const LogParts parts = log_parts(x);
+  const Split sum = exact_sum(parts.e * 0.693359375f, parts.f);
+  const Floats low = sum.low + mul_add(parts.e, splat(-2.12194440e-4f), -parts.curve);
+  return {choose_lanes((Ints)(x == x), sum.high, x), low};
+}
+
 // log(x) for x >= 0, at most 1 unit in the last place off; -inf for 0, NaN for NaN.
 MIMKERNELS_INLINE Floats log_lanes(Floats x) {
   const LogParts parts = log_parts(x);

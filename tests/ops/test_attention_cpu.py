@@ -160,7 +160,7 @@ def test_instruction_sets_agree(isa, tmp_path):
 
 
 PAIRS = """
-import sys, torch
+import sys, torch, mimkernels
 assert torch.ops.mimkernels.cpu_isa() == sys.argv[2]
 sys.path.insert(0, sys.argv[1])
 from test_attention_cpu import check_odd_strides

@@ -84,6 +84,7 @@ CALLS = {
 for companion in (mk.received_attention, mk.head_divergence, mk.attention_rows):
     CALLS[companion] = {"q": Q, "k": Q.clone(), "lse": torch.randn(1, 2, 6), "bias": torch.randn(1, 6, 6), "scale": 1.0}
 CALLS[mk.attention_rows]["rows"] = torch.tensor([0, 2])
+del CALLS[mk.attention_rows]["lse"]
 
 
 def jagged(t):
