@@ -15,8 +15,8 @@ struct BiasGeluFwdParams {
   int64_t dim = 0;                     // E
   Rows x;                              // [A, R, E]
   bool has_bias = false;
-  const void* bias = nullptr;          // [E]
-  void* out = nullptr;                 // [A, R, E]
+  const void* bias = nullptr;  // [E]
+  void* out = nullptr;         // [A, R, E]
 };
 
 struct BiasGeluBwdParams {
@@ -26,8 +26,8 @@ struct BiasGeluBwdParams {
   int64_t batch = 0;
   int64_t tokens = 0;
   int64_t dim = 0;
-  Rows grad;                   // [A, R, E]
-  Rows x;                      // [A, R, E]
+  Rows grad;  // [A, R, E]
+  Rows x;     // [A, R, E]
   bool has_bias = false;
   const void* bias = nullptr;  // [E]
   void* dx = nullptr;          // [A, R, E] or null

@@ -369,7 +369,8 @@ class Worker {
       const Split log_sum = split_log(sum);
       const Split whole = exact_sum(top, log_sum.high);
       const Floats rest = whole.low + log_sum.low;
-      const Floats infinite = choose_lanes((Ints)(top == splat(kInfinity)), top, top + log_sum.high);
+      const Floats infinite =
+          choose_lanes((Ints)(top == splat(kInfinity)), top, top + log_sum.high);
       const Floats lse = choose_lanes((Ints)(top - top == zero), whole.high + rest, infinite);
       const Floats low = (whole.high - lse) + rest;
       put(p_.lse, lse);

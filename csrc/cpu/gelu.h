@@ -103,7 +103,8 @@ MIMKERNELS_INLINE Floats gelu_slope(Floats x) {
 }
 
 // The bias in fp32; without one, zeros whose addition changes no bit, the sign of 0 included.
-MIMKERNELS_INLINE void widen_bias(float* out, bool given, const void* bias, DType dtype, int64_t n) {
+MIMKERNELS_INLINE void widen_bias(float* out, bool given, const void* bias, DType dtype,
+                                  int64_t n) {
   if (!given) {
     for (int64_t i = 0; i < n; ++i) out[i] = -0.0f;
     return;

@@ -44,8 +44,8 @@ MIMKERNELS_INLINE void close_run(float* total, float* run, int64_t dim) {
   }
 }
 
-// The same exponent p for many numbers. high has so few bits that its products with the exponents of
-// floats are exact, and low is the rest.
+// The same exponent p for many numbers. high has so few bits that its products with the exponents
+// of floats are exact, and low is the rest.
 struct Power {
   explicit Power(float exponent) : p(exponent) {
     uint32_t bits;

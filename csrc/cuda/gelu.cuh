@@ -77,8 +77,8 @@ __device__ __forceinline__ GeluTail gelu_tail(float x) {
 
 // VEC elements of the bias from `column` on; without one, zeros whose addition changes no bit.
 template <typename T, int VEC>
-__device__ __forceinline__ void load_bias(float (&out)[VEC], bool given, const void* bias, bool fp32,
-                                          int64_t column) {
+__device__ __forceinline__ void load_bias(float (&out)[VEC], bool given, const void* bias,
+                                          bool fp32, int64_t column) {
 #pragma unroll
   for (int e = 0; e < VEC; ++e) {
     out[e] = -0.0f;

@@ -60,8 +60,8 @@ def attention(
             projection. D a multiple of 8, at most 128, for the kernels.
         k, v: ``[B, H, Nk, D]``.
         bias: added to the scores, ``[H or 1, Nq, Nk]`` or ``[B or 1, H or 1, Nq, Nk]``; dtype of ``q`` or fp32.
-        key_mask: ``[B, Nk]`` bool, True = may be attended. A query that may attend nothing gets zeros; where it holds NaN,
-            zeros or NaN, depending on the backend.
+        key_mask: ``[B, Nk]`` bool, True = may be attended. A query that may attend nothing gets zeros; if it
+            holds NaN, zeros or NaN, depending on the backend.
         scale: of the scores; ``D ** -0.5`` if None.
         num_prefix: P, how many leading tokens ([cls], registers) are not patches.
         positions: patch coordinates ``[N - P, d]`` or ``[B, N - P, d]`` (or with N rows, whose first P are ignored),
