@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
 
 from mimkernels import testing
 from mimkernels.ops import _native
-from mimkernels.ops._registry import BACKENDS
+from mimkernels.ops._registry import BACKENDS, backend_state
 from mimkernels.testing import DEVICE
 from tests.cases import RICH
 from tests.configurations import OPS, Configuration, configuration
@@ -125,6 +125,8 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, metavar="NUMBER")
     parser.add_argument("--configurations", type=int, default=CHUNK, metavar="N")
     asked = parser.parse_args()
+    if (missing := backend_state(asked.backend)) is not None:
+        parser.exit(1, f"{missing}\n")
     if asked.number is not None:
         print(describe(drawn(asked.backend, asked.op, asked.number)))
         some = [(asked.op, asked.number)]

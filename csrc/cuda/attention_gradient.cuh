@@ -80,6 +80,10 @@ __device__ __forceinline__ void score_gradient(float (&score)[2][4], float (&ds)
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     ds[i / 4][i % 4] -= delta[query_of<KEYS>(i)];
+    if constexpr (sizeof(T) == 4) {
+      // One key has all the attention whatever its score: no rounding error may be left here.
+      ds[i / 4][i % 4] = p.scores.keys == 1 ? 0.0f : ds[i / 4][i % 4];
+    }
     if constexpr (!KEYS) {
       float& error = delta_error[query_of<KEYS>(i)];
       error = fmaf(score[i / 4][i % 4], ds[i / 4][i % 4], error);

@@ -49,7 +49,8 @@ def attention(
     - ``prefix_mass``: ``sum of P_ij over prefix keys``
     - ``self_mass``: ``P_ii``
     - ``distance``: ``sum over T of P_ij |x_i - x_j|``, in the units of ``positions``; 0 for prefix queries
-    - ``patch_entropy``: entropy of ``P_ij / M_i`` over T, nats; 0, without a gradient, where ``M_i`` is below 1e-30
+    - ``patch_entropy``: entropy of ``P_ij / M_i`` over T, nats, a difference of two numbers of the size of ``log M_i``,
+      to a few of whose roundings it is right; 0, without a gradient, where ``M_i`` is below 1e-30
     - ``peak``: ``max_j P_ij``, detached
     - ``patch_mass``: ``M_i``
 

@@ -7,7 +7,7 @@ Entries that no GPU has timed yet were chosen by their registers and shared memo
 ANY = 1 << 40
 TABLE = {
     ("companion", 0, "fp32", 64, ANY, False): (32, 32, 4, 1),
-    ("companion", 0, "fp32", 128, ANY, False): (32, 32, 4, 1),
+    ("companion", 0, "fp32", 128, ANY, False): (32, 32, 8, 1),
     ("companion", 0, "tf32", 64, ANY, False): (64, 32, 4, 2),
     ("companion", 0, "tf32", 128, ANY, False): (64, 32, 4, 2),
     ("companion", 80, "half", 64, ANY, False): (64, 64, 4, 2),

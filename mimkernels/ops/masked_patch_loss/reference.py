@@ -35,9 +35,10 @@ def masked_patch_loss(
         pred, target = (patches.masked_fill(~mask[..., None], 0.0) for patches in (pred, target))
     options = {"beta": beta} if kind == 2 else {}
     loss = _LOSSES[kind](pred.to(target.dtype), target, reduction="none", **options).mean(dim=-1)  # [B, L]
-    if mask is None or not mean:
+    if mask is None:
         return loss.mean() if mean else loss
-    return loss.sum() / mask.sum()
+    loss = torch.where(mask, loss, 0.0)  # of patches without pixels the mean is NaN
+    return loss.sum() / mask.sum() if mean else loss
 
 
 @torch.no_grad()
