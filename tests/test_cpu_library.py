@@ -86,11 +86,11 @@ def test_every_instruction_set_gives_the_same_bits():
         assert in_new_process(isa) == f"{isa} {here}"
 
 
-@pytest.mark.parametrize("isa", ["sse9", "AVX2"])
-def test_unknown_instruction_set_is_refused(isa):
+@pytest.mark.parametrize("unknown", ["sse9", "AVX2"])
+def test_unknown_instruction_set_is_refused(unknown):
     code = "import torch, mimkernels; torch.ops.mimkernels.cpu_isa()"
-    words = in_new_process(isa, code)
-    assert words.startswith("ValueError") and f"MIMKERNELS_CPU_ISA={isa}" in words and "portable" in words
+    words = in_new_process(unknown, code)
+    assert words.startswith("ValueError") and f"MIMKERNELS_CPU_ISA={unknown}" in words and "portable" in words
 
 
 def test_number_of_threads_changes_no_bit():
