@@ -229,9 +229,9 @@ def _statistics(draw: Draw, batch: int, tokens: int, keys: int):
     if tokens != keys:
         wanted = [name for name in wanted if name not in ("self_mass", "distance")]
     num_prefix = min(keys, draw.of(0, 0, 1, 1, 2, 5, keys))
-    if draw.small and num_prefix:
+    if num_prefix:
         # A difference of numbers of the size of log M, as its docstring says: where prefix keys take nearly all, the
-        # kernels of GPUs are a few roundings of those off, and the plain expression need not be.
+        # kernels are a few roundings of those off, and the plain expression need not be.
         wanted = [name for name in wanted if name != "patch_entropy"]
     positions = None
     if "distance" in wanted or draw.chance(0.1):

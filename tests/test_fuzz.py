@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -31,6 +32,7 @@ from tests.test_instruction_sets import ISAS, on_an_instruction_set
 # the backends of GPUs.
 FEW = {"cpu": 600, "cuda-emulated": 900, "triton": 150, "cuda": 2000}
 CHUNK = 1000  # in one process
+MANY = 400  # draws of a configuration that seems to disagree
 PRODUCTS = ("attention", "attention_qkvpacked", "received_attention", "head_divergence")
 
 
@@ -85,12 +87,24 @@ def disagreement(backend: str, case: Configuration) -> str | None:
             )
             assert torch.equal(out, exact), "out: finite in other places than the oracle"
         else:
-            testing.check(case, backend, dtype, DEVICE)
+            check(case, backend, dtype)
     except Exception as error:
         return f"{type(error).__name__}: {error}".splitlines()[0]
     finally:
         testing.plain_errors.cache_clear()
     return None
+
+
+def check(case: Configuration, backend: str, dtype: torch.dtype) -> None:
+    """The rule of mimkernels.testing; what a few draws refuse is asked of many.
+
+    Of rows that attend one key, say, few draws have none with an error, and the plain expression seems to be exact.
+    """
+    try:
+        testing.check(case, backend, dtype, DEVICE)
+    except AssertionError:
+        testing.plain_errors.cache_clear()
+        testing.check(replace(case, draws=MANY), backend, dtype, DEVICE)
 
 
 def to_repeat(backend: str, op: str, number: int) -> str:
