@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import TorchFunctionMode
 
 from mimkernels.integrations._calls import Calls, Choice, LayerChoice, unwrapped
@@ -32,6 +31,7 @@ from mimkernels.nn.sdpa import (
     observing,
     refusals,
     sdpa,
+    without_causal_bias,
 )
 from mimkernels.ops import AttentionOutput, attention
 from mimkernels.stats import PRESETS, QUANTITIES, HeadStatistics, Preset, patch_grid_positions, required_stats
@@ -449,14 +449,7 @@ def _plain(
     Returns:
         the arguments, and which of them cannot be replaced.
     """
-    if isinstance(attn_mask, CausalBias) and not is_causal:
-        # Its data mean nothing: it computes by its sizes and its corner.
-        queries, keys = attn_mask.seq_len_q, attn_mask.seq_len_kv
-        if attn_mask.variant == CausalVariant.UPPER_LEFT or queries == keys:
-            attn_mask, is_causal = None, True
-        else:
-            ones = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
-            attn_mask = ones.tril(keys - queries)
+    attn_mask, is_causal = without_causal_bias(attn_mask, is_causal, query.device)
     tensors = {"query": query, "key": key, "value": value, "attn_mask": attn_mask}
     settings = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
     return {**tensors, **settings}, _foreign(tensors)

@@ -324,7 +324,7 @@ def as_bias(
 ) -> tuple[Tensor | None, Tensor | None]:
     """A mask (bool, True = attend, or added to the scores) as bias ``[B or 1, H or 1, Nq, Nk]`` or ``[B, Nk]`` bool."""
     batch, _, queries, _ = q.shape
-    attn_mask, is_causal = _as_mask(attn_mask, is_causal, q.device)
+    attn_mask, is_causal = without_causal_bias(attn_mask, is_causal, q.device)
     if is_causal:
         if attn_mask is not None:
             raise ValueError("attention takes either attn_mask or is_causal=True, got both")
@@ -346,7 +346,9 @@ def as_bias(
     return mask.expand(-1, -1, queries, keys), None
 
 
-def _as_mask(attn_mask: Tensor | None, is_causal: bool, device: torch.device | str) -> tuple[Tensor | None, bool]:
+def without_causal_bias(
+    attn_mask: Tensor | None, is_causal: bool, device: torch.device | str
+) -> tuple[Tensor | None, bool]:
     """The same ``attn_mask`` and ``is_causal`` without a ``CausalBias``, of which PyTorch makes these two."""
     if type(attn_mask) is not CausalBias or is_causal:
         return attn_mask, is_causal
@@ -401,7 +403,7 @@ def _malformed(
         together = torch.broadcast_shapes(*leading)
     except RuntimeError:
         return [f"sizes before the last two do not fit each other: {shapes}"]
-    attn_mask, is_causal = _as_mask(attn_mask, is_causal, "meta")
+    attn_mask, is_causal = without_causal_bias(attn_mask, is_causal, "meta")
     if attn_mask is None:
         return []
     if is_causal:
