@@ -182,9 +182,9 @@ def _collected() -> str:
 def _listed() -> str:
     import torch
 
-    from mimkernels.bench.attention import attention_cases
-    from mimkernels.bench.gathering import Size, gathering_cases
-    from mimkernels.bench.pooling import pooling_cases
+    from mimkernels.commands.bench.attention import attention_cases
+    from mimkernels.commands.bench.gathering import Size, gathering_cases
+    from mimkernels.commands.bench.pooling import pooling_cases
 
     names = [
         case.name

@@ -46,7 +46,7 @@ class Runs:
     def __init__(self, folder: Path) -> None:
         self.output, self.log = folder / "killed", folder / "killed.log"
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["mimkernels.train.run", "mimkernels.models"])
+        self.context.set_forkserver_preload(["mimkernels.commands.pretrain.run", "mimkernels.models"])
 
     def start(self, output: Path) -> multiprocessing.Process:
         process = self.context.Process(

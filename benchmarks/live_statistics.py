@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torchvision.io import write_png
 
-from mimkernels.bench import harness
-from mimkernels.train import PretrainConfig
-from mimkernels.train.loop import Trainer
-from mimkernels.train.run import Run
+from mimkernels.commands.bench import harness
+from mimkernels.commands.pretrain.config import PretrainConfig
+from mimkernels.commands.pretrain.loop import Trainer
+from mimkernels.commands.pretrain.run import Run
 
 NAMES = "distance,entropy,prefix_mass,self_mass,patch_entropy,peak"
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from mimkernels.bench import harness
-from mimkernels.train.presets import demo_config, demo_probe_config
-from mimkernels.train.probe_run import ProbeResult, ProbeRun
-from mimkernels.train.run import Run
+from mimkernels.commands.bench import harness
+from mimkernels.commands.demo import demo_config, demo_probe_config
+from mimkernels.commands.pretrain.run import Run
+from mimkernels.commands.probe.run import ProbeResult, ProbeRun
 
 RESULT = Path(__file__).parent / "results" / "probe-digits.json"
 

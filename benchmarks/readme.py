@@ -9,9 +9,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from mimkernels.bench.harness import RESULTS
-from mimkernels.bench.plot import read_reports
-from mimkernels.bench.tables import main_tables
+from mimkernels.commands.bench.harness import RESULTS
+from mimkernels.commands.bench.plot import read_reports
+from mimkernels.commands.bench.tables import main_tables
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- figures: python -m benchmarks.readme -->\n", "<!-- end of figures -->\n"

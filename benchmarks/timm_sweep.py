@@ -1,6 +1,6 @@
 """Every family of timm with and without ``accelerate``: equality, captured statistics, time; writes docs/TIMM.md.
 
-``python -m mimkernels.integrations.sweep`` takes some minutes on one core; with ``--only swin_transformer beit`` it
+``python -m benchmarks.timm_sweep`` takes some minutes on one core; with ``--only swin_transformer beit`` it
 takes those families and writes nothing.
 """
 
@@ -26,7 +26,7 @@ import torch
 from timm import layers
 from torch import Tensor, nn
 
-from mimkernels.integrations import capture
+from mimkernels.heads import capture
 from mimkernels.integrations._reroute import calls_sdpa
 from mimkernels.integrations.timm import accelerate
 
@@ -331,7 +331,7 @@ def table(rows: Sequence[Row], others: Sequence[tuple[str, str]], machine: str) 
     lines = [
         "# timm on mimkernels",
         "",
-        f"Written by `python -m mimkernels.integrations.sweep` with timm {timm.__version__} and torch "
+        f"Written by `python -m benchmarks.timm_sweep` with timm {timm.__version__} and torch "
         f"{torch.__version__.partition('+')[0]} on {machine}. One row for each family of timm that calls",
         "`F.scaled_dot_product_attention` and for each class that does, with random weights, before and after",
         "`mimkernels.accelerate(model)`.",
@@ -361,7 +361,7 @@ def table(rows: Sequence[Row], others: Sequence[tuple[str, str]], machine: str) 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m mimkernels.integrations.sweep", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.timm_sweep", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="FAMILY", help="these families; writes nothing")
     parser.add_argument("--seconds", type=float, default=4.0, help="CPU time for timing each model; 0: no timing")
     asked = parser.parse_args(arguments)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mimkernels
-from mimkernels.stats import regularization_loss
+from mimkernels.heads import regularization_loss
 
 
 class Attention(nn.Module):

@@ -56,7 +56,7 @@ __all__ = [
 # The integrations stand above everything else: imported when first asked for.
 _OF_INTEGRATIONS = {
     "accelerate": "mimkernels.integrations.timm",
-    "capture": "mimkernels.integrations",
+    "capture": "mimkernels.heads",
     "restore": "mimkernels.integrations.timm",
 }
 

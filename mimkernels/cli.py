@@ -21,10 +21,10 @@ class Command:
 
 COMMANDS = {
     "info": Command("mimkernels.info", "versions, devices, libraries and backends, and what is missing"),
-    "demo": Command("mimkernels.train.demo", "pre-train a small MAE on handwritten digits, write a report"),
-    "pretrain": Command("mimkernels.train.pretrain", "pre-train a Vision Transformer with masked images"),
-    "probe": Command("mimkernels.train.probe", "compare poolings of a frozen encoder's tokens"),
-    "bench": Command("mimkernels.bench.cli", "micro-benchmarks: run them, compare runs, plot them"),
+    "demo": Command("mimkernels.commands.demo.cli", "pre-train a small MAE on handwritten digits, write a report"),
+    "pretrain": Command("mimkernels.commands.pretrain.cli", "pre-train a Vision Transformer with masked images"),
+    "probe": Command("mimkernels.commands.probe.cli", "compare poolings of a frozen encoder's tokens"),
+    "bench": Command("mimkernels.commands.bench.cli", "micro-benchmarks: run them, compare runs, plot them"),
 }
 
 

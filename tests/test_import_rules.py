@@ -64,7 +64,7 @@ def test_the_rules_see_every_form_of_import():
 
     class Text(type(probe)):
         def read_text(self, *args, **kwargs):
-            return "from ...nn import a\nfrom mimkernels import stats, MAE\nimport mimkernels.train.loop\n"
+            return "from ...nn import a\nfrom mimkernels import stats, MAE\nimport mimkernels.commands.pretrain.loop\n"
 
     assert imported_parts(Text(probe)) == {"nn", "stats", "", "train"}
 

@@ -16,9 +16,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 
-from mimkernels.train.errors import DataError
-from mimkernels.train.pixels import eight_bits
-from mimkernels.train.sources import Source
+from mimkernels.data.pixels import eight_bits
+from mimkernels.data.sources import Source
+from mimkernels.engine.errors import DataError
 
 # So many unreadable images in a row mean that the folder is wrong, not that some files are.
 _MAX_BROKEN_IN_A_ROW = 1000

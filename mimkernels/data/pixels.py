@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from mimkernels.train.config import MAX_PIXELS
+from mimkernels.data import MAX_PIXELS
 
 # What the formats' files usually end in, and the formats as Pillow calls them. Its other readers stay closed to what
 # merely has such a name: one of them starts Ghostscript.

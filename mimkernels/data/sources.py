@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mimkernels.train.pixels import IMAGE_EXTENSIONS, Decoder
+from mimkernels.data.pixels import IMAGE_EXTENSIONS, Decoder
 
 # Sets whose classes change when an image is mirrored.
 _NOT_MIRRORED = ("MNIST", "QMNIST", "EMNIST", "KMNIST", "FashionMNIST", "USPS", "SVHN", "Omniglot", "GTSRB")

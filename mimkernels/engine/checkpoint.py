@@ -13,8 +13,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
+from mimkernels.commands.pretrain.config import PretrainConfig
+from mimkernels.engine.settings import is_of_type
 from mimkernels.models.checkpoint import DamagedFileError, read_file
-from mimkernels.train.config import PretrainConfig, is_of_type
 
 FORMAT = 1
 _NAME = re.compile(r"^step-(\d+)\.pt$")

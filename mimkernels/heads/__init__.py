@@ -1,7 +1,9 @@
 """What heads do: statistics over a data set with published settings, CKA, plots, and regularisers."""
 
-from mimkernels.stats.cka import CKA, unbiased_hsic
-from mimkernels.stats.derived import (
+from mimkernels.heads.capture import capture
+from mimkernels.heads.captured import CapturedHeads, CapturedLayer
+from mimkernels.heads.cka import CKA, unbiased_hsic
+from mimkernels.heads.derived import (
     eps_patch_entropy,
     normalized_mutual_information,
     patch_head_divergence,
@@ -10,8 +12,8 @@ from mimkernels.stats.derived import (
     query_mean,
     renormalized_distance,
 )
-from mimkernels.stats.plots import plot_cka, plot_heads, plot_overview
-from mimkernels.stats.presets import (
+from mimkernels.heads.plots import plot_cka, plot_heads, plot_overview
+from mimkernels.heads.presets import (
     BEYOND_CLS,
     PRESETS,
     QUANTITIES,
@@ -20,17 +22,20 @@ from mimkernels.stats.presets import (
     patch_grid_positions,
     required_stats,
 )
-from mimkernels.stats.recorder import HeadStatistics
-from mimkernels.stats.regularize import parse_regularizers, regularization_loss
+from mimkernels.heads.regularizers import parse_regularizers, regularization_loss
+from mimkernels.heads.statistics import HeadStatistics
 
 __all__ = [
     "BEYOND_CLS",
     "CKA",
     "PRESETS",
     "QUANTITIES",
+    "CapturedHeads",
+    "CapturedLayer",
     "HeadStatistics",
     "Preset",
     "Quantity",
+    "capture",
     "eps_patch_entropy",
     "normalized_mutual_information",
     "parse_regularizers",

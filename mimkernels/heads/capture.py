@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mimkernels.integrations._calls import Calls, Choice, LayerChoice, unwrapped
-from mimkernels.integrations._captured import CapturedHeads, CapturedLayer
-from mimkernels.integrations._fused import fused_attention, sharing, uncompiled
-from mimkernels.integrations._layout import LAYOUT_FUNCTIONS, Layouts, described, shown_grid
+from mimkernels.heads.calls import Calls, Choice, LayerChoice, unwrapped
+from mimkernels.heads.captured import CapturedHeads, CapturedLayer
+from mimkernels.heads.fused import fused_attention, sharing, uncompiled
+from mimkernels.heads.layout import LAYOUT_FUNCTIONS, Layouts, described, shown_grid
+from mimkernels.heads.presets import PRESETS, QUANTITIES, Preset, patch_grid_positions, required_stats
+from mimkernels.heads.statistics import HeadStatistics
 from mimkernels.nn.sdpa import (
     DIM_DIVISOR,
     MOST_DIMS,
@@ -34,7 +36,6 @@ from mimkernels.nn.sdpa import (
     without_causal_bias,
 )
 from mimkernels.ops import AttentionOutput, attention
-from mimkernels.stats import PRESETS, QUANTITIES, HeadStatistics, Preset, patch_grid_positions, required_stats
 
 __all__ = ["capture"]
 
@@ -70,7 +71,7 @@ def capture(
 
     Args:
         model: called inside the block, as a whole or in parts, any number of times. Attention elsewhere is not seen.
-        stats: names of quantities (see ``mimkernels.stats.QUANTITIES``) and presets (``PRESETS``), one or several.
+        stats: names of quantities (see ``mimkernels.heads.QUANTITIES``) and presets (``PRESETS``), one or several.
         positions: where patches lie, for distances. "auto": as the patch embedding of the model (timm, transformers,
             torchvision) laid out the images that it got last inside the block, less the patches that were dropped
             since, and windows by ``window_size``; or patches per axis, ``(14, 14)``; or coordinates as of

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mimkernels.stats import HeadStatistics, plot_heads, plot_overview
+from mimkernels.heads.plots import plot_heads, plot_overview
+from mimkernels.heads.statistics import HeadStatistics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -148,7 +149,7 @@ class CapturedHeads(Mapping[str, CapturedLayer]):
         }
 
     def plot(self, quantity: str | None = None, *, title: str | None = None) -> Figure:
-        """One quantity over the layers, or the most telling ones; see ``mimkernels.stats.plot_heads``.
+        """One quantity over the layers, or the most telling ones; see ``mimkernels.heads.plot_heads``.
 
         Layers that have the quantity but other prefix tokens or quantities than the rest get a panel of their own.
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimkernels.integrations._calls import named_parts
+from mimkernels.heads.calls import named_parts
 from mimkernels.nn.sdpa import Patches
 
 # Parameters that put one token (or as many as they have rows) in front of the patches.

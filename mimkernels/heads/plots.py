@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mimkernels.stats.presets import find_quantity
-from mimkernels.stats.recorder import HeadStatistics
+from mimkernels.heads.presets import find_quantity
+from mimkernels.heads.statistics import HeadStatistics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

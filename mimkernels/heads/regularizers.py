@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from mimkernels.heads.derived import query_mean
 from mimkernels.ops.attention.spec import STATISTICS
-from mimkernels.stats.derived import query_mean
 
 __all__ = ["parse_regularizers", "regularization_loss"]
 

@@ -12,9 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mimkernels.ops import AttentionOutput, head_divergence
-from mimkernels.stats import derived
-from mimkernels.stats.presets import (
+from mimkernels.heads import derived
+from mimkernels.heads.presets import (
     BEYOND_CLS,
     QUANTITIES,
     UNIT_NAMES,
@@ -25,6 +24,7 @@ from mimkernels.stats.presets import (
     find_quantity,
     required_stats,
 )
+from mimkernels.ops import AttentionOutput, head_divergence
 
 __all__ = ["HeadStatistics"]
 

@@ -28,7 +28,6 @@ except ImportError as error:
     ) from error
 
 from mimkernels.integrations._reroute import calls_sdpa, rerouted
-from mimkernels.integrations._sdpa import kernels_refuse, stand_in
 from mimkernels.models.encoder import check_patch_embed, visible_features
 from mimkernels.nn import Attention, Mlp
 from mimkernels.nn._classes import (
@@ -42,6 +41,7 @@ from mimkernels.nn._classes import (
 )
 from mimkernels.nn.mlp import reason_against
 from mimkernels.nn.sdpa import is_for_pytorch
+from mimkernels.nn.sdpa.stand_in import kernels_refuse, stand_in
 from mimkernels.ops import gather_tokens, mask_from_noise
 
 __all__ = ["Accelerated", "Change", "accelerate", "restore"]

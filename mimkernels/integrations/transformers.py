@@ -31,7 +31,7 @@ except ImportError as error:
     ) from error
 
 from mimkernels.integrations._reroute import rerouted
-from mimkernels.integrations._sdpa import scaled_dot_product_attention
+from mimkernels.nn.sdpa.stand_in import scaled_dot_product_attention
 
 __all__ = ["mimkernels_attention_forward"]
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimkernels.integrations._sdpa import scaled_dot_product_attention
 from mimkernels.nn.sdpa import has_own_rules
+from mimkernels.nn.sdpa.stand_in import scaled_dot_product_attention
 
 __all__ = [
     "BlockDiagonalMask",

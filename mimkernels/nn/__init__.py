@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mimkernels.nn.embed import embed_visible
+from mimkernels.nn.embedding import embed_visible
 from mimkernels.nn.pooling import Pooling, build_pooling, cls_attention, poolings
 from mimkernels.nn.positions import sincos_positions_2d
 

@@ -6,7 +6,7 @@ import pytest
 
 timm = pytest.importorskip("timm")
 
-from mimkernels.integrations.sweep import FAMILIES, JSON, TABLE, examine, other_families  # noqa: E402
+from benchmarks.timm_sweep import FAMILIES, JSON, TABLE, examine, other_families  # noqa: E402
 
 QUICK = (
     *("beit", "cait", "deit", "eva", "fastvit", "lowformer", "maxxvit", "mobilevit", "pit", "swin_transformer"),

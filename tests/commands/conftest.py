@@ -3,7 +3,7 @@ import os
 import pytest
 import torch
 
-from mimkernels.train import PretrainConfig
+from mimkernels.commands.pretrain.config import PretrainConfig
 
 TINY = {
     "img_size": 16,

@@ -12,12 +12,12 @@ import torch
 
 pytest.importorskip("matplotlib")
 
-from mimkernels.bench import harness, scaling
-from mimkernels.bench.compare import FLOOR, compare, read
-from mimkernels.bench.harness import Benchmark
-from mimkernels.bench.loading import MEAN, STD, Pictures
-from mimkernels.bench.tables import main_tables
 from mimkernels.cli import main
+from mimkernels.commands.bench import harness, scaling
+from mimkernels.commands.bench.compare import FLOOR, compare, read
+from mimkernels.commands.bench.harness import Benchmark
+from mimkernels.commands.bench.loading import MEAN, STD, Pictures
+from mimkernels.commands.bench.tables import main_tables
 
 
 def record(name="gather", factor=1.0, jitter=0.01, seed=0, **further):
@@ -171,7 +171,7 @@ def test_plot_without_results_says_what_makes_some(tmp_path, capsys):
 
 
 def test_the_published_step_is_ours():
-    from mimkernels.bench.step import KINDS, Step, breakdown, step_case
+    from mimkernels.commands.bench.step import KINDS, Step, breakdown, step_case
 
     for stats in (False, True):
         case = step_case(Step("vit_tiny_patch16_224", batch=1), stats=stats)
@@ -182,7 +182,7 @@ def test_the_published_step_is_ours():
 
 
 def test_peak_memory_counts_what_is_held_at_once():
-    from mimkernels.bench.memory import peak_bytes
+    from mimkernels.commands.bench.memory import peak_bytes
 
     def run():
         for _ in range(3):

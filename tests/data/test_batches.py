@@ -3,9 +3,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mimkernels.train.data import Augmentation, BatchPlan, PretrainImages, collate, make_loader, probe_images, to_mode
-from mimkernels.train.errors import DataError
-from mimkernels.train.sources import DigitsSource, FolderSource, open_source
+from mimkernels.data.batches import Augmentation, BatchPlan, PretrainImages, collate, make_loader, probe_images, to_mode
+from mimkernels.data.sources import DigitsSource, FolderSource, open_source
+from mimkernels.engine.errors import DataError
 
 
 @pytest.fixture

@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mimkernels.train import sources
-from mimkernels.train.config import PretrainConfig
-from mimkernels.train.data import Augmentation, PretrainImages
-from mimkernels.train.pixels import Decoder
-from mimkernels.train.probe_config import ProbeConfig
-from mimkernels.train.probe_data import open_split
-from mimkernels.train.probe_report import print_table
-from mimkernels.train.probe_run import PoolingResult, probe
-from mimkernels.train.progress import Progress
-from mimkernels.train.run import pretrain
-from mimkernels.train.sources import FolderSource, open_source
+from mimkernels.commands.pretrain.config import PretrainConfig
+from mimkernels.commands.pretrain.run import pretrain
+from mimkernels.commands.probe.config import ProbeConfig
+from mimkernels.commands.probe.data import open_split
+from mimkernels.commands.probe.report import print_table
+from mimkernels.commands.probe.run import PoolingResult, probe
+from mimkernels.data import sources
+from mimkernels.data.batches import Augmentation, PretrainImages
+from mimkernels.data.pixels import Decoder
+from mimkernels.data.sources import FolderSource, open_source
+from mimkernels.engine.progress import Progress
 
 NOT_UTF8 = os.fsdecode(b"caf\xe9")
 
@@ -108,7 +108,7 @@ def test_training_on_a_folder_with_special_files_ends_and_names_them(tiny, tmp_p
 def test_a_termination_of_the_whole_process_group_saves_and_exits_with_its_code(tmp_path):
     words = "--img-size 16 --in-chans 1 --patch-size 4 --model-kwargs embed_dim=16 depth=1 num_heads=2 --decoder-dim 16"
     words += " --decoder-depth 1 --decoder-heads 2 --batch-size 300 --epochs 9999 --workers 2 --device cpu"
-    command = [sys.executable, "-m", "mimkernels.train", *words.split(), "--output", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "mimkernels", "pretrain", *words.split(), "--output", str(tmp_path / "run")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes, start_new_session=True) as process:
         metrics = tmp_path / "run" / "metrics.jsonl"

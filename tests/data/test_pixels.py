@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mimkernels.train.data import to_pixels
-from mimkernels.train.pixels import Decoder
+from mimkernels.data.batches import to_pixels
+from mimkernels.data.pixels import Decoder
 
 ORIENTATION = 0x0112
 
@@ -204,7 +204,7 @@ def test_a_decompression_bomb_costs_no_memory(tmp_path):
     Image.new("L", (13000, 13000)).save(path)
     assert path.stat().st_size < 2**20
     code = (
-        "import resource, sys; from pathlib import Path; from mimkernels.train.pixels import Decoder\n"
+        "import resource, sys; from pathlib import Path; from mimkernels.data.pixels import Decoder\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try: Decoder().read(Path(sys.argv[1]))\n"
         "except ValueError as e: print(e)\n"

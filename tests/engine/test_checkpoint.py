@@ -3,8 +3,8 @@ import os
 import pytest
 import torch
 
-from mimkernels.train import checkpoint
-from mimkernels.train.checkpoint import CheckpointFolder, atomic_file, load
+from mimkernels.engine import checkpoint
+from mimkernels.engine.checkpoint import CheckpointFolder, atomic_file, load
 
 
 def content(step: int) -> dict:

@@ -11,13 +11,13 @@ import time
 
 import pytest
 
-from mimkernels.train.checkpoint import load
-from mimkernels.train.history import read_entries
-from mimkernels.train.lock import folder_lock
-from mimkernels.train.loop import Trainer
-from mimkernels.train.probe_config import ProbeConfig
-from mimkernels.train.probe_run import probe
-from mimkernels.train.run import Run, pretrain
+from mimkernels.commands.pretrain.history import read_entries
+from mimkernels.commands.pretrain.loop import Trainer
+from mimkernels.commands.pretrain.run import Run, pretrain
+from mimkernels.commands.probe.config import ProbeConfig
+from mimkernels.commands.probe.run import probe
+from mimkernels.engine.checkpoint import load
+from mimkernels.engine.lock import folder_lock
 
 
 def in_use(by: int | None = None) -> str:

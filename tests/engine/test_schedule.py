@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from mimkernels.train.schedule import learning_rate, parameter_groups, scaled_learning_rate
+from mimkernels.engine.schedule import learning_rate, parameter_groups, scaled_learning_rate
 
 
 def test_warm_up_is_linear_from_zero_to_the_peak():

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import mimkernels
-from mimkernels.integrations._fused import fused_attention
-from mimkernels.stats import patch_grid_positions
+from mimkernels.heads import patch_grid_positions
+from mimkernels.heads.fused import fused_attention
 from tests.integrations import models as m
 
 ROWS = ("entropy", "prefix_mass", "distance")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import mimkernels
-from mimkernels.stats import PRESETS, HeadStatistics, patch_grid_positions
+from mimkernels.heads import PRESETS, HeadStatistics, patch_grid_positions
 from tests.integrations import models as m
 
 GIVEN = {"num_prefix": 1, "positions": (4, 4)}

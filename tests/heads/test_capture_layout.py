@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import mimkernels
+from mimkernels.heads import patch_grid_positions
 from mimkernels.nn.sdpa import observing
-from mimkernels.stats import patch_grid_positions
+from tests.heads.test_capture import materialised, rows_of
 from tests.integrations import models as m
-from tests.integrations.test_capture import materialised, rows_of
 
 STATS = ["entropy", "prefix_mass", "distance"]
 

@@ -12,8 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mimkernels
-from mimkernels.integrations import CapturedHeads
-from mimkernels.stats import PRESETS, HeadStatistics, patch_grid_positions, regularization_loss
+from mimkernels.heads import PRESETS, CapturedHeads, HeadStatistics, patch_grid_positions, regularization_loss
 from tests.integrations import models as m
 from tests.integrations import reduced
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mimkernels.stats import CKA, unbiased_hsic
+from mimkernels.heads import CKA, unbiased_hsic
 
 
 def hsic_by_definition(k, l):

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from mimkernels import attention
-from mimkernels.stats import CKA, HeadStatistics, Preset, patch_grid_positions
+from mimkernels.heads import CKA, HeadStatistics, Preset, patch_grid_positions
 
 NAMES = ("entropy", "distance", "nmi", "head_divergence", "cls_pos_entropy", "pos_magnitude")
 
@@ -167,7 +167,7 @@ OTHER_PROCESS = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import torch.distributed as dist
-import mimkernels.stats
+import mimkernels.heads
 assert "matplotlib" not in sys.modules, "only plots may import matplotlib"
 from test_head_statistics import shares
 dist.init_process_group("gloo", init_method=sys.argv[2], rank=1, world_size=2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mimkernels import attention, head_divergence, received_attention
-from mimkernels.stats import (
+from mimkernels.heads import (
     BEYOND_CLS,
     PRESETS,
     QUANTITIES,

@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 pytest.importorskip("timm")
 import timm
 
+from mimkernels.heads import HeadStatistics, regularization_loss
 from mimkernels.nn import record_heads, use_mimkernels_attention
 from mimkernels.ops import attention_rows, head_divergence, received_attention
-from mimkernels.stats import HeadStatistics, regularization_loss
 
 HEADS, DEPTH, PREFIX = 3, 3, 2
 NAMES = ("entropy", "prefix_mass", "self_mass", "distance", "patch_entropy", "peak", "patch_mass")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mimkernels import attention
-from mimkernels.stats import parse_regularizers, patch_grid_positions, regularization_loss
+from mimkernels.heads import parse_regularizers, patch_grid_positions, regularization_loss
 
 
 def test_terms_become_weights():

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from mimkernels.stats import HeadStatistics, plot_cka, plot_heads, plot_overview
+from mimkernels.heads import HeadStatistics, plot_cka, plot_heads, plot_overview
 
 pytest.importorskip("matplotlib", reason="plots need the extra mimkernels[train]")
 

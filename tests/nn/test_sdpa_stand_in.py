@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
-from mimkernels.integrations import _sdpa
-from mimkernels.integrations._sdpa import scaled_dot_product_attention, stand_in
 from mimkernels.nn.sdpa import observing
+from mimkernels.nn.sdpa import stand_in as _sdpa
+from mimkernels.nn.sdpa.stand_in import scaled_dot_product_attention, stand_in
 from tests.integrations.models import Seen
 
 

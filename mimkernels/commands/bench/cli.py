@@ -21,7 +21,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     commands = parser.add_subparsers(dest="bench", metavar="command", required=True)
     for name, what in _COMMANDS.items():
-        module = importlib.import_module(f"mimkernels.bench.{name}")
+        module = importlib.import_module(f"mimkernels.commands.bench.{name}")
         command = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
         module.add_arguments(command)
         command.set_defaults(run=module.run)

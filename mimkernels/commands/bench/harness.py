@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 
 import mimkernels
-from mimkernels.bench.memory import peak_bytes
+from mimkernels.commands.bench.memory import peak_bytes
+from mimkernels.engine.hardware import cpu_computes_bf16
+from mimkernels.engine.memory import keep_freed_memory
 from mimkernels.ops import _native
-from mimkernels.train.hardware import cpu_computes_bf16
-from mimkernels.train.memory import keep_freed_memory
 
 _CHECKOUT = Path(__file__).parents[2] / "benchmarks"
 #: Where results are written: of a checkout, its own folder; else one in the current folder.

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler
 from torchvision import datasets, transforms
 
-from mimkernels.train.data import Augmentation, BatchPlan, PretrainImages, make_loader, start_worker
-from mimkernels.train.sources import open_source
+from mimkernels.data.batches import Augmentation, BatchPlan, PretrainImages, make_loader, start_worker
+from mimkernels.data.sources import open_source
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _PICTURES = 256

@@ -14,9 +14,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mimkernels.bench.harness import RESULTS
-from mimkernels.bench.tables import ATTENTION, MEMORY, MODELS, STEP, all_tables, records_of, usual
-from mimkernels.stats.plots import COLORS, INK, LINE, MUTED, STYLE
+from mimkernels.commands.bench.harness import RESULTS
+from mimkernels.commands.bench.tables import ATTENTION, MEMORY, MODELS, STEP, all_tables, records_of, usual
+from mimkernels.heads.plots import COLORS, INK, LINE, MUTED, STYLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -285,7 +285,7 @@ def _steps(records: list[dict]) -> Figure:
 
 
 def _page(reports: dict[str, dict], notes: dict[str, str], output: Path) -> Path:
-    from mimkernels.train.report import page
+    from mimkernels.commands.pretrain.report import page
 
     about = next(iter(reports.values()))["machine"]
     threads = f", {about['threads']} threads, {about['cpu_isa']}" if about.get("threads") else ""

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 import mimkernels as mk
-from mimkernels.bench.gathering import Size, same
-from mimkernels.bench.harness import Benchmark
+from mimkernels.commands.bench.gathering import Size, same
+from mimkernels.commands.bench.harness import Benchmark
 
 QUERIES = 32  # of efficient probing
 KINDS = ("mean", "max", "gem")

@@ -11,14 +11,14 @@ from typing import NamedTuple
 import torch
 
 import mimkernels
-from mimkernels.bench import harness
-from mimkernels.bench.attention import attention_cases
-from mimkernels.bench.calls import CALLS, call_cases
-from mimkernels.bench.gathering import Size, gathering_cases
-from mimkernels.bench.harness import Benchmark, Timing
-from mimkernels.bench.mlp import mlp_cases
-from mimkernels.bench.pooling import pooling_cases
-from mimkernels.bench.scaling import scaling_cases
+from mimkernels.commands.bench import harness
+from mimkernels.commands.bench.attention import attention_cases
+from mimkernels.commands.bench.calls import CALLS, call_cases
+from mimkernels.commands.bench.gathering import Size, gathering_cases
+from mimkernels.commands.bench.harness import Benchmark, Timing
+from mimkernels.commands.bench.mlp import mlp_cases
+from mimkernels.commands.bench.pooling import pooling_cases
+from mimkernels.commands.bench.scaling import scaling_cases
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -40,7 +40,7 @@ def _by_size(cases: Callable[..., Iterator[Benchmark]]) -> Callable[..., Iterato
 
 
 def _steps(options: argparse.Namespace, dtype: torch.dtype, device: str) -> Iterator[Benchmark]:
-    from mimkernels.bench.step import Step, step_cases  # timm
+    from mimkernels.commands.bench.step import Step, step_cases  # timm
 
     for model in options.model or (f"vit_{size}_patch16_224" for size in ("small", "base", "large")):
         batch = options.batch or (8 if device == "cpu" else 256)
@@ -48,8 +48,8 @@ def _steps(options: argparse.Namespace, dtype: torch.dtype, device: str) -> Iter
 
 
 def _models(options: argparse.Namespace, dtype: torch.dtype, device: str) -> Iterator[Benchmark]:
-    from mimkernels.bench.models import model_cases  # timm
-    from mimkernels.bench.step import Step
+    from mimkernels.commands.bench.models import model_cases  # timm
+    from mimkernels.commands.bench.step import Step
 
     for model in options.model or ("vit_base_patch16_224",):
         yield from model_cases(Step(model, options.batch or (8 if device == "cpu" else 128), dtype, device))

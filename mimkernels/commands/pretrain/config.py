@@ -1,21 +1,12 @@
-"""The one source for the trainer's arguments: dataclass, command-line options, checks and the saved JSON."""
+"""Settings of a pre-training run."""
 
-import argparse
-import difflib
-import json
 import math
-import types
-import typing
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+
+from mimkernels.data import MAX_PIXELS
+from mimkernels.engine.settings import DEVICES, PRECISIONS, Settings, require, setting
 
 METHODS = ("mae",)
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-DEVICES = ("auto", "cpu", "cuda")
-
-# Of an image file. So many take up to 1.6 GB in the process that reads them.
-MAX_PIXELS = 100_000_000
 
 # A checkpoint made with another value of these cannot be continued at all ...
 ARCHITECTURE_FIELDS = (
@@ -24,44 +15,6 @@ ARCHITECTURE_FIELDS = (
 )  # fmt: skip
 # ... and with another value of these the stream of batches would be another one.
 STREAM_FIELDS = ("data", "max_pixels", "pixel_range", "seed", "crop_scale", "hflip", "mask_ratio", "norm_pix_loss")
-
-
-def setting(default: Any, help: str, group: str, **extra: Any) -> Any:
-    return field(default=default, metadata={"help": help, "group": group, **extra})
-
-
-class Settings:
-    """What every dataclass of settings can do."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2) + "\n"
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> typing.Self:
-        """Rebuild from saved values; names that are unknown and values of another type are refused by name."""
-        known = {f.name: f.type for f in fields(cls)}
-        for name, value in values.items():
-            if name not in known:
-                close = difflib.get_close_matches(str(name), known, n=1)
-                raise ValueError(f"unknown setting {name!r}" + (f": did you mean {close[0]!r}?" if close else ""))
-            if not is_of_type(value, known[name]):
-                wanted = getattr(known[name], "__name__", None) or str(known[name])
-                raise ValueError(f"setting {name!r} must be {wanted}, got {type(value).__name__} {str(value)[:60]!r}")
-        return cls(**values)
-
-    @classmethod
-    def load(cls, path: str | Path) -> typing.Self:
-        """From a file that ``to_json`` filled; ValueError names the file and what is wrong with it."""
-        try:
-            values = json.loads(Path(path).read_text())
-            if not isinstance(values, dict):
-                raise ValueError(f"expected an object, found {type(values).__name__}")
-            return cls.from_dict(values)
-        except ValueError as e:  # of JSON and of UTF-8 as well
-            raise ValueError(f"{str(path)!r} does not hold settings: {e}") from e
 
 
 @dataclass
@@ -145,7 +98,7 @@ class PretrainConfig(Settings):
 
     def check(self) -> None:
         """Raise ValueError for values that cannot work, before anything is written."""
-        from mimkernels.train.pixels import Decoder
+        from mimkernels.data.pixels import Decoder
 
         for name in (
             "img_size",
@@ -193,75 +146,3 @@ class PretrainConfig(Settings):
             raise ValueError(f"decoder_dim {self.decoder_dim} is not divisible by decoder_heads {self.decoder_heads}")
         if self.decoder_dim % 4:
             raise ValueError(f"decoder_dim must be divisible by 4 (2-d sin-cos positions), got {self.decoder_dim}")
-
-
-def require(condition: bool, name: str, value: Any, wanted: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} must be {wanted}, got {value}")
-
-
-def add_arguments(parser: argparse.ArgumentParser, kind: type[Settings] = PretrainConfig) -> None:
-    """One option per field. Defaults are left out of the namespace, so that it holds what the user gave and no more."""
-    groups: dict[str, argparse._ArgumentGroup] = {}
-    for f in fields(kind):
-        meta = f.metadata
-        group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
-        option = "--" + f.name.replace("_", "-")
-        default = f.default if f.default is not MISSING else f.default_factory()
-        scalar, optional = _scalar_type(f.type)
-        text = meta["help"]
-        if not optional and scalar is not dict and default != "":
-            text += f" (default: {('yes' if default else 'no') if scalar is bool else default})"
-        common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
-        if scalar is dict:
-            group.add_argument(option, nargs="+", type=_pair, metavar="NAME=VALUE", **common)
-        elif scalar is bool:
-            group.add_argument(option, action=argparse.BooleanOptionalAction, **common)
-        else:
-            metavar = None if "choices" in meta else meta.get("metavar", {int: "N", float: "X", str: "NAME"}[scalar])
-            group.add_argument(option, type=scalar, choices=meta.get("choices"), metavar=metavar, **common)
-
-
-def given_arguments(args: argparse.Namespace, kind: type[Settings] = PretrainConfig) -> dict[str, Any]:
-    """The settings that were given on the command line."""
-    given = {f.name: getattr(args, f.name) for f in fields(kind) if hasattr(args, f.name)}
-    return {name: dict(value) if isinstance(value, list) else value for name, value in given.items()}
-
-
-def is_of_type(value: Any, annotation: Any) -> bool:
-    """Whether a value read from a file is what a field of a dataclass is annotated with; an int is also a float."""
-    kind, optional = _scalar_type(annotation)
-    kind, items = typing.get_origin(kind) or kind, typing.get_args(kind)
-    if value is None:
-        return optional
-    if isinstance(value, bool):
-        return kind is bool
-    if not isinstance(value, (int, float) if kind is float else kind):
-        return False
-    return kind is not list or not items or all(is_of_type(item, items[0]) for item in value)
-
-
-def _scalar_type(annotation: Any) -> tuple[type, bool]:
-    if isinstance(annotation, types.UnionType):
-        kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
-        return kinds[0], True
-    return annotation, False
-
-
-def _pair(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
-
-
-def changes(saved: PretrainConfig, now: PretrainConfig, names: typing.Iterable[str]) -> list[str]:
-    """``name: saved -> now`` for each named setting that differs."""
-    return [
-        f"{name}: {getattr(saved, name)!r} -> {getattr(now, name)!r}"
-        for name in names
-        if getattr(saved, name) != getattr(now, name)
-    ]

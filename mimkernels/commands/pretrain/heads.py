@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mimkernels.commands.pretrain.config import PretrainConfig
+from mimkernels.engine import checkpoint as files
+from mimkernels.heads import HeadStatistics, parse_regularizers, plot_overview, regularization_loss
+from mimkernels.heads.presets import QUANTITIES
 from mimkernels.ops.attention.spec import STATISTICS
-from mimkernels.stats import HeadStatistics, parse_regularizers, plot_overview, regularization_loss
-from mimkernels.stats.presets import QUANTITIES
-from mimkernels.train import checkpoint as files
-from mimkernels.train.config import PretrainConfig
 
 
 class HeadWatch:

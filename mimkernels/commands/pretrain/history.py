@@ -5,10 +5,10 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-from mimkernels.stats import HeadStatistics
-from mimkernels.train import checkpoint as files
-from mimkernels.train.config import is_of_type
-from mimkernels.train.heads import HeadHistory, layer_means
+from mimkernels.commands.pretrain.heads import HeadHistory, layer_means
+from mimkernels.engine import checkpoint as files
+from mimkernels.engine.settings import is_of_type
+from mimkernels.heads import HeadStatistics
 
 _NAMES = ("loss", "lr", "images_per_second", "seconds")  # of every entry, as the report takes them
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from mimkernels.train.checkpoint import CheckpointFolder
-from mimkernels.train.config import PretrainConfig
-from mimkernels.train.data import (
+from mimkernels.commands.pretrain.config import PretrainConfig
+from mimkernels.commands.pretrain.heads import HeadWatch
+from mimkernels.commands.pretrain.history import History
+from mimkernels.data.batches import (
     Batch,
     BatchPlan,
     PretrainImages,
@@ -21,13 +22,12 @@ from mimkernels.train.data import (
     derived_seed,
     make_loader,
 )
-from mimkernels.train.errors import DataError, TrainingError
-from mimkernels.train.heads import HeadWatch
-from mimkernels.train.history import History
-from mimkernels.train.progress import Progress
-from mimkernels.train.schedule import learning_rate
-from mimkernels.train.state import capture
-from mimkernels.train.stop import StopSignal
+from mimkernels.engine.checkpoint import CheckpointFolder
+from mimkernels.engine.errors import DataError, TrainingError
+from mimkernels.engine.progress import Progress
+from mimkernels.engine.schedule import learning_rate
+from mimkernels.engine.state import capture
+from mimkernels.engine.stop import StopSignal
 
 _DROPOUT = 4  # stream of the seed; the others are in data.py
 

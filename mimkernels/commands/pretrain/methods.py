@@ -2,7 +2,8 @@
 
 import torch
 
-from mimkernels.train.config import ARCHITECTURE_FIELDS, PretrainConfig, changes
+from mimkernels.commands.pretrain.config import ARCHITECTURE_FIELDS, PretrainConfig
+from mimkernels.engine.settings import changes
 
 # Statistics of ImageNet, per channel and for luminance, in units of [0, 1].
 COLOUR = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

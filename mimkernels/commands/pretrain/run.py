@@ -14,30 +14,31 @@ import torch
 from accelerate import Accelerator
 
 from mimkernels._version import __version__
-from mimkernels.train import checkpoint as files
-from mimkernels.train.checkpoint import CheckpointFolder
-from mimkernels.train.config import STREAM_FIELDS, PretrainConfig, changes
-from mimkernels.train.data import Augmentation, BatchPlan, PretrainImages, picture_batch, probe_images
-from mimkernels.train.errors import TrainingError
-from mimkernels.train.hardware import (
+from mimkernels.commands.pretrain.config import STREAM_FIELDS, PretrainConfig
+from mimkernels.commands.pretrain.heads import HeadHistory, HeadWatch
+from mimkernels.commands.pretrain.history import History
+from mimkernels.commands.pretrain.loop import Trainer
+from mimkernels.commands.pretrain.methods import build_model, check_same_architecture
+from mimkernels.commands.pretrain.report import Report, write_report
+from mimkernels.data.batches import Augmentation, BatchPlan, PretrainImages, picture_batch, probe_images
+from mimkernels.data.pixels import Decoder
+from mimkernels.data.sources import DigitsSource, Source, open_held_out, open_source
+from mimkernels.engine import checkpoint as files
+from mimkernels.engine.checkpoint import CheckpointFolder
+from mimkernels.engine.errors import TrainingError
+from mimkernels.engine.hardware import (
     choose_device,
     choose_precision,
     default_workers,
     device_name,
     set_cpu_threads,
 )
-from mimkernels.train.heads import HeadHistory, HeadWatch
-from mimkernels.train.history import History
-from mimkernels.train.lock import folder_lock
-from mimkernels.train.loop import Trainer
-from mimkernels.train.memory import keep_freed_memory
-from mimkernels.train.methods import build_model, check_same_architecture
-from mimkernels.train.pixels import Decoder
-from mimkernels.train.progress import Progress, count, duration
-from mimkernels.train.report import Report, write_report
-from mimkernels.train.schedule import parameter_groups, scaled_learning_rate
-from mimkernels.train.sources import DigitsSource, Source, open_held_out, open_source
-from mimkernels.train.state import check_fits, restore
+from mimkernels.engine.lock import folder_lock
+from mimkernels.engine.memory import keep_freed_memory
+from mimkernels.engine.progress import Progress, count, duration
+from mimkernels.engine.schedule import parameter_groups, scaled_learning_rate
+from mimkernels.engine.settings import changes
+from mimkernels.engine.state import check_fits, restore
 
 _HELD_OUT_IMAGES = 512  # enough for a loss to two digits, little beside an epoch
 

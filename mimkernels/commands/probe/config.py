@@ -5,7 +5,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from mimkernels.train.config import DEVICES, MAX_PIXELS, PRECISIONS, Settings, require, setting
+from mimkernels.data import MAX_PIXELS
+from mimkernels.engine.settings import DEVICES, PRECISIONS, Settings, require, setting
 
 OPTIMIZERS = ("lars", "adamw", "sgd")
 
@@ -89,7 +90,7 @@ class ProbeConfig(Settings):
 
     def check(self) -> None:
         """Raise ValueError for values that cannot work, before anything is read or written."""
-        from mimkernels.train.pixels import Decoder
+        from mimkernels.data.pixels import Decoder
 
         if not self.model:
             raise ValueError("model is missing: --model takes a run folder, a checkpoint or a timm name")

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from mimkernels.train.data import AUGMENT, UNREADABLE, Augmentation, derived_seed, reason_of, start_worker
-from mimkernels.train.pixels import Decoder
-from mimkernels.train.probe_config import ProbeConfig
-from mimkernels.train.sources import FolderSource, Source, open_held_out, open_source
+from mimkernels.commands.probe.config import ProbeConfig
+from mimkernels.data.batches import AUGMENT, UNREADABLE, Augmentation, derived_seed, reason_of, start_worker
+from mimkernels.data.pixels import Decoder
+from mimkernels.data.sources import FolderSource, Source, open_held_out, open_source
 
 _TEST_FOLDERS = ("val", "validation", "valid", "test")
 

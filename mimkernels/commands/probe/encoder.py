@@ -10,13 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mimkernels.commands.pretrain.config import PretrainConfig
+from mimkernels.commands.pretrain.methods import COLOUR, build_model
+from mimkernels.commands.probe.config import ProbeConfig
+from mimkernels.engine import checkpoint as files
+from mimkernels.engine.checkpoint import CheckpointFolder
 from mimkernels.models.checkpoint import DamagedFileError, copy_by_name, read_file, weights_of
 from mimkernels.nn import cls_attention, record_heads, use_mimkernels_attention, use_mimkernels_mlp
-from mimkernels.train import checkpoint as files
-from mimkernels.train.checkpoint import CheckpointFolder
-from mimkernels.train.config import PretrainConfig
-from mimkernels.train.methods import COLOUR, build_model
-from mimkernels.train.probe_config import ProbeConfig
 
 # Published MAE encoders by width and depth; the number of heads cannot be read off the weights.
 _BY_SHAPE = {

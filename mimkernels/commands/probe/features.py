@@ -10,11 +10,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from mimkernels.commands.probe.data import LabelledImages, ProbeImages, in_order
+from mimkernels.commands.probe.encoder import FrozenEncoder
+from mimkernels.engine.errors import DataError
+from mimkernels.engine.progress import Progress, count, duration
 from mimkernels.nn import Pooling
-from mimkernels.train.errors import DataError
-from mimkernels.train.probe_data import LabelledImages, ProbeImages, in_order
-from mimkernels.train.probe_encoder import FrozenEncoder
-from mimkernels.train.progress import Progress, count, duration
 
 # Reported once in a while, however long the encoder takes.
 _SECONDS_BETWEEN_NOTES = 10

@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimkernels.train.checkpoint import write_text
-from mimkernels.train.figures import ACCENT, CHART, INK, LINE, png_address, svg
-from mimkernels.train.probe_config import ProbeConfig
-from mimkernels.train.progress import duration, printable
-from mimkernels.train.report import page
+from mimkernels.commands.pretrain.report import page
+from mimkernels.commands.probe.config import ProbeConfig
+from mimkernels.engine.checkpoint import write_text
+from mimkernels.engine.figures import ACCENT, CHART, INK, LINE, png_address, svg
+from mimkernels.engine.progress import duration, printable
 
 if TYPE_CHECKING:
-    from mimkernels.train.probe_run import PoolingResult
+    from mimkernels.commands.probe.run import PoolingResult
 
 _PICTURE_SIDE = 128
 _QUERIES_SHOWN, _QUERY_IMAGES = 8, 3

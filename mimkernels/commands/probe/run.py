@@ -12,20 +12,13 @@ from typing import Any, TextIO
 
 import torch
 
-from mimkernels.models.checkpoint import check_by_name, read_file
-from mimkernels.nn import build_pooling
-from mimkernels.train import checkpoint as files
-from mimkernels.train.config import is_of_type
-from mimkernels.train.data import Augmentation, BatchPlan, make_loader
-from mimkernels.train.errors import DataError, TrainingError
-from mimkernels.train.hardware import default_workers, device_name
-from mimkernels.train.lock import folder_lock
-from mimkernels.train.probe_config import PoolingChoice, ProbeConfig, parse_poolings
-from mimkernels.train.probe_data import ProbeImages, collate_probe, open_split
-from mimkernels.train.probe_encoder import load_encoder
-from mimkernels.train.probe_features import Encoded, Extractor, Features
-from mimkernels.train.probe_report import ProbePictures, ProbeReport, print_table, sections, write_probe_report
-from mimkernels.train.probe_train import (
+from mimkernels.commands.pretrain.run import start_accelerator, versions
+from mimkernels.commands.probe.config import PoolingChoice, ProbeConfig, parse_poolings
+from mimkernels.commands.probe.data import ProbeImages, collate_probe, open_split
+from mimkernels.commands.probe.encoder import load_encoder
+from mimkernels.commands.probe.features import Encoded, Extractor, Features
+from mimkernels.commands.probe.report import ProbePictures, ProbeReport, print_table, sections, write_probe_report
+from mimkernels.commands.probe.train import (
     Probe,
     ProbeTrainer,
     Stopwatch,
@@ -35,9 +28,16 @@ from mimkernels.train.probe_train import (
     knn_accuracy,
     logistic_accuracy,
 )
-from mimkernels.train.progress import Progress, duration
-from mimkernels.train.run import start_accelerator, versions
-from mimkernels.train.sources import DigitsSource
+from mimkernels.data.batches import Augmentation, BatchPlan, make_loader
+from mimkernels.data.sources import DigitsSource
+from mimkernels.engine import checkpoint as files
+from mimkernels.engine.errors import DataError, TrainingError
+from mimkernels.engine.hardware import default_workers, device_name
+from mimkernels.engine.lock import folder_lock
+from mimkernels.engine.progress import Progress, duration
+from mimkernels.engine.settings import is_of_type
+from mimkernels.models.checkpoint import check_by_name, read_file
+from mimkernels.nn import build_pooling
 
 # Settings that change no number of a pooling's result; the range of the pixels is part of the data's fingerprint.
 _FREE = (

@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mimkernels.commands.probe.config import ProbeConfig
+from mimkernels.commands.probe.features import Encoded
+from mimkernels.data.batches import BatchPlan
+from mimkernels.engine.errors import TrainingError
+from mimkernels.engine.progress import Progress
+from mimkernels.engine.schedule import learning_rate
+from mimkernels.engine.settings import is_of_type
+from mimkernels.engine.stop import StopSignal
 from mimkernels.nn import Pooling
-from mimkernels.train.config import is_of_type
-from mimkernels.train.data import BatchPlan
-from mimkernels.train.errors import TrainingError
-from mimkernels.train.probe_config import ProbeConfig
-from mimkernels.train.probe_features import Encoded
-from mimkernels.train.progress import Progress
-from mimkernels.train.schedule import learning_rate
-from mimkernels.train.stop import StopSignal
 
 _STEPS_BETWEEN_LOGS = 10
 _SECONDS_BETWEEN_SAVES = 30

@@ -79,7 +79,7 @@ def attention(
         TypeError: a dtype that the op does not take.
         NotImplementedError: no backend takes these inputs; lists each backend's reasons.
 
-    Source: online softmax as in FlashAttention, arXiv:2205.14135; the statistics' sources are in ``mimkernels.stats``.
+    Source: online softmax as in FlashAttention, arXiv:2205.14135; the statistics' sources are in ``mimkernels.heads``.
     """
     tensors = (q, k, v, bias, key_mask, positions)
     run, (*qkv, bias, key_mask, positions), options = _checked(tensors, scale, num_prefix, stats or None, backend)

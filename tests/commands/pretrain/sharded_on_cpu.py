@@ -6,8 +6,8 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
-from mimkernels.train.__main__ import main
-from mimkernels.train.run import Run
+from mimkernels.cli import main
+from mimkernels.commands.pretrain.run import Run
 
 _init, _prepare = AcceleratorState.__init__, Run._prepare
 
@@ -31,4 +31,4 @@ def prepare(self):
 AcceleratorState.__init__, Run._prepare = init, prepare
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["pretrain", *sys.argv[1:]]))

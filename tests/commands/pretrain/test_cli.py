@@ -1,4 +1,3 @@
-import argparse
 import os
 import signal
 import subprocess
@@ -7,9 +6,9 @@ import time
 
 import pytest
 
-from mimkernels.train.checkpoint import CheckpointFolder
-from mimkernels.train.cli import add_demo_parser, add_pretrain_parser
-from mimkernels.train.presets import demo_config, demo_probe_config
+from mimkernels.cli import main
+from mimkernels.commands.demo.run import demo_config, demo_probe_config
+from mimkernels.engine.checkpoint import CheckpointFolder
 
 SMALL = [
     "--img-size", "16", "--in-chans", "1", "--patch-size", "4", "--model-kwargs", "embed_dim=16",
@@ -20,12 +19,7 @@ SMALL = [
 
 
 def run(*words: str) -> int:
-    parser = argparse.ArgumentParser()
-    subparsers = parser.add_subparsers(required=True)
-    add_pretrain_parser(subparsers)
-    add_demo_parser(subparsers)
-    args = parser.parse_args(list(words))
-    return args.func(args)
+    return main(words)
 
 
 @pytest.mark.parametrize(
@@ -85,8 +79,8 @@ def test_the_demo_trains_probes_reports_and_may_be_repeated(tmp_path, capsys, mo
         config.epochs = 1
         return config
 
-    monkeypatch.setattr("mimkernels.train.presets.demo_config", small)
-    monkeypatch.setattr("mimkernels.train.presets.demo_probe_config", short)
+    monkeypatch.setattr("mimkernels.commands.demo.run.demo_config", small)
+    monkeypatch.setattr("mimkernels.commands.demo.run.demo_probe_config", short)
     output = tmp_path / "demo"
     for _ in range(2):
         assert run("demo", "--output", str(output), "--epochs", "1") == 0
@@ -101,7 +95,8 @@ def test_the_demo_trains_probes_reports_and_may_be_repeated(tmp_path, capsys, mo
 
 
 def test_ctrl_c_saves_and_exits_with_its_code(tmp_path):
-    command = [sys.executable, "-m", "mimkernels.train", *SMALL, "--output", str(tmp_path / "run"), "--epochs", "9999"]
+    options = ["--output", str(tmp_path / "run"), "--epochs", "9999"]
+    command = [sys.executable, "-m", "mimkernels", "pretrain", *SMALL, *options]
     command[command.index("--workers") + 1] = "1"
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from mimkernels.train.config import PretrainConfig, add_arguments, given_arguments
+from mimkernels.commands.pretrain.config import PretrainConfig
+from mimkernels.engine.settings import add_arguments, given_arguments
 
 
 def parse(*words: str) -> PretrainConfig:

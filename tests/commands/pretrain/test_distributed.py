@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mimkernels.train.checkpoint import load
-from mimkernels.train.history import read_entries
-from mimkernels.train.run import pretrain
+from mimkernels.commands.pretrain.history import read_entries
+from mimkernels.commands.pretrain.run import pretrain
+from mimkernels.engine.checkpoint import load
 
 SETTINGS = {"batch_size": 150, "epochs": 2, "save_every": 1.0, "pictures": 2}
 
@@ -38,7 +38,7 @@ def options(config) -> list[str]:
     return words
 
 
-def launch(words: list[str], *, expect: int = 0, program=("-m", "mimkernels.train"), **environment: str) -> str:
+def launch(words: list[str], *, expect: int = 0, program=("-m", "mimkernels", "pretrain"), **environment: str) -> str:
     launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
     done = subprocess.run(
         [sys.executable, "-m", *launcher, *program, *words],

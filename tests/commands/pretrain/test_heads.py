@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from mimkernels.stats import HeadStatistics
-from mimkernels.train.heads import HeadHistory, HeadWatch
-from mimkernels.train.run import Run, pretrain
+from mimkernels.commands.pretrain.heads import HeadHistory, HeadWatch
+from mimkernels.commands.pretrain.run import Run, pretrain
+from mimkernels.heads import HeadStatistics
 
 
 def recorded(folder):

@@ -9,12 +9,14 @@ import signal
 import pytest
 import torch
 
-from mimkernels.train import PretrainConfig, TrainingError, checkpoint
-from mimkernels.train.checkpoint import CheckpointFolder, atomic_file, load, save
-from mimkernels.train.history import History, read_entries
-from mimkernels.train.progress import Progress
-from mimkernels.train.run import pretrain
-from mimkernels.train.settings import settings_to_continue
+from mimkernels.commands.pretrain.cli import settings_to_continue
+from mimkernels.commands.pretrain.config import PretrainConfig
+from mimkernels.commands.pretrain.history import History, read_entries
+from mimkernels.commands.pretrain.run import pretrain
+from mimkernels.engine import checkpoint
+from mimkernels.engine.checkpoint import CheckpointFolder, atomic_file, load, save
+from mimkernels.engine.errors import TrainingError
+from mimkernels.engine.progress import Progress
 
 SETTINGS = {"epochs": 2, "save_every": 0.2, "keep_checkpoints": 3, "pictures": 0,
             "head_stats": "entropy", "head_stats_every": 2}  # fmt: skip

@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
+from mimkernels.commands.pretrain.history import read_entries
+from mimkernels.commands.pretrain.loop import Trainer
+from mimkernels.commands.pretrain.run import pretrain
+from mimkernels.engine.checkpoint import load
+from mimkernels.engine.errors import TrainingError
+from mimkernels.engine.progress import Progress
 from mimkernels.models import MAE
-from mimkernels.train import TrainingError
-from mimkernels.train.checkpoint import load
-from mimkernels.train.history import read_entries
-from mimkernels.train.loop import Trainer
-from mimkernels.train.progress import Progress
-from mimkernels.train.run import pretrain
 
 
 def losses(folder) -> list[float]:
@@ -107,8 +107,8 @@ def test_accumulated_gradients_are_those_of_all_their_images(tiny, tmp_path):
             return super()._log_due(step)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mimkernels.train.run.Trainer", Seen)
-        from mimkernels.train.run import Run
+        patch.setattr("mimkernels.commands.pretrain.run.Trainer", Seen)
+        from mimkernels.commands.pretrain.run import Run
 
         run = Run(config)
         batches = list(run.plan.batches(0, 0, 1))
@@ -241,7 +241,7 @@ def test_the_report_stands_alone_and_tells_what_was_run(tiny, tmp_path):
 
 
 def test_warm_up_is_a_twentieth_of_any_number_of_epochs(tiny):
-    from mimkernels.train.run import Run
+    from mimkernels.commands.pretrain.run import Run
 
     run = Run(tiny(warmup_epochs=None, epochs=8))
     trainer = Trainer(

@@ -8,16 +8,17 @@ import torch
 from PIL import Image
 from torch import nn
 
+from mimkernels.commands.pretrain.config import PretrainConfig
+from mimkernels.commands.pretrain.run import pretrain
+from mimkernels.commands.probe.config import ProbeConfig, parse_poolings
+from mimkernels.commands.probe.data import open_split
+from mimkernels.commands.probe.encoder import load_encoder
+from mimkernels.commands.probe.run import ProbeRun, probe
+from mimkernels.commands.probe.train import Probe, ProbeTrainer, build_optimizer, knn_accuracy
+from mimkernels.engine.errors import TrainingError
+from mimkernels.engine.progress import Progress
 from mimkernels.models import MAE
 from mimkernels.nn import build_pooling
-from mimkernels.train import PretrainConfig, TrainingError
-from mimkernels.train.probe_config import ProbeConfig, parse_poolings
-from mimkernels.train.probe_data import open_split
-from mimkernels.train.probe_encoder import load_encoder
-from mimkernels.train.probe_run import ProbeRun, probe
-from mimkernels.train.probe_train import Probe, ProbeTrainer, build_optimizer, knn_accuracy
-from mimkernels.train.progress import Progress
-from mimkernels.train.run import pretrain
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+from mimkernels.commands.pretrain.run import pretrain
+from mimkernels.commands.probe.config import ProbeConfig
+from mimkernels.commands.probe.encoder import load_encoder
+from mimkernels.commands.probe.run import ProbeRun, probe
+from mimkernels.commands.probe.train import ProbeTrainer
+from mimkernels.engine.errors import TrainingError
 from mimkernels.models import MAE
-from mimkernels.train import TrainingError
-from mimkernels.train.probe_config import ProbeConfig
-from mimkernels.train.probe_encoder import load_encoder
-from mimkernels.train.probe_run import ProbeRun, probe
-from mimkernels.train.probe_train import ProbeTrainer
-from mimkernels.train.run import pretrain
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +204,7 @@ def test_a_full_disk_is_one_line(config, monkeypatch):
     def refuse(path, content):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("mimkernels.train.checkpoint.save", refuse)
+    monkeypatch.setattr("mimkernels.engine.checkpoint.save", refuse)
     with pytest.raises(TrainingError, match=r"^No space left on device: '.*cls\.pt'; the same command goes on"):
         run(config())
 

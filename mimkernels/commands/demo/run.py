@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from mimkernels.train.config import PretrainConfig
-from mimkernels.train.probe_config import ProbeConfig
-from mimkernels.train.probe_run import ProbeRun
-from mimkernels.train.report import add_sections
-from mimkernels.train.run import Run, RunResult
+from mimkernels.commands.pretrain.config import PretrainConfig
+from mimkernels.commands.pretrain.report import add_sections
+from mimkernels.commands.pretrain.run import Run, RunResult
+from mimkernels.commands.probe.config import ProbeConfig
+from mimkernels.commands.probe.run import ProbeRun
 
 _TITLE = "A masked autoencoder learns handwritten digits"
 

@@ -1,0 +1,1 @@
+"""``mimkernels probe``: poolings of a frozen encoder compared."""

@@ -1,0 +1,1 @@
+"""What every command shares: settings, files that survive a crash, locks, hardware, progress, pages."""

@@ -1,0 +1,42 @@
+"""How a command ends: bad input and failed training are one line and an exit code, anything else is a bug."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+from mimkernels.engine.errors import TrainingError
+
+_BAD_INPUT, _FAILED = 2, 1
+
+
+def guarded(prepare: Callable[[], Callable[[], int]], debug: bool) -> int:
+    """Bad input is one line and exit code 2, failed training one line and 1; anything else is a bug and shows."""
+    try:
+        execute = prepare()
+    except (ValueError, TypeError, NotImplementedError, OSError, ImportError, TrainingError) as e:
+        if debug:
+            raise
+        return _complain(e, _BAD_INPUT)
+    try:
+        return execute()
+    except (TrainingError, OSError) as e:
+        if debug:
+            raise
+        return _complain(e, _FAILED)
+    except KeyboardInterrupt:  # the second one: the first ends training in good order
+        return _complain("interrupted", exit_code(signal.SIGINT))
+
+
+def _complain(error: Exception | str, code: int) -> int:
+    rank = os.environ.get("RANK", "0")
+    where = "" if rank == "0" else f" (process {rank})"
+    hint = ""
+    if isinstance(error, ModuleNotFoundError):
+        hint = "; pip install 'mimkernels[train]'"
+    print(f"mimkernels: error{where}: {error}{hint}", file=sys.stderr, flush=True)
+    return code
+
+
+def exit_code(signal_number: int) -> int:
+    return 128 + signal_number if signal_number else 0

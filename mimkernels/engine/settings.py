@@ -1,0 +1,123 @@
+"""Settings of a command: a dataclass that is at once command-line options, checks and the saved JSON."""
+
+import argparse
+import difflib
+import json
+import types
+import typing
+from dataclasses import MISSING, asdict, field, fields
+from pathlib import Path
+from typing import Any
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def setting(default: Any, help: str, group: str, **extra: Any) -> Any:
+    return field(default=default, metadata={"help": help, "group": group, **extra})
+
+
+class Settings:
+    """What every dataclass of settings can do."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> typing.Self:
+        """Rebuild from saved values; names that are unknown and values of another type are refused by name."""
+        known = {f.name: f.type for f in fields(cls)}
+        for name, value in values.items():
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, n=1)
+                raise ValueError(f"unknown setting {name!r}" + (f": did you mean {close[0]!r}?" if close else ""))
+            if not is_of_type(value, known[name]):
+                wanted = getattr(known[name], "__name__", None) or str(known[name])
+                raise ValueError(f"setting {name!r} must be {wanted}, got {type(value).__name__} {str(value)[:60]!r}")
+        return cls(**values)
+
+    @classmethod
+    def load(cls, path: str | Path) -> typing.Self:
+        """From a file that ``to_json`` filled; ValueError names the file and what is wrong with it."""
+        try:
+            values = json.loads(Path(path).read_text())
+            if not isinstance(values, dict):
+                raise ValueError(f"expected an object, found {type(values).__name__}")
+            return cls.from_dict(values)
+        except ValueError as e:  # of JSON and of UTF-8 as well
+            raise ValueError(f"{str(path)!r} does not hold settings: {e}") from e
+
+
+def require(condition: bool, name: str, value: Any, wanted: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {wanted}, got {value}")
+
+
+def add_arguments(parser: argparse.ArgumentParser, kind: type[Settings]) -> None:
+    """One option per field. Defaults are left out of the namespace, so that it holds what the user gave and no more."""
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for f in fields(kind):
+        meta = f.metadata
+        group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
+        option = "--" + f.name.replace("_", "-")
+        default = f.default if f.default is not MISSING else f.default_factory()
+        scalar, optional = _scalar_type(f.type)
+        text = meta["help"]
+        if not optional and scalar is not dict and default != "":
+            text += f" (default: {('yes' if default else 'no') if scalar is bool else default})"
+        common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
+        if scalar is dict:
+            group.add_argument(option, nargs="+", type=_pair, metavar="NAME=VALUE", **common)
+        elif scalar is bool:
+            group.add_argument(option, action=argparse.BooleanOptionalAction, **common)
+        else:
+            metavar = None if "choices" in meta else meta.get("metavar", {int: "N", float: "X", str: "NAME"}[scalar])
+            group.add_argument(option, type=scalar, choices=meta.get("choices"), metavar=metavar, **common)
+
+
+def given_arguments(args: argparse.Namespace, kind: type[Settings]) -> dict[str, Any]:
+    """The settings that were given on the command line."""
+    given = {f.name: getattr(args, f.name) for f in fields(kind) if hasattr(args, f.name)}
+    return {name: dict(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def is_of_type(value: Any, annotation: Any) -> bool:
+    """Whether a value read from a file is what a field of a dataclass is annotated with; an int is also a float."""
+    kind, optional = _scalar_type(annotation)
+    kind, items = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if value is None:
+        return optional
+    if isinstance(value, bool):
+        return kind is bool
+    if not isinstance(value, (int, float) if kind is float else kind):
+        return False
+    return kind is not list or not items or all(is_of_type(item, items[0]) for item in value)
+
+
+def _scalar_type(annotation: Any) -> tuple[type, bool]:
+    if isinstance(annotation, types.UnionType):
+        kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
+        return kinds[0], True
+    return annotation, False
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def changes(saved: Settings, now: Settings, names: typing.Iterable[str]) -> list[str]:
+    """``name: saved -> now`` for each named setting that differs."""
+    return [
+        f"{name}: {getattr(saved, name)!r} -> {getattr(now, name)!r}"
+        for name in names
+        if getattr(saved, name) != getattr(now, name)
+    ]
