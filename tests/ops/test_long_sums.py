@@ -4,13 +4,14 @@ import pytest
 import torch
 from test_attention_cpu import on_an_isa
 
-from mimkernels import attention, query_pool, reduce_pool, weighted_pool
+from mimkernels import attention, query_pool, received_attention, reduce_pool, weighted_pool
 
 TOKENS = 4096
 # Relative, of sums of positive numbers. One chain of as many fp32 additions is off by 1e-6 to 3e-6.
 ALLOWED = {
     "attention": 3e-7,
     "gradient of its values": 1.6e-7,
+    "received_attention": 2.4e-7,
     "weighted_pool": 1.2e-6,
     "query_pool": 1.2e-6,
     "reduce_pool": 5e-7,
@@ -36,6 +37,12 @@ def errors() -> dict[str, float]:
     (dv,) = torch.autograd.grad(out, v, upstream)
     found["attention"] = error(out, v.double().mean(2, keepdim=True))
     found["gradient of its values"] = error(dv, upstream.double().mean(2, keepdim=True))
+
+    q, k = 0.1 * numbers(1, 1, 1, 24).expand(1, 1, TOKENS, 24), numbers(1, 40, 1, 24).transpose(1, 2)
+    q, k, lse = q.detach(), k.detach(), torch.full((1, 1, TOKENS), 3.0)
+    one = received_attention(q[:, :, :1], k, lse[:, :, :1], backend="cpu").double()
+    received = received_attention(q, k, lse, backend="cpu").double()
+    found["received_attention"] = ((received - one).abs() / one).max().item()
 
     x = numbers(16, TOKENS, 24)
     mean = x.double().mean(1)
