@@ -4,7 +4,18 @@ import pytest
 import torch
 from test_attention_cpu import on_an_isa
 
-from mimkernels import attention, query_pool, received_attention, reduce_pool, weighted_pool
+from mimkernels import (
+    attention,
+    bias_gelu,
+    fill_mask_tokens,
+    gather_tokens,
+    patchify_gather,
+    query_pool,
+    received_attention,
+    reduce_pool,
+    restore_tokens,
+    weighted_pool,
+)
 
 TOKENS = 4096
 # Relative, of sums of positive numbers. One chain of as many fp32 additions is off by 1e-6 to 3e-6.
@@ -58,6 +69,48 @@ def errors() -> dict[str, float]:
     return found
 
 
+def column_sums() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """(Gradient, exact sum) of sums of rows, of numbers of either sign, so that little remains."""
+    generator = torch.Generator().manual_seed(0)
+    images, tokens, columns = 3, 333, 37
+    upstream = torch.randn(images, tokens, columns, generator=generator)
+    rows = upstream.double()
+    x = torch.zeros(images, tokens, columns)
+    token, pos = torch.zeros(columns, requires_grad=True), torch.zeros(tokens, columns, requires_grad=True)
+
+    found = {}
+    ids = torch.arange(tokens).expand(images, -1)
+    out = restore_tokens(x[:, :1], ids, token, pos, num_prefix=0, backend="cpu")
+    mask_token, positions = torch.autograd.grad(out, (token, pos), upstream)
+    found["mask token of restore_tokens"] = mask_token, rows[:, 1:].sum((0, 1))
+    found["positions of restore_tokens"] = positions, rows.sum(0)
+
+    kept = x[:, :1].clone().requires_grad_()
+    out = restore_tokens(kept, torch.zeros_like(ids), token, backend="cpu")
+    found["one token restored everywhere"] = torch.autograd.grad(out, kept, upstream)[0], rows.sum(1, keepdim=True)
+
+    out = fill_mask_tokens(x, torch.ones(images, tokens, dtype=torch.bool), token, backend="cpu")
+    found["mask token of fill_mask_tokens"] = torch.autograd.grad(out, token, upstream)[0], rows.sum((0, 1))
+
+    one, prefix = x[:, :1].clone().requires_grad_(), torch.zeros(1, columns, requires_grad=True)
+    out = gather_tokens(one, torch.zeros(images, tokens - 1, dtype=torch.int64), prefix=prefix, backend="cpu")
+    dx, dprefix = torch.autograd.grad(out, (one, prefix), upstream)
+    found["one token gathered everywhere"] = dx, rows[:, 1:].sum(1, keepdim=True)
+    found["prefix of gather_tokens"] = dprefix, rows[:, :1].sum(0)
+
+    picture = torch.zeros(images, 1, 1, columns, requires_grad=True)
+    out = patchify_gather(picture, torch.zeros_like(ids), patch_size=(1, columns), backend="cpu")
+    (dpicture,) = torch.autograd.grad(out, picture, upstream)
+    found["one patch gathered everywhere"] = dpicture.reshape(images, columns), rows.sum(1)
+
+    bias = torch.full((columns,), 64.0, requires_grad=True)  # where the slope is 1
+    found["bias of bias_gelu"] = (
+        torch.autograd.grad(bias_gelu(x, bias, backend="cpu"), bias, upstream)[0],
+        rows.sum((0, 1)),
+    )
+    return found
+
+
 ON_AN_ISA = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -70,3 +123,18 @@ assert not wrong, wrong
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
 def test_sums_over_thousands_of_tokens_are_exact_to_a_few_roundings(isa):
     on_an_isa(isa, ON_AN_ISA)
+
+
+COLUMNS_ON_AN_ISA = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_long_sums import column_sums
+found = [(name, *pair) for name, pair in column_sums().items()]
+wrong = {name: (made - exact).abs().max().item() for name, made, exact in found if not torch.equal(made, exact.float())}
+assert not wrong, wrong
+"""
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+def test_sums_of_rows_are_rounded_once(isa):
+    on_an_isa(isa, COLUMNS_ON_AN_ISA)
