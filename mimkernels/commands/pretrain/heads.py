@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mimkernels.commands.pretrain.config import PretrainConfig
-from mimkernels.engine import checkpoint as files
+from mimkernels.engine import files
 from mimkernels.heads import HeadStatistics, parse_regularizers, plot_overview, regularization_loss
 from mimkernels.heads.presets import QUANTITIES
 from mimkernels.ops.attention.spec import STATISTICS

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from mimkernels.commands.pretrain.config import PretrainConfig
-from mimkernels.engine.checkpoint import write_text
 from mimkernels.engine.figures import loss_curve, png_address
+from mimkernels.engine.files import write_text
 from mimkernels.engine.progress import count, duration
 
 _PICTURE_WIDTH = 128  # pixels on the page that a small picture is enlarged to, at least

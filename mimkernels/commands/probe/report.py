@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mimkernels.commands.pretrain.report import page
 from mimkernels.commands.probe.config import ProbeConfig
-from mimkernels.engine.checkpoint import write_text
 from mimkernels.engine.figures import ACCENT, CHART, INK, LINE, png_address, svg
+from mimkernels.engine.files import write_text
 from mimkernels.engine.progress import duration, printable
 
 if TYPE_CHECKING:

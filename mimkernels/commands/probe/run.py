@@ -12,7 +12,6 @@ from typing import Any, TextIO
 
 import torch
 
-from mimkernels.commands.pretrain.run import start_accelerator, versions
 from mimkernels.commands.probe.config import PoolingChoice, ProbeConfig, parse_poolings
 from mimkernels.commands.probe.data import ProbeImages, collate_probe, open_split
 from mimkernels.commands.probe.encoder import load_encoder
@@ -30,8 +29,10 @@ from mimkernels.commands.probe.train import (
 )
 from mimkernels.data.batches import Augmentation, BatchPlan, make_loader
 from mimkernels.data.sources import DigitsSource
-from mimkernels.engine import checkpoint as files
-from mimkernels.engine.errors import DataError, TrainingError
+from mimkernels.engine import files
+from mimkernels.engine.checkpoint import are_tensors
+from mimkernels.engine.environment import start_accelerator, versions
+from mimkernels.engine.errors import TrainingError
 from mimkernels.engine.hardware import default_workers, device_name
 from mimkernels.engine.lock import folder_lock
 from mimkernels.engine.progress import Progress, duration
@@ -199,7 +200,7 @@ class ProbeRun:
             progress.note(f"encoded {len(train.images) + len(test.images):,} images once; "
                           f"{size / 2**20:,.0f} MiB of tokens in memory")  # fmt: skip
         if len(train.images) < config.batch_size:
-            raise DataError(
+            raise TrainingError(
                 f"{len(train.images)} of {len(split.train)} training images can be read, fewer than batch_size "
                 f"{config.batch_size}: mend the files or lower --batch-size"
             )
@@ -264,7 +265,7 @@ class ProbeRun:
         with_attention = self.config.augment and any(p.pooling.needs_cls_attention for p in self.probes.values())
         for batch in loader:
             if len(batch.positions) < 2:  # the classifier normalises batches
-                raise DataError(
+                raise TrainingError(
                     f"{len(batch.positions)} of a batch's {self.config.batch_size} images can be read, 2 are needed; "
                     f"the first that cannot: {batch.broken[0][1]}"
                 )
@@ -390,7 +391,7 @@ class ProbeRun:
     def _weights(self, label: str) -> dict[str, torch.Tensor]:
         path = self._weights_path(label)
         content = read_file(path)
-        if not isinstance(content, dict) or not files.are_tensors(content.get("probe")):
+        if not isinstance(content, dict) or not are_tensors(content.get("probe")):
             raise ValueError(f"{str(path)!r} holds no weights of a probe")
         return content["probe"]
 
