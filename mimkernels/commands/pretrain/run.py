@@ -50,6 +50,7 @@ class RunResult:
     stopped_by: int  # number of the signal that ended it early, 0 if it went to its end
     broken_images: int
     report: Path | None = None
+    content: Report | None = None  # what the report shows
 
 
 def pretrain(
@@ -175,7 +176,7 @@ class Run:
             workers=self._workers(),
             about=self._about(),
         )
-        report = None
+        report = content = None
         try:
             trainer.train()
             if trainer.stopped_by:
@@ -188,7 +189,8 @@ class Run:
                         facts["Broken"] = (
                             f"{len(trainer.broken)} image files could not be read; others took their place"
                         )
-                    report = self._finish(weights, history, facts)
+                    content = self._finish(weights, history, facts)
+                    report = write_report(self.output / "report.html", content)
                     progress.note(f"{config.epochs} epochs in {duration(trainer.seconds)}; report: {report}")
             accelerator.wait_for_everyone()
         except torch.OutOfMemoryError as e:
@@ -201,7 +203,7 @@ class Run:
                 history.close()
             accelerator.free_memory()
         return RunResult(
-            self.output, trainer.step, trainer.total_steps, trainer.stopped_by, len(trainer.broken), report
+            self.output, trainer.step, trainer.total_steps, trainer.stopped_by, len(trainer.broken), report, content
         )
 
     def _prepare(self) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
@@ -292,8 +294,8 @@ class Run:
             return 0  # they are in memory, and a worker would take a core from the training threads
         return default_workers(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
-    def _finish(self, weights: dict[str, Any], history: History, facts: dict[str, str]) -> Path:
-        """Exported weights, held-out loss, pictures and the report; on the first process, with an unwrapped model."""
+    def _finish(self, weights: dict[str, Any], history: History, facts: dict[str, str]) -> Report:
+        """Export the weights and gather what the report shows; on the first process, with an unwrapped model."""
         config, device = self.config, self.accelerator.device
         model = build_model(config.to_dict())
         model.load_state_dict(weights)
@@ -308,20 +310,17 @@ class Run:
             batch, _ = picture_batch(held_out or self.source, self.augmentation, config.pictures)
             if len(batch):
                 pictures = tuple(part.cpu() for part in model.reconstruct(batch.to(device), seed=config.seed))
-        return write_report(
-            self.output / "report.html",
-            Report(
-                config=config,
-                facts=facts,
-                entries=history.entries,
-                heads=history.heads.picture(),
-                steps_per_epoch=self.plan.steps_per_epoch,
-                pictures=pictures,
-                pictures_are_new=held_out is not None,
-                held_out_loss=held_out_loss,
-                versions=versions(),
-                backends=_backends(device, self.precision),
-            ),
+        return Report(
+            config=config,
+            run_facts=facts,
+            entries=history.entries,
+            heads=history.heads.picture(),
+            steps_per_epoch=self.plan.steps_per_epoch,
+            pictures=pictures,
+            pictures_are_new=held_out is not None,
+            held_out_loss=held_out_loss,
+            versions=versions(),
+            backends=_backends(device, self.precision),
         )
 
 
