@@ -5,34 +5,10 @@ import torch
 
 from mimkernels.engine import files
 from mimkernels.engine.checkpoint import CheckpointFolder, load
-from mimkernels.engine.files import atomic_file
 
 
 def content(step: int) -> dict:
     return {"format": 1, "step": step, "optimizer": {}, "model": {"w": torch.full((3,), float(step))}, "config": {}}
-
-
-def test_a_crash_while_writing_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file.pt"
-    files.save(path, content(1))
-    before = path.read_bytes()
-
-    def crash(value, file):
-        file.write(b"half of it")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        files.save(path, content(2), writer=crash)
-    assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == ["file.pt"]
-
-
-def test_the_name_appears_only_once_the_content_is_whole(tmp_path):
-    path = tmp_path / "file"
-    with atomic_file(path) as file:
-        file.write(b"all")
-        assert not path.exists()
-    assert path.read_bytes() == b"all"
 
 
 def test_the_newest_are_kept_and_the_final_one(tmp_path):
