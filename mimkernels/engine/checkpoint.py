@@ -20,13 +20,13 @@ _NAME = re.compile(r"^step-(\d+)\.pt$")
 class Newest(NamedTuple):
     """The newest whole checkpoint of a folder."""
 
-    path: Path | None  # None where the folder has no checkpoint at all
+    path: Path | None  # None if the folder has no checkpoint at all
     content: dict[str, Any]
-    damaged: dict[Path, str]  # newer ones, and what is wrong with them
+    damaged: dict[Path, str]  # newer ones that are damaged, and how
 
 
 class CheckpointFolder:
-    """``step-XXXXXXXX.pt`` files of one run, the newest ``keep`` of them, besides ``final.pt``."""
+    """The checkpoints of one run: ``step-XXXXXXXX.pt``, of which the newest ``keep`` are kept, and ``final.pt``."""
 
     def __init__(self, folder: str | Path, keep: int) -> None:
         self.folder = Path(folder)
@@ -57,7 +57,7 @@ class CheckpointFolder:
         """Read the newest checkpoint that is whole.
 
         Raises:
-            ValueError: there are checkpoints but all are damaged, or the newest whole one is not of this trainer.
+            ValueError: there are checkpoints but all are damaged, or the newest whole one is of another program.
         """
         damaged: dict[Path, str] = {}
         for path in self.newest_first():
@@ -74,15 +74,15 @@ class CheckpointFolder:
     def save(self, content: dict[str, Any], *, final: bool = False) -> Path:
         path = self.final if final else self.path(content["step"])
         files.save(path, content)
-        # Only after the new one is on the disk: at no moment is there none.
+        # Only after the new one is on the disk, so that there is a whole one at every moment.
         for step in self.steps()[: -self.keep]:
             self.path(step).unlink(missing_ok=True)
         return path
 
     def reopen(self, step: int, damaged: Iterable[Path] = ()) -> None:
-        """Training goes on from `step`: the final checkpoint becomes one of the others, `damaged` ones are renamed.
+        """Prepare to train on from `step`: rename the final checkpoint to its step, and `damaged` ones out of the way.
 
-        So ``latest`` stays right, and no damaged checkpoint outlives a whole one as the newer of the two.
+        ``latest`` then stays right, and a damaged checkpoint never stands for a newer one than the whole ones.
         """
         for path in damaged:
             os.replace(path, path.with_name(path.name + ".damaged"))
@@ -98,7 +98,7 @@ def find(resume: str, output: str) -> Newest:
     """The checkpoint that ``--resume`` means: the newest whole one of a run folder, or the file itself.
 
     Raises:
-        ValueError: there is no such file, or it is damaged (names a whole one beside it), or not of this trainer.
+        ValueError: there is no such file, or it is damaged (names a whole one beside it), or of another program.
     """
     folder = Path(output if resume == "auto" else resume)
     if resume == "auto" or folder.is_dir():
@@ -107,10 +107,10 @@ def find(resume: str, output: str) -> Newest:
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of this trainer onto the CPU; no code in it is ever run.
+    """Read a checkpoint of `mimkernels pretrain` onto the CPU; no code in it is ever run.
 
     Raises:
-        ValueError: there is none, it is damaged (names the newest whole one beside it), or not of this trainer.
+        ValueError: there is none, it is damaged (names the newest whole one beside it), or of another program.
     """
     path = Path(path)
     if not path.is_file():
@@ -152,14 +152,15 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def is_checkpoint(content: Any) -> bool:
-    """Whether it claims to be a checkpoint of this trainer; ``check_content`` tells whether it is one."""
+    """Whether a file's content has the keys of a checkpoint of the trainer; ``check_content`` checks their values."""
     return isinstance(content, dict) and {"format", "step", "optimizer", "config"} <= content.keys()
 
 
 def check_content(content: dict[str, Any], where: str) -> None:
-    """Everything that is later taken from a checkpoint, by kind; ValueError names what is wrong.
+    """Check the type of everything that is later taken from a checkpoint; ValueError names what is wrong.
 
-    Whether names and shapes are those of the model to be trained is ``state.check_fits``.
+    Names and shapes are compared with the model by ``state.check_fits``, and the settings in ``config`` are checked by
+    the command that reads them.
     """
     if content.get("format") != FORMAT:
         raise ValueError(
@@ -181,7 +182,7 @@ def _is_count(value: Any) -> bool:
 
 
 def are_tensors(value: Any) -> bool:
-    """Whether it is a dict of tensors, and not empty."""
+    """Whether `value` is a dict of tensors, and not empty."""
     return isinstance(value, dict) and bool(value) and all(isinstance(item, torch.Tensor) for item in value.values())
 
 

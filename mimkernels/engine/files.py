@@ -33,20 +33,20 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     except BaseException as e:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
-        refused = _system_error(e) if isinstance(e, Exception) else None
-        if refused is not None:
-            raise OSError(refused.errno, refused.strerror, str(path)) from e
+        system_error = _system_error(e) if isinstance(e, Exception) else None
+        if system_error is not None:
+            raise OSError(system_error.errno, system_error.strerror, str(path)) from e
         raise
     _sync_folder(path.parent)
 
 
 def _system_error(error: BaseException) -> OSError | None:
-    """What the system said of a write, such as that the disk is full; torch hides it behind an error of its own."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno is not None:
-            return seen
-        seen = seen.__cause__ or seen.__context__
+    """The system's error behind `error`, such as a full disk, which torch wraps in an error of its own."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return cause
+        cause = cause.__cause__ or cause.__context__
     return None
 
 
@@ -67,7 +67,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def refusal(error: OSError, folder: Path) -> str:
-    """What the system refused and where, in a few words; `folder` where it does not say."""
+    """A line that says what the system refused and for which file; for `folder` if it names none."""
     return f"{error.strerror or error}: {str(error.filename or folder)!r}"
 
 
@@ -85,26 +85,27 @@ def check_writable(folder: Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """UTF-8; bytes of a path that were none, surrogates to Python, are written as it shows them: ``\\udce9``."""
+    """Write UTF-8. Bytes of a path that are not UTF-8, surrogates in Python, are written escaped: ``\\udce9``."""
     with atomic_file(path) as file:
         file.write(text.encode(errors="backslashreplace"))
 
 
 def save(path: str | Path, content: dict[str, Any], writer: Callable[[Any, BinaryIO], None] = torch.save) -> None:
+    """Write tensors and plain values, as ``torch.load`` reads them."""
     with atomic_file(path) as file:
         writer(content, file)
 
 
 def read_entries(path: Path, fits: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-    """Entries with a step, one JSON object a line, that are as `fits` wants them.
+    """Log entries of a file: one JSON object a line, with a step, that `fits` accepts.
 
-    Half of a last line, as a crash leaves it, is left out; so are other lines, with a warning.
+    A last line that a crash cut short is skipped; other lines that are no entries are skipped with a warning.
     """
     entries: list[dict[str, Any]] = []
     if not path.is_file():
         return entries
     lines = path.read_text(errors="replace").splitlines()
-    strange = []
+    skipped = []
     for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
@@ -113,15 +114,15 @@ def read_entries(path: Path, fits: Callable[[dict[str, Any]], bool]) -> list[dic
         if isinstance(entry, dict) and is_of_type(entry.get("step"), int) and fits(entry):
             entries.append(entry)
         elif entry is not None or number < len(lines):
-            strange.append(number)
-    if strange:
-        more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
-        warnings.warn(f"{str(path)!r}: line {strange[0]}{more} is no entry of a run, left out", stacklevel=2)
+            skipped.append(number)
+    if skipped:
+        more = f" and {len(skipped) - 1} more" if len(skipped) > 1 else ""
+        warnings.warn(f"{str(path)!r}: line {skipped[0]}{more} is no entry of a run, left out", stacklevel=2)
     return entries
 
 
 def sweep(*folders: Path) -> None:
-    """Remove what writers that were killed left in `folders`. Only for who holds the run's lock."""
+    """Remove the temporary files that killed writers left in `folders`. The caller holds the run's lock."""
     for folder in folders:
         for path in folder.glob(".*.tmp"):
             if _TEMPORARY.match(path.name):

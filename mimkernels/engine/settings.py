@@ -14,11 +14,12 @@ DEVICES = ("auto", "cpu", "cuda")
 
 
 def setting(default: Any, help: str, group: str, **extra: Any) -> Any:
+    """A field of ``Settings``, with what its command-line option shows."""
     return field(default=default, metadata={"help": help, "group": group, **extra})
 
 
 class Settings:
-    """What every dataclass of settings can do."""
+    """Base of dataclasses of settings: saved as JSON, read back with checks."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -61,6 +62,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 
 def require(condition: bool, name: str, value: Any, wanted: str) -> None:
+    """Raise ValueError that names the setting, what it must be and what it is, unless `condition` holds."""
     if not condition:
         raise ValueError(f"{name} must be {wanted}, got {value}")
 

@@ -101,7 +101,7 @@ class Run:
             self._held = held.pop_all()
 
     def _check(self, resume: str | None, overwrite: bool, stream: TextIO | None) -> None:
-        """Everything that can be wrong before training begins."""
+        """Check everything that can be wrong before training begins."""
         config = self.config
         start = find_start(config, self.checkpoints, resume, overwrite)
         self.start = start.content if start.path else None
@@ -146,10 +146,10 @@ class Run:
                 return self._execute()
             except OSError as e:
                 newest = self.checkpoints.latest()
-                kept = (
+                remedy = (
                     f"--output {self.output} --resume goes on from {newest}" if newest else "nothing had been saved yet"
                 )
-                raise TrainingError(f"{files.refusal(e, self.output)}; {kept}") from e
+                raise TrainingError(f"{files.refusal(e, self.output)}; {remedy}") from e
 
     def _execute(self) -> RunResult:
         config, accelerator, progress = self.config, self.accelerator, self.progress
@@ -207,7 +207,7 @@ class Run:
         )
 
     def _prepare(self) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-        """Optimizer made, both wrapped for the processes there are, checkpoint loaded."""
+        """Build the optimizer, wrap it and the model for the processes there are, load the checkpoint."""
         _name_sharded_blocks(self.accelerator, self.model)
         if self.config.compile:
             self.model.compile()
@@ -255,12 +255,12 @@ class Run:
         config, plan = self.config, self.plan
         parameters = sum(p.numel() for p in self.model.parameters())
         processes = self.accelerator.num_processes
-        own = {**({"patch_size": config.patch_size} if config.patch_size else {}), **config.model_kwargs}
+        arguments = {**({"patch_size": config.patch_size} if config.patch_size else {}), **config.model_kwargs}
         return {
             "Model": ", ".join(
                 [
                     config.model,
-                    *(f"{k} {v}" for k, v in own.items()),
+                    *(f"{k} {v}" for k, v in arguments.items()),
                     f"{parameters / 1e6:.2g} M parameters with decoder",
                 ]
             ),

@@ -59,10 +59,10 @@ class Extractor:
         began = time.perf_counter()
         images = images.to(self.accelerator.device, non_blocking=True)
         with self.accelerator.autocast():
-            made = self.encoder(images, with_attention)
+            encoded = self.encoder(images, with_attention)
         self.encoded += len(images)
         self.seconds += time.perf_counter() - began
-        return Encoded(positions, targets.to(images.device), made.tokens, made.cls_attention, {})
+        return Encoded(positions, targets.to(images.device), encoded.tokens, encoded.cls_attention, {})
 
     def batches(self, images: ProbeImages, what: str, with_attention: bool) -> Iterator[Encoded]:
         """Every readable image once, in order; TrainingError if there is none."""
@@ -106,10 +106,9 @@ class Extractor:
                     tokens = torch.empty(len(images), *batch.tokens.shape[1:])
                 tokens[filled : filled + len(batch.tokens)] = batch.tokens.cpu()
                 filled += len(batch.tokens)
-        kept = torch.cat(positions)
+        readable_positions = torch.cat(positions)
         every = set(range(len(images)))
-        readable = (
-            images.images.without(sorted(every - set(kept.tolist()))) if len(kept) < len(images) else images.images
-        )
+        broken = sorted(every - set(readable_positions.tolist()))
+        readable = images.images.without(broken) if broken else images.images
         vectors = {label: torch.cat(parts) for label, parts in pooled.items()}
         return Features(readable, vectors, None if tokens is None else tokens[:filled])

@@ -107,7 +107,7 @@ class ProbeRun:
             self._held = held.pop_all()
 
     def _check(self) -> None:
-        """Everything that can be wrong before training begins."""
+        """Check everything that can be wrong before training begins."""
         config = self.config
         self.accelerator, self.precision, self.precision_reason = start_accelerator(config.device, config.precision)
         self.encoder = load_encoder(config)
@@ -256,9 +256,9 @@ class ProbeRun:
                     f"the first that cannot: {batch.broken[0][1]}"
                 )
             targets = train.images.targets[batch.positions]
-            made = self.extractor.encode(batch.images, batch.positions, targets, with_attention)
-            pooled = {} if self.config.augment else train.batch(batch.positions, made.tokens.device).pooled
-            yield made._replace(pooled=pooled)
+            encoded = self.extractor.encode(batch.images, batch.positions, targets, with_attention)
+            pooled = {} if self.config.augment else train.batch(batch.positions, encoded.tokens.device).pooled
+            yield encoded._replace(pooled=pooled)
 
     def _test(self, trained: list[Trained], train: Features, test: Features) -> None:
         """Accuracies of what has been trained; saved, with the weights, before anything else is done."""
@@ -267,10 +267,10 @@ class ProbeRun:
         ready = {label: probe for label, probe in probes.items() if label in test.pooled or test.tokens is not None}
         positions = torch.arange(len(test.images)).split(size)
         measured = accuracies(ready, (test.batch(part, device) for part in positions))
-        rest = {label: probe for label, probe in probes.items() if label not in ready}
-        if rest:
+        without_features = {label: probe for label, probe in probes.items() if label not in ready}
+        if without_features:
             batches = self.extractor.batches(self._images("test"), "encoding test images", False)
-            measured |= accuracies(rest, batches)
+            measured |= accuracies(without_features, batches)
         for one in trained:
             label = one.label
             vectors = (train.pooled.get(label), train.images.targets, test.pooled.get(label), test.images.targets)
@@ -450,13 +450,13 @@ class ProbeRun:
         device = self.accelerator.device
         images = torch.stack([image for image, _ in chosen])
         with self.accelerator.autocast():
-            made = self.encoder(images.to(device), any(p.pooling.needs_cls_attention for p in weighing.values()))
+            encoded = self.encoder(images.to(device), any(p.pooling.needs_cls_attention for p in weighing.values()))
         weights = {}
         for label, probe in weighing.items():
             probe.load_state_dict(self._weights(label))
             probe.to(device).eval()
             with torch.no_grad():
-                _, rows = probe.pooling(made.tokens, cls_attention=made.cls_attention, return_weights=True)
+                _, rows = probe.pooling(encoded.tokens, cls_attention=encoded.cls_attention, return_weights=True)
             weights[label] = rows[:, :, self.encoder.num_prefix :].unflatten(2, self.encoder.grid).cpu()
         names = [self.split.classes[int(self.split.test.targets[position])] for _, position in chosen]
         return ProbePictures(images, names, weights)
