@@ -42,13 +42,22 @@ class Settings:
     @classmethod
     def load(cls, path: str | Path) -> typing.Self:
         """From a file that ``to_json`` filled; ValueError names the file and what is wrong with it."""
+        values = read_settings(path)
         try:
-            values = json.loads(Path(path).read_text())
-            if not isinstance(values, dict):
-                raise ValueError(f"expected an object, found {type(values).__name__}")
             return cls.from_dict(values)
-        except ValueError as e:  # of JSON and of UTF-8 as well
+        except ValueError as e:
             raise ValueError(f"{str(path)!r} does not hold settings: {e}") from e
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The settings in a file, whichever command's they are; ValueError names the file and what is wrong with it."""
+    try:
+        values = json.loads(Path(path).read_text())
+        if not isinstance(values, dict):
+            raise ValueError(f"expected an object, found {type(values).__name__}")
+    except ValueError as e:  # of JSON and of UTF-8 as well
+        raise ValueError(f"{str(path)!r} does not hold settings: {e}") from e
+    return values
 
 
 def require(condition: bool, name: str, value: Any, wanted: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mimkernels.commands.probe.data import LabelledImages, ProbeImages, in_order
 from mimkernels.commands.probe.encoder import FrozenEncoder
-from mimkernels.engine.errors import DataError
+from mimkernels.engine.errors import TrainingError
 from mimkernels.engine.progress import Progress, count, duration
 from mimkernels.nn import Pooling
 
@@ -65,7 +65,7 @@ class Extractor:
         return Encoded(positions, targets.to(images.device), made.tokens, made.cls_attention, {})
 
     def batches(self, images: ProbeImages, what: str, with_attention: bool) -> Iterator[Encoded]:
-        """Every readable image once, in order; DataError if there is none."""
+        """Every readable image once, in order; TrainingError if there is none."""
         loader = in_order(images, self.batch_size, self.workers, self.accelerator.device.type == "cuda")
         began = noted = time.perf_counter()
         done, read = 0, 0
@@ -86,7 +86,7 @@ class Extractor:
             position, reason = broken[0]
             text = f"{len(broken)} of {len(images)} images cannot be read, such as {images.images.label(position)}: "
             if not read:
-                raise DataError(text + reason)
+                raise TrainingError(text + reason)
             warnings.warn(f"{text}{reason}; they are left out", stacklevel=2)
 
     def features(self, images: ProbeImages, poolings: dict[str, Pooling], keep_tokens: bool, what: str) -> Features:
