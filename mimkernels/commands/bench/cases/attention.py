@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import mimkernels as mk
-from mimkernels.commands.bench.harness import Benchmark, runs
+from mimkernels.commands.bench.timing import Benchmark, runs
 from mimkernels.ops.attention.spec import STATISTICS
 
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import mimkernels
-from mimkernels.commands.bench.harness import Benchmark
-from mimkernels.commands.bench.step import Step, autocast, training
+from mimkernels.commands.bench.cases.step import Step, autocast, training
+from mimkernels.commands.bench.timing import Benchmark
 
 
 def model_cases(step: Step) -> Iterator[Benchmark]:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 import mimkernels as mk
-from mimkernels.commands.bench.gathering import Size, same
-from mimkernels.commands.bench.harness import Benchmark
+from mimkernels.commands.bench.cases.gathering import Size, same
+from mimkernels.commands.bench.timing import Benchmark
 
 QUERIES = 32  # of efficient probing
 KINDS = ("mean", "max", "gem")

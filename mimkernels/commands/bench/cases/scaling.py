@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from mimkernels.commands.bench import attention, gathering, pooling
-from mimkernels.commands.bench.gathering import Size
-from mimkernels.commands.bench.harness import Benchmark
+from mimkernels.commands.bench.cases import attention, gathering, pooling
+from mimkernels.commands.bench.cases.gathering import Size
+from mimkernels.commands.bench.timing import Benchmark
 
 BATCHES = (8, 16, 32, 64, 128, 256)
 IMAGES = 256  # taken in batches of each size: more than caches hold, and the same work for every size

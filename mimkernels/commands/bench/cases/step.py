@@ -17,10 +17,10 @@ from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimkernels.commands.bench.attention import plain_statistics
-from mimkernels.commands.bench.gathering import published_loss, published_random_masking
-from mimkernels.commands.bench.harness import Benchmark
-from mimkernels.commands.bench.loading import MEAN, STD, Pictures
+from mimkernels.commands.bench.cases.attention import plain_statistics
+from mimkernels.commands.bench.cases.gathering import published_loss, published_random_masking
+from mimkernels.commands.bench.cases.loading import MEAN, STD, Pictures
+from mimkernels.commands.bench.timing import Benchmark
 from mimkernels.engine.hardware import default_workers
 from mimkernels.models import MAE
 from mimkernels.ops.attention.spec import STATISTICS
