@@ -38,11 +38,11 @@ sanitize: $(BUILT) ## run the CUDA kernels on the host under AddressSanitizer
 	-k "red_zones or (cuda-emulated and oracle and not length-1025)" $(ARGS)
 
 bench: $(BUILT) ## time the ops against plain PyTorch
-	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/mimkernels bench run $(ARGS)
 
 # Not through the environment above: a machine with a GPU often has its own torch, and no way to install another.
 gpu: ## on a machine with an NVIDIA GPU: build, test, sanitize, time (PYTHON=... with torch; ARGS=--dry-run without GPU)
-	$(PYTHON) -m benchmarks.gpu $(ARGS)
+	$(PYTHON) -m benchmarks gpu $(ARGS)
 
 lint: $(LINTERS) ## check style
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Everything that a machine with an NVIDIA GPU can show, in one go: ``make gpu`` (or ``python -m benchmarks.gpu``).
+"""Builds, tests, sanitizes and times on an NVIDIA GPU: ``python -m benchmarks gpu`` (``make gpu``).
 
 Builds the libraries in place, runs the contract tests on the device and every kernel once under compute-sanitizer, and
 times every benchmark case, Triton against CUDA C++. Nothing is installed: torch, triton, numpy, pytest, cmake and ninja
@@ -54,9 +54,9 @@ def steps(output: Path) -> list[Step]:
         Step("tests", tests, 150),
     ]
     for tool in SANITIZERS:
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", python, "-m", "benchmarks.gpu"]
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", python, "-m", "benchmarks", "gpu"]
         found.append(Step(f"sanitizer-{tool}", [*command, "--kernels-once"], 40))
-    bench = [python, "-m", "benchmarks", "--seconds", "0.5", "--no-compile", "--output", str(output)]
+    bench = [python, "-m", "mimkernels", "bench", "run", "--seconds", "0.5", "--no-compile", "--output", str(output)]
     groups = ["--group", "gathering", "pooling", "mlp", "attention"]
     found.append(Step("benchmarks", [*bench, "--backends", *groups, "--dtype", *DTYPES], 90))
     step = ["--group", "calls", "step", "--model", "vit_base_patch16_224", "--compile-step", "--dtype", "bfloat16"]
@@ -182,9 +182,9 @@ def _collected() -> str:
 def _listed() -> str:
     import torch
 
-    from mimkernels.commands.bench.attention import attention_cases
-    from mimkernels.commands.bench.gathering import Size, gathering_cases
-    from mimkernels.commands.bench.pooling import pooling_cases
+    from mimkernels.commands.bench.cases.attention import attention_cases
+    from mimkernels.commands.bench.cases.gathering import Size, gathering_cases
+    from mimkernels.commands.bench.cases.pooling import pooling_cases
 
     names = [
         case.name
@@ -244,7 +244,3 @@ def _architecture_argument() -> str:
     major, minor = torch.cuda.get_device_capability()
     name = f"{major}{minor}" + ("a" if major == 9 else "")
     return f"-DMIMKERNELS_CUDA_ARCHITECTURES={name}-real"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,7 @@
-"""Every family of timm with and without ``accelerate``: equality, captured statistics, time; writes docs/TIMM.md.
+"""Compares timm's families with and without ``accelerate``.
 
-``python -m benchmarks.timm_sweep`` takes some minutes on one core; with ``--only swin_transformer beit`` it
+Outputs, gradients, captured statistics and times of one model or more of each family; writes docs/TIMM.md.
+``python -m benchmarks timm-sweep`` takes some minutes on one core; with ``--only swin_transformer beit`` it
 takes those families and writes nothing.
 """
 
@@ -30,7 +31,7 @@ from mimkernels.heads import capture
 from mimkernels.integrations._reroute import calls_sdpa
 from mimkernels.integrations.timm import accelerate
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parent.parent
 JSON, TABLE = ROOT / "benchmarks" / "results" / "timm.json", ROOT / "docs" / "TIMM.md"
 
 
@@ -331,7 +332,7 @@ def table(rows: Sequence[Row], others: Sequence[tuple[str, str]], machine: str) 
     lines = [
         "# timm on mimkernels",
         "",
-        f"Written by `python -m benchmarks.timm_sweep` with timm {timm.__version__} and torch "
+        f"Written by `python -m benchmarks timm-sweep` with timm {timm.__version__} and torch "
         f"{torch.__version__.partition('+')[0]} on {machine}. One row for each family of timm that calls",
         "`F.scaled_dot_product_attention` and for each class that does, with random weights, before and after",
         "`mimkernels.accelerate(model)`.",
@@ -360,11 +361,11 @@ def table(rows: Sequence[Row], others: Sequence[tuple[str, str]], machine: str) 
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.timm_sweep", description=__doc__)
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="FAMILY", help="these families; writes nothing")
     parser.add_argument("--seconds", type=float, default=4.0, help="CPU time for timing each model; 0: no timing")
-    asked = parser.parse_args(arguments)
+    asked = parser.parse_args()
     rows = []
     for family, variants in FAMILIES.items():
         if asked.only and family not in asked.only:
@@ -391,7 +392,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if wrong:
         print(f"wrong: {', '.join(wrong)}", file=sys.stderr)
     return 1 if wrong else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

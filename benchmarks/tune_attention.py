@@ -1,7 +1,9 @@
-"""Times block sizes of the Triton attention kernels on this GPU and writes the fastest into the committed table.
+"""Tunes block sizes of the Triton attention kernels.
 
-    python -m benchmarks.tune_attention                        # everything; the better part of an hour
-    python -m benchmarks.tune_attention --kernels forward --tokens 64 256 --statistics no
+They are timed on this GPU, and the fastest are written into the committed table.
+
+    python -m benchmarks tune-attention                        # everything; the better part of an hour
+    python -m benchmarks tune-attention --kernels forward --tokens 64 256 --statistics no
 
 The table is written after each entry, so that a run may be cut short. Block sizes that spill registers in a forward
 kernel are left out. Where the two-kernel backward is faster than the fused one, the fused entry is removed.
@@ -193,7 +195,3 @@ def main() -> None:
                 continue
             tune((kernel, arch if precision == "half" else 0, precision, dim, length, extra))
             Path(triton_table.__file__).write_text(rendered(triton_table.TABLE))
-
-
-if __name__ == "__main__":
-    main()
