@@ -26,21 +26,21 @@ def _help(path: Path) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the tool that the first argument names with the other arguments; the exit status."""
-    found = tools()
-    width = max(map(len, found))
+    available = tools()
+    width = max(map(len, available))
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         usage="%(prog)s [-h] tool ...",
         description="The tools that need a checkout. The benchmarks themselves are run by `mimkernels bench`.",
-        epilog="tools:\n" + "\n".join(f"  {name:{width}}  {words}" for name, (_, words) in found.items()),
+        epilog="tools:\n" + "\n".join(f"  {name:{width}}  {words}" for name, (_, words) in available.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "tool", choices=found, metavar="tool", help="one of the tools below; `tool --help` shows its options"
+        "tool", choices=available, metavar="tool", help="one of the tools below; `tool --help` shows its options"
     )
     name = parser.parse_args(arguments[:1]).tool
     sys.argv = [f"{parser.prog} {name}", *arguments[1:]]
-    return importlib.import_module(f"benchmarks.{found[name][0]}").main() or 0
+    return importlib.import_module(f"benchmarks.{available[name][0]}").main() or 0
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def steps(output: Path) -> list[Step]:
     tests = [python, "-m", "pytest", "-q", "--no-header", "--maxfail=25", *TESTS, "-k", SELECTED]
     if _has("xdist"):
         tests += ["-n", str(min(8, os.cpu_count() or 1))]
-    found = [
+    planned = [
         Step(
             "build",
             [python, "setup.py", "-q", "build_native", "--inplace"],
@@ -55,14 +55,14 @@ def steps(output: Path) -> list[Step]:
     ]
     for tool in SANITIZERS:
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", python, "-m", "benchmarks", "gpu"]
-        found.append(Step(f"sanitizer-{tool}", [*command, "--kernels-once"], 40))
+        planned.append(Step(f"sanitizer-{tool}", [*command, "--kernels-once"], 40))
     bench = [python, "-m", "mimkernels", "bench", "run", "--seconds", "0.5", "--no-compile", "--output", str(output)]
     groups = ["--group", "gathering", "pooling", "mlp", "attention"]
-    found.append(Step("benchmarks", [*bench, "--backends", *groups, "--dtype", *DTYPES], 90))
+    planned.append(Step("benchmarks", [*bench, "--backends", *groups, "--dtype", *DTYPES], 90))
     step = ["--group", "calls", "step", "--model", "vit_base_patch16_224", "--compile-step", "--dtype", "bfloat16"]
-    found.append(Step("whole-step", [*bench, *step], 70))
-    assert sum(step.seconds for step in found) <= SECONDS
-    return found
+    planned.append(Step("whole-step", [*bench, *step], 70))
+    assert sum(step.seconds for step in planned) <= SECONDS
+    return planned
 
 
 def main() -> int:
@@ -175,8 +175,10 @@ def _succeeds(step: Step) -> str:
 
 def _collected() -> str:
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", *TESTS, "-k", SELECTED]
-    made = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return made.stdout.strip().splitlines()[-1]
+    collected = subprocess.run(
+        command, cwd=ROOT, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    return collected.stdout.strip().splitlines()[-1]
 
 
 def _listed() -> str:
@@ -196,8 +198,8 @@ def _listed() -> str:
 
 
 def _sanitizer() -> str:
-    found = shutil.which("compute-sanitizer")
-    return found or "compute-sanitizer is not on the PATH here (it comes with the CUDA toolkit)"
+    path = shutil.which("compute-sanitizer")
+    return path or "compute-sanitizer is not on the PATH here (it comes with the CUDA toolkit)"
 
 
 def kernel_cases() -> list:

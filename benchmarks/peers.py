@@ -87,10 +87,10 @@ def _outcome(case: ElementTree.Element) -> str:
 def files(peer: str, folder: Path) -> list[Path]:
     """The peer's test files that make Vision Transformers."""
     names = TIMM if peer == "timm" else [f"models/{name}/test_modeling_{name}.py" for name in TRANSFORMERS]
-    found = [folder / name for name in names if (folder / name).exists()]
-    if not found:
+    present = [folder / name for name in names if (folder / name).exists()]
+    if not present:
         raise FileNotFoundError(f"{folder} holds none of {', '.join(names)}: it is not the tests folder of {peer}")
-    return found
+    return present
 
 
 def lost_tests(peer: str, folder: Path, selected: str) -> list[str]:

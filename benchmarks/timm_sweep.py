@@ -158,7 +158,7 @@ FAMILIES: dict[str, tuple[Variant | LayerVariant, ...]] = {
 
 @dataclass
 class Row:
-    """What was found of one variant. Errors are relative to fp64, by norm; times are of forward passes."""
+    """The result of one variant. Errors are relative to fp64, by norm; times are of forward passes."""
 
     family: str
     model: str
@@ -274,8 +274,8 @@ def _with_fitting_batch_norms(model: nn.Module, x: Tensor) -> None:
 def _outputs_and_gradients(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     model.zero_grad()
     x = x.clone().requires_grad_()
-    made = model(x)
-    parts = [part.flatten(1) for part in (made if isinstance(made, (tuple, list)) else [made])]
+    outputs = model(x)
+    parts = [part.flatten(1) for part in (outputs if isinstance(outputs, (tuple, list)) else [outputs])]
     out = torch.cat(parts, dim=1)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
     (out * weights.to(out.dtype)).sum().backward()
@@ -283,8 +283,8 @@ def _outputs_and_gradients(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]
     return out.detach(), torch.cat([gradient.flatten() for gradient in gradients])
 
 
-def _errors(made: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    out, gradients = (((a.double() - b).norm() / b.norm()).item() for a, b in zip(made, exact, strict=True))
+def _errors(outputs: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    out, gradients = (((a.double() - b).norm() / b.norm()).item() for a, b in zip(outputs, exact, strict=True))
     return out, gradients
 
 
@@ -295,13 +295,13 @@ def _captured(model: nn.Module, x: Tensor) -> int:
             model(x)
     except RuntimeError:  # no layer could be captured
         return 0
-    found = 0
+    captured = 0
     for layer in heads.values():
         entropy = layer.stats["entropy"]
         most = math.log(layer.keys) + 1e-4
         whole = entropy.shape[1:] == (layer.heads, layer.queries)
-        found += whole and bool(((entropy >= -1e-4) & (entropy <= most)).all())
-    return found
+        captured += whole and bool(((entropy >= -1e-4) & (entropy <= most)).all())
+    return captured
 
 
 def _time_ratio(variant: Variant | LayerVariant, seconds: float) -> float:
@@ -383,8 +383,8 @@ def main() -> int:
     if not asked.only:
         machine = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
         JSON.parent.mkdir(exist_ok=True)
-        found = {"timm": timm.__version__, "torch": torch.__version__, "cpu": machine}
-        document = {**found, "families": [asdict(row) for row in rows], "others": dict(others)}
+        versions = {"timm": timm.__version__, "torch": torch.__version__, "cpu": machine}
+        document = {**versions, "families": [asdict(row) for row in rows], "others": dict(others)}
         JSON.write_text(json.dumps(document, indent=1) + "\n")
         TABLE.parent.mkdir(exist_ok=True)
         TABLE.write_text(table(rows, others, machine))

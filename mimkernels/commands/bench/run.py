@@ -90,8 +90,8 @@ def _step_line(timing: Timing) -> str:
         f"{images / timing.median['ours']:9.2f} {images / timing.median['plain']:9.2f}"
     ]
     if "compiled" in timing.median:
-        both = (images / timing.median[name] for name in ("ours, compiled", "compiled"))
-        lines.append("    under torch.compile {:.2f} images/s, the published code {:.2f}".format(*both))
+        rates = (images / timing.median[name] for name in ("ours, compiled", "compiled"))
+        lines.append("    under torch.compile {:.2f} images/s, the published code {:.2f}".format(*rates))
     for name, parts in timing.extra.get("breakdown_ms", {}).items():
         whole = sum(parts.values())
         shares = ", ".join(f"{kind} {ms:,.0f}" for kind, ms in parts.items())
@@ -211,8 +211,8 @@ def _device() -> str:
 
 
 def _by_backend(ours: Callable[[], object], device: str) -> dict[str, Callable[[], object]]:
-    """Ours on each kernel backend of the device that takes it."""
-    found = {}
+    """Our version on each kernel backend of the device that takes the inputs, by backend."""
+    versions = {}
     for name in ("triton", "cuda") if device == "cuda" else ("cpu",):
 
         def run(name: str = name) -> object:
@@ -223,8 +223,8 @@ def _by_backend(ours: Callable[[], object], device: str) -> dict[str, Callable[[
             run()
         except NotImplementedError:
             continue
-        found[name] = run
-    return found
+        versions[name] = run
+    return versions
 
 
 def _backend_times(timing: Timing) -> str:

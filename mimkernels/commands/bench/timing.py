@@ -190,14 +190,14 @@ def _captured(run: Callable[[], object]) -> Callable[[], object] | None:
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
-            made = run()
+            outputs = run()
     except RuntimeError:
         torch.cuda.synchronize()
         return None
 
     def replay() -> object:
         graph.replay()
-        return made  # kept: the graph writes there
+        return outputs  # kept alive: the graph writes there
 
     return replay
 

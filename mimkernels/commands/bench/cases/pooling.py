@@ -127,5 +127,5 @@ def differentiable_case(
     )
 
 
-def _parts(made: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return (made,) if isinstance(made, torch.Tensor) else made
+def _parts(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return (outputs,) if isinstance(outputs, torch.Tensor) else outputs

@@ -41,7 +41,7 @@ def scaling_cases(dtype: torch.dtype, device: str) -> Iterator[Benchmark]:
 
 
 def _in_batches(make: Callable[..., Benchmark], batch: int, dtype: torch.dtype, device: str) -> Benchmark:
-    """A case over ``IMAGES`` images, one batch after the other; each batch has inputs of its own."""
+    """A case over ``IMAGES`` images, batch after batch; no two batches share inputs."""
     cases = [make(Size(batch=batch), dtype, device) for _ in range(IMAGES // batch)]
 
     def all_of(version: str) -> Callable[[], None]:
