@@ -19,9 +19,9 @@ from mimkernels.commands.bench.timing import Timing
 from mimkernels.engine.files import write_text
 from mimkernels.ops import _native
 
-_CHECKOUT = Path(__file__).parents[3] / "benchmarks"
+_ROOT = Path(__file__).parents[3]
 #: Where results are written: in a checkout its own folder, elsewhere one in the current folder.
-RESULTS = (_CHECKOUT if _CHECKOUT.is_dir() else Path("benchmarks")) / "results"
+RESULTS = (_ROOT if (_ROOT / "CMakeLists.txt").is_file() else Path()) / "benchmarks" / "results"
 
 
 def machine(device: str) -> dict:
