@@ -1,7 +1,6 @@
 """What heads do: statistics over a data set with published settings, CKA, plots, and regularisers."""
 
 from mimkernels.heads.capture import capture
-from mimkernels.heads.captured import CapturedHeads, CapturedLayer
 from mimkernels.heads.cka import CKA, unbiased_hsic
 from mimkernels.heads.derived import (
     eps_patch_entropy,
@@ -22,6 +21,7 @@ from mimkernels.heads.presets import (
     patch_grid_positions,
     required_stats,
 )
+from mimkernels.heads.record import CapturedHeads, CapturedLayer
 from mimkernels.heads.regularizers import parse_regularizers, regularization_loss
 from mimkernels.heads.statistics import HeadStatistics
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mimkernels.heads.calls import Calls, Choice, LayerChoice, unwrapped
-from mimkernels.heads.captured import CapturedHeads, CapturedLayer
 from mimkernels.heads.fused import fused_attention, sharing, uncompiled
 from mimkernels.heads.layout import LAYOUT_FUNCTIONS, Layouts, described, shown_grid
 from mimkernels.heads.presets import PRESETS, QUANTITIES, Preset, patch_grid_positions, required_stats
+from mimkernels.heads.record import CapturedHeads, CapturedLayer
 from mimkernels.heads.statistics import HeadStatistics
 from mimkernels.nn.sdpa import (
     DIM_DIVISOR,
