@@ -1,82 +1,29 @@
-"""What ``capture`` gives: statistics by layer, as tables, pictures and plain data."""
+"""What was recorded of a model's heads, and ``record_heads`` for models whose attention is ours."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from mimkernels.heads.calls import named_parts, unwrapped
 from mimkernels.heads.plots import plot_heads, plot_overview
 from mimkernels.heads.statistics import HeadStatistics
+from mimkernels.nn.recorder import LayerHeads, LayerRecorder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["CapturedHeads", "CapturedLayer"]
+__all__ = ["LayerHeads", "RecordedHeads", "record_heads"]
 
 
-@dataclass
-class CapturedLayer:
-    """What one layer did.
+class RecordedHeads(Mapping[str, LayerHeads]):
+    """What heads did, by layer: a mapping of names to ``LayerHeads`` in their order, and statistics over all images.
 
-    Attributes:
-        name: the qualified name of the module that called attention; its second call in one forward pass is
-            ``name#1``, and so on.
-        index: the layer's number, in the order of calls.
-        heads, queries, keys: sizes of the last call.
-        num_prefix: leading keys that are no patches.
-        missing: quantities that this layer cannot have, with the reason.
-        notes: what to know about the numbers.
-    """
-
-    name: str
-    index: int
-    heads: int = 0
-    queries: int = 0
-    keys: int = 0
-    num_prefix: int = 0
-    missing: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    _rows: list[dict[str, Tensor]] = field(default_factory=list, repr=False)
-
-    @property
-    def stats(self) -> dict[str, Tensor]:
-        """Row statistics ``[B, H, Nq]`` fp32 by name, the images of all calls one after the other.
-
-        Empty with ``accumulate=True``.
-
-        Raises:
-            ValueError: calls had different numbers of heads or queries.
-        """
-        if len(self._rows) == 1:
-            return dict(self._rows[0])
-        made = {}
-        for name in dict.fromkeys(name for rows in self._rows for name in rows):
-            parts = [rows[name] for rows in self._rows if name in rows]
-            shapes = list(dict.fromkeys(tuple(part.shape[1:]) for part in parts))
-            if len(shapes) > 1:
-                raise ValueError(
-                    f"{self.name} ran with different numbers of heads and queries, {list(shapes[0])} and "
-                    f"{list(shapes[1])}: capture them one by one, or with accumulate=True"
-                )
-            made[name] = torch.cat(parts)
-        return made
-
-    def describe(self) -> dict:
-        """Everything but the numbers, as plain Python."""
-        names = ("index", "name", "heads", "queries", "keys", "num_prefix")
-        sizes = {name: getattr(self, name) for name in names}
-        return {**sizes, "missing": dict(self.missing), "notes": list(self.notes)}
-
-
-class CapturedHeads(Mapping[str, CapturedLayer]):
-    """The layers that were captured, by name, in the order of their calls; with their statistics over all images.
-
-    ``heads["blocks.0.attn"].stats["entropy"]`` is ``[B, H, N]``. Readable while capturing.
+    ``heads["blocks.0.attn"].stats["entropy"]`` is ``[B, H, N]``; ``heads[0]`` is the first layer. Readable as soon as
+    a layer has run. Statistics over images are those of ``capture``; ``record_heads`` keeps rows alone.
 
     Attributes:
         groups: the accumulated ``HeadStatistics``, one object for all layers that have the same quantities and the
@@ -84,18 +31,22 @@ class CapturedHeads(Mapping[str, CapturedLayer]):
         missed: modules that look like attention, ran, and were not seen, with the reason.
     """
 
-    def __init__(self) -> None:
-        self._layers: dict[str, CapturedLayer] = {}
+    def __init__(self, layers: Iterable[LayerHeads] = ()) -> None:
+        self._layers: dict[str, LayerHeads] = {layer.name: layer for layer in layers}
         self._groups: dict[tuple[tuple[str, ...], int], HeadStatistics] = {}
         self.missed: dict[str, str] = {}
 
-    def __getitem__(self, layer: str | int) -> CapturedLayer:
-        """A layer by its name, or by its place among the captured ones."""
+    def __getitem__(self, layer: str | int) -> LayerHeads:
+        """A layer by its name, or by its place among the recorded ones."""
         if isinstance(layer, int):
-            return list(self._layers.values())[layer]
-        if layer not in self._layers:
+            heads = list(self._layers.values())[layer]
+        elif layer in self._layers:
+            heads = self._layers[layer]
+        else:
             raise KeyError(f"{layer!r} was not captured; captured: {', '.join(self._layers) or 'nothing yet'}")
-        return self._layers[layer]
+        if not heads.has_run:
+            raise RuntimeError(f"layer {heads.index} of {len(self)} has not run inside record_heads yet")
+        return heads
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layers)
@@ -106,7 +57,7 @@ class CapturedHeads(Mapping[str, CapturedLayer]):
     @property
     def stats(self) -> list[dict[str, Tensor]]:
         """The row statistics of every layer, as ``regularization_loss`` takes them."""
-        return [layer.stats for layer in self.values()]
+        return [self[number].stats for number in range(len(self))]
 
     @property
     def groups(self) -> list[HeadStatistics]:
@@ -139,7 +90,7 @@ class CapturedHeads(Mapping[str, CapturedLayer]):
         lines += [f"not captured: {name}: {why}" for name, why in self.missed.items()]
         return "\n".join(lines) if lines else "no layer captured yet"
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Layers, statistics (as ``HeadStatistics.from_dict`` takes them) and what was missed, for JSON."""
         return {
             "format": 1,
@@ -165,7 +116,7 @@ class CapturedHeads(Mapping[str, CapturedLayer]):
         named = {f"layers {group.layers[0]} to {group.layers[-1]}": group for group in shown}
         return plot_heads(shown[0] if len(shown) == 1 else named, quantity, title=title)
 
-    def reduce(self, group: dist.ProcessGroup | None = None) -> CapturedHeads:
+    def reduce(self, group: dist.ProcessGroup | None = None) -> RecordedHeads:
         """The statistics over all processes of ``torch.distributed``, as a new object without row statistics.
 
         Every process of the group must call it; some may have seen other layers. Without a process group, a copy.
@@ -179,20 +130,81 @@ class CapturedHeads(Mapping[str, CapturedLayer]):
         if dist.is_available() and dist.is_initialized():
             processes = [None] * dist.get_world_size(group)
             dist.all_gather_object(processes, (mine["layers"], mine["missed"], settings), group=group)
-        made = CapturedHeads()
+        total = RecordedHeads()
         for layers, missed, groups in processes:
-            made.missed.update(missed)
+            total.missed.update(missed)
             settings = {**groups, **settings}
             for layer in layers:
-                ours = made._layers.setdefault(layer["name"], CapturedLayer(**{**layer, "index": len(made._layers)}))
-                ours.missing.update(layer["missing"])
-                ours.notes = list(dict.fromkeys((*ours.notes, *layer["notes"])))
-        numbers = {layer.index: made._layers[layer.name].index for layer in self.values()}
+                merged = total._layers.setdefault(layer["name"], LayerHeads(**{**layer, "index": len(total._layers)}))
+                merged.missing.update(layer["missing"])
+                merged.notes = list(dict.fromkeys((*merged.notes, *layer["notes"])))
+        numbers = {layer.index: total._layers[layer.name].index for layer in self.values()}
         for key in sorted(settings):  # the same order in every process
-            here = self._groups[key].to_dict() if key in self._groups else settings[key]
-            here["layers"] = {str(numbers[int(number)]): values for number, values in here["layers"].items()}
-            made._groups[key] = HeadStatistics.from_dict(here).reduce(group)
-        return made
+            group_data = self._groups[key].to_dict() if key in self._groups else settings[key]
+            group_data["layers"] = {str(numbers[int(number)]): sums for number, sums in group_data["layers"].items()}
+            total._groups[key] = HeadStatistics.from_dict(group_data).reduce(group)
+        return total
 
     def __repr__(self) -> str:
-        return f"CapturedHeads({len(self)} layers; {'; '.join(map(repr, self.groups))})"
+        return f"RecordedHeads({len(self)} layers; {'; '.join(map(repr, self.groups))})"
+
+
+def record_heads(
+    model: nn.Module | Iterable[nn.Module],
+    stats: Sequence[str] = (),
+    *,
+    num_prefix: int = 0,
+    positions: Tensor | None = None,
+    keep: Sequence[str] = (),
+) -> LayerRecorder:
+    """Record what the heads of a model do during one forward pass of this thread: gives ``RecordedHeads``.
+
+    A context manager for models with attention by ``use_mimkernels_attention``, also compiled ones; ``capture`` takes
+    any other. Statistics come out of the attention pass itself and carry gradients, so that they can be terms of the
+    loss. Nothing stays behind in the model. Gradient checkpointing must be non-reentrant (timm's and torch's default);
+    two passes with different positions may then not wait for their backward passes at once, which is refused.
+
+    Args:
+        model: with attention by ``use_mimkernels_attention``; or several modules, such as its blocks.
+        stats: row statistics of ``attention`` to record.
+        num_prefix: P, leading tokens ([cls], registers) that are no patches.
+        positions: patch coordinates ``[N - P, d]`` or ``[B, N - P, d]``, for ``distance``; as in ``attention``.
+        keep: what else to keep, of "q", "k", "lse", "output"; such as ``HeadStatistics.inputs``. The companion ops
+            need q, k and lse.
+
+    Raises:
+        ValueError: an unknown name, or no layer that could record.
+        RuntimeError: on leaving, layers that recorded nothing, or without gradients though in training; inside,
+            a layer that runs twice, attention dropout, nesting.
+
+    Example::
+
+        use_mimkernels_attention(model)
+        with record_heads(model, ["entropy"], num_prefix=1) as heads:
+            loss = criterion(model(images), labels)
+        loss = loss + regularization_loss({"entropy": 1e-3}, heads.stats, num_prefix=1)
+    """
+    from mimkernels.nn.attention import attention_layers  # needs timm, which capture does not
+
+    single = isinstance(model, nn.Module)
+    modules = [model] if single else list(model)
+    for module in modules:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"record_heads takes a module or several, got {type(module).__name__}")
+    layers = attention_layers(*modules)
+    names: dict[nn.Module, str] = {}
+    for number, module in enumerate(map(unwrapped, modules)):
+        for name, part in named_parts(module):
+            if not single:
+                name = f"{number}.{name}" if name else str(number)
+            names.setdefault(part, name or type(part).__name__)
+    return _HeadRecording(
+        layers, stats, names=[names[layer] for layer in layers], num_prefix=num_prefix, positions=positions, keep=keep
+    )
+
+
+class _HeadRecording(LayerRecorder):
+    """What ``record_heads`` returns: enter it once."""
+
+    def __enter__(self) -> RecordedHeads:
+        return RecordedHeads(super().__enter__())

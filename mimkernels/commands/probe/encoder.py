@@ -15,8 +15,9 @@ from mimkernels.commands.pretrain.methods import COLOUR, build_model
 from mimkernels.commands.probe.config import ProbeConfig
 from mimkernels.engine import checkpoint as files
 from mimkernels.engine.checkpoint import CheckpointFolder
+from mimkernels.heads import record_heads
 from mimkernels.models.checkpoint import DamagedFileError, copy_by_name, read_file, weights_of
-from mimkernels.nn import cls_attention, record_heads, use_mimkernels_attention, use_mimkernels_mlp
+from mimkernels.nn import cls_attention, use_mimkernels_attention, use_mimkernels_mlp
 
 # Published MAE encoders by width and depth; the number of heads cannot be read off the weights.
 _BY_SHAPE = {
