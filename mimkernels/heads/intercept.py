@@ -1,16 +1,13 @@
 """Interception by a function mode: calls of attention inside captured models go to ``mimkernels.nn.sdpa``.
 
-One of three ways in which attention of others reaches the kernels:
+For ``capture``, which looks on for the time of a block: a mode sees every call of ``F.scaled_dot_product_attention``
+that its thread makes, however it is reached and whatever module makes it, and the model is not touched. It also sees
+convolutions, gathers and softmaxes, which tell where patches lie and which layers store their map.
 
-- *a function mode* (here, for ``capture``) sees every call of ``F.scaled_dot_product_attention`` that a thread makes,
-  however it is reached, for the time of a block, and needs no change of the model. But it costs a look at every
-  function of PyTorch that is called, ``torch.compile`` takes no graph through this one, and nothing would be left for a
-  model that is pickled, copied or run by another thread: good for looking on, not for computing faster.
-- *rewriting* (``mimkernels.integrations._reroute``, for ``accelerate`` and transformers) compiles a forward again with
-  another function in the place of that call: it costs nothing per call and can be compiled, but needs the source and a
-  module that stays changed.
-- *a change of class* (``mimkernels.nn._classes``, for known layers of timm) replaces the whole forward, so that more
-  than the call can change: packed projections, MLPs, patch dropout. It needs a forward written by us.
+The two other ways would not do. Rewriting (``mimkernels.integrations._reroute``) needs the source of every forward, and
+a change of class (``mimkernels.nn._classes``) a forward written by us; both change the model for every thread that runs
+it. They are for computing faster: a mode costs a look at every function of PyTorch that is called, compiled code does
+not pass through it, and it ends with its block.
 """
 
 from __future__ import annotations
