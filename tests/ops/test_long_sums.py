@@ -51,9 +51,10 @@ def errors() -> dict[str, float]:
 
     q, k = 0.1 * numbers(1, 1, 1, 24).expand(1, 1, TOKENS, 24), numbers(1, 40, 1, 24).transpose(1, 2)
     q, k, lse = q.detach(), k.detach(), torch.full((1, 1, TOKENS), 3.0)
-    one = received_attention(q[:, :, :1], k, lse[:, :, :1], backend="cpu").double()
+    # Of a few rows, beside whole tiles of them: products of one row alone may round in another order.
+    few = received_attention(q[:, :, :16], k, lse[:, :, :16], backend="cpu").double()
     received = received_attention(q, k, lse, backend="cpu").double()
-    found["received_attention"] = ((received - one).abs() / one).max().item()
+    found["received_attention"] = ((received - few).abs() / few).max().item()
 
     x = numbers(16, TOKENS, 24)
     mean = x.double().mean(1)
