@@ -36,7 +36,7 @@ test: $(BUILT) $(TESTERS) ## run every test (ARGS="-k gather": some), the contra
 # test_emulation.py show that it is there and at work.
 sanitize: $(BUILT) $(TESTERS) ## run the CUDA kernels on the host under AddressSanitizer
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
-	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_emulation.py tests/test_contract.py tests/ops/test_attention_cuda.py \
+	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_emulation.py tests/test_contract.py tests/ops/attention/test_attention_cuda.py \
 	-k "red_zones or (cuda-emulated and oracle and not length-1025)" $(ARGS)
 
 bench: $(RUNNABLE) ## time the ops against plain PyTorch

@@ -283,11 +283,6 @@ def test_packed_refuses(changed, error, message):
         attention_qkvpacked(**{"qkv": QKV, **changed})
 
 
-def test_a_wild_row_is_an_index_error():
-    with pytest.raises(IndexError, match=r"6.*\[0, 6\)"):
-        attention_rows(X, X, [6])
-
-
 def test_an_lse_of_other_queries_is_refused():
     with pytest.raises(ValueError, match=r"lse \[2, 2, 5\] must be \[B, H, Nq\] of q \[2, 2, 6, 8\]"):
         received_attention(X, X, attention(X, X, X).lse[:, :, :5])
