@@ -58,7 +58,7 @@ format: $(LINTERS) ## mend style
 
 # In an environment of its own without torch: docstrings are read, not imported.
 docs: $(SITE_TOOLS) ## build the site, build/site/index.html; warnings are errors
-	$(DOCS_VENV)/bin/python -m mkdocs build --strict --clean
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict --clean
 
 clean: ## remove what was built here, but not the environment
 	rm -rf build dist mimkernels/_lib *.egg-info .pytest_cache .ruff_cache
@@ -91,5 +91,5 @@ $(LINTERS): constraints.txt | $(BIN)/python
 
 $(SITE_TOOLS): constraints.txt
 	[ -x $(DOCS_VENV)/bin/python ] || $(PYTHON) -m venv $(DOCS_VENV)
-	$(DOCS_VENV)/bin/python -m pip install -q $(PIP_FLAGS) -c constraints.txt mkdocs-material 'mkdocstrings[python]'
+	$(DOCS_VENV)/bin/python -m pip install -q $(PIP_FLAGS) -c constraints.txt mkdocs-material 'mkdocstrings[python]' ruff
 	@touch $@

@@ -96,7 +96,8 @@ def _table(parser: argparse.ArgumentParser) -> str:
 def _invocation(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
     value = "" if action.nargs == 0 else parser._get_formatter()._format_args(action, action.dest.upper())
     names = ", ".join(action.option_strings)
-    return "`" + " ".join(filter(None, (names, value))).replace("|", "\\|") + "`"
+    # Python-Markdown shows the backslash of an escaped bar in code.
+    return "`" + " ".join(filter(None, (names, value))).replace("|", " or ") + "`"
 
 
 def _cell(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
