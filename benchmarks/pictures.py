@@ -77,7 +77,9 @@ def draw_statistics(encoder: nn.Module, output: Path) -> None:
     for layer, (tokens, attended) in enumerate(layers):
         statistics.update(layer, {}, tokens=tokens, output=attended)
     for name in QUANTITIES:
-        save(plot_heads(statistics if name in magnitudes else heads.statistics, name), output / f"{name}.png", 440)
+        figure = plot_heads(statistics if name in magnitudes else heads.statistics, name)
+        figure.set_size_inches(5, 3.3)
+        save(figure, output / f"{name}.png", 375)
     save(plot_overview(heads.statistics, OVERVIEW, title=""), PICTURES / "overview.png", 900)
     cka = CKA(tokens="patch", num_prefix=1)
     cka.update([tokens for tokens, _ in layers])

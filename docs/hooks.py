@@ -15,6 +15,7 @@ INCLUDED = {
     "design/emulation.md": "csrc/emulation/README.md",
     "pictures/speedups.png": "benchmarks/results/amd-epyc-2-threads-avx2/speedups.png",
 }
+WIDE = ("TIMM.md",)  # tables that need the whole width
 PAGE_OF = {source: page for page, source in INCLUDED.items()}
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#:\s]+)(#[^)\s]*)?\)")
 
@@ -28,9 +29,12 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, config, files):
     """Links of an included file: to the page of the file they mean, or its path as text where it has none."""
+    if page.file.src_uri in WIDE:
+        page.meta["hide"] = ["navigation", "toc"]
     source = INCLUDED.get(page.file.src_uri)
     if source is None:
         return markdown
+    markdown = re.sub(r"^```\n(.*?^```$)", r"```text\n\1", markdown, flags=re.M | re.S)
 
     def moved(match):
         text, target, anchor = match.groups()

@@ -1,6 +1,7 @@
 """Every example of README, site and docstrings runs, and every command that they show exists."""
 
 import ast
+import functools
 import importlib
 import re
 import shlex
@@ -47,13 +48,15 @@ PYTHON_PAGES = [page for page in PAGES if blocks(page, "python")]
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """Files go to an empty folder, weights are random, and large encoders are two blocks deep."""
+    """Files go to an empty folder, weights are random, and large encoders are two blocks deep; nothing is
+    compiled for the machine."""
     create = timm.create_model
 
     def create_small(name, *args, pretrained=False, **kwargs):
         return create(name, *args, **({"depth": 2} if name.startswith("vit_base") else {}), **kwargs)
 
     monkeypatch.setattr(timm, "create_model", create_small)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
 
