@@ -108,7 +108,6 @@ struct AttentionCoefParams {
   int64_t stats = 0;  // the planes of rows and drows
   bool has_dlse = false;
   bool has_drows = false;
-  const float* lse = nullptr;    // [count]
   const float* dlse = nullptr;   // [count]
   const float* rows = nullptr;   // [popcount(stats), count]
   const float* drows = nullptr;  // the same

@@ -39,10 +39,11 @@ struct RowCoef {
   float far = 0.0f;
 };
 
-// For one row, replaces scores s by P, and dP by dP + c(j) + a(j) L + w d; returns the sum of P dP.
+// For one row, with x = dP - centre, replaces scores s by P and dP by x + c(j) + a(j) L + w d;
+// returns the sum of P x.
 template <bool kCoef, bool kFarther>
 MIMKERNELS_INLINE float probability_row(float* s, float* dp, const float* distance, int64_t padded,
-                                        int64_t prefix, float lse, float lse_low,
+                                        int64_t prefix, float lse, float lse_low, float centre,
                                         const RowCoef& coef) {
   const Floats shift = splat(lse);
   const Floats low = splat(lse_low);
@@ -50,12 +51,12 @@ MIMKERNELS_INLINE float probability_row(float* s, float* dp, const float* distan
   const auto step = [&](int64_t j, Floats c, Floats a) MIMKERNELS_LAMBDA_INLINE {
     Floats log_p;
     const Floats p = exp_clamped((load_floats(s + j) - shift) - low, log_p);
-    Floats t = load_floats(dp + j);
+    Floats t = load_floats(dp + j) - splat(centre);
     sum = mul_add(p, t, sum);
     store_floats(s + j, p);
     if constexpr (kCoef) t += mul_add(a, log_p, c);
     if constexpr (kFarther) t = mul_add(splat(coef.far), load_floats(distance + j), t);
-    if constexpr (kCoef) store_floats(dp + j, t);
+    store_floats(dp + j, t);
   };
   int64_t j = 0;
   if constexpr (kCoef) {
@@ -72,9 +73,9 @@ MIMKERNELS_INLINE float probability_row(float* s, float* dp, const float* distan
   return add_lanes(sum);
 }
 
-// dS = P * (t - delta), in t's place.
-MIMKERNELS_INLINE void gradient_row(const float* p, float* t, int64_t padded, float delta) {
-  const Floats minus = splat(delta);
+// dS = P * (t - rest), in t's place.
+MIMKERNELS_INLINE void gradient_row(const float* p, float* t, int64_t padded, float rest) {
+  const Floats minus = splat(rest);
   for (int64_t j = 0; j < padded; j += kLanes) {
     store_floats(t + j, load_floats(p + j) * (load_floats(t + j) - minus));
   }
@@ -315,28 +316,30 @@ class Worker {
       float* s_row = s + i * kStride;
       float* ds_row = ds + i * kStride;
       RowCoef coef;
-      float delta = 0.0f;
+      // P dP are summed about delta as out has it: rounding is relative to what is left, and that P
+      // sums to 1 only nearly costs nothing.
+      const float centre = dot_row(head_at<T>(p_.dout, b_, h_, row + i),
+                                   head_at<T>(p_.out, b_, h_, row + i), s_.dim);
+      float rest = 0.0f;
       if (!p_.has_coef) {
-        delta = probability_row<false, false>(s_row, ds_row, nullptr, columns, 0, lse, low, coef);
+        rest = probability_row<false, false>(s_row, ds_row, nullptr, columns, 0, lse, low, centre,
+                                             coef);
       } else {
         const float* from = p_.coef + index;
         coef = {from[0],         from[plane],     from[2 * plane],
                 from[3 * plane], from[4 * plane], from[5 * plane]};
         if (!p_.positions.given) {
-          delta =
-              probability_row<true, false>(s_row, ds_row, nullptr, columns, prefix, lse, low, coef);
+          rest = probability_row<true, false>(s_row, ds_row, nullptr, columns, prefix, lse, low,
+                                              centre, coef);
         } else {
           const float* distance = distances_.row(row + i, i, first, count);
-          delta =
-              probability_row<true, true>(s_row, ds_row, distance, columns, prefix, lse, low, coef);
+          rest = probability_row<true, true>(s_row, ds_row, distance, columns, prefix, lse, low,
+                                             centre, coef);
         }
       }
-      // With all keys at hand delta = sum of P dP, free of out's rounding.
-      if (blocks_.blocks > 1) {
-        delta = dot_row(head_at<T>(p_.dout, b_, h_, row + i), head_at<T>(p_.out, b_, h_, row + i),
-                        s_.dim);
-      }
-      gradient_row(s_row, ds_row, columns, delta);
+      // With all keys at hand, the sum of P dP is free of out's rounding.
+      if (blocks_.blocks > 1) rest = 0.0f;
+      gradient_row(s_row, ds_row, columns, rest);
       const int64_t own = row + i - first;
       if (coef.own != 0.0f && own >= 0 && own < count) ds_row[own] += s_row[own] * coef.own;
       if (pass_.bias) put_bias(row + i, first, count, ds_row);

@@ -6,7 +6,8 @@
 // out:      received [B, H, Nk] = mean over queries of P_ij; divergence [B, H, H] = mean over
 //           queries of KL(P^h || P^g) over the keys that both heads see; fp32, every element
 //           written once
-// numerics: fp32, totals of divergence over queries in fp64; sums over queries run in order
+// numerics: fp32, compensated sums of received attention over queries, totals of divergence over
+//           queries in fp64; sums run in order
 // cost:     one pass over the scores, and another over those of rows whose lse is large
 #include "attention_block.h"
 #include "kernels.h"
@@ -222,18 +223,26 @@ class ReceivedWorker {
     rows_.set_block(head / s.heads, head % s.heads, block);
     const int64_t columns = rows_.columns();
     memset(sums_, 0, static_cast<size_t>(columns) * sizeof(float));
+    memset(excess_, 0, static_cast<size_t>(columns) * sizeof(float));
     const RowTiles tiles(s.queries);
     for (int64_t tile = 0; tile < tiles.tiles; ++tile) {
       const int64_t row = tiles.first(tile);
       const int64_t rows = tiles.first(tile + 1) - row;
       rows_.compute(row, rows, scores_);
-      // The tile's rows are summed first: rounding errors grow more slowly.
+      // Compensated: roundings of like rows all go one way, and would add up.
       for (int64_t j = 0; j < columns; j += kLanes) {
-        Floats sum = {};
+        Floats sum = load_floats(sums_ + j);
+        Floats excess = load_floats(excess_ + j);
         for (int64_t i = 0; i < rows; ++i) {
-          sum += exp_lanes(log_p(load_floats(scores_ + i * kStride + j), logs_, rows_.at(row + i)));
+          const Floats p =
+              exp_lanes(log_p(load_floats(scores_ + i * kStride + j), logs_, rows_.at(row + i)));
+          const Floats part = p - excess;
+          const Floats next = sum + part;
+          excess = (next - sum) - part;
+          sum = next;
         }
-        store_floats(sums_ + j, load_floats(sums_ + j) + sum);
+        store_floats(sums_ + j, sum);
+        store_floats(excess_ + j, excess);
       }
     }
     float* out = p_.out + head * s.keys + blocks.first(block);
@@ -246,6 +255,7 @@ class ReceivedWorker {
     rows_.allocate(arena_);
     scores_ = arena_.floats(kRowTile * kStride);
     sums_ = arena_.floats(kStride);
+    excess_ = arena_.floats(kStride);
   }
 
   const ReceivedAttentionParams& p_;
@@ -254,6 +264,7 @@ class ReceivedWorker {
   Arena arena_;
   float* scores_ = nullptr;
   float* sums_ = nullptr;
+  float* excess_ = nullptr;  // of sums_ over the exact ones
 };
 
 // sums[h, g] += sum over columns of p[h, :] * logs[g, :], all heads against all heads, in tiles of

@@ -3,7 +3,7 @@
 //
 // in:       grad [B, N, D] by strides, last dim contiguous; mask bool [B, N]
 // out:      dx [B, N, D], dmask_token [D] contiguous, each only if asked for
-// numerics: fp32 sums over chunks of rows that depend on the shape alone, rounded once
+// numerics: sums in double over chunks of rows that depend on the shape alone, rounded once
 // cost:     grad read once, dx written once; a thread owns chunks of rows
 #include "kernels.h"
 #include "rows.h"
@@ -15,11 +15,11 @@ constexpr int64_t kTile = RowSum::kTile;
 
 // One chunk of rows: dx, and the sum of the masked rows into partial [D] (may be null).
 template <typename T, bool kStream>
-void fill_chunk(const FillMaskTokensBwdParams& p, int64_t begin, int64_t end, float* partial) {
+void fill_chunk(const FillMaskTokensBwdParams& p, int64_t begin, int64_t end, double* partial) {
   RowSum sum;
   for (int64_t at = 0; at < p.dim; at += kTile) {
     const int64_t n = min_of(kTile, p.dim - at);
-    sum.reset();
+    sum.reset(n);
     int64_t i = begin;
     for (int64_t b = begin / p.tokens; i < end; ++b) {
       const uint8_t* mask = p.mask.data + b * p.mask.stride0;
@@ -34,7 +34,9 @@ void fill_chunk(const FillMaskTokensBwdParams& p, int64_t begin, int64_t end, fl
         }
       }
     }
-    if (partial != nullptr) set_acc(partial + at, sum.total(n), n);
+    if (partial != nullptr) {
+      memcpy(partial + at, sum.total(), static_cast<size_t>(n) * sizeof(double));
+    }
   }
 }
 
@@ -45,13 +47,13 @@ Status run(const FillMaskTokensBwdParams& p, ParallelFor parallel_for) {
   const int64_t chunk = max_of(64, ceil_div(rows, 512));
   const int64_t chunks = ceil_div(rows, chunk);
   const bool needs_token = p.dmask_token != nullptr;
-  Scratch<float> partial(needs_token ? chunks : 0, p.dim);
+  Scratch<double> partial(needs_token ? chunks : 0, p.dim);
   if (partial.failed()) return out_of_memory();
   const bool streams = p.dx != nullptr && may_stream(p.dx, rows * row_bytes, row_bytes);
   run_parallel(parallel_for, chunks, grain_for(2 * chunk * row_bytes),
                [&](int64_t begin, int64_t end) {
                  for (int64_t c = begin; c < end; ++c) {
-                   float* sum = needs_token ? partial.get() + c * p.dim : nullptr;
+                   double* sum = needs_token ? partial.get() + c * p.dim : nullptr;
                    const int64_t stop = min_of(rows, (c + 1) * chunk);
                    if (streams) {
                      fill_chunk<T, true>(p, c * chunk, stop, sum);
@@ -61,8 +63,8 @@ Status run(const FillMaskTokensBwdParams& p, ParallelFor parallel_for) {
                  }
                });
   if (!needs_token) return Status{};
-  return sum_rows(parallel_for, 1, chunks, p.dim, static_cast<T*>(p.dmask_token), float{},
-                  [&](int64_t, int64_t c) -> const float* { return partial.get() + c * p.dim; });
+  return sum_rows(parallel_for, 1, chunks, p.dim, static_cast<T*>(p.dmask_token), double{},
+                  [&](int64_t, int64_t c) -> const double* { return partial.get() + c * p.dim; });
 }
 
 }  // namespace

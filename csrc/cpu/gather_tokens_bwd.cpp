@@ -4,7 +4,7 @@
 //
 // in:       grad [M * B, P + K, D] by strides, last dim contiguous; ids int64 [M, B, K]
 // out:      dx [B, N, D], dpos [N, D], dprefix [P, D] contiguous, each only if asked for
-// numerics: fp32 sums in a fixed order (m, then k; images in runs of 16), rounded once
+// numerics: sums in double in a fixed order (m, then k, then images), rounded once
 // cost:     grad read once, dx written once, row by row through inverse lists; no atomics. With
 // dpos
 //           a thread owns tokens and walks the batch, so that the sum over it never leaves L1.
@@ -36,11 +36,11 @@ MIMKERNELS_INLINE void scatter_row(const GatherTokensBwdParams& p, const Inverse
     if (sum != nullptr) sum->add(row, n);
     return;
   }
-  alignas(64) float acc[kTile];
-  set_acc(acc, grad + entries[0], n);
-  for (int64_t e = 1; e < count; ++e) add_to_acc(acc, grad + entries[e], n);
-  if (dx != nullptr) round_acc<kStream>(dx, acc, n);
-  if (sum != nullptr) sum->add(acc, n);
+  RowSum row;
+  row.reset(n);
+  for (int64_t e = 0; e < count; ++e) row.add(grad + entries[e], n);
+  if (dx != nullptr) round_sums<kStream>(dx, row.total(), n);
+  if (sum != nullptr) sum->add(row.total(), n);
 }
 
 template <typename T, bool kStream>
@@ -63,7 +63,7 @@ void scatter_and_sum(const GatherTokensBwdParams& p, const Inverse& inverse, int
     const int64_t token = task / tiles;
     const int64_t at = (task % tiles) * kTile;
     const int64_t n = min_of(kTile, p.dim - at);
-    sum.reset();
+    sum.reset(n);
     for (int64_t b = 0; b < p.batch; ++b) {
       if (b + 1 < p.batch) {
         const int64_t* offsets = inverse.offsets(b + 1) + token;
@@ -75,7 +75,7 @@ void scatter_and_sum(const GatherTokensBwdParams& p, const Inverse& inverse, int
       }
       scatter_row<T, kStream>(p, inverse, b, token, at, n, &sum);
     }
-    round_acc<false>(static_cast<T*>(p.dpos) + token * p.dim + at, sum.total(n), n);
+    round_sums<false>(static_cast<T*>(p.dpos) + token * p.dim + at, sum.total(), n);
   }
 }
 

@@ -3,8 +3,8 @@
 //
 // in:       grad [M * B, K, C * pt * ph * pw] by strides, last dim contiguous; ids int64 [M, B, K]
 // or all patches out:      dimages [B, C, T, H, W] contiguous; written once, past the cache when it
-// is large numerics: fp32 sums in the order m, then k; times scale; rounded once cost:     grad
-// read once, dimages written once in the order of memory; a thread owns rows of the patch grid
+// is large numerics: sums in double in the order m, then k; times scale in fp32; rounded once cost:
+// grad read once, dimages written once in the order of memory; a thread owns rows of the patch grid
 #include "inverse.h"
 #include "kernels.h"
 #include "patches.h"
@@ -30,12 +30,11 @@ MIMKERNELS_INLINE void sum_run(Dst* dst, const Src* grad, const int64_t* entries
   }
   for (int64_t i = 0; i < n; i += 16) {
     const int64_t lanes = min_of(16, n - i);
-    Pack16 sum = broadcast<16>(0.0f);
-    for (int64_t e = 0; e < count; ++e) {
-      const Src* at = grad + entries[e] + i;
-      sum = sum + (lanes == 16 ? load<16>(at) : load_some<16>(at, lanes));
-    }
-    store_some<16>(dst + i, sum * broadcast<16>(map.scale), lanes);
+    alignas(64) double sums[16] = {};
+    for (int64_t e = 0; e < count; ++e) add_to_sums(sums, grad + entries[e] + i, lanes);
+    alignas(64) float sum[16];
+    round_sums<false>(sum, sums, 16);
+    store_some<16>(dst + i, load<16>(sum) * broadcast<16>(map.scale), lanes);
   }
 }
 

@@ -64,8 +64,8 @@ MIMKERNELS_INLINE Floats power_of_two(Floats n) {
   return (Floats)((Words)(__builtin_convertvector(n, Ints) + 127) << 23);
 }
 
-// x^p for x > 0, infinity and NaN included: a few units in the last place off however large p log x
-// is, where exp(p log x) loses as many bits as that has.
+// x^p for x > 0, infinity and NaN included, x^0 = 1 even of these: a few units in the last place
+// off however large p log x is, where exp(p log x) loses as many bits as that has.
 MIMKERNELS_INLINE Floats pow_lanes(Floats x, const Power& power) {
   const LogParts parts = log_parts(x);
   const Floats log2_m = (parts.f - parts.curve) * 1.44269504f;
@@ -83,9 +83,9 @@ MIMKERNELS_INLINE Floats pow_lanes(Floats x, const Power& power) {
   const Floats half = (n * 0.5f + 12582912.0f) - 12582912.0f;
   const Floats out = exp_lanes(r * 0.693147181f) * power_of_two(half) * power_of_two(n - half);
   const Floats at_infinity = splat(power.p > 0.0f ? kInfinity : power.p < 0.0f ? 0.0f : 1.0f);
-  // NaN stays NaN.
+  const Floats at_nan = power.p == 0.0f ? splat(1.0f) : x;
   return choose_lanes((Ints)(x < splat(kInfinity)), out,
-                      choose_lanes((Ints)(x == splat(kInfinity)), at_infinity, x));
+                      choose_lanes((Ints)(x == splat(kInfinity)), at_infinity, at_nan));
 }
 
 template <int N>

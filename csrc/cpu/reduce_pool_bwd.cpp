@@ -1,6 +1,6 @@
 // Gradients of reduce_pool: dx[b, n, c] of the mean is dout[b, c] / count, of the maximum dout[b,
-// c] at its token, and of the power mean dout * M^(1/p - 1) * max(x, eps)^(p - 1) / count where x
-// >= eps, M the mean of the powers; dp = sum over b, c of dout * M^(1/p) * (mean of z^p log z / M -
+// c] at its token, and of the power mean dout * M^(1/p - 1) * max(x, eps)^(p - 1) / count unless x
+// < eps, M the mean of the powers; dp = sum over b, c of dout * M^(1/p) * (mean of z^p log z / M -
 // log M / p) / p with z = max(x, eps).
 //
 // in:       dout [B, D], x [B, N, D] (power mean only) by strides, last dim contiguous; mask [B, N]
@@ -84,6 +84,7 @@ double power_gradient(const Tile<T>& t) {
   const Pack16 eps = broadcast<16>(t.p.eps);
   const Power less(exponent - 1.0f);
   const Power root(1.0f / exponent);
+  const Power slope(1.0f / exponent - 1.0f);
   const Pack16 by = broadcast<16>(exponent);
   const Pack16 count = broadcast<16>(static_cast<float>(max_of(t.count, 1)));
   memset(dout, 0, sizeof(dout));
@@ -93,11 +94,13 @@ double power_gradient(const Tile<T>& t) {
   set_acc(dout, t.dout, t.dim);
   set_acc(factor, moment, t.dim);
   for (int64_t c = 0; c < t.dim; c += 16) {
-    // M^(1/p - 1) = exp(log M / p) / M
+    // M^(1/p - 1) = M^(1/p) / M, rounded less, where M is finite.
     const Pack16 m = load<16>(factor + c);
     const Pack16 log_root = log_of(m) / by;
     store<16>(center + c, log_root);
-    store<16>(factor + c, load<16>(dout + c) * (pow_of(m, root) / m) / count);
+    const Pack16 power =
+        where_less(m, broadcast<16>(kInfinity), pow_of(m, root) / m, pow_of(m, slope));
+    store<16>(factor + c, load<16>(dout + c) * power / count);
   }
   for (int64_t n = 0; n < t.p.tokens; ++n) {
     if (n % kSumRun == 0) close_run(logs, run, t.dim);
@@ -118,11 +121,8 @@ double power_gradient(const Tile<T>& t) {
       if (t.p.dp != nullptr)
         store<16>(run + c, load<16>(run + c) + power * z * (log_z - load<16>(center + c)));
       if (dx == nullptr) return;
-      Pack16 out = load<16>(factor + c) * power;
-      MIMKERNELS_UNROLL
-      for (int v = 0; v < Pack16::kParts; ++v) {
-        out.v[v] = value.v[v] >= eps.v[v] ? out.v[v] : Pack16::Vec::F{};
-      }
+      // NaN is not less than eps and gets its gradient, NaN.
+      const Pack16 out = where_less(value, eps, broadcast<16>(0.0f), load<16>(factor + c) * power);
       store_columns<16, kWhole, kStream>(dx + c, out, some);
     };
     int64_t c = 0;

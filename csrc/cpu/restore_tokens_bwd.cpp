@@ -4,8 +4,8 @@
 //
 // in:       grad [B, P + N, D] by strides, last dim contiguous; ids_restore int64 [B, N], any ids
 // in [0, N) out:      dx [B, P + K, D], dmask_token [D], dpos [P + N, D] contiguous, each only if
-// asked for numerics: fp32 sums in a fixed order (images in runs of 16, then positions), rounded
-// once cost:     grad read once. With a sum over the batch a thread owns positions and walks the
+// asked for numerics: sums in double in a fixed order (images, then positions), rounded once
+// cost:     grad read once. With a sum over the batch a thread owns positions and walks the
 // batch;
 //           rows of a permutation are handed to dx on the way, others through inverse lists.
 #include "inverse.h"
@@ -19,7 +19,7 @@ constexpr int64_t kTile = RowSum::kTile;
 
 // Sums over the batch at one position; copies rows to dx where each is used at most once.
 template <typename T, bool kStream>
-void sum_positions(const RestoreTokensBwdParams& p, bool copies_x, float* mask_partial,
+void sum_positions(const RestoreTokensBwdParams& p, bool copies_x, double* mask_partial,
                    int64_t begin, int64_t end) {
   const int64_t tiles = ceil_div(p.dim, kTile);
   T* dx = static_cast<T*>(p.dx);
@@ -29,8 +29,8 @@ void sum_positions(const RestoreTokensBwdParams& p, bool copies_x, float* mask_p
     const int64_t j = task / tiles;
     const int64_t at = (task % tiles) * kTile;
     const int64_t n = min_of(kTile, p.dim - at);
-    masked.reset();
-    visible.reset();
+    masked.reset(n);
+    visible.reset(n);
     for (int64_t b = 0; b < p.batch; ++b) {
       const T* grad = row_at<T>(p.grad, b, j) + at;
       if (b + 1 < p.batch)
@@ -47,13 +47,13 @@ void sum_positions(const RestoreTokensBwdParams& p, bool copies_x, float* mask_p
       }
       if (p.dpos != nullptr) visible.add(grad, n);
     }
-    const float* masked_total = masked.total(n);
     if (mask_partial != nullptr && j >= p.num_prefix) {
-      set_acc(mask_partial + (j - p.num_prefix) * p.dim + at, masked_total, n);
+      memcpy(mask_partial + (j - p.num_prefix) * p.dim + at, masked.total(),
+             static_cast<size_t>(n) * sizeof(double));
     }
     if (p.dpos != nullptr) {
-      visible.add(masked_total, n);
-      round_acc<false>(static_cast<T*>(p.dpos) + j * p.dim + at, visible.total(n), n);
+      visible.add(masked.total(), n);
+      round_sums<false>(static_cast<T*>(p.dpos) + j * p.dim + at, visible.total(), n);
     }
   }
 }
@@ -82,12 +82,12 @@ void gather_rows(const RestoreTokensBwdParams& p, const Inverse& inverse, bool o
     } else if (count == 1) {
       copy_row<kStream>(dx, grad + entries[0], p.dim);
     } else {
-      alignas(64) float acc[kTile];
+      RowSum sum;
       for (int64_t at = 0; at < p.dim; at += kTile) {
         const int64_t n = min_of(kTile, p.dim - at);
-        set_acc(acc, grad + entries[0] + at, n);
-        for (int64_t e = 1; e < count; ++e) add_to_acc(acc, grad + entries[e] + at, n);
-        round_acc<kStream>(dx + at, acc, n);
+        sum.reset(n);
+        for (int64_t e = 0; e < count; ++e) sum.add(grad + entries[e] + at, n);
+        round_sums<kStream>(dx + at, sum.total(), n);
       }
     }
   }
@@ -120,7 +120,7 @@ Status run(const RestoreTokensBwdParams& p, ParallelFor parallel_for) {
   const bool streams = needs_x && may_stream(p.dx, x_rows * row_bytes, row_bytes);
 
   Inverse inverse(1, needs_x ? p.batch : 0, p.tokens, p.kept);
-  Scratch<float> mask_partial(p.dmask_token != nullptr ? p.tokens : 0, p.dim);
+  Scratch<double> mask_partial(p.dmask_token != nullptr ? p.tokens : 0, p.dim);
   if (inverse.failed() || mask_partial.failed()) return out_of_memory();
   Usage usage;
   if (needs_x) {
@@ -130,7 +130,7 @@ Status run(const RestoreTokensBwdParams& p, ParallelFor parallel_for) {
   const bool copies_x = needs_x && needs_sums && !usage.repeated;
 
   if (needs_sums) {
-    float* partial = p.dmask_token != nullptr ? mask_partial.get() : nullptr;
+    double* partial = p.dmask_token != nullptr ? mask_partial.get() : nullptr;
     run_parallel(parallel_for, positions * ceil_div(p.dim, kTile), grain_for(p.batch * row_bytes),
                  [&](int64_t begin, int64_t end) {
                    if (streams) {
@@ -142,8 +142,8 @@ Status run(const RestoreTokensBwdParams& p, ParallelFor parallel_for) {
   }
   if (p.dmask_token != nullptr) {
     const Status status = sum_rows(
-        parallel_for, 1, p.tokens, p.dim, static_cast<T*>(p.dmask_token), float{},
-        [&](int64_t, int64_t i) -> const float* { return mask_partial.get() + i * p.dim; });
+        parallel_for, 1, p.tokens, p.dim, static_cast<T*>(p.dmask_token), double{},
+        [&](int64_t, int64_t i) -> const double* { return mask_partial.get() + i * p.dim; });
     if (!status.ok()) return status;
   }
   if (!needs_x || (copies_x && !usage.unused)) return Status{};

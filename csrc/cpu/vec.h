@@ -46,6 +46,7 @@ struct fp16 {
 template <int L>
 struct VecTypes {
   typedef float F __attribute__((vector_size(L * 4)));
+  typedef double D __attribute__((vector_size(L * 8)));
   typedef int32_t I __attribute__((vector_size(L * 4)));
   typedef uint32_t U __attribute__((vector_size(L * 4)));
   typedef uint16_t H __attribute__((vector_size(L * 2)));

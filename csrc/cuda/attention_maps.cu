@@ -108,7 +108,7 @@ cudaError_t launch_lse_low(const AttentionScores& s, const float* lse, float* lo
 //           stride (0 where broadcast) and key mask, each or none
 // out:      out fp32 [B, H, Nk] = mean over queries of P; contiguous, every element written once
 // numerics: fp32; P from lse and lse_low as in the backward of attention; a lane adds its queries
-//           in order
+//           in order, compensated
 // bounds:   queries beyond the last, and those that may attend nothing, have P = 0
 // cost:     k read once, q once per row block, two tiles in shared memory; no atomics,
 //           deterministic
@@ -139,6 +139,7 @@ __global__ void __launch_bounds__(kReceivedWarps* kWarp, 1)
   copy_async_commit();  // with no token on the other side, no tile would
 
   float sum[2] = {};
+  float excess[2] = {};  // of sum over the exact one
   for (int tile = -1; tile < cut.tiles; ++tile) {
     if (tile >= 0) {
       copy_async_wait<0>();
@@ -165,9 +166,15 @@ __global__ void __launch_bounds__(kReceivedWarps* kWarp, 1)
       float exponent[2][4];
       multiply_rows<T>(score, strip, rows + j * kStrip * shape.stride, shape.stride, shape.steps);
       make_probabilities<T, true>(score, exponent, group, level, s.scale);
+      // Roundings of like rows all go one way, and would add up.
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        sum[i % 4 / 2] += score[i / 4][i % 4];
+      for (int half = 0; half < 2; ++half) {
+        const float* const near = score[0] + 2 * half;
+        const float* const far = score[1] + 2 * half;
+        const float part = ((near[0] + near[1]) + (far[0] + far[1])) - excess[half];
+        const float next = sum[half] + part;
+        excess[half] = (next - sum[half]) - part;
+        sum[half] = next;
       }
     }
   }
@@ -207,7 +214,8 @@ struct HeadPair {
 //           stride (0 where broadcast) and key mask, each or none
 // out:      out fp32 [B, H, H] = mean over queries of sum over keys of P^h (log P^h - log P^g);
 //           contiguous, every element written once
-// numerics: fp32; logarithms are subtracted before they are weighted, so that equal heads give 0
+// numerics: fp32; logarithms are subtracted before they are weighted, so that equal heads give 0;
+//           they are scaled by a power of two, so that no sum overflows where the mean does not
 // bounds:   keys that do not exist, or that one of the two heads does not see, and queries beyond
 //           the last count nothing
 // cost:     the logarithms of a 16 x 16 group of 8 heads lie in shared memory, where only the lane
@@ -230,6 +238,10 @@ __global__ void __launch_bounds__(kDivergenceWarps* kWarp, 1)
   const int tiles = (keys + tile - 1) / tile;
   const int steps = (queries + kStrip - 1) / kStrip * tiles * kHeads;
   const HeadPair pair(blocks);
+  // 1 over the power of two from `queries` up.
+  const int doublings = queries > 1 ? kWarp - __clz(queries - 1) : 0;
+  const float unit = __uint_as_float(static_cast<unsigned>(127 - doublings) << 23);
+  const float units_of_one = __uint_as_float(static_cast<unsigned>(127 + doublings) << 23);
   T* const shared = reinterpret_cast<T*>(shared_memory());
   const int slot = (kStrip + tile) * shape.stride;
   float* const words =
@@ -290,7 +302,7 @@ __global__ void __launch_bounds__(kDivergenceWarps* kWarp, 1)
       for (int e = 0; e < 8; ++e) {
         const float log_p = score[e / 4][e % 4] - level[query_of<false>(e)].low;
         seen |= static_cast<unsigned>(log_p != -kInfinity) << e;
-        own[e * kWarp] = log_p;
+        own[e * kWarp] = log_p * unit;
       }
       own[8 * kWarp] = __uint_as_float(seen);
     }
@@ -306,7 +318,7 @@ __global__ void __launch_bounds__(kDivergenceWarps* kWarp, 1)
         }
         const float* const own = words + h * kWords * kWarp;
         const float log_p = own[e * kWarp];
-        const float weight = power<T>(log_p * kUnitsOfOne<T>);
+        const float weight = power<T>(log_p * (units_of_one * kUnitsOfOne<T>));
 #pragma unroll
         for (int g = 0; g < kSide; ++g) {
           if (pair.first[1] + g < heads) {
@@ -344,7 +356,8 @@ __global__ void __launch_bounds__(kDivergenceWarps* kWarp, 1)
     for (int w = 0; w < warps; ++w) {
       total += of_warps[threadIdx.x * warps + w];
     }
-    p.out[(int64_t{pair.image} * heads + h) * heads + g] = total / static_cast<float>(queries);
+    p.out[(int64_t{pair.image} * heads + h) * heads + g] =
+        total / (static_cast<float>(queries) * unit);
   }
 }
 

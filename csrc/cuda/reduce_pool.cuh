@@ -55,8 +55,10 @@ __device__ __forceinline__ int64_t count_allowed(const AllowedTokens& allowed, i
 // max(x, eps), NaN for NaN.
 __device__ __forceinline__ float at_least(float x, float eps) { return x < eps ? eps : x; }
 
-// z^p of positive z.
-__device__ __forceinline__ float power(float log_z, float p) { return expf(p * log_z); }
+// z^p of positive z, infinity and NaN included; z^0 = 1 even of these.
+__device__ __forceinline__ float power(float log_z, float p) {
+  return p == 0.0f ? 1.0f : expf(p * log_z);
+}
 
 // Calls body(T{}, Vec, Kind) with the types of a launch as values of std::integral_constant.
 template <typename Body>

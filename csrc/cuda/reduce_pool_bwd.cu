@@ -36,7 +36,7 @@ ReduceCut cut_of(const ReducePoolParams& p) {
 // out:      dx [B, N, D] or none; shares fp32 [items] or none, each block's share of dp;
 //           contiguous, every element written exactly once
 // numerics: fp32, rounded once; with M the moment and z = max(x, eps),
-//           dx = dout M^(1/p - 1) z^(p - 1) / count where x >= eps,
+//           dx = dout M^(1/p - 1) z^(p - 1) / count unless x < eps,
 //           dp = dout M^(1/p - 1) mean of z^p (log z - log M / p) / p
 // bounds:   tails are masked, zeros where a token is not allowed; offsets are int64
 // cost:     x read once (power mean), dx written once; 4 independent loads in flight per thread; 32
@@ -68,8 +68,11 @@ __global__ void __launch_bounds__(kThreads, 2)
           index[e] = __ldg(p.index + at.b * p.dim + column + e);
         } else if constexpr (KIND == ReduceKind::kGem) {
           const float moment = count > 0 ? __ldg(p.moment + at.b * p.dim + column + e) : 1.0f;
-          center[e] = logf(moment) / exponent;
-          factor[e] *= expf(center[e]) / moment;
+          const float log_moment = logf(moment);
+          center[e] = log_moment / exponent;
+          // M^(1/p - 1) = M^(1/p) / M, rounded less, where M is finite.
+          factor[e] *= isfinite(moment) ? expf(center[e]) / moment
+                                        : power(log_moment, 1.0f / exponent - 1.0f);
         }
       }
     }
@@ -103,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, 2)
               const float z = at_least(x[e], p.eps);
               const float log_z = logf(z);
               const float slope = factor[e] * power(log_z, exponent - 1.0f);
-              dx[e] = x[e] >= p.eps ? slope : 0.0f;
+              dx[e] = x[e] < p.eps ? 0.0f : slope;  // that of NaN is NaN
               share = fmaf(slope * z, log_z - center[e], share);
             }
           }

@@ -197,12 +197,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd_at(
 }
 
 template <typename Place, typename Run>
-Tensor attention_coef_at(const Place& place, const Tensor& lse_any, const OptionalTensor& dlse_any,
-                         const Tensor& rows_any, const OptionalTensor& drows_any, int64_t stats,
-                         Run run) {
-  place.check(lse_any, "lse", {kAny, kAny, kAny});
-  const int64_t batch = lse_any.size(0), heads = lse_any.size(1), queries = lse_any.size(2);
+Tensor attention_coef_at(const Place& place, const OptionalTensor& dlse_any, const Tensor& rows_any,
+                         const OptionalTensor& drows_any, int64_t stats, Run run) {
   const int64_t planes = count_planes(stats);
+  place.check(rows_any, "rows", {planes, kAny, kAny, kAny});
+  const int64_t batch = rows_any.size(1), heads = rows_any.size(2), queries = rows_any.size(3);
   check_argument((stats & kPatchEntropy) == 0 || (stats & kPatchMass) != 0,
                  "the gradient of patch_entropy needs patch_mass");
   // Contiguous fp32, kept alive in `kept`.
@@ -217,7 +216,6 @@ Tensor attention_coef_at(const Place& place, const Tensor& lse_any, const Option
   AttentionCoefParams params;
   params.count = batch * heads * queries;
   params.stats = stats;
-  params.lse = numbers(lse_any, "lse", {batch, heads, queries});
   params.rows = numbers(rows_any, "rows", {planes, batch, heads, queries});
   params.has_dlse = dlse_any.has_value();
   params.has_drows = drows_any.has_value();

@@ -28,10 +28,10 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd(
                           });
 }
 
-inline Tensor attention_coef(const Tensor& lse, OptionalTensor dlse, const Tensor& rows,
-                             OptionalTensor drows, int64_t stats) {
+inline Tensor attention_coef(OptionalTensor dlse, const Tensor& rows, OptionalTensor drows,
+                             int64_t stats) {
   return attention_coef_at(
-      OnCpu{}, lse, dlse, rows, drows, stats, [](const AttentionCoefParams& params) {
+      OnCpu{}, dlse, rows, drows, stats, [](const AttentionCoefParams& params) {
         raise_if_failed(cpu_kernels().attention_coef(params, &torch_pool), "attention", "", false);
       });
 }

@@ -44,13 +44,12 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd(
                           });
 }
 
-inline Tensor attention_coef(const Tensor& lse, OptionalTensor dlse, const Tensor& rows,
-                             OptionalTensor drows, int64_t stats) {
-  const OnDeviceOf place(lse);
-  return attention_coef_at(place, lse, dlse, rows, drows, stats,
-                           [&](const AttentionCoefParams& params) {
-                             check_cuda(cuda::attention_coef(params, place.stream()));
-                           });
+inline Tensor attention_coef(OptionalTensor dlse, const Tensor& rows, OptionalTensor drows,
+                             int64_t stats) {
+  const OnDeviceOf place(rows);
+  return attention_coef_at(place, dlse, rows, drows, stats, [&](const AttentionCoefParams& params) {
+    check_cuda(cuda::attention_coef(params, place.stream()));
+  });
 }
 
 inline std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(

@@ -140,6 +140,24 @@ torch.save([everything(**shape) for shape in SHAPES], sys.argv[2])
 """
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gradient_of_a_bias_is_exact_where_all_keys_have_one_value(dtype):
+    # Through out it is 0; through lse it is P times what lse gets. Values are large beside that.
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 64, 40, generator=generator).to(dtype) for _ in range(3))
+    v = 8 * v[:, :, :1].expand_as(v)
+    bias = torch.randn(2, 64, 64, generator=generator).requires_grad_()
+    upstream, by_lse = (
+        torch.randn(2, 2, 64, 40, generator=generator).to(dtype),
+        torch.randn(2, 2, 64, generator=generator),
+    )
+    made = attention(q, k, v, bias=bias, backend="cpu")
+    (grad,) = torch.autograd.grad([made.out, made.lse], bias, [upstream, by_lse])
+    p = (q.double() @ k.double().transpose(-1, -2) * 40**-0.5 + bias.double()).softmax(-1)
+    exact = (p * by_lse.double()[..., None]).sum(0)
+    assert ((grad - exact).abs() / p.sum(0)).max() < 3e-6
+
+
 def on_an_isa(isa: str, code: str, *arguments: str) -> None:
     """Run code in a process whose kernels are those of one instruction set; skip where it has none."""
     command = [sys.executable, "-c", code, os.path.dirname(__file__), *arguments]

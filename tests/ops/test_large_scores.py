@@ -189,6 +189,19 @@ def test_divergence_of_heads_of_which_one_has_a_row_hidden_by_a_finite_mask(back
 
 
 @every_backend
+def test_a_divergence_is_finite_where_its_sum_over_queries_is_not(backend):
+    n = 17
+    q, k = randn(2, 1, 2, n, 16)
+    bias = zeros(1, 2, n, n)
+    bias[0, 1, :, ::2] = LOWEST
+    lse = attention(q, k, k, bias=bias, backend=backend).lse
+    log_p = exact_log_p(exact_scores(q, k, bias))
+    exact = (log_p.exp()[:, :, None] * (log_p[:, :, None] - log_p[:, None])).sum(-1).mean(-1)
+    assert exact[0, 0, 1] > 1e38
+    close(head_divergence(q, k, lse, bias=bias, backend=backend), exact)
+
+
+@every_backend
 def test_a_key_hidden_from_one_head_is_left_out_of_the_divergence(backend):
     q = zeros(1, 2, 4, 16)
     k = zeros(1, 2, 3, 16)

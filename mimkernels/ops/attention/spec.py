@@ -20,8 +20,8 @@ def _fwd(q, k, v, bias, key_mask, scale, num_prefix, positions, stats):
     )
 
 
-def _coef(lse, dlse, rows, drows, stats):
-    return lse.new_empty((6, *lse.shape))
+def _coef(dlse, rows, drows, stats):
+    return rows.new_empty((6, *rows.shape[1:]))
 
 
 def _bwd(dout, q, k, v, out, lse, lse_low, bias, key_mask, scale, num_prefix, positions, coef, need_bias, packed):
@@ -61,7 +61,7 @@ def gradients(ctx, coef, bwd, dout, dlse, _, drows):
     if packed:
         q, k, v = parts(q)
     dout = torch.zeros_like(out) if dout is None else _checks.rows(dout)
-    by_score = None if dlse is None and drows is None else coef(lse, dlse, rows, drows, stats)
+    by_score = None if dlse is None and drows is None else coef(dlse, rows, drows, stats)
     need_bias = bias is not None and ctx.needs_input_grad[-6]
     options = (bias, key_mask, scale, num_prefix, positions if drows is not None else None)
     dq, dk, dv, dbias = bwd(dout, q, k, v, out, lse, lse_low, *options, by_score, need_bias, packed)
@@ -78,7 +78,7 @@ SPEC = register(
             # -1e9, say: P = exp((S - lse) - lse_low).
             "attention_fwd": "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_mask, float scale, "
             "SymInt num_prefix, Tensor? positions, int stats) -> (Tensor, Tensor, Tensor, Tensor)",
-            "attention_coef": "(Tensor lse, Tensor? dlse, Tensor rows, Tensor? drows, int stats) -> Tensor",
+            "attention_coef": "(Tensor? dlse, Tensor rows, Tensor? drows, int stats) -> Tensor",
             "attention_bwd": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
             "Tensor lse_low, Tensor? bias, Tensor? key_mask, float scale, SymInt num_prefix, Tensor? positions, "
             "Tensor? coef, bool need_bias, bool packed) -> (Tensor, Tensor, Tensor, Tensor)",

@@ -20,10 +20,11 @@ def head_divergence(
         log_p = reference.log_probabilities(s, lse[:, :, block])
         seen = (log_p != float("-inf")).to(s.dtype).flatten(2)
         p = log_p.exp().flatten(2)
-        log_p = log_p.masked_fill(log_p == float("-inf"), 0.0).flatten(2)
+        # Divided here: the sum over queries may be infinite where the mean is not.
+        log_p = log_p.masked_fill(log_p == float("-inf"), 0.0).flatten(2) / length
         # sum over i, j that both see of P^h (log P^h - log P^g), as two H x H products.
         with _checks.without_autocast(q):
             own = (p * log_p) @ seen.transpose(1, 2)
             crossed = p @ log_p.transpose(1, 2)
         total = total + own - crossed
-    return total / length
+    return total / min(length, 1)  # NaN as a mean over nothing

@@ -154,7 +154,8 @@ def head_divergence_kernel(
             row_sum = tl.sum(tl.where(other_seen, p * (log_p - log_other), 0.0), axis=1)
             acc += tl.where(others[None, :] == i, row_sum[:, None], 0.0)
     target = out_ptr + (pid // heads % row_blocks).to(tl.int64) * plane + (b * heads + h) * heads + others
-    tl.store(target, tl.sum(acc, axis=0) / queries, mask=others < heads)
+    # The sum over queries may be infinite where the mean is not.
+    tl.store(target, tl.sum(acc / queries, axis=0), mask=others < heads)
 
 
 def head_divergence_fwd(

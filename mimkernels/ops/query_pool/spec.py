@@ -51,10 +51,15 @@ def _save(ctx, inputs, outputs):
 def _gradients(ctx, bwd, dout, dweights):
     x, queries, values, weights, mask = ctx.saved_tensors
     need_x, need_queries, need_values, *_ = ctx.needs_input_grad
-    dout = x.new_zeros(ctx.out_shape) if dout is None else _checks.rows(dout)
-    dweights = None if dweights is None else _checks.rows(dweights)
+    dvalues = None
+    if dout is None:
+        # Values of no columns: a gradient of zeros would be NaN beside weights and values that are not finite.
+        dvalues = values.new_zeros(values.shape) if need_values else None
+        dout, values, need_values = x.new_empty((*ctx.out_shape[:-1], 0)), x.new_empty((*x.shape[:-1], 0)), False
+    dout, dweights = _checks.rows(dout), None if dweights is None else _checks.rows(dweights)
     needs = (need_x, need_queries, need_values)
-    dx, dqueries, dvalues = bwd(dout, dweights, x, queries, values, weights, mask, *ctx.options, *needs)
+    dx, dqueries, of_output = bwd(dout, dweights, x, queries, values, weights, mask, *ctx.options, *needs)
+    dvalues = of_output if dvalues is None else dvalues
     return {"x": dx, "queries": dqueries, "values": dvalues}
 
 

@@ -28,9 +28,14 @@ def _save(ctx, inputs, outputs):
 def _gradients(ctx, bwd, dout, dweights):
     x, weights, mask = ctx.saved_tensors
     need_x, need_scores, *_ = ctx.needs_input_grad
-    dout = x.new_zeros((*weights.shape[:-1], x.shape[2])) if dout is None else _checks.rows(dout)
-    dweights = None if dweights is None else _checks.rows(dweights)
-    dx, dscores = bwd(dout, dweights, x, weights, mask, *ctx.options, need_x, need_scores)
+    dx = None
+    if dout is None:
+        # Tokens of no columns: a gradient of zeros would be NaN beside weights and tokens that are not finite.
+        dx = x.new_zeros(x.shape) if need_x else None
+        dout, x, need_x = x.new_empty((*weights.shape[:-1], 0)), x.new_empty((*x.shape[:-1], 0)), False
+    dout, dweights = _checks.rows(dout), None if dweights is None else _checks.rows(dweights)
+    of_output, dscores = bwd(dout, dweights, x, weights, mask, *ctx.options, need_x, need_scores)
+    dx = of_output if dx is None else dx
     return {"x": dx, "scores": dscores}
 
 
