@@ -4,6 +4,7 @@ import posixpath
 import re
 from pathlib import Path
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,3 +51,11 @@ def on_page_markdown(markdown, page, config, files):
 def on_page_content(html, page, config, files):
     """Docstrings introduce code with two colons."""
     return html.replace("::</p>", ":</p>")
+
+
+def on_post_build(config):
+    """The site loads nothing from elsewhere."""
+    for page in sorted(Path(config.site_dir).rglob("*.html")):
+        foreign = re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=\"https?://[^>]*", page.read_text())
+        if foreign:
+            raise PluginError(f"{page} loads from elsewhere: {foreign[0]}")
