@@ -27,7 +27,8 @@ HEADLINES = (
     ("pooling-float32", "query_pool, AbMILP, forward + backward", "", "AbMILP pooling", "plain"),
     ("attention-float32", "attention, forward + backward", "B=8 H=12 N=197 D=64",
      "attention with all head statistics", "sdpa"),
-    ("step-float32", "MAE step, with data loading", "vit_base_patch16_224 B=8", "a whole MAE step with data loading, ViT-B", "plain"),
+    ("step-float32", "MAE step, with data loading", "vit_base_patch16_224 B=8",
+     "a whole MAE step with data loading, ViT-B", "plain"),
 )  # fmt: skip
 AGAINST = {"plain": "plain PyTorch", "sdpa": "SDPA, which gives none"}
 
