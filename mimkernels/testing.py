@@ -79,8 +79,12 @@ def _placed(value, dtype: torch.dtype, device: str, layout: str):
 
 
 def call(case: Case, inputs: dict, backend: str) -> dict[str, Tensor]:
-    """The op's outputs by name: those of a named tuple, or ``output`` and ``weights``; statistics beside the others."""
-    result = getattr(mimkernels, case.op)(**inputs, backend=backend)
+    """The op's outputs by name."""
+    return named(getattr(mimkernels, case.op)(**inputs, backend=backend))
+
+
+def named(result: Tensor | tuple) -> dict[str, Tensor]:
+    """What an op returns, by name: that of a named tuple, or ``output`` and ``weights``; each statistic by its own."""
     if isinstance(result, Tensor):
         return {"output": result}
     if not hasattr(result, "_asdict"):

@@ -198,3 +198,50 @@ def test_shared_and_cpu_sources_need_no_cuda():
     for folder in ("core", "cpu"):
         for file, name in includes(folder):
             assert not name.startswith("cuda"), f"{file} includes {name}"
+
+
+COMPANIONS = ("attention_rows", "head_divergence", "received_attention")  # of attention: they share its scores
+OP_FOLDERS = sorted(folder.name for folder in (PACKAGE / "ops").iterdir() if (folder / "api.py").exists())
+
+
+def ops_imported(file: Path) -> set[str]:
+    """Folders of ops that a file of ``mimkernels/ops`` imports, anywhere and in any form."""
+    package = ["mimkernels", *file.relative_to(PACKAGE).parts[:-1]]
+    names = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            origin = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*origin, *filter(None, [node.module])])
+            names += [f"{module}.{alias.name}" for alias in node.names]
+    parts = [name.split(".") for name in names]
+    return {part[2] for part in parts if part[:2] == ["mimkernels", "ops"] and part[2:3] and part[2] in OP_FOLDERS}
+
+
+@pytest.mark.parametrize("op", OP_FOLDERS)
+def test_the_folder_of_an_op_imports_no_other_op(op):
+    """Attention's companions excepted; what several ops share is in ``mimkernels/ops/_*.py``."""
+    allowed = {op, "attention"} if op in COMPANIONS else {op}
+    for file in python_files(f"ops/{op}"):
+        others = ops_imported(file) - allowed
+        assert not others, f"{file} imports {sorted(others)}"
+
+
+def test_what_ops_share_imports_no_op():
+    for file in sorted((PACKAGE / "ops").glob("_[a-z]*.py")):
+        assert not ops_imported(file), f"{file} imports {sorted(ops_imported(file))}"
+
+
+def test_imports_of_other_ops_are_seen_in_every_form():
+    probe = PACKAGE / "ops" / "gather_tokens" / "probe.py"
+
+    class Text(type(probe)):
+        def read_text(self, *args, **kwargs):
+            return (
+                "from mimkernels.ops import bias_gelu, _checks\nfrom ..query_pool.api import query_pool\n"
+                "def f():\n    import mimkernels.ops.random_mask.spec\nfrom .. import reduce_pool\nfrom . import api\n"
+            )
+
+    seen = {"bias_gelu", "query_pool", "random_mask", "reduce_pool", "gather_tokens"}
+    assert ops_imported(Text(probe)) == seen
