@@ -6,8 +6,8 @@
 
 #include <cstdint>
 
-#include "dtype.h"
-#include "params.h"
+#include "core/dtype.h"
+#include "core/params.h"
 
 namespace mimkernels {
 

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "dtype.h"
+#include "core/dtype.h"
 
 namespace mimkernels {
 

@@ -2,8 +2,8 @@
 // masks, distances between tokens.
 #pragma once
 
-#include "../core/attention.h"
-#include "attention_tile.h"
+#include "core/attention.h"
+#include "cpu/attention_tile.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 

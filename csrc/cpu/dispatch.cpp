@@ -1,6 +1,6 @@
 // Chooses the instruction set at run time. The only file here that is compiled once, for the
 // baseline CPU.
-#include "dispatch.h"
+#include "cpu/dispatch.h"
 
 #include <cstdlib>
 #include <stdexcept>

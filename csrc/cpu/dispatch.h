@@ -1,12 +1,12 @@
 // One set of CPU kernels per instruction set, chosen once per process.
 #pragma once
 
-#include "../core/attention.h"
-#include "../core/gelu.h"
-#include "../core/parallel.h"
-#include "../core/params.h"
-#include "../core/pool.h"
-#include "../core/status.h"
+#include "core/attention.h"
+#include "core/parallel.h"
+#include "core/params.h"
+#include "core/status.h"
+#include "core/token_pool.h"
+#include "ops/bias_gelu/params.h"
 
 namespace mimkernels {
 

@@ -1,12 +1,12 @@
 // The launchers of one instruction set; defined in the op files, collected by table.cpp.
 #pragma once
 
-#include "../core/attention.h"
-#include "../core/gelu.h"
-#include "../core/parallel.h"
-#include "../core/params.h"
-#include "../core/pool.h"
-#include "../core/status.h"
+#include "core/attention.h"
+#include "core/parallel.h"
+#include "core/params.h"
+#include "core/status.h"
+#include "core/token_pool.h"
+#include "ops/bias_gelu/params.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 

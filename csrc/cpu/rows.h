@@ -3,11 +3,11 @@
 
 #include <cstdlib>
 
-#include "../core/dtype.h"
-#include "../core/parallel.h"
-#include "../core/params.h"
-#include "../core/status.h"
-#include "vec.h"
+#include "core/dtype.h"
+#include "core/parallel.h"
+#include "core/params.h"
+#include "core/status.h"
+#include "cpu/vec.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 

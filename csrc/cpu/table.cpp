@@ -1,6 +1,6 @@
 // The kernels of one instruction set as a table for dispatch.cpp.
-#include "dispatch.h"
-#include "kernels.h"
+#include "cpu/dispatch.h"
+#include "cpu/kernels.h"
 
 #define MIMKERNELS_STRING_OF(name) #name
 #define MIMKERNELS_STRING(name) MIMKERNELS_STRING_OF(name)

@@ -8,8 +8,8 @@
 // numerics: fp32; softmax online over blocks of 8 tokens; out rounded once. An image's chunks are
 //           combined in order; their number depends on sizes alone
 // cost:     x and values read once, excluded tokens not at all; weights written twice
-#include "kernels.h"
-#include "pool.h"
+#include "cpu/kernels.h"
+#include "cpu/pool.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {

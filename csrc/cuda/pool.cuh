@@ -2,7 +2,7 @@
 // warps of a block split an image's tokens.
 #pragma once
 
-#include "core/pool.h"
+#include "core/token_pool.h"
 #include "cuda/rows.cuh"
 
 namespace mimkernels::cuda {

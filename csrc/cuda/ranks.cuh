@@ -3,8 +3,8 @@
 #pragma once
 
 #include "cuda/device.cuh"
-#include "cuda/masks.h"
 #include "cuda/vector.cuh"
+#include "ops/random_mask/cuda.h"
 
 namespace mimkernels::cuda {
 

@@ -1,7 +1,7 @@
 #include "cuda/device.cuh"
 #include "cuda/pool.cuh"
-#include "cuda/pool.h"
-#include "cuda/pool_cut.h"
+#include "cuda/token_pool.h"
+#include "cuda/token_pool_tiling.h"
 #include "cuda/token_products.h"
 
 namespace mimkernels::cuda {

@@ -9,8 +9,8 @@
 
 #include <tuple>
 
-#include "../core/attention.h"
-#include "tensor_args.h"
+#include "core/attention.h"
+#include "torch/tensor_args.h"
 
 namespace mimkernels::binding {
 

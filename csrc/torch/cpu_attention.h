@@ -3,8 +3,8 @@
 
 #include <tuple>
 
-#include "../cpu/dispatch.h"
-#include "attention_args.h"
+#include "cpu/dispatch.h"
+#include "torch/attention_args.h"
 
 namespace mimkernels::binding {
 

@@ -3,8 +3,8 @@
 
 #include <tuple>
 
-#include "../cpu/dispatch.h"
-#include "gelu_args.h"
+#include "cpu/dispatch.h"
+#include "torch/gelu_args.h"
 
 namespace mimkernels::binding {
 

@@ -2,14 +2,14 @@
 // that one library serves every torch from 2.10 on. Op by op in cpu_*.h.
 #include <string>
 
-#include "../cpu/dispatch.h"
-#include "cpu_attention.h"
-#include "cpu_gelu.h"
-#include "cpu_loss.h"
-#include "cpu_masks.h"
-#include "cpu_patches.h"
-#include "cpu_pool.h"
-#include "cpu_tokens.h"
+#include "cpu/dispatch.h"
+#include "torch/cpu_attention.h"
+#include "torch/cpu_gelu.h"
+#include "torch/cpu_loss.h"
+#include "torch/cpu_masks.h"
+#include "torch/cpu_patches.h"
+#include "torch/cpu_pool.h"
+#include "torch/cpu_tokens.h"
 
 namespace {
 

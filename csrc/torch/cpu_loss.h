@@ -1,8 +1,8 @@
 // Bindings of masked_patch_loss.
 #pragma once
 
-#include "../cpu/dispatch.h"
-#include "loss_args.h"
+#include "cpu/dispatch.h"
+#include "torch/loss_args.h"
 
 namespace mimkernels::binding {
 

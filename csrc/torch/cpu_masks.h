@@ -1,8 +1,8 @@
 // Bindings of the mask ops.
 #pragma once
 
-#include "../cpu/dispatch.h"
-#include "mask_args.h"
+#include "cpu/dispatch.h"
+#include "torch/mask_args.h"
 
 namespace mimkernels::binding {
 

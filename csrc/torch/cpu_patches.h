@@ -1,8 +1,8 @@
 // Bindings of patchify_gather.
 #pragma once
 
-#include "../cpu/dispatch.h"
-#include "patch_args.h"
+#include "cpu/dispatch.h"
+#include "torch/patch_args.h"
 
 namespace mimkernels::binding {
 

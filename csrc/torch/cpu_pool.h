@@ -3,8 +3,8 @@
 
 #include <tuple>
 
-#include "../cpu/dispatch.h"
-#include "pool_args.h"
+#include "cpu/dispatch.h"
+#include "torch/pool_args.h"
 
 namespace mimkernels::binding {
 

@@ -3,8 +3,8 @@
 
 #include <tuple>
 
-#include "../cpu/dispatch.h"
-#include "token_args.h"
+#include "cpu/dispatch.h"
+#include "torch/token_args.h"
 
 namespace mimkernels::binding {
 

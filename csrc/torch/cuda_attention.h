@@ -3,9 +3,9 @@
 
 #include <tuple>
 
-#include "../cuda/attention.h"
-#include "attention_args.h"
-#include "cuda_common.h"
+#include "ops/attention/cuda.h"
+#include "torch/attention_args.h"
+#include "torch/cuda_common.h"
 
 namespace mimkernels::binding {
 

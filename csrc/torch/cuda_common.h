@@ -10,7 +10,7 @@
 #include <cstdlib>
 #include <string>
 
-#include "tensor_args.h"
+#include "torch/tensor_args.h"
 
 #ifndef MIMKERNELS_EMULATION
 #include <torch/csrc/stable/accelerator.h>

@@ -3,9 +3,9 @@
 
 #include <tuple>
 
-#include "../cuda/bias_gelu.h"
-#include "cuda_common.h"
-#include "gelu_args.h"
+#include "ops/bias_gelu/cuda.h"
+#include "torch/cuda_common.h"
+#include "torch/gelu_args.h"
 
 namespace mimkernels::binding {
 

@@ -1,13 +1,13 @@
 // Binds the CUDA kernels to torch. Python defines the schemas; here are only the implementations,
 // so that one library serves every torch from 2.10 on. Op by op in cuda_*.h.
-#include "cuda_attention.h"
-#include "cuda_common.h"
-#include "cuda_gelu.h"
-#include "cuda_loss.h"
-#include "cuda_masks.h"
-#include "cuda_patches.h"
-#include "cuda_pool.h"
-#include "cuda_tokens.h"
+#include "torch/cuda_attention.h"
+#include "torch/cuda_common.h"
+#include "torch/cuda_gelu.h"
+#include "torch/cuda_loss.h"
+#include "torch/cuda_masks.h"
+#include "torch/cuda_patches.h"
+#include "torch/cuda_pool.h"
+#include "torch/cuda_tokens.h"
 
 MIMKERNELS_CUDA_LIBRARY(m) {
   MIMKERNELS_CUDA_IMPL(m, gather_tokens_fwd);

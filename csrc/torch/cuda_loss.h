@@ -1,9 +1,9 @@
 // Bindings of masked_patch_loss on CUDA.
 #pragma once
 
-#include "../cuda/masked_patch_loss.h"
-#include "cuda_common.h"
-#include "loss_args.h"
+#include "ops/masked_patch_loss/cuda.h"
+#include "torch/cuda_common.h"
+#include "torch/loss_args.h"
 
 namespace mimkernels::binding {
 

@@ -1,9 +1,9 @@
 // Bindings of the mask ops on CUDA.
 #pragma once
 
-#include "../cuda/masks.h"
-#include "cuda_common.h"
-#include "mask_args.h"
+#include "ops/random_mask/cuda.h"
+#include "torch/cuda_common.h"
+#include "torch/mask_args.h"
 
 namespace mimkernels::binding {
 

@@ -1,9 +1,9 @@
 // Bindings of patchify_gather on CUDA.
 #pragma once
 
-#include "../cuda/patchify_gather.h"
-#include "cuda_common.h"
-#include "patch_args.h"
+#include "ops/patchify_gather/cuda.h"
+#include "torch/cuda_common.h"
+#include "torch/patch_args.h"
 
 namespace mimkernels::binding {
 

@@ -3,9 +3,9 @@
 
 #include <tuple>
 
-#include "../cuda/pool.h"
-#include "cuda_common.h"
-#include "pool_args.h"
+#include "cuda/token_pool.h"
+#include "torch/cuda_common.h"
+#include "torch/pool_args.h"
 
 namespace mimkernels::binding {
 

@@ -3,11 +3,11 @@
 
 #include <tuple>
 
-#include "../cuda/fill_mask_tokens.h"
-#include "../cuda/gather_tokens.h"
-#include "../cuda/restore_tokens.h"
-#include "cuda_common.h"
-#include "token_args.h"
+#include "ops/fill_mask_tokens/cuda.h"
+#include "ops/gather_tokens/cuda.h"
+#include "ops/restore_tokens/cuda.h"
+#include "torch/cuda_common.h"
+#include "torch/token_args.h"
 
 namespace mimkernels::binding {
 

@@ -2,8 +2,8 @@
 // `check(tensor, name, sizes)` refuses other sizes, kAny apart, and other devices.
 #pragma once
 
-#include "../core/gelu.h"
-#include "tensor_args.h"
+#include "ops/bias_gelu/params.h"
+#include "torch/tensor_args.h"
 
 namespace mimkernels::binding {
 

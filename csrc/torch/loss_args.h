@@ -2,7 +2,7 @@
 // in patch_args.h.
 #pragma once
 
-#include "patch_args.h"
+#include "torch/patch_args.h"
 
 namespace mimkernels::binding {
 

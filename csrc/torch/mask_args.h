@@ -4,7 +4,7 @@
 
 #include <tuple>
 
-#include "tensor_args.h"
+#include "torch/tensor_args.h"
 
 namespace mimkernels::binding {
 

@@ -2,7 +2,7 @@
 // the CPU and on CUDA. `check(tensor, name, sizes)` refuses other sizes, kAny apart, and devices.
 #pragma once
 
-#include "tensor_args.h"
+#include "torch/tensor_args.h"
 
 namespace mimkernels::binding {
 

@@ -4,8 +4,8 @@
 
 #include <utility>
 
-#include "../core/pool.h"
-#include "tensor_args.h"
+#include "core/token_pool.h"
+#include "torch/tensor_args.h"
 
 namespace mimkernels::binding {
 

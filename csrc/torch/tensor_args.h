@@ -15,10 +15,10 @@
 #include <string>
 #include <vector>
 
-#include "../core/dtype.h"
-#include "../core/parallel.h"
-#include "../core/params.h"
-#include "../core/status.h"
+#include "core/dtype.h"
+#include "core/parallel.h"
+#include "core/params.h"
+#include "core/status.h"
 
 namespace mimkernels::binding {
 

@@ -15,8 +15,8 @@
 // order:    a head belongs to one task, its sums run over rows in order; few heads are cut into
 //           chunks of rows, by shape alone, whose dk and dv are added in order; so is dbias, head
 //           by head
-#include "attention_block.h"
-#include "kernels.h"
+#include "cpu/attention_block.h"
+#include "cpu/kernels.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {

@@ -5,9 +5,9 @@
 // out:      coef fp32 [6, B, H, Nq]; every element written once
 // numerics: fp32
 // cost:     inputs read once, outputs written once
-#include "attention_math.h"
-#include "kernels.h"
-#include "rows.h"
+#include "cpu/attention_math.h"
+#include "cpu/kernels.h"
+#include "cpu/rows.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {

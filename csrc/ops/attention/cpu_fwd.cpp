@@ -10,8 +10,8 @@
 //           rescaled from block to block
 // order:    a row's sums depend on its keys alone: the same bits for any number of threads, and the
 //           same out and lse whichever statistics are asked for
-#include "attention_block.h"
-#include "kernels.h"
+#include "cpu/attention_block.h"
+#include "cpu/kernels.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {

@@ -2,8 +2,8 @@
 // compile in parallel.
 #pragma once
 
-#include "cuda/attention.h"
-#include "cuda/attention_gradient.cuh"
+#include "ops/attention/cuda.h"
+#include "ops/attention/cuda_gradient.cuh"
 
 namespace mimkernels::cuda {
 

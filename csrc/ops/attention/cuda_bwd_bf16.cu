@@ -1,4 +1,4 @@
-#include "cuda/attention_bwd.cuh"
+#include "ops/attention/cuda_bwd.cuh"
 
 namespace mimkernels::cuda {
 

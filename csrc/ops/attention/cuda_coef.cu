@@ -1,6 +1,6 @@
-#include "cuda/attention.h"
 #include "cuda/device.cuh"
 #include "cuda/vector.cuh"
+#include "ops/attention/cuda.h"
 
 namespace mimkernels::cuda {
 namespace {

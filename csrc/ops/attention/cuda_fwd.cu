@@ -1,5 +1,5 @@
 // attention_fwd: fp32, and the choice of the type.
-#include "cuda/attention_fwd.cuh"
+#include "ops/attention/cuda_fwd.cuh"
 
 namespace mimkernels::cuda {
 

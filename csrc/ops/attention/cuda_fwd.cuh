@@ -2,8 +2,8 @@
 // compile in parallel.
 #pragma once
 
-#include "cuda/attention.h"
 #include "cuda/attention_tile.cuh"
+#include "ops/attention/cuda.h"
 
 namespace mimkernels::cuda {
 

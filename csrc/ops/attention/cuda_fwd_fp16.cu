@@ -1,4 +1,4 @@
-#include "cuda/attention_fwd.cuh"
+#include "ops/attention/cuda_fwd.cuh"
 
 namespace mimkernels::cuda {
 

@@ -6,8 +6,8 @@
 // Infinity and NaN as x F(x) and F(x) + x F'(x) give them: gelu(-inf) and both slopes are NaN.
 #pragma once
 
-#include "attention_math.h"
-#include "rows.h"
+#include "cpu/attention_math.h"
+#include "cpu/rows.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 

@@ -5,8 +5,8 @@
 // sums in double, over chunks of rows that depend on the shape alone, rounded once cost:     grad
 // and x read once, dx written once; a thread owns chunks of rows, whose sums stay in
 //           its first-level cache while it works on them
-#include "gelu.h"
-#include "kernels.h"
+#include "cpu/kernels.h"
+#include "ops/bias_gelu/cpu.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {

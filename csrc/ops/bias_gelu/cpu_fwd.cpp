@@ -4,8 +4,8 @@
 // out:      [A, R, E] contiguous; every row written once, past the cache when it is large
 // numerics: added and evaluated in fp32, rounded once; instruction sets differ in the last bits
 // cost:     x read once, out written once; a thread owns a range of rows
-#include "gelu.h"
-#include "kernels.h"
+#include "cpu/kernels.h"
+#include "ops/bias_gelu/cpu.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {

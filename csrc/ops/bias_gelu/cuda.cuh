@@ -2,8 +2,8 @@
 // work.
 #pragma once
 
-#include "core/gelu.h"
 #include "cuda/rows.cuh"
+#include "ops/bias_gelu/params.h"
 
 namespace mimkernels::cuda {
 

@@ -4,7 +4,7 @@
 
 #include <cuda_runtime.h>
 
-#include "core/gelu.h"
+#include "ops/bias_gelu/params.h"
 
 namespace mimkernels::cuda {
 

@@ -1,6 +1,6 @@
-#include "cuda/bias_gelu.h"
-#include "cuda/gelu.cuh"
 #include "cuda/row_sums.h"
+#include "ops/bias_gelu/cuda.cuh"
+#include "ops/bias_gelu/cuda.h"
 
 namespace mimkernels::cuda {
 namespace {

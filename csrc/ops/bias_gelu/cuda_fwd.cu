@@ -1,5 +1,5 @@
-#include "cuda/bias_gelu.h"
-#include "cuda/gelu.cuh"
+#include "ops/bias_gelu/cuda.cuh"
+#include "ops/bias_gelu/cuda.h"
 
 namespace mimkernels::cuda {
 namespace {

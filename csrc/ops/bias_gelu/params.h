@@ -1,7 +1,7 @@
 // What the launchers of bias_gelu take; see params.h.
 #pragma once
 
-#include "params.h"
+#include "core/params.h"
 
 namespace mimkernels {
 

@@ -5,8 +5,8 @@
 // out:      dx [B, N, D], dmask_token [D] contiguous, each only if asked for
 // numerics: sums in double over chunks of rows that depend on the shape alone, rounded once
 // cost:     grad read once, dx written once; a thread owns chunks of rows
-#include "kernels.h"
-#include "rows.h"
+#include "cpu/kernels.h"
+#include "cpu/rows.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {

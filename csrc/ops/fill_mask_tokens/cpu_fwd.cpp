@@ -4,8 +4,8 @@
 // out:      [B, N, D] contiguous; every row written once, past the cache when it is large
 // numerics: bits are copied
 // cost:     the rows that stay read once, out written once; a thread owns a range of rows
-#include "kernels.h"
-#include "rows.h"
+#include "cpu/kernels.h"
+#include "cpu/rows.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {

@@ -1,5 +1,5 @@
-#include "cuda/fill_mask_tokens.h"
 #include "cuda/rows.cuh"
+#include "ops/fill_mask_tokens/cuda.h"
 
 namespace mimkernels::cuda {
 namespace {

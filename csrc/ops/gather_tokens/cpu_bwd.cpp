@@ -8,9 +8,9 @@
 // cost:     grad read once, dx written once, row by row through inverse lists; no atomics. With
 // dpos
 //           a thread owns tokens and walks the batch, so that the sum over it never leaves L1.
-#include "inverse.h"
-#include "kernels.h"
-#include "rows.h"
+#include "cpu/inverse.h"
+#include "cpu/kernels.h"
+#include "cpu/rows.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {

@@ -5,8 +5,8 @@
 // B, K] out:      [M * B, P + K, D] contiguous; every row written once, past the cache when it is
 // large numerics: one fp32 addition, rounded once; without pos the bits are copied cost:     the
 // kept rows of x read once, out written once; a thread owns a range of output rows
-#include "kernels.h"
-#include "rows.h"
+#include "cpu/kernels.h"
+#include "cpu/rows.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {

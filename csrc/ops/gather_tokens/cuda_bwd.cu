@@ -1,10 +1,10 @@
 #include <limits>
 
-#include "cuda/gather_tokens.h"
 #include "cuda/matches.cuh"
 #include "cuda/row_sums.h"
 #include "cuda/rows.cuh"
 #include "cuda/scatter_rows.h"
+#include "ops/gather_tokens/cuda.h"
 
 namespace mimkernels::cuda {
 namespace {

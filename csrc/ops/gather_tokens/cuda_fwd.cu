@@ -1,5 +1,5 @@
-#include "cuda/gather_tokens.h"
 #include "cuda/rows.cuh"
+#include "ops/gather_tokens/cuda.h"
 
 namespace mimkernels::cuda {
 namespace {

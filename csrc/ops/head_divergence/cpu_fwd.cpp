@@ -9,8 +9,8 @@
 // numerics: fp32, compensated sums of received attention over queries, totals of divergence over
 //           queries in fp64; sums run in order
 // cost:     one pass over the scores, and another over those of rows whose lse is large
-#include "attention_block.h"
-#include "kernels.h"
+#include "cpu/attention_block.h"
+#include "cpu/kernels.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {

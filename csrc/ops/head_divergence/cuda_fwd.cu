@@ -1,6 +1,6 @@
 // Statistics of the attention map that are no row sums, from lse, without the N x N matrix.
-#include "cuda/attention.h"
 #include "cuda/attention_tile.cuh"
+#include "ops/attention/cuda.h"
 
 namespace mimkernels::cuda {
 namespace {

@@ -5,8 +5,8 @@
 //           last
 // out:      as random_mask
 // cost:     as random_mask; noise that crowds together costs O(N^2) register compares
-#include "kernels.h"
-#include "ranks.h"
+#include "cpu/kernels.h"
+#include "cpu/ranks.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 

@@ -1,7 +1,7 @@
 // What the forward and the backward of the masked patch loss share: the target of one patch.
 #pragma once
 
-#include "patches.h"
+#include "cpu/patches.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 

@@ -5,8 +5,8 @@
 // out:      dpred [B, L, E] contiguous, of the type of pred; written once, past the cache when it
 // is large numerics: the target is computed again as in the forward; fp32, rounded once cost: pred
 // and the pixels of counted patches read once, dpred written once
-#include "kernels.h"
-#include "patch_loss.h"
+#include "cpu/kernels.h"
+#include "ops/masked_patch_loss/cpu.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {

@@ -9,8 +9,8 @@
 // lanes, fixed order;
 //           the sum over patches in double
 // cost:     pred and the pixels of counted patches read once; the target of one patch lives in L1
-#include "kernels.h"
-#include "patch_loss.h"
+#include "cpu/kernels.h"
+#include "ops/masked_patch_loss/cpu.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {

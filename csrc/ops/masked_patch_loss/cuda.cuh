@@ -3,9 +3,9 @@
 #pragma once
 
 #include "cuda/device.cuh"
-#include "cuda/masked_patch_loss.h"
 #include "cuda/patches.cuh"
 #include "cuda/rows.cuh"
+#include "ops/masked_patch_loss/cuda.h"
 
 namespace mimkernels::cuda {
 

@@ -1,4 +1,4 @@
-#include "cuda/patch_loss.cuh"
+#include "ops/masked_patch_loss/cuda.cuh"
 
 namespace mimkernels::cuda {
 namespace {

@@ -5,9 +5,9 @@
 // or all patches out:      dimages [B, C, T, H, W] contiguous; written once, past the cache when it
 // is large numerics: sums in double in the order m, then k; times scale in fp32; rounded once cost:
 // grad read once, dimages written once in the order of memory; a thread owns rows of the patch grid
-#include "inverse.h"
-#include "kernels.h"
-#include "patches.h"
+#include "cpu/inverse.h"
+#include "cpu/kernels.h"
+#include "cpu/patches.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {

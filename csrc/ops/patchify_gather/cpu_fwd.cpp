@@ -6,8 +6,8 @@
 // past the cache when large numerics: float(pixel) * scale[c] + shift[c] in fp32, rounded once
 // cost:     the pixels of the chosen patches read once, out written once; a thread owns a range of
 // patches
-#include "kernels.h"
-#include "patches.h"
+#include "cpu/kernels.h"
+#include "cpu/patches.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {

@@ -1,5 +1,5 @@
-#include "cuda/patchify_gather.h"
 #include "cuda/scatter_rows.h"
+#include "ops/patchify_gather/cuda.h"
 
 namespace mimkernels::cuda {
 

@@ -1,4 +1,4 @@
-#include "cuda/patchify_gather.h"
+#include "ops/patchify_gather/cuda.h"
 
 #include "cuda/patches.cuh"
 

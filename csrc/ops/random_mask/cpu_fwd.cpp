@@ -7,9 +7,9 @@
 // out:      ids_shuffle[b, rank_i] = i, ids_restore[b, i] = rank_i, mask[b, i] = rank_i >= keep;
 //           sorted: kept and removed tokens each in the order of their index, mask unchanged
 // cost:     a sort by buckets for small N, by radix beyond; a thread owns whole images
-#include "../core/philox.h"
-#include "kernels.h"
-#include "ranks.h"
+#include "core/philox.h"
+#include "cpu/kernels.h"
+#include "cpu/ranks.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {

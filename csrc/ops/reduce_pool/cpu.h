@@ -1,7 +1,7 @@
 // What both directions of reduce_pool share: how the work is split, and powers.
 #pragma once
 
-#include "pool.h"
+#include "cpu/pool.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 

@@ -9,8 +9,8 @@
 //           large; dp [1]; each only if asked for
 // numerics: fp32, rounded once; dp summed in double over columns, tiles and images in order
 // cost:     dx written once; x read once for the power mean
-#include "kernels.h"
-#include "reduce_pool.h"
+#include "cpu/kernels.h"
+#include "ops/reduce_pool/cpu.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {

@@ -8,8 +8,8 @@
 // other powers
 //           with an exact exponent (pow_lanes)
 // cost:     x read once, excluded tokens not at all; a thread owns columns of images
-#include "kernels.h"
-#include "reduce_pool.h"
+#include "cpu/kernels.h"
+#include "ops/reduce_pool/cpu.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {

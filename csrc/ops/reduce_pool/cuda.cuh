@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/pool.cuh"
-#include "cuda/pool.h"
+#include "cuda/token_pool.h"
 
 namespace mimkernels::cuda {
 

@@ -1,5 +1,5 @@
 #include "cuda/device.cuh"
-#include "cuda/reduce_pool.cuh"
+#include "ops/reduce_pool/cuda.cuh"
 
 namespace mimkernels::cuda {
 namespace {

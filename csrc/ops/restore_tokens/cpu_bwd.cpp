@@ -8,9 +8,9 @@
 // cost:     grad read once. With a sum over the batch a thread owns positions and walks the
 // batch;
 //           rows of a permutation are handed to dx on the way, others through inverse lists.
-#include "inverse.h"
-#include "kernels.h"
-#include "rows.h"
+#include "cpu/inverse.h"
+#include "cpu/kernels.h"
+#include "cpu/rows.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {

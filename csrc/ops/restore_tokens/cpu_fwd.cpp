@@ -6,8 +6,8 @@
 // N] out:      [B, P + N, D] contiguous; every row written once, past the cache when it is large
 // numerics: one fp32 addition, rounded once; without pos the bits are copied
 // cost:     x read once, out written once, pos from the cache; a thread owns a range of output rows
-#include "kernels.h"
-#include "rows.h"
+#include "cpu/kernels.h"
+#include "cpu/rows.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {

@@ -1,6 +1,6 @@
-#include "cuda/restore_tokens.h"
 #include "cuda/row_sums.h"
 #include "cuda/scatter_rows.h"
+#include "ops/restore_tokens/cuda.h"
 
 namespace mimkernels::cuda {
 namespace {

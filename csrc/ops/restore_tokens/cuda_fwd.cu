@@ -1,5 +1,5 @@
-#include "cuda/restore_tokens.h"
 #include "cuda/rows.cuh"
+#include "ops/restore_tokens/cuda.h"
 
 namespace mimkernels::cuda {
 namespace {
