@@ -1,5 +1,4 @@
-// What the launchers of the pooling ops take. As in params.h: pointers, sizes and element strides
-// only, and the binding has checked them.
+// What the launchers of query_pool and weighted_pool take; see params.h.
 //
 // Letters: B images, N tokens, P prefix tokens, D features of a token, G queries (or rows of
 // scores), Dv features of a value, d = Dv / G the width of one query's slice.
@@ -68,29 +67,6 @@ struct TokenPoolBwdParams {
   void* dqueries = nullptr;        // [B, G, D], or [G, D] if shared, or null
   void* dvalues = nullptr;         // [B, N, Dv] or null
   float* dscores = nullptr;        // [B, G, N] or null
-};
-
-enum class ReduceKind : int32_t { kMean = 0, kMax = 1, kGem = 2 };
-
-// reduce_pool, forward and backward: the mean, the maximum, or (mean of max(x, eps)^p)^(1/p) of the
-// allowed tokens, column by column; zeros where no token is allowed.
-struct ReducePoolParams {
-  DType dtype = DType::kFloat32;
-  ReduceKind kind = ReduceKind::kMean;
-  int64_t batch = 0;
-  int64_t tokens = 0;
-  int64_t num_prefix = 0;
-  int64_t dim = 0;
-  float eps = 0.0f;
-  BoolMask mask;
-  const float* p = nullptr;  // [1], for kGem
-  Rows x;                    // [B, N, D]; not given in the backward of kMean and kMax
-  void* out = nullptr;       // forward: [B, D]
-  int32_t* index = nullptr;  // [B, D] of kMax: the first largest token, -1 if none is allowed
-  float* moment = nullptr;   // [B, D] of kGem: the mean of the powers, 0 if none is allowed
-  Rows dout;                 // backward: [B, D] as rows of stride1
-  void* dx = nullptr;        // backward: [B, N, D] or null
-  float* dp = nullptr;       // backward: [1] or null
 };
 
 }  // namespace mimkernels

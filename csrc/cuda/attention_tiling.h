@@ -1,4 +1,4 @@
-// How the launchers of attention cut their work: every warp owns a strip of 16 tokens of one side
+// How the launchers of attention tile their work: every warp owns a strip of 16 tokens of one side
 // (queries, or keys) and sees the tokens of the other side tile by tile, through shared memory.
 #pragma once
 
@@ -12,7 +12,7 @@ constexpr int kStrip = 16;
 // Shared memory that a block can have on every architecture from sm_80 on.
 constexpr int kSharedBudget = 99 * 1024;
 
-struct StripCut {
+struct StripTiling {
   int row_blocks = 1;  // blocks that share the strips of a head
   int strips = 1;      // of each of its heads that a block owns
   int heads = 1;       // of a block
@@ -27,32 +27,33 @@ struct StripCut {
   }
 };
 
-inline int cut_up(int64_t count, int64_t size) {
+inline int int_ceil_div(int64_t count, int64_t size) {
   return static_cast<int>((count + size - 1) / size);
 }
 
 // A strip has `own` rows of shared memory and a tile `other` rows per token, of `row_bytes` each.
 // Two tiles are in flight. Short heads share a block, so that blocks have four warps or more. Rows
 // of at most 528 bytes fit with one warp at least.
-inline StripCut cut_strips(int64_t own_tokens, int64_t other_tokens, int own, int other,
-                           int row_bytes, int most_warps, int most_tile) {
-  StripCut cut;
-  const int strips = own_tokens > 0 ? cut_up(own_tokens, kStrip) : 1;
-  const int padded = other_tokens > 0 ? cut_up(other_tokens, kStrip) * kStrip : kStrip;
-  cut.tile = padded < most_tile ? padded : most_tile;
-  cut.tiles = cut_up(other_tokens, cut.tile);
-  const int slots = cut.tiles > 1 ? 2 : 1;
+inline StripTiling tile_strips(int64_t own_tokens, int64_t other_tokens, int own, int other,
+                               int row_bytes, int most_warps, int most_tile) {
+  StripTiling tiling;
+  const int strips = own_tokens > 0 ? int_ceil_div(own_tokens, kStrip) : 1;
+  const int padded = other_tokens > 0 ? int_ceil_div(other_tokens, kStrip) * kStrip : kStrip;
+  tiling.tile = padded < most_tile ? padded : most_tile;
+  tiling.tiles = int_ceil_div(other_tokens, tiling.tile);
+  const int slots = tiling.tiles > 1 ? 2 : 1;
   for (int most = most_warps; most > 0; --most) {
-    cut.row_blocks = cut_up(strips, most);
-    cut.strips = cut_up(strips, cut.row_blocks);
-    cut.heads = cut.tiles <= 1 && cut.row_blocks == 1 && cut.strips * 2 <= most && cut.strips < 4
-                    ? (most < 4 ? most : 4) / cut.strips
-                    : 1;
-    cut.shared_bytes =
-        (cut.warps() * kStrip * own + slots * cut.heads * cut.tile * other) * row_bytes;
-    if (cut.shared_bytes <= kSharedBudget) break;
+    tiling.row_blocks = int_ceil_div(strips, most);
+    tiling.strips = int_ceil_div(strips, tiling.row_blocks);
+    tiling.heads = tiling.tiles <= 1 && tiling.row_blocks == 1 && tiling.strips * 2 <= most &&
+                           tiling.strips < 4
+                       ? (most < 4 ? most : 4) / tiling.strips
+                       : 1;
+    tiling.shared_bytes =
+        (tiling.warps() * kStrip * own + slots * tiling.heads * tiling.tile * other) * row_bytes;
+    if (tiling.shared_bytes <= kSharedBudget) break;
   }
-  return cut;
+  return tiling;
 }
 
 // Bytes of a row of `dim` features of `size` bytes in shared memory: 16 more than a multiple of 32.
@@ -74,22 +75,22 @@ constexpr int forward_blocks(int dim, int size, bool stats) {
 // Tokens of a tile; forward, a warp holds the scores of all its keys in registers.
 constexpr int tile_tokens(int size) { return size == 4 ? 32 : 64; }
 
-inline StripCut cut_forward(int64_t queries, int64_t keys, int dim, int size, bool stats) {
-  return cut_strips(queries, keys, 1, 2, row_bytes_of(dim, size), forward_warps(dim, size, stats),
-                    tile_tokens(size));
+inline StripTiling forward_tiling(int64_t queries, int64_t keys, int dim, int size, bool stats) {
+  return tile_strips(queries, keys, 1, 2, row_bytes_of(dim, size), forward_warps(dim, size, stats),
+                     tile_tokens(size));
 }
 
 // attention_bwd, where `own` are the tokens whose strips warps own.
 constexpr int kBackwardWarps = 4;
 constexpr int backward_blocks(int dim, int size) { return dim <= 64 && size == 2 ? 3 : 2; }
 
-inline StripCut cut_backward(int64_t own, int64_t others, int dim, int size) {
-  return cut_strips(own, others, 2, 2, row_bytes_of(dim, size), kBackwardWarps, tile_tokens(size));
+inline StripTiling backward_tiling(int64_t own, int64_t others, int dim, int size) {
+  return tile_strips(own, others, 2, 2, row_bytes_of(dim, size), kBackwardWarps, tile_tokens(size));
 }
 
 // The gradient of a shared bias: a block owns strips of 16 queries by groups of 16 keys, one of
 // each per warp, with two heads' rows of queries and of keys in shared memory, two matrices each.
-struct BiasCut {
+struct BiasTiling {
   int strips = 4;
   int groups = 2;
   int row_blocks = 0;
@@ -99,18 +100,18 @@ struct BiasCut {
   int warps() const { return strips * groups; }
 };
 
-inline BiasCut cut_bias(int64_t queries, int64_t keys, int dim, int size) {
-  BiasCut cut;
+inline BiasTiling bias_tiling(int64_t queries, int64_t keys, int dim, int size) {
+  BiasTiling tiling;
   const auto bytes = [&] {
-    return 4 * (cut.strips + cut.groups) * kStrip * row_bytes_of(dim, size);
+    return 4 * (tiling.strips + tiling.groups) * kStrip * row_bytes_of(dim, size);
   };
   while (bytes() > kSharedBudget) {
-    (cut.strips > cut.groups ? cut.strips : cut.groups) /= 2;
+    (tiling.strips > tiling.groups ? tiling.strips : tiling.groups) /= 2;
   }
-  cut.shared_bytes = bytes();
-  cut.row_blocks = cut_up(queries, cut.strips * kStrip);
-  cut.key_blocks = cut_up(keys, cut.groups * kStrip);
-  return cut;
+  tiling.shared_bytes = bytes();
+  tiling.row_blocks = int_ceil_div(queries, tiling.strips * kStrip);
+  tiling.key_blocks = int_ceil_div(keys, tiling.groups * kStrip);
+  return tiling;
 }
 
 // What rounding took from lse, for those below: a warp has 16 queries and 16 keys in shared memory.
@@ -122,9 +123,9 @@ constexpr int low_shared_bytes(int dim, int size) {
 // received_attention
 constexpr int kReceivedWarps = 4;
 
-inline StripCut cut_received(int64_t queries, int64_t keys, int dim, int size) {
-  return cut_strips(keys, queries, 1, 1, row_bytes_of(dim, size), kReceivedWarps,
-                    tile_tokens(size));
+inline StripTiling received_tiling(int64_t queries, int64_t keys, int dim, int size) {
+  return tile_strips(keys, queries, 1, 1, row_bytes_of(dim, size), kReceivedWarps,
+                     tile_tokens(size));
 }
 
 // head_divergence: a block compares half of its heads with the other half. Shared memory has two
@@ -132,11 +133,11 @@ inline StripCut cut_received(int64_t queries, int64_t keys, int dim, int size) {
 constexpr int kDivergenceWarps = 4;
 constexpr int kDivergenceHeads = 8;
 
-struct DivergenceCut {
+struct DivergenceTiling {
   int warps = kDivergenceWarps;
   int shared_bytes = 0;
 
-  DivergenceCut(int dim, int size) {
+  DivergenceTiling(int dim, int size) {
     const auto bytes = [&] {
       return 2 * (1 + warps) * kStrip * row_bytes_of(dim, size) +
              warps * kDivergenceHeads * 9 * 32 * 4;

@@ -12,11 +12,12 @@
 //           for it
 // cost:     per block of keys (packed three ways, in L2) and block of rows five products: scores
 //           and dP a few rows at a time, dq from them, then dk and dv for the whole block of rows
-// order:    a head belongs to one task, its sums run over rows in order; few heads are cut into
+// order:    a head belongs to one task, its sums run over rows in order; few heads are split into
 //           chunks of rows, by shape alone, whose dk and dv are added in order; so is dbias, head
 //           by head
 #include "cpu/attention_block.h"
 #include "cpu/kernels.h"
+#include "ops/attention/params.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {
@@ -510,7 +511,7 @@ Status run_backward(const AttentionBwdParams& p, ParallelFor parallel_for) {
       sums_bias && s.bias.dtype != DType::kFloat32 ? sharing.count() * s.queries : 0, s.keys);
   if (bias_sums.failed()) return out_of_memory();
   // Heads that share a bias are one task, in order. Where that leaves too few tasks, dbias gets a
-  // pass of its own, which recomputes dS and cuts the rows instead.
+  // pass of its own, which recomputes dS and splits the rows instead.
   const bool together = p.dbias != nullptr && (!sums_bias || sharing.count() >= kLeastGroups);
   Pass main;
   main.bias = together;

@@ -8,6 +8,7 @@
 #include "cpu/attention_math.h"
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
+#include "ops/attention/params.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {

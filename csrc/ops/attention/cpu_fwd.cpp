@@ -12,6 +12,7 @@
 //           same out and lse whichever statistics are asked for
 #include "cpu/attention_block.h"
 #include "cpu/kernels.h"
+#include "ops/attention/params.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {

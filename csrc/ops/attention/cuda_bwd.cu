@@ -28,7 +28,7 @@ struct BiasAligned {
 //           deterministic
 template <typename T>
 __global__ void __launch_bounds__(256, 1)
-    attention_dbias_kernel(AttentionBwdParams p, BiasCut cut, RowShape<T> shape,
+    attention_dbias_kernel(AttentionBwdParams p, BiasTiling tiling, RowShape<T> shape,
                            BiasAligned aligned, const float* delta) {
   const AttentionScores& s = p.scores;
   const int heads = static_cast<int>(s.heads);
@@ -38,18 +38,18 @@ __global__ void __launch_bounds__(256, 1)
   const int bias_heads = static_cast<int>(s.bias.heads);
   const int warp = threadIdx.x / kWarp;
   const int block = static_cast<int>(blockIdx.x);
-  const int first_key = block % cut.key_blocks * cut.groups * kStrip;
-  const int first_query = block / cut.key_blocks % cut.row_blocks * cut.strips * kStrip;
-  const int kept = block / cut.key_blocks / cut.row_blocks;  // image and head of dbias
+  const int first_key = block % tiling.key_blocks * tiling.groups * kStrip;
+  const int first_query = block / tiling.key_blocks % tiling.row_blocks * tiling.strips * kStrip;
+  const int kept = block / tiling.key_blocks / tiling.row_blocks;  // image and head of dbias
   const int shared_images = s.bias.batch == 1 ? static_cast<int>(s.batch) : 1;
   const int shared_heads = bias_heads == 1 ? heads : 1;
   const int members = shared_images * shared_heads;
-  const int row = first_query + warp % cut.strips * kStrip;
-  const int column = first_key + warp / cut.strips * kStrip;
+  const int row = first_query + warp % tiling.strips * kStrip;
+  const int column = first_key + warp / tiling.strips * kStrip;
 
   T* const shared = reinterpret_cast<T*>(shared_memory());
-  const int query_rows = cut.strips * kStrip * shape.stride;
-  const int key_rows = cut.groups * kStrip * shape.stride;
+  const int query_rows = tiling.strips * kStrip * shape.stride;
+  const int key_rows = tiling.groups * kStrip * shape.stride;
   const auto image_of = [&](int member) { return kept / bias_heads + member / shared_heads; };
   const auto head_of = [&](int member) { return kept % bias_heads + member % shared_heads; };
   const auto start = [&](int member) {
@@ -61,10 +61,10 @@ __global__ void __launch_bounds__(256, 1)
                 static_cast<int>(blockDim.x));
       to += count * kStrip * shape.stride;
     };
-    load(s.q, cut.strips, first_query, queries, aligned.q);
-    load(p.dout, cut.strips, first_query, queries, aligned.dout);
-    load(s.k, cut.groups, first_key, keys, aligned.k);
-    load(p.v, cut.groups, first_key, keys, aligned.v);
+    load(s.q, tiling.strips, first_query, queries, aligned.q);
+    load(p.dout, tiling.strips, first_query, queries, aligned.dout);
+    load(s.k, tiling.groups, first_key, keys, aligned.k);
+    load(p.v, tiling.groups, first_key, keys, aligned.v);
     copy_async_commit();
   };
   if (members > 0) {
@@ -94,9 +94,9 @@ __global__ void __launch_bounds__(256, 1)
       row_delta[n] = query < queries ? delta[head * s.queries + query] : 0.0f;
     }
     const T* const q_rows = shared + member % 2 * 2 * (query_rows + key_rows) +
-                            warp % cut.strips * kStrip * shape.stride;
+                            warp % tiling.strips * kStrip * shape.stride;
     const T* const k_rows = shared + member % 2 * 2 * (query_rows + key_rows) + 2 * query_rows +
-                            warp / cut.strips * kStrip * shape.stride;
+                            warp / tiling.strips * kStrip * shape.stride;
     float score[2][4];
     float ds[2][4];
     multiply_rows<T>(score, q_rows, k_rows, shape.stride, shape.steps);
@@ -116,15 +116,16 @@ template <typename T>
 cudaError_t launch_dbias(const AttentionBwdParams& p, const float* delta, cudaStream_t stream) {
   const AttentionScores& s = p.scores;
   const RowShape<T> shape(s.dim);
-  const BiasCut cut = cut_bias(s.queries, s.keys, static_cast<int>(s.dim), sizeof(T));
+  const BiasTiling tiling = bias_tiling(s.queries, s.keys, static_cast<int>(s.dim), sizeof(T));
   const BiasAligned aligned = {aligned_rows(s.q, sizeof(T)), aligned_rows(s.k, sizeof(T)),
                                aligned_rows(p.v, sizeof(T)), aligned_rows(p.dout, sizeof(T))};
-  const int64_t blocks = s.bias.batch * s.bias.heads * cut.row_blocks * cut.key_blocks;
+  const int64_t blocks = s.bias.batch * s.bias.heads * tiling.row_blocks * tiling.key_blocks;
   if (blocks == 0) {
     return cudaSuccess;
   }
-  return launch(attention_dbias_kernel<T>, dim3(static_cast<unsigned>(blocks)), cut.warps() * kWarp,
-                cut.shared_bytes, stream, p, cut, shape, aligned, delta);
+  return launch(attention_dbias_kernel<T>, dim3(static_cast<unsigned>(blocks)),
+                tiling.warps() * kWarp, tiling.shared_bytes, stream, p, tiling, shape, aligned,
+                delta);
 }
 
 }  // namespace

@@ -51,15 +51,15 @@ __device__ __forceinline__ void strip_delta(float (&delta)[2], const T* dout, in
       }
     }
   }
-  sum += __shfl_xor_sync(kAll, sum, 1);
-  delta[0] = __shfl_sync(kAll, sum, lane / 4 * 2);
-  delta[1] = __shfl_sync(kAll, sum, lane / 4 * 2 + 16);
+  sum += __shfl_xor_sync(kWarpMask, sum, 1);
+  delta[0] = __shfl_sync(kWarpMask, sum, lane / 4 * 2);
+  delta[1] = __shfl_sync(kWarpMask, sum, lane / 4 * 2 + 16);
 }
 
 // A strip of 16 tokens of one side, for every warp, against all tokens of the other: dQ (and delta,
 // and dbias where nothing shares it) of queries, or dK and dV of keys.
 template <typename T, int DIM, bool KEYS>
-__device__ __forceinline__ void visit_side(const AttentionBwdParams& p, const StripCut& cut,
+__device__ __forceinline__ void visit_side(const AttentionBwdParams& p, const StripTiling& tiling,
                                            const BwdAligned& aligned, bool dbias, float* delta) {
   constexpr int kSteps = DIM / kStep<T>;
   constexpr int kStride = row_stride<T>(DIM);
@@ -79,7 +79,7 @@ __device__ __forceinline__ void visit_side(const AttentionBwdParams& p, const St
   const bool other0_aligned = KEYS ? aligned.q : aligned.k;
   const bool other1_aligned = KEYS ? aligned.dout : aligned.v;
   const int lane = threadIdx.x % kWarp;
-  const WarpPlace place(cut, images * heads, own_tokens);
+  const WarpPlace place(tiling, images * heads, own_tokens);
   const int b = place.busy ? place.head / heads : 0;
   const int h = place.busy ? place.head % heads : 0;
   const HeadTerms terms(s, b, h);
@@ -89,12 +89,12 @@ __device__ __forceinline__ void visit_side(const AttentionBwdParams& p, const St
   T* const strip0 = shared + threadIdx.x / kWarp * 2 * kStrip * kStride;
   T* const strip1 = strip0 + kStrip * kStride;
   T* const slots = shared + blockDim.x / kWarp * 2 * kStrip * kStride;
-  const int matrix = cut.heads * cut.tile * kStride;
+  const int matrix = tiling.heads * tiling.tile * kStride;
   const auto start = [&](int tile) {
     T* const to = slots + tile % 2 * 2 * matrix;
-    load_tile(to, kStride, kChunks, other0, images, heads, cut, place.first_head, tile,
+    load_tile(to, kStride, kChunks, other0, images, heads, tiling, place.first_head, tile,
               other_tokens, dim, other0_aligned);
-    load_tile(to + matrix, kStride, kChunks, other1, images, heads, cut, place.first_head, tile,
+    load_tile(to + matrix, kStride, kChunks, other1, images, heads, tiling, place.first_head, tile,
               other_tokens, dim, other1_aligned);
     copy_async_commit();
   };
@@ -107,12 +107,12 @@ __device__ __forceinline__ void visit_side(const AttentionBwdParams& p, const St
   Level level[kQueries<KEYS>];
   float row_delta[kQueries<KEYS>];
   float delta_error[2] = {};  // this lane's share
-  for (int tile = -1; tile < cut.tiles; ++tile) {
+  for (int tile = -1; tile < tiling.tiles; ++tile) {
     if (tile >= 0) {
       copy_async_wait<0>();
       __syncthreads();
     }
-    if (tile + 1 < cut.tiles) {
+    if (tile + 1 < tiling.tiles) {
       start(tile + 1);
     }
     if (tile < 0 || !place.busy) {
@@ -130,12 +130,12 @@ __device__ __forceinline__ void visit_side(const AttentionBwdParams& p, const St
         }
       }
     }
-    const T* const rows0 = slots + tile % 2 * 2 * matrix + place.local_head * cut.tile * kStride;
+    const T* const rows0 = slots + tile % 2 * 2 * matrix + place.local_head * tiling.tile * kStride;
     const T* const rows1 = rows0 + matrix;
-    const int groups = (min(other_tokens - tile * cut.tile, cut.tile) + kStrip - 1) / kStrip;
+    const int groups = (min(other_tokens - tile * tiling.tile, tiling.tile) + kStrip - 1) / kStrip;
 #pragma unroll 1
     for (int j = 0; j < groups; ++j) {
-      const int first = tile * cut.tile + j * kStrip;
+      const int first = tile * tiling.tile + j * kStrip;
       const int row = j * kStrip * kStride;
       const GroupTerms group = load_terms<T, KEYS>(terms, place.first, first);
       if constexpr (KEYS) {
@@ -167,7 +167,7 @@ __device__ __forceinline__ void visit_side(const AttentionBwdParams& p, const St
   if constexpr (!KEYS) {
     // With no keys there is no delta, nor any key to read it.
 #pragma unroll
-    for (int n = 0; n < 2 && cut.tiles > 0; ++n) {
+    for (int n = 0; n < 2 && tiling.tiles > 0; ++n) {
       const float exact = row_delta[n] + add_quad(delta_error[n]);
       const int query = query_token<KEYS>(place.first, 0, n);
       if (lane % 4 == 0 && query < own_tokens) {
@@ -201,7 +201,7 @@ __device__ __forceinline__ void visit_side(const AttentionBwdParams& p, const St
 //           side's once per row block, two tiles in shared memory; no atomics, deterministic
 template <typename T, int DIM>
 __global__ void __launch_bounds__(kBackwardWarps* kWarp, backward_blocks(DIM, sizeof(T)))
-    attention_bwd_kernel(AttentionBwdParams p, StripCut of_queries, StripCut of_keys,
+    attention_bwd_kernel(AttentionBwdParams p, StripTiling of_queries, StripTiling of_keys,
                          BwdSides sides, BwdAligned aligned, float* delta) {
   if (sides.queries) {
     visit_side<T, DIM, false>(p, of_queries, aligned, sides.dbias, delta);
@@ -219,14 +219,15 @@ cudaError_t launch_attention_bwd(const AttentionBwdParams& p, bool dbias, float*
                                  cudaStream_t stream) {
   const AttentionScores& s = p.scores;
   const int all_heads = static_cast<int>(s.batch * s.heads);
-  const StripCut of_queries = cut_backward(s.queries, s.keys, DIM, sizeof(T));
-  const StripCut of_keys = cut_backward(s.keys, s.queries, DIM, sizeof(T));
+  const StripTiling of_queries = backward_tiling(s.queries, s.keys, DIM, sizeof(T));
+  const StripTiling of_keys = backward_tiling(s.keys, s.queries, DIM, sizeof(T));
   const BwdAligned aligned = {aligned_rows(s.q, sizeof(T)), aligned_rows(s.k, sizeof(T)),
                               aligned_rows(p.v, sizeof(T)), aligned_rows(p.out, sizeof(T)),
                               aligned_rows(p.dout, sizeof(T))};
-  const auto run = [&](const StripCut& cut, BwdSides sides) {
-    return launch(attention_bwd_kernel<T, DIM>, dim3(cut.blocks(all_heads)), cut.warps() * kWarp,
-                  cut.shared_bytes, stream, p, of_queries, of_keys, sides, aligned, delta);
+  const auto run = [&](const StripTiling& tiling, BwdSides sides) {
+    return launch(attention_bwd_kernel<T, DIM>, dim3(tiling.blocks(all_heads)),
+                  tiling.warps() * kWarp, tiling.shared_bytes, stream, p, of_queries, of_keys,
+                  sides, aligned, delta);
   };
   // Where a block holds all strips of its heads on either side, one launch does both.
   if (of_queries.row_blocks == 1 && of_keys.row_blocks == 1 && of_queries.heads == of_keys.heads &&

@@ -163,7 +163,7 @@ __device__ __forceinline__ void write_row(const AttentionFwdParams& p, const Row
 template <typename T, int DIM, bool STATS>
 __global__ void __launch_bounds__(forward_warps(DIM, sizeof(T), STATS) * kWarp,
                                   forward_blocks(DIM, sizeof(T), STATS))
-    attention_fwd_kernel(AttentionFwdParams p, StripCut cut, FwdAligned aligned) {
+    attention_fwd_kernel(AttentionFwdParams p, StripTiling tiling, FwdAligned aligned) {
   constexpr int kGroups = kForwardTile<T> / kStrip;
   constexpr int kSteps = DIM / kStep<T>;
   constexpr int kStride = row_stride<T>(DIM);
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(forward_warps(DIM, sizeof(T), STATS) * kWarp,
   const int keys = static_cast<int>(s.keys);
   const int dim = static_cast<int>(s.dim);
   const int lane = threadIdx.x % kWarp;
-  const WarpPlace place(cut, images * heads, queries);
+  const WarpPlace place(tiling, images * heads, queries);
   const int b = place.busy ? place.head / heads : 0;
   const int h = place.busy ? place.head % heads : 0;
   const HeadTerms terms(s, b, h);
@@ -186,13 +186,13 @@ __global__ void __launch_bounds__(forward_warps(DIM, sizeof(T), STATS) * kWarp,
   T* const shared = reinterpret_cast<T*>(shared_memory());
   T* const strip = shared + threadIdx.x / kWarp * kStrip * kStride;
   T* const slots = shared + blockDim.x / kWarp * kStrip * kStride;
-  const int matrix = cut.heads * cut.tile * kStride;
+  const int matrix = tiling.heads * tiling.tile * kStride;
   const auto start = [&](int tile) {
     T* const to = slots + tile % 2 * 2 * matrix;
-    load_tile(to, kStride, kChunks, s.k, images, heads, cut, place.first_head, tile, keys, dim,
+    load_tile(to, kStride, kChunks, s.k, images, heads, tiling, place.first_head, tile, keys, dim,
               aligned.k);
-    load_tile(to + matrix, kStride, kChunks, p.v, images, heads, cut, place.first_head, tile, keys,
-              dim, aligned.v);
+    load_tile(to + matrix, kStride, kChunks, p.v, images, heads, tiling, place.first_head, tile,
+              keys, dim, aligned.v);
     copy_async_commit();
   };
   load_strip(strip, kStride, kChunks, s.q, heads, place, queries, dim, aligned.q);
@@ -202,12 +202,12 @@ __global__ void __launch_bounds__(forward_warps(DIM, sizeof(T), STATS) * kWarp,
   float acc[DIM / 8][4] = {};
   constexpr bool kKeep = !kExact<T> && (DIM != 64 || STATS);
   uint32_t left[kKeep ? kSteps : 1][4];  // the queries, where they fit registers
-  for (int tile = -1; tile < cut.tiles; ++tile) {
+  for (int tile = -1; tile < tiling.tiles; ++tile) {
     if (tile >= 0) {
       copy_async_wait<0>();
       __syncthreads();
     }
-    if (tile + 1 < cut.tiles) {
+    if (tile + 1 < tiling.tiles) {
       start(tile + 1);
     }
     if (tile < 0 || !place.busy) {
@@ -221,10 +221,11 @@ __global__ void __launch_bounds__(forward_warps(DIM, sizeof(T), STATS) * kWarp,
         }
       }
     }
-    const T* const k_rows = slots + tile % 2 * 2 * matrix + place.local_head * cut.tile * kStride;
+    const T* const k_rows =
+        slots + tile % 2 * 2 * matrix + place.local_head * tiling.tile * kStride;
     const T* const v_rows = k_rows + matrix;
-    const int first_key = tile * cut.tile;
-    const int groups = (min(keys - first_key, cut.tile) + kStrip - 1) / kStrip;
+    const int first_key = tile * tiling.tile;
+    const int groups = (min(keys - first_key, tiling.tile) + kStrip - 1) / kStrip;
     const bool checks = terms.has_mask || first_key + groups * kStrip > keys;
 
     float score[kGroups][2][4];
@@ -310,11 +311,11 @@ template <typename T, int DIM, bool STATS>
 cudaError_t launch_attention_fwd(const AttentionFwdParams& p, cudaStream_t stream) {
   const AttentionScores& s = p.scores;
   const int all_heads = static_cast<int>(s.batch * s.heads);
-  const StripCut cut = cut_forward(s.queries, s.keys, DIM, sizeof(T), STATS);
+  const StripTiling tiling = forward_tiling(s.queries, s.keys, DIM, sizeof(T), STATS);
   const FwdAligned aligned = {aligned_rows(s.q, sizeof(T)), aligned_rows(s.k, sizeof(T)),
                               aligned_rows(p.v, sizeof(T))};
-  return launch(attention_fwd_kernel<T, DIM, STATS>, dim3(cut.blocks(all_heads)),
-                cut.warps() * kWarp, cut.shared_bytes, stream, p, cut, aligned);
+  return launch(attention_fwd_kernel<T, DIM, STATS>, dim3(tiling.blocks(all_heads)),
+                tiling.warps() * kWarp, tiling.shared_bytes, stream, p, tiling, aligned);
 }
 
 template <typename T, bool STATS>

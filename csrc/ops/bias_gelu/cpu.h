@@ -8,6 +8,7 @@
 
 #include "cpu/attention_math.h"
 #include "cpu/rows.h"
+#include "ops/bias_gelu/params.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 

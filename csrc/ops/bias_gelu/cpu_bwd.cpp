@@ -1,9 +1,11 @@
 // dx[i, :] = grad[i, :] * gelu'(x[i, :] + bias);  dbias = sum of dx[i, :] over i, before rounding.
 //
 // in:       grad, x [A, R, E] by strides, last dim contiguous; bias [E] in x's dtype, fp32 or
-// absent out:      dx [A, R, E], dbias [E] contiguous, each only if asked for numerics: fp32; the
-// sums in double, over chunks of rows that depend on the shape alone, rounded once cost:     grad
-// and x read once, dx written once; a thread owns chunks of rows, whose sums stay in
+//           absent
+// out:      dx [A, R, E], dbias [E] contiguous, each only if asked for
+// numerics: fp32; the sums in double, over chunks of rows that depend on the shape alone, rounded
+//           once
+// cost:     grad and x read once, dx written once; a thread owns chunks of rows, whose sums stay in
 //           its first-level cache while it works on them
 #include "cpu/kernels.h"
 #include "ops/bias_gelu/cpu.h"

@@ -9,30 +9,30 @@ namespace mimkernels::cuda {
 
 // Rows that a thread works on at a time: as many loads in flight of each input.
 constexpr int kRowsAtOnce = 4;
-// Blocks that fill a large device several times over: the rows are cut into slices until there are
+// Blocks that fill a large device several times over: the rows are split into slices until there are
 // as many, of no fewer than 32. Constants, so that the order of a sum depends on the shape alone.
 constexpr int64_t kBlocksWanted = 1024;
 constexpr int64_t kLeastSlice = 32;
 
 // Items of work: 32 words of the columns of a slice of the rows.
-struct GeluCut {
+struct GeluTiling {
   int64_t words = 0;   // of a row
   int64_t chunks = 0;  // of a row
   int64_t slices = 0;  // of the rows
   int64_t per_slice = 0;
 };
 
-inline GeluCut gelu_cut(int64_t rows, int64_t dim, int vec) {
-  GeluCut cut;
-  cut.words = dim / vec;
-  cut.chunks = ceil_div(cut.words, kWarp);
+inline GeluTiling gelu_tiling(int64_t rows, int64_t dim, int vec) {
+  GeluTiling tiling;
+  tiling.words = dim / vec;
+  tiling.chunks = ceil_div(tiling.words, kWarp);
   if (rows * dim == 0) {
-    return cut;
+    return tiling;
   }
-  const int64_t length = ceil_div(rows, ceil_div(kBlocksWanted, cut.chunks));
-  cut.per_slice = length < kLeastSlice ? kLeastSlice : length;
-  cut.slices = ceil_div(rows, cut.per_slice);
-  return cut;
+  const int64_t length = ceil_div(rows, ceil_div(kBlocksWanted, tiling.chunks));
+  tiling.per_slice = length < kLeastSlice ? kLeastSlice : length;
+  tiling.slices = ceil_div(rows, tiling.per_slice);
+  return tiling;
 }
 
 // gelu(x) = x F(x), F the normal distribution function, or the logistic function that the tanh

@@ -11,9 +11,9 @@ bool words_fit(const BiasGeluBwdParams& p) {
          rows_aligned({p.bias, 0, 0}, p.dim, p.bias_dtype);
 }
 
-GeluCut cut_of(const BiasGeluBwdParams& p) {
+GeluTiling tiling_of(const BiasGeluBwdParams& p) {
   const int vec = words_fit(p) ? static_cast<int>(16 / element_size(p.dtype)) : 1;
-  return gelu_cut(p.batch * p.tokens, p.dim, vec);
+  return gelu_tiling(p.batch * p.tokens, p.dim, vec);
 }
 
 // grid:     blocks of 256 threads; a block owns 32 words of the columns of a slice of the rows, its
@@ -27,25 +27,25 @@ GeluCut cut_of(const BiasGeluBwdParams& p) {
 //           of shared memory per element of a word; no atomics, deterministic
 template <typename T, int VEC, bool TANH>
 __global__ void __launch_bounds__(kThreads, 2)
-    bias_gelu_bwd_kernel(BiasGeluBwdParams p, GeluCut cut, float* partial) {
+    bias_gelu_bwd_kernel(BiasGeluBwdParams p, GeluTiling tiling, float* partial) {
   using W = Word<T, VEC>;
   float* const shared = reinterpret_cast<float*>(shared_memory());  // [8, VEC, 32]
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   const int64_t rows = p.batch * p.tokens;
   const bool fp32_bias = p.bias_dtype == DType::kFloat32;
-  for (int64_t item = blockIdx.x; item < cut.chunks * cut.slices; item += gridDim.x) {
+  for (int64_t item = blockIdx.x; item < tiling.chunks * tiling.slices; item += gridDim.x) {
     int64_t chunk;
-    const int64_t slice = divide(item, cut.chunks, chunk);
+    const int64_t slice = divide(item, tiling.chunks, chunk);
     const int64_t word = chunk * kWarp + lane;
-    const bool active = word < cut.words;
+    const bool active = word < tiling.words;
     float bias[VEC] = {};
     if (active) {
       load_bias<T, VEC>(bias, p.has_bias, p.bias, fp32_bias, word * VEC);
     }
     float sums[VEC] = {};
-    const int64_t end = active ? min(rows, (slice + 1) * cut.per_slice) : 0;
-    for (int64_t i = slice * cut.per_slice + warp * kRowsAtOnce; i < end;
+    const int64_t end = active ? min(rows, (slice + 1) * tiling.per_slice) : 0;
+    for (int64_t i = slice * tiling.per_slice + warp * kRowsAtOnce; i < end;
          i += kWarps * kRowsAtOnce) {
       W words[kRowsAtOnce];
       W grads[kRowsAtOnce];
@@ -100,19 +100,20 @@ __global__ void __launch_bounds__(kThreads, 2)
 }  // namespace
 
 int64_t bias_gelu_bwd_workspace(const BiasGeluBwdParams& p) {
-  return p.dbias == nullptr ? 0 : cut_of(p).slices * p.dim;
+  return p.dbias == nullptr ? 0 : tiling_of(p).slices * p.dim;
 }
 
 cudaError_t bias_gelu_bwd(const BiasGeluBwdParams& p, float* workspace, cudaStream_t stream) {
-  const GeluCut cut = cut_of(p);
+  const GeluTiling tiling = tiling_of(p);
   float* const partial = p.dbias == nullptr ? nullptr : workspace;
-  if (cut.slices > 0 && (p.dx != nullptr || partial != nullptr)) {
+  if (tiling.slices > 0 && (p.dx != nullptr || partial != nullptr)) {
     const cudaError_t error =
         with_gelu_kind(p.dtype, words_fit(p), p.tanh, [&](auto type, auto vec, auto tanh) {
           constexpr int kVec = decltype(vec)::value;
           return launch(bias_gelu_bwd_kernel<decltype(type), kVec, decltype(tanh)::value>,
-                        blocks_for(cut.chunks * cut.slices, 1), kThreads,
-                        kThreads * kVec * static_cast<int>(sizeof(float)), stream, p, cut, partial);
+                        blocks_for(tiling.chunks * tiling.slices, 1), kThreads,
+                        kThreads * kVec * static_cast<int>(sizeof(float)), stream, p, tiling,
+                        partial);
         });
     if (error != cudaSuccess) {
       return error;
@@ -120,7 +121,7 @@ cudaError_t bias_gelu_bwd(const BiasGeluBwdParams& p, float* workspace, cudaStre
   }
   return p.dbias == nullptr
              ? cudaSuccess
-             : sum_partials(p.bias_dtype, partial, cut.slices, p.dim, p.dbias, stream);
+             : sum_partials(p.bias_dtype, partial, tiling.slices, p.dim, p.dbias, stream);
 }
 
 }  // namespace mimkernels::cuda

@@ -14,23 +14,23 @@ namespace {
 //           flight per thread; no shared memory, no atomics, deterministic
 template <typename T, int VEC, bool TANH>
 __global__ void __launch_bounds__(kThreads, 3)
-    bias_gelu_fwd_kernel(BiasGeluFwdParams p, GeluCut cut) {
+    bias_gelu_fwd_kernel(BiasGeluFwdParams p, GeluTiling tiling) {
   using W = Word<T, VEC>;
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   const int64_t rows = p.batch * p.tokens;
   const bool fp32_bias = p.bias_dtype == DType::kFloat32;
-  for (int64_t item = blockIdx.x; item < cut.chunks * cut.slices; item += gridDim.x) {
+  for (int64_t item = blockIdx.x; item < tiling.chunks * tiling.slices; item += gridDim.x) {
     int64_t chunk;
-    const int64_t slice = divide(item, cut.chunks, chunk);
+    const int64_t slice = divide(item, tiling.chunks, chunk);
     const int64_t word = chunk * kWarp + lane;
-    if (word >= cut.words) {
+    if (word >= tiling.words) {
       continue;
     }
     float bias[VEC];
     load_bias<T, VEC>(bias, p.has_bias, p.bias, fp32_bias, word * VEC);
-    const int64_t end = min(rows, (slice + 1) * cut.per_slice);
-    for (int64_t i = slice * cut.per_slice + warp * kRowsAtOnce; i < end;
+    const int64_t end = min(rows, (slice + 1) * tiling.per_slice);
+    for (int64_t i = slice * tiling.per_slice + warp * kRowsAtOnce; i < end;
          i += kWarps * kRowsAtOnce) {
       W words[kRowsAtOnce];
 #pragma unroll
@@ -74,9 +74,9 @@ cudaError_t bias_gelu_fwd(const BiasGeluFwdParams& p, cudaStream_t stream) {
                        rows_aligned({p.out, 0, 0}, p.dim, p.dtype) &&
                        rows_aligned({p.bias, 0, 0}, p.dim, p.bias_dtype);
   return with_gelu_kind(p.dtype, aligned, p.tanh, [&](auto type, auto vec, auto tanh) {
-    const GeluCut cut = gelu_cut(rows, p.dim, vec);
+    const GeluTiling tiling = gelu_tiling(rows, p.dim, vec);
     return launch(bias_gelu_fwd_kernel<decltype(type), decltype(vec)::value, decltype(tanh)::value>,
-                  blocks_for(cut.chunks * cut.slices, 1), kThreads, 0, stream, p, cut);
+                  blocks_for(tiling.chunks * tiling.slices, 1), kThreads, 0, stream, p, tiling);
   });
 }
 

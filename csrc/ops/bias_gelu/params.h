@@ -1,4 +1,4 @@
-// What the launchers of bias_gelu take; see params.h.
+// What the launchers of bias_gelu take; see core/params.h.
 #pragma once
 
 #include "core/params.h"

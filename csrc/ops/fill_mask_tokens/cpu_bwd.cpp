@@ -1,5 +1,6 @@
-// dx[b, n, :] = mask[b, n] ? 0 : grad[b, n, :];  dmask_token = sum of grad[b, n, :] over mask[b,
-// n].
+// fill_mask_tokens, backward:
+//   dx[b, n, :] = mask[b, n] ? 0 : grad[b, n, :]
+//   dmask_token = sum of grad[b, n, :] over (b, n) with mask[b, n]
 //
 // in:       grad [B, N, D] by strides, last dim contiguous; mask bool [B, N]
 // out:      dx [B, N, D], dmask_token [D] contiguous, each only if asked for
@@ -7,6 +8,7 @@
 // cost:     grad read once, dx written once; a thread owns chunks of rows
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
+#include "ops/fill_mask_tokens/params.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {

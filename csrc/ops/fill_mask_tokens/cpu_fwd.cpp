@@ -6,6 +6,7 @@
 // cost:     the rows that stay read once, out written once; a thread owns a range of rows
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
+#include "ops/fill_mask_tokens/params.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {

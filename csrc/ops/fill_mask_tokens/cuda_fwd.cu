@@ -6,7 +6,7 @@ namespace {
 
 // in:       x [B, N, D] and mask bool [B, N] by stride; mask_token [D]
 // out:      [B, N, D]
-// the rest: see write_rows_kernel
+// rest:     see write_rows_kernel
 struct FilledRows {
   static constexpr bool kMayAdd = false;
   FillMaskTokensFwdParams p;

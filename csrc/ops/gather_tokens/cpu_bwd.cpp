@@ -1,16 +1,17 @@
-// dx[b, n, :] = sum over (m, k) with ids[m, b, k] = n of grad[m * B + b, P + k, :];
-// dpos[n, :] = sum over b of dx[b, n, :] before rounding;  dprefix[p, :] = sum over m, b of grad[m
-// * B + b, p, :].
+// gather_tokens, backward:
+//   dx[b, n, :] = sum over (m, k) with ids[m, b, k] = n of grad[m * B + b, P + k, :]
+//   dpos[n, :] = sum over b of dx[b, n, :] before rounding
+//   dprefix[p, :] = sum over (m, b) of grad[m * B + b, p, :]
 //
 // in:       grad [M * B, P + K, D] by strides, last dim contiguous; ids int64 [M, B, K]
 // out:      dx [B, N, D], dpos [N, D], dprefix [P, D] contiguous, each only if asked for
 // numerics: sums in double in a fixed order (m, then k, then images), rounded once
 // cost:     grad read once, dx written once, row by row through inverse lists; no atomics. With
-// dpos
-//           a thread owns tokens and walks the batch, so that the sum over it never leaves L1.
+//           dpos a thread owns tokens and walks the batch, so that the sum over it never leaves L1.
 #include "cpu/inverse.h"
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
+#include "ops/gather_tokens/params.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {

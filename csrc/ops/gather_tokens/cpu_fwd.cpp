@@ -1,12 +1,15 @@
-// out[m * B + b, p, :] = prefix[p, :];  out[m * B + b, P + k, :] = x[b, id, :] + pos[id, :], id =
-// ids[m, b, k].
+// gather_tokens, forward:
+//   out[m * B + b, p, :] = prefix[p, :]
+//   out[m * B + b, P + k, :] = x[b, i, :] + pos[i, :] with i = ids[m, b, k]
 //
-// in:       x [B, N, D], pos [N, D], prefix [P, D] by strides, last dim contiguous; ids int64 [M,
-// B, K] out:      [M * B, P + K, D] contiguous; every row written once, past the cache when it is
-// large numerics: one fp32 addition, rounded once; without pos the bits are copied cost:     the
-// kept rows of x read once, out written once; a thread owns a range of output rows
+// in:       x [B, N, D], pos [N, D], prefix [P, D] by strides, last dim contiguous; ids int64
+//           [M, B, K]
+// out:      [M * B, P + K, D] contiguous; every row written once, past the cache when it is large
+// numerics: one fp32 addition, rounded once; without pos the bits are copied
+// cost:     the kept rows of x read once, out written once; a thread owns a range of output rows
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
+#include "ops/gather_tokens/params.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {

@@ -4,7 +4,7 @@
 
 #include <cuda_runtime.h>
 
-#include "core/params.h"
+#include "ops/gather_tokens/params.h"
 
 namespace mimkernels::cuda {
 

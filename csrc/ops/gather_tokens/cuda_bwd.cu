@@ -9,7 +9,7 @@
 namespace mimkernels::cuda {
 namespace {
 
-// Warps that fill a large device: the batch is cut into slices until there are as many. A constant,
+// Warps that fill a large device: the batch is split into slices until there are as many. A constant,
 // so that the order of a sum depends on the shape alone.
 constexpr int64_t kWarpsWanted = 4096;
 

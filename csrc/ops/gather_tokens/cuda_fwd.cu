@@ -7,7 +7,7 @@ namespace {
 // in:       x [B, N, D], pos [N, D], prefix [P, D] by stride; ids int64 [M, B, K] by stride
 // out:      [M * B, P + K, D]
 // bounds:   an id outside [0, N) reads as zeros
-// the rest: see write_rows_kernel
+// rest:     see write_rows_kernel
 struct GatheredRows {
   static constexpr bool kMayAdd = true;
   GatherTokensFwdParams p;

@@ -1,196 +1,13 @@
-// Statistics of the attention map that are no row sums, from lse, without the N x N matrix.
+// head_divergence from lse, without the N x N matrix.
 #include "cuda/attention_tile.cuh"
-#include "ops/attention/cuda.h"
+#include "cuda/lse_low.h"
+#include "ops/head_divergence/cuda.h"
 
 namespace mimkernels::cuda {
 namespace {
 
 constexpr int kSide = kDivergenceHeads / 2;  // heads that a block compares with as many others
 constexpr int kHeads = kDivergenceHeads;
-
-// grid:     a warp owns a strip of 16 queries, strips of a head fastest, 4 warps a block
-// in:       q, k by stride, features contiguous; lse fp32 [B, H, Nq] contiguous; bias by stride (0
-//           where broadcast) and key mask, each or none
-// out:      low fp32 [B, H, Nq] = log of the sum over keys of exp(S - lse), 0 where lse is not
-//           large; contiguous, every element written once
-// numerics: fp32, relative to the row's maximum of S - lse
-// bounds:   keys beyond the last and masked keys count nothing, tails of queries are not stored
-// cost:     nothing but lse is read where no row of the strip is large, else k once per strip; the
-//           warp's queries and 16 keys in shared memory; no atomics, deterministic
-template <typename T>
-__global__ void __launch_bounds__(kLowWarps* kWarp)
-    lse_low_kernel(AttentionScores s, const float* lse, float* low, RowShape<T> shape,
-                   bool q_aligned, bool k_aligned) {
-  const int heads = static_cast<int>(s.heads);
-  const int queries = static_cast<int>(s.queries);
-  const int keys = static_cast<int>(s.keys);
-  const int dim = static_cast<int>(s.dim);
-  const int lane = threadIdx.x % kWarp;
-  const int warp = threadIdx.x / kWarp;
-  const int strips = (queries + kStrip - 1) / kStrip;
-  const int64_t index = blockIdx.x * int64_t{kLowWarps} + warp;
-  const int head = static_cast<int>(index / strips);
-  const int first = static_cast<int>(index % strips) * kStrip;
-  if (head >= s.batch * s.heads) {
-    return;
-  }
-  Level level[2];
-  bool large[2];
-#pragma unroll
-  for (int n = 0; n < 2; ++n) {
-    const int query = query_token<false>(first, 0, n);
-    level[n] = {query < queries ? lse[head * s.queries + query] : 0.0f, 0.0f};
-    large[n] = fabsf(level[n].lse) > kLargeLse && fabsf(level[n].lse) < kInfinity;
-  }
-  float top[2] = {-kInfinity, -kInfinity};
-  float sum[2] = {};
-  if (__any_sync(kAll, large[0] || large[1])) {
-    const int b = head / heads;
-    const int h = head % heads;
-    const HeadTerms terms(s, b, h);
-    T* const q_rows = reinterpret_cast<T*>(shared_memory()) + warp * 2 * kStrip * shape.stride;
-    T* const k_rows = q_rows + kStrip * shape.stride;
-    load_rows(q_rows, shape.stride, shape.chunks, head_at<T>(s.q, b, h, first), s.q.stride_token,
-              kStrip, queries - first, dim, q_aligned, lane, kWarp);
-    for (int first_key = 0; first_key < keys; first_key += kStrip) {
-      __syncwarp();
-      load_rows(k_rows, shape.stride, shape.chunks, head_at<T>(s.k, b, h, first_key),
-                s.k.stride_token, kStrip, keys - first_key, dim, k_aligned, lane, kWarp);
-      copy_async_commit();
-      copy_async_wait<0>();
-      __syncwarp();
-      float t[2][4];
-      multiply_rows<T>(t, q_rows, k_rows, shape.stride, shape.steps);
-      subtract_lse<false>(t, load_terms<T, false>(terms, first, first_key), level, s.scale);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float last = top[half];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          top[half] = fmaxf(top[half], t[i / 2][2 * half + i % 2]);
-        }
-        top[half] = max_quad(top[half]);
-        const float base = top[half] == -kInfinity ? 0.0f : top[half];
-        sum[half] *= expf(last - base);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          sum[half] += expf(t[i / 2][2 * half + i % 2] - base);
-        }
-      }
-    }
-  }
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float total = add_quad(sum[half]);
-    const int query = query_token<false>(first, 0, half);
-    if (lane % 4 == 0 && query < queries) {
-      low[head * s.queries + query] = large[half] && total > 0.0f ? top[half] + logf(total) : 0.0f;
-    }
-  }
-}
-
-template <typename T>
-cudaError_t launch_lse_low(const AttentionScores& s, const float* lse, float* low,
-                           cudaStream_t stream) {
-  const RowShape<T> shape(s.dim);
-  const int64_t strips = s.batch * s.heads * ((s.queries + kStrip - 1) / kStrip);
-  if (strips == 0) {
-    return cudaSuccess;
-  }
-  return launch(lse_low_kernel<T>,
-                dim3(static_cast<unsigned>((strips + kLowWarps - 1) / kLowWarps)),
-                kLowWarps * kWarp, low_shared_bytes(static_cast<int>(s.dim), sizeof(T)), stream, s,
-                lse, low, shape, aligned_rows(s.q, sizeof(T)), aligned_rows(s.k, sizeof(T)));
-}
-
-// grid:     row blocks of 16 keys per warp, fastest, times B * H; short heads share a block
-// in:       q, k by stride, features contiguous; lse, lse_low fp32 [B, H, Nq] contiguous; bias by
-//           stride (0 where broadcast) and key mask, each or none
-// out:      out fp32 [B, H, Nk] = mean over queries of P; contiguous, every element written once
-// numerics: fp32; P from lse and lse_low as in the backward of attention; a lane adds its queries
-//           in order, compensated
-// bounds:   queries beyond the last, and those that may attend nothing, have P = 0
-// cost:     k read once, q once per row block, two tiles in shared memory; no atomics,
-//           deterministic
-template <typename T>
-__global__ void __launch_bounds__(kReceivedWarps* kWarp, 1)
-    received_attention_kernel(ReceivedAttentionParams p, const float* low, StripCut cut,
-                              RowShape<T> shape, bool q_aligned, bool k_aligned) {
-  const AttentionScores& s = p.scores;
-  const int images = static_cast<int>(s.batch);
-  const int heads = static_cast<int>(s.heads);
-  const int queries = static_cast<int>(s.queries);
-  const int keys = static_cast<int>(s.keys);
-  const int dim = static_cast<int>(s.dim);
-  const int lane = threadIdx.x % kWarp;
-  const WarpPlace place(cut, images * heads, keys);
-  const HeadTerms terms(s, place.busy ? place.head / heads : 0,
-                        place.busy ? place.head % heads : 0);
-  T* const shared = reinterpret_cast<T*>(shared_memory());
-  T* const strip = shared + threadIdx.x / kWarp * kStrip * shape.stride;
-  T* const slots = shared + blockDim.x / kWarp * kStrip * shape.stride;
-  const int matrix = cut.heads * cut.tile * shape.stride;
-  const auto start = [&](int tile) {
-    load_tile(slots + tile % 2 * matrix, shape.stride, shape.chunks, s.q, images, heads, cut,
-              place.first_head, tile, queries, dim, q_aligned);
-    copy_async_commit();
-  };
-  load_strip(strip, shape.stride, shape.chunks, s.k, heads, place, keys, dim, k_aligned);
-  copy_async_commit();  // with no token on the other side, no tile would
-
-  float sum[2] = {};
-  float excess[2] = {};  // of sum over the exact one
-  for (int tile = -1; tile < cut.tiles; ++tile) {
-    if (tile >= 0) {
-      copy_async_wait<0>();
-      __syncthreads();
-    }
-    if (tile + 1 < cut.tiles) {
-      start(tile + 1);
-    }
-    if (tile < 0 || !place.busy) {
-      continue;
-    }
-    const T* const rows = slots + tile % 2 * matrix + place.local_head * cut.tile * shape.stride;
-    const int groups = (min(queries - tile * cut.tile, cut.tile) + kStrip - 1) / kStrip;
-#pragma unroll 1
-    for (int j = 0; j < groups; ++j) {
-      const int first = tile * cut.tile + j * kStrip;
-      const GroupTerms group = load_terms<T, true>(terms, place.first, first);
-      Level level[4];
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        level[n] = load_level<T>(p.lse, low, place.head, queries, query_token<true>(0, first, n));
-      }
-      float score[2][4];
-      float exponent[2][4];
-      multiply_rows<T>(score, strip, rows + j * kStrip * shape.stride, shape.stride, shape.steps);
-      make_probabilities<T, true>(score, exponent, group, level, s.scale);
-      // Roundings of like rows all go one way, and would add up.
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float* const near = score[0] + 2 * half;
-        const float* const far = score[1] + 2 * half;
-        const float part = ((near[0] + near[1]) + (far[0] + far[1])) - excess[half];
-        const float next = sum[half] + part;
-        excess[half] = (next - sum[half]) - part;
-        sum[half] = next;
-      }
-    }
-  }
-  copy_async_wait<0>();
-  if (!place.busy) {
-    return;
-  }
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float total = add_quad(sum[half]);
-    const int key = place.first + lane / 4 + 8 * half;
-    if (lane % 4 == 0 && key < keys) {
-      p.out[int64_t{place.head} * keys + key] = total / static_cast<float>(queries);
-    }
-  }
-}
 
 // The first head of a block's `side`: 0, those whose P weighs; 1, those they are compared with.
 struct HeadPair {
@@ -341,9 +158,9 @@ __global__ void __launch_bounds__(kDivergenceWarps* kWarp, 1)
 #pragma unroll
   for (int i = 0; i < kSide * kSide; ++i) {
     float total = add_quad(sum[i / kSide][i % kSide]);
-    total += __shfl_xor_sync(kAll, total, 4);
-    total += __shfl_xor_sync(kAll, total, 8);
-    total += __shfl_xor_sync(kAll, total, 16);
+    total += __shfl_xor_sync(kWarpMask, total, 4);
+    total += __shfl_xor_sync(kWarpMask, total, 8);
+    total += __shfl_xor_sync(kWarpMask, total, 16);
     if (lane == 0) {
       of_warps[i * warps + warp] = total;
     }
@@ -363,26 +180,6 @@ __global__ void __launch_bounds__(kDivergenceWarps* kWarp, 1)
 
 }  // namespace
 
-cudaError_t received_attention_fwd(const ReceivedAttentionParams& p, float* low,
-                                   cudaStream_t stream) {
-  const AttentionScores& s = p.scores;
-  if (s.batch * s.heads * s.keys == 0) {
-    return cudaSuccess;
-  }
-  return with_float_type(s.dtype, [&](auto type) {
-    using T = decltype(type);
-    const cudaError_t error = launch_lse_low<T>(s, p.lse, low, stream);
-    if (error != cudaSuccess) {
-      return error;
-    }
-    const RowShape<T> shape(s.dim);
-    const StripCut cut = cut_received(s.queries, s.keys, static_cast<int>(s.dim), sizeof(T));
-    return launch(received_attention_kernel<T>, dim3(cut.blocks(s.batch * s.heads)),
-                  cut.warps() * kWarp, cut.shared_bytes, stream, p, low, cut, shape,
-                  aligned_rows(s.q, sizeof(T)), aligned_rows(s.k, sizeof(T)));
-  });
-}
-
 cudaError_t head_divergence_fwd(const HeadDivergenceParams& p, float* low, cudaStream_t stream) {
   const AttentionScores& s = p.scores;
   if (s.batch * s.heads == 0) {
@@ -390,15 +187,15 @@ cudaError_t head_divergence_fwd(const HeadDivergenceParams& p, float* low, cudaS
   }
   return with_float_type(s.dtype, [&](auto type) {
     using T = decltype(type);
-    const cudaError_t error = launch_lse_low<T>(s, p.lse, low, stream);
+    const cudaError_t error = lse_low(s, p.lse, low, stream);
     if (error != cudaSuccess) {
       return error;
     }
     const RowShape<T> shape(s.dim);
-    const DivergenceCut cut(static_cast<int>(s.dim), sizeof(T));
-    const int blocks = cut_up(s.heads, kSide);
+    const DivergenceTiling tiling(static_cast<int>(s.dim), sizeof(T));
+    const int blocks = int_ceil_div(s.heads, kSide);
     return launch(head_divergence_kernel<T>, dim3(static_cast<unsigned>(s.batch) * blocks * blocks),
-                  cut.warps * kWarp, cut.shared_bytes, stream, p, low, blocks, shape,
+                  tiling.warps * kWarp, tiling.shared_bytes, stream, p, low, blocks, shape,
                   aligned_rows(s.q, sizeof(T)), aligned_rows(s.k, sizeof(T)));
   });
 }

@@ -7,6 +7,7 @@
 // cost:     as random_mask; noise that crowds together costs O(N^2) register compares
 #include "cpu/kernels.h"
 #include "cpu/ranks.h"
+#include "ops/mask_from_noise/params.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 

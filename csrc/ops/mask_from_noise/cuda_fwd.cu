@@ -1,9 +1,11 @@
 #include "cuda/ranks.cuh"
+#include "ops/mask_from_noise/cuda.h"
 
 namespace mimkernels::cuda {
 namespace {
 
-// keys: the bits of the noise in an order that unsigned integers share: -0.0 equals 0.0, NaN last
+// keys:     the bits of the noise in an order that unsigned integers share: -0.0 equals 0.0, NaN
+//           last
 struct NoiseKeys {
   const float* noise;  // [B, N]
   int64_t stride;

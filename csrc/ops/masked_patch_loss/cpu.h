@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/patches.h"
+#include "ops/masked_patch_loss/params.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 

@@ -3,8 +3,9 @@
 //
 // in:       grad fp32, one number or [B, L] by strides; the rest as in the forward
 // out:      dpred [B, L, E] contiguous, of the type of pred; written once, past the cache when it
-// is large numerics: the target is computed again as in the forward; fp32, rounded once cost: pred
-// and the pixels of counted patches read once, dpred written once
+//           is large
+// numerics: the target is computed again as in the forward; fp32, rounded once
+// cost:     pred and the pixels of counted patches read once, dpred written once
 #include "cpu/kernels.h"
 #include "ops/masked_patch_loss/cpu.h"
 

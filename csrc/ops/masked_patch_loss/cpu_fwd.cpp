@@ -2,12 +2,10 @@
 // the sum of those over the number of patches counted.
 //
 // in:       pred [B, L, E] by strides, last dim contiguous; images [B, C, T, H, W] by strides, W
-// contiguous;
-//           ids int64 [B, L] or mask bool [B, L]
+//           contiguous; ids int64 [B, L] or mask bool [B, L]
 // out:      fp32 [B, L], or one fp32 number
 // numerics: target, statistics (two passes, unbiased variance + 1e-6) and sums in fp32, 32 and 48
-// lanes, fixed order;
-//           the sum over patches in double
+//           lanes, fixed order; the sum over patches in double
 // cost:     pred and the pixels of counted patches read once; the target of one patch lives in L1
 #include "cpu/kernels.h"
 #include "ops/masked_patch_loss/cpu.h"

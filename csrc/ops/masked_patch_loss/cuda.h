@@ -4,7 +4,7 @@
 
 #include <cuda_runtime.h>
 
-#include "core/params.h"
+#include "ops/masked_patch_loss/params.h"
 
 namespace mimkernels::cuda {
 

@@ -2,12 +2,15 @@
 // 0 if none.
 //
 // in:       grad [M * B, K, C * pt * ph * pw] by strides, last dim contiguous; ids int64 [M, B, K]
-// or all patches out:      dimages [B, C, T, H, W] contiguous; written once, past the cache when it
-// is large numerics: sums in double in the order m, then k; times scale in fp32; rounded once cost:
-// grad read once, dimages written once in the order of memory; a thread owns rows of the patch grid
+//           or all patches
+// out:      dimages [B, C, T, H, W] contiguous; written once, past the cache when it is large
+// numerics: sums in double in the order m, then k; times scale in fp32; rounded once
+// cost:     grad read once, dimages written once in the order of memory; a thread owns rows of the
+//           patch grid
 #include "cpu/inverse.h"
 #include "cpu/kernels.h"
 #include "cpu/patches.h"
+#include "ops/patchify_gather/params.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {

@@ -2,12 +2,15 @@
 // times scale plus shift.
 //
 // in:       images [B, C, T, H, W] uint8 or float by strides, W contiguous; ids int64 [M, B, K] or
-// all patches out:      [M * B, K, C * pt * ph * pw] contiguous, of any float type; written once,
-// past the cache when large numerics: float(pixel) * scale[c] + shift[c] in fp32, rounded once
+//           all patches
+// out:      [M * B, K, C * pt * ph * pw] contiguous, of any float type; written once, past the
+//           cache when large
+// numerics: float(pixel) * scale[c] + shift[c] in fp32, rounded once
 // cost:     the pixels of the chosen patches read once, out written once; a thread owns a range of
-// patches
+//           patches
 #include "cpu/kernels.h"
 #include "cpu/patches.h"
+#include "ops/patchify_gather/params.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {

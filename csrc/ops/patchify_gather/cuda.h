@@ -4,7 +4,7 @@
 
 #include <cuda_runtime.h>
 
-#include "core/params.h"
+#include "ops/patchify_gather/params.h"
 
 namespace mimkernels::cuda {
 

@@ -1,8 +1,7 @@
 // Random masks from a seed: the same integers on every backend.
 //
-// noise:    u32 [B, N], noise[b, i] = word i % 4 of Philox4x32-10 at counter (i / 4, b, offset_lo,
-// offset_hi)
-//           under key (seed_lo, seed_hi)
+// noise:    u32 [B, N], noise[b, i] = word i % 4 of Philox4x32-10 under key (seed_lo, seed_hi) at
+//           counter (i / 4, b, offset_lo, offset_hi)
 // rank:     rank_i = #{j : (noise_j, j) < (noise_i, i)}
 // out:      ids_shuffle[b, rank_i] = i, ids_restore[b, i] = rank_i, mask[b, i] = rank_i >= keep;
 //           sorted: kept and removed tokens each in the order of their index, mask unchanged
@@ -10,6 +9,7 @@
 #include "core/philox.h"
 #include "cpu/kernels.h"
 #include "cpu/ranks.h"
+#include "ops/random_mask/params.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {
@@ -18,8 +18,9 @@ namespace {
 constexpr int kCounters = 16;
 
 MIMKERNELS_INLINE void fill_noise(const RandomMaskParams& p, int64_t b, uint32_t* noise) {
-  const uint32_t offset_lo = static_cast<uint32_t>(p.offset);
-  const uint32_t offset_hi = static_cast<uint32_t>(p.offset >> 32);
+  const uint64_t offset = p.offset + (p.step == nullptr ? 0 : static_cast<uint64_t>(*p.step));
+  const uint32_t offset_lo = static_cast<uint32_t>(offset);
+  const uint32_t offset_hi = static_cast<uint32_t>(offset >> 32);
   for (int64_t first = 0; first < p.tokens; first += 4 * kCounters) {
     alignas(64) uint32_t c0[kCounters];
     alignas(64) uint32_t c1[kCounters];

@@ -1,11 +1,12 @@
 #include "core/philox.h"
 #include "cuda/ranks.cuh"
+#include "ops/random_mask/cuda.h"
 
 namespace mimkernels::cuda {
 namespace {
 
-// keys: u32 [N], keys[i] = word i % 4 of Philox4x32-10 at counter (i / 4, b, offset_lo, offset_hi)
-//       under key (seed_lo, seed_hi)
+// keys:     u32 [N], keys[i] = word i % 4 of Philox4x32-10 under key (seed_lo, seed_hi) at counter
+//           (i / 4, b, offset_lo, offset_hi)
 struct PhiloxKeys {
   uint64_t seed;
   uint64_t offset;
@@ -32,8 +33,8 @@ struct PhiloxKeys {
 
 }  // namespace
 
-cudaError_t random_mask_fwd(const RandomMaskParams& p, const int64_t* step, cudaStream_t stream) {
-  return make_masks(p, PhiloxKeys{p.seed, p.offset, step, static_cast<int>(p.tokens)}, stream);
+cudaError_t random_mask_fwd(const RandomMaskParams& p, cudaStream_t stream) {
+  return make_masks(p, PhiloxKeys{p.seed, p.offset, p.step, static_cast<int>(p.tokens)}, stream);
 }
 
 }  // namespace mimkernels::cuda

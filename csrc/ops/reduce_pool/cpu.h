@@ -2,10 +2,11 @@
 #pragma once
 
 #include "cpu/pool.h"
+#include "ops/reduce_pool/params.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 
-// Columns of one task. Few images are cut finer, so that every thread has some.
+// Columns of one task. Few images are split finer, so that every thread has some.
 constexpr int64_t kReduceTile = 1024;
 constexpr int64_t kNarrowTile = 128;
 

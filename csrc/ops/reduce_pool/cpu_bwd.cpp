@@ -1,7 +1,8 @@
-// Gradients of reduce_pool: dx[b, n, c] of the mean is dout[b, c] / count, of the maximum dout[b,
-// c] at its token, and of the power mean dout * M^(1/p - 1) * max(x, eps)^(p - 1) / count unless x
-// < eps, M the mean of the powers; dp = sum over b, c of dout * M^(1/p) * (mean of z^p log z / M -
-// log M / p) / p with z = max(x, eps).
+// reduce_pool, backward, over the allowed tokens; z = max(x, eps), M the mean of z^p:
+//   mean        dx[b, n, c] = dout[b, c] / count
+//   maximum     dx[b, n, c] = dout[b, c] at the column's token, else 0
+//   power mean  dx[b, n, c] = dout[b, c] * M^(1/p - 1) * z^(p - 1) / count, 0 where x < eps
+//               dp = sum over (b, c) of dout * M^(1/p) * (mean of z^p log z / M - log M / p) / p
 //
 // in:       dout [B, D], x [B, N, D] (power mean only) by strides, last dim contiguous; mask [B, N]
 //           or null; token or M of the forward

@@ -5,8 +5,7 @@
 // out:      out [B, D]; of the maximum also its token [B, D] int32 (the first of equals, -1 for
 //           none), of the power mean also the mean of the powers [B, D] fp32
 // numerics: fp32 sums of 8 tokens each, added in order in runs of 128 tokens; cubes as products,
-// other powers
-//           with an exact exponent (pow_lanes)
+//           other powers with an exact exponent (pow_lanes)
 // cost:     x read once, excluded tokens not at all; a thread owns columns of images
 #include "cpu/kernels.h"
 #include "ops/reduce_pool/cpu.h"

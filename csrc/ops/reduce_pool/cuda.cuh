@@ -3,12 +3,12 @@
 #pragma once
 
 #include "cuda/pool.cuh"
-#include "cuda/token_pool.h"
+#include "ops/reduce_pool/cuda.h"
 
 namespace mimkernels::cuda {
 
 // Items of work, 32 words of columns of one image each, or of a slice of its tokens.
-struct ReduceCut {
+struct ReduceTiling {
   int64_t words = 0;   // of a row
   int64_t chunks = 0;  // of a row
   int64_t slices = 1;  // of the tokens
@@ -22,8 +22,8 @@ struct ReduceItem {
   int64_t slice;
   int64_t word;  // this lane's
 
-  __device__ __forceinline__ ReduceItem(const ReduceCut& cut, int64_t item) {
-    b = divide(divide(item, cut.chunks, chunk), cut.slices, slice);
+  __device__ __forceinline__ ReduceItem(const ReduceTiling& tiling, int64_t item) {
+    b = divide(divide(item, tiling.chunks, chunk), tiling.slices, slice);
     word = chunk * kWarp + threadIdx.x % kWarp;
   }
 };

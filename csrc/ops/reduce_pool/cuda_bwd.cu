@@ -4,7 +4,7 @@
 namespace mimkernels::cuda {
 namespace {
 
-// Blocks that fill a large device: the tokens are cut into slices until there are as many, of no
+// Blocks that fill a large device: the tokens are split into slices until there are as many, of no
 // fewer than 32. Constants, so that the order of a sum depends on the shape alone.
 constexpr int64_t kBlocksWanted = 1024;
 constexpr int64_t kLeastSlice = 32;
@@ -14,19 +14,19 @@ bool words_fit(const ReducePoolParams& p) {
          rows_aligned(p.x, p.dim, p.dtype);
 }
 
-ReduceCut cut_of(const ReducePoolParams& p) {
-  ReduceCut cut;
-  cut.words = words_fit(p) ? p.dim * element_size(p.dtype) / 16 : p.dim;
-  cut.chunks = ceil_div(cut.words, kWarp);
+ReduceTiling tiling_of(const ReducePoolParams& p) {
+  ReduceTiling tiling;
+  tiling.words = words_fit(p) ? p.dim * element_size(p.dtype) / 16 : p.dim;
+  tiling.chunks = ceil_div(tiling.words, kWarp);
   if (p.batch * p.tokens * p.dim == 0) {
-    return cut;
+    return tiling;
   }
-  const int64_t wanted = ceil_div(kBlocksWanted, p.batch * cut.chunks);
+  const int64_t wanted = ceil_div(kBlocksWanted, p.batch * tiling.chunks);
   const int64_t length = ceil_div(p.tokens, wanted);
-  cut.per_slice = length < kLeastSlice ? kLeastSlice : length;
-  cut.slices = ceil_div(p.tokens, cut.per_slice);
-  cut.items = p.batch * cut.chunks * cut.slices;
-  return cut;
+  tiling.per_slice = length < kLeastSlice ? kLeastSlice : length;
+  tiling.slices = ceil_div(p.tokens, tiling.per_slice);
+  tiling.items = p.batch * tiling.chunks * tiling.slices;
+  return tiling;
 }
 
 // grid:     blocks of 256 threads; a block owns 32 words of the columns of a slice of one image's
@@ -43,15 +43,15 @@ ReduceCut cut_of(const ReducePoolParams& p) {
 //           bytes of shared memory; no atomics, deterministic
 template <typename T, int VEC, ReduceKind KIND>
 __global__ void __launch_bounds__(kThreads, 2)
-    reduce_pool_bwd_kernel(ReducePoolParams p, AllowedTokens allowed, ReduceCut cut,
+    reduce_pool_bwd_kernel(ReducePoolParams p, AllowedTokens allowed, ReduceTiling tiling,
                            float* shares) {
   using W = Word<T, VEC>;
   float* const parts = reinterpret_cast<float*>(shared_memory());  // [8]
   const int warp = threadIdx.x / kWarp;
   const float exponent = KIND == ReduceKind::kGem ? __ldg(p.p) : 1.0f;
-  for (int64_t item = blockIdx.x; item < cut.items; item += gridDim.x) {
-    const ReduceItem at(cut, item);
-    const bool active = at.word < cut.words;
+  for (int64_t item = blockIdx.x; item < tiling.items; item += gridDim.x) {
+    const ReduceItem at(tiling, item);
+    const bool active = at.word < tiling.words;
     const int64_t count =
         KIND == ReduceKind::kMax ? 1 : count_allowed(allowed, at.b, reinterpret_cast<int*>(parts));
     const int64_t column = at.word * VEC;
@@ -76,9 +76,9 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
       }
     }
-    const int64_t end = min(p.tokens, (at.slice + 1) * cut.per_slice);
+    const int64_t end = min(p.tokens, (at.slice + 1) * tiling.per_slice);
     float share = 0.0f;
-    for (int64_t n = at.slice * cut.per_slice + warp * kTokens; n < end; n += kWarps * kTokens) {
+    for (int64_t n = at.slice * tiling.per_slice + warp * kTokens; n < end; n += kWarps * kTokens) {
       bool wanted[kTokens];
       W words[kTokens];
 #pragma unroll
@@ -167,7 +167,7 @@ constexpr int kShared = kWarps * static_cast<int>(sizeof(float));
 }  // namespace
 
 int64_t reduce_pool_bwd_workspace(const ReducePoolParams& p) {
-  return p.dp == nullptr ? 0 : cut_of(p).items;
+  return p.dp == nullptr ? 0 : tiling_of(p).items;
 }
 
 cudaError_t reduce_pool_bwd(const ReducePoolParams& p, float* workspace, cudaStream_t stream) {
@@ -178,11 +178,12 @@ cudaError_t reduce_pool_bwd(const ReducePoolParams& p, float* workspace, cudaStr
   if (p.batch * p.tokens * p.dim > 0 && (p.dx != nullptr || p.dp != nullptr)) {
     const cudaError_t error =
         with_reduce_kind(p, words_fit(p), [&](auto type, auto vec, auto kind) {
-          const ReduceCut cut = cut_of(p);
+          const ReduceTiling tiling = tiling_of(p);
           return launch(
               reduce_pool_bwd_kernel<decltype(type), decltype(vec)::value, decltype(kind)::value>,
-              blocks_for(cut.items, 1), kThreads, kShared, stream, p,
-              AllowedTokens{p.mask, p.num_prefix, p.tokens}, cut, shares > 0 ? workspace : nullptr);
+              blocks_for(tiling.items, 1), kThreads, kShared, stream, p,
+              AllowedTokens{p.mask, p.num_prefix, p.tokens}, tiling,
+              shares > 0 ? workspace : nullptr);
         });
     if (error != cudaSuccess) {
       return error;

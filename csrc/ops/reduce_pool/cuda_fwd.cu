@@ -26,7 +26,7 @@ __device__ __forceinline__ void follow(float& best, int32_t& index, float x, int
 //           memory, twice that for the maximum; no atomics, deterministic
 template <typename T, int VEC, ReduceKind KIND>
 __global__ void __launch_bounds__(kThreads, 3)
-    reduce_pool_fwd_kernel(ReducePoolParams p, AllowedTokens allowed, ReduceCut cut) {
+    reduce_pool_fwd_kernel(ReducePoolParams p, AllowedTokens allowed, ReduceTiling tiling) {
   using W = Word<T, VEC>;
   float* const shared = reinterpret_cast<float*>(shared_memory());              // [8, VEC * 32]
   int32_t* const tokens = reinterpret_cast<int32_t*>(shared + kThreads * VEC);  // the same, kMax
@@ -34,9 +34,9 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   const float exponent = KIND == ReduceKind::kGem ? __ldg(p.p) : 1.0f;
-  for (int64_t item = blockIdx.x; item < cut.items; item += gridDim.x) {
-    const ReduceItem at(cut, item);
-    const bool active = at.word < cut.words;
+  for (int64_t item = blockIdx.x; item < tiling.items; item += gridDim.x) {
+    const ReduceItem at(tiling, item);
+    const bool active = at.word < tiling.words;
     const int64_t count = KIND == ReduceKind::kMax ? 0 : count_allowed(allowed, at.b, counts);
     float sums[VEC] = {};
     int32_t index[VEC];
@@ -123,14 +123,14 @@ cudaError_t reduce_pool_fwd(const ReducePoolParams& p, cudaStream_t stream) {
         using T = decltype(type);
         constexpr int kVec = decltype(vec)::value;
         constexpr ReduceKind kKind = decltype(kind)::value;
-        ReduceCut cut;
-        cut.words = p.dim / kVec;
-        cut.chunks = ceil_div(cut.words, kWarp);
-        cut.items = p.batch * cut.chunks;
+        ReduceTiling tiling;
+        tiling.words = p.dim / kVec;
+        tiling.chunks = ceil_div(tiling.words, kWarp);
+        tiling.items = p.batch * tiling.chunks;
         const int arrays = kKind == ReduceKind::kMax ? 2 : 1;
-        return launch(reduce_pool_fwd_kernel<T, kVec, kKind>, blocks_for(cut.items, 1), kThreads,
+        return launch(reduce_pool_fwd_kernel<T, kVec, kKind>, blocks_for(tiling.items, 1), kThreads,
                       arrays * kThreads * kVec * static_cast<int>(sizeof(float)), stream, p,
-                      AllowedTokens{p.mask, p.num_prefix, p.tokens}, cut);
+                      AllowedTokens{p.mask, p.num_prefix, p.tokens}, tiling);
       });
 }
 

@@ -1,16 +1,19 @@
-// dx[b, p, :] = grad[b, p, :];  dx[b, P + r, :] = sum over i with ids_restore[b, i] = r < K of
-// grad[b, P + i, :]; dmask_token = sum over (b, i) with ids_restore[b, i] >= K of grad[b, P + i,
-// :];  dpos = sum over b of grad[b].
+// restore_tokens, backward:
+//   dx[b, p, :] = grad[b, p, :]
+//   dx[b, P + r, :] = sum over i with ids_restore[b, i] = r < K of grad[b, P + i, :]
+//   dmask_token = sum over (b, i) with ids_restore[b, i] >= K of grad[b, P + i, :]
+//   dpos = sum over b of grad[b]
 //
 // in:       grad [B, P + N, D] by strides, last dim contiguous; ids_restore int64 [B, N], any ids
-// in [0, N) out:      dx [B, P + K, D], dmask_token [D], dpos [P + N, D] contiguous, each only if
-// asked for numerics: sums in double in a fixed order (images, then positions), rounded once
-// cost:     grad read once. With a sum over the batch a thread owns positions and walks the
-// batch;
+//           in [0, N)
+// out:      dx [B, P + K, D], dmask_token [D], dpos [P + N, D] contiguous, each only if asked for
+// numerics: sums in double in a fixed order (images, then positions), rounded once
+// cost:     grad read once. With a sum over the batch a thread owns positions and walks the batch;
 //           rows of a permutation are handed to dx on the way, others through inverse lists.
 #include "cpu/inverse.h"
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
+#include "ops/restore_tokens/params.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {

@@ -1,13 +1,15 @@
-// out[b, p, :] = x[b, p, :] (+ pos[p, :]);
-// out[b, P + i, :] = (r < K ? x[b, P + r, :] : mask_token) (+ pos[P + i, :]), r = ids_restore[b,
-// i].
+// restore_tokens, forward, with r = ids_restore[b, i]; each plus its position if given:
+//   out[b, p, :] = x[b, p, :]
+//   out[b, P + i, :] = r < K ? x[b, P + r, :] : mask_token
 //
-// in:       x [B, P + K, D], pos [P + N, D] by strides, last dim contiguous; ids_restore int64 [B,
-// N] out:      [B, P + N, D] contiguous; every row written once, past the cache when it is large
+// in:       x [B, P + K, D], pos [P + N, D] by strides, last dim contiguous; ids_restore int64
+//           [B, N]
+// out:      [B, P + N, D] contiguous; every row written once, past the cache when it is large
 // numerics: one fp32 addition, rounded once; without pos the bits are copied
 // cost:     x read once, out written once, pos from the cache; a thread owns a range of output rows
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
+#include "ops/restore_tokens/params.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {

@@ -4,7 +4,7 @@
 
 #include <cuda_runtime.h>
 
-#include "core/params.h"
+#include "ops/restore_tokens/params.h"
 
 namespace mimkernels::cuda {
 

@@ -8,7 +8,7 @@ namespace {
 //           mask_token [D]
 // out:      [B, P + N, D]
 // bounds:   an id outside [0, N) reads as zeros
-// the rest: see write_rows_kernel
+// rest:     see write_rows_kernel
 struct RestoredRows {
   static constexpr bool kMayAdd = true;
   RestoreTokensFwdParams p;
