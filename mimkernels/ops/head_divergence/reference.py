@@ -27,4 +27,4 @@ def head_divergence(
             own = (p * log_p) @ seen.transpose(1, 2)
             crossed = p @ log_p.transpose(1, 2)
         total = total + own - crossed
-    return total
+    return total / min(length, 1)  # NaN as a mean over nothing

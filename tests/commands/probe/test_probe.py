@@ -305,7 +305,7 @@ def test_images_that_cannot_be_read_are_left_out(config, flags):
         ({"pooling": "cls,attn"}, "unknown pooling 'attn'; known: cls, mean"),
         ({"pooling": "abmilp:depth"}, "expected NAME:OPTION=VALUE, got 'depth'"),
         ({"pooling": "abmilp:layers=2"}, "has no option 'layers'; it has depth"),
-        ({"pooling": "ep:num_queries=5"}, "5 queries do not cut 16 columns"),
+        ({"pooling": "ep:num_queries=5"}, "num_queries must divide the 16 columns of the result, got 5"),
         ({"pooling": "topk:k=17"}, "k = 17, but there are 16 patches"),
         ({"data": "nowhere"}, "image folder 'nowhere' does not exist"),
         ({"batch_size": 101}, "the data holds 100 images"),
