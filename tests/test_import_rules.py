@@ -181,23 +181,36 @@ def includes(folder: str) -> list[tuple[Path, str]]:
     return [(file, name) for file, names in found for name in names]
 
 
+def binds(file: Path) -> bool:
+    """Whether a file of csrc is one of the bindings: csrc/torch and csrc/ops/<op>/bind*."""
+    folder, *_ = file.relative_to(CSRC).parts
+    return folder == "torch" or (folder == "ops" and file.name.startswith("bind"))
+
+
+def is_torch(name: str) -> bool:
+    """Whether an include is a header of torch: csrc has a folder of that name, too."""
+    return bool(re.match(r"(torch|ATen|c10|caffe2)/", name)) and not (CSRC / name).exists()
+
+
 def test_only_the_bindings_include_torch():
-    for folder in sorted(path.name for path in CSRC.iterdir() if path.is_dir() and path.name != "torch"):
-        for file, name in includes(folder):
-            assert not re.match(r"(torch|ATen|c10|caffe2)/|.*/torch/", name), f"{file} includes {name}"
+    for file, name in includes("."):
+        if not binds(file):
+            assert not is_torch(name) and not name.startswith("torch/"), f"{file} includes {name}"
 
 
 def test_the_bindings_use_only_the_stable_abi():
-    for file, name in includes("torch"):
-        if re.match(r"(torch|ATen|c10|caffe2)/", name):
-            stable = ("torch/csrc/stable/", "torch/headeronly/", "torch/csrc/inductor/aoti_torch/c/")
-            assert name.startswith(stable), f"{file} includes {name}"
+    stable = ("torch/csrc/stable/", "torch/headeronly/", "torch/csrc/inductor/aoti_torch/c/")
+    for file, name in includes("."):
+        assert not is_torch(name) or name.startswith(stable), f"{file} includes {name}"
 
 
 def test_shared_and_cpu_sources_need_no_cuda():
     for folder in ("core", "cpu"):
         for file, name in includes(folder):
             assert not name.startswith("cuda"), f"{file} includes {name}"
+    for file, name in includes("ops"):
+        if file.name.startswith("cpu") or file.name in ("params.h", "bind.h", "bind_cpu.cpp"):
+            assert "cuda" not in name, f"{file} includes {name}"
 
 
 COMPANIONS = ("attention_rows", "head_divergence", "received_attention")  # of attention: they share its scores
