@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from mimkernels.ops import _checks, _pool
@@ -57,7 +59,18 @@ def query_pool(
 
 
 @by_signature
-def _checked(x, queries, values, mask, scale, num_prefix, sliced, backend):
+def _checked(
+    x: Tensor,
+    queries: Tensor,
+    values: Tensor | None,
+    mask: Tensor | None,
+    scale: float | None,
+    num_prefix: int,
+    sliced: bool,
+    backend: str,
+) -> tuple[
+    Callable[..., tuple[Tensor, Tensor]], tuple[Tensor, Tensor, Tensor | None, Tensor | None], tuple[float, int, bool]
+]:
     op = "query_pool"
     mask = _pool.tokens_and_mask(op, x, num_prefix, mask)
     queries = _check_queries(op, queries, x)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from mimkernels.ops import _checks, _pool
@@ -49,7 +51,9 @@ def weighted_pool(
 
 
 @by_signature
-def _checked(x, scores, mask, normalize, num_prefix, backend):
+def _checked(
+    x: Tensor, scores: Tensor, mask: Tensor | None, normalize: bool, num_prefix: int, backend: str
+) -> tuple[Callable[..., tuple[Tensor, Tensor]], tuple[Tensor, Tensor, Tensor | None], tuple[bool, int]]:
     op = "weighted_pool"
     mask = _pool.tokens_and_mask(op, x, num_prefix, mask)
     _checks.boolean(op, "normalize", normalize)
