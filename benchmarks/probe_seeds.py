@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from mimkernels.commands.bench import harness
-from mimkernels.commands.demo import demo_config, demo_probe_config
+from mimkernels.commands.demo.run import demo_config, demo_probe_config
 from mimkernels.commands.pretrain.run import Run
 from mimkernels.commands.probe.run import ProbeResult, ProbeRun
 

@@ -1,6 +1,7 @@
 """Who may import whom, and what `import mimkernels` may not pull in."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -17,7 +18,9 @@ ALLOWED = {
     "nn": {"nn", "ops"},
     "stats": {"stats", "ops"},
     "models": {"models", "nn", "ops"},
-    "train": {"train", "models", "stats", "nn", "ops"},
+    "data": {"data", "ops"},
+    "engine": {"engine", "data", "models", "heads", "nn", "ops"},
+    "commands": {"commands", "engine", "data", "models", "heads", "nn", "ops"},
     "integrations": {"integrations", "models", "nn", "stats", "ops"},
 }
 HEAVY = ("triton", "timm", "torchvision", "transformers", "matplotlib", "xformers", "accelerate", "sklearn", "PIL")
@@ -47,7 +50,7 @@ def python_files(part: str) -> list[Path]:
 @pytest.mark.parametrize("part", [part for part in ALLOWED if (PACKAGE / part).exists()])
 def test_sub_packages_import_only_what_is_below_them(part):
     # The face of the package is what `ops` and `nn` export: those above them may use it, they themselves may not.
-    allowed = ALLOWED[part] | {"_version"} | (set() if part == "ops" else {""})
+    allowed = ALLOWED[part] | {"_version"} | (set() if part == "ops" else {"", "_palette"})
     for file in python_files(part):
         beyond = imported_parts(file) - allowed
         assert not beyond, f"{file} imports {sorted(beyond)}; {part} may import {sorted(ALLOWED[part])}"
@@ -59,14 +62,89 @@ def test_nobody_imports_the_integrations():
             assert "integrations" not in imported_parts(file), file
 
 
+def modules() -> dict[str, Path]:
+    """Every module of the package by its name; a package is its ``__init__.py``."""
+    names = {}
+    for file in python_files(""):
+        parts = file.relative_to(PACKAGE).with_suffix("").parts
+        names[".".join(["mimkernels", *(parts[:-1] if parts[-1] == "__init__" else parts)])] = file
+    return names
+
+
+def imported_modules(name: str, known: dict[str, Path]) -> set[str]:
+    """Modules of the package that a module imports, at any depth of its code, but not for type checkers alone."""
+    file = known[name]
+    package = name.split(".") if file.name == "__init__.py" else name.split(".")[:-1]
+    imported = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            for other in node.orelse:
+                visit(other)
+            return
+        if isinstance(node, ast.Import):
+            imported.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            origin = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*origin, *filter(None, [node.module])])
+            # `from a import b` imports a.b where that is a module, and a where b is something in it.
+            imported.update(
+                f"{module}.{alias.name}" if f"{module}.{alias.name}" in known else module for alias in node.names
+            )
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(file.read_text()))
+    return imported & known.keys()
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    """Imports inside functions count: they hide a circle from Python, not from a reader.
+
+    What is imported for type checkers alone does not count, nor do the packages that Python runs on the way to a
+    module: ``mimkernels.nn`` may export what its own modules define.
+    """
+    known = modules()
+    graph = {name: imported_modules(name, known) for name in known}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_imports_in_functions_are_seen_and_those_for_type_checkers_are_not(tmp_path):
+    known = {f"mimkernels.{name}": tmp_path / f"{name}.py" for name in "abc"}
+    known["mimkernels.a"].write_text("def f():\n    from mimkernels import b, __version__\n")
+    known["mimkernels.b"].write_text("if TYPE_CHECKING:\n    import mimkernels.c\nelse:\n    from .a import f\n")
+    assert imported_modules("mimkernels.a", known) == {"mimkernels.b"}
+    assert imported_modules("mimkernels.b", known) == {"mimkernels.a"}
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (PACKAGE / "commands").iterdir() if path.is_dir()))
+def test_a_command_imports_no_other_command(name):
+    """But for the demo, which calls the public ``run`` of others with their settings."""
+    known = modules()
+    own = f"mimkernels.commands.{name}"
+    public = re.compile(r"mimkernels\.commands\.(pretrain|probe)\.(run|config)" if name == "demo" else "(?!)")
+    for module in known:
+        if f"{module}.".startswith(f"{own}."):
+            others = {
+                other
+                for other in imported_modules(module, known)
+                if other.startswith("mimkernels.commands.") and not f"{other}.".startswith(f"{own}.")
+            }
+            beyond = sorted(other for other in others if not public.fullmatch(other))
+            assert not beyond, f"{module} imports {beyond}"
+
+
 def test_the_rules_see_every_form_of_import():
     probe = PACKAGE / "ops" / "gather_tokens" / "probe.py"
 
     class Text(type(probe)):
         def read_text(self, *args, **kwargs):
-            return "from ...nn import a\nfrom mimkernels import stats, MAE\nimport mimkernels.commands.pretrain.loop\n"
+            return "from ...nn import a\nfrom mimkernels import heads, MAE\nimport mimkernels.commands.pretrain.loop\n"
 
-    assert imported_parts(Text(probe)) == {"nn", "stats", "", "train"}
+    assert imported_parts(Text(probe)) == {"nn", "heads", "", "commands"}
 
 
 def modules_after(statement: str) -> set[str]:

@@ -204,6 +204,8 @@ def test_a_wheel_holds_what_was_built_and_nothing_stale(tree):
     assert files(folder) == {"build.json", "libmimkernels_cpu.so"}
     assert not list(folder.rglob("*stale*"))
     assert (folder / "mimkernels" / "py.typed").exists()
+    for room in ("engine", "commands/pretrain", "commands/probe", "commands/demo", "commands/bench"):
+        assert list((folder / "mimkernels" / room / "templates").iterdir()), room
     assert build["torch"] == torch.__version__ and build["compiler"] and "portable" in build["isas"]
     state = library_state(folder)
     assert state["loaded"] and state["instruction_set"] == "stub"

@@ -21,6 +21,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from mimkernels.engine.tables import print_table
+
 FLOOR = 0.04  # relative; of single runs, whose scatter is not known, twice as much
 _SIGMAS = 3.0
 _REPEATS = 5  # runs of each revision, taken in turns
@@ -110,17 +112,22 @@ def read(*places: Path) -> dict[str, list[dict]]:
 
 
 def show(changes: list[Change]) -> None:
-    width = max(len(change.name) for change in changes)
-    print(f"{'case':{width}} {'before':>11} {'after':>11} {'change':>8} {'noise':>7}")
-    for change in changes:
-        print(
-            f"{change.name:{width}} {change.before_us / 1e3:8.3f} ms {change.after_us / 1e3:8.3f} ms "
-            f"{change.change:+8.1%} {change.noise:7.1%}  {change.verdict}".rstrip()
-        )
-    slower = [change for change in changes if change.verdict == "SLOWER"]
+    rows = [
+        [
+            change.name,
+            f"{change.before_us / 1e3:.3f} ms",
+            f"{change.after_us / 1e3:.3f} ms",
+            f"{change.change:+.1%}",
+            f"{change.noise:.1%}",
+            change.verdict,
+        ]
+        for change in changes
+    ]
+    slow = [number for number, change in enumerate(changes) if change.verdict == "SLOWER"]
+    print_table(["case", "before", "after", "change", "noise", "verdict"], rows, left=(0, 5), bold=slow)
     unclear = sum(change.verdict == "too noisy to tell" for change in changes)
     print(
-        f"\n{len(changes)} cases, {len(slower)} slower beyond the noise"
+        f"\n{len(changes)} cases, {len(slow)} slower beyond the noise"
         + (f", {unclear} too noisy to tell a change of 10 %" if unclear else "")
     )
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import base64
-import datetime
-import html
 import json
 import re
 import statistics
@@ -14,15 +11,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mimkernels._palette import ACCENT, CHART, INK, LINE, MUTED
 from mimkernels.commands.bench.harness import RESULTS
 from mimkernels.commands.bench.tables import ATTENTION, MEMORY, MODELS, STEP, all_tables, records_of, usual
-from mimkernels.heads.plots import COLORS, INK, LINE, MUTED, STYLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_OURS, _OTHERS = COLORS[0], {"plain": "#c9d1da", "compiled": "#8e9aa8", "sdpa": "#5d6877"}
+_OURS, _OTHERS = ACCENT, {"plain": "#c9d1da", "compiled": "#8e9aa8", "sdpa": MUTED}
 _LABELS = {
     "plain": "plain PyTorch",
     "compiled": "torch.compile",
@@ -57,7 +54,7 @@ def draw(reports: dict[str, dict], output: Path) -> list[Path]:
     import matplotlib
 
     pictures: dict[str, tuple[str, Figure]] = {}
-    with matplotlib.rc_context({**STYLE, "font.size": 10, "axes.titlesize": 11, "axes.labelcolor": MUTED}):
+    with matplotlib.rc_context({**CHART, "font.size": 10, "axes.titlesize": 11}):
         memory = records_of(reports, MEMORY)
         attention = records_of(reports, ATTENTION)
         whole = records_of(reports, MODELS)
@@ -285,22 +282,22 @@ def _steps(records: list[dict]) -> Figure:
 
 
 def _page(reports: dict[str, dict], notes: dict[str, str], output: Path) -> Path:
-    from mimkernels.commands.pretrain.report import page
+    from mimkernels.engine.figures import data_address
+    from mimkernels.engine.page import write_page
 
     about = next(iter(reports.values()))["machine"]
     threads = f", {about['threads']} threads, {about['cpu_isa']}" if about.get("threads") else ""
-    sections = []
-    for name, note in notes.items():
-        data = base64.b64encode((output / f"{name}.png").read_bytes()).decode()
-        sections.append(
-            f"<section><h2>{name.capitalize()}</h2><p>{note}</p><figure><img class=plot alt={name} "
-            f'src="data:image/png;base64,{data}"></figure></section>'
-        )
-    lead = html.escape(f"{about['device']}{threads}; torch {about['torch']}; medians, all versions in one process.")
-    written = f"Written by mimkernels {about['mimkernels']} on {datetime.date.today():%d %B %Y}."
-    path = output / "report.html"
-    path.write_text(page("What the kernels save", lead, "\n".join(sections), written))
-    return path
+    measured = f"measured with mimkernels {about['mimkernels']}, torch {about['torch']}"
+    return write_page(
+        output / "report.html",
+        "commands/bench/templates/report.html",
+        title="What the kernels save",
+        lead=f"{about['device']}{threads}; {measured}; medians, all versions in one process.",
+        pictures=[
+            {"name": name, "note": note, "address": data_address((output / f"{name}.png").read_bytes())}
+            for name, note in notes.items()
+        ],
+    )
 
 
 def _sizes(shape: str) -> dict[str, int]:
