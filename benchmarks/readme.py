@@ -9,8 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mimkernels.commands.bench.harness import RESULTS
-from mimkernels.commands.bench.plot import read_reports
+from mimkernels.commands.bench.results import RESULTS, read_reports
 from mimkernels.commands.bench.tables import main_tables
 
 README = Path(__file__).resolve().parent.parent / "README.md"

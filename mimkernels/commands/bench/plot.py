@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mimkernels._palette import ACCENT, CHART, INK, LINE, MUTED
-from mimkernels.commands.bench.harness import RESULTS
+from mimkernels.commands.bench.results import RESULTS, incomplete, read_reports
 from mimkernels.commands.bench.tables import ATTENTION, MEMORY, MODELS, STEP, all_tables, records_of, usual
 
 if TYPE_CHECKING:
@@ -42,6 +41,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"mimkernels bench plot: no results in {str(folder or RESULTS)!r}; `mimkernels bench run` makes some",
               file=sys.stderr)  # fmt: skip
         return 2
+    if note := incomplete(reports):
+        print(f"mimkernels bench plot: {note}", file=sys.stderr)
     output = options.output or folder
     output.mkdir(parents=True, exist_ok=True)
     for path in draw(reports, output):
@@ -288,11 +289,12 @@ def _page(reports: dict[str, dict], notes: dict[str, str], output: Path) -> Path
     about = next(iter(reports.values()))["machine"]
     threads = f", {about['threads']} threads, {about['cpu_isa']}" if about.get("threads") else ""
     measured = f"measured with mimkernels {about['mimkernels']}, torch {about['torch']}"
+    medians = "medians, all versions in one process"
     return write_page(
         output / "report.html",
         "commands/bench/templates/report.html",
         title="What the kernels save",
-        lead=f"{about['device']}{threads}; {measured}; medians, all versions in one process.",
+        lead="; ".join(filter(None, [about["device"] + threads, measured, incomplete(reports), medians])) + ".",
         pictures=[
             {"name": name, "note": note, "address": data_address((output / f"{name}.png").read_bytes())}
             for name, note in notes.items()
@@ -302,16 +304,6 @@ def _page(reports: dict[str, dict], notes: dict[str, str], output: Path) -> Path
 
 def _sizes(shape: str) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", shape)}
-
-
-def read_reports(folder: Path) -> dict[str, dict]:
-    """The runs in a folder, by group and dtype."""
-    reports = {}
-    for path in sorted(folder.glob("*.json")):
-        content = json.loads(path.read_text())
-        if "results" in content:
-            reports[path.stem] = content
-    return reports
 
 
 def _newest(root: Path) -> Path | None:

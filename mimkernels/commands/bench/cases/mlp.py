@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as F
 
 import mimkernels as mk
-from mimkernels.commands.bench.harness import Benchmark
-from mimkernels.commands.bench.pooling import differentiable_case
+from mimkernels.commands.bench.cases.pooling import differentiable_case
+from mimkernels.commands.bench.timing import Benchmark
 
 # Images x tokens, and features: the decoder of MAE, which fits a large cache, and ViT-B over whole images.
 SHAPES = ((8 * 197, 2048), (64 * 196, 3072))

@@ -9,27 +9,19 @@ On a GPU a version is captured as a CUDA graph where it can be, so that the devi
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import platform
 import random
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
-import mimkernels
 from mimkernels.commands.bench.memory import peak_bytes
 from mimkernels.engine.hardware import cpu_computes_bf16
 from mimkernels.engine.memory import keep_freed_memory
-from mimkernels.ops import _native
 
-_CHECKOUT = Path(__file__).parents[2] / "benchmarks"
-#: Where results are written: of a checkout, its own folder; else one in the current folder.
-RESULTS = (_CHECKOUT if _CHECKOUT.is_dir() else Path("benchmarks")) / "results"
 #: Versions without our code: what runs are compared by.
 YARDSTICKS = ("plain", "compiled", "sdpa", "xformers", "native", "copy", "gemm")
 _BLOCKS = 10
@@ -198,14 +190,14 @@ def _captured(run: Callable[[], object]) -> Callable[[], object] | None:
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
-            made = run()
+            outputs = run()
     except RuntimeError:
         torch.cuda.synchronize()
         return None
 
     def replay() -> object:
         graph.replay()
-        return made  # kept: the graph writes there
+        return outputs  # kept alive: the graph writes there
 
     return replay
 
@@ -240,43 +232,3 @@ def prepare() -> None:
     """Process-wide settings, the same for every version: freed memory is kept, as the trainer does."""
     keep_freed_memory()
     torch.manual_seed(0)
-
-
-def machine(device: str) -> dict:
-    """What the figures were measured on."""
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        name = _cpu_name()
-    return {
-        "device": name,
-        "threads": torch.get_num_threads() if device == "cpu" else None,
-        "cpu_isa": _native.library("cpu").isa if device == "cpu" else None,
-        "torch": torch.__version__,
-        "mimkernels": mimkernels.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def folder_of(about: dict) -> str:
-    """Name of the folder for the results of a machine."""
-    label = "".join(c if c.isalnum() else "-" for c in about["device"].lower()).strip("-")
-    return f"{label}-{about['threads']}-threads-{about['cpu_isa']}" if about["threads"] else label
-
-
-def save(timings: list[Timing], device: str, name: str, folder: Path | None = None) -> Path:
-    """Write the timings as JSON under ``results/<device>/`` and return the path."""
-    about = machine(device)
-    path = (folder or RESULTS / folder_of(about)) / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    report = {"machine": about, "results": [t.record() for t in timings]}
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    return path

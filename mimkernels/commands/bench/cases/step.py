@@ -17,10 +17,10 @@ from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimkernels.commands.bench.attention import plain_statistics
-from mimkernels.commands.bench.gathering import published_loss, published_random_masking
-from mimkernels.commands.bench.harness import Benchmark
-from mimkernels.commands.bench.loading import MEAN, STD, Pictures
+from mimkernels.commands.bench.cases.attention import plain_statistics
+from mimkernels.commands.bench.cases.gathering import published_loss, published_random_masking
+from mimkernels.commands.bench.cases.loading import MEAN, STD, Pictures
+from mimkernels.commands.bench.timing import Benchmark
 from mimkernels.engine.hardware import default_workers
 from mimkernels.models import MAE
 from mimkernels.ops.attention.spec import STATISTICS
@@ -124,7 +124,7 @@ def step_case(step: Step, *, stats: bool = False, pictures: Pictures | None = No
 
     def plain_loss_of(images: Tensor, noise: Tensor, model: nn.Module = published) -> Tensor:
         if stats:
-            # The patches that stay, found once more: the published masking does not hand them out.
+            # The kept patches are computed again: the published masking does not return them.
             ids = noise.argsort(dim=1)[:, : int(patches * (1 - plain.mask_ratio))]
             distances = F.pad(torch.cdist(grid[ids], grid[ids]), (1, 0, 1, 0))
             for layer in layers:
@@ -150,14 +150,14 @@ def step_case(step: Step, *, stats: bool = False, pictures: Pictures | None = No
         versions["compiled"] = training(plain, lambda: plain_loss(compiled), step)
 
     def details() -> dict:
-        found: dict = {"images": step.batch}
+        record: dict = {"images": step.batch}
         if not pictures:
             spent = {name: breakdown(run, step.device) for name, run in versions.items()}
-            found["breakdown_ms"] = {
+            record["breakdown_ms"] = {
                 name: {kind: round(1e3 * seconds, 2) for kind, seconds in parts.items()}
                 for name, parts in spent.items()
             }
-        return found
+        return record
 
     what = ", with data loading" if pictures else ", all head statistics" if stats else ""
     return Benchmark(name=f"MAE step{what}", shape=str(step), versions=versions, check=check, details=details)
@@ -193,10 +193,10 @@ def breakdown(run: Callable[[], object], device: str, steps: int = 2) -> dict[st
     with torch.profiler.profile(activities=activities) as profile:
         for _ in range(steps):
             run()
-    own = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    self_time = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
     seconds = dict.fromkeys(KINDS, 0.0)
     for entry in profile.key_averages():
-        seconds[kind_of(entry.key)] += getattr(entry, own) / 1e6 / steps
+        seconds[kind_of(entry.key)] += getattr(entry, self_time) / 1e6 / steps
     return seconds
 
 

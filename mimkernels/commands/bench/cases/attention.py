@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import mimkernels as mk
-from mimkernels.commands.bench.harness import Benchmark, runs
+from mimkernels.commands.bench.timing import Benchmark, runs
 from mimkernels.ops.attention.spec import STATISTICS
 
 
@@ -50,8 +50,8 @@ def attention_case(shape: Shape, dtype: torch.dtype, device: str, backward: bool
 
     def ours(stats: tuple[str, ...]) -> Callable[[], object]:
         def run():
-            made = mk.attention(q, k, v, num_prefix=1, positions=positions, stats=stats)
-            return finish(made.out, made.stats)
+            result = mk.attention(q, k, v, num_prefix=1, positions=positions, stats=stats)
+            return finish(result.out, result.stats)
 
         return run
 
@@ -70,12 +70,14 @@ def attention_case(shape: Shape, dtype: torch.dtype, device: str, backward: bool
     def finish(out: torch.Tensor, stats: dict[str, torch.Tensor]):
         if not backward:
             return out, stats
-        wanted = [made for name, made in stats.items() if name != "peak"]
-        return torch.autograd.grad([out, *wanted], [q, k, v], [upstream, *(row_upstream for _ in wanted)])
+        differentiable = [values for name, values in stats.items() if name != "peak"]
+        return torch.autograd.grad(
+            [out, *differentiable], [q, k, v], [upstream, *(row_upstream for _ in differentiable)]
+        )
 
     def check():
         tolerance = 1e-3 if dtype == torch.float32 else 5e-2
-        for got, expected in zip(_leaves(ours(STATISTICS)()), _leaves(materialised()), strict=True):
+        for got, expected in zip(_tensors(ours(STATISTICS)()), _tensors(materialised()), strict=True):
             torch.testing.assert_close(got.float(), expected.float(), rtol=tolerance, atol=tolerance)
 
     versions = {
@@ -142,7 +144,7 @@ def plain_statistics(p: torch.Tensor, distances: torch.Tensor) -> dict[str, torc
     }
 
 
-def _leaves(made: object) -> list[torch.Tensor]:
-    if isinstance(made, torch.Tensor):
-        return [made]
-    return [leaf for part in (made.values() if isinstance(made, dict) else made) for leaf in _leaves(part)]
+def _tensors(result: object) -> list[torch.Tensor]:
+    if isinstance(result, torch.Tensor):
+        return [result]
+    return [tensor for part in (result.values() if isinstance(result, dict) else result) for tensor in _tensors(part)]

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 import mimkernels as mk
-from mimkernels.commands.bench.gathering import Size, same
-from mimkernels.commands.bench.harness import Benchmark
+from mimkernels.commands.bench.cases.gathering import Size, same
+from mimkernels.commands.bench.timing import Benchmark
 
 QUERIES = 32  # of efficient probing
 KINDS = ("mean", "max", "gem")
@@ -127,5 +127,5 @@ def differentiable_case(
     )
 
 
-def _parts(made: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return (made,) if isinstance(made, torch.Tensor) else made
+def _parts(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return (outputs,) if isinstance(outputs, torch.Tensor) else outputs

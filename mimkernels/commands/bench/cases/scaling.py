@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from mimkernels.commands.bench import attention, gathering, pooling
-from mimkernels.commands.bench.gathering import Size
-from mimkernels.commands.bench.harness import Benchmark
+from mimkernels.commands.bench.cases import attention, gathering, pooling
+from mimkernels.commands.bench.cases.gathering import Size
+from mimkernels.commands.bench.timing import Benchmark
 
 BATCHES = (8, 16, 32, 64, 128, 256)
 IMAGES = 256  # taken in batches of each size: more than caches hold, and the same work for every size
@@ -41,7 +41,7 @@ def scaling_cases(dtype: torch.dtype, device: str) -> Iterator[Benchmark]:
 
 
 def _in_batches(make: Callable[..., Benchmark], batch: int, dtype: torch.dtype, device: str) -> Benchmark:
-    """A case over ``IMAGES`` images, one batch after the other; each batch has inputs of its own."""
+    """A case over ``IMAGES`` images, batch after batch; no two batches share inputs."""
     cases = [make(Size(batch=batch), dtype, device) for _ in range(IMAGES // batch)]
 
     def all_of(version: str) -> Callable[[], None]:

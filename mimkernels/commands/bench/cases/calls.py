@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 import mimkernels as mk
-from mimkernels.commands.bench.harness import Benchmark
+from mimkernels.commands.bench.timing import Benchmark
 from mimkernels.ops.attention.spec import STATISTICS
 
 CALLS = 100  # timed together

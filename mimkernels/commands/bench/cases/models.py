@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import mimkernels
-from mimkernels.commands.bench.harness import Benchmark
-from mimkernels.commands.bench.step import Step, autocast, training
+from mimkernels.commands.bench.cases.step import Step, autocast, training
+from mimkernels.commands.bench.timing import Benchmark
 
 
 def model_cases(step: Step) -> Iterator[Benchmark]:
@@ -38,7 +38,7 @@ def model_cases(step: Step) -> Iterator[Benchmark]:
         tolerance = 1e-4 if step.dtype == torch.float32 else 5e-2
         torch.testing.assert_close(forward(ours)(), forward(stock)(), rtol=tolerance, atol=tolerance)
 
-    # Training moves the weights of both, by different roundings: only the first is checked.
+    # Training changes the weights of the two by different roundings: only the forward pass is checked.
     for what, of, gate in (("forward", forward, check), ("training step", train, lambda: None)):
         yield Benchmark(
             name=f"accelerate, {what}",

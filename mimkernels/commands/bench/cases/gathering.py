@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 import mimkernels as mk
-from mimkernels.commands.bench.harness import Benchmark, runs
+from mimkernels.commands.bench.timing import Benchmark, runs
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def mask_and_gather(size: Size, dtype: torch.dtype, device: str) -> Benchmark:
     # The mask (a byte per token at least) and ids_restore (int64) are outputs too.
     moved = 2 * size.batch * size.keep * size.dim * x.element_size() + size.batch * size.tokens * (1 + 8)
     versions = {"ours": ours, "plain": plain}
-    # Masks of their own, of which they return less: what these give is not compared.
+    # They draw their own masks and return less of them: their outputs are not compared.
     versions |= {version.__name__: version for version in (lightly, timm) if runs(version)}
     return Benchmark(name="mask + gather", shape=str(size), versions=versions, moved_bytes=moved, check=check)
 
@@ -253,7 +253,7 @@ def case(
     tolerance: float = 0.0,
     others: tuple[Callable, ...] = (),
 ) -> Benchmark:
-    """A case; `others` do it with other libraries, those that are installed, and are named like them."""
+    """A case; of `others`, versions named by the library they use, those whose library is installed are timed."""
     versions = {"ours": ours, "plain": plain} | {other.__name__: other for other in others if runs(other)}
 
     def check():
