@@ -17,7 +17,7 @@ from mimkernels.nn.sdpa import Observer, observers
 LayerChoice = str | re.Pattern[str] | Sequence[str | int] | None
 
 _ATTENTION = re.compile("attention|attn", re.IGNORECASE)
-_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)")
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -34,7 +34,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def named_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """``named_modules`` without the names of wrappers inside."""
     for name, module in model.named_modules():
-        yield _WRAPPERS.sub("", name).removeprefix("."), module
+        yield ".".join(part for part in name.split(".") if part not in _WRAPPERS), module
 
 
 class Choice:

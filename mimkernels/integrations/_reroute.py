@@ -1,4 +1,15 @@
-"""A function once more, with its calls of PyTorch's ``scaled_dot_product_attention`` going elsewhere."""
+"""Rewriting: a function compiled again from its source, its calls of PyTorch's SDPA going to another function.
+
+For ``accelerate`` and transformers, whose models shall compute faster for good: modules of many classes that differ in
+everything but that call. A rewritten forward costs nothing per call, is compiled by ``torch.compile`` in one graph, and
+works on every thread and in copies. The two other ways would not do. A function mode (``mimkernels.heads.intercept``)
+costs a look at every function that is called, breaks graphs, and ends with its block. A change of class to a forward
+written by us (``mimkernels.nn._classes``) would need one forward for each of timm's families, kept up with timm's; it
+is used where more than the call changes. Putting a function into ``torch.nn.functional`` would change attention of
+everybody in the process.
+
+The class that gets a rewritten forward is made by ``mimkernels.integrations.timm``, a subclass of the module's own.
+"""
 
 from __future__ import annotations
 import __future__

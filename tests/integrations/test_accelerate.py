@@ -16,8 +16,9 @@ from mimkernels.nn.sdpa import observing
 timm = pytest.importorskip("timm")
 from timm.layers import Attention, PatchDropout, PatchDropoutWithIndices  # noqa: E402
 
+from mimkernels.heads import record_heads  # noqa: E402
 from mimkernels.integrations._reroute import calls_sdpa, rerouted  # noqa: E402
-from mimkernels.nn import Mlp, record_heads, use_mimkernels_attention, use_mimkernels_mlp  # noqa: E402
+from mimkernels.nn import Mlp, use_mimkernels_attention, use_mimkernels_mlp  # noqa: E402
 from tests.integrations.models import Seen  # noqa: E402
 
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from mimkernels.commands.probe.config import ProbeConfig
 from mimkernels.engine.checkpoint import CheckpointFolder, check_content, is_checkpoint, whole_beside
 from mimkernels.engine.settings import is_of_type, read_settings
+from mimkernels.heads import record_heads
 from mimkernels.models.build import PIXEL_STATISTICS, build_model
 from mimkernels.models.checkpoint import DamagedFileError, copy_by_name, read_file, weights_of
-from mimkernels.nn import cls_attention, record_heads, use_mimkernels_attention, use_mimkernels_mlp
+from mimkernels.nn import cls_attention, use_mimkernels_attention, use_mimkernels_mlp
 
 # Published MAE encoders by width and depth; the number of heads cannot be read off the weights.
 _BY_SHAPE = {
