@@ -140,10 +140,10 @@ class Calls:
         if self.numbers:
             return f"nothing was captured: {self.unmet(choice)}"
         missed = self.missed() or {name: self._why(name, self._ran[name]) for name in self._softmax}
-        told = "".join(f"\n  {name} ({type(self._ran[name]).__name__}): {why}" for name, why in missed.items())
+        suspects = "".join(f"\n  {name} ({type(self._ran[name]).__name__}): {why}" for name, why in missed.items())
         return (
             f"nothing was captured: {type(self._model).__name__} ran without calling F.scaled_dot_product_attention"
-            + (f"; what looked like attention:{told}" if told else ", and nothing in it looked like attention")
+            + (f"; what looked like attention:{suspects}" if suspects else ", and nothing in it looked like attention")
         )
 
     def unmet(self, choice: Choice) -> str:

@@ -72,8 +72,8 @@ def rerouted(function: FunctionType, attention: Callable) -> FunctionType:
     code = _compiled(_Reroute(set(map(id, names.candidates()))).visit(definition), function)
     _definition.cache_clear()  # what was changed is of no use to others
 
-    def instead(found: Any) -> Any:
-        return attention if found is TORCH_SDPA else found
+    def instead(value: Any) -> Any:
+        return attention if value is TORCH_SDPA else value
 
     cells = {**_cells(function), _PARAMETER: CellType(instead)}
     closure = tuple(cells[name] for name in code.co_freevars)
@@ -162,16 +162,16 @@ def _contents(function: FunctionType) -> dict[str, Any]:
 
 def _imports(definition: ast.FunctionDef) -> dict[str, Any]:
     """What the function's own import statements give, of modules that are there."""
-    found: dict[str, Any] = {}
+    imported: dict[str, Any] = {}
     for node in ast.walk(definition):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 name = alias.name if alias.asname else alias.name.partition(".")[0]
-                found[alias.asname or name] = sys.modules.get(name)
+                imported[alias.asname or name] = sys.modules.get(name)
         elif isinstance(node, ast.ImportFrom) and not node.level:
             for alias in node.names:
-                found[alias.asname or alias.name] = getattr(sys.modules.get(node.module), alias.name, None)
-    return found
+                imported[alias.asname or alias.name] = getattr(sys.modules.get(node.module), alias.name, None)
+    return imported
 
 
 @functools.lru_cache(16)

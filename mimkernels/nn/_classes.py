@@ -80,12 +80,12 @@ def prepare_scriptable(module: nn.Module) -> nn.Module:
 
 def _get_fused_attn(module: nn.Module) -> bool:
     try:
-        told = module.__dict__["fused_attn"]
+        value = module.__dict__["fused_attn"]
     except KeyError:
         raise AttributeError("fused_attn") from None
-    if told is None:
+    if value is None:
         return shows_its_matrix(module) is None and not is_fx_symbolic_tracing()
-    return told
+    return value
 
 
 def _set_fused_attn(module: nn.Module, value: Any) -> None:

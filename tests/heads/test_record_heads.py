@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 pytest.importorskip("timm")
 import timm
 
-from mimkernels.heads import HeadStatistics, record_heads, regularization_loss
+from mimkernels.heads import HeadStatistics, RecordedHeads, capture, record_heads, regularization_loss
 from mimkernels.nn import use_mimkernels_attention
 from mimkernels.ops import attention_rows, head_divergence, received_attention
 
@@ -413,3 +413,48 @@ def test_distributed_data_parallel(tmp_path):
         assert_same_gradients(gradients(model), expected)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_the_result_is_that_of_a_capture():
+    model = vit()
+    with record_heads(model, ["entropy"], num_prefix=PREFIX) as recorded:
+        model(images())
+    with capture(model, ["entropy"], num_prefix=PREFIX) as captured:
+        model(images())
+    assert type(recorded) is type(captured) is RecordedHeads
+    assert list(recorded) == list(captured) == [f"blocks.{number}.attn" for number in range(DEPTH)]
+    for name, layer in recorded.items():
+        assert layer is recorded[layer.index] and layer.describe() == captured[name].describe()
+        assert torch.equal(layer.stats["entropy"], captured[name].stats["entropy"])
+    assert recorded.table().splitlines() == captured.table().splitlines()[-DEPTH:]
+    with pytest.raises(KeyError, match="'blocks.9' was not captured; captured: blocks.0.attn, "):
+        recorded["blocks.9"]
+
+
+def test_names_are_those_of_the_model_inside_its_wrappers():
+    model = vit()
+    names = [f"blocks.{number}.attn" for number in range(DEPTH)]
+    for wrapped in (torch.compile(model, backend="eager"), torch.nn.DataParallel(model)):
+        with torch.no_grad(), record_heads(wrapped, ["entropy"]) as heads:
+            model(images())
+        assert list(heads) == names
+    with torch.no_grad(), record_heads([model.blocks[2], model.blocks[0].attn]) as heads:
+        model(images())
+    assert list(heads) == ["0.attn", "1"]
+    with torch.no_grad(), record_heads(model.blocks[0].attn) as heads:
+        model(images())
+    assert list(heads) == ["Attention"]
+
+
+def test_compiled_code_that_records_is_one_graph():
+    model = vit()
+
+    def recorded(x):
+        with record_heads(model, ["entropy"], num_prefix=PREFIX, keep=("q", "lse", "output")) as heads:
+            out = model(x)
+        return out, heads.stats, heads[0].q, heads[0].lse, heads[0].output
+
+    torch._dynamo.reset()
+    compiled = torch.compile(recorded, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(images()), recorded(images()), rtol=1e-4, atol=1e-5)
