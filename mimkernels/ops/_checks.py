@@ -229,7 +229,7 @@ def patch_sizes(op: str, patch_size: int | Sequence[int], images: Tensor) -> tup
 
 
 def normalisation(
-    op: str, images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
+    op: str, images: Tensor, mean: Sequence[float] | Tensor | None, std: Sequence[float] | Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Scale and shift ``[C]`` fp32 so that ``pixel * scale + shift`` is the normalised pixel.
 

@@ -22,8 +22,8 @@ def masked_patch_loss(
     kind: str = "mse",
     beta: float = 1.0,
     layout: str = "channels_last",
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: Sequence[float] | Tensor | None = None,
+    std: Sequence[float] | Tensor | None = None,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -74,8 +74,8 @@ def _checked(
     kind: str,
     beta: float,
     layout: str,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
+    mean: Sequence[float] | Tensor | None,
+    std: Sequence[float] | Tensor | None,
     reduction: str,
     backend: str,
 ) -> tuple[Callable[..., Tensor], tuple[Tensor, Tensor, Tensor | None, Tensor | None], tuple[object, ...]]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal, overload
 
 from torch import Tensor
 
@@ -8,6 +9,51 @@ from mimkernels.ops import _checks, _pool
 from mimkernels.ops._memo import by_signature
 from mimkernels.ops.query_pool import reference
 from mimkernels.ops.query_pool.spec import SPEC
+
+
+@overload
+def query_pool(
+    x: Tensor,
+    queries: Tensor,
+    *,
+    values: Tensor | None = ...,
+    scale: float | None = ...,
+    num_prefix: int = ...,
+    mask: Tensor | None = ...,
+    sliced: bool = ...,
+    return_weights: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def query_pool(
+    x: Tensor,
+    queries: Tensor,
+    *,
+    values: Tensor | None = ...,
+    scale: float | None = ...,
+    num_prefix: int = ...,
+    mask: Tensor | None = ...,
+    sliced: bool = ...,
+    return_weights: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def query_pool(
+    x: Tensor,
+    queries: Tensor,
+    *,
+    values: Tensor | None = ...,
+    scale: float | None = ...,
+    num_prefix: int = ...,
+    mask: Tensor | None = ...,
+    sliced: bool = ...,
+    return_weights: bool = ...,
+    backend: str = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def query_pool(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal, overload
 
 from torch import Tensor
 
@@ -8,6 +9,45 @@ from mimkernels.ops import _checks, _pool
 from mimkernels.ops._memo import by_signature
 from mimkernels.ops.weighted_pool import reference
 from mimkernels.ops.weighted_pool.spec import SPEC
+
+
+@overload
+def weighted_pool(
+    x: Tensor,
+    scores: Tensor,
+    *,
+    normalize: bool = ...,
+    num_prefix: int = ...,
+    mask: Tensor | None = ...,
+    return_weights: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def weighted_pool(
+    x: Tensor,
+    scores: Tensor,
+    *,
+    normalize: bool = ...,
+    num_prefix: int = ...,
+    mask: Tensor | None = ...,
+    return_weights: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def weighted_pool(
+    x: Tensor,
+    scores: Tensor,
+    *,
+    normalize: bool = ...,
+    num_prefix: int = ...,
+    mask: Tensor | None = ...,
+    return_weights: bool = ...,
+    backend: str = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def weighted_pool(
