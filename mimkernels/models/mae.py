@@ -42,8 +42,9 @@ class MAEOutput(NamedTuple):
         mask: which patches were visible.
         pred: ``[B, N, E]`` the prediction for every patch, E pixels as (height, width, channel), where it was
             asked for; else None.
-        head_stats: per encoder block, each asked statistic ``[B, H, P + K]`` fp32 with gradients, by name; None
-            if none was asked for.
+        head_stats: ``LayerHeads.stats`` of every encoder block: each asked statistic ``[B, H, P + K]`` fp32 with
+            gradients, by name, in plain containers, through which DistributedDataParallel finds tensors; None if none
+            was asked for.
     """
 
     loss: Tensor

@@ -48,7 +48,7 @@ class LayerHeads:
         lse: ``[B, H, N]`` fp32, if kept; else None.
         output: ``[B, N, C]`` after the output projection, before its dropout, if kept; else None.
         bias, key_mask: of the scores, as given to attention, if q or k are kept; mostly None.
-        has_run: a call was recorded, or noted.
+        has_run: a call was seen; False of a layer that a recorder waits for.
 
     Example::
 
@@ -194,7 +194,7 @@ class LayerRecorder:
 
     def __enter__(self) -> Any:
         if not self._layers:
-            raise RuntimeError("this recorder was used before; make one for every forward pass")
+            raise RuntimeError("this recorder was used before; call record_heads for every forward pass")
         for layer in self._layers:
             if layer._recorder is not None:
                 raise RuntimeError("these layers are already being recorded: record_heads cannot be nested")
@@ -249,7 +249,8 @@ class _Slot:
                 f"attention layer {heads.index} ran a second time inside record_heads; record each forward pass by "
                 "itself"
             )
-        self._recorder.write(heads, call, output)
+        stats = {name: output.stats[name] for name in self.request.stats}  # an observer may have wanted others
+        self._recorder.write(heads, call, output._replace(stats=stats))
         self.with_grad = torch.is_grad_enabled()
         _await_backward(self.layer, self.request, output.lse)
 

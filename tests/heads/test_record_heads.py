@@ -170,6 +170,18 @@ def test_nothing_is_kept_that_was_not_asked_for():
     assert layer.q is layer.k is layer.lse is layer.output is layer.bias is layer.key_mask is None
 
 
+def test_what_a_capture_wants_is_not_recorded():
+    model = vit()
+    with (
+        torch.no_grad(),
+        capture(model, ["distance"], num_prefix=PREFIX, positions=GRID) as captured,
+        record_heads(model, keep=("lse",)) as recorded,
+    ):
+        model(images())
+    assert recorded.stats == [{}] * DEPTH and recorded[0].lse.shape == (2, HEADS, 18)
+    assert all(list(stats) == ["distance"] for stats in captured.stats)
+
+
 def test_masks_are_recorded_for_the_companion_ops():
     model = vit()
     layer = model.blocks[0].attn

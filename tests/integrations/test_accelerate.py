@@ -380,7 +380,7 @@ def test_heads_are_recorded_and_captured():
     with mimkernels.capture(ours, ["entropy"]) as captured:
         ours(images())
     assert list(captured) == ["blocks.0.attn", "blocks.1.attn"]
-    for layer, recorded in zip(captured.values(), heads, strict=True):
+    for layer, recorded in zip(captured.values(), heads.values(), strict=True):
         assert torch.equal(layer.stats["entropy"], recorded.stats["entropy"])
     other = vit("beit_base_patch16_224")
     mimkernels.accelerate(other)
