@@ -1,4 +1,4 @@
-"""Makes the pictures of the site: ``python -m benchmarks.pictures`` (some minutes on two cores).
+"""Makes the pictures of the site: ``python -m benchmarks pictures`` (some minutes on two cores).
 
 One of each head statistic of a small MAE of handwritten digits, which is trained in ``runs/pictures`` unless it is
 there; screenshots of the reports that commands write, where chromium is found and ``runs/demo`` holds a demo.

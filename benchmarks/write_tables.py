@@ -1,4 +1,4 @@
-"""Writes the tables of README and site: ``python -m benchmarks.write_tables`` (``--check`` only compares).
+"""Writes the tables of README and site: ``python -m benchmarks write-tables`` (``--check`` only compares).
 
 Measured figures come from the JSON under ``benchmarks/results/``, each folder headed by its device's name; options of
 commands come from their parsers. Tables stand between two marks in their files, everything else there is by hand.
@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mimkernels.cli import COMMANDS, build_parser
-from mimkernels.commands.bench.plot import read_reports
+from mimkernels.commands.bench.results import read_reports
 from mimkernels.commands.bench.tables import all_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- python -m benchmarks.write_tables -->\n", "<!-- end of tables -->\n"
+BEGIN, END = "<!-- python -m benchmarks write-tables -->\n", "<!-- end of tables -->\n"
 
 # README's table: a case, where its report calls it otherwise the words for it, and what it is compared with.
 HEADLINES = (
@@ -27,7 +27,8 @@ HEADLINES = (
     ("pooling-float32", "query_pool, AbMILP, forward + backward", "", "AbMILP pooling", "plain"),
     ("attention-float32", "attention, forward + backward", "B=8 H=12 N=197 D=64",
      "attention with all head statistics", "sdpa"),
-    ("step-float32", "MAE step, with data loading", "vit_base_patch16_224 B=8", "a whole MAE step with data loading, ViT-B", "plain"),
+    ("step-float32", "MAE step, with data loading", "vit_base_patch16_224 B=8",
+     "a whole MAE step with data loading, ViT-B", "plain"),
 )  # fmt: skip
 AGAINST = {"plain": "plain PyTorch", "sdpa": "SDPA, which gives none"}
 
@@ -132,7 +133,7 @@ def main() -> int:
     behind = [(path, text) for path, make in TABLES.items() if (text := with_tables(path, make())) != path.read_text()]
     for path, text in behind:
         if check:
-            print(f"{path.relative_to(ROOT)} is behind; run python -m benchmarks.write_tables", file=sys.stderr)
+            print(f"{path.relative_to(ROOT)} is behind; run python -m benchmarks write-tables", file=sys.stderr)
         else:
             path.write_text(text)
             print(f"wrote {path.relative_to(ROOT)}")

@@ -1,4 +1,4 @@
 """Images and the batches made of them. Nothing heavy is imported here."""
 
-# Of an image file. So many take up to 1.6 GB in the process that reads them.
+# Most pixels of an image file. So many take up to 1.6 GB in the process that reads them.
 MAX_PIXELS = 100_000_000

@@ -18,7 +18,6 @@ from torchvision.transforms import InterpolationMode, v2
 
 from mimkernels.data.pixels import eight_bits
 from mimkernels.data.sources import Source
-from mimkernels.engine.errors import DataError
 
 # So many unreadable images in a row mean that the folder is wrong, not that some files are.
 _MAX_BROKEN_IN_A_ROW = 1000
@@ -224,11 +223,15 @@ def make_loader(
     )
 
 
-def probe_images(images: PretrainImages) -> None:
-    """Read until one image works, so that a folder of broken files is refused before anything is written."""
+def require_readable(images: PretrainImages) -> None:
+    """Read images until one can be read, so that a folder of broken files is refused before anything is written.
+
+    Raises:
+        ValueError: none of those tried can be read; names the first, and the reason.
+    """
     sample, broken = images[(0, 0)]
     if sample is None:
-        raise DataError(all_broken_message(images.source, broken))
+        raise ValueError(all_broken_message(images.source, broken))
 
 
 def all_broken_message(source: Source, broken: list[tuple[int, str]]) -> str:

@@ -25,8 +25,8 @@ _TARGET_NAMES = ("targets", "labels", "_labels")
 _DIGITS_TRAIN = 1500
 
 
-# So many files are looked at for 16-bit images that become nearly black: none reaches an eighth of white.
-_LOOKED_AT, _BRIGHT = 8, 2**13
+# A folder is warned of as nearly black if, of this many 16-bit images, none reaches this level, an eighth of white.
+_FILES_SAMPLED, _BRIGHT = 8, 2**13
 
 
 class Source(Protocol):
@@ -127,11 +127,11 @@ class FolderSource:
         return self.decoder.read(self.folder / self.files[index])
 
     def _warn_if_dark(self) -> None:
-        """Tell of values of 12 bits, say, in files of 16, which leave images nearly black."""
+        """Warn of files of 16 bits that hold values of fewer, such as 12: their images become nearly black."""
         if self.decoder.pixel_range is not None:
             return
         levels = []
-        for name in self.files[:: -(-len(self.files) // _LOOKED_AT)]:
+        for name in self.files[:: -(-len(self.files) // _FILES_SAMPLED)]:
             with contextlib.suppress(OSError, ValueError):
                 levels.append(self.decoder.highest_level(self.folder / name))
         highest = max((level for level in levels if level is not None), default=_BRIGHT)

@@ -1,148 +1,32 @@
-"""Files that survive a crash: written beside their place, flushed to the disk, then moved into it."""
+"""Checkpoints of a run: the newest ones of a folder, and whether what a file holds is one."""
 
-import contextlib
-import json
 import math
 import os
 import re
-import tempfile
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from mimkernels.commands.pretrain.config import PretrainConfig
+from mimkernels.engine import files
 from mimkernels.engine.settings import is_of_type
 from mimkernels.models.checkpoint import DamagedFileError, read_file
 
 FORMAT = 1
 _NAME = re.compile(r"^step-(\d+)\.pt$")
-_TEMPORARY = re.compile(r"^\..+\.[a-z0-9_]{8}\.tmp$")  # as atomic_file names them
-
-
-@contextlib.contextmanager
-def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a temporary file beside ``path``; it takes that name only if the block ends without an error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            os.fchmod(file.fileno(), 0o666 & ~_umask())  # mkstemp makes files that only their owner reads
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as e:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        refused = _system_error(e) if isinstance(e, Exception) else None
-        if refused is not None:
-            raise OSError(refused.errno, refused.strerror, str(path)) from e
-        raise
-    _sync_folder(path.parent)
-
-
-def _system_error(error: BaseException) -> OSError | None:
-    """What the system said of a write, such as that the disk is full; torch hides it behind an error of its own."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno is not None:
-            return seen
-        seen = seen.__cause__ or seen.__context__
-    return None
-
-
-def _umask() -> int:
-    value = os.umask(0)
-    os.umask(value)
-    return value
-
-
-def _sync_folder(folder: Path) -> None:
-    # The rename itself lives in the folder; without this a power cut may undo it.
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def refusal(error: OSError, folder: Path) -> str:
-    """What the system refused and where, in a few words; `folder` where it does not say."""
-    return f"{error.strerror or error}: {str(error.filename or folder)!r}"
-
-
-def check_writable(folder: Path) -> None:
-    """Raise ValueError unless `folder` can be made, or written to if it exists."""
-    try:
-        str(folder).encode()
-    except UnicodeEncodeError as e:
-        raise ValueError(f"output {str(folder)!r} is not UTF-8, where TensorBoard cannot write") from e
-    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    if not existing.is_dir():
-        raise ValueError(f"output {str(folder)!r}: {str(existing)!r} is a file, expected a folder")
-    if not os.access(existing, os.W_OK):
-        raise ValueError(f"output {str(folder)!r}: no permission to write in {str(existing)!r}")
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """UTF-8; bytes of a path that were none, surrogates to Python, are written as it shows them: ``\\udce9``."""
-    with atomic_file(path) as file:
-        file.write(text.encode(errors="backslashreplace"))
-
-
-def save(path: str | Path, content: dict[str, Any], writer: Callable[[Any, BinaryIO], None] = torch.save) -> None:
-    with atomic_file(path) as file:
-        writer(content, file)
-
-
-def read_entries(path: Path, fits: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-    """Entries with a step, one JSON object a line, that are as `fits` wants them.
-
-    Half of a last line, as a crash leaves it, is left out; so are other lines, with a warning.
-    """
-    entries: list[dict[str, Any]] = []
-    if not path.is_file():
-        return entries
-    lines = path.read_text(errors="replace").splitlines()
-    strange = []
-    for number, line in enumerate(lines, 1):
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            entry = None
-        if isinstance(entry, dict) and is_of_type(entry.get("step"), int) and fits(entry):
-            entries.append(entry)
-        elif entry is not None or number < len(lines):
-            strange.append(number)
-    if strange:
-        more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
-        warnings.warn(f"{str(path)!r}: line {strange[0]}{more} is no entry of a run, left out", stacklevel=2)
-    return entries
-
-
-def sweep(*folders: Path) -> None:
-    """Remove what writers that were killed left in `folders`. Only for who holds the run's lock."""
-    for folder in folders:
-        for path in folder.glob(".*.tmp"):
-            if _TEMPORARY.match(path.name):
-                path.unlink(missing_ok=True)
 
 
 class Newest(NamedTuple):
     """The newest whole checkpoint of a folder."""
 
-    path: Path | None  # None where the folder has no checkpoint at all
+    path: Path | None  # None if the folder has no checkpoint at all
     content: dict[str, Any]
-    damaged: dict[Path, str]  # newer ones, and what is wrong with them
+    damaged: dict[Path, str]  # newer ones that are damaged, and how
 
 
 class CheckpointFolder:
-    """``step-XXXXXXXX.pt`` files of one run, the newest ``keep`` of them, besides ``final.pt``."""
+    """The checkpoints of one run: ``step-XXXXXXXX.pt``, of which the newest ``keep`` are kept, and ``final.pt``."""
 
     def __init__(self, folder: str | Path, keep: int) -> None:
         self.folder = Path(folder)
@@ -173,7 +57,7 @@ class CheckpointFolder:
         """Read the newest checkpoint that is whole.
 
         Raises:
-            ValueError: there are checkpoints but all are damaged, or the newest whole one is not of this trainer.
+            ValueError: there are checkpoints but all are damaged, or the newest whole one is of another program.
         """
         damaged: dict[Path, str] = {}
         for path in self.newest_first():
@@ -189,16 +73,16 @@ class CheckpointFolder:
 
     def save(self, content: dict[str, Any], *, final: bool = False) -> Path:
         path = self.final if final else self.path(content["step"])
-        save(path, content)
-        # Only after the new one is on the disk: at no moment is there none.
+        files.save(path, content)
+        # Only after the new one is on the disk, so that there is a whole one at every moment.
         for step in self.steps()[: -self.keep]:
             self.path(step).unlink(missing_ok=True)
         return path
 
     def reopen(self, step: int, damaged: Iterable[Path] = ()) -> None:
-        """Training goes on from `step`: the final checkpoint becomes one of the others, `damaged` ones are renamed.
+        """Prepare to train on from `step`: rename the final checkpoint to its step, and `damaged` ones out of the way.
 
-        So ``latest`` stays right, and no damaged checkpoint outlives a whole one as the newer of the two.
+        ``latest`` then stays right, and a damaged checkpoint never stands for a newer one than the whole ones.
         """
         for path in damaged:
             os.replace(path, path.with_name(path.name + ".damaged"))
@@ -214,7 +98,7 @@ def find(resume: str, output: str) -> Newest:
     """The checkpoint that ``--resume`` means: the newest whole one of a run folder, or the file itself.
 
     Raises:
-        ValueError: there is no such file, or it is damaged (names a whole one beside it), or not of this trainer.
+        ValueError: there is no such file, or it is damaged (names a whole one beside it), or of another program.
     """
     folder = Path(output if resume == "auto" else resume)
     if resume == "auto" or folder.is_dir():
@@ -223,10 +107,10 @@ def find(resume: str, output: str) -> Newest:
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of this trainer onto the CPU; no code in it is ever run.
+    """Read a checkpoint of `mimkernels pretrain` onto the CPU; no code in it is ever run.
 
     Raises:
-        ValueError: there is none, it is damaged (names the newest whole one beside it), or not of this trainer.
+        ValueError: there is none, it is damaged (names the newest whole one beside it), or of another program.
     """
     path = Path(path)
     if not path.is_file():
@@ -268,14 +152,15 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def is_checkpoint(content: Any) -> bool:
-    """Whether it claims to be a checkpoint of this trainer; ``check_content`` tells whether it is one."""
+    """Whether a file's content has the keys of a checkpoint of the trainer; ``check_content`` checks their values."""
     return isinstance(content, dict) and {"format", "step", "optimizer", "config"} <= content.keys()
 
 
 def check_content(content: dict[str, Any], where: str) -> None:
-    """Everything that is later taken from a checkpoint, by kind; ValueError names what is wrong.
+    """Check the type of everything that is later taken from a checkpoint; ValueError names what is wrong.
 
-    Whether names and shapes are those of the model to be trained is ``state.check_fits``.
+    Names and shapes are compared with the model by ``state.check_fits``, and the settings in ``config`` are checked by
+    the command that reads them.
     """
     if content.get("format") != FORMAT:
         raise ValueError(
@@ -286,10 +171,6 @@ def check_content(content: dict[str, Any], where: str) -> None:
             value = content.get(name)
             got = f"{type(value).__name__} {str(value)[:60]!r}" if name in content else "nothing"
             raise ValueError(f"checkpoint {where!r} is malformed: {name!r} must be {wanted}, got {got}")
-    try:
-        PretrainConfig.from_dict(content["config"])
-    except ValueError as e:
-        raise ValueError(f"checkpoint {where!r} is malformed: config: {e}") from e
 
 
 def _is_number(value: Any) -> bool:
@@ -301,7 +182,7 @@ def _is_count(value: Any) -> bool:
 
 
 def are_tensors(value: Any) -> bool:
-    """Whether it is a dict of tensors, and not empty."""
+    """Whether `value` is a dict of tensors, and not empty."""
     return isinstance(value, dict) and bool(value) and all(isinstance(item, torch.Tensor) for item in value.values())
 
 

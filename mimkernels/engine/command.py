@@ -11,7 +11,12 @@ _BAD_INPUT, _FAILED = 2, 1
 
 
 def guarded(prepare: Callable[[], Callable[[], int]], debug: bool) -> int:
-    """Bad input is one line and exit code 2, failed training one line and 1; anything else is a bug and shows."""
+    """Run a command: bad input is one line and exit code 2, failed training one line and 1, a bug a traceback.
+
+    Args:
+        prepare: checks everything and returns what then does the work, whose result is the exit code.
+        debug: show the traceback of every error.
+    """
     try:
         execute = prepare()
     except (ValueError, TypeError, NotImplementedError, OSError, ImportError, TrainingError) as e:
@@ -39,4 +44,5 @@ def _complain(error: Exception | str, code: int) -> int:
 
 
 def exit_code(signal_number: int) -> int:
+    """The exit code of a command that a signal ended, as shells count; 0 if none did."""
     return 128 + signal_number if signal_number else 0

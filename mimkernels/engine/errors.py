@@ -3,7 +3,3 @@
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says where it stopped and what to do next."""
-
-
-class DataError(TrainingError):
-    """No usable image could be read."""

@@ -6,19 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from markupsafe import Markup
 from PIL import Image
+
+from mimkernels._palette import ACCENT, CHART, LINE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-INK, MUTED, LINE, ACCENT = "#1c2430", "#6b7685", "#d9dee5", "#0b66c3"
-
-# matplotlib's settings for charts on a page.
-CHART = {
-    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 11, "svg.fonttype": "path",
-    "svg.hashsalt": "mimkernels", "axes.edgecolor": LINE, "axes.labelcolor": MUTED, "xtick.color": MUTED,
-    "ytick.color": MUTED, "axes.spines.right": False,
-}  # fmt: skip
 
 
 def png_address(image: torch.Tensor) -> str:
@@ -26,7 +20,12 @@ def png_address(image: torch.Tensor) -> str:
     pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
     Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return data_address(buffer.getvalue())
+
+
+def data_address(png: bytes) -> str:
+    """The content of a PNG file as a ``data:`` address."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def smoothed(values: np.ndarray, width: int) -> np.ndarray:
@@ -37,7 +36,7 @@ def smoothed(values: np.ndarray, width: int) -> np.ndarray:
     return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
 
 
-def loss_curve(entries: list[dict[str, float]], steps_per_epoch: int) -> str:
+def loss_curve(entries: list[dict[str, float]], steps_per_epoch: int) -> Markup:
     """Loss over epochs (below) and steps (above), with the learning rate in a strip of its own, as SVG."""
     import matplotlib
 
@@ -85,8 +84,8 @@ def loss_curve(entries: list[dict[str, float]], steps_per_epoch: int) -> str:
         return svg(figure)
 
 
-def svg(figure: "Figure") -> str:
+def svg(figure: "Figure") -> Markup:
     """A chart as SVG, from the root element on: an HTML page takes no XML prologue."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+    return Markup(buffer.getvalue()[buffer.getvalue().index("<svg") :])

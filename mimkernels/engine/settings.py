@@ -14,11 +14,12 @@ DEVICES = ("auto", "cpu", "cuda")
 
 
 def setting(default: Any, help: str, group: str, **extra: Any) -> Any:
+    """A field of ``Settings``, with what its command-line option shows."""
     return field(default=default, metadata={"help": help, "group": group, **extra})
 
 
 class Settings:
-    """What every dataclass of settings can do."""
+    """Base of dataclasses of settings: saved as JSON, read back with checks."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -42,16 +43,26 @@ class Settings:
     @classmethod
     def load(cls, path: str | Path) -> typing.Self:
         """From a file that ``to_json`` filled; ValueError names the file and what is wrong with it."""
+        values = read_settings(path)
         try:
-            values = json.loads(Path(path).read_text())
-            if not isinstance(values, dict):
-                raise ValueError(f"expected an object, found {type(values).__name__}")
             return cls.from_dict(values)
-        except ValueError as e:  # of JSON and of UTF-8 as well
+        except ValueError as e:
             raise ValueError(f"{str(path)!r} does not hold settings: {e}") from e
 
 
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The settings in a file, whichever command's they are; ValueError names the file and what is wrong with it."""
+    try:
+        values = json.loads(Path(path).read_text())
+        if not isinstance(values, dict):
+            raise ValueError(f"expected an object, found {type(values).__name__}")
+    except ValueError as e:  # of JSON and of UTF-8 as well
+        raise ValueError(f"{str(path)!r} does not hold settings: {e}") from e
+    return values
+
+
 def require(condition: bool, name: str, value: Any, wanted: str) -> None:
+    """Raise ValueError that names the setting, what it must be and what it is, unless `condition` holds."""
     if not condition:
         raise ValueError(f"{name} must be {wanted}, got {value}")
 

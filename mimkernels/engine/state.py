@@ -11,11 +11,11 @@ from mimkernels.models.checkpoint import check_by_name
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
-def capture(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+def state_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
     """Model and optimizer state with parameter names as keys. With several processes every one of them must call this.
 
-    Named keys make the file independent of how it was trained: DDP, FSDP2 and a single process read each other's.
-    Processes other than the first may get empty dicts.
+    Named keys make the file independent of how it was trained: DDP, FSDP2 and a single process read each other's
+    checkpoints. Processes other than the first may get empty dicts.
     """
     return get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
@@ -57,13 +57,13 @@ def _is_dense(value: Any) -> bool:
     return value.is_contiguous() and not value.is_meta
 
 
-def restore(
+def load_state(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     model_state: dict[str, Any],
     optimizer_state: dict[str, Any],
 ) -> None:
-    """Load what ``capture`` gave into a freshly prepared model and optimizer, whose own settings stay."""
+    """Load what ``state_of`` returned into a freshly prepared model and optimizer, which keeps its settings."""
     settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     set_state_dict(
         model,
@@ -72,8 +72,8 @@ def restore(
         optim_state_dict=optimizer_state,
         options=StateDictOptions(full_state_dict=True),
     )
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)
+    for group, kept in zip(optimizer.param_groups, settings, strict=True):
+        group.update(kept)
 
 
 def _are_groups(value: Any) -> bool:

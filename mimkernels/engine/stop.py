@@ -6,7 +6,7 @@ from types import FrameType
 
 
 class StopSignal:
-    """While active, the first SIGINT or SIGTERM is only noted; a second one acts as usual."""
+    """Notes the first SIGINT or SIGTERM inside its ``with`` block in ``number``; a second one acts as usual."""
 
     def __init__(self) -> None:
         self.number = 0

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mimkernels._palette import CHART, INK, LINE, MUTED, SERIES
 from mimkernels.heads.presets import find_quantity
 from mimkernels.heads.statistics import HeadStatistics
 
@@ -19,25 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_cka", "plot_heads", "plot_overview"]
 
-INK, MUTED, LINE = "#1c2430", "#6b7685", "#d9dee5"
-# One colour per model or epoch; told apart in print and by colour-blind readers (after Okabe and Ito).
-COLORS = ("#0b66c3", "#d1570c", "#1b8a6b", "#a3478a", "#8a6d00", "#4c5c6e")
 OVERVIEW = ("distance", "renormalized_distance", "entropy", "head_divergence", "prefix_mass")
-STYLE = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 11,
-    "axes.edgecolor": LINE,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "axes.titlesize": 12,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "mimkernels",
-}
 
 
 def plot_heads(
@@ -75,7 +58,7 @@ def plot_heads(
             if name is None:
                 axes.set_visible(False)
                 continue
-            _draw(axes, named[name], quantity, COLORS[place % len(COLORS)])
+            _draw(axes, named[name], quantity, SERIES[place % len(SERIES)])
             axes.set_ylim(*_limits(named.values() if share_y else [named[name]], quantity))
             axes.set_title(name)
             if place % columns == 0 or not share_y:
@@ -135,7 +118,7 @@ def plot_overview(
                 axes.set_visible(False)
                 continue
             name, quantity = panel
-            _draw(axes, named[name], quantity, COLORS[order.index(name) % len(COLORS)])
+            _draw(axes, named[name], quantity, SERIES[order.index(name) % len(SERIES)])
             axes.set_ylim(*_limits(named.values(), quantity))
             if one or place % columns == 0:
                 axes.set_ylabel(_common_label(named, quantity))
@@ -211,7 +194,7 @@ def _common_label(named: Mapping[str, HeadStatistics], quantity: str) -> str:
 def _style():
     import matplotlib
 
-    return matplotlib.rc_context(STYLE)
+    return matplotlib.rc_context(CHART)
 
 
 def _figure(width: float, height: float) -> Figure:

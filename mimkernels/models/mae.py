@@ -22,7 +22,9 @@ from mimkernels.models.encoder import (
     resample_positions,
 )
 from mimkernels.models.pictures import MAEPictures, pictures_of
-from mimkernels.nn import record_heads, sincos_positions_2d, use_mimkernels_attention, use_mimkernels_mlp
+from mimkernels.nn import sincos_positions_2d, use_mimkernels_attention, use_mimkernels_mlp
+from mimkernels.nn.attention import attention_layers
+from mimkernels.nn.recorder import LayerRecorder
 from mimkernels.nn.sdpa import Patches, tell_patches
 from mimkernels.ops import TokenMask, mask_from_noise, masked_patch_loss, random_mask, restore_tokens
 
@@ -40,8 +42,9 @@ class MAEOutput(NamedTuple):
         mask: which patches were visible.
         pred: ``[B, N, E]`` the prediction for every patch, E pixels as (height, width, channel), where it was
             asked for; else None.
-        head_stats: per encoder block, each asked statistic ``[B, H, P + K]`` fp32 with gradients, by name; None
-            if none was asked for.
+        head_stats: ``LayerHeads.stats`` of every encoder block: each asked statistic ``[B, H, P + K]`` fp32 with
+            gradients, by name, in plain containers, through which DistributedDataParallel finds tensors; None if none
+            was asked for.
     """
 
     loss: Tensor
@@ -240,12 +243,14 @@ class MAE(nn.Module):
                 attention cannot record statistics.
         """
         mask = self.draw_mask(images, noise=noise, seed=seed, offset=offset)
-        heads = None
+        layer_stats = None
         if head_stats:
+            layers = attention_layers(self.encoder.blocks)
             positions = self.patch_positions(images, mask.ids_keep)
             prefix = self.encoder.num_prefix_tokens
-            with record_heads(self.encoder.blocks, head_stats, num_prefix=prefix, positions=positions) as heads:
+            with LayerRecorder(layers, head_stats, num_prefix=prefix, positions=positions) as heads:
                 latent = self.encode(images, mask.ids_keep)
+            layer_stats = [layer.stats for layer in heads]
         else:
             latent = self.encode(images, mask.ids_keep)
         pred = self.decode(latent, mask, self._grid(images), full=full_prediction)
@@ -259,7 +264,7 @@ class MAE(nn.Module):
             mean=self._pixel_mean,
             std=self._pixel_std,
         )
-        return MAEOutput(loss, mask, pred if full_prediction else None, None if heads is None else heads.stats)
+        return MAEOutput(loss, mask, pred if full_prediction else None, layer_stats)
 
     def draw_mask(
         self, images: Tensor, *, noise: Tensor | None = None, seed: int = 0, offset: int | Tensor = 0

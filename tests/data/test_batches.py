@@ -3,9 +3,16 @@ import pytest
 import torch
 from PIL import Image
 
-from mimkernels.data.batches import Augmentation, BatchPlan, PretrainImages, collate, make_loader, probe_images, to_mode
+from mimkernels.data.batches import (
+    Augmentation,
+    BatchPlan,
+    PretrainImages,
+    collate,
+    make_loader,
+    require_readable,
+    to_mode,
+)
 from mimkernels.data.sources import DigitsSource, FolderSource, open_source
-from mimkernels.engine.errors import DataError
 
 
 @pytest.fixture
@@ -124,8 +131,8 @@ def test_nothing_but_broken_images_is_an_error(folder):
         (folder / name).write_bytes(b"broken")
     images = dataset(FolderSource(folder))
     assert collate([images[(0, 0)]]).images is None
-    with pytest.raises(DataError, match=r"none of the 6 images.*4\.bmp"):
-        probe_images(images)
+    with pytest.raises(ValueError, match=r"none of the 6 images.*4\.bmp"):
+        require_readable(images)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F"])

@@ -3,35 +3,12 @@ import os
 import pytest
 import torch
 
-from mimkernels.engine import checkpoint
-from mimkernels.engine.checkpoint import CheckpointFolder, atomic_file, load
+from mimkernels.engine import files
+from mimkernels.engine.checkpoint import CheckpointFolder, load
 
 
 def content(step: int) -> dict:
     return {"format": 1, "step": step, "optimizer": {}, "model": {"w": torch.full((3,), float(step))}, "config": {}}
-
-
-def test_a_crash_while_writing_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file.pt"
-    checkpoint.save(path, content(1))
-    before = path.read_bytes()
-
-    def crash(value, file):
-        file.write(b"half of it")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        checkpoint.save(path, content(2), writer=crash)
-    assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == ["file.pt"]
-
-
-def test_the_name_appears_only_once_the_content_is_whole(tmp_path):
-    path = tmp_path / "file"
-    with atomic_file(path) as file:
-        file.write(b"all")
-        assert not path.exists()
-    assert path.read_bytes() == b"all"
 
 
 def test_the_newest_are_kept_and_the_final_one(tmp_path):
@@ -49,7 +26,7 @@ def test_the_newest_are_kept_and_the_final_one(tmp_path):
 
 def test_a_damaged_file_is_refused_by_name(tmp_path):
     path = tmp_path / "step-00000001.pt"
-    checkpoint.save(path, content(1))
+    files.save(path, content(1))
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(ValueError, match=r"step-00000001\.pt.*cannot be read"):
         load(path)

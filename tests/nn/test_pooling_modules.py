@@ -234,7 +234,8 @@ def test_cls_attention_is_the_first_row_of_the_softmax():
 
 def test_the_last_block_of_a_timm_model_gives_the_attention():
     timm = pytest.importorskip("timm")
-    from mimkernels.nn import record_heads, use_mimkernels_attention
+    from mimkernels.heads import record_heads
+    from mimkernels.nn import use_mimkernels_attention
 
     torch.manual_seed(0)
     model = timm.create_model(

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import base64
-import datetime
-import html
-import json
 import re
 import statistics
 import sys
@@ -14,15 +10,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mimkernels.commands.bench.harness import RESULTS
+from mimkernels._palette import ACCENT, CHART, INK, LINE, MUTED
+from mimkernels.commands.bench.results import RESULTS, incomplete, read_reports
 from mimkernels.commands.bench.tables import ATTENTION, MEMORY, MODELS, STEP, all_tables, records_of, usual
-from mimkernels.heads.plots import COLORS, INK, LINE, MUTED, STYLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_OURS, _OTHERS = COLORS[0], {"plain": "#c9d1da", "compiled": "#8e9aa8", "sdpa": "#5d6877"}
+_OURS, _OTHERS = ACCENT, {"plain": "#c9d1da", "compiled": "#8e9aa8", "sdpa": MUTED}
 _LABELS = {
     "plain": "plain PyTorch",
     "compiled": "torch.compile",
@@ -45,6 +41,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"mimkernels bench plot: no results in {str(folder or RESULTS)!r}; `mimkernels bench run` makes some",
               file=sys.stderr)  # fmt: skip
         return 2
+    if note := incomplete(reports):
+        print(f"mimkernels bench plot: {note}", file=sys.stderr)
     output = options.output or folder
     output.mkdir(parents=True, exist_ok=True)
     for path in draw(reports, output):
@@ -57,7 +55,7 @@ def draw(reports: dict[str, dict], output: Path) -> list[Path]:
     import matplotlib
 
     pictures: dict[str, tuple[str, Figure]] = {}
-    with matplotlib.rc_context({**STYLE, "font.size": 10, "axes.titlesize": 11, "axes.labelcolor": MUTED}):
+    with matplotlib.rc_context({**CHART, "font.size": 10, "axes.titlesize": 11}):
         memory = records_of(reports, MEMORY)
         attention = records_of(reports, ATTENTION)
         whole = records_of(reports, MODELS)
@@ -285,36 +283,27 @@ def _steps(records: list[dict]) -> Figure:
 
 
 def _page(reports: dict[str, dict], notes: dict[str, str], output: Path) -> Path:
-    from mimkernels.commands.pretrain.report import page
+    from mimkernels.engine.figures import data_address
+    from mimkernels.engine.page import write_page
 
     about = next(iter(reports.values()))["machine"]
     threads = f", {about['threads']} threads, {about['cpu_isa']}" if about.get("threads") else ""
-    sections = []
-    for name, note in notes.items():
-        data = base64.b64encode((output / f"{name}.png").read_bytes()).decode()
-        sections.append(
-            f"<section><h2>{name.capitalize()}</h2><p>{note}</p><figure><img class=plot alt={name} "
-            f'src="data:image/png;base64,{data}"></figure></section>'
-        )
-    lead = html.escape(f"{about['device']}{threads}; torch {about['torch']}; medians, all versions in one process.")
-    written = f"Written by mimkernels {about['mimkernels']} on {datetime.date.today():%d %B %Y}."
-    path = output / "report.html"
-    path.write_text(page("What the kernels save", lead, "\n".join(sections), written))
-    return path
+    measured = f"measured with mimkernels {about['mimkernels']}, torch {about['torch']}"
+    medians = "medians, all versions in one process"
+    return write_page(
+        output / "report.html",
+        "commands/bench/templates/report.html",
+        title="What the kernels save",
+        lead="; ".join(filter(None, [about["device"] + threads, measured, incomplete(reports), medians])) + ".",
+        pictures=[
+            {"name": name, "note": note, "address": data_address((output / f"{name}.png").read_bytes())}
+            for name, note in notes.items()
+        ],
+    )
 
 
 def _sizes(shape: str) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", shape)}
-
-
-def read_reports(folder: Path) -> dict[str, dict]:
-    """The runs in a folder, by group and dtype."""
-    reports = {}
-    for path in sorted(folder.glob("*.json")):
-        content = json.loads(path.read_text())
-        if "results" in content:
-            reports[path.stem] = content
-    return reports
 
 
 def _newest(root: Path) -> Path | None:

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mimkernels.commands.pretrain.config import PretrainConfig
-from mimkernels.commands.pretrain.report import add_sections
 from mimkernels.commands.pretrain.run import Run, RunResult
 from mimkernels.commands.probe.config import ProbeConfig
 from mimkernels.commands.probe.run import ProbeRun
+from mimkernels.engine.page import write_page
 
 _TITLE = "A masked autoencoder learns handwritten digits"
 
@@ -67,7 +67,13 @@ def _probe_and_close(result: RunResult) -> tuple[int, str]:
     probed = run.execute()
     if probed.stopped_by:
         return probed.stopped_by, ""
-    add_sections(result.report, probed.sections)
+    write_page(
+        result.report,
+        "commands/demo/templates/report.html",
+        title=result.content.title,
+        training=result.content,
+        probing=probed.content,
+    )
     return 0, _closing_words(result)
 
 

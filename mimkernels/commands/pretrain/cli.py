@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Callable
-from typing import Any
 
 from mimkernels.commands.pretrain.config import PretrainConfig
 from mimkernels.engine.command import exit_code, guarded
@@ -51,18 +50,7 @@ def _config(args: argparse.Namespace) -> PretrainConfig:
     given = given_arguments(args, PretrainConfig)
     if args.resume is None:
         return PretrainConfig(**given)
+    from mimkernels.commands.pretrain.resume import settings_to_continue
+
     saved = settings_to_continue(args.resume, given.get("output", PretrainConfig().output))
     return PretrainConfig.from_dict({**saved, **given})
-
-
-def settings_to_continue(resume: str, output: str) -> dict[str, Any]:
-    """Settings saved in the checkpoint that ``--resume`` means; empty if there is none to continue yet.
-
-    A run goes on in the folder that it is found in, wherever that was when it began.
-    """
-    from mimkernels.engine.checkpoint import find
-
-    newest = find(resume, output)
-    if newest.path is None:
-        return {}
-    return {**newest.content["config"], "output": output if resume == "auto" else str(newest.path.parent.parent)}

@@ -1,6 +1,5 @@
 """What attention heads do during training: recorded every so often, shown in the report, and as terms of the loss."""
 
-import base64
 import io
 import json
 from collections.abc import Mapping
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mimkernels.commands.pretrain.config import PretrainConfig
-from mimkernels.engine import checkpoint as files
+from mimkernels.engine import files
+from mimkernels.engine.figures import data_address
 from mimkernels.heads import HeadStatistics, parse_regularizers, plot_overview, regularization_loss
 from mimkernels.heads.presets import QUANTITIES
 from mimkernels.ops.attention.spec import STATISTICS
@@ -92,7 +92,7 @@ class HeadHistory:
         recorded = {f"step {entry['step']:,}": HeadStatistics.from_dict(entry["heads"]) for entry in chosen}
         buffer = io.BytesIO()
         plot_overview(recorded).savefig(buffer, format="png", dpi=130)
-        return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        return data_address(buffer.getvalue())
 
 
 def layer_means(seen: HeadStatistics) -> dict[str, float]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mimkernels.commands.pretrain.heads import HeadHistory, layer_means
-from mimkernels.engine import checkpoint as files
+from mimkernels.engine import files
 from mimkernels.engine.settings import is_of_type
 from mimkernels.heads import HeadStatistics
 

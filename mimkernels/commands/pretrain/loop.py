@@ -23,13 +23,13 @@ from mimkernels.data.batches import (
     make_loader,
 )
 from mimkernels.engine.checkpoint import CheckpointFolder
-from mimkernels.engine.errors import DataError, TrainingError
+from mimkernels.engine.errors import TrainingError
 from mimkernels.engine.progress import Progress
 from mimkernels.engine.schedule import learning_rate
-from mimkernels.engine.state import capture
+from mimkernels.engine.state import state_of
 from mimkernels.engine.stop import StopSignal
 
-_DROPOUT = 4  # stream of the seed; the others are in data.py
+_DROPOUT = 4  # stream of the seed; the others are in data/batches.py
 
 
 class Trainer:
@@ -150,7 +150,7 @@ class Trainer:
         batch = next(batches)
         self.seconds_waiting += time.perf_counter() - began
         if batch.images is None:
-            raise DataError(all_broken_message(self.images.source, batch.broken))
+            raise TrainingError(all_broken_message(self.images.source, batch.broken))
         for index, reason in batch.broken:
             if index not in self.broken:
                 self.broken[index] = reason
@@ -223,7 +223,7 @@ class Trainer:
         """Write a checkpoint and return the weights; every process takes part, the first one writes."""
         if self._window:
             self._reduced_losses(0)
-        model_state, optimizer_state = capture(self.model, self.optimizer)
+        model_state, optimizer_state = state_of(self.model, self.optimizer)
         if self.accelerator.is_main_process:
             self._require_finite_weights(model_state)
             scaler = self.accelerator.scaler

@@ -2,43 +2,34 @@
 
 import contextlib
 import os
-import platform
 import resource
 import sys
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from accelerate import Accelerator
 
-from mimkernels._version import __version__
 from mimkernels.commands.pretrain.config import STREAM_FIELDS, PretrainConfig
 from mimkernels.commands.pretrain.heads import HeadHistory, HeadWatch
 from mimkernels.commands.pretrain.history import History
 from mimkernels.commands.pretrain.loop import Trainer
-from mimkernels.commands.pretrain.methods import build_model, check_same_architecture
 from mimkernels.commands.pretrain.report import Report, write_report
-from mimkernels.data.batches import Augmentation, BatchPlan, PretrainImages, picture_batch, probe_images
+from mimkernels.commands.pretrain.resume import check_same_stream, find_start
+from mimkernels.data.batches import Augmentation, BatchPlan, PretrainImages, picture_batch, require_readable
 from mimkernels.data.pixels import Decoder
-from mimkernels.data.sources import DigitsSource, Source, open_held_out, open_source
-from mimkernels.engine import checkpoint as files
-from mimkernels.engine.checkpoint import CheckpointFolder
+from mimkernels.data.sources import DigitsSource, open_held_out, open_source
+from mimkernels.engine import files
+from mimkernels.engine.checkpoint import FORMAT, CheckpointFolder
+from mimkernels.engine.environment import start_accelerator, versions
 from mimkernels.engine.errors import TrainingError
-from mimkernels.engine.hardware import (
-    choose_device,
-    choose_precision,
-    default_workers,
-    device_name,
-    set_cpu_threads,
-)
+from mimkernels.engine.hardware import default_workers, device_name
 from mimkernels.engine.lock import folder_lock
-from mimkernels.engine.memory import keep_freed_memory
 from mimkernels.engine.progress import Progress, count, duration
 from mimkernels.engine.schedule import parameter_groups, scaled_learning_rate
 from mimkernels.engine.settings import changes
-from mimkernels.engine.state import check_fits, restore
+from mimkernels.engine.state import check_fits, load_state
+from mimkernels.models.build import build_model
 
 _HELD_OUT_IMAGES = 512  # enough for a loss to two digits, little beside an epoch
 
@@ -59,6 +50,7 @@ class RunResult:
     stopped_by: int  # number of the signal that ended it early, 0 if it went to its end
     broken_images: int
     report: Path | None = None
+    content: Report | None = None  # what the report shows
 
 
 def pretrain(
@@ -109,18 +101,18 @@ class Run:
             self._held = held.pop_all()
 
     def _check(self, resume: str | None, overwrite: bool, stream: TextIO | None) -> None:
-        """Everything that can be wrong before training begins."""
+        """Check everything that can be wrong before training begins."""
         config = self.config
-        found = _find_start(config, self.checkpoints, resume, overwrite)
-        self.start = found.content if found.path else None
-        self.start_path, self.damaged = found.path, found.damaged
+        start = find_start(config, self.checkpoints, resume, overwrite)
+        self.start = start.content if start.path else None
+        self.start_path, self.damaged = start.path, start.damaged
         self.accelerator, self.precision, self.precision_reason = start_accelerator(config.device, config.precision)
         device = self.accelerator.device
         if device.type == "cpu" and _asked_to_shard() and self.accelerator.distributed_type.value != "FSDP":
             # accelerate would fall back to DDP without a word.
             raise ValueError("FSDP was asked for, but accelerate shards on accelerators only and the device is 'cpu'")
         torch.manual_seed(config.seed)
-        self.model = build_model(config)
+        self.model = build_model(config.to_dict())
         if self.start is not None:
             check_fits(self.model, self.start["model"], self.start["optimizer"], str(self.start_path))
         self.heads = HeadWatch(config, self.model.encoder.num_prefix_tokens)
@@ -136,9 +128,9 @@ class Run:
         self.images = PretrainImages(self.source, self.augmentation, config.seed)
         processes = self.accelerator.num_processes
         self.plan = BatchPlan(len(self.source), config.batch_size, config.accum_steps, processes, config.seed)
-        probe_images(self.images)
+        require_readable(self.images)
         if self.start is not None:
-            _check_same_stream(self.start, self.source, self.plan)
+            check_same_stream(self.start, self.source, self.plan)
         self.peak_lr = config.lr or scaled_learning_rate(config.blr, self.plan.effective_batch)
         self.progress = Progress(
             total_steps=config.epochs * self.plan.steps_per_epoch,
@@ -154,10 +146,10 @@ class Run:
                 return self._execute()
             except OSError as e:
                 newest = self.checkpoints.latest()
-                kept = (
+                remedy = (
                     f"--output {self.output} --resume goes on from {newest}" if newest else "nothing had been saved yet"
                 )
-                raise TrainingError(f"{files.refusal(e, self.output)}; {kept}") from e
+                raise TrainingError(f"{files.refusal(e, self.output)}; {remedy}") from e
 
     def _execute(self) -> RunResult:
         config, accelerator, progress = self.config, self.accelerator, self.progress
@@ -184,7 +176,7 @@ class Run:
             workers=self._workers(),
             about=self._about(),
         )
-        report = None
+        report = content = None
         try:
             trainer.train()
             if trainer.stopped_by:
@@ -197,7 +189,8 @@ class Run:
                         facts["Broken"] = (
                             f"{len(trainer.broken)} image files could not be read; others took their place"
                         )
-                    report = self._finish(weights, history, facts)
+                    content = self._finish(weights, history, facts)
+                    report = write_report(self.output / "report.html", content)
                     progress.note(f"{config.epochs} epochs in {duration(trainer.seconds)}; report: {report}")
             accelerator.wait_for_everyone()
         except torch.OutOfMemoryError as e:
@@ -210,11 +203,11 @@ class Run:
                 history.close()
             accelerator.free_memory()
         return RunResult(
-            self.output, trainer.step, trainer.total_steps, trainer.stopped_by, len(trainer.broken), report
+            self.output, trainer.step, trainer.total_steps, trainer.stopped_by, len(trainer.broken), report, content
         )
 
     def _prepare(self) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-        """Optimizer made, both wrapped for the processes there are, checkpoint loaded."""
+        """Build the optimizer, wrap it and the model for the processes there are, load the checkpoint."""
         _name_sharded_blocks(self.accelerator, self.model)
         if self.config.compile:
             self.model.compile()
@@ -227,7 +220,7 @@ class Run:
         model, optimizer = self.accelerator.prepare(self.model, optimizer)
         if self.start is not None:
             # Popped: the loaded copies are of no use afterwards, and as large as what is trained.
-            restore(model, optimizer.optimizer, self.start.pop("model"), self.start.pop("optimizer"))
+            load_state(model, optimizer.optimizer, self.start.pop("model"), self.start.pop("optimizer"))
             if self.start["scaler"] is not None and self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(self.start["scaler"])
         return model, optimizer
@@ -249,7 +242,7 @@ class Run:
 
     def _about(self) -> dict[str, Any]:
         return {
-            "format": files.FORMAT,
+            "format": FORMAT,
             "method": self.config.method,
             "model_config": _plain(self.model.config),
             "config": self.config.to_dict(),
@@ -262,12 +255,12 @@ class Run:
         config, plan = self.config, self.plan
         parameters = sum(p.numel() for p in self.model.parameters())
         processes = self.accelerator.num_processes
-        own = {**({"patch_size": config.patch_size} if config.patch_size else {}), **config.model_kwargs}
+        arguments = {**({"patch_size": config.patch_size} if config.patch_size else {}), **config.model_kwargs}
         return {
             "Model": ", ".join(
                 [
                     config.model,
-                    *(f"{k} {v}" for k, v in own.items()),
+                    *(f"{k} {v}" for k, v in arguments.items()),
                     f"{parameters / 1e6:.2g} M parameters with decoder",
                 ]
             ),
@@ -301,10 +294,10 @@ class Run:
             return 0  # they are in memory, and a worker would take a core from the training threads
         return default_workers(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
-    def _finish(self, weights: dict[str, Any], history: History, facts: dict[str, str]) -> Path:
-        """Exported weights, held-out loss, pictures and the report; on the first process, with an unwrapped model."""
+    def _finish(self, weights: dict[str, Any], history: History, facts: dict[str, str]) -> Report:
+        """Export the weights and gather what the report shows; on the first process, with an unwrapped model."""
         config, device = self.config, self.accelerator.device
-        model = build_model(config)
+        model = build_model(config.to_dict())
         model.load_state_dict(weights)
         files.save(self.output / "mae_checkpoint.pth", {"model": model.mae_state_dict()})
         model.to(device).eval()
@@ -317,20 +310,17 @@ class Run:
             batch, _ = picture_batch(held_out or self.source, self.augmentation, config.pictures)
             if len(batch):
                 pictures = tuple(part.cpu() for part in model.reconstruct(batch.to(device), seed=config.seed))
-        return write_report(
-            self.output / "report.html",
-            Report(
-                config=config,
-                facts=facts,
-                entries=history.entries,
-                heads=history.heads.picture(),
-                steps_per_epoch=self.plan.steps_per_epoch,
-                pictures=pictures,
-                pictures_are_new=held_out is not None,
-                held_out_loss=held_out_loss,
-                versions=versions(),
-                backends=_backends(device, self.precision),
-            ),
+        return Report(
+            config=config,
+            run_facts=facts,
+            entries=history.entries,
+            heads=history.heads.picture(),
+            steps_per_epoch=self.plan.steps_per_epoch,
+            pictures=pictures,
+            pictures_are_new=held_out is not None,
+            held_out_loss=held_out_loss,
+            versions=versions(),
+            backends=_backends(device, self.precision),
         )
 
 
@@ -366,53 +356,6 @@ def _time_facts(trainer: Trainer, first_step: int) -> str:
     )
 
 
-def _find_start(
-    config: PretrainConfig, checkpoints: CheckpointFolder, resume: str | None, overwrite: bool
-) -> files.Newest:
-    """The checkpoint to continue from, checked against the configuration; its path is None to start anew."""
-    output = Path(config.output)
-    if resume is None:
-        newest = checkpoints.latest()
-        if newest is not None and not overwrite:
-            raise ValueError(
-                f"{str(output)!r} already holds a run ({newest.name}): continue it with --resume, "
-                "replace it with --overwrite, or choose another --output"
-            )
-        return files.Newest(None, {}, {})
-    found = files.find(resume, config.output)
-    if found.path is None:
-        if resume != "auto":
-            raise ValueError(f"{resume!r} holds no checkpoint to resume from")
-        return found
-    damaged = {path: reason for path, reason in found.damaged.items() if path.parent == checkpoints.folder}
-    for other in checkpoints.newest_first():
-        if other.resolve() == found.path.resolve():
-            break
-        reason = damaged.get(other) or files.damage_of(other)
-        if reason is not None:
-            damaged[other] = reason
-            continue
-        raise ValueError(
-            f"{str(output)!r} already holds {other.name}, resuming from {str(found.path)!r} would overwrite what came "
-            "after it: choose another --output"
-        )
-    check_same_architecture(PretrainConfig.from_dict(found.content["config"]), config, str(found.path))
-    return found._replace(damaged=damaged)
-
-
-def _check_same_stream(start: dict[str, Any], source: Source, plan: BatchPlan) -> None:
-    if start["data"] != source.fingerprint():
-        raise ValueError(
-            f"the data are not those of the checkpoint: {start['data']} in the checkpoint, {source.fingerprint()} now; "
-            "restore them or start a new run"
-        )
-    if start["effective_batch"] != plan.effective_batch:
-        raise ValueError(
-            f"the effective batch (batch_size x accum_steps x processes) is {start['effective_batch']} in the "
-            f"checkpoint and {plan.effective_batch} now; adjust --batch-size or --accum-steps"
-        )
-
-
 def _name_sharded_blocks(accelerator: Any, model: torch.nn.Module) -> None:
     """Tell FSDP2 to shard transformer block by block, unless the launch command named classes itself."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
@@ -434,26 +377,6 @@ def _sharing(accelerator: Any) -> str:
     return f"FSDP{accelerator.state.fsdp_plugin.fsdp_version}" if kind == "FSDP" else kind.replace("MULTI_", "DDP on ")
 
 
-def start_accelerator(wanted_device: str, wanted_precision: str) -> tuple[Accelerator, str, str]:
-    """The process's settings for a run: an accelerator, the precision, and why that precision."""
-    device = choose_device(wanted_device)
-    precision, reason = choose_precision(wanted_precision, device)
-    on_cpu = device.type == "cpu"
-    if on_cpu:
-        keep_freed_memory()
-        set_cpu_threads()
-    _forget_earlier_run()
-    return Accelerator(cpu=on_cpu, mixed_precision="no" if precision == "fp32" else precision), precision, reason
-
-
-def _forget_earlier_run() -> None:
-    """accelerate keeps device and precision for the life of the process; a second run may want others."""
-    if "WORLD_SIZE" not in os.environ:
-        from accelerate.state import AcceleratorState
-
-        AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def _plain(value: Any) -> Any:
     """Lists, dicts and scalars only: what ``torch.load(weights_only=True)`` reads back."""
     if isinstance(value, dict):
@@ -463,14 +386,3 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return str(value)
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that a result may depend on."""
-    found = {"mimkernels": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
-    for name in ("timm", "torchvision", "accelerate"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

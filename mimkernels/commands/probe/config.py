@@ -123,7 +123,7 @@ class ProbeConfig(Settings):
         return self.blr * self.batch_size / 256 if self.lr is None else self.lr
 
     def trust_coefficient(self, steps: int) -> float:
-        """Of LARS, for a training of so many steps."""
+        """The trust coefficient of LARS for a training of so many steps."""
         if self.trust is not None:
             return self.trust
         return max(_TRUST, min(_LONGEST_STEP, _LEAST_TRAVEL / steps) / self.peak_lr)

@@ -5,18 +5,19 @@ import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mimkernels.commands.pretrain.config import PretrainConfig
-from mimkernels.commands.pretrain.methods import COLOUR, build_model
 from mimkernels.commands.probe.config import ProbeConfig
-from mimkernels.engine import checkpoint as files
-from mimkernels.engine.checkpoint import CheckpointFolder
+from mimkernels.engine.checkpoint import CheckpointFolder, check_content, is_checkpoint, whole_beside
+from mimkernels.engine.settings import is_of_type, read_settings
+from mimkernels.heads import record_heads
+from mimkernels.models.architecture import check_sizes
+from mimkernels.models.build import PIXEL_STATISTICS, build_model
 from mimkernels.models.checkpoint import DamagedFileError, copy_by_name, read_file, weights_of
-from mimkernels.nn import cls_attention, record_heads, use_mimkernels_attention, use_mimkernels_mlp
+from mimkernels.nn import cls_attention, use_mimkernels_attention, use_mimkernels_mlp
 
 # Published MAE encoders by width and depth; the number of heads cannot be read off the weights.
 _BY_SHAPE = {
@@ -163,36 +164,49 @@ def load_encoder(config: ProbeConfig) -> FrozenEncoder:
 
 
 def _from_file(config: ProbeConfig, path: Path) -> FrozenEncoder:
-    settings = path.parent / "config.json"
     try:
         content = read_file(path)
     except DamagedFileError as e:
-        whole = files.whole_beside(path)
+        whole = whole_beside(path)
         raise ValueError(f"{e}; whole beside it, as --model: {whole}" if whole else str(e)) from None
-    if files.is_checkpoint(content):
-        files.check_content(content, str(path))
-        trained, weights = PretrainConfig.from_dict(content["config"]), content["model"]
-    else:
-        # Published, or exported by a run, whose settings then lie beside it.
-        weights = weights_of(content, repr(str(path)))
-        if config.arch is not None or not settings.is_file():
-            return _from_published(config, path, weights)
-        trained = PretrainConfig.load(settings)
-        weights = {name if name.startswith(_DECODER[:2]) else f"encoder.{name}": w for name, w in weights.items()}
+    if is_checkpoint(content):
+        check_content(content, str(path))
+        return _from_run(config, path, path, content["config"], content["model"])
+    weights = weights_of(content, repr(str(path)))
+    beside = path.parent / "config.json"
+    if config.arch is not None or not beside.is_file():
+        return _from_published(config, path, weights)
+    # Exported by a run, whose settings lie beside it.
+    weights = {name if name.startswith(_DECODER[:2]) else f"encoder.{name}": w for name, w in weights.items()}
+    return _from_run(config, path, beside, read_settings(beside), weights)
+
+
+def _from_run(
+    config: ProbeConfig, path: Path, settings_path: Path, settings: dict[str, Any], weights: dict[str, Tensor]
+) -> FrozenEncoder:
+    """The encoder of a model that `settings`, read from `settings_path`, build and `weights`, from `path`, fill."""
     _not_with(config, "a checkpoint of `mimkernels pretrain`", "arch", "model_kwargs", "img_size")
-    model = build_model(trained)
-    copy_by_name(model.state_dict(), weights, title=f"{trained.model} of {settings}")
-    own = ", ".join(f"{name} {value}" for name, value in trained.model_kwargs.items())
+    pixel_range = settings.get("pixel_range", "auto")
+    if not is_of_type(pixel_range, str):
+        raise ValueError(f"{str(settings_path)!r}: setting 'pixel_range' must be str, got {pixel_range!r}")
+    try:
+        model = build_model(settings)
+    except ValueError as e:
+        raise ValueError(f"{str(settings_path)!r}: {e}") from e
+    name = settings["model"]
+    copy_by_name(model.state_dict(), weights, title=f"{name} of {settings_path}")
+    arguments = ", ".join(f"{argument} {value}" for argument, value in settings["model_kwargs"].items())
+    method = settings["method"].upper()
     return FrozenEncoder(
         model.encoder,
-        f"{trained.method.upper()} {trained.model} of {config.model}",
-        f"{trained.method.upper()} {trained.model}{f' ({own})' if own else ''} from {path}",
-        img_size=trained.img_size,
-        in_chans=trained.in_chans,
+        f"{method} {name} of {config.model}",
+        f"{method} {name}{f' ({arguments})' if arguments else ''} from {path}",
+        img_size=settings["img_size"],
+        in_chans=settings["in_chans"],
         mean=model.mean,
         std=model.std,
         final_norm=config.final_norm,
-        pixel_range=trained.pixel_range,
+        pixel_range=pixel_range,
     )
 
 
@@ -214,9 +228,9 @@ def _from_published(config: ProbeConfig, path: Path, weights: dict[str, Tensor])
     size = config.img_size or side * patch
     encoder = create_encoder(name, img_size=size, in_chans=channels, patch_size=patch, **config.model_kwargs)
     copy_by_name(encoder.state_dict(), weights, title=f"{name}, {size} x {size} pixels")
-    if channels != len(COLOUR[0]):
+    if channels != 3:
         raise ValueError(f"{str(path)!r} takes images of {channels} channels, published checkpoints take 3")
-    mean, std = COLOUR
+    mean, std = PIXEL_STATISTICS[channels]
     return FrozenEncoder(
         encoder,
         name,
@@ -249,6 +263,7 @@ def _from_timm(config: ProbeConfig) -> FrozenEncoder:
             f"model {config.model!r} is neither a file, nor a folder, nor a timm model"
             + (f"; close names: {', '.join(close)}" if close else "")
         )
+    check_sizes(config.model_kwargs)
     size = {} if config.img_size is None else {"img_size": config.img_size}
     try:
         model = timm.create_model(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mimkernels.commands.probe.data import LabelledImages, ProbeImages, in_order
 from mimkernels.commands.probe.encoder import FrozenEncoder
-from mimkernels.engine.errors import DataError
+from mimkernels.engine.errors import TrainingError
 from mimkernels.engine.progress import Progress, count, duration
 from mimkernels.nn import Pooling
 
@@ -59,13 +59,13 @@ class Extractor:
         began = time.perf_counter()
         images = images.to(self.accelerator.device, non_blocking=True)
         with self.accelerator.autocast():
-            made = self.encoder(images, with_attention)
+            encoded = self.encoder(images, with_attention)
         self.encoded += len(images)
         self.seconds += time.perf_counter() - began
-        return Encoded(positions, targets.to(images.device), made.tokens, made.cls_attention, {})
+        return Encoded(positions, targets.to(images.device), encoded.tokens, encoded.cls_attention, {})
 
     def batches(self, images: ProbeImages, what: str, with_attention: bool) -> Iterator[Encoded]:
-        """Every readable image once, in order; DataError if there is none."""
+        """Every readable image once, in order; TrainingError if there is none."""
         loader = in_order(images, self.batch_size, self.workers, self.accelerator.device.type == "cuda")
         began = noted = time.perf_counter()
         done, read = 0, 0
@@ -86,7 +86,7 @@ class Extractor:
             position, reason = broken[0]
             text = f"{len(broken)} of {len(images)} images cannot be read, such as {images.images.label(position)}: "
             if not read:
-                raise DataError(text + reason)
+                raise TrainingError(text + reason)
             warnings.warn(f"{text}{reason}; they are left out", stacklevel=2)
 
     def features(self, images: ProbeImages, poolings: dict[str, Pooling], keep_tokens: bool, what: str) -> Features:
@@ -106,10 +106,9 @@ class Extractor:
                     tokens = torch.empty(len(images), *batch.tokens.shape[1:])
                 tokens[filled : filled + len(batch.tokens)] = batch.tokens.cpu()
                 filled += len(batch.tokens)
-        kept = torch.cat(positions)
+        readable_positions = torch.cat(positions)
         every = set(range(len(images)))
-        readable = (
-            images.images.without(sorted(every - set(kept.tolist()))) if len(kept) < len(images) else images.images
-        )
+        broken = sorted(every - set(readable_positions.tolist()))
+        readable = images.images.without(broken) if broken else images.images
         vectors = {label: torch.cat(parts) for label, parts in pooled.items()}
         return Features(readable, vectors, None if tokens is None else tokens[:filled])

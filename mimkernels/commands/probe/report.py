@@ -1,26 +1,24 @@
 """What a probe found: a table in the terminal, and a page with a chart and the pooled attention over pictures."""
 
-import datetime
-import html
 import json
 import math
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import NamedTuple, TextIO
 
 import torch
 import torch.nn.functional as F
+from markupsafe import Markup
 from torch import Tensor
 
-from mimkernels.commands.pretrain.report import page
+from mimkernels._palette import ACCENT, CHART, INK, LINE
 from mimkernels.commands.probe.config import ProbeConfig
-from mimkernels.engine.checkpoint import write_text
-from mimkernels.engine.figures import ACCENT, CHART, INK, LINE, png_address, svg
-from mimkernels.engine.progress import duration, printable
-
-if TYPE_CHECKING:
-    from mimkernels.commands.probe.run import PoolingResult
+from mimkernels.commands.probe.results import PoolingResult, count_tested
+from mimkernels.engine import tables
+from mimkernels.engine.figures import png_address, svg
+from mimkernels.engine.page import write_page
+from mimkernels.engine.progress import duration
 
 _PICTURE_SIDE = 128
 _QUERIES_SHOWN, _QUERY_IMAGES = 8, 3
@@ -35,58 +33,134 @@ class ProbePictures:
     weights: dict[str, Tensor]  # [n, G, rows, columns] per pooling
 
 
+class Row(NamedTuple):
+    """A pooling's row in the table of the page."""
+
+    cells: list[str]
+    description: str
+    is_best: bool
+
+
+class PictureTable(NamedTuple):
+    """Pictures in rows, as data addresses, with names for rows and columns."""
+
+    columns: list[str]
+    rows: list[tuple[str, list[str]]]
+    label: str = ""  # the pooling whose queries these are
+    total: int = 0  # how many queries it has
+
+
 @dataclass
 class ProbeReport:
-    """What the page tells."""
+    """What the templates show of a probe."""
 
     config: ProbeConfig
     title: str
-    facts: dict[str, str]
-    results: list["PoolingResult"]
-    test_images: int
+    run_facts: dict[str, str]
+    results: list[PoolingResult]
     pictures: ProbePictures | None
     versions: dict[str, str]
 
+    @property
+    def test_images(self) -> int:
+        return count_tested(self.results)
+
+    @property
+    def chart(self) -> Markup:
+        return accuracy_chart(self.results)
+
+    @property
+    def columns(self) -> list[str]:
+        return _columns(self.results)
+
+    @property
+    def rows(self) -> list[Row]:
+        best = max((result.accuracy for result in self.results), default=0)
+        return [
+            Row(cells, result.description, result.accuracy == best)
+            for result, cells in zip(self.results, _rows(self.results), strict=True)
+        ]
+
+    @property
+    def maps(self) -> PictureTable | None:
+        """Test images, and below each where every pooling looks."""
+        if self.pictures is None:
+            return None
+        images = [_colour(image) for image in self.pictures.images]
+        rows = [("image", [png_address(_enlarged(image)) for image in images])]
+        rows += [
+            (label, [png_address(overlay(image, weights[i].mean(0))) for i, image in enumerate(images)])
+            for label, weights in self.pictures.weights.items()
+        ]
+        return PictureTable(self.pictures.classes, rows)
+
+    @property
+    def queries(self) -> PictureTable | None:
+        """Single queries of the pooling that has most of them, on the first images; None if none has several."""
+        weights = {} if self.pictures is None else self.pictures.weights
+        several = {label: rows for label, rows in weights.items() if rows.shape[1] > 1}
+        if not several:
+            return None
+        label, weights = max(several.items(), key=lambda item: item[1].shape[1])
+        shown = range(min(_QUERIES_SHOWN, weights.shape[1]))
+        chosen = list(zip(self.pictures.classes, self.pictures.images, weights, strict=True))[:_QUERY_IMAGES]
+        rows = [
+            (name, [png_address(overlay(_colour(image), by_query[query])) for query in shown])
+            for name, image, by_query in chosen
+        ]
+        return PictureTable([f"query {query + 1}" for query in shown], rows, label, weights.shape[1])
+
+    @property
+    def facts(self) -> dict[str, str]:
+        versions = (f"{name} {version}" for name, version in self.versions.items())
+        return {**self.run_facts, "Versions": ", ".join(versions)}
+
+    @property
+    def settings(self) -> str:
+        return json.dumps(self.config.to_dict(), indent=2)
+
+
+def write_report(path: Path, report: ProbeReport) -> Path:
+    return write_page(path, "commands/probe/templates/report.html", title=report.title, report=report)
+
 
 def standard_error(accuracy: float, images: int) -> float:
-    """Of an accuracy measured on so many images, from the binomial distribution."""
+    """Standard error of an accuracy measured on so many images, from the binomial distribution."""
     return math.sqrt(accuracy * (1 - accuracy) / max(1, images))
 
 
-def print_table(results: list["PoolingResult"], test_images: int, stream: TextIO | None = None) -> None:
-    """The results, one line per pooling."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"Frozen features, {test_images:,} test images", title_justify="left")
-    heads, rows = _table(results, test_images)
-    for number, head in enumerate(heads):
-        table.add_column(head, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
+def print_results(results: Sequence[PoolingResult], stream: TextIO | None = None) -> None:
+    """Show the results in the terminal, one line per pooling; the best one stands out."""
     best = max(range(len(results)), key=lambda i: results[i].accuracy, default=0)
-    for number, row in enumerate(rows):
-        table.add_row(*row, style="bold" if number == best else None)
-    stream = stream or sys.stdout
-    console = Console(file=stream)
-    if not console.is_terminal:
-        console.width = 120  # a file has no width to keep to
-    with console.capture() as written:
-        console.print(table)
-    print(printable(written.get(), stream), file=stream, end="", flush=True)
+    tables.print_table(
+        _columns(results),
+        _rows(results),
+        title=f"Frozen features, {count_tested(results):,} test images",
+        bold=(best,),
+        stream=stream,
+    )
 
 
-def _table(results: list["PoolingResult"], test_images: int) -> tuple[list[str], list[list[str]]]:
-    with_knn = any(result.knn is not None for result in results)
-    with_logistic = any(result.logistic is not None for result in results)
-    heads = ["pooling", "accuracy"]
-    heads += ["k-NN"] * with_knn + ["logistic"] * with_logistic + ["parameters", "training"]
+def _columns(results: Sequence[PoolingResult]) -> list[str]:
+    with_knn, with_logistic = _optional(results)
+    return ["pooling", "accuracy", *["k-NN"] * with_knn, *["logistic"] * with_logistic, "parameters", "training"]
+
+
+def _rows(results: Sequence[PoolingResult]) -> list[list[str]]:
+    with_knn, with_logistic = _optional(results)
     rows = []
     for result in results:
-        error = standard_error(result.accuracy, test_images)
+        error = standard_error(result.accuracy, result.test_images)
         row = [result.label, f"{100 * result.accuracy:.1f} ± {100 * error:.1f} %"]
         row += [_percent(result.knn)] * with_knn + [_percent(result.logistic)] * with_logistic
         row += [f"{result.pooling_parameters:,} + {result.classifier_parameters:,}", _seconds(result.seconds)]
         rows.append(row)
-    return heads, rows
+    return rows
+
+
+def _optional(results: Sequence[PoolingResult]) -> tuple[bool, bool]:
+    """Whether any pooling has an accuracy of k-NN, and of logistic regression."""
+    return any(result.knn is not None for result in results), any(result.logistic is not None for result in results)
 
 
 def _percent(value: float | None) -> str:
@@ -95,101 +169,6 @@ def _percent(value: float | None) -> str:
 
 def _seconds(value: float) -> str:
     return f"{value:.1f} s" if value < 100 else duration(value)
-
-
-def write_probe_report(path: Path, report: ProbeReport) -> Path:
-    write_text(path, render(report))
-    return path
-
-
-def render(report: ProbeReport) -> str:
-    """The whole page."""
-    rows = {**report.facts, "Versions": ", ".join(f"{name} {version}" for name, version in report.versions.items())}
-    cells = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in rows.items() if v)
-    settings = html.escape(json.dumps(report.config.to_dict(), indent=2))
-    facts = (
-        f"<section><h2>What was run</h2><dl>{cells}</dl>"
-        f"<details><summary>All settings</summary><pre>{settings}</pre></details></section>"
-    )
-    lead = (
-        "The encoder is frozen. Each pooling turns its tokens into one vector, and a linear layer on top tells how "
-        "much of the classes that vector holds."
-    )
-    written = f"Written by mimkernels {report.versions['mimkernels']} on {datetime.date.today():%d %B %Y}."
-    return page(report.title, lead, sections(report) + facts, written)
-
-
-def sections(report: ProbeReport) -> str:
-    """Chart, table and pictures, for this page and for the demo's."""
-    return "\n".join((_chart(report), _maps(report), _queries(report)))
-
-
-def _chart(report: ProbeReport) -> str:
-    heads, rows = _table(report.results, report.test_images)
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in (*heads, "what it does"))
-    body = ""
-    best = max((result.accuracy for result in report.results), default=0)
-    for result, row in zip(report.results, rows, strict=True):
-        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
-        style = " class=best" if result.accuracy == best else ""
-        body += f"<tr{style}>{cells}<td>{html.escape(result.description)}</td></tr>"
-    return (
-        "<section><h2>What frozen features know</h2>"
-        f"<p>Accuracy on {report.test_images:,} test images after the last epoch, with the standard error that so many "
-        "images leave. Parameters: of the pooling + of the linear layer. k-NN (the circles) uses "
-        "pooled vectors that no label has shaped.</p>"
-        f"<figure class=curve>{accuracy_chart(report.results, report.test_images)}</figure>"
-        f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></section>"
-    )
-
-
-def _maps(report: ProbeReport) -> str:
-    pictures = report.pictures
-    if pictures is None:
-        return ""
-    plain = [_colour(image) for image in pictures.images]
-    rows = [("image", [_enlarged(image) for image in plain])]
-    rows += [
-        (label, [overlay(image, weights[number].mean(0)) for number, image in enumerate(plain)])
-        for label, weights in pictures.weights.items()
-    ]
-    return (
-        "<section><h2>Where poolings look</h2><p>Test images under the weights that a pooling gives to their patches: "
-        "bright patches count most, and each picture has its own scale. Of a pooling with several queries, the mean."
-        f"</p>{_picture_table(pictures.classes, rows)}</section>"
-    )
-
-
-def _queries(report: ProbeReport) -> str:
-    """Single queries of the pooling that has most of them."""
-    pictures = report.pictures
-    several = {} if pictures is None else {k: w for k, w in pictures.weights.items() if w.shape[1] > 1}
-    if not several:
-        return ""
-    label, weights = max(several.items(), key=lambda item: item[1].shape[1])
-    shown = range(min(_QUERIES_SHOWN, weights.shape[1]))
-    rows = [
-        (name, [overlay(_colour(image), of_image[query]) for query in shown])
-        for name, image, of_image in list(zip(pictures.classes, pictures.images, weights, strict=True))[:_QUERY_IMAGES]
-    ]
-    return (
-        f"<section><h2>The queries of {html.escape(label)}, one by one</h2>"
-        f"<p>{len(shown)} of {weights.shape[1]}. Each query fills its own part of the pooled vector.</p>"
-        f"{_picture_table([f'query {query + 1}' for query in shown], rows)}</section>"
-    )
-
-
-def _picture_table(columns: list[str], rows: list[tuple[str, list[Tensor]]]) -> str:
-    """Pictures ``[3, S, S]`` in rows, with names for rows and columns."""
-    head = "<th></th>" + "".join(f"<th>{html.escape(name)}</th>" for name in columns)
-    body = ""
-    for name, pictures in rows:
-        cells = "".join(
-            f'<td><img src="{png_address(picture)}" alt="{html.escape(f"{name}, {column}")}"></td>'
-            for column, picture in zip(columns, pictures, strict=True)
-        )
-        body += f"<tr><th>{html.escape(name)}</th>{cells}</tr>"
-    return f"<div class=wide><table class=maps><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def overlay(image: Tensor, weights: Tensor) -> Tensor:
@@ -215,18 +194,18 @@ def _enlarged(image: Tensor) -> Tensor:
     return image.repeat_interleave(times, 1).repeat_interleave(times, 2)
 
 
-def accuracy_chart(results: list["PoolingResult"], test_images: int) -> str:
+def accuracy_chart(results: Sequence[PoolingResult]) -> Markup:
     """Horizontal bars with standard errors, as SVG; a circle is the k-NN accuracy."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({**CHART, "ytick.color": INK, "axes.spines.top": False}):
+    with matplotlib.rc_context({**CHART, "ytick.color": INK}):
         figure = Figure(figsize=(10, 0.9 + 0.5 * len(results)), layout="constrained")
         axes = figure.subplots()
         best = max((result.accuracy for result in results), default=0)
         for row, result in enumerate(results):
             value = 100 * result.accuracy
-            error = 100 * standard_error(result.accuracy, test_images)
+            error = 100 * standard_error(result.accuracy, result.test_images)
             axes.barh(row, value, height=0.62, color=ACCENT, alpha=1 if result.accuracy == best else 0.5)
             axes.errorbar(value, row, xerr=error, color=INK, linewidth=1.4, capsize=3)
             axes.text(value + error + 1.2, row, f"{value:.1f} %", va="center", color=INK, fontweight="bold")

@@ -6,18 +6,18 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
-from mimkernels.commands.pretrain.run import start_accelerator, versions
 from mimkernels.commands.probe.config import PoolingChoice, ProbeConfig, parse_poolings
 from mimkernels.commands.probe.data import ProbeImages, collate_probe, open_split
 from mimkernels.commands.probe.encoder import load_encoder
 from mimkernels.commands.probe.features import Encoded, Extractor, Features
-from mimkernels.commands.probe.report import ProbePictures, ProbeReport, print_table, sections, write_probe_report
+from mimkernels.commands.probe.report import ProbePictures, ProbeReport, print_results, write_report
+from mimkernels.commands.probe.results import PoolingResult, count_tested
 from mimkernels.commands.probe.train import (
     Probe,
     ProbeTrainer,
@@ -30,8 +30,10 @@ from mimkernels.commands.probe.train import (
 )
 from mimkernels.data.batches import Augmentation, BatchPlan, make_loader
 from mimkernels.data.sources import DigitsSource
-from mimkernels.engine import checkpoint as files
-from mimkernels.engine.errors import DataError, TrainingError
+from mimkernels.engine import files
+from mimkernels.engine.checkpoint import are_tensors
+from mimkernels.engine.environment import start_accelerator, versions
+from mimkernels.engine.errors import TrainingError
 from mimkernels.engine.hardware import default_workers, device_name
 from mimkernels.engine.lock import folder_lock
 from mimkernels.engine.progress import Progress, duration
@@ -58,30 +60,18 @@ _PUBLISHED_CROP = 0.08  # smallest area of a crop in MAE's linear probing
 
 
 @dataclass
-class PoolingResult:
-    """What one pooling achieved; accuracies are shares of the test images."""
-
-    label: str
-    description: str
-    accuracy: float
-    knn: float | None
-    logistic: float | None
-    pooling_parameters: int
-    classifier_parameters: int
-    seconds: float  # of training pooling and classifier, without the encoder
-    losses: list[float] = field(repr=False)
-
-
-@dataclass
 class ProbeResult:
     """How a probe ended."""
 
     output: Path
     results: list[PoolingResult]
-    test_images: int
     stopped_by: int  # number of the signal that ended it early, 0 if it went to its end
     report: Path | None = None
-    sections: str = ""  # of the report, as HTML
+    content: ProbeReport | None = None  # what the report shows
+
+    @property
+    def test_images(self) -> int:
+        return count_tested(self.results)
 
 
 def probe(config: ProbeConfig, *, overwrite: bool = False, stream: TextIO | None = None) -> ProbeResult:
@@ -120,7 +110,7 @@ class ProbeRun:
             self._held = held.pop_all()
 
     def _check(self) -> None:
-        """Everything that can be wrong before training begins."""
+        """Check everything that can be wrong before training begins."""
         config = self.config
         self.accelerator, self.precision, self.precision_reason = start_accelerator(config.device, config.precision)
         self.encoder = load_encoder(config)
@@ -169,20 +159,20 @@ class ProbeRun:
             if to_train:
                 stopped_by = self._train(to_train)
             results = [self.finished[choice.label] for choice in self.choices if choice.label in self.finished]
-            report, found = None, ""
+            report = content = None
             if not stopped_by:
                 if self.extractor.encoded:
                     images = self.extractor.encoded
                     facts["Encoding"] = f"{images:,} images in {duration(self.extractor.seconds)}"
-                found = sections(content := self._report(results, facts))
-                report = write_probe_report(self.output / "report.html", content)
-                print_table(results, len(self.split.test), self.stream)
+                content = self._report(results, facts)
+                report = write_report(self.output / "report.html", content)
+                print_results(results, self.stream)
                 progress.note(f"report: {report}")
         except torch.OutOfMemoryError as e:
             raise TrainingError(
                 f"out of memory on {device_name(device)}: lower --batch-size or --cache-gib ({str(e).splitlines()[0]})"
             ) from e
-        return ProbeResult(self.output, results, len(self.split.test), stopped_by, report, found)
+        return ProbeResult(self.output, results, stopped_by, report, content)
 
     def _train(self, choices: list[PoolingChoice]) -> int:
         config, split, device, progress = self.config, self.split, self.accelerator.device, self.progress
@@ -199,7 +189,7 @@ class ProbeRun:
             progress.note(f"encoded {len(train.images) + len(test.images):,} images once; "
                           f"{size / 2**20:,.0f} MiB of tokens in memory")  # fmt: skip
         if len(train.images) < config.batch_size:
-            raise DataError(
+            raise TrainingError(
                 f"{len(train.images)} of {len(split.train)} training images can be read, fewer than batch_size "
                 f"{config.batch_size}: mend the files or lower --batch-size"
             )
@@ -264,14 +254,14 @@ class ProbeRun:
         with_attention = self.config.augment and any(p.pooling.needs_cls_attention for p in self.probes.values())
         for batch in loader:
             if len(batch.positions) < 2:  # the classifier normalises batches
-                raise DataError(
+                raise TrainingError(
                     f"{len(batch.positions)} of a batch's {self.config.batch_size} images can be read, 2 are needed; "
                     f"the first that cannot: {batch.broken[0][1]}"
                 )
             targets = train.images.targets[batch.positions]
-            made = self.extractor.encode(batch.images, batch.positions, targets, with_attention)
-            pooled = {} if self.config.augment else train.batch(batch.positions, made.tokens.device).pooled
-            yield made._replace(pooled=pooled)
+            encoded = self.extractor.encode(batch.images, batch.positions, targets, with_attention)
+            pooled = {} if self.config.augment else train.batch(batch.positions, encoded.tokens.device).pooled
+            yield encoded._replace(pooled=pooled)
 
     def _test(self, trained: list[Trained], train: Features, test: Features) -> None:
         """Accuracies of what has been trained; saved, with the weights, before anything else is done."""
@@ -280,10 +270,10 @@ class ProbeRun:
         ready = {label: probe for label, probe in probes.items() if label in test.pooled or test.tokens is not None}
         positions = torch.arange(len(test.images)).split(size)
         measured = accuracies(ready, (test.batch(part, device) for part in positions))
-        rest = {label: probe for label, probe in probes.items() if label not in ready}
-        if rest:
+        without_features = {label: probe for label, probe in probes.items() if label not in ready}
+        if without_features:
             batches = self.extractor.batches(self._images("test"), "encoding test images", False)
-            measured |= accuracies(rest, batches)
+            measured |= accuracies(without_features, batches)
         for one in trained:
             label = one.label
             vectors = (train.pooled.get(label), train.images.targets, test.pooled.get(label), test.images.targets)
@@ -293,7 +283,7 @@ class ProbeRun:
             self.finished[label] = PoolingResult(
                 label,
                 pooling.description,
-                measured[label],
+                *measured[label],
                 knn_accuracy(*vectors, neighbours, len(self.split.classes)) if neighbours else None,
                 logistic_accuracy(*vectors) if self.config.logistic and vectors[0] is not None else None,
                 pooling.num_parameters,
@@ -364,7 +354,7 @@ class ProbeRun:
             return {}
         try:
             saved = json.loads(path.read_text())
-            results = {entry["label"]: _result(entry) for entry in saved["results"]}
+            results = {entry["label"]: PoolingResult.from_entry(entry) for entry in saved["results"]}
             identity = dict(saved["identity"])
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{str(path)!r} is no result of a probe: replace it with --overwrite") from e
@@ -390,7 +380,7 @@ class ProbeRun:
     def _weights(self, label: str) -> dict[str, torch.Tensor]:
         path = self._weights_path(label)
         content = read_file(path)
-        if not isinstance(content, dict) or not files.are_tensors(content.get("probe")):
+        if not isinstance(content, dict) or not are_tensors(content.get("probe")):
             raise ValueError(f"{str(path)!r} holds no weights of a probe")
         return content["probe"]
 
@@ -445,9 +435,8 @@ class ProbeRun:
         return ProbeReport(
             config=self.config,
             title=self.config.title or f"Probing {self.encoder.name}",
-            facts=facts,
+            run_facts=facts,
             results=results,
-            test_images=len(self.split.test),
             pictures=self._pictures(),
             versions=versions(),
         )
@@ -463,13 +452,13 @@ class ProbeRun:
         device = self.accelerator.device
         images = torch.stack([image for image, _ in chosen])
         with self.accelerator.autocast():
-            made = self.encoder(images.to(device), any(p.pooling.needs_cls_attention for p in weighing.values()))
+            encoded = self.encoder(images.to(device), any(p.pooling.needs_cls_attention for p in weighing.values()))
         weights = {}
         for label, probe in weighing.items():
             probe.load_state_dict(self._weights(label))
             probe.to(device).eval()
             with torch.no_grad():
-                _, rows = probe.pooling(made.tokens, cls_attention=made.cls_attention, return_weights=True)
+                _, rows = probe.pooling(encoded.tokens, cls_attention=encoded.cls_attention, return_weights=True)
             weights[label] = rows[:, :, self.encoder.num_prefix :].unflatten(2, self.encoder.grid).cpu()
         names = [self.split.classes[int(self.split.test.targets[position])] for _, position in chosen]
         return ProbePictures(images, names, weights)
@@ -481,11 +470,3 @@ class ProbeRun:
         step = max(1, len(firsts) // count)
         read = (images[(0, position)] for position in firsts[::step])
         return [(image, position) for image, position, _ in read if image is not None][:count]
-
-
-def _result(entry: dict[str, Any]) -> PoolingResult:
-    """From ``results.json``; ValueError or TypeError where it is none."""
-    for f in fields(PoolingResult):
-        if not is_of_type(entry[f.name], f.type):
-            raise ValueError(f"{f.name}: {entry[f.name]!r}")
-    return PoolingResult(**entry)

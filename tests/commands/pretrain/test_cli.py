@@ -7,7 +7,6 @@ import time
 import pytest
 
 from mimkernels.cli import main
-from mimkernels.commands.demo.run import demo_config, demo_probe_config
 from mimkernels.engine.checkpoint import CheckpointFolder
 
 SMALL = [
@@ -66,32 +65,6 @@ def test_resume_takes_the_settings_of_the_run(tmp_path, capsys):
     assert "step 10/10" in capsys.readouterr().out
     assert run("pretrain", "--output", output, "--resume", "--decoder-dim", "32") == 2
     assert "decoder_dim: 16 -> 32" in capsys.readouterr().err
-
-
-def test_the_demo_trains_probes_reports_and_may_be_repeated(tmp_path, capsys, monkeypatch):
-    def small(output, epochs):
-        config = demo_config(output, epochs)
-        config.batch_size, config.pictures, config.img_size = 500, 2, 16
-        return config
-
-    def short(output):
-        config = demo_probe_config(output)
-        config.epochs = 1
-        return config
-
-    monkeypatch.setattr("mimkernels.commands.demo.run.demo_config", small)
-    monkeypatch.setattr("mimkernels.commands.demo.run.demo_probe_config", short)
-    output = tmp_path / "demo"
-    for _ in range(2):
-        assert run("demo", "--output", str(output), "--epochs", "1") == 0
-        told = capsys.readouterr().out
-        assert str(output / "report.html") in told and "mimkernels pretrain --data DIR" in told
-        assert "abmilp" in told and "297 test images" in told
-        page = (output / "report.html").read_text()
-        assert page.count("Reconstructions</h2>") == page.count("What frozen features know</h2>") == 1
-        assert page.rstrip().endswith("</html>") and "Where poolings look" in page
-    assert run("pretrain", *SMALL, "--output", str(tmp_path / "mine")) == 0
-    assert run("demo", "--output", str(tmp_path / "mine"), "--epochs", "1") == 2  # not a demo: never replaced
 
 
 def test_ctrl_c_saves_and_exits_with_its_code(tmp_path):

@@ -10,8 +10,8 @@ from mimkernels.engine.settings import add_arguments, given_arguments
 
 def parse(*words: str) -> PretrainConfig:
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return PretrainConfig(**given_arguments(parser.parse_args(list(words))))
+    add_arguments(parser, PretrainConfig)
+    return PretrainConfig(**given_arguments(parser.parse_args(list(words)), PretrainConfig))
 
 
 def test_no_option_gives_the_defaults():
@@ -27,7 +27,7 @@ def test_every_field_has_an_option_of_its_type():
     assert (config.lr, config.patch_size, config.compile, config.hflip) == (1e-3, 8, True, True)
     assert config.model_kwargs == {"embed_dim": 64, "act_layer": "gelu", "drop_path_rate": 0.1}
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    add_arguments(parser, PretrainConfig)
     options = {action.dest for action in parser._actions}
     assert {f.name for f in dataclasses.fields(PretrainConfig)} <= options
 

@@ -9,13 +9,14 @@ import signal
 import pytest
 import torch
 
-from mimkernels.commands.pretrain.cli import settings_to_continue
 from mimkernels.commands.pretrain.config import PretrainConfig
 from mimkernels.commands.pretrain.history import History, read_entries
+from mimkernels.commands.pretrain.resume import settings_to_continue
 from mimkernels.commands.pretrain.run import pretrain
-from mimkernels.engine import checkpoint
-from mimkernels.engine.checkpoint import CheckpointFolder, atomic_file, load, save
+from mimkernels.engine import files
+from mimkernels.engine.checkpoint import CheckpointFolder, load
 from mimkernels.engine.errors import TrainingError
+from mimkernels.engine.files import atomic_file, save
 from mimkernels.engine.progress import Progress
 
 SETTINGS = {"epochs": 2, "save_every": 0.2, "keep_checkpoints": 3, "pictures": 0,
@@ -178,7 +179,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(tiny, tmp_path,
         return Refusing(file) if opened[-1] and sum(opened) == 3 else file
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "fdopen", open_third_as_full)
+        patch.setattr(files.os, "fdopen", open_third_as_full)
         with pytest.raises(TrainingError) as caught:
             pretrain(config)
     folder = CheckpointFolder(tmp_path / "run" / "checkpoints", 2)

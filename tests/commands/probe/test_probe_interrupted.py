@@ -204,7 +204,7 @@ def test_a_full_disk_is_one_line(config, monkeypatch):
     def refuse(path, content):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("mimkernels.engine.checkpoint.save", refuse)
+    monkeypatch.setattr("mimkernels.engine.files.save", refuse)
     with pytest.raises(TrainingError, match=r"^No space left on device: '.*cls\.pt'; the same command goes on"):
         run(config())
 

@@ -1,0 +1,92 @@
+"""Where a run begins: at its first step, or at a checkpoint that fits its settings and its data."""
+
+from pathlib import Path
+from typing import Any
+
+from mimkernels.commands.pretrain.config import ARCHITECTURE_FIELDS, PretrainConfig
+from mimkernels.data.batches import BatchPlan
+from mimkernels.data.sources import Source
+from mimkernels.engine import checkpoint
+from mimkernels.engine.checkpoint import CheckpointFolder, Newest
+from mimkernels.engine.settings import changes
+
+
+def saved_config(content: dict[str, Any], path: Path) -> PretrainConfig:
+    """The settings that a checkpoint was trained with; ValueError names the file and what is wrong with them."""
+    try:
+        return PretrainConfig.from_dict(content["config"])
+    except ValueError as e:
+        raise ValueError(f"checkpoint {str(path)!r} is malformed: config: {e}") from e
+
+
+def settings_to_continue(resume: str, output: str) -> dict[str, Any]:
+    """Settings saved in the checkpoint that ``--resume`` means; empty if there is none to continue yet.
+
+    A run goes on in the folder that it is found in, wherever that was when it began.
+    """
+    newest = checkpoint.find(resume, output)
+    if newest.path is None:
+        return {}
+    saved = saved_config(newest.content, newest.path).to_dict()
+    return {**saved, "output": output if resume == "auto" else str(newest.path.parent.parent)}
+
+
+def find_start(config: PretrainConfig, checkpoints: CheckpointFolder, resume: str | None, overwrite: bool) -> Newest:
+    """The checkpoint to continue from, checked against the settings; its path is None to start anew.
+
+    Raises:
+        ValueError: the output holds a run that would be overwritten, there is no checkpoint at `resume`, or it is of
+            another architecture.
+    """
+    output = Path(config.output)
+    if resume is None:
+        newest = checkpoints.latest()
+        if newest is not None and not overwrite:
+            raise ValueError(
+                f"{str(output)!r} already holds a run ({newest.name}): continue it with --resume, "
+                "replace it with --overwrite, or choose another --output"
+            )
+        return Newest(None, {}, {})
+    start = checkpoint.find(resume, config.output)
+    if start.path is None:
+        if resume != "auto":
+            raise ValueError(f"{resume!r} holds no checkpoint to resume from")
+        return start
+    damaged = {path: reason for path, reason in start.damaged.items() if path.parent == checkpoints.folder}
+    for other in checkpoints.newest_first():
+        if other.resolve() == start.path.resolve():
+            break
+        reason = damaged.get(other) or checkpoint.damage_of(other)
+        if reason is not None:
+            damaged[other] = reason
+            continue
+        raise ValueError(
+            f"{str(output)!r} already holds {other.name}, resuming from {str(start.path)!r} would overwrite what came "
+            "after it: choose another --output"
+        )
+    _check_same_architecture(saved_config(start.content, start.path), config, str(start.path))
+    return start._replace(damaged=damaged)
+
+
+def _check_same_architecture(saved: PretrainConfig, now: PretrainConfig, path: str) -> None:
+    """Refuse a checkpoint of another architecture or method, showing both sides."""
+    different = changes(saved, now, ARCHITECTURE_FIELDS)
+    if different:
+        raise ValueError(
+            f"checkpoint {path!r} is of another architecture or method (checkpoint -> asked for): "
+            f"{'; '.join(different)}"
+        )
+
+
+def check_same_stream(start: dict[str, Any], source: Source, plan: BatchPlan) -> None:
+    """Refuse to continue on other images, or with another effective batch; both would give another run."""
+    if start["data"] != source.fingerprint():
+        raise ValueError(
+            f"the data are not those of the checkpoint: {start['data']} in the checkpoint, {source.fingerprint()} now; "
+            "restore them or start a new run"
+        )
+    if start["effective_batch"] != plan.effective_batch:
+        raise ValueError(
+            f"the effective batch (batch_size x accum_steps x processes) is {start['effective_batch']} in the "
+            f"checkpoint and {plan.effective_batch} now; adjust --batch-size or --accum-steps"
+        )

@@ -1,0 +1,45 @@
+"""Reports: one HTML file each, without any outside reference, from jinja2 templates that lie beside the code."""
+
+import datetime
+import functools
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from mimkernels import _palette
+from mimkernels._version import __version__
+from mimkernels.engine.files import write_text
+
+_PACKAGE = Path(__file__).parents[1]
+
+
+def write_page(path: Path, template: str, **values: Any) -> Path:
+    """Render a template into the file `path`; the arguments are those of ``render``."""
+    write_text(path, render(template, **values))
+    return path
+
+
+def render(template: str, **values: Any) -> str:
+    """A page as text.
+
+    Args:
+        template: its path in the package, such as ``commands/probe/templates/report.html``. It extends
+            ``engine/templates/page.html``.
+        values: what the template shows. All of it is escaped but ``markupsafe.Markup``; an unknown name is an error.
+    """
+    return _environment().get_template(template).render(values)
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_PACKAGE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.globals.update(palette=_palette, version=__version__, today=lambda: f"{datetime.date.today():%d %B %Y}")
+    return environment

@@ -1,0 +1,70 @@
+"""Models from the settings of a run: what a checkpoint or a ``config.json`` says is enough to build its model anew."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mimkernels.models.mae import MAE
+
+__all__ = ["METHODS", "PIXEL_STATISTICS", "build_model"]
+
+# Mean and deviation of ImageNet's pixels in [0, 1], by the number of channels: colour, and its luminance.
+PIXEL_STATISTICS = {
+    3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    1: ((0.449,), (0.226,)),
+}
+
+# What a model is built from, and what each setting may be; an int is also a float.
+_SETTINGS: dict[str, tuple[type, ...]] = {
+    "method": (str,), "model": (str,), "model_kwargs": (dict,), "img_size": (int,), "in_chans": (int,),
+    "patch_size": (int, type(None)), "decoder_dim": (int,), "decoder_depth": (int,), "decoder_heads": (int,),
+    "mask_ratio": (float,), "norm_pix_loss": (bool,),
+}  # fmt: skip
+
+
+def build_model(settings: Mapping[str, Any]) -> MAE:
+    """A freshly initialised model by the settings of a run. The caller sets the seed.
+
+    The settings may be those of a file that nobody vouches for: nothing is opened, and of timm's arguments only those
+    of the architecture are passed on (``check_architecture``).
+
+    Args:
+        settings: ``method``, ``model`` (a plain timm name), ``model_kwargs`` (its further arguments), ``img_size``,
+            ``in_chans``, ``patch_size``, ``decoder_dim``, ``decoder_depth``, ``decoder_heads``, ``mask_ratio`` and
+            ``norm_pix_loss``; others do not concern the model.
+
+    Raises:
+        ValueError: a setting is missing, of another type, or does not fit the model; names it.
+    """
+    for name, kinds in _SETTINGS.items():
+        if name not in settings:
+            raise ValueError(f"setting {name!r} is missing")
+        if not _is_of(settings[name], kinds):
+            wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+            value = settings[name]
+            raise ValueError(f"setting {name!r} must be {wanted}, got {type(value).__name__} {str(value)[:60]!r}")
+    build = METHODS.get(settings["method"])
+    if build is None:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {settings['method']!r}")
+    return build(settings)
+
+
+def _mae(settings: Mapping[str, Any]) -> MAE:
+    names = ("img_size", "in_chans", "patch_size", "decoder_dim", "decoder_depth", "decoder_heads", "mask_ratio",
+             "norm_pix_loss")  # fmt: skip
+    if settings["in_chans"] not in PIXEL_STATISTICS:
+        raise ValueError(f"in_chans must be 1 or 3, got {settings['in_chans']}")
+    mean, std = PIXEL_STATISTICS[settings["in_chans"]]
+    arguments = {**{name: settings[name] for name in names}, "mean": mean, "std": std}
+    repeated = sorted({"name", *arguments}.intersection(settings["model_kwargs"]))
+    if repeated:
+        raise ValueError(f"model_kwargs repeats {', '.join(repeated)}, which is given by an option of its own")
+    return MAE.from_config({"name": settings["model"], **arguments, **settings["model_kwargs"]})
+
+
+METHODS: dict[str, Callable[[Mapping[str, Any]], MAE]] = {"mae": _mae}
+
+
+def _is_of(value: Any, kinds: tuple[type, ...]) -> bool:
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, kinds) or (isinstance(value, int) and float in kinds)
