@@ -78,7 +78,7 @@ def draw_statistics(encoder: nn.Module, output: Path) -> None:
         statistics.update(layer, {}, tokens=tokens, output=attended)
     for name in QUANTITIES:
         figure = plot_heads(statistics if name in magnitudes else heads.statistics, name)
-        figure.set_size_inches(5, 3.3)
+        figure.set_size_inches(5.2, 3.9)
         save(figure, output / f"{name}.png", 375)
     save(plot_overview(heads.statistics, OVERVIEW, title=""), PICTURES / "overview.png", 900)
     cka = CKA(tokens="patch", num_prefix=1)
@@ -108,7 +108,7 @@ def inputs_and_outputs(encoder: nn.Module) -> Iterator[list[tuple[Tensor, Tensor
 
 def save(figure, path: Path, width: int) -> None:
     """The figure as PNG of twice ``width`` pixels at most, with few colours."""
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.08)
     with Image.open(path) as picture:
         shrink(picture, 2 * width).save(path, optimize=True)
 
