@@ -94,3 +94,10 @@ def masks(noise, keep):
         "ids_restore": restore,
         "mask": [[float(rank >= keep) for rank in row] for row in restore],
     }
+
+
+def assert_same_masks(got, expected):
+    """Fail unless all integers and dtypes of two TokenMask are the same."""
+    for name, a, b in zip(got._fields, got, expected, strict=True):
+        assert torch.equal(a, b), name
+        assert a.dtype == b.dtype, name
