@@ -19,8 +19,9 @@ namespace avx512 {
 extern const CpuKernels kernel_table;
 }
 namespace avx512_bf16 {
-extern const CpuKernels kernel_table;
-}
+Status attention_fwd(const AttentionFwdParams& params, ParallelFor parallel_for);
+Status attention_bwd(const AttentionBwdParams& params, ParallelFor parallel_for);
+}  // namespace avx512_bf16
 #endif
 #if defined(MIMKERNELS_HAVE_AVX2_BF16)
 namespace avx2_bf16 {
@@ -38,8 +39,20 @@ struct Choice {
 
 constexpr int kChoices = 5;
 
+// The kernels of another instruction set, but for attention, which multiplies bf16 in pairs.
+#if defined(MIMKERNELS_HAVE_X86_ISAS)
+const CpuKernels* avx512_bf16_table() {
+  static const CpuKernels table = [] {
+    CpuKernels out = avx512::kernel_table;
+    out.isa = "avx512_bf16";
+    out.attention_fwd = &avx512_bf16::attention_fwd;
+    out.attention_bwd = &avx512_bf16::attention_bwd;
+    return out;
+  }();
+  return &table;
+}
+#endif
 #if defined(MIMKERNELS_HAVE_AVX2_BF16)
-// The kernels of AVX2, but for the products of bf16 pairs.
 const CpuKernels* avx2_bf16_table() {
   static const CpuKernels table = [] {
     CpuKernels out = avx2::kernel_table;
@@ -64,7 +77,7 @@ int list_choices(Choice (&choices)[kChoices]) {
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   const bool has_avx512_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
-  choices[count++] = {&avx512_bf16::kernel_table, has_avx512_bf16};
+  choices[count++] = {avx512_bf16_table(), has_avx512_bf16};
   choices[count++] = {&avx512::kernel_table, has_avx512};
   choices[count++] = {&avx2::kernel_table, has_avx2};
 #endif
