@@ -5,6 +5,7 @@ VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_FLAGS ?=
 ARGS ?=
+DOCS_VENV ?= .venv-docs
 
 BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
@@ -14,10 +15,11 @@ RUNNABLE := mimkernels/_lib/.runnable
 BUILT := mimkernels/_lib/.built
 TESTERS := $(VENV)/.mimkernels-testers
 LINTERS := $(VENV)/.mimkernels-linters
+SITE_TOOLS := $(DOCS_VENV)/.mimkernels-docs
 SOURCES := CMakeLists.txt $(shell find csrc tests/emulation -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test sanitize bench gpu lint format clean
+.PHONY: help build demo test sanitize bench gpu lint format docs clean
 
 help: ## show the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -36,7 +38,7 @@ test: $(BUILT) $(TESTERS) ## run every test (ARGS="-k gather": some), the contra
 # test_emulation.py show that it is there and at work.
 sanitize: $(BUILT) $(TESTERS) ## run the CUDA kernels on the host under AddressSanitizer
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
-	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_emulation.py tests/test_contract.py tests/ops/test_attention_cuda.py \
+	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_emulation.py tests/test_contract.py tests/ops/attention/test_attention_cuda.py \
 	-k "red_zones or (cuda-emulated and oracle and not length-1025)" $(ARGS)
 
 bench: $(RUNNABLE) ## time the ops against plain PyTorch
@@ -58,6 +60,10 @@ format: $(LINTERS) ## mend style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	find csrc tests/emulation -type f -not -name "*.md" | xargs $(BIN)/clang-format -i
+
+# In an environment of its own without torch: docstrings are read, not imported.
+docs: $(SITE_TOOLS) ## build the site, build/site/index.html; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict --clean
 
 clean: ## remove what was built here, but not the environment
 	rm -rf build dist mimkernels/_lib *.egg-info .pytest_cache .ruff_cache .mypy_cache
@@ -97,4 +103,9 @@ $(TESTERS): $(INSTALLED)
 
 $(LINTERS): constraints.txt | $(BIN)/python
 	$(PIP) install -q $(PIP_FLAGS) -c constraints.txt ruff clang-format
+	@touch $@
+
+$(SITE_TOOLS): constraints.txt
+	[ -x $(DOCS_VENV)/bin/python ] || $(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install -q $(PIP_FLAGS) -c constraints.txt mkdocs-material 'mkdocstrings[python]' ruff
 	@touch $@

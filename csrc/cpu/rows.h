@@ -3,11 +3,11 @@
 
 #include <cstdlib>
 
-#include "../core/dtype.h"
-#include "../core/parallel.h"
-#include "../core/params.h"
-#include "../core/status.h"
-#include "vec.h"
+#include "core/dtype.h"
+#include "core/parallel.h"
+#include "core/params.h"
+#include "core/status.h"
+#include "cpu/vec.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 
@@ -288,7 +288,7 @@ class RowSum {
   alignas(64) double sums_[kTile];
 };
 
-// out[o, :] = the sum over i < count of row_at(o, i), a null row counting as zeros. Cut into chunks
+// out[o, :] = the sum over i < count of row_at(o, i), a null row counting as zeros. Split into chunks
 // that depend on the shape alone, so that few outputs over many rows still use every thread and the
 // bits do not depend on how many there are.
 template <typename T, typename In, typename RowAt>

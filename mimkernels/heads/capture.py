@@ -261,6 +261,8 @@ class _Plan(NamedTuple):
 
 
 def _cannot_have(name: str, queries: int, keys: int, num_prefix: int) -> str:
+    if queries == 0:
+        return "no queries"
     if queries != keys:
         per_token = {"self_mass", "distance"} & set(QUANTITIES[name].row_stats)
         if per_token or name in ("nmi", "patch_head_divergence") or name.startswith(("cls_", "pos_")):

@@ -137,6 +137,9 @@ def _watch(note: str, arguments: SDPAArguments) -> None:
     if query.is_nested:
         _show(None, f"{note}; no statistics of nested tensors")
         return
+    if query.shape[-1] == 0:
+        _show(None, f"{note}; no statistics of heads without dims")
+        return
     call = as_attention(arguments._replace(value=key))  # what v holds, no statistic asks
     dim = query.shape[-1]
     if dim < MOST_DIMS and dim % DIM_DIVISOR:  # filled up with zeros, which changes no score

@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mimkernels.models.architecture import check_architecture
+from mimkernels.models.architecture import check_architecture, check_sizes
 from mimkernels.models.checkpoint import CheckpointReport, copy_by_name, read_weights
 from mimkernels.models.decoder import DecoderBlock
 from mimkernels.models.encoder import (
@@ -215,6 +215,7 @@ class MAE(nn.Module):
         for_timm = ("img_size", "in_chans", "patch_size", *(config.keys() - {*own.args, *own.kwonlyargs}))
         name: Any = config.get("name")
         check_architecture(name, {key: config[key] for key in for_timm if key in config})
+        check_sizes(config)
         return cls.from_timm(**config)
 
     def forward(

@@ -137,3 +137,27 @@ def test_layers_of_torch_with_distributed_weights_are_told_of(distributed):
         mimkernels.capture(layer, ["entropy"], num_prefix=1),
     ):
         layer(x, x, x, need_weights=False)
+
+
+@pytest.mark.parametrize(
+    ("queries", "dim", "reason"),
+    [(0, 16, "no queries"), (5, 0, "no statistics of heads without dims")],
+    ids=["no queries", "no head dim"],
+)
+def test_empty_attention_is_computed_and_told_of(queries, dim, reason):
+    q, k, v = qkv(queries, 7, dim)
+    model = Masked()
+    with pytest.raises(RuntimeError, match=f"(?s)no layer has any of the statistics.*{reason}"):
+        with mimkernels.capture(model, ["entropy"], num_prefix=1):
+            out = model(q, k, v)
+    assert torch.equal(out, model(q, k, v))
+
+
+def test_a_mask_of_another_dtype_is_refused_as_by_torch():
+    q, k, v = qkv(16, 16)
+    model = Masked()
+    with (
+        pytest.raises(RuntimeError, match="Expected attn_mask dtype"),
+        mimkernels.capture(model, ["entropy"], num_prefix=1),
+    ):
+        model(q, k, v, attn_mask=torch.zeros(16, 16, dtype=torch.float64))

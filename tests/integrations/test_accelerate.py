@@ -362,6 +362,12 @@ def test_features_by_fx():
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("build", [vit, swin])
+def test_an_accelerated_model_moves_to_the_meta_device(build):
+    ours, _ = accelerated(build())
+    assert ours.to("meta")(images().to("meta")).shape == build()(images()).shape
+
+
 def test_autocast():
     model = vit("eva02_tiny_patch14_224")
     ours, _ = accelerated(model)

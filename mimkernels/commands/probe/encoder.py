@@ -14,6 +14,7 @@ from mimkernels.commands.probe.config import ProbeConfig
 from mimkernels.engine.checkpoint import CheckpointFolder, check_content, is_checkpoint, whole_beside
 from mimkernels.engine.settings import is_of_type, read_settings
 from mimkernels.heads import record_heads
+from mimkernels.models.architecture import check_sizes
 from mimkernels.models.build import PIXEL_STATISTICS, build_model
 from mimkernels.models.checkpoint import DamagedFileError, copy_by_name, read_file, weights_of
 from mimkernels.nn import cls_attention, use_mimkernels_attention, use_mimkernels_mlp
@@ -267,6 +268,7 @@ def _from_timm(config: ProbeConfig) -> FrozenEncoder:
             f"model {config.model!r} is neither a file, nor a folder, nor a timm model"
             + (f"; close names: {', '.join(close)}" if close else "")
         )
+    check_sizes(config.model_kwargs)
     size: dict[str, Any] = {} if config.img_size is None else {"img_size": config.img_size}
     try:
         model = timm.create_model(

@@ -17,7 +17,7 @@ from mimkernels.commands.probe.data import ProbeImages, collate_probe, open_spli
 from mimkernels.commands.probe.encoder import load_encoder
 from mimkernels.commands.probe.features import Encoded, Extractor, Features
 from mimkernels.commands.probe.report import ProbePictures, ProbeReport, print_results, write_report
-from mimkernels.commands.probe.results import PoolingResult
+from mimkernels.commands.probe.results import PoolingResult, count_tested
 from mimkernels.commands.probe.train import (
     Probe,
     ProbeTrainer,
@@ -65,10 +65,13 @@ class ProbeResult:
 
     output: Path
     results: list[PoolingResult]
-    test_images: int
     stopped_by: int  # number of the signal that ended it early, 0 if it went to its end
     report: Path | None = None
     content: ProbeReport | None = None  # what the report shows
+
+    @property
+    def test_images(self) -> int:
+        return count_tested(self.results)
 
 
 def probe(config: ProbeConfig, *, overwrite: bool = False, stream: TextIO | None = None) -> ProbeResult:
@@ -163,13 +166,13 @@ class ProbeRun:
                     facts["Encoding"] = f"{images:,} images in {duration(self.extractor.seconds)}"
                 content = self._report(results, facts)
                 report = write_report(self.output / "report.html", content)
-                print_results(results, len(self.split.test), self.stream)
+                print_results(results, self.stream)
                 progress.note(f"report: {report}")
         except torch.OutOfMemoryError as e:
             raise TrainingError(
                 f"out of memory on {device_name(device)}: lower --batch-size or --cache-gib ({str(e).splitlines()[0]})"
             ) from e
-        return ProbeResult(self.output, results, len(self.split.test), stopped_by, report, content)
+        return ProbeResult(self.output, results, stopped_by, report, content)
 
     def _train(self, choices: list[PoolingChoice]) -> int:
         config, split, device, progress = self.config, self.split, self.accelerator.device, self.progress
@@ -287,7 +290,7 @@ class ProbeRun:
             self.finished[label] = PoolingResult(
                 label,
                 pooling.description,
-                measured[label],
+                *measured[label],
                 by_neighbours,
                 by_regression,
                 pooling.num_parameters,
@@ -442,7 +445,6 @@ class ProbeRun:
             title=self.config.title or f"Probing {self.encoder.name}",
             run_facts=facts,
             results=results,
-            test_images=len(self.split.test),
             pictures=self._pictures(),
             versions=versions(),
         )

@@ -126,7 +126,7 @@ def _needs_no_translation(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) 
         or sizes[3:] != of_keys[3:]
         or k.dtype != dtype
         or v.dtype != dtype
-        or torch.is_autocast_enabled(device)
+        or (device != "meta" and torch.is_autocast_enabled(device))
         or kernels_refuse(device, dtype, sizes[3]) is not None
     ):
         return False

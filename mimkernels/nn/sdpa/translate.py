@@ -122,7 +122,7 @@ def refusals(arguments: SDPAArguments) -> list[str]:
     dim = query.shape[-1]
     if not dim == key.shape[-1] == value.shape[-1]:
         reasons.append(f"head dims differ: query {dim}, key {key.shape[-1]}, value {value.shape[-1]}")
-    if dim > MOST_DIMS or dim % DIM_DIVISOR:
+    if not 0 < dim <= MOST_DIMS or dim % DIM_DIVISOR:
         reasons.append(f"head dim is {dim}: the kernels take multiples of {DIM_DIVISOR} up to {MOST_DIMS}")
     return reasons + _malformed(arguments)
 
@@ -198,9 +198,9 @@ def tensors_with_own_rules(arguments: SDPAArguments) -> list[str]:
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """What scaled_dot_product_attention computes such a tensor in: its own dtype, or autocast's."""
+    """What PyTorch's matrix products compute such a tensor in: its own dtype, or autocast's, if its device has one."""
     device = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if tensor.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
         return tensor.dtype
     return torch.get_autocast_dtype(device)
 
@@ -295,6 +295,8 @@ def _malformed(arguments: SDPAArguments) -> list[str]:
         return ["attention takes either attn_mask or is_causal=True, got both"]
     if not (attn_mask.dtype == torch.bool or attn_mask.is_floating_point()):
         return [f"attn_mask must be bool or floating-point, got {attn_mask.dtype}"]
+    if attn_mask.is_floating_point() and _cast_to(attn_mask) not in (torch.float32, _cast_to(query)):
+        return [f"attn_mask must be bool, fp32 or of query's dtype {_cast_to(query)}, got {_cast_to(attn_mask)}"]
     wanted = [*together, query.shape[-2], key.shape[-2]]
     mask = list(attn_mask.shape)
     fits = len(mask) <= len(wanted) and all(

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from mimkernels.ops import _checks
 
-# As in csrc/core/attention.h.
+# As in csrc/ops/attention/params.h.
 LEAST_PATCH_MASS = 1e-30  # of a row that has a patch entropy
 LARGE_LSE = 16.0  # whose rounding is found again
+ROWS = 256  # queries that the companions take at a time, so that memory stays linear in N
 
 
 def attention(

@@ -38,7 +38,7 @@ def attention_coef_kernel(
     # grid:     cdiv(B * H * Nq, BLOCK)
     # in:       dlse fp32 [B, H, Nq], statistics and their gradients fp32 [S, B, H, Nq], contiguous, dlse and drows
     #           None where not given; the constants are each statistic's plane, negative where not captured
-    # out:      coef fp32 [6, B, H, Nq] as AttentionCoefParams (csrc/core/attention.h) has it; written once
+    # out:      coef fp32 [6, B, H, Nq] as AttentionCoefParams (csrc/ops/attention/params.h) has it; written once
     # numerics: fp32
     # bounds:   the tail is masked; offsets are int64
     # cost:     inputs read once; no atomics, deterministic

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mimkernels.ops import _checks
-from mimkernels.ops.patchify_gather.reference import patchify
+from mimkernels.ops._patches import patchify
 
 _LOSSES: tuple[Callable[..., Tensor], ...] = (F.mse_loss, F.l1_loss, F.smooth_l1_loss)
 
