@@ -138,7 +138,7 @@ def test_tables_state_what_was_measured():
 
 
 def test_the_readme_shows_the_committed_results():
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.readme", "--check"], cwd=root, capture_output=True, text=True
     )
