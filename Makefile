@@ -5,44 +5,48 @@ VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_FLAGS ?=
 ARGS ?=
+DOCS_VENV ?= .venv-docs
 
 BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 PIP := $(BIN)/python -m pip
 INSTALLED := $(VENV)/.mimkernels-installed
-BUILT := mimkernels/_lib/build.json
+RUNNABLE := mimkernels/_lib/.runnable
+BUILT := mimkernels/_lib/.built
+TESTERS := $(VENV)/.mimkernels-testers
 LINTERS := $(VENV)/.mimkernels-linters
+SITE_TOOLS := $(DOCS_VENV)/.mimkernels-docs
 SOURCES := CMakeLists.txt $(shell find csrc tests/emulation -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test sanitize bench gpu lint format clean
+.PHONY: help build demo test sanitize bench gpu lint format docs clean
 
 help: ## show the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
-build: $(BUILT) ## create the environment, install, compile the kernels
+build: $(BUILT) $(TESTERS) ## create the environment, install, compile the kernels
 	@$(BIN)/mimkernels info
 
-demo: $(BUILT) ## pre-train a small MAE on handwritten digits and write runs/demo/report.html
+demo: $(RUNNABLE) ## pre-train a small MAE on handwritten digits and write runs/demo/report.html
 	$(BIN)/mimkernels demo $(ARGS)
 
 # A process per core, with one thread each: most tests are too small for more.
-test: $(BUILT) ## run every test (ARGS="-k gather": some), the contract on every instruction set of this CPU
+test: $(BUILT) $(TESTERS) ## run every test (ARGS="-k gather": some), the contract on every instruction set of this CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
 
 # libstdc++ as well: Python brings no exceptions of C++ for AddressSanitizer to intercept. The planted accesses of
 # test_emulation.py show that it is there and at work.
-sanitize: $(BUILT) ## run the CUDA kernels on the host under AddressSanitizer
+sanitize: $(BUILT) $(TESTERS) ## run the CUDA kernels on the host under AddressSanitizer
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
-	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_emulation.py tests/test_contract.py tests/ops/test_attention_cuda.py \
+	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_emulation.py tests/test_contract.py tests/ops/attention/test_attention_cuda.py \
 	-k "red_zones or (cuda-emulated and oracle and not length-1025)" $(ARGS)
 
-bench: $(BUILT) ## time the ops against plain PyTorch
-	$(BIN)/python -m benchmarks $(ARGS)
+bench: $(RUNNABLE) ## time the ops against plain PyTorch
+	$(BIN)/mimkernels bench run $(ARGS)
 
 # Not through the environment above: a machine with a GPU often has its own torch, and no way to install another.
 gpu: ## on a machine with an NVIDIA GPU: build, test, sanitize, time (PYTHON=... with torch; ARGS=--dry-run without GPU)
-	$(PYTHON) -m benchmarks.gpu $(ARGS)
+	$(PYTHON) -m benchmarks gpu $(ARGS)
 
 lint: $(LINTERS) ## check style
 	$(BIN)/ruff check .
@@ -53,6 +57,10 @@ format: $(LINTERS) ## mend style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	find csrc tests/emulation -type f -not -name "*.md" | xargs $(BIN)/clang-format -i
+
+# In an environment of its own without torch: docstrings are read, not imported.
+docs: $(SITE_TOOLS) ## build the site, build/site/index.html; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict --clean
 
 clean: ## remove what was built here, but not the environment
 	rm -rf build dist mimkernels/_lib *.egg-info .pytest_cache .ruff_cache
@@ -72,13 +80,29 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt | $(BIN)/python
 	  *) { grep -v '^torch' constraints.txt; echo "torch==$$have"; } > $(VENV)/constraints.txt ;; \
 	esac
 	$(PIP) install -q $(PIP_FLAGS) -c $(VENV)/constraints.txt setuptools cmake ninja
-	$(PIP) install $(PIP_FLAGS) -c $(VENV)/constraints.txt --no-build-isolation -e '.[train,dev]'
+	MIMKERNELS_BUILD=off $(PIP) install $(PIP_FLAGS) -c $(VENV)/constraints.txt --no-build-isolation -e '.[train]'
 	@touch $@
+
+# Two builds in one folder: what this machine runs, and everything. Nothing is compiled twice, and nothing above.
+$(RUNNABLE): $(INSTALLED) $(SOURCES)
+	$(BIN)/python setup.py -q build_native --inplace --runnable
+	@rm -f $(BUILT) && touch $@
 
 $(BUILT): $(INSTALLED) $(SOURCES)
 	$(BIN)/python setup.py -q build_native --inplace
+	@touch $(RUNNABLE) $@
+
+$(TESTERS): $(INSTALLED)
+	@$(BIN)/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	print('\n'.join(project['optional-dependencies']['dev']))" > $(VENV)/dev.txt
+	$(PIP) install $(PIP_FLAGS) -c $(VENV)/constraints.txt -r $(VENV)/dev.txt
 	@touch $@
 
 $(LINTERS): constraints.txt | $(BIN)/python
 	$(PIP) install -q $(PIP_FLAGS) -c constraints.txt ruff clang-format
+	@touch $@
+
+$(SITE_TOOLS): constraints.txt
+	[ -x $(DOCS_VENV)/bin/python ] || $(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install -q $(PIP_FLAGS) -c constraints.txt mkdocs-material 'mkdocstrings[python]' ruff
 	@touch $@

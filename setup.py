@@ -10,7 +10,9 @@
 ``MAX_JOBS``               compile jobs at a time.
 
 In a source tree (editable, or build_native --inplace) the CUDA kernels are also compiled for the host, for tests
-(csrc/emulation). No wheel has them.
+(csrc/emulation). No wheel has them. ``build_native --inplace --runnable`` leaves out what this machine does not need to
+run mimkernels: the CUDA library where there is no GPU, and what is for tests. A later build without it adds them to the
+same folder and keeps what is compiled.
 
 Sources and compiler options are in CMakeLists.txt, metadata in pyproject.toml.
 """
@@ -97,6 +99,15 @@ def find_tool(name: str) -> str:
     return found
 
 
+def has_gpu() -> bool:
+    """Whether nvidia-smi, which comes with the driver, lists a GPU."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return listed.returncode == 0 and "GPU" in listed.stdout
+
+
 def run(command: list[str], what: str, remedy: str) -> None:
     print("mimkernels:", shlex.join(command), flush=True)
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
@@ -152,12 +163,15 @@ class BuildNative(Command):
     """
 
     description = "build the native libraries"
-    user_options = [("inplace", "i", "put the libraries into the source tree")]
-    boolean_options = ["inplace"]
+    user_options = [
+        ("inplace", "i", "put the libraries into the source tree"),
+        ("runnable", None, "only what this machine runs: the CPU library, and the CUDA library where there is a GPU"),
+    ]
+    boolean_options = ["inplace", "runnable"]
     editable_mode = False  # set by setuptools
 
     def initialize_options(self):
-        self.inplace = False
+        self.inplace = self.runnable = False
         self.build_lib = None
         self.made = {}
 
@@ -172,13 +186,15 @@ class BuildNative(Command):
         target = (ROOT if inplace else Path(self.build_lib)) / "mimkernels" / "_lib"
         target.mkdir(parents=True, exist_ok=True)
         names = ["cpu", "cuda", *(EMULATED if inplace else [])]
-        report = {"mode": mode, "libraries": {}}
+        wanted = ["cpu", *(["cuda"] if has_gpu() else [])] if self.runnable else names
+        left_out = {"built": False, "reason": "only what this machine runs was built", "remedy": "make build"}
+        report = {"mode": mode, "libraries": {name: left_out for name in names if name not in wanted}}
         keep = os.environ.get("MIMKERNELS_BUILD_DIR") or (inplace and ROOT / "build" / "native")
         folder = Path(keep or temporary_folder()).resolve()
         try:
             if mode == "off":
                 raise NotBuilt("switched off with MIMKERNELS_BUILD=off", "unset MIMKERNELS_BUILD")
-            self.made = compile_libraries(folder, report, names)
+            self.made = compile_libraries(folder, report, wanted)
         except NotBuilt as error:
             missing = {"built": False, "reason": error.reason, "remedy": error.remedy}
             report["libraries"] = dict.fromkeys(names, missing)
@@ -188,13 +204,13 @@ class BuildNative(Command):
             if name in self.made:
                 shutil.copy2(self.made[name], file)
                 report["libraries"][name] = {"built": True}
-            else:
+            elif name in wanted:
                 reason = report["libraries"][name]["reason"]
                 print(f"mimkernels: no native {name} library: {reason}", file=sys.stderr)
         (target / "build.json").write_text(json.dumps(report, indent=2) + "\n")
         if mode == "require":
             can_be = {"cuda": report.get("nvcc") and not report.get("cuda_reason")}
-            for name in names:
+            for name in wanted:
                 if name not in self.made and can_be.get(name, True):
                     facts = report["libraries"][name]
                     raise RuntimeError(

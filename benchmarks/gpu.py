@@ -1,4 +1,4 @@
-"""Everything that a machine with an NVIDIA GPU can show, in one go: ``make gpu`` (or ``python -m benchmarks.gpu``).
+"""Builds, tests, sanitizes and times on an NVIDIA GPU: ``python -m benchmarks gpu`` (``make gpu``).
 
 Builds the libraries in place, runs the contract tests on the device and every kernel once under compute-sanitizer, and
 times every benchmark case, Triton against CUDA C++. Nothing is installed: torch, triton, numpy, pytest, cmake and ninja
@@ -44,7 +44,7 @@ def steps(output: Path) -> list[Step]:
     tests = [python, "-m", "pytest", "-q", "--no-header", "--maxfail=25", *TESTS, "-k", SELECTED]
     if _has("xdist"):
         tests += ["-n", str(min(8, os.cpu_count() or 1))]
-    found = [
+    planned = [
         Step(
             "build",
             [python, "setup.py", "-q", "build_native", "--inplace"],
@@ -54,15 +54,15 @@ def steps(output: Path) -> list[Step]:
         Step("tests", tests, 150),
     ]
     for tool in SANITIZERS:
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", python, "-m", "benchmarks.gpu"]
-        found.append(Step(f"sanitizer-{tool}", [*command, "--kernels-once"], 40))
-    bench = [python, "-m", "benchmarks", "--seconds", "0.5", "--no-compile", "--output", str(output)]
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", python, "-m", "benchmarks", "gpu"]
+        planned.append(Step(f"sanitizer-{tool}", [*command, "--kernels-once"], 40))
+    bench = [python, "-m", "mimkernels", "bench", "run", "--seconds", "0.5", "--no-compile", "--output", str(output)]
     groups = ["--group", "gathering", "pooling", "mlp", "attention"]
-    found.append(Step("benchmarks", [*bench, "--backends", *groups, "--dtype", *DTYPES], 90))
+    planned.append(Step("benchmarks", [*bench, "--backends", *groups, "--dtype", *DTYPES], 90))
     step = ["--group", "calls", "step", "--model", "vit_base_patch16_224", "--compile-step", "--dtype", "bfloat16"]
-    found.append(Step("whole-step", [*bench, *step], 70))
-    assert sum(step.seconds for step in found) <= SECONDS
-    return found
+    planned.append(Step("whole-step", [*bench, *step], 70))
+    assert sum(step.seconds for step in planned) <= SECONDS
+    return planned
 
 
 def main() -> int:
@@ -175,16 +175,18 @@ def _succeeds(step: Step) -> str:
 
 def _collected() -> str:
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", *TESTS, "-k", SELECTED]
-    made = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return made.stdout.strip().splitlines()[-1]
+    collected = subprocess.run(
+        command, cwd=ROOT, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    return collected.stdout.strip().splitlines()[-1]
 
 
 def _listed() -> str:
     import torch
 
-    from mimkernels.commands.bench.attention import attention_cases
-    from mimkernels.commands.bench.gathering import Size, gathering_cases
-    from mimkernels.commands.bench.pooling import pooling_cases
+    from mimkernels.commands.bench.cases.attention import attention_cases
+    from mimkernels.commands.bench.cases.gathering import Size, gathering_cases
+    from mimkernels.commands.bench.cases.pooling import pooling_cases
 
     names = [
         case.name
@@ -196,8 +198,8 @@ def _listed() -> str:
 
 
 def _sanitizer() -> str:
-    found = shutil.which("compute-sanitizer")
-    return found or "compute-sanitizer is not on the PATH here (it comes with the CUDA toolkit)"
+    path = shutil.which("compute-sanitizer")
+    return path or "compute-sanitizer is not on the PATH here (it comes with the CUDA toolkit)"
 
 
 def kernel_cases() -> list:
@@ -244,7 +246,3 @@ def _architecture_argument() -> str:
     major, minor = torch.cuda.get_device_capability()
     name = f"{major}{minor}" + ("a" if major == 9 else "")
     return f"-DMIMKERNELS_CUDA_ARCHITECTURES={name}-real"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,10 +1,9 @@
-"""kill -9, again and again: a run that is resumed after each must end with the bits of one that was left alone.
+"""Kills a pre-training again and again, compares its bits: ``python -m benchmarks kill-runs --kills 50``.
 
-python -m benchmarks.kill_runs --kills 50
-
+Resumed after each kill, it must end with the bits of a run that was left alone.
 A small pre-training on the digits saves a checkpoint after every second step. Half of the kills hit it while a
-checkpoint is being written (its temporary file has been seen), the others at any moment after it has said what it will
-do. Each is followed by ``--resume auto``. At the end weights, optimizer and logged losses equal those of an undisturbed
+checkpoint is being written (its temporary file has been seen), the others at any moment after its first line of output.
+Each is followed by ``--resume auto``. At the end weights, optimizer and logged losses equal those of the undisturbed
 run, bit for bit, and the folder holds the same files (TensorBoard's aside: one for every start). Exit status 1 if not.
 """
 
@@ -79,8 +78,8 @@ class Runs:
 
 
 def _files(folder: Path) -> list[str]:
-    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in found if not name.startswith("tensorboard/"))
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if not name.startswith("tensorboard/"))
 
 
 def _same(one: object, other: object) -> bool:
@@ -150,7 +149,3 @@ def main() -> int:
             f"{time.monotonic() - began:.0f} s\n" + ("; ".join(differences) or "same bits, same files")
         )
     return 1 if differences or kills < args.kills else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What live head statistics cost a training step: ``python -m benchmarks.live_statistics``.
+"""Measures what live head statistics cost a training step: ``python -m benchmarks live-statistics``.
 
 The trainer itself runs, on random images, and records statistics at every other step; the times of the two kinds of
 step are compared. The step includes everything: loading, forward, backward, optimizer, recording.
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torchvision.io import write_png
 
-from mimkernels.commands.bench import harness
+from mimkernels.commands.bench.results import machine
 from mimkernels.commands.pretrain.config import PretrainConfig
 from mimkernels.commands.pretrain.loop import Trainer
 from mimkernels.commands.pretrain.run import Run
@@ -37,7 +37,7 @@ def main() -> None:
     # Step 1 records too, and warms everything up: left out with its successor.
     without, recorded = seconds[2::2], seconds[3::2]
     pairs = [b / a - 1 for a, b in zip(without, recorded, strict=False)]
-    about = harness.machine("cuda" if torch.cuda.is_available() else "cpu")
+    about = machine("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{about['device']}, torch {about['torch']}: MAE {options.model}, batch {options.batch}, {options.stats}")
     print(f"a step without statistics {statistics.median(without) * 1e3:.1f} ms, with {_ms(recorded)}; ", end="")
     print(f"of neighbouring steps the one with takes {statistics.median(pairs):+.1%} (median of {len(pairs)})")
@@ -84,7 +84,3 @@ def step_seconds(folder: Path, options: argparse.Namespace) -> list[float]:
     finally:
         Trainer._train_step = plain
     return seconds
-
-
-if __name__ == "__main__":
-    main()

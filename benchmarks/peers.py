@@ -1,4 +1,4 @@
-"""The peers' own tests with our doors put in: ``python -m benchmarks.peers --opinfo --timm DIR --transformers DIR``.
+"""Runs tests of torch, timm, transformers on mimkernels: ``python -m benchmarks peers --opinfo --timm DIR``.
 
 Every test runs twice, without us and with us; what passes without and fails with us is printed, and the exit status is
 1 if there is any. DIR is the ``tests`` folder of a checkout of the installed version: wheels do not hold it; torch's
@@ -87,10 +87,10 @@ def _outcome(case: ElementTree.Element) -> str:
 def files(peer: str, folder: Path) -> list[Path]:
     """The peer's test files that make Vision Transformers."""
     names = TIMM if peer == "timm" else [f"models/{name}/test_modeling_{name}.py" for name in TRANSFORMERS]
-    found = [folder / name for name in names if (folder / name).exists()]
-    if not found:
+    present = [folder / name for name in names if (folder / name).exists()]
+    if not present:
         raise FileNotFoundError(f"{folder} holds none of {', '.join(names)}: it is not the tests folder of {peer}")
-    return found
+    return present
 
 
 def lost_tests(peer: str, folder: Path, selected: str) -> list[str]:
@@ -168,7 +168,3 @@ def main() -> int:
         lost += lost_tests(peer, folder, asked.selected) if folder is not None else []
     print("\n".join([*lost, f"{len(lost)} pass without us and fail with us"]))
     return len(lost) > 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

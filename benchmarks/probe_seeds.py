@@ -1,4 +1,4 @@
-"""How sure the demo's table of poolings is: ``python -m benchmarks.probe_seeds``.
+"""Repeats the demo's probes with several seeds: ``python -m benchmarks probe-seeds``.
 
 Pre-trains and probes the demo's encoder once per seed (weights, order, masks, and those of the probes), on the same
 split of the digits, and gives mean and spread of every pooling's accuracy. Writes JSON.
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from mimkernels.commands.bench import harness
+from mimkernels.commands.bench.results import machine
 from mimkernels.commands.demo.run import demo_config, demo_probe_config
 from mimkernels.commands.pretrain.run import Run
 from mimkernels.commands.probe.run import ProbeResult, ProbeRun
@@ -55,7 +55,7 @@ def main() -> None:
         "what": "accuracy of linear probes on a MAE of handwritten digits, one run per seed",
         "test_images": probed.test_images,
         "torch": torch.__version__,
-        "device": harness.machine("cuda" if torch.cuda.is_available() else "cpu")["device"],
+        "device": machine("cuda" if torch.cuda.is_available() else "cpu")["device"],
         "poolings": rows,
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,3 @@ def probe_demo(seed: int, epochs: int | None, pooling: str | None) -> ProbeResul
         if pooling:
             probe = dataclasses.replace(probe, pooling=pooling)
         return ProbeRun(probe, stream=io.StringIO()).execute()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,7 @@
-"""Every family of timm with and without ``accelerate``: equality, captured statistics, time; writes docs/TIMM.md.
+"""Compares timm's families with and without ``accelerate``.
 
-``python -m benchmarks.timm_sweep`` takes some minutes on one core; with ``--only swin_transformer beit`` it
+Outputs, gradients, captured statistics and times of one model or more of each family; writes docs/TIMM.md.
+``python -m benchmarks timm-sweep`` takes some minutes on one core; with ``--only swin_transformer beit`` it
 takes those families and writes nothing.
 """
 
@@ -30,7 +31,7 @@ from mimkernels.heads import capture
 from mimkernels.integrations._reroute import calls_sdpa
 from mimkernels.integrations.timm import accelerate
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parent.parent
 JSON, TABLE = ROOT / "benchmarks" / "results" / "timm.json", ROOT / "docs" / "TIMM.md"
 
 
@@ -157,7 +158,7 @@ FAMILIES: dict[str, tuple[Variant | LayerVariant, ...]] = {
 
 @dataclass
 class Row:
-    """What was found of one variant. Errors are relative to fp64, by norm; times are of forward passes."""
+    """The result of one variant. Errors are relative to fp64, by norm; times are of forward passes."""
 
     family: str
     model: str
@@ -273,8 +274,8 @@ def _with_fitting_batch_norms(model: nn.Module, x: Tensor) -> None:
 def _outputs_and_gradients(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     model.zero_grad()
     x = x.clone().requires_grad_()
-    made = model(x)
-    parts = [part.flatten(1) for part in (made if isinstance(made, (tuple, list)) else [made])]
+    outputs = model(x)
+    parts = [part.flatten(1) for part in (outputs if isinstance(outputs, (tuple, list)) else [outputs])]
     out = torch.cat(parts, dim=1)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
     (out * weights.to(out.dtype)).sum().backward()
@@ -282,8 +283,8 @@ def _outputs_and_gradients(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]
     return out.detach(), torch.cat([gradient.flatten() for gradient in gradients])
 
 
-def _errors(made: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    out, gradients = (((a.double() - b).norm() / b.norm()).item() for a, b in zip(made, exact, strict=True))
+def _errors(outputs: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    out, gradients = (((a.double() - b).norm() / b.norm()).item() for a, b in zip(outputs, exact, strict=True))
     return out, gradients
 
 
@@ -294,13 +295,13 @@ def _captured(model: nn.Module, x: Tensor) -> int:
             model(x)
     except RuntimeError:  # no layer could be captured
         return 0
-    found = 0
+    captured = 0
     for layer in heads.values():
         entropy = layer.stats["entropy"]
         most = math.log(layer.keys) + 1e-4
         whole = entropy.shape[1:] == (layer.heads, layer.queries)
-        found += whole and bool(((entropy >= -1e-4) & (entropy <= most)).all())
-    return found
+        captured += whole and bool(((entropy >= -1e-4) & (entropy <= most)).all())
+    return captured
 
 
 def _time_ratio(variant: Variant | LayerVariant, seconds: float) -> float:
@@ -331,7 +332,7 @@ def table(rows: Sequence[Row], others: Sequence[tuple[str, str]], machine: str) 
     lines = [
         "# timm on mimkernels",
         "",
-        f"Written by `python -m benchmarks.timm_sweep` with timm {timm.__version__} and torch "
+        f"Written by `python -m benchmarks timm-sweep` with timm {timm.__version__} and torch "
         f"{torch.__version__.partition('+')[0]} on {machine}. One row for each family of timm that calls",
         "`F.scaled_dot_product_attention` and for each class that does, with random weights, before and after",
         "`mimkernels.accelerate(model)`.",
@@ -360,11 +361,11 @@ def table(rows: Sequence[Row], others: Sequence[tuple[str, str]], machine: str) 
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.timm_sweep", description=__doc__)
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="FAMILY", help="these families; writes nothing")
     parser.add_argument("--seconds", type=float, default=4.0, help="CPU time for timing each model; 0: no timing")
-    asked = parser.parse_args(arguments)
+    asked = parser.parse_args()
     rows = []
     for family, variants in FAMILIES.items():
         if asked.only and family not in asked.only:
@@ -382,8 +383,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not asked.only:
         machine = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
         JSON.parent.mkdir(exist_ok=True)
-        found = {"timm": timm.__version__, "torch": torch.__version__, "cpu": machine}
-        document = {**found, "families": [asdict(row) for row in rows], "others": dict(others)}
+        versions = {"timm": timm.__version__, "torch": torch.__version__, "cpu": machine}
+        document = {**versions, "families": [asdict(row) for row in rows], "others": dict(others)}
         JSON.write_text(json.dumps(document, indent=1) + "\n")
         TABLE.parent.mkdir(exist_ok=True)
         TABLE.write_text(table(rows, others, machine))
@@ -391,7 +392,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if wrong:
         print(f"wrong: {', '.join(wrong)}", file=sys.stderr)
     return 1 if wrong else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,9 @@
-"""Times block sizes of the Triton attention kernels on this GPU and writes the fastest into the committed table.
+"""Tunes block sizes of the Triton attention kernels.
 
-    python -m benchmarks.tune_attention                        # everything; the better part of an hour
-    python -m benchmarks.tune_attention --kernels forward --tokens 64 256 --statistics no
+They are timed on this GPU, and the fastest are written into the committed table.
+
+    python -m benchmarks tune-attention                        # everything; the better part of an hour
+    python -m benchmarks tune-attention --kernels forward --tokens 64 256 --statistics no
 
 The table is written after each entry, so that a run may be cut short. Block sizes that spill registers in a forward
 kernel are left out. Where the two-kernel backward is faster than the fused one, the fused entry is removed.
@@ -57,13 +59,13 @@ def candidates(kernel: str, precision: str, length: int) -> Iterator[tuple[int, 
 
 def recorded(run: Callable[[], object], kernel: str) -> Callable[[], object]:
     """The launch of one kernel among those that a call makes."""
-    found = []
-    before, _triton.launch = _triton.launch, lambda *args, **options: found.append((args, options))
+    launches = []
+    before, _triton.launch = _triton.launch, lambda *args, **options: launches.append((args, options))
     try:
         run()
     finally:
         _triton.launch = before
-    (jit, programs, _, *args), options = next(one for one in found if one[0][0].__name__ == KERNELS[kernel])
+    (jit, programs, _, *args), options = next(one for one in launches if one[0][0].__name__ == KERNELS[kernel])
     return lambda: jit[(programs,)](*args, **options)
 
 
@@ -149,14 +151,14 @@ def split_seconds(entry: tuple) -> float:
 def tune(entry: tuple) -> None:
     """Put the fastest block sizes of one entry into the table."""
     kernel, _, precision, _, length, _ = entry
-    found = {blocks: timed(entry, blocks) for blocks in candidates(kernel, precision, length)}
-    blocks = min(found, key=found.get)
+    times = {blocks: timed(entry, blocks) for blocks in candidates(kernel, precision, length)}
+    blocks = min(times, key=times.get)
     committed = triton_table.TABLE.get(entry)
-    line = f"{entry}: {blocks} {found[blocks] * 1e6:.1f} us"
-    if committed in found:
-        line += f", was {committed} {found[committed] * 1e6:.1f} us"
+    line = f"{entry}: {blocks} {times[blocks] * 1e6:.1f} us"
+    if committed in times:
+        line += f", was {committed} {times[committed] * 1e6:.1f} us"
     print(line, flush=True)
-    if kernel == "fused" and split_seconds(entry) < found[blocks]:
+    if kernel == "fused" and split_seconds(entry) < times[blocks]:
         print("  two kernels are faster")
         triton_table.TABLE.pop(entry, None)
     else:
@@ -193,7 +195,3 @@ def main() -> None:
                 continue
             tune((kernel, arch if precision == "half" else 0, precision, dim, length, extra))
             Path(triton_table.__file__).write_text(rendered(triton_table.TABLE))
-
-
-if __name__ == "__main__":
-    main()

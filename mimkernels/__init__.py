@@ -1,7 +1,7 @@
 """Fused kernels for Masked Image Modeling with Vision Transformers: token gathering, attention, pooling."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mimkernels._version import __version__
 from mimkernels.ops import (
@@ -25,6 +25,10 @@ from mimkernels.ops import (
     use_backend,
     weighted_pool,
 )
+
+if TYPE_CHECKING:
+    from mimkernels.heads import capture
+    from mimkernels.integrations.timm import accelerate, restore
 
 __all__ = [
     "AttentionOutput",
@@ -53,8 +57,8 @@ __all__ = [
 ]
 
 
-# The integrations stand above everything else: imported when first asked for.
-_OF_INTEGRATIONS = {
+# Imported at first use: they import this package, and the integrations stand above everything else.
+_AT_FIRST_USE = {
     "accelerate": "mimkernels.integrations.timm",
     "capture": "mimkernels.heads",
     "restore": "mimkernels.integrations.timm",
@@ -62,6 +66,6 @@ _OF_INTEGRATIONS = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _OF_INTEGRATIONS:
+    if name not in _AT_FIRST_USE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_OF_INTEGRATIONS[name]), name)
+    return getattr(import_module(_AT_FIRST_USE[name]), name)

@@ -80,14 +80,18 @@ def _placed(value, dtype: torch.dtype, device: str, layout: str):
 
 def call(case: Case, inputs: dict, backend: str) -> dict[str, Tensor]:
     """The op's outputs by name."""
-    made = getattr(mimkernels, case.op)(**inputs, backend=backend)
-    if isinstance(made, Tensor):
-        return {"output": made}
-    if isinstance(made, mimkernels.TokenMask):
-        return made._asdict()
-    if case.op in ("query_pool", "weighted_pool"):
-        return dict(zip(("output", "weights"), made, strict=True))
-    return {"out": made.out, "lse": made.lse, **made.stats}
+    return named(getattr(mimkernels, case.op)(**inputs, backend=backend))
+
+
+def named(result: Tensor | tuple) -> dict[str, Tensor]:
+    """What an op returns, by name: that of a named tuple, or ``output`` and ``weights``; each statistic by its own."""
+    if isinstance(result, Tensor):
+        return {"output": result}
+    if not hasattr(result, "_asdict"):
+        return dict(zip(("output", "weights"), result, strict=True))
+    outputs = result._asdict()
+    statistics = outputs.pop("stats", {})
+    return {**outputs, **statistics}
 
 
 def narrowest(inputs: dict) -> torch.dtype:
@@ -208,7 +212,8 @@ class Watch(TorchDispatchMode):
 
     def __init__(self, note: Callable[[torch._ops.OpOverload, tuple], Any]) -> None:
         super().__init__()
-        self.note, self.seen = note, []
+        self.note = note
+        self.seen: list[Any] = []
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         noted = self.note(op, args)
@@ -217,10 +222,16 @@ class Watch(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
+def folder(op: str) -> str:
+    """The folder of a public op in ``mimkernels/ops``, which is the name of its spec."""
+    return getattr(mimkernels, op).__module__.split(".")[2]
+
+
 def spec(op: str) -> OpSpec:
-    """Of a public op; the packed one runs the kernels of attention."""
-    return SPECS["attention" if op == "attention_qkvpacked" else op]
+    """The spec of a public op; the packed one runs the kernels of attention."""
+    return SPECS[folder(op)]
 
 
 def backends(op: str) -> list[str]:
+    """Names of the backends that the op has, by priority."""
     return [impl.backend for impl in spec(op).impls]

@@ -32,8 +32,8 @@ THREADS = 256  # of a block of any kernel that is not named below; it takes no d
 LAUNCHES = """
 #include <cstdio>
 #include <initializer_list>
-#include "cuda/attention_cut.h"
-#include "cuda/pool_cut.h"
+#include "cuda/attention_tiling.h"
+#include "cuda/token_pool_tiling.h"
 using namespace mimkernels::cuda;
 void print(const char* kernel, const char* type, const char* rest, int threads, int bytes) {
   std::printf("%s<%s%s> %d %d\\n", kernel, type, rest, threads, bytes);
@@ -45,19 +45,19 @@ int main() {
       char rest[32];
       for (bool stats : {false, true}) {
         std::snprintf(rest, sizeof(rest), ", %d, %s", dim, stats ? "true" : "false");
-        const StripCut cut = cut_forward(TOKENS, TOKENS, dim, size, stats);
-        print("attention_fwd_kernel", type, rest, 32 * cut.warps(), cut.shared_bytes);
+        const StripTiling tiling = forward_tiling(TOKENS, TOKENS, dim, size, stats);
+        print("attention_fwd_kernel", type, rest, 32 * tiling.warps(), tiling.shared_bytes);
       }
       std::snprintf(rest, sizeof(rest), ", %d", dim);
-      const StripCut cut = cut_backward(TOKENS, TOKENS, dim, size);
-      print("attention_bwd_kernel", type, rest, 32 * cut.warps(), cut.shared_bytes);
+      const StripTiling tiling = backward_tiling(TOKENS, TOKENS, dim, size);
+      print("attention_bwd_kernel", type, rest, 32 * tiling.warps(), tiling.shared_bytes);
     }
-    const BiasCut bias = cut_bias(TOKENS, TOKENS, 64, size);
+    const BiasTiling bias = bias_tiling(TOKENS, TOKENS, 64, size);
     print("attention_dbias_kernel", type, "", 32 * bias.warps(), bias.shared_bytes);
     print("lse_low_kernel", type, "", 32 * kLowWarps, low_shared_bytes(64, size));
-    const StripCut received = cut_received(TOKENS, TOKENS, 64, size);
+    const StripTiling received = received_tiling(TOKENS, TOKENS, 64, size);
     print("received_attention_kernel", type, "", 32 * received.warps(), received.shared_bytes);
-    const DivergenceCut divergence(64, size);
+    const DivergenceTiling divergence(64, size);
     print("head_divergence_kernel", type, "", 32 * divergence.warps, divergence.shared_bytes);
     for (int words : {2, 4, 6, 8}) {
       for (int queries : {1, 2, 4}) {

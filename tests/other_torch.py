@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import torch
-from cases import RICH, cases  # beside this file
 
 import mimkernels
 from mimkernels import testing
 from mimkernels.ops import _native
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # behind the installed package
+from tests.cases import cases
 
 
 def check_libraries() -> None:
@@ -42,10 +44,12 @@ def check_refusals() -> None:
 def main() -> int:
     check_libraries()
     check_refusals()
-    for case in cases():
+    with_kernels = [case for case in cases() if "cpu" in testing.backends(case.op)]
+    for case in with_kernels:
         for dtype in case.dtypes:
             testing.check(case, "cpu", dtype)
-    print(f"torch {torch.__version__}: {len(cases())} cases of {len(RICH)} ops passed, with gradients")
+    ops = {case.op for case in with_kernels}
+    print(f"torch {torch.__version__}: {len(with_kernels)} cases of {len(ops)} ops passed, with gradients")
     return 0
 
 

@@ -1,6 +1,7 @@
 """Every op on every backend: the float64 oracle, gradients, determinism, opcheck, torch.compile."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,22 +10,16 @@ import mimkernels
 from mimkernels import testing
 from mimkernels.ops._registry import BACKENDS, SPECS, backend_state
 from mimkernels.testing import DEVICE
-from tests.cases import RICH, WITHOUT_KERNELS, cases, rich
+from tests.cases import OPS, cases, ops_with, part_of, rich, stated
 
 ON_DEVICE = {
     "cpu": ("cpu", "triton", "cuda-emulated", "reference"),
     "cuda": ("triton", "cuda", "reference"),
 }[DEVICE]
 CASES = cases()
-RICH_CASES = [rich(op) for op in RICH]
+RICH_CASES = [rich(op) for op in OPS]
 INTERPRETED = DEVICE == "cpu"  # what Triton is then, at a thousandth of the speed
 HALF = torch.float16  # the interpreter's bf16 products are wrong
-PRODUCTS = ("attention", "attention_qkvpacked", "received_attention", "head_divergence")
-# opcheck itself stumbles over views of no images, and takes NaN for different from NaN.
-MEANS_OVER_NOTHING = (
-    *("masked_patch_loss-empty-ids", "masked_patch_loss-empty-mask", "masked_patch_loss-no-channels"),
-    *("received_attention-no-queries", "head_divergence-no-queries"),
-)
 LONG = ("length-197", "length-256", "length-257", "length-1025", "empty-positions-long", "long")
 
 
@@ -52,12 +47,13 @@ def runs(case: testing.Case, backend: str) -> list[tuple[torch.dtype, str]]:
 
 def interpreted_runs(case: testing.Case) -> list[tuple[torch.dtype, str]]:
     """fp32; fp16 where it takes other products; of 16 bits and of other layouts one case each."""
-    dtypes = [dtype for dtype in case.dtypes if dtype != torch.bfloat16 or case.op not in PRODUCTS]
+    products = stated(case.op, "MATRIX_PRODUCTS", False)
+    dtypes = [dtype for dtype in case.dtypes if dtype != torch.bfloat16 or not products]
     if case.label in LONG:
         return [(dtypes[0], "contiguous")] if case.label in ("length-197", "length-257") else []
     if case in RICH_CASES:
         return [(dtype, "contiguous") for dtype in dtypes] + [(dtypes[0], "strided"), (dtypes[0], "permuted")]
-    return [(dtype, "contiguous") for dtype in (dtypes if case.op in PRODUCTS else dtypes[:1])]
+    return [(dtype, "contiguous") for dtype in (dtypes if products else dtypes[:1])]
 
 
 def note_ours(op, args):
@@ -70,27 +66,54 @@ def test_backend_is_here(backend):
     assert backend_state(backend) is None, f"required here: {backend_state(backend)}"
 
 
+def registered() -> set[str]:
+    """Names of the torch ops that have a kernel of some backend, such as ``gather_tokens_fwd.cpu``."""
+    keys = ("CPU", "CUDA", "CompositeExplicitAutograd")
+    names = [name for key in keys for name in torch._C._dispatch_get_registrations_for_dispatch_key(key)]
+    return {name.removeprefix("mimkernels::") for name in names if re.match(r"mimkernels::\w+\.\w+", name)}
+
+
+@pytest.mark.parametrize("op", sorted({*SPECS, *(re.sub(r"_[a-z]+\.\w+", "", name) for name in registered())}))
+def test_every_kernel_has_a_row_and_every_row_its_kernels(op):
+    spec = SPECS[op]
+    ops_of_rows = {
+        f"{schema}.{backend.replace('-', '_')}"
+        for backend in testing.backends(op)
+        if backend == "triton" or (backend != "reference" and backend_state(backend) is None)
+        for schema in spec.schemas
+    }
+    assert {name for name in registered() if re.fullmatch(rf"{op}_[a-z]+\.\w+", name)} == ops_of_rows
+    file = Path(mimkernels.__file__).parent / "ops" / op / "triton.py"
+    assert file.exists() == ("triton" in testing.backends(op))
+
+
 @pytest.mark.parametrize("op", SPECS)
-def test_every_op_has_every_required_backend(op):
-    assert set(testing.backends(op)) >= {"reference", "cpu", "triton"}
+def test_the_last_resort_is_the_reference(op):
+    rows = SPECS[op].impls
+    names = [impl.backend for impl in rows if impl.backend != "cuda-emulated"]
+    assert names[-1] == "reference", f"{op}: the reference must come last, got {names}"
+    assert set(rows[len(names) - 1].dtypes) >= {dtype for impl in rows for dtype in impl.dtypes}
 
 
-def test_every_public_op_has_cases_and_a_rich_one():
+def test_every_public_op_has_cases_and_known_answers():
     public = {name for name in mimkernels.ops.__all__ if callable(getattr(mimkernels, name)) and name.islower()}
-    assert public - {"use_backend", *WITHOUT_KERNELS} == set(RICH)
-    assert {case.op for case in CASES} == set(RICH)
-    assert set(SPECS) == {testing.spec(op).name for op in RICH}
+    public.remove("use_backend")
+    with_backends = {op for op in public if testing.folder(op) in SPECS}
+    assert set(OPS) == with_backends
+    assert set(SPECS) == {testing.spec(op).name for op in OPS}
+    assert set(ops_with("test_known_answers")) == public
+    for op in OPS:
+        assert callable(part_of(op, "test_known_answers").definition)
 
 
-@pytest.mark.parametrize("op", RICH)
+@pytest.mark.parametrize("op", OPS)
 def test_every_optional_tensor_is_given_empty_somewhere(op):
     """An empty tensor has no address: it must not be taken for one that is not given."""
     spec = testing.spec(op)
-    optional = re.findall(r"Tensor\? (\w+)", spec.schemas[f"{spec.name}_fwd"])
-    names = {"scale": "mean", "shift": "std"}  # public names of the kernels' arguments
-    never_empty = ("step", "p")  # one element
+    optional = set(re.findall(r"Tensor\? (\w+)", spec.schemas[f"{spec.name}_fwd"])) - set(stated(op, "NEVER_EMPTY", ()))
+    public = {schema: name for name, schema in stated(op, "SCHEMA_NAMES", {}).items()}
     given = [case.inputs(case.dtypes[0]) for case in cases(op)]
-    for name in (names.get(name, name) for name in optional if name not in never_empty):
+    for name in (public.get(name, name) for name in optional):
         values = [inputs[name] for inputs in given if inputs.get(name) is not None]
         assert any(value.numel() == 0 if isinstance(value, torch.Tensor) else not value for value in values), name
 
@@ -140,7 +163,8 @@ def test_reference_gradients_are_the_numerical_ones(case):
         for case in CASES
         for backend in kernels(case.op)
         if backend == "cpu" or case in RICH_CASES  # shape functions are shared by the backends
-        if case.label != "no-images" and str(case) not in MEANS_OVER_NOTHING
+        # opcheck itself stumbles over views of no images, and takes NaN for different from NaN.
+        if case.label not in ("no-images", *stated(case.op, "NO_OPCHECK", ()))
     ],
 )
 def test_opcheck(case, backend):
@@ -171,7 +195,7 @@ def test_compiles_in_one_graph_with_dynamic_shapes(case, backend, compiler):
     )
     for copies in (1, 2):  # the second batch must not need another graph
         inputs = case.inputs(torch.float32, DEVICE)
-        inputs = {k: _more_images(k, v, copies) for k, v in inputs.items()}
+        inputs.update((k, more_images(inputs[k], copies)) for k in stated(case.op, "PER_IMAGE") if k in inputs)
         leaves = {k: inputs[k].requires_grad_() for k in case.grads if inputs.get(k) is not None}
         eager = testing.call(case, inputs, backend)
         out = compiled(inputs)
@@ -186,26 +210,23 @@ def test_compiles_in_one_graph_with_dynamic_shapes(case, backend, compiler):
             torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def _more_images(name, value, copies):
-    per_image = ("x", "ids", "ids_restore", "images", "pred", "mask", "q", "k", "v", "qkv", "lse", "key_mask")
-    per_image += ("values", "scores", "noise")  # queries are shared
-    if name == "batch":
+def more_images(value, copies):
+    """A tensor of a larger batch, or the larger batch size."""
+    if isinstance(value, int):
         return value * copies
-    if not isinstance(value, torch.Tensor) or name not in per_image:
-        return value
-    return torch.cat([value] * copies)
+    return value if value is None else torch.cat([value] * copies)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
-    ("op", "backend"), [(op, backend) for op, (_, spoilt) in RICH.items() if spoilt for backend in backends(op)]
+    ("op", "backend"), [(op, backend) for op in OPS if stated(op, "SPOILED") for backend in backends(op)]
 )
 def test_nan_and_infinity_reach_the_output(op, backend, value):
-    case, spoilt = rich(op), RICH[op][1]
+    case, spoiled = rich(op), stated(op, "SPOILED")
     inputs = case.inputs(torch.float32, DEVICE)
     if "ids" in inputs:
         inputs["ids"][0, 0] = 0  # so that the first element is one of those that count
-    inputs[spoilt][(0,) * inputs[spoilt].dim()] = value
+    inputs[spoiled][(0,) * inputs[spoiled].dim()] = value
     exact, _ = testing.oracle(case, inputs)
     outputs, _ = testing.run(case, inputs, backend)
     assert not next(iter(outputs.values())).isfinite().all()

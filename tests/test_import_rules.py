@@ -10,18 +10,19 @@ from pathlib import Path
 import pytest
 
 import mimkernels
+import mimkernels.nn
 
 PACKAGE = Path(mimkernels.__file__).parent
 CSRC = PACKAGE.parent / "csrc"
 ALLOWED = {
     "ops": {"ops"},
     "nn": {"nn", "ops"},
-    "stats": {"stats", "ops"},
+    "heads": {"heads", "nn", "ops"},
     "models": {"models", "nn", "ops"},
     "data": {"data", "ops"},
     "engine": {"engine", "data", "models", "heads", "nn", "ops"},
     "commands": {"commands", "engine", "data", "models", "heads", "nn", "ops"},
-    "integrations": {"integrations", "models", "nn", "stats", "ops"},
+    "integrations": {"integrations", "models", "nn", "ops"},
 }
 HEAVY = ("triton", "timm", "torchvision", "transformers", "matplotlib", "xformers", "accelerate", "sklearn", "PIL")
 
@@ -57,8 +58,9 @@ def test_sub_packages_import_only_what_is_below_them(part):
 
 
 def test_nobody_imports_the_integrations():
+    # The face shows `accelerate` to type checkers; what it imports when it runs, another test below sees.
     for file in python_files(""):
-        if file.relative_to(PACKAGE).parts[0] != "integrations":
+        if file.relative_to(PACKAGE).parts[0] not in ("integrations", "__init__.py"):
             assert "integrations" not in imported_parts(file), file
 
 
@@ -147,6 +149,19 @@ def test_the_rules_see_every_form_of_import():
     assert imported_parts(Text(probe)) == {"nn", "heads", "", "commands"}
 
 
+@pytest.mark.parametrize(
+    "package, names", [(mimkernels, mimkernels._AT_FIRST_USE), (mimkernels.nn, mimkernels.nn._NEED_TIMM)]
+)
+def test_what_is_imported_at_first_use_is_shown_to_type_checkers(package, names):
+    tree = ast.parse(Path(package.__file__).read_text())
+    blocks = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    imports = [node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom)]
+    origins = {alias.name: node.module for node in imports for alias in node.names}
+    assert origins.keys() == set(names) <= set(package.__all__)
+    for name, module in names.items():
+        assert origins[name] in (module, f"{package.__name__}.{module}") and getattr(package, name)
+
+
 def modules_after(statement: str) -> set[str]:
     code = f"{statement}\nimport sys\nprint(' '.join({{name.partition('.')[0] for name in sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -166,20 +181,80 @@ def includes(folder: str) -> list[tuple[Path, str]]:
     return [(file, name) for file, names in found for name in names]
 
 
+def binds(file: Path) -> bool:
+    """Whether a file of csrc is one of the bindings: csrc/torch and csrc/ops/<op>/bind*."""
+    folder, *_ = file.relative_to(CSRC).parts
+    return folder == "torch" or (folder == "ops" and file.name.startswith("bind"))
+
+
+def is_torch(name: str) -> bool:
+    """Whether an include is a header of torch: csrc has a folder of that name, too."""
+    return bool(re.match(r"(torch|ATen|c10|caffe2)/", name)) and not (CSRC / name).exists()
+
+
 def test_only_the_bindings_include_torch():
-    for folder in sorted(path.name for path in CSRC.iterdir() if path.is_dir() and path.name != "torch"):
-        for file, name in includes(folder):
-            assert not re.match(r"(torch|ATen|c10|caffe2)/|.*/torch/", name), f"{file} includes {name}"
+    for file, name in includes("."):
+        if not binds(file):
+            assert not is_torch(name) and not name.startswith("torch/"), f"{file} includes {name}"
 
 
 def test_the_bindings_use_only_the_stable_abi():
-    for file, name in includes("torch"):
-        if re.match(r"(torch|ATen|c10|caffe2)/", name):
-            stable = ("torch/csrc/stable/", "torch/headeronly/", "torch/csrc/inductor/aoti_torch/c/")
-            assert name.startswith(stable), f"{file} includes {name}"
+    stable = ("torch/csrc/stable/", "torch/headeronly/", "torch/csrc/inductor/aoti_torch/c/")
+    for file, name in includes("."):
+        assert not is_torch(name) or name.startswith(stable), f"{file} includes {name}"
 
 
 def test_shared_and_cpu_sources_need_no_cuda():
     for folder in ("core", "cpu"):
         for file, name in includes(folder):
             assert not name.startswith("cuda"), f"{file} includes {name}"
+    for file, name in includes("ops"):
+        if file.name.startswith("cpu") or file.name in ("params.h", "bind.h", "bind_cpu.cpp"):
+            assert "cuda" not in name, f"{file} includes {name}"
+
+
+COMPANIONS = ("attention_rows", "head_divergence", "received_attention")  # of attention: they share its scores
+OP_FOLDERS = sorted(folder.name for folder in (PACKAGE / "ops").iterdir() if (folder / "api.py").exists())
+
+
+def ops_imported(file: Path) -> set[str]:
+    """Folders of ops that a file of ``mimkernels/ops`` imports, anywhere and in any form."""
+    package = ["mimkernels", *file.relative_to(PACKAGE).parts[:-1]]
+    names = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            origin = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*origin, *filter(None, [node.module])])
+            names += [f"{module}.{alias.name}" for alias in node.names]
+    parts = [name.split(".") for name in names]
+    return {part[2] for part in parts if part[:2] == ["mimkernels", "ops"] and part[2:3] and part[2] in OP_FOLDERS}
+
+
+@pytest.mark.parametrize("op", OP_FOLDERS)
+def test_the_folder_of_an_op_imports_no_other_op(op):
+    """Attention's companions excepted; what several ops share is in ``mimkernels/ops/_*.py``."""
+    allowed = {op, "attention"} if op in COMPANIONS else {op}
+    for file in python_files(f"ops/{op}"):
+        others = ops_imported(file) - allowed
+        assert not others, f"{file} imports {sorted(others)}"
+
+
+def test_what_ops_share_imports_no_op():
+    for file in sorted((PACKAGE / "ops").glob("_[a-z]*.py")):
+        assert not ops_imported(file), f"{file} imports {sorted(ops_imported(file))}"
+
+
+def test_imports_of_other_ops_are_seen_in_every_form():
+    probe = PACKAGE / "ops" / "gather_tokens" / "probe.py"
+
+    class Text(type(probe)):
+        def read_text(self, *args, **kwargs):
+            return (
+                "from mimkernels.ops import bias_gelu, _checks\nfrom ..query_pool.api import query_pool\n"
+                "def f():\n    import mimkernels.ops.random_mask.spec\nfrom .. import reduce_pool\nfrom . import api\n"
+            )
+
+    seen = {"bias_gelu", "query_pool", "random_mask", "reduce_pool", "gather_tokens"}
+    assert ops_imported(Text(probe)) == seen

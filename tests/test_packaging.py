@@ -153,6 +153,8 @@ def tree(tmp_path) -> Path:
     shutil.copytree(ROOT / "mimkernels", tree / "mimkernels", ignore=shutil.ignore_patterns("_lib", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
+    for name in ("benchmarks", "tests"):
+        shutil.copytree(ROOT / name, tree / name, ignore=lambda _, names: {n for n in names if not n.endswith(".py")})
     (tree / "csrc" / "torch").mkdir(parents=True)
     (tree / "csrc" / "torch" / "cpu_library.cpp").write_text(STUB)
     for stale in (
@@ -195,6 +197,17 @@ def files(folder: Path) -> set[str]:
     return {path.name for path in (folder / "mimkernels" / "_lib").iterdir()}
 
 
+def packaged(package: Path) -> set[str]:
+    """The files of a package, without what is built into it."""
+    paths = (path.relative_to(package) for path in package.rglob("*") if path.is_file())
+    return {str(path) for path in paths if path.parts[0] != "_lib" and "__pycache__" not in path.parts}
+
+
+def test_the_package_imports_nothing_of_the_checkout():
+    for path in (ROOT / "mimkernels").rglob("*.py"):
+        assert not re.search(r"^\s*(from|import) (benchmarks|tests)\b", path.read_text(), re.M), path
+
+
 @pytest.mark.slow
 def test_a_wheel_holds_what_was_built_and_nothing_stale(tree):
     done = build_wheel(tree, MIMKERNELS_BUILD="require")
@@ -206,6 +219,8 @@ def test_a_wheel_holds_what_was_built_and_nothing_stale(tree):
     assert (folder / "mimkernels" / "py.typed").exists()
     for room in ("engine", "commands/pretrain", "commands/probe", "commands/demo", "commands/bench"):
         assert list((folder / "mimkernels" / room / "templates").iterdir()), room
+    assert {path.name for path in folder.iterdir()} == {"mimkernels", f"{'-'.join(name.split('-')[:2])}.dist-info"}
+    assert packaged(folder / "mimkernels") == packaged(ROOT / "mimkernels"), "the package, and no tool of the checkout"
     assert build["torch"] == torch.__version__ and build["compiler"] and "portable" in build["isas"]
     state = library_state(folder)
     assert state["loaded"] and state["instruction_set"] == "stub"
@@ -240,6 +255,55 @@ def test_a_compile_error_is_the_reason(tree):
     done = build_wheel(tree)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "this cannot compile" in unpack(tree)[2]["libraries"]["cpu"]["reason"]
+
+
+# Writes down what it is asked, and makes what it is asked for.
+CMAKE = """#!{python}
+import pathlib, sys
+words = sys.argv[1:]
+with open("{log}", "a") as log:
+    print(*words, file=log)
+if words[0] == "-S":
+    folder = pathlib.Path(words[words.index("-B") + 1])
+    (folder / "lib").mkdir(parents=True, exist_ok=True)
+    (folder / "configured.json").write_text('{{"nvcc": "13", "cuda_reason": "", "emulation_reason": ""}}')
+else:
+    name = words[words.index("--target") + 1]
+    pathlib.Path(words[1], "lib", f"lib{{name}}.so").write_text(name)
+"""
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_build_of_what_runs_here_is_completed_by_one_of_everything(tree, gpu):
+    tools, log = tree.parent / "bin", tree.parent / "log"
+    tools.mkdir()
+    smi = "#!/bin/sh\n" + ("echo 'GPU 0: NVIDIA H200'" if gpu else "echo 'No devices were found'; exit 6") + "\n"
+    for name, text in {"cmake": CMAKE.format(python=sys.executable, log=log), "nvidia-smi": smi}.items():
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+
+    def build(*options: str) -> tuple[list[str], dict]:
+        log.write_text("")
+        env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "MIMKERNELS_BUILD": "require"}
+        command = [sys.executable, "setup.py", "-q", "build_native", "--inplace", *options]
+        subprocess.run(command, cwd=tree, env=env, capture_output=True, check=True)
+        report = json.loads((tree / "mimkernels" / "_lib" / "build.json").read_text())
+        return log.read_text().splitlines(), report["libraries"]
+
+    def named(libraries: list[str]) -> set[str]:
+        return {f"libmimkernels_{name}.so" for name in libraries}
+
+    everything = ["cpu", "cuda", "cuda_emulated", "emulation_tests"]
+    runnable = everything[: 2 if gpu else 1]
+    (configured, *targets), libraries = build("--runnable")
+    assert [line.split()[3] for line in targets] == [f"mimkernels_{name}" for name in runnable]
+    assert files(tree) - {"build.json", "libstale.so"} == named(runnable), "no stale library stays"
+    assert [name for name, state in libraries.items() if state["built"]] == runnable
+    assert "make build" in libraries["cuda_emulated"]["remedy"]
+    (again, *targets), libraries = build()
+    assert again == configured.replace("EMULATION=0", "EMULATION=1"), "in the same folder, where what is compiled stays"
+    assert len(targets) == 4 and files(tree) - {"build.json", "libstale.so"} == named(everything)
+    assert all(state["built"] for state in libraries.values())
 
 
 @pytest.mark.slow

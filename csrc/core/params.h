@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "dtype.h"
+#include "core/dtype.h"
 
 namespace mimkernels {
 
@@ -38,7 +38,7 @@ struct BoolMask {
   bool given = false;
 };
 
-// Images [B, C, T, H, W] cut into a row-major grid of patches; the last dim is contiguous.
+// Images [B, C, T, H, W] divided into a row-major grid of patches; the last dim is contiguous.
 // scale and shift [C] are fp32 and given together.
 struct Images {
   const void* data = nullptr;
@@ -61,154 +61,6 @@ struct PatchGrid {
   int64_t patch_t = 1;
   int64_t patch_h = 1;
   int64_t patch_w = 1;
-};
-
-struct RandomMaskParams {
-  uint64_t seed = 0;
-  uint64_t offset = 0;
-  int64_t batch = 0;
-  int64_t tokens = 0;
-  int64_t keep = 0;
-  bool sorted = false;
-  int64_t* ids_shuffle = nullptr;  // [B, N]
-  int64_t* ids_restore = nullptr;  // [B, N]
-  float* mask = nullptr;           // [B, N], 1 = removed
-};
-
-struct MaskFromNoiseParams {
-  const float* noise = nullptr;  // [B, N]
-  int64_t noise_stride = 0;
-  int64_t batch = 0;
-  int64_t tokens = 0;
-  int64_t keep = 0;
-  bool sorted = false;
-  int64_t* ids_shuffle = nullptr;
-  int64_t* ids_restore = nullptr;
-  float* mask = nullptr;
-};
-
-struct GatherTokensFwdParams {
-  DType dtype = DType::kFloat32;
-  int64_t masks = 0;
-  int64_t batch = 0;
-  int64_t tokens = 0;
-  int64_t kept = 0;
-  int64_t num_prefix = 0;
-  int64_t dim = 0;
-  Rows x;               // [B, N, D]
-  Ids ids;              // [M, B, K]
-  Rows pos;             // [N, D]
-  Rows prefix;          // [P, D]
-  void* out = nullptr;  // [M * B, P + K, D]
-};
-
-struct GatherTokensBwdParams {
-  DType dtype = DType::kFloat32;
-  int64_t masks = 0;
-  int64_t batch = 0;
-  int64_t tokens = 0;
-  int64_t kept = 0;
-  int64_t num_prefix = 0;
-  int64_t dim = 0;
-  Rows grad;                // [M * B, P + K, D]
-  Ids ids;                  // [M, B, K]
-  void* dx = nullptr;       // [B, N, D] or null
-  void* dpos = nullptr;     // [N, D] or null
-  void* dprefix = nullptr;  // [P, D] or null
-};
-
-struct PatchifyGatherFwdParams {
-  PatchGrid grid;
-  Images images;
-  DType out_dtype = DType::kFloat32;
-  int64_t masks = 1;
-  int64_t kept = 0;
-  Ids ids;              // [M, B, K]; without ids every patch, in order
-  void* out = nullptr;  // [M * B, K, E]
-};
-
-struct PatchifyGatherBwdParams {
-  PatchGrid grid;
-  DType grad_dtype = DType::kFloat32;
-  DType out_dtype = DType::kFloat32;
-  int64_t masks = 1;
-  int64_t kept = 0;
-  Rows grad;  // [M * B, K, E]
-  Ids ids;
-  bool has_scale = false;
-  const float* scale = nullptr;  // [C]
-  void* dimages = nullptr;       // [B, C, T, H, W]
-};
-
-struct RestoreTokensFwdParams {
-  DType dtype = DType::kFloat32;
-  int64_t batch = 0;
-  int64_t tokens = 0;
-  int64_t kept = 0;
-  int64_t num_prefix = 0;
-  int64_t dim = 0;
-  Rows x;                            // [B, P + K, D]
-  Ids ids_restore;                   // [B, N]
-  const void* mask_token = nullptr;  // [D]
-  Rows pos;                          // [P + N, D]
-  void* out = nullptr;               // [B, P + N, D]
-};
-
-struct RestoreTokensBwdParams {
-  DType dtype = DType::kFloat32;
-  int64_t batch = 0;
-  int64_t tokens = 0;
-  int64_t kept = 0;
-  int64_t num_prefix = 0;
-  int64_t dim = 0;
-  Rows grad;                    // [B, P + N, D]
-  Ids ids_restore;              // [B, N]
-  void* dx = nullptr;           // [B, P + K, D] or null
-  void* dmask_token = nullptr;  // [D] or null
-  void* dpos = nullptr;         // [P + N, D] or null
-};
-
-struct FillMaskTokensFwdParams {
-  DType dtype = DType::kFloat32;
-  int64_t batch = 0;
-  int64_t tokens = 0;
-  int64_t dim = 0;
-  Rows x;                            // [B, N, D]
-  BoolMask mask;                     // [B, N], true = replaced
-  const void* mask_token = nullptr;  // [D]
-  void* out = nullptr;               // [B, N, D]
-};
-
-struct FillMaskTokensBwdParams {
-  DType dtype = DType::kFloat32;
-  int64_t batch = 0;
-  int64_t tokens = 0;
-  int64_t dim = 0;
-  Rows grad;  // [B, N, D]
-  BoolMask mask;
-  void* dx = nullptr;           // [B, N, D] or null
-  void* dmask_token = nullptr;  // [D] or null
-};
-
-enum class LossKind : int32_t { kMse = 0, kL1 = 1, kSmoothL1 = 2 };
-
-struct MaskedPatchLossParams {
-  PatchGrid grid;
-  Images images;
-  DType dtype = DType::kFloat32;  // of pred and dpred
-  Rows pred;                      // [B, L, E]
-  int64_t length = 0;             // L
-  Ids ids;                        // [B, L] with stride0 = 0, or, given instead:
-  BoolMask mask;                  // [B, L = N], true = counted
-  bool norm_pix = false;
-  LossKind kind = LossKind::kMse;
-  float beta = 1.0f;
-  bool channels_last = true;
-  bool mean = true;
-  float* loss = nullptr;        // forward: [B, L], or [1] if mean
-  const float* grad = nullptr;  // backward: [B, L] by the strides below, or [1] if mean
-  int64_t grad_strides[2] = {0, 0};
-  void* dpred = nullptr;  // backward: [B, L, E]
 };
 
 }  // namespace mimkernels

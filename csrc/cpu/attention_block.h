@@ -1,9 +1,9 @@
-// What the attention kernels share: how work is cut, scratch memory, score rows with bias and
+// What the attention kernels share: how work is split, scratch memory, score rows with bias and
 // masks, distances between tokens.
 #pragma once
 
-#include "../core/attention.h"
-#include "attention_tile.h"
+#include "core/attention.h"
+#include "cpu/attention_tile.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 
@@ -34,7 +34,7 @@ struct KeyBlocks {
   int64_t length(int64_t block) const { return min_of(size, count - block * size); }
 };
 
-// Into how many chunks the rows of one head are cut so that few heads still feed many threads.
+// Into how many chunks the rows of one head are split so that few heads still feed many threads.
 // Depends on the shape alone: results must not depend on the number of threads.
 MIMKERNELS_INLINE int64_t row_chunks(int64_t heads, int64_t rows, int64_t least_rows,
                                      int64_t tasks) {

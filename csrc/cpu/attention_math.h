@@ -6,7 +6,7 @@
 
 #include <cmath>
 
-#include "vec.h"
+#include "cpu/vec.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 

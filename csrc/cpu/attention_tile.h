@@ -6,8 +6,8 @@
 // columns fit. Rows of C live in row buffers, a fixed stride apart.
 #pragma once
 
-#include "attention_operand.h"
-#include "rows.h"
+#include "cpu/attention_operand.h"
+#include "cpu/rows.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 

@@ -1,6 +1,6 @@
 // Chooses the instruction set at run time. The only file here that is compiled once, for the
 // baseline CPU.
-#include "dispatch.h"
+#include "cpu/dispatch.h"
 
 #include <cstdlib>
 #include <stdexcept>
@@ -23,9 +23,12 @@ extern const CpuKernels kernel_table;
 }
 #endif
 #if defined(MIMKERNELS_HAVE_AVX2_BF16)
+// Defined are attention_fwd and attention_bwd alone.
 namespace avx2_bf16 {
-Status attention_fwd(const AttentionFwdParams& params, ParallelFor parallel_for);
-Status attention_bwd(const AttentionBwdParams& params, ParallelFor parallel_for);
+#define MIMKERNELS_KERNEL(op, pass, Params, key) \
+  Status op##_##pass(const Params& params, ParallelFor parallel_for);
+#include "kernels.def"
+#undef MIMKERNELS_KERNEL
 }  // namespace avx2_bf16
 #endif
 

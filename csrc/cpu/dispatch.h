@@ -1,40 +1,20 @@
 // One set of CPU kernels per instruction set, chosen once per process.
 #pragma once
 
-#include "../core/attention.h"
-#include "../core/gelu.h"
-#include "../core/parallel.h"
-#include "../core/params.h"
-#include "../core/pool.h"
-#include "../core/status.h"
+#include "core/parallel.h"
+#include "core/status.h"
 
 namespace mimkernels {
 
+#define MIMKERNELS_KERNEL(op, pass, Params, key) struct Params;
+#include "kernels.def"
+#undef MIMKERNELS_KERNEL
+
 struct CpuKernels {
   const char* isa;
-  Status (*random_mask_fwd)(const RandomMaskParams&, ParallelFor);
-  Status (*mask_from_noise_fwd)(const MaskFromNoiseParams&, ParallelFor);
-  Status (*gather_tokens_fwd)(const GatherTokensFwdParams&, ParallelFor);
-  Status (*gather_tokens_bwd)(const GatherTokensBwdParams&, ParallelFor);
-  Status (*patchify_gather_fwd)(const PatchifyGatherFwdParams&, ParallelFor);
-  Status (*patchify_gather_bwd)(const PatchifyGatherBwdParams&, ParallelFor);
-  Status (*restore_tokens_fwd)(const RestoreTokensFwdParams&, ParallelFor);
-  Status (*restore_tokens_bwd)(const RestoreTokensBwdParams&, ParallelFor);
-  Status (*fill_mask_tokens_fwd)(const FillMaskTokensFwdParams&, ParallelFor);
-  Status (*fill_mask_tokens_bwd)(const FillMaskTokensBwdParams&, ParallelFor);
-  Status (*masked_patch_loss_fwd)(const MaskedPatchLossParams&, ParallelFor);
-  Status (*masked_patch_loss_bwd)(const MaskedPatchLossParams&, ParallelFor);
-  Status (*bias_gelu_fwd)(const BiasGeluFwdParams&, ParallelFor);
-  Status (*bias_gelu_bwd)(const BiasGeluBwdParams&, ParallelFor);
-  Status (*attention_fwd)(const AttentionFwdParams&, ParallelFor);
-  Status (*attention_coef)(const AttentionCoefParams&, ParallelFor);
-  Status (*attention_bwd)(const AttentionBwdParams&, ParallelFor);
-  Status (*received_attention_fwd)(const ReceivedAttentionParams&, ParallelFor);
-  Status (*head_divergence_fwd)(const HeadDivergenceParams&, ParallelFor);
-  Status (*token_pool_fwd)(const TokenPoolFwdParams&, ParallelFor);
-  Status (*token_pool_bwd)(const TokenPoolBwdParams&, ParallelFor);
-  Status (*reduce_pool_fwd)(const ReducePoolParams&, ParallelFor);
-  Status (*reduce_pool_bwd)(const ReducePoolParams&, ParallelFor);
+#define MIMKERNELS_KERNEL(op, pass, Params, key) Status (*op##_##pass)(const Params&, ParallelFor);
+#include "kernels.def"
+#undef MIMKERNELS_KERNEL
 };
 
 // The best set this CPU runs, or the one MIMKERNELS_CPU_ISA names. Throws std::invalid_argument

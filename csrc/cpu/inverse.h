@@ -1,7 +1,7 @@
 // The inverse of ids: for every token, the rows that were gathered from it.
 #pragma once
 
-#include "rows.h"
+#include "cpu/rows.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 

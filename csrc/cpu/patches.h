@@ -1,7 +1,7 @@
 // Patches of images: reading one as a row of pixels, in fp32 arithmetic.
 #pragma once
 
-#include "rows.h"
+#include "cpu/rows.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 

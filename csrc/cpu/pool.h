@@ -2,9 +2,9 @@
 // and the three products of a block with a few vectors.
 #pragma once
 
-#include "../core/pool.h"
-#include "attention_math.h"
-#include "rows.h"
+#include "core/token_pool.h"
+#include "cpu/attention_math.h"
+#include "cpu/rows.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 

@@ -1,7 +1,7 @@
 // Ranks of 32-bit keys, ties by index: what an argsort of an argsort gives, without the argsorts.
 #pragma once
 
-#include "rows.h"
+#include "cpu/rows.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 

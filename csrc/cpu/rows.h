@@ -3,11 +3,11 @@
 
 #include <cstdlib>
 
-#include "../core/dtype.h"
-#include "../core/parallel.h"
-#include "../core/params.h"
-#include "../core/status.h"
-#include "vec.h"
+#include "core/dtype.h"
+#include "core/parallel.h"
+#include "core/params.h"
+#include "core/status.h"
+#include "cpu/vec.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 
@@ -222,67 +222,73 @@ MIMKERNELS_INLINE void round_acc(T* dst, const float* acc, int64_t n) {
   if (i < n) store_some<16>(dst + i, load_some<16>(acc + i, n - i), n - i);
 }
 
-// Sums many rows into one in a fixed order: runs of kStep rows, runs of kStep such runs, and so on,
-// so that the rounding error grows with the logarithm of the count, like torch's own sum. Works on
-// a tile of at most kTile columns; levels are assigned on first use and never need zeroing.
+// sums[l] += value[l], in double.
+template <int L>
+MIMKERNELS_INLINE void add_lanes(double* sums, typename VecTypes<L>::F value) {
+  constexpr int H = L / 2;  // as many doubles as fill a register
+  typename VecTypes<H>::F halves[2];
+  memcpy(halves, &value, sizeof(value));
+  MIMKERNELS_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    typename VecTypes<H>::D sum;
+    memcpy(&sum, sums + h * H, sizeof(sum));
+    sum += __builtin_convertvector(halves[h], typename VecTypes<H>::D);
+    memcpy(sums + h * H, &sum, sizeof(sum));
+  }
+}
+
+// sums += row, in double, of a row of any float type or of sums.
+template <typename T>
+MIMKERNELS_INLINE void add_to_sums(double* sums, const T* row, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) add_lanes<kLanes>(sums + i, load_part<kLanes>(row + i));
+  if (i == n) return;
+  alignas(64) float rest[kLanes];
+  store<kLanes>(rest, load_some<kLanes>(row + i, n - i));
+  for (int64_t l = 0; i + l < n; ++l) sums[i + l] += static_cast<double>(rest[l]);
+}
+
+MIMKERNELS_INLINE void add_to_sums(double* sums, const double* row, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) sums[i] += row[i];
+}
+
+// row = sums, through fp32.
+template <bool kStream, typename T>
+MIMKERNELS_INLINE void round_sums(T* row, const double* sums, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) {
+    alignas(64) float part[16] = {};
+    const int64_t lanes = min_of(16, n - i);
+    for (int64_t l = 0; l < lanes; ++l) part[l] = static_cast<float>(sums[i + l]);
+    if (lanes == 16) {
+      put<kStream>(row + i, load<16>(part));
+    } else {
+      store_some<16>(row + i, load<16>(part), lanes);
+    }
+  }
+}
+
+// Sums rows into one, a tile of at most kTile columns at a time. In double: what remains of a sum
+// of numbers that cancel is as exact as any other, however many they are.
 class RowSum {
  public:
   static constexpr int64_t kTile = 1024;
-  static constexpr int kLevels = 4;
-  static constexpr int kShift = 4;
 
-  MIMKERNELS_INLINE void reset() { count_ = 0; }
+  MIMKERNELS_INLINE void reset(int64_t n) {
+    for (int64_t i = 0; i < n; ++i) sums_[i] = 0.0;
+  }
 
   template <typename T>
   MIMKERNELS_INLINE void add(const T* row, int64_t n) {
-    if ((count_ & kMask) == 0) {
-      set_acc(level_[0], row, n);
-    } else {
-      add_to_acc(level_[0], row, n);
-    }
-    ++count_;
-    int64_t runs = count_;
-    for (int l = 0; l + 1 < kLevels && (runs & kMask) == 0; ++l) {
-      runs >>= kShift;
-      // This is run number `runs` of level l; it opens a run of the next level if it is its first.
-      const bool opens = l + 2 < kLevels ? ((runs - 1) & kMask) == 0 : runs == 1;
-      if (opens) {
-        set_acc(level_[l + 1], level_[l], n);
-      } else {
-        add_to_acc(level_[l + 1], level_[l], n);
-      }
-    }
+    add_to_sums(sums_, row, n);
   }
 
-  // The total in fp32, in a buffer of this object.
-  MIMKERNELS_INLINE const float* total(int64_t n) {
-    float* sum = nullptr;
-    int64_t runs = count_;
-    for (int l = 0; l < kLevels; ++l) {
-      const bool open = l + 1 < kLevels ? (runs & kMask) != 0 : runs != 0;
-      if (open) {
-        if (sum == nullptr) {
-          sum = level_[l];
-        } else {
-          add_to_acc(sum, level_[l], n);
-        }
-      }
-      runs >>= kShift;
-    }
-    if (sum == nullptr) {
-      sum = level_[0];
-      for (int64_t i = 0; i < n; ++i) sum[i] = 0.0f;
-    }
-    return sum;
-  }
+  MIMKERNELS_INLINE const double* total() const { return sums_; }
 
  private:
-  static constexpr int64_t kMask = (int64_t{1} << kShift) - 1;
-  alignas(64) float level_[kLevels][kTile];
-  int64_t count_ = 0;
+  alignas(64) double sums_[kTile];
 };
 
-// out[o, :] = the sum over i < count of row_at(o, i), a null row counting as zeros. Cut into chunks
+// out[o, :] = the sum over i < count of row_at(o, i), a null row counting as zeros. Split into chunks
 // that depend on the shape alone, so that few outputs over many rows still use every thread and the
 // bits do not depend on how many there are.
 template <typename T, typename In, typename RowAt>
@@ -293,7 +299,7 @@ MIMKERNELS_INLINE Status sum_rows(ParallelFor parallel_for, int64_t outputs, int
   const int64_t wanted = outputs >= 64 ? 1 : ceil_div(64, max_of(outputs, 1));
   const int64_t chunks = max_of(1, min_of(wanted, count / 32));
   const int64_t chunk = ceil_div(count, chunks);
-  Scratch<float> partial(chunks > 1 ? chunks * outputs : 0, dim);
+  Scratch<double> partial(chunks > 1 ? chunks * outputs : 0, dim);
   if (partial.failed()) return out_of_memory();
   const int64_t chunk_bytes = chunk * min_of(dim, kTile) * static_cast<int64_t>(sizeof(In));
   run_parallel(parallel_for, outputs * chunks * tiles, grain_for(chunk_bytes),
@@ -305,31 +311,32 @@ MIMKERNELS_INLINE Status sum_rows(ParallelFor parallel_for, int64_t outputs, int
                    const int64_t c = task / tiles % chunks;
                    const int64_t o = task / tiles / chunks;
                    const int64_t stop = min_of(count, (c + 1) * chunk);
-                   sum.reset();
+                   sum.reset(n);
                    for (int64_t i = c * chunk; i < stop; ++i) {
                      const In* row = row_at(o, i);
                      if (row != nullptr) sum.add(row + at, n);
                    }
                    if (chunks > 1) {
-                     set_acc(partial.get() + (c * outputs + o) * dim + at, sum.total(n), n);
+                     memcpy(partial.get() + (c * outputs + o) * dim + at, sum.total(),
+                            static_cast<size_t>(n) * sizeof(double));
                    } else {
-                     round_acc<false>(out + o * dim + at, sum.total(n), n);
+                     round_sums<false>(out + o * dim + at, sum.total(), n);
                    }
                  }
                });
   if (chunks == 1) return Status{};
-  run_parallel(parallel_for, outputs * tiles, grain_for(chunks * min_of(dim, kTile) * 4),
+  run_parallel(parallel_for, outputs * tiles, grain_for(chunks * min_of(dim, kTile) * 8),
                [&](int64_t begin, int64_t end) {
                  RowSum sum;
                  for (int64_t task = begin; task < end; ++task) {
                    const int64_t at = (task % tiles) * kTile;
                    const int64_t n = min_of(kTile, dim - at);
                    const int64_t o = task / tiles;
-                   sum.reset();
+                   sum.reset(n);
                    for (int64_t c = 0; c < chunks; ++c) {
                      sum.add(partial.get() + (c * outputs + o) * dim + at, n);
                    }
-                   round_acc<false>(out + o * dim + at, sum.total(n), n);
+                   round_sums<false>(out + o * dim + at, sum.total(), n);
                  }
                });
   return Status{};

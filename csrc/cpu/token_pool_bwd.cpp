@@ -1,7 +1,10 @@
-// Gradients of query_pool and weighted_pool. With da[b, g, n] = dout[b, g] . values[b, n] +
-// dweights and ds = a * (da - sum over n of a * da), or da itself for weights used as given:
-// dvalues[b, n, :] = sum over g of a * dout, dx[b, n, :] = scale * sum over g of ds * queries[g],
-// dqueries[g, :] = scale * sum over (b,) n of ds * x, dscores = ds.
+// query_pool and weighted_pool, backward:
+//   da[b, g, n] = dout[b, g] . values[b, n] + dweights[b, g, n]
+//   ds = a * (da - sum over n of a * da), or da itself for weights used as given
+//   dvalues[b, n, :] = sum over g of a * dout
+//   dx[b, n, :] = scale * sum over g of ds * queries[g]
+//   dqueries[g, :] = scale * sum over (b,) n of ds * x
+//   dscores = ds
 //
 // in:       dout [B, G, Dv] (or slices), x [B, N, D], queries [B, G, D], values [B, N, Dv] by
 //           strides, last dim contiguous; weights fp32 [B, G, N]; mask [B, N] or null
@@ -10,8 +13,8 @@
 // numerics: fp32, rounded once; sums over tokens in blocks of 8, over chunks and images in a fixed
 //           order that depends on sizes alone
 // cost:     values read once for da, x once more (from cache) for dqueries; gradients written once
-#include "kernels.h"
-#include "pool.h"
+#include "cpu/pool.h"
+#include "cpu/token_pool.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {

@@ -1,5 +1,6 @@
-// query_pool and weighted_pool: out[b, g, :] = sum over allowed tokens n of a[b, g, n] * values[b,
-// n, :], a the softmax of scale * queries[g] . x[n] or of given scores, or the scores as they are.
+// query_pool and weighted_pool, forward:
+//   out[b, g, :] = sum over allowed tokens n of a[b, g, n] * values[b, n, :]
+// with a the softmax of scale * queries[g] . x[n] or of given scores, or the scores as they are.
 //
 // in:       x [B, N, D], queries [B, G, D], scores [B, G, N], values [B, N, Dv] by strides, last
 //           dim contiguous; mask [B, N] or null
@@ -8,13 +9,13 @@
 // numerics: fp32; softmax online over blocks of 8 tokens; out rounded once. An image's chunks are
 //           combined in order; their number depends on sizes alone
 // cost:     x and values read once, excluded tokens not at all; weights written twice
-#include "kernels.h"
-#include "pool.h"
+#include "cpu/pool.h"
+#include "cpu/token_pool.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {
 
-// Columns of the sums of one image: G rows of values, or one row cut into G slices.
+// Columns of the sums of one image: G rows of values, or one row of G slices.
 int64_t sum_columns(const TokenPoolFwdParams& p) { return p.sliced ? p.width : p.groups * p.width; }
 
 // The sums over one chunk: acc [G, columns], and of each row of scores the largest and the sum of

@@ -6,7 +6,7 @@
 // other side.
 #pragma once
 
-#include "cuda/attention_cut.h"
+#include "cuda/attention_tiling.h"
 #include "cuda/device.cuh"
 #include "cuda/vector.cuh"
 
@@ -41,7 +41,9 @@ struct RowShape {
   int stride = 0;
 
   explicit RowShape(int64_t dim)
-      : steps(cut_up(dim, kStep<T>)), chunks(2 * steps), stride(row_stride<T>(steps * kStep<T>)) {}
+      : steps(int_ceil_div(dim, kStep<T>)),
+        chunks(2 * steps),
+        stride(row_stride<T>(steps * kStep<T>)) {}
 };
 
 // Exponents of 16-bit inputs are base 2, with log2(e) in the factor of the scores; those of fp32
@@ -64,13 +66,13 @@ __device__ __forceinline__ float power(float t) {
 
 // A sum of the four lanes of a row, in all of them.
 __device__ __forceinline__ float add_quad(float x) {
-  x += __shfl_xor_sync(kAll, x, 1);
-  return x + __shfl_xor_sync(kAll, x, 2);
+  x += __shfl_xor_sync(kWarpMask, x, 1);
+  return x + __shfl_xor_sync(kWarpMask, x, 2);
 }
 
 __device__ __forceinline__ float max_quad(float x) {
-  x = fmaxf(x, __shfl_xor_sync(kAll, x, 1));
-  return fmaxf(x, __shfl_xor_sync(kAll, x, 2));
+  x = fmaxf(x, __shfl_xor_sync(kWarpMask, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kWarpMask, x, 2));
 }
 
 // ---- rows ----
@@ -113,14 +115,14 @@ struct WarpPlace {
   int first = 0;  // token of the strip
   bool busy = false;
 
-  __device__ __forceinline__ WarpPlace(const StripCut& cut, int all_heads, int tokens) {
+  __device__ __forceinline__ WarpPlace(const StripTiling& tiling, int all_heads, int tokens) {
     const int block = static_cast<int>(blockIdx.x);
     const int warp = static_cast<int>(threadIdx.x) / kWarp;
-    first_head = block / cut.row_blocks * cut.heads;
-    local_head = warp / cut.strips;
+    first_head = block / tiling.row_blocks * tiling.heads;
+    local_head = warp / tiling.strips;
     head = first_head + local_head;
-    first = (block % cut.row_blocks * cut.strips + warp % cut.strips) * kStrip;
-    busy = local_head < cut.heads && head < all_heads && first < tokens;
+    first = (block % tiling.row_blocks * tiling.strips + warp % tiling.strips) * kStrip;
+    busy = local_head < tiling.heads && head < all_heads && first < tokens;
   }
 };
 
@@ -140,15 +142,15 @@ __device__ __forceinline__ void load_strip(T* to, int stride, int chunks, const 
 // A tile of every head of the block, by all threads.
 template <typename T>
 __device__ __forceinline__ void load_tile(T* to, int stride, int chunks, const HeadRows& rows,
-                                          int images, int heads, const StripCut& cut,
+                                          int images, int heads, const StripTiling& tiling,
                                           int first_head, int tile, int tokens, int dim,
                                           bool aligned) {
-  const int first = tile * cut.tile;
-  for (int i = 0; i < cut.heads && first_head + i < images * heads; ++i) {
+  const int first = tile * tiling.tile;
+  for (int i = 0; i < tiling.heads && first_head + i < images * heads; ++i) {
     const int b = (first_head + i) / heads;
     const int h = (first_head + i) % heads;
-    load_rows(to + i * cut.tile * stride, stride, chunks, head_at<T>(rows, b, h, first),
-              rows.stride_token, cut.tile, tokens - first, dim, aligned,
+    load_rows(to + i * tiling.tile * stride, stride, chunks, head_at<T>(rows, b, h, first),
+              rows.stride_token, tiling.tile, tokens - first, dim, aligned,
               static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
   }
 }
@@ -263,8 +265,8 @@ __device__ __forceinline__ void add_weighted(float (&acc)[TILES][4], const float
       float lower[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        upper[i] = __shfl_sync(kAll, w[i / 2][i % 2], lane / 4 * 4 + t);
-        lower[i] = __shfl_sync(kAll, w[i / 2][2 + i % 2], lane / 4 * 4 + t);
+        upper[i] = __shfl_sync(kWarpMask, w[i / 2][i % 2], lane / 4 * 4 + t);
+        lower[i] = __shfl_sync(kWarpMask, w[i / 2][2 + i % 2], lane / 4 * 4 + t);
       }
       const float* const first = rows + 2 * t * stride + lane % 4 * 4;
 #pragma unroll

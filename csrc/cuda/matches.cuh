@@ -18,7 +18,7 @@ __device__ __forceinline__ void for_each_match(const Ids& ids, int64_t masks, in
 #pragma unroll 2
     for (int64_t start = 0; start < kept; start += kWarp) {
       const bool match = start + lane < kept && __ldg(row + start + lane) == n;
-      unsigned left = __ballot_sync(kAll, match);
+      unsigned left = __ballot_sync(kWarpMask, match);
       while (left != 0) {
         found(m, start + __ffs(static_cast<int>(left)) - 1);
         left &= left - 1;

@@ -99,7 +99,7 @@ __device__ __forceinline__ Pixel pixel_at(const Images& images, const PatchLayou
           static_cast<int>(channel)};
 }
 
-// Whether runs of `vec` pixels, cut from the rows of patches, all start on their own size or on 16
+// Whether runs of `vec` pixels, taken from the rows of patches, all start on their own size or on 16
 // bytes, whichever is less.
 inline bool runs_aligned(const Images& images, const PatchGrid& grid, int64_t size, int64_t vec) {
   const int64_t bytes = size * vec < 16 ? size * vec : 16;

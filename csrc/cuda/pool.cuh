@@ -2,7 +2,7 @@
 // warps of a block split an image's tokens.
 #pragma once
 
-#include "core/pool.h"
+#include "core/token_pool.h"
 #include "cuda/rows.cuh"
 
 namespace mimkernels::cuda {
@@ -62,7 +62,7 @@ __device__ __forceinline__ float add_dot(float sum, Word<T, VEC> a, Word<T, VEC>
 __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
   for (int step = kWarp / 2; step > 0; step /= 2) {
-    x = fmaxf(x, __shfl_xor_sync(kAll, x, step));
+    x = fmaxf(x, __shfl_xor_sync(kWarpMask, x, step));
   }
   return x;
 }

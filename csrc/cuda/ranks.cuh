@@ -3,7 +3,6 @@
 #pragma once
 
 #include "cuda/device.cuh"
-#include "cuda/masks.h"
 #include "cuda/vector.cuh"
 
 namespace mimkernels::cuda {
@@ -11,6 +10,9 @@ namespace mimkernels::cuda {
 // Sorts after every key, or beside the largest, but with a higher index.
 constexpr uint32_t kPadding = 0xffffffffu;
 constexpr int kMostThreads = 1024;
+// Tokens that the kernels rank at most: one row of keys in 32 KiB of shared memory, compared with
+// itself, beyond which a sort wins.
+constexpr int64_t kMostRankedTokens = 8192;
 
 struct MaskTensors {
   int64_t* ids_shuffle = nullptr;
@@ -47,8 +49,8 @@ __device__ __forceinline__ int rank_in(const uint32_t* keys, int padded, int fir
 // out:      ids_shuffle, ids_restore int64 and mask fp32 [B, N]; every element written exactly once
 // numerics: integers
 // bounds:   the tail of the tokens is masked; ranks lie in [0, N) by construction; offsets are
-// int64 cost:     N^2 comparisons per image, four per 16-byte read of shared memory; keys made once
-// per
+//           int64
+// cost:     N^2 comparisons per image, four per 16-byte read of shared memory; keys made once per
 //           chunk and never stored; 4 * (N + 31) bytes of shared memory and 128 more; no sort, no
 //           atomics, deterministic
 template <typename Fill>
@@ -77,7 +79,7 @@ __global__ void __launch_bounds__(kMostThreads)
       int64_t place = first < padded ? rank_in(keys, padded, first, lane) : 0;
       const bool kept = inside && place < keep;
       if (sorted) {
-        const unsigned warp_kept = __ballot_sync(kAll, kept);
+        const unsigned warp_kept = __ballot_sync(kWarpMask, kept);
         if (lane == 0) {
           kept_in_warp[warp] = __popc(warp_kept);
         }

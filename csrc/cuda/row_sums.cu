@@ -7,30 +7,30 @@
 namespace mimkernels::cuda {
 namespace {
 
-// Blocks that fill a large device: the images are cut into slices until there are as many. A
+// Blocks that fill a large device: the images are split into slices until there are as many. A
 // constant, so that the order of a sum depends on the shape alone.
 constexpr int64_t kBlocks = 512;
 // Up to this many parts, one thread adds them all.
 constexpr int64_t kFewParts = 32;
 
-// How the sums are cut: `slices` of the images, each summed by blocks of one row per warp.
-struct Cut {
+// How the sums are split: `slices` of the images, each summed by blocks of one row per warp.
+struct SumTiling {
   int64_t row_blocks = 0;
   int64_t per_slice = 0;
   int64_t slices = 0;
 };
 
-Cut cut_of(const RowSumsParams& p) {
-  Cut cut;
-  cut.row_blocks = ceil_div(p.rows, kWarps);
+SumTiling tiling_of(const RowSumsParams& p) {
+  SumTiling tiling;
+  tiling.row_blocks = ceil_div(p.rows, kWarps);
   const int64_t chunks = ceil_div(p.dim * element_size(p.dtype), 16 * kWarp);
   if (p.images * p.rows * p.dim == 0) {
-    return cut;
+    return tiling;
   }
-  const int64_t wanted = ceil_div(kBlocks, cut.row_blocks * chunks);
-  cut.per_slice = ceil_div(p.images, wanted < p.images ? wanted : p.images);
-  cut.slices = ceil_div(p.images, cut.per_slice);
-  return cut;
+  const int64_t wanted = ceil_div(kBlocks, tiling.row_blocks * chunks);
+  tiling.per_slice = ceil_div(p.images, wanted < p.images ? wanted : p.images);
+  tiling.slices = ceil_div(p.images, tiling.per_slice);
+  return tiling;
 }
 
 // grid:     (row blocks and chunks, slices) of 256 threads: a warp owns 32 vectors of one row of
@@ -169,14 +169,15 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, int VEC>
-cudaError_t sum_slices(const RowSumsParams& p, const Cut& cut, float* all, float* masked,
+cudaError_t sum_slices(const RowSumsParams& p, const SumTiling& tiling, float* all, float* masked,
                        cudaStream_t stream) {
   const int vectors = static_cast<int>(p.dim / VEC);
   const int chunks = static_cast<int>(ceil_div(vectors, kWarp));
-  const dim3 blocks(blocks_for(cut.row_blocks * chunks, 1), static_cast<unsigned>(cut.slices));
+  const dim3 blocks(blocks_for(tiling.row_blocks * chunks, 1),
+                    static_cast<unsigned>(tiling.slices));
   const int shared = masked == nullptr ? 0 : kThreads * VEC * static_cast<int>(sizeof(float));
   return launch(row_sums_kernel<T, VEC>, blocks, kThreads, shared, stream, p, all, masked,
-                cut.row_blocks, cut.per_slice, vectors, chunks);
+                tiling.row_blocks, tiling.per_slice, vectors, chunks);
 }
 
 }  // namespace
@@ -196,10 +197,10 @@ cudaError_t sum_partials(DType dtype, const float* partial, int64_t parts, int64
 }
 
 int64_t row_sums_workspace(const RowSumsParams& p) {
-  const Cut cut = cut_of(p);
+  const SumTiling tiling = tiling_of(p);
   const int64_t rows =
-      (p.dall != nullptr ? p.rows : 0) + (p.dmasked != nullptr ? cut.row_blocks : 0);
-  return cut.slices * rows * p.dim;
+      (p.dall != nullptr ? p.rows : 0) + (p.dmasked != nullptr ? tiling.row_blocks : 0);
+  return tiling.slices * rows * p.dim;
 }
 
 cudaError_t row_sums(const RowSumsParams& p, float* workspace, cudaStream_t stream) {
@@ -209,18 +210,18 @@ cudaError_t row_sums(const RowSumsParams& p, float* workspace, cudaStream_t stre
   if (p.dx == nullptr && p.dmasked == nullptr && p.dall == nullptr) {
     return cudaSuccess;
   }
-  const Cut cut = cut_of(p);
+  const SumTiling tiling = tiling_of(p);
   float* const all = p.dall == nullptr ? nullptr : workspace;
   float* const masked = p.dmasked == nullptr
                             ? nullptr
-                            : workspace + (all == nullptr ? 0 : cut.slices * p.rows * p.dim);
-  if (cut.slices > 0) {
+                            : workspace + (all == nullptr ? 0 : tiling.slices * p.rows * p.dim);
+  if (tiling.slices > 0) {
     const cudaError_t error = with_float_type(p.dtype, [&](auto type) {
       using T = decltype(type);
       const bool aligned =
           rows_aligned(p.grad, p.dim, p.dtype) && rows_aligned({p.dx, 0, 0}, p.dim, p.dtype);
-      return aligned ? sum_slices<T, 16 / sizeof(T)>(p, cut, all, masked, stream)
-                     : sum_slices<T, 1>(p, cut, all, masked, stream);
+      return aligned ? sum_slices<T, 16 / sizeof(T)>(p, tiling, all, masked, stream)
+                     : sum_slices<T, 1>(p, tiling, all, masked, stream);
     });
     if (error != cudaSuccess) {
       return error;
@@ -228,7 +229,7 @@ cudaError_t row_sums(const RowSumsParams& p, float* workspace, cudaStream_t stre
   }
   if (p.dall != nullptr) {
     const cudaError_t error =
-        sum_partials(p.dtype, all, cut.slices, p.rows * p.dim, p.dall, stream);
+        sum_partials(p.dtype, all, tiling.slices, p.rows * p.dim, p.dall, stream);
     if (error != cudaSuccess) {
       return error;
     }
@@ -236,7 +237,7 @@ cudaError_t row_sums(const RowSumsParams& p, float* workspace, cudaStream_t stre
   if (p.dmasked == nullptr) {
     return cudaSuccess;
   }
-  return sum_partials(p.dtype, masked, cut.slices * cut.row_blocks, p.dim, p.dmasked, stream);
+  return sum_partials(p.dtype, masked, tiling.slices * tiling.row_blocks, p.dim, p.dmasked, stream);
 }
 
 }  // namespace mimkernels::cuda

@@ -4,6 +4,7 @@
 
 #include <limits>
 
+#include "core/params.h"
 #include "cuda/device.cuh"
 #include "cuda/vector.cuh"
 

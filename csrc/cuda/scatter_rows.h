@@ -21,7 +21,7 @@ struct ScatterRowsParams {
   // The first targets of an image that take grad[b, j] as it is; target `copied` + n is token n.
   int64_t copied = 0;
   // The result as images, one target per patch, E elements each. Tokens [B, N, D] are images of N
-  // rows and D columns, cut into patches of one row.
+  // rows and D columns, divided into patches of one row.
   PatchGrid grid;
   bool has_scale = false;
   const float* scale = nullptr;  // [C]

@@ -1,6 +1,6 @@
-#include "cuda/pool.h"
 #include "cuda/row_sums.h"
 #include "cuda/rows.cuh"
+#include "cuda/token_pool.h"
 #include "cuda/token_products.h"
 
 namespace mimkernels::cuda {

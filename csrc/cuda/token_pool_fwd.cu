@@ -1,7 +1,7 @@
 #include "cuda/device.cuh"
 #include "cuda/pool.cuh"
-#include "cuda/pool.h"
-#include "cuda/pool_cut.h"
+#include "cuda/token_pool.h"
+#include "cuda/token_pool_tiling.h"
 #include "cuda/token_products.h"
 
 namespace mimkernels::cuda {
@@ -24,7 +24,7 @@ constexpr bool sums_fit(int64_t size, int64_t words, int64_t groups) {
          (size == 4 || groups == 1 || words < kMostWords);
 }
 constexpr int kPoolThreads = kPoolWarps * kWarp;
-// Blocks that fill a large device: images are cut into chunks until there are as many, of no fewer
+// Blocks that fill a large device: images are split into chunks until there are as many, of no fewer
 // than 32 tokens. Constants, so that the order of a sum depends on the shape alone.
 constexpr int64_t kBlocksWanted = 512;
 constexpr int64_t kLeastChunk = 32;
@@ -68,8 +68,7 @@ OnePass one_pass_of(const TokenPoolFwdParams& p) {
 }
 
 // grid:     blocks of 128 threads; a block owns one chunk of the tokens of an image, its warps
-// every
-//           fourth pair of them; then loops
+//           every fourth pair of them; then loops
 // in:       x [B, N, D], queries [B, G, D] by stride, last stride 1; mask bool [B, N] by stride, or
 //           none
 // out:      scores fp32 [B, G, N], -inf where a token is not allowed; sums fp32 [B, G, chunks, D],
@@ -78,8 +77,7 @@ OnePass one_pass_of(const TokenPoolFwdParams& p) {
 // numerics: fp32, online softmax; each warp's tokens in order, then the warps
 // bounds:   tails and tokens that are not allowed read as zeros; offsets are int64
 // cost:     x read once, PAIR * WORDS independent loads in flight per thread; queries, and the sums
-// of
-//           one query at a time, in shared memory; no atomics, deterministic
+//           of one query at a time, in shared memory; no atomics, deterministic
 template <typename T, int WORDS, int GROUPS>
 __global__ void __launch_bounds__(kPoolThreads, 2)
     pool_chunk_kernel(TokenPoolFwdParams p, AllowedTokens allowed, OnePass pass, float* sums,

@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int i = 0; i < kTokens; ++i) {
 #pragma unroll
         for (int j = 0; j < GROUPS; ++j) {
-          sums[i][j] += __shfl_xor_sync(kAll, sums[i][j], step);
+          sums[i][j] += __shfl_xor_sync(kWarpMask, sums[i][j], step);
         }
       }
     }
@@ -250,8 +250,7 @@ __device__ __forceinline__ void add_spread(float (&sums)[kTokens][VEC], const To
 
 // grid:     blocks of 256 threads; a thread owns one word of columns of 4 tokens, then loops
 // in:       weights fp32 [B, G, N] and vectors [B, G, D] by stride, last stride 1, of two terms;
-// the
-//           second one's vectors are slices where SLICED; mask bool [B, N] by stride, or none
+//           the second one's vectors are slices where SLICED; mask bool [B, N] by stride, or none
 // out:      out [B, N, D] contiguous, every element written exactly once
 // numerics: fp32, the first term's vectors in order, then the second's, rounded once
 // bounds:   tails are masked, zeros where a token is not allowed; offsets are int64

@@ -4,7 +4,7 @@
 
 #include <cuda_runtime.h>
 
-#include "core/pool.h"
+#include "core/token_pool.h"
 
 namespace mimkernels::cuda {
 

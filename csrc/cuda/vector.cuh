@@ -16,7 +16,7 @@ namespace mimkernels::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
-constexpr unsigned kAll = 0xffffffffu;
+constexpr unsigned kWarpMask = 0xffffffffu;
 
 // The memory word of BYTES bytes.
 template <int BYTES>
@@ -104,7 +104,7 @@ template <typename T>
 __device__ __forceinline__ T warp_sum(T x) {
 #pragma unroll
   for (int step = kWarp / 2; step > 0; step /= 2) {
-    x += __shfl_xor_sync(kAll, x, step);
+    x += __shfl_xor_sync(kWarpMask, x, step);
   }
   return x;
 }

@@ -1,5 +1,5 @@
-// What the bindings of the CUDA kernels share: checks, stream, errors, outputs, and under which
-// names the kernels are registered.
+// What the bindings of the CUDA kernels share: the device and stream of their calls, workspaces,
+// errors, registration.
 //
 // The same bindings serve the kernels as compiled for the host (csrc/emulation): they then take CPU
 // tensors, and their overloads are named "cuda_emulated" instead of "cuda".
@@ -8,9 +8,12 @@
 #include <cuda_runtime.h>
 
 #include <cstdlib>
+#include <stdexcept>
 #include <string>
+#include <type_traits>
 
-#include "tensor_args.h"
+#include "torch/registration.h"
+#include "torch/tensor_args.h"
 
 #ifndef MIMKERNELS_EMULATION
 #include <torch/csrc/stable/accelerator.h>
@@ -22,13 +25,12 @@ namespace mimkernels::binding {
 #ifdef MIMKERNELS_EMULATION
 
 #define MIMKERNELS_CUDA_OVERLOAD "cuda_emulated"
-// Followed by the block that registers, with `m` as in STABLE_TORCH_LIBRARY_IMPL.
-#define MIMKERNELS_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(mimkernels, CPU, m)
+#define MIMKERNELS_CUDA_KEY CPU
 
 inline bool on_device_of(const Tensor& tensor, const Tensor&) { return tensor.is_cpu(); }
 
-struct OnDevice {
-  explicit OnDevice(const Tensor&) {}
+struct CurrentDevice {
+  explicit CurrentDevice(const Tensor&) {}
 };
 
 inline cudaStream_t current_stream(const Tensor&) { return nullptr; }
@@ -42,15 +44,15 @@ inline void check_cuda(cudaError_t error) {
 #else
 
 #define MIMKERNELS_CUDA_OVERLOAD "cuda"
-#define MIMKERNELS_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(mimkernels, CUDA, m)
+#define MIMKERNELS_CUDA_KEY CUDA
 
 inline bool on_device_of(const Tensor& tensor, const Tensor& first) {
   return tensor.is_cuda() && tensor.get_device_index() == first.get_device_index();
 }
 
 // Makes the tensor's device the current one, until the end of the scope.
-struct OnDevice {
-  explicit OnDevice(const Tensor& tensor) : guard(tensor.get_device_index()) {}
+struct CurrentDevice {
+  explicit CurrentDevice(const Tensor& tensor) : guard(tensor.get_device_index()) {}
   torch::stable::accelerator::DeviceGuard guard;
 };
 
@@ -65,69 +67,93 @@ inline void check_cuda(cudaError_t error) { STD_CUDA_CHECK(error); }
 
 #endif
 
-// One schema's implementation, in the block of MIMKERNELS_CUDA_LIBRARY.
-#define MIMKERNELS_CUDA_IMPL(m, schema) \
-  m.impl(#schema "." MIMKERNELS_CUDA_OVERLOAD, TORCH_BOX(&mimkernels::binding::schema))
-
-// Rank, sizes (kAny: any) and device: every tensor of a call lies on the first one's.
-inline void check_tensor(const Tensor& tensor, const char* name, const Tensor& first,
-                         std::initializer_list<int64_t> expected) {
-  const auto sizes = tensor.sizes();
-  bool good = sizes.size() == expected.size();
-  size_t d = 0;
-  for (const int64_t size : expected) {
-    good = good && (size == kAny || sizes[d] == size);
-    ++d;
-  }
-  check_argument(good, std::string(name) + " has shape " + shape_text(sizes.data(), sizes.size()) +
-                           ", expected " + shape_text(expected.begin(), expected.size()));
-  check_argument(on_device_of(tensor, first),
-                 std::string(name) + " is not on the device of the first tensor, or on none that " +
-                     MIMKERNELS_CUDA_OVERLOAD + " takes");
+template <typename T>
+constexpr ScalarType scalar_type_of() {
+  if constexpr (std::is_same_v<T, double>) return ScalarType::Double;
+  if constexpr (std::is_same_v<T, int64_t>) return ScalarType::Long;
+  if constexpr (std::is_same_v<T, float>) return ScalarType::Float;
 }
 
-// check_tensor beside the first tensor of a call, for the functions that the CPU shares.
-struct SameDevice {
-  const Tensor& first;
+// The device of a call's first tensor, on which all others lie.
+class OnCuda {
+ public:
+  static constexpr const char* kDevice = MIMKERNELS_CUDA_OVERLOAD;
 
-  void operator()(const Tensor& tensor, const char* name,
-                  std::initializer_list<int64_t> expected) const {
-    check_tensor(tensor, name, first, expected);
+  explicit OnCuda(const Tensor& first) : first_(first) {}
+  // For a call that may have no tensor.
+  explicit OnCuda(const torch::stable::Device& device)
+      : first_(
+            torch::stable::empty({nullptr, size_t{0}}, ScalarType::Float, std::nullopt, device)) {
+    require(has(first_), "the device is one that the kernels run on");
   }
+
+  bool has(const Tensor& tensor) const { return on_device_of(tensor, first_); }
+
+  // Contiguous, not initialised.
+  Tensor empty(Sizes sizes, ScalarType type) const {
+    return torch::stable::new_empty(
+        first_, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
+  }
+
+  // With MIMKERNELS_DEBUG=1, refuses ids outside [0, limit), which waits for the device. Otherwise
+  // nothing is checked: kernels read zeros for such ids, or count nothing.
+  void check_ids(const std::string& op, const char* name, const Tensor& ids_any, int64_t limit,
+                 bool) const {
+    const char* const debug = std::getenv("MIMKERNELS_DEBUG");
+    if (debug == nullptr || *debug == 0 || std::string(debug) == "0") return;
+    const Tensor ids = torch::stable::contiguous(
+        torch::stable::to(ids_any, torch::stable::Device(torch::headeronly::DeviceType::CPU)));
+    const int64_t* const data = static_cast<const int64_t*>(ids.data_ptr());
+    for (int64_t i = 0; i < ids.numel(); ++i) {
+      if (data[i] >= 0 && data[i] < limit) continue;
+      throw std::out_of_range(op + ": " + name + " holds " + std::to_string(data[i]) +
+                              ", outside [0, " + std::to_string(limit) + ")");
+    }
+  }
+
+ protected:
+  template <typename Params>
+  void launch(cudaError_t (*launcher)(const Params&, cudaStream_t), const Params& params) const {
+    const CurrentDevice current(first_);
+    check_cuda(launcher(params, current_stream(first_)));
+  }
+
+  // With memory of so many elements for the kernels alone. It is freed while they may still run:
+  // torch's allocator reuses it in stream order.
+  template <typename Params, typename T>
+  void launch(cudaError_t (*launcher)(const Params&, T*, cudaStream_t), int64_t elements,
+              const Params& params) const {
+    const CurrentDevice current(first_);
+    const Tensor workspace = empty({elements}, scalar_type_of<T>());
+    check_cuda(launcher(params, static_cast<T*>(workspace.data_ptr()), current_stream(first_)));
+  }
+
+ private:
+  Tensor first_;
 };
 
-// With MIMKERNELS_DEBUG=1, refuses ids [..., K] outside [0, limit), which waits for the device.
-// Otherwise nothing is checked: kernels read zeros for such ids, or count nothing.
-inline void check_ids(const char* op, const char* name, const OptionalTensor& ids_any,
-                      int64_t limit) {
-  const char* const debug = std::getenv("MIMKERNELS_DEBUG");
-  if (!ids_any.has_value() || debug == nullptr || *debug == 0 || std::string(debug) == "0") return;
-  const Tensor ids = torch::stable::contiguous(
-      torch::stable::to(*ids_any, torch::stable::Device(torch::headeronly::DeviceType::CPU)));
-  const int64_t* const data = static_cast<const int64_t*>(ids.data_ptr());
-  for (int64_t i = 0; i < ids.numel(); ++i) {
-    if (data[i] >= 0 && data[i] < limit) continue;
-    throw std::out_of_range(std::string(op) + ": " + name + " holds " + std::to_string(data[i]) +
-                            ", outside [0, " + std::to_string(limit) + ")");
-  }
-}
-
-inline Tensor new_output_like(const Tensor& like, std::initializer_list<int64_t> sizes,
-                              ScalarType type) {
-  return torch::stable::new_empty(
-      like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
-}
-
-inline Tensor new_output_like_if(bool needed, const Tensor& like,
-                                 std::initializer_list<int64_t> sizes, ScalarType type) {
-  return needed ? new_output_like(like, sizes, type) : new_output_like(like, {0}, type);
-}
-
-// Memory for kernels alone. It may be freed while they still run: torch's allocator reuses it in
-// stream order.
-inline Tensor new_workspace(const Tensor& like, int64_t elements,
-                            ScalarType type = ScalarType::Float) {
-  return new_output_like(like, {elements}, type);
-}
-
 }  // namespace mimkernels::binding
+
+// The Device of <op>_<pass>, whose member run(params) is `launch_call`, and its registration.
+#define MIMKERNELS_BIND_CUDA_AS(op, pass, launch_call)                            \
+  namespace mimkernels::binding::on_cuda {                                        \
+  struct op##_##pass : OnCuda {                                                   \
+    static constexpr const char* kOp = #op;                                       \
+    using OnCuda::OnCuda;                                                         \
+    template <typename Params>                                                    \
+    void run(const Params& params) const {                                        \
+      launch_call;                                                                \
+    }                                                                             \
+  };                                                                              \
+  }                                                                               \
+  MIMKERNELS_REGISTER(MIMKERNELS_CUDA_KEY, op##_##pass, MIMKERNELS_CUDA_OVERLOAD, \
+                      mimkernels::binding::op##_##pass<mimkernels::binding::on_cuda::op##_##pass>)
+
+// Registers binding::<op>_<pass> for CUDA devices; its launcher is cuda::<op>_<pass>.
+#define MIMKERNELS_BIND_CUDA(op, pass) \
+  MIMKERNELS_BIND_CUDA_AS(op, pass, launch(&cuda::op##_##pass, params))
+
+// The same where the launcher takes a workspace of cuda::<op>_<pass>_workspace(params) elements.
+#define MIMKERNELS_BIND_CUDA_WITH_WORKSPACE(op, pass) \
+  MIMKERNELS_BIND_CUDA_AS(                            \
+      op, pass, launch(&cuda::op##_##pass, cuda::op##_##pass##_workspace(params), params))

@@ -1,7 +1,16 @@
-// Checks and conversions between torch tensors and kernel parameters, for the bindings.
+// Arguments of the native ops: torch tensors, checked, as the parameters of kernels.
 //
-// Python has checked the meaning of the arguments; what is checked here keeps a wrong direct call
-// of an op from reading memory that is not there.
+// Python has checked the meaning of a call and says what is wrong with it. What is checked here, once
+// for both devices, keeps a direct call of torch.ops.mimkernels from reading memory that is not
+// there: rank, sizes, dtype and device of every tensor, and the numbers that sizes depend on.
+//
+// A Device (OnCpu in cpu_common.h, OnCuda in cuda_common.h) says where the tensors of a call lie,
+// makes the outputs and runs the kernel:
+//   static constexpr const char* kOp, kDevice;
+//   bool has(const Tensor&) const;
+//   Tensor empty(Sizes, ScalarType) const;
+//   void check_ids(op, const char* name, const Tensor& ids, int64_t limit, bool masks);
+//   void run(const Params&) const;
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -13,60 +22,32 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
-#include "../core/dtype.h"
-#include "../core/parallel.h"
-#include "../core/params.h"
-#include "../core/status.h"
+#include "core/dtype.h"
+#include "core/params.h"
 
 namespace mimkernels::binding {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-// torch's thread pool as a ParallelFor.
-inline void torch_pool(int64_t begin, int64_t end, int64_t grain, RangeFn fn, void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, fn, context));
-}
+using Sizes = std::initializer_list<int64_t>;
 
 // A size that may be anything.
-constexpr int64_t kAny = -1;
+constexpr int64_t kAnySize = -1;
+
+// Throws what Python shows as ValueError, unless the fact holds.
+inline void require(bool holds, const char* fact) {
+  if (!holds) throw std::invalid_argument(std::string("a native op requires: ") + fact);
+}
 
 inline std::string shape_text(const int64_t* sizes, size_t count) {
   std::string text = "[";
   for (size_t i = 0; i < count; ++i) {
     if (i > 0) text += ", ";
-    text += sizes[i] == kAny ? "*" : std::to_string(sizes[i]);
+    text += sizes[i] == kAnySize ? "*" : std::to_string(sizes[i]);
   }
   return text + "]";
-}
-
-inline void check_argument(bool good, const std::string& message) {
-  if (!good) throw std::invalid_argument(message);
-}
-
-// Rank, sizes (kAny: any) and device.
-inline void check_shape(const Tensor& tensor, const char* name,
-                        std::initializer_list<int64_t> expected) {
-  const auto sizes = tensor.sizes();
-  bool good = sizes.size() == expected.size();
-  size_t d = 0;
-  for (const int64_t size : expected) {
-    good = good && (size == kAny || sizes[d] == size);
-    ++d;
-  }
-  if (!good) {
-    throw std::invalid_argument(std::string(name) + " has shape " +
-                                shape_text(sizes.data(), sizes.size()) + ", expected " +
-                                shape_text(expected.begin(), expected.size()));
-  }
-  if (!tensor.is_cpu()) {
-    throw std::invalid_argument(std::string(name) +
-                                " is not on the CPU; the cpu backend takes CPU "
-                                "tensors only");
-  }
 }
 
 inline void check_dtype(const Tensor& tensor, const char* name, ScalarType expected) {
@@ -76,7 +57,61 @@ inline void check_dtype(const Tensor& tensor, const char* name, ScalarType expec
                               torch::headeronly::toString(expected));
 }
 
-inline DType dtype_of(ScalarType type, const char* name, bool allow_uint8) {
+// Rank, sizes (kAnySize: any) and device, and the dtype where one is given.
+template <typename Device>
+void check(const Device& device, const Tensor& tensor, const char* name, Sizes expected,
+           std::optional<ScalarType> type = std::nullopt) {
+  const auto sizes = tensor.sizes();
+  bool same = sizes.size() == expected.size();
+  size_t d = 0;
+  for (const int64_t size : expected) {
+    same = same && (size == kAnySize || sizes[d] == size);
+    ++d;
+  }
+  if (!same) {
+    throw std::invalid_argument(std::string(name) + " has shape " +
+                                shape_text(sizes.data(), sizes.size()) + ", expected " +
+                                shape_text(expected.begin(), expected.size()));
+  }
+  if (!device.has(tensor)) {
+    throw std::invalid_argument(std::string(name) +
+                                " is not on the device of the call, or on none that " +
+                                Device::kDevice + " takes");
+  }
+  if (type.has_value()) check_dtype(tensor, name, *type);
+}
+
+// The tensor itself if its last dim is contiguous, else a contiguous copy.
+inline Tensor last_dim_contiguous(const Tensor& tensor) {
+  const int64_t rank = tensor.dim();
+  if (rank == 0 || tensor.size(rank - 1) <= 1 || tensor.stride(rank - 1) == 1) return tensor;
+  return torch::stable::contiguous(tensor);
+}
+
+// The argument, checked, with its last dim contiguous.
+template <typename Device>
+Tensor take(const Device& device, const Tensor& tensor, const char* name, Sizes sizes,
+            std::optional<ScalarType> type = std::nullopt) {
+  check(device, tensor, name, sizes, type);
+  return last_dim_contiguous(tensor);
+}
+
+template <typename Device>
+OptionalTensor take(const Device& device, const OptionalTensor& tensor, const char* name,
+                    Sizes sizes, std::optional<ScalarType> type = std::nullopt) {
+  if (!tensor.has_value()) return std::nullopt;
+  return take(device, *tensor, name, sizes, type);
+}
+
+// The argument, checked, contiguous.
+template <typename Device>
+Tensor take_contiguous(const Device& device, const Tensor& tensor, const char* name, Sizes sizes,
+                       ScalarType type) {
+  check(device, tensor, name, sizes, type);
+  return torch::stable::contiguous(tensor);
+}
+
+inline DType dtype_of(ScalarType type, const char* name, bool allow_uint8 = false) {
   switch (type) {
     case ScalarType::Float:
       return DType::kFloat32;
@@ -95,23 +130,8 @@ inline DType dtype_of(ScalarType type, const char* name, bool allow_uint8) {
       ", expected float32, bfloat16, float16" + (allow_uint8 ? " or uint8" : ""));
 }
 
-// Sizes that an op takes as plain numbers.
-inline void check_size(int64_t size, const char* name, int64_t least) {
-  if (size < least) {
-    throw std::invalid_argument(std::string(name) + " is " + std::to_string(size) +
-                                ", expected at least " + std::to_string(least));
-  }
-}
-
-// The tensor itself if its last dim is contiguous, else a contiguous copy.
-inline Tensor rows_of(const Tensor& tensor) {
-  const int64_t rank = tensor.dim();
-  if (rank == 0 || tensor.size(rank - 1) <= 1 || tensor.stride(rank - 1) == 1) return tensor;
-  return torch::stable::contiguous(tensor);
-}
-
-inline OptionalTensor rows_of(const OptionalTensor& tensor) {
-  return tensor.has_value() ? OptionalTensor(rows_of(*tensor)) : std::nullopt;
+inline DType dtype_of(const Tensor& tensor, const char* name) {
+  return dtype_of(tensor.scalar_type(), name);
 }
 
 inline Rows view_rows(const Tensor& tensor) {
@@ -138,37 +158,33 @@ inline Ids view_ids(const Tensor& tensor) {
   return ids;
 }
 
-// Masks and kept tokens of ids [B, K] or, for several masks, [M, B, K].
-template <typename Params, typename Check>
-void set_masks(Params& params, const Check& check, const Tensor& ids, int64_t batch) {
-  const bool several = ids.dim() == 3;
-  if (several) {
-    check(ids, "ids", {kAny, batch, kAny});
-  } else {
-    check(ids, "ids", {batch, kAny});
-  }
-  check_dtype(ids, "ids", ScalarType::Long);
-  params.masks = several ? ids.size(0) : 1;
-  params.kept = ids.size(ids.dim() - 1);
-}
-
 // [B, N] bool, the last dim contiguous.
-inline BoolMask view_mask(const Tensor& mask) {
+inline BoolMask view_mask(const OptionalTensor& mask) {
   BoolMask view;
-  view.data = static_cast<const uint8_t*>(mask.data_ptr());
+  if (!mask.has_value()) return view;
+  view.data = static_cast<const uint8_t*>(mask->data_ptr());
   view.given = true;
-  view.stride0 = mask.stride(0);
+  view.stride0 = mask->stride(0);
   return view;
 }
 
-// A contiguous CPU tensor, not initialised.
-inline Tensor new_output(std::initializer_list<int64_t> sizes, ScalarType type) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()),
-                              type);
+// Takes ids [B, K] or, for several masks, [M, B, K], and sets ids, masks and kept.
+template <typename Params, typename Device>
+Tensor take_ids(Params& params, const Device& device, const Tensor& ids_any, int64_t batch) {
+  const bool several = ids_any.dim() == 3;
+  const Tensor ids =
+      several ? take(device, ids_any, "ids", {kAnySize, batch, kAnySize}, ScalarType::Long)
+              : take(device, ids_any, "ids", {batch, kAnySize}, ScalarType::Long);
+  params.masks = several ? ids.size(0) : 1;
+  params.kept = ids.size(ids.dim() - 1);
+  params.ids = view_ids(ids);
+  return ids;
 }
 
-inline Tensor new_output_if(bool needed, std::initializer_list<int64_t> sizes, ScalarType type) {
-  return needed ? new_output(sizes, type) : new_output({0}, type);
+// An output that was not asked for has no elements.
+template <typename Device>
+Tensor empty_if(const Device& device, bool needed, Sizes sizes, ScalarType type) {
+  return needed ? device.empty(sizes, type) : device.empty({0}, type);
 }
 
 // Null where the output was not asked for. One without elements may be null, too: there is nothing
@@ -177,25 +193,6 @@ inline void* output_ptr(bool needed, const Tensor& tensor) {
   return needed ? tensor.data_ptr() : nullptr;
 }
 
-// Throws what Python shows as IndexError, MemoryError's closest kin, or ValueError.
-inline void raise_if_failed(const Status& status, const char* op, const char* ids_name,
-                            bool has_masks) {
-  switch (status.code) {
-    case StatusCode::kOk:
-      return;
-    case StatusCode::kIdOutOfRange: {
-      std::string place = std::string(ids_name) + "[";
-      if (has_masks) place += std::to_string(status.position[0]) + ", ";
-      place += std::to_string(status.position[1]) + ", " + std::to_string(status.position[2]) + "]";
-      throw std::out_of_range(std::string(op) + ": " + place + " = " +
-                              std::to_string(status.value) + " is out of range [0, " +
-                              std::to_string(status.limit) + ")");
-    }
-    case StatusCode::kOutOfMemory:
-      throw std::runtime_error(std::string(op) + ": out of memory for scratch space");
-    case StatusCode::kUnsupported:
-      throw std::invalid_argument(std::string(op) + ": dtype not supported by the cpu backend");
-  }
-}
+inline float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
 
 }  // namespace mimkernels::binding

@@ -1,7 +1,6 @@
-"""What heads do: statistics over a data set with published settings, CKA, plots, and regularisers."""
+"""What heads do: recorded or captured, as statistics over a data set with published settings, CKA, plots, losses."""
 
 from mimkernels.heads.capture import capture
-from mimkernels.heads.captured import CapturedHeads, CapturedLayer
 from mimkernels.heads.cka import CKA, unbiased_hsic
 from mimkernels.heads.derived import (
     eps_patch_entropy,
@@ -22,6 +21,7 @@ from mimkernels.heads.presets import (
     patch_grid_positions,
     required_stats,
 )
+from mimkernels.heads.record import LayerHeads, RecordedHeads, record_heads
 from mimkernels.heads.regularizers import parse_regularizers, regularization_loss
 from mimkernels.heads.statistics import HeadStatistics
 
@@ -30,11 +30,11 @@ __all__ = [
     "CKA",
     "PRESETS",
     "QUANTITIES",
-    "CapturedHeads",
-    "CapturedLayer",
     "HeadStatistics",
+    "LayerHeads",
     "Preset",
     "Quantity",
+    "RecordedHeads",
     "capture",
     "eps_patch_entropy",
     "normalized_mutual_information",
@@ -47,6 +47,7 @@ __all__ = [
     "plot_heads",
     "plot_overview",
     "query_mean",
+    "record_heads",
     "regularization_loss",
     "renormalized_distance",
     "required_stats",

@@ -17,7 +17,7 @@ from mimkernels.nn.sdpa import Observer, observers
 LayerChoice = str | re.Pattern[str] | Sequence[str | int] | None
 
 _ATTENTION = re.compile("attention|attn", re.IGNORECASE)
-_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)")
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -34,7 +34,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def named_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """``named_modules`` without the names of wrappers inside."""
     for name, module in model.named_modules():
-        yield _WRAPPERS.sub("", name).removeprefix("."), module
+        yield ".".join(part for part in name.split(".") if part not in _WRAPPERS), module
 
 
 class Choice:
@@ -140,10 +140,10 @@ class Calls:
         if self.numbers:
             return f"nothing was captured: {self.unmet(choice)}"
         missed = self.missed() or {name: self._why(name, self._ran[name]) for name in self._softmax}
-        told = "".join(f"\n  {name} ({type(self._ran[name]).__name__}): {why}" for name, why in missed.items())
+        suspects = "".join(f"\n  {name} ({type(self._ran[name]).__name__}): {why}" for name, why in missed.items())
         return (
             f"nothing was captured: {type(self._model).__name__} ran without calling F.scaled_dot_product_attention"
-            + (f"; what looked like attention:{told}" if told else ", and nothing in it looked like attention")
+            + (f"; what looked like attention:{suspects}" if suspects else ", and nothing in it looked like attention")
         )
 
     def unmet(self, choice: Choice) -> str:

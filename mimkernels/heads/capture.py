@@ -1,45 +1,34 @@
-"""Head statistics of any model that calls ``F.scaled_dot_product_attention``, without touching it."""
+"""Head statistics of any model that calls ``F.scaled_dot_product_attention``, without touching it.
+
+``capture`` observes the calling thread (``mimkernels.nn.sdpa.observe``), and for the time of its block lets a function
+mode send the calls of models that know nothing of mimkernels there (``mimkernels.heads.intercept``). What it sees is
+written by the recorder of ``mimkernels.nn.recorder``; ``mimkernels.heads.calls`` says which layer it is of,
+``mimkernels.heads.layout`` which of its tokens are patches, and where.
+"""
 
 from __future__ import annotations
 
-import inspect
 import math
-import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from threading import get_ident
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from mimkernels.heads.calls import Calls, Choice, LayerChoice, unwrapped
-from mimkernels.heads.captured import CapturedHeads, CapturedLayer
 from mimkernels.heads.fused import fused_attention, sharing, uncompiled
+from mimkernels.heads.intercept import FunctionObserver, Interception
 from mimkernels.heads.layout import LAYOUT_FUNCTIONS, Layouts, described, shown_grid
 from mimkernels.heads.presets import PRESETS, QUANTITIES, Preset, patch_grid_positions, required_stats
+from mimkernels.heads.record import RecordedHeads
 from mimkernels.heads.statistics import HeadStatistics
-from mimkernels.nn.sdpa import (
-    DIM_DIVISOR,
-    MOST_DIMS,
-    AttentionCall,
-    Patches,
-    as_attention,
-    is_recomputing,
-    keeps_tensors_elsewhere,
-    observers,
-    observing,
-    refusals,
-    sdpa,
-    without_causal_bias,
-)
-from mimkernels.ops import AttentionOutput, attention
+from mimkernels.nn.recorder import HeadRecorder, LayerHeads
+from mimkernels.nn.sdpa import AttentionCall, Patches, StatisticsRequest, keeps_tensors_elsewhere, observing
+from mimkernels.ops import AttentionOutput
 
-__all__ = ["capture"]
-
-_SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
+__all__ = ["Capture", "capture"]
 
 
 @torch.compiler.disable
@@ -55,7 +44,7 @@ def capture(
     unit: str | None = None,
     exclude_prefix: bool | None = None,
 ) -> Capture:
-    """See what the heads of a model do; a context manager that gives ``CapturedHeads``.
+    """See what the heads of a model do; a context manager that gives ``RecordedHeads``.
 
     Takes any module whose attention calls ``F.scaled_dot_product_attention``: timm, transformers, torchvision's ViT,
     ``torch.nn.MultiheadAttention``, lightly, your own. Inside the block these calls are computed by
@@ -103,11 +92,11 @@ def capture(
     model = unwrapped(model)
     if accumulate and differentiable:
         raise ValueError("accumulate=True keeps no rows that could be differentiable")
-    given = [stats] if isinstance(stats, str | Preset) else list(stats)
-    presets = [item for item in given if isinstance(item, Preset) or item in PRESETS]
-    quantities = [item for item in given if item not in presets]
+    names = [stats] if isinstance(stats, str | Preset) else list(stats)
+    presets = [item for item in names if isinstance(item, Preset) or item in PRESETS]
+    quantities = [item for item in names if item not in presets]
     unknown = [name for name in quantities if name not in QUANTITIES]
-    if unknown or not given:
+    if unknown or not names:
         raise ValueError(
             f"unknown statistic {unknown[0]!r}; known: {', '.join(QUANTITIES)}; presets: {', '.join(PRESETS)}"
             if unknown
@@ -123,7 +112,7 @@ def capture(
     return Capture(model, wanted, presets, layouts, places, Choice(layers), accumulate, differentiable)
 
 
-class Capture:
+class Capture(FunctionObserver):
     """What ``capture`` returns: enter it once."""
 
     def __init__(
@@ -143,14 +132,14 @@ class Capture:
         self._layouts = layouts
         self._places = places
         self._choice = choice
-        self._accumulate = accumulate
         self._differentiable = differentiable
-        self._heads = CapturedHeads()
+        self._recorder = HeadRecorder(rows=not accumulate, differentiable=differentiable)
+        self._heads = RecordedHeads()
         self._calls = Calls(model, self, layouts.left)
         self._open: ExitStack | None = None
 
     @torch.compiler.disable
-    def __enter__(self) -> CapturedHeads:
+    def __enter__(self) -> RecordedHeads:
         if self._open is not None:
             raise RuntimeError("this capture was used before; call capture again")
         with ExitStack() as stack:
@@ -160,7 +149,7 @@ class Capture:
             stack.enter_context(self._calls.followed())
             stack.enter_context(observing(self))
             # One for all captures of a thread: which of them a call concerns, the observers know.
-            stack.enter_context(sharing(("calls of the thread", get_ident()), _Routing))
+            stack.enter_context(sharing(("calls of the thread", get_ident()), Interception))
             self._open = stack.pop_all()
         return self._heads
 
@@ -183,11 +172,11 @@ class Capture:
     def run(self, call: AttentionCall) -> AttentionOutput:
         layer = self._layer()
         if layer is None:
-            return attention(call.q, call.k, call.v, **call.options)
+            return call.compute()
         plan = self._plan(layer, call)
-        made = attention(call.q, call.k, call.v, **call.options, **plan.options)
-        self._keep(layer, plan, call, made)
-        return made
+        output = call.compute(**plan.request.options)
+        self._write(layer, plan, call, output)
+        return output
 
     def watch(self, call: AttentionCall | None, note: str = "") -> None:
         layer = self._layer()
@@ -200,79 +189,79 @@ class Capture:
         if self._differentiable and keeps_tensors_elsewhere():
             raise RuntimeError(
                 f"{layer.name} runs inside gradient checkpointing, where statistics cannot be differentiable: use "
-                "mimkernels.nn.record_heads, or switch checkpointing off"
+                "mimkernels.heads.record_heads, or switch checkpointing off"
             )
         with nullcontext() if self._differentiable else torch.no_grad():
             plan = self._plan(layer, call)
             if plan.names:
-                made = attention(call.q, call.k, call.v, **call.options, **plan.options)
-                self._keep(layer, plan, call, made)
+                self._write(layer, plan, call, call.compute(**plan.request.options))
 
     def see_patches(self, embedding: nn.Module, patches: Patches) -> None:
         self._layouts.see(embedding, patches)
 
-    # What `_Routing` tells
+    # What `Interception` tells
 
     @property
     def runs(self) -> bool:
-        """Whether a part of the model runs now."""
         return bool(self._calls.modules)
 
-    def note(self, func: Callable, args: Sequence[Any], kwargs: dict[str, Any], made: Any) -> None:
-        """Look at what another function than attention made."""
+    def note(self, func: Callable, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
         if func in LAYOUT_FUNCTIONS:
-            self._layouts.note(func, args, kwargs, made, self._calls.modules)
-        elif isinstance(made, Tensor):
-            self._calls.note_softmax(made.shape)
+            self._layouts.note(func, args, kwargs, result, self._calls.modules)
+        elif isinstance(result, Tensor):
+            self._calls.note_softmax(result.shape)
 
-    def _layer(self) -> CapturedLayer | None:
+    def _layer(self) -> LayerHeads | None:
         """That of a call made now, or None if it is not to be captured; asked once for every call."""
         if not self._calls.modules:
             return None
         name, index = self._calls.count()
         if not self._choice.takes(name, index):
             return None
-        return self._heads._layers.setdefault(name, CapturedLayer(name, index))
+        return self._heads._layers.setdefault(name, LayerHeads(name, index))
 
-    def _plan(self, layer: CapturedLayer, call: AttentionCall) -> _Plan:
-        queries, keys = call.q.shape[2], call.k.shape[2]
-        layer.heads, layer.queries, layer.keys = call.q.shape[1], queries, keys
+    def _plan(self, layer: LayerHeads, call: AttentionCall) -> _Plan:
+        layer.set_sizes(call)
+        queries, keys = layer.queries, layer.keys
         layer.num_prefix, positions = self._places.of(self._calls, call, layer.name)
         reasons = {name: _cannot_have(name, queries, keys, layer.num_prefix) for name in self._wanted.names}
         layer.missing.update((name, reason) for name, reason in reasons.items() if reason)
         names = tuple(name for name, reason in reasons.items() if not reason)
-        return _Plan(names, layer.num_prefix, positions, queries == keys)
+        request = StatisticsRequest(required_stats(names), layer.num_prefix, positions)
+        return _Plan(names, request, queries == keys)
 
-    def _keep(self, layer: CapturedLayer, plan: _Plan, call: AttentionCall, made: AttentionOutput) -> None:
+    def _write(self, layer: LayerHeads, plan: _Plan, call: AttentionCall, output: AttentionOutput) -> None:
         if not plan.names:
             return
-        rows = made.stats if self._differentiable else {name: row.detach() for name, row in made.stats.items()}
-        if not self._accumulate:
-            layer._rows.append(rows)
-        self._group(plan).update(layer.index, rows, q=call.q, k=call.k, lse=made.lse, **call.options)
+        rows = self._recorder.write(layer, call, output)
+        self._group(plan).update(layer.index, rows, q=call.q, k=call.k, lse=output.lse, **call.options)
 
     def _group(self, plan: _Plan) -> HeadStatistics:
         # Of cross-attention's queries, none are known to be prefix tokens.
-        key = plan.names, plan.num_prefix if plan.of_itself else 0
+        key = plan.names, plan.request.num_prefix if plan.is_self_attention else 0
         if key not in self._heads._groups:
-            settings = {"unit": self._wanted.unit, "exclude_prefix": self._wanted.exclude_prefix}
             presets = self._presets if plan.names == self._wanted.names else ()
-            self._heads._groups[key] = HeadStatistics(presets, quantities=plan.names, num_prefix=key[1], **settings)
+            self._heads._groups[key] = HeadStatistics(
+                presets,
+                quantities=plan.names,
+                num_prefix=key[1],
+                unit=self._wanted.unit,
+                exclude_prefix=self._wanted.exclude_prefix,
+            )
         return self._heads._groups[key]
 
 
-class _Plan:
-    """What one call gives."""
+class _Plan(NamedTuple):
+    """What is computed of one call, and for which quantities."""
 
-    def __init__(self, names: tuple[str, ...], num_prefix: int, positions: Tensor | None, of_itself: bool) -> None:
-        self.names = names
-        self.num_prefix = num_prefix
-        self.of_itself = of_itself
-        stats = required_stats(names)
-        self.options = {"num_prefix": num_prefix, "positions": positions, "stats": stats}
+    names: tuple[str, ...]
+    request: StatisticsRequest
+    is_self_attention: bool
 
 
 def _cannot_have(name: str, queries: int, keys: int, num_prefix: int) -> str:
+    if queries == 0:
+        return "no queries"
     if queries != keys:
         per_token = {"self_mass", "distance"} & set(QUANTITIES[name].row_stats)
         if per_token or name in ("nmi", "patch_head_divergence") or name.startswith(("cls_", "pos_")):
@@ -299,7 +288,7 @@ class _Places:
         self._grid = None if isinstance(positions, Tensor | str) else tuple(positions)
         self._unit = wanted.unit
         self._needed = "distance" in wanted.row_stats
-        self._made: dict[tuple, Tensor] = {}
+        self._positions: dict[tuple, Tensor] = {}
         if isinstance(positions, str) and positions != "auto":
             raise ValueError(f'positions must be "auto", patches per axis or coordinates, got {positions!r}')
         if self._num_prefix is not None and (not isinstance(num_prefix, int) or num_prefix < 0):
@@ -349,9 +338,9 @@ class _Places:
                 f"{list(self._given.shape)}"
             )
         key = ("given", call.q.device)
-        if key not in self._made:
-            self._made[key] = self._given.to(call.q.device)
-        return self._made[key]
+        if key not in self._positions:
+            self._positions[key] = self._given.to(call.q.device)
+        return self._positions[key]
 
     def _grid_positions(self, patches: Patches, device: torch.device) -> Tensor:
         if self._unit == "pixel" and patches.patch_size is None:
@@ -361,136 +350,6 @@ class _Places:
             )
         size = patches.patch_size if self._unit == "pixel" else None
         key = patches.grid, size, device
-        if key not in self._made:
-            self._made[key] = patch_grid_positions(patches.grid, self._unit, size, device=device)
-        return self._made[key]
-
-
-class _Routing(TorchFunctionMode):
-    """Sends calls of attention inside captured models to ``mimkernels.nn.sdpa``, and shows other calls to captures."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._multi_head: dict[str, Callable] = {}
-
-    @torch.compiler.disable
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention and func is not F.multi_head_attention_forward:
-            made = func(*args, **kwargs)
-            if func in _LOOKED_AT and not is_recomputing():
-                for capture in _captures():
-                    capture.note(func, args, kwargs, made)
-            return made
-        if is_recomputing() or not any(capture.runs for capture in _captures()):
-            return func(*args, **kwargs)
-        if func is F.scaled_dot_product_attention:
-            return self._attend(*args, **kwargs)
-        return self._attend_multi_head(*args, **kwargs)
-
-    def _attend(self, *args, **kwargs) -> Tensor:
-        given, foreign = _plain(*args, **kwargs)
-        why = foreign or refusals(**given)
-        if not why and keeps_tensors_elsewhere():
-            why = ["saved tensors are hooked, as in gradient checkpointing"]
-        if not why:
-            return sdpa(**given).out
-        made = F.scaled_dot_product_attention(*args, **kwargs)
-        note = f"computed as it is: {'; '.join(why)}"
-        if foreign:
-            _show(None, f"{note}; no statistics")
-        else:
-            _watch(note, **given)
-        return made
-
-    def _attend_multi_head(self, *args, **kwargs):
-        """``F.multi_head_attention_forward``, whose own calls of attention no mode would see."""
-        func = F.multi_head_attention_forward
-        given = inspect.signature(func).bind(*args, **kwargs).arguments
-        foreign = _foreign(given)
-        if foreign:
-            made = func(*args, **kwargs)
-            _show(None, f"computed as it is: {'; '.join(foreign)}; no statistics")
-            return made
-        if not given.get("need_weights", True):
-            return self._calling("_attend", self._attend)(*args, **kwargs)
-        made = func(*args, **kwargs)
-        with torch.no_grad() if keeps_tensors_elsewhere() else nullcontext():
-            self._calling("_only_watch", _only_watch)(**{**given, "need_weights": False})
-        return made
-
-    def _calling(self, name: str, attend: Callable) -> Callable:
-        """``F.multi_head_attention_forward`` with another scaled_dot_product_attention among its globals."""
-        if name not in self._multi_head:
-            func = F.multi_head_attention_forward
-            names = {**func.__globals__, "scaled_dot_product_attention": attend, "has_torch_function": lambda _: False}
-            made = types.FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
-            made.__kwdefaults__ = func.__kwdefaults__
-            self._multi_head[name] = made
-        return self._multi_head[name]
-
-
-def _captures() -> list[Capture]:
-    """Those of this thread and asyncio task."""
-    return [observer for observer in observers() if isinstance(observer, Capture)]
-
-
-def _plain(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> tuple[dict[str, Any], list[str]]:
-    """The arguments of ``F.scaled_dot_product_attention`` by name, without tensors that compute in their own way.
-
-    Returns:
-        the arguments, and which of them cannot be replaced.
-    """
-    attn_mask, is_causal = without_causal_bias(attn_mask, is_causal, query.device)
-    tensors = {"query": query, "key": key, "value": value, "attn_mask": attn_mask}
-    settings = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
-    return {**tensors, **settings}, _foreign(tensors)
-
-
-def _foreign(given: Mapping[str, Any]) -> list[str]:
-    return [f"{name} is a {type(item).__name__}" for name, item in given.items() if _is_foreign(item)]
-
-
-def _is_foreign(item: Any) -> bool:
-    """Whether a tensor computes in its own way, by ``__torch_function__``."""
-    kind = type(item)
-    return (
-        isinstance(item, Tensor)
-        and kind not in (Tensor, nn.Parameter)
-        and kind.__torch_function__ is not torch._C._disabled_torch_function_impl
-    )
-
-
-def _watch(note: str, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> None:
-    """Show all who observe a call that is computed elsewhere."""
-    if query.is_nested:
-        _show(None, f"{note}; no statistics of nested tensors")
-        return
-    call = as_attention(query, key, key, **options)  # what v holds, no statistic asks
-    dim = query.shape[-1]
-    if dim < MOST_DIMS and dim % DIM_DIVISOR:  # filled up with zeros, which changes no score
-        wider = [F.pad(tensor, (0, -dim % DIM_DIVISOR)) for tensor in (call.q, call.k)]
-        call = call._replace(q=wider[0], k=wider[1], v=wider[1])
-    _show(call, note)
-
-
-def _show(call: AttentionCall | None, note: str) -> None:
-    for observer in observers():
-        observer.watch(call, note)
-
-
-def _only_watch(query: Tensor, *args, **kwargs) -> Tensor:
-    _watch("computed as it is: need_weights=True asks for its maps", **_plain(query, *args, **kwargs)[0])
-    return query  # has the result's shape, and is not used
-
-
-_LOOKED_AT = LAYOUT_FUNCTIONS.union(_SOFTMAX)
+        if key not in self._positions:
+            self._positions[key] = patch_grid_positions(patches.grid, self._unit, size, device=device)
+        return self._positions[key]

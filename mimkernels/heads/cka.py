@@ -93,25 +93,25 @@ class CKA:
         l = k if y is None else self._grams("y", y)
         if k.shape[1] != l.shape[1]:
             raise ValueError(f"x has {k.shape[1]} images and y has {l.shape[1]}; both must be of the same images")
-        made = (
+        sums = (
             unbiased_hsic(k, l),
             torch.stack([unbiased_hsic(m[None], m[None])[0, 0] for m in k]),
             torch.stack([unbiased_hsic(m[None], m[None])[0, 0] for m in l]),
         )
         if self._xy is not None:
-            if self._xy.shape != made[0].shape:
+            if self._xy.shape != sums[0].shape:
                 raise ValueError(
-                    f"earlier batches had {list(self._xy.shape)} layers (x, y), this one has {list(made[0].shape)}"
+                    f"earlier batches had {list(self._xy.shape)} layers (x, y), this one has {list(sums[0].shape)}"
                 )
-            made = (self._xy + made[0], self._xx + made[1], self._yy + made[2])
-        self._xy, self._xx, self._yy = made
+            sums = (self._xy + sums[0], self._xx + sums[1], self._yy + sums[2])
+        self._xy, self._xx, self._yy = sums
         self.batches += 1
 
     def _grams(self, name: str, features: Sequence[Tensor]) -> Tensor:
         """``[layers, B, B]`` Gram matrices of centred features."""
         if isinstance(features, Tensor) or not features:
             raise ValueError(f"{name} must be a sequence of [B, D] or [B, N, D] features, one per layer")
-        made = []
+        grams = []
         for x in features:
             if x.dim() == 3:
                 first = self.num_prefix if self.tokens == "patch" else 0
@@ -122,16 +122,16 @@ class CKA:
                 raise ValueError(f"CKA needs at least 4 images in a batch, got {x.shape[0]}")
             x = x.detach().flatten(1)
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-            if made and len(x) != len(made[0]):
-                raise ValueError(f"layers of {name} have {len(made[0])} and {len(x)} images")
+            if grams and len(x) != len(grams[0]):
+                raise ValueError(f"layers of {name} have {len(grams[0])} and {len(x)} images")
             # Unbiased HSIC does not change with the features' mean; without it, float32 products keep their digits.
             centred = x - x.mean(0)
             gram = (centred @ centred.T).double()
             if self.rescale:
                 plain = (x @ x.T).double()
                 gram = gram / (plain.max() - plain.min())
-            made.append(gram)
-        return torch.stack(made)
+            grams.append(gram)
+        return torch.stack(grams)
 
     def merge(self, other: CKA) -> CKA:
         """Add what ``other`` recorded; returns this object.

@@ -198,12 +198,12 @@ def eps_patch_entropy(
 
     Source: arXiv:2412.03215.
     """
-    made = []
+    entropies = []
     for first in range(0, q.shape[2], ROWS):
         rows = torch.arange(first, min(first + ROWS, q.shape[2]), device=q.device)
         a = attention_rows(q, k, rows, bias=bias, key_mask=key_mask, scale=scale)
-        made.append(_eps_entropy(a[..., num_prefix:], eps))
-    return torch.cat(made, dim=-1)
+        entropies.append(_eps_entropy(a[..., num_prefix:], eps))
+    return torch.cat(entropies, dim=-1)
 
 
 def _eps_entropy(a: Tensor, eps: float) -> Tensor:

@@ -77,14 +77,14 @@ class Layouts:
         certain = 0 if declared and prefix == 0 else None
         if given is not None:
             certain = prefix = given
-        seen, found = self._seen.get(name), tokens - prefix
-        if seen is not None and found in seen.chosen:
-            ids = seen.chosen[found]
+        seen, count = self._seen.get(name), tokens - prefix
+        if seen is not None and count in seen.chosen:
+            ids = seen.chosen[count]
             if ids is not None:
                 return Place(prefix, seen.patches._replace(ids=ids))
             grid = shown_grid(seen.patches.grid)
-            return Place(prefix, None, f"which {found} of the {grid} patches were kept was not seen")
-        if seen is not None and seen.whole and found == math.prod(seen.patches.grid):
+            return Place(prefix, None, f"which {count} of the {grid} patches were kept was not seen")
+        if seen is not None and seen.whole and count == math.prod(seen.patches.grid):
             return Place(prefix, seen.patches)
         window = window_of(modules, tokens) if prefix == 0 else None
         if window is not None:
@@ -93,7 +93,9 @@ class Layouts:
             return Place(certain, None, "this part of the model embeds no patches")
         if seen is None:
             return Place(certain, None, f"no image was embedded by {name or 'the model'} inside capture")
-        return Place(certain, None, f"{tokens} tokens, but {described(prefix, seen.patches.grid)}" + seen.told())
+        return Place(
+            certain, None, f"{tokens} tokens, but {described(prefix, seen.patches.grid)}" + seen.describe_choices()
+        )
 
     def of_grid(self, modules: Sequence[nn.Module], batch: int, grid: Sequence[int]) -> Patches:
         """Patches in a grid that is known: a window of the part's own, or one that was given."""
@@ -123,13 +125,13 @@ class Layouts:
             if seen is not None and inputs and isinstance(kept, Tensor):
                 seen.drop(inputs[0].shape[1], kept.shape[1], getattr(module, "num_prefix_tokens", 0))
 
-    def note(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], made: Any, modules: list) -> None:
+    def note(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, modules: list) -> None:
         """Look at one of ``LAYOUT_FUNCTIONS`` that was called in these modules, the innermost first."""
         if func in _CONVOLUTIONS:
             if any(id(module) in self._embeddings for module in modules):
-                self._convolutions.append(_convolution(made, *args, **kwargs))
+                self._convolutions.append(_convolution(result, *args, **kwargs))
             return
-        choice = _CHOICES[func](made, *args, **kwargs)
+        choice = _CHOICES[func](result, *args, **kwargs)
         if choice is None:
             return
         inside = _innermost(self._names[id(modules[0])], self._seen) if modules else None
@@ -191,7 +193,7 @@ class _Seen:
         self.chosen[kept] = ids
         self.whole = False
 
-    def told(self) -> str:
+    def describe_choices(self) -> str:
         if self.whole:
             return ""
         return f", of which {' or '.join(map(str, self.chosen)) or 'some'} were chosen"
@@ -208,11 +210,11 @@ class _Convolution(NamedTuple):
     grid: tuple[int, ...]
 
 
-def _convolution(made: Tensor, input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, *_: Any, **__: Any):
+def _convolution(result: Tensor, input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, *_: Any, **__: Any):
     axes = weight.dim() - 2
     steps = (stride,) * axes if isinstance(stride, int) else tuple(stride)
-    batch = made.shape[0] if made.dim() == weight.dim() else 1
-    return _Convolution(batch, tuple(input.shape[-axes:]), steps * (axes // len(steps)), tuple(made.shape[-axes:]))
+    batch = result.shape[0] if result.dim() == weight.dim() else 1
+    return _Convolution(batch, tuple(input.shape[-axes:]), steps * (axes // len(steps)), tuple(result.shape[-axes:]))
 
 
 def _embedded(convolutions: Sequence[_Convolution]) -> Patches:
@@ -229,40 +231,40 @@ def _embedded(convolutions: Sequence[_Convolution]) -> Patches:
 # What a function that chooses tokens chose: called with its result and its arguments.
 
 
-def _gathered(made: Tensor, input: Tensor, dim: int, index: Tensor, **_: Any) -> _Choice | None:
+def _gathered(result: Tensor, input: Tensor, dim: int, index: Tensor, **_: Any) -> _Choice | None:
     if input.dim() != 3 or dim not in (1, -2):
         return None
     return _Choice(input.shape[1], index.shape[1], index[:, :, 0])
 
 
-def _along(made: Tensor, input: Tensor, indices: Tensor, dim: int | None = None, **_: Any) -> _Choice | None:
+def _along(result: Tensor, input: Tensor, indices: Tensor, dim: int | None = None, **_: Any) -> _Choice | None:
     if input.dim() != 3 or dim not in (1, -2):
         return None
     return _Choice(input.shape[1], indices.shape[1], indices[:, :, 0].expand(len(input), -1))
 
 
-def _selected(made: Tensor, input: Tensor, dim: int, index: Tensor, **_: Any) -> _Choice | None:
+def _selected(result: Tensor, input: Tensor, dim: int, index: Tensor, **_: Any) -> _Choice | None:
     if input.dim() != 3 or dim not in (1, -2):
         return None
-    return _Choice(input.shape[1], made.shape[1], index.expand(len(input), -1))
+    return _Choice(input.shape[1], result.shape[1], index.expand(len(input), -1))
 
 
-def _indexed(made: Tensor, x: Tensor, index: Any) -> _Choice | None:
+def _indexed(result: Tensor, x: Tensor, index: Any) -> _Choice | None:
     if x.dim() != 3:
         return None
     batch, tokens, _ = x.shape
     if isinstance(index, Tensor) and index.dtype == torch.bool and index.dim() == 2:  # [B, N], of every image as many
-        kept, rest = divmod(len(made), max(1, batch))
+        kept, rest = divmod(len(result), max(1, batch))
         order = index.byte().argsort(dim=1, descending=True, stable=True)
         return None if rest else _Choice(tokens, kept, order[:, :kept])
-    if not isinstance(index, tuple) or len(index) < 2 or not isinstance(index[1], Tensor) or made.dim() != 3:
+    if not isinstance(index, tuple) or len(index) < 2 or not isinstance(index[1], Tensor) or result.dim() != 3:
         return None
     rows, ids = index[:2]
     # x[:, ids] of all images, x[rows, ids] of each.
     of_all = isinstance(rows, slice) and rows == slice(None) and ids.dim() == 1
     of_each = isinstance(rows, Tensor) and rows.shape == (batch, 1) and ids.dim() == 2
     known = (of_all or of_each) and ids.dtype in (torch.int32, torch.int64)
-    return _Choice(tokens, made.shape[1], ids.expand(batch, -1) if known else None)
+    return _Choice(tokens, result.shape[1], ids.expand(batch, -1) if known else None)
 
 
 _DROPPERS = ("PatchDropout", "PatchDropoutWithIndices")  # of timm
@@ -278,7 +280,7 @@ LAYOUT_FUNCTIONS = frozenset((*_CONVOLUTIONS, *_CHOICES))
 
 def find_parts(model: nn.Module) -> dict[str, Part]:
     """The model and models inside it that embed patches, by qualified name."""
-    found: dict[str, Part] = {}
+    parts: dict[str, Part] = {}
     configs: list[Any] = []
     for name, module in named_parts(model):
         part = _of_timm(module) or _of_torchvision(module)
@@ -287,8 +289,8 @@ def find_parts(model: nn.Module) -> dict[str, Part]:
             configs.append(config)  # every part of a transformers model refers to the whole model's
             part = _of_transformers(module, config)
         if part is not None:
-            found[name] = part
-    return found
+            parts[name] = part
+    return parts
 
 
 def _innermost(name: str | None, parts: Mapping[str, Any]) -> str | None:

@@ -85,8 +85,8 @@ class HeadStatistics:
         seen = HeadStatistics("park", quantities=["entropy", "head_divergence"], num_prefix=1)
         positions = PRESETS["park"].positions(14, patch_size=16)
         for layer, (q, k, v) in enumerate(layers):  # for every batch
-            made = attention(q, k, v, num_prefix=1, positions=positions, stats=seen.row_stats)
-            seen.update(layer, made, q=q, k=k)
+            output = attention(q, k, v, num_prefix=1, positions=positions, stats=seen.row_stats)
+            seen.update(layer, output, q=q, k=k)
         print(seen.table())
     """
 
@@ -101,20 +101,20 @@ class HeadStatistics:
         symmetrize: bool = False,
         exact_eps: bool = False,
     ) -> None:
-        found = [find_preset(item) for item in ((presets,) if isinstance(presets, str | Preset) else presets)]
+        chosen = [find_preset(item) for item in ((presets,) if isinstance(presets, str | Preset) else presets)]
         if isinstance(quantities, str):
             raise TypeError(f"quantities must be a sequence of names, got the string {quantities!r}")
-        wanted = [*(name for preset in found for name in preset.quantities), *quantities]
+        wanted = [*(name for preset in chosen for name in preset.quantities), *quantities]
         self.names: tuple[str, ...] = tuple(dict.fromkeys(find_quantity(name).name for name in wanted))
         if not self.names:
             raise ValueError("HeadStatistics needs at least one preset or quantity; see PRESETS and QUANTITIES")
-        self.presets = tuple(preset.name for preset in found)
+        self.presets = tuple(preset.name for preset in chosen)
         self.num_prefix = operator.index(num_prefix)
-        self.unit: str = _agreed("unit", unit, found, default="patch")
-        self.exclude_prefix: bool = _agreed("exclude_prefix", exclude_prefix, found, default=True)
+        self.unit: str = _agreed("unit", unit, chosen, default="patch")
+        self.exclude_prefix: bool = _agreed("exclude_prefix", exclude_prefix, chosen, default=True)
         self.symmetrize = bool(symmetrize)
         self.exact_eps = bool(exact_eps)
-        self.eps = next((preset.eps for preset in found if preset.eps), 1e-6)
+        self.eps = next((preset.eps for preset in chosen if preset.eps), 1e-6)
         if self.num_prefix < 0:
             raise ValueError(f"num_prefix must not be negative, got {num_prefix}")
         if self.unit not in UNITS:
@@ -274,10 +274,10 @@ class HeadStatistics:
     @classmethod
     def _from_settings(cls, settings: Mapping) -> HeadStatistics:
         options = ("quantities", "num_prefix", "unit", "exclude_prefix", "symmetrize", "exact_eps")
-        made = cls(**{key: settings[key] for key in options})
+        statistics = cls(**{key: settings[key] for key in options})
         # Presets of the caller's own are known by their settings alone.
-        made.presets, made.eps = tuple(settings["presets"]), settings["eps"]
-        return made
+        statistics.presets, statistics.eps = tuple(settings["presets"]), settings["eps"]
+        return statistics
 
     def merge(self, other: HeadStatistics) -> HeadStatistics:
         """Add what ``other`` recorded, as if this object had seen its images too.
@@ -360,12 +360,12 @@ class HeadStatistics:
 
     def _places(self, layer: _Layer) -> dict[str, slice]:
         """Where each quantity's heads lie among the columns of a layer."""
-        found, start = {}, 0
+        slices, start = {}, 0
         for quantity in self._quantities():
             size = layer.heads if quantity.per_head else 1
-            found[quantity.name] = slice(start, start + size)
+            slices[quantity.name] = slice(start, start + size)
             start += size
-        return found
+        return slices
 
     def _of_layers(self, name: str, values: Callable[[_Layer], Tensor]) -> list[Tensor]:
         """The columns of one quantity in ``values`` of every layer."""
@@ -460,13 +460,13 @@ class HeadStatistics:
         recorded = {}
         for number in self.layers:
             layer = self._layers[number]
-            made = {"images": layer.images, "heads": layer.heads}
+            entry = {"images": layer.images, "heads": layer.heads}
             moments = {"mean": layer.means(), "std": layer.variances().sqrt(), "sum": layer.sums[0]}
             moments["sum_of_squares"] = layer.sums[1]
             lists = {key: values.tolist() for key, values in moments.items()}
             for name, columns in self._places(layer).items():
-                made[name] = {key: values[columns] for key, values in lists.items()}
-            recorded[str(number)] = made
+                entry[name] = {key: values[columns] for key, values in lists.items()}
+            recorded[str(number)] = entry
         return {"format": 1, **self._settings(), "layers": recorded}
 
     @classmethod
@@ -478,16 +478,16 @@ class HeadStatistics:
         """
         if data.get("format") != 1:
             raise ValueError(f"head statistics of format {data.get('format')!r} are not known; this library writes 1")
-        made = cls._from_settings(data)
+        statistics = cls._from_settings(data)
         for number, layer in data["layers"].items():
-            missing = [name for name in made.names if name not in layer]
+            missing = [name for name in statistics.names if name not in layer]
             if missing:
                 raise ValueError(f"layer {number} lacks {', '.join(missing)}")
-            sums = [[x for name in made.names for x in layer[name][key]] for key in ("sum", "sum_of_squares")]
-            made._layers[int(number)] = _Layer(
+            sums = [[x for name in statistics.names for x in layer[name][key]] for key in ("sum", "sum_of_squares")]
+            statistics._layers[int(number)] = _Layer(
                 int(layer["heads"]), int(layer["images"]), torch.tensor(sums, dtype=torch.float64)
             )
-        return made
+        return statistics
 
     def __repr__(self) -> str:
         images = max(self.images.values(), default=0)
@@ -496,13 +496,13 @@ class HeadStatistics:
 
 def _agreed(setting: str, given, presets: Sequence[Preset], *, default):
     """The setting that the argument and all presets agree on."""
-    asked = {preset.name: getattr(preset, setting) for preset in presets if getattr(preset, setting) is not None}
+    wanted = {preset.name: getattr(preset, setting) for preset in presets if getattr(preset, setting) is not None}
     if given is not None:
-        asked["the argument"] = given
-    if len(set(asked.values())) > 1:
-        told = ", ".join(f"{name}: {value!r}" for name, value in asked.items())
-        raise ValueError(f"{setting} cannot differ within one HeadStatistics ({told}); use one for each")
-    return next(iter(asked.values()), default)
+        wanted["the argument"] = given
+    if len(set(wanted.values())) > 1:
+        shown = ", ".join(f"{name}: {value!r}" for name, value in wanted.items())
+        raise ValueError(f"{setting} cannot differ within one HeadStatistics ({shown}); use one for each")
+    return next(iter(wanted.values()), default)
 
 
 def _stacked(rows: list[Tensor]) -> Tensor:

@@ -1,4 +1,15 @@
-"""A function once more, with its calls of PyTorch's ``scaled_dot_product_attention`` going elsewhere."""
+"""Rewriting: a function compiled again from its source, its calls of PyTorch's SDPA going to another function.
+
+For ``accelerate`` and transformers, whose models shall compute faster for good: modules of many classes that differ in
+everything but that call. A rewritten forward costs nothing per call, is compiled by ``torch.compile`` in one graph, and
+works on every thread and in copies. The two other ways would not do. A function mode (``mimkernels.heads.intercept``)
+costs a look at every function that is called, breaks graphs, and ends with its block. A change of class to a forward
+written by us (``mimkernels.nn._classes``) would need one forward for each of timm's families, kept up with timm's; it
+is used where more than the call changes. Putting a function into ``torch.nn.functional`` would change attention of
+everybody in the process.
+
+The class that gets a rewritten forward is made by ``mimkernels.integrations.timm``, a subclass of the module's own.
+"""
 
 from __future__ import annotations
 import __future__
@@ -61,8 +72,8 @@ def rerouted(function: FunctionType, attention: Callable) -> FunctionType:
     code = _compiled(_Reroute(set(map(id, names.candidates()))).visit(definition), function)
     _definition.cache_clear()  # what was changed is of no use to others
 
-    def instead(found: Any) -> Any:
-        return attention if found is TORCH_SDPA else found
+    def instead(value: Any) -> Any:
+        return attention if value is TORCH_SDPA else value
 
     cells = {**_cells(function), _PARAMETER: CellType(instead)}
     closure = tuple(cells[name] for name in code.co_freevars)
@@ -151,16 +162,16 @@ def _contents(function: FunctionType) -> dict[str, Any]:
 
 def _imports(definition: ast.FunctionDef) -> dict[str, Any]:
     """What the function's own import statements give, of modules that are there."""
-    found: dict[str, Any] = {}
+    imported: dict[str, Any] = {}
     for node in ast.walk(definition):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 name = alias.name if alias.asname else alias.name.partition(".")[0]
-                found[alias.asname or name] = sys.modules.get(name)
+                imported[alias.asname or name] = sys.modules.get(name)
         elif isinstance(node, ast.ImportFrom) and not node.level:
             for alias in node.names:
-                found[alias.asname or alias.name] = getattr(sys.modules.get(node.module), alias.name, None)
-    return found
+                imported[alias.asname or alias.name] = getattr(sys.modules.get(node.module), alias.name, None)
+    return imported
 
 
 @functools.lru_cache(16)

@@ -156,19 +156,19 @@ def accelerate(
     _check_devices(model)
     changes = []
     for name, module in model.named_modules():
-        found = None
+        change = None
         if _is_accelerated(module):
-            found = Change(name, type(module).__name__, "mimkernels", "already")
+            change = Change(name, type(module).__name__, "mimkernels", "already")
         elif isinstance(module, (PatchDropout, PatchDropoutWithIndices)):
-            found = _take_patch_drop(module) if patch_drop else None
+            change = _take_patch_drop(module) if patch_drop else None
         elif isinstance(module, TimmMlp):
-            found = _take_mlp(module) if mlp else None
+            change = _take_mlp(module) if mlp else None
         elif isinstance(module, VisionTransformer):
-            found = _take_patch_embed(module) if patch_embed and patch_drop else None
+            change = _take_patch_embed(module) if patch_embed and patch_drop else None
         elif pool if "pool" in type(module).__name__.lower() else attention:
-            found = _take_attention(module)
-        if found is not None:
-            changes.append(Change(name, found.kind, found.became, found.reason))
+            change = _take_attention(module)
+        if change is not None:
+            changes.append(Change(name, change.kind, change.became, change.reason))
     classes = dict.fromkeys(type(module) for module in model.modules() if hasattr(type(module), "_refused"))
     return Accelerated(changes, list(classes))
 

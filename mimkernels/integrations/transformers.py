@@ -47,10 +47,10 @@ def mimkernels_attention_forward(
         ``[B, Nq, H, D]``, and the attention matrix ``[B, H, Nq, Nk]``, after dropout, if ``output_attentions`` asks for
         it (there is a warning, once); else None, and it never exists.
     """
-    asked = kwargs.pop("output_attentions", None)
-    if asked is None:
-        asked = getattr(getattr(module, "config", None), "output_attentions", False)
-    if not asked:
+    wants_maps = kwargs.pop("output_attentions", None)
+    if wants_maps is None:
+        wants_maps = getattr(getattr(module, "config", None), "output_attentions", False)
+    if not wants_maps:
         return _forward(module, query, key, value, attention_mask, **kwargs)
     if not torch.compiler.is_compiling():
         _warn_of_maps()

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["ARCHITECTURE_ARGUMENTS", "check_architecture"]
+__all__ = ["ARCHITECTURE_ARGUMENTS", "check_architecture", "check_sizes"]
 
 # Arguments of timm's VisionTransformer, without those that take classes and those of `timm.create_model` that name
 # files, repositories or other weights (checkpoint_path, pretrained, pretrained_cfg, pretrained_cfg_overlay, cache_dir).
@@ -21,6 +21,15 @@ _NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?")  # a timm model, with or 
 _WORD = re.compile(r"[A-Za-z0-9_]{0,40}")  # a key of timm's tables of layers; no path, no dotted name
 _LONGEST_LIST = 4
 
+# Whole numbers, with the largest that is built: a file shall not keep a machine busy with a model that fits none.
+_LARGEST = {
+    "img_size": 65_536, "patch_size": 65_536, "in_chans": 1_024, "embed_dim": 65_536, "depth": 1_024,
+    "num_heads": 4_096, "reg_tokens": 65_536, "num_classes": 10_000_000, "decoder_dim": 65_536, "decoder_depth": 1_024,
+    "decoder_heads": 4_096,
+}  # fmt: skip
+_PAIRS = ("img_size", "patch_size")
+_MOST_WEIGHTS = 200_000_000_000
+
 
 def check_architecture(name: str, arguments: Mapping[str, Any]) -> None:
     """Refuse everything that could make ``timm.create_model`` open a file, reach the network or run code.
@@ -30,7 +39,8 @@ def check_architecture(name: str, arguments: Mapping[str, Any]) -> None:
         arguments: for the model; numbers, truth values, None, single words, and lists of up to four numbers.
 
     Raises:
-        ValueError: the name has another source than timm, or an argument is not one of the architecture; names it.
+        ValueError: the name has another source than timm, an argument is not one of the architecture, or a size is no
+            whole number or beyond all models; names it.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(
@@ -47,6 +57,28 @@ def check_architecture(name: str, arguments: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"model argument {key!r} must be a number, true, false, null, a word or a short list of numbers, got "
                 f"{str(value)[:80]!r}"
+            )
+    check_sizes(arguments)
+
+
+def check_sizes(arguments: Mapping[str, Any]) -> None:
+    """Refuse sizes of encoder and decoder that are no whole numbers, or larger than any model that could be built.
+
+    Raises:
+        ValueError: names the argument, or the product of width and depth.
+    """
+    for key, largest in _LARGEST.items():
+        value = arguments.get(key)
+        parts = value if key in _PAIRS and isinstance(value, (list, tuple)) else [value]
+        for part in parts if value is not None else []:
+            if not isinstance(part, int) or isinstance(part, bool) or not 0 <= part <= largest:
+                raise ValueError(f"model argument {key!r} must be a whole number up to {largest:,}, got {value!r}")
+    for width, blocks in (("embed_dim", "depth"), ("decoder_dim", "decoder_depth")):
+        weights = 12 * (arguments.get(width) or 0) ** 2 * (arguments.get(blocks) or 0)
+        if weights > _MOST_WEIGHTS:
+            raise ValueError(
+                f"{width} {arguments[width]:,} and {blocks} {arguments[blocks]:,} make about {weights:.1e} weights; "
+                f"at most {_MOST_WEIGHTS:.0e} are built"
             )
 
 

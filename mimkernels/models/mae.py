@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mimkernels.models.architecture import check_architecture
+from mimkernels.models.architecture import check_architecture, check_sizes
 from mimkernels.models.checkpoint import CheckpointReport, copy_by_name, read_weights
 from mimkernels.models.decoder import DecoderBlock
 from mimkernels.models.encoder import (
@@ -22,7 +22,9 @@ from mimkernels.models.encoder import (
     resample_positions,
 )
 from mimkernels.models.pictures import MAEPictures, pictures_of
-from mimkernels.nn import record_heads, sincos_positions_2d, use_mimkernels_attention, use_mimkernels_mlp
+from mimkernels.nn import sincos_positions_2d, use_mimkernels_attention, use_mimkernels_mlp
+from mimkernels.nn.attention import attention_layers
+from mimkernels.nn.recorder import LayerRecorder
 from mimkernels.nn.sdpa import Patches, tell_patches
 from mimkernels.ops import TokenMask, mask_from_noise, masked_patch_loss, random_mask, restore_tokens
 
@@ -40,8 +42,9 @@ class MAEOutput(NamedTuple):
         mask: which patches were visible.
         pred: ``[B, N, E]`` the prediction for every patch, E pixels as (height, width, channel), where it was
             asked for; else None.
-        head_stats: per encoder block, each asked statistic ``[B, H, P + K]`` fp32 with gradients, by name; None
-            if none was asked for.
+        head_stats: ``LayerHeads.stats`` of every encoder block: each asked statistic ``[B, H, P + K]`` fp32 with
+            gradients, by name, in plain containers, through which DistributedDataParallel finds tensors; None if none
+            was asked for.
     """
 
     loss: Tensor
@@ -82,6 +85,8 @@ class MAE(nn.Module):
     Source: arXiv:2111.06377.
     """
 
+    _pixel_mean: Tensor | None
+    _pixel_std: Tensor | None
     config: dict[str, Any] | None = None  #: arguments of `from_timm` that rebuild this model
 
     def __init__(
@@ -103,9 +108,9 @@ class MAE(nn.Module):
         for name, value in (("attention", attention), ("mlp", mlp)):
             if value not in _COMPUTED_BY:
                 raise ValueError(f"{name} must be one of {', '.join(_COMPUTED_BY)}, got {value!r}")
-        for name, value in (("decoder_dim", decoder_dim), ("decoder_depth", decoder_depth)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name, size in (("decoder_dim", decoder_dim), ("decoder_depth", decoder_depth)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
         if decoder_heads < 1 or decoder_dim % decoder_heads != 0:
             raise ValueError(f"decoder_dim {decoder_dim} is not a multiple of decoder_heads {decoder_heads}")
         embed = encoder.patch_embed
@@ -180,7 +185,7 @@ class MAE(nn.Module):
         weights = {key: timm_kwargs.pop(key) for key in _WEIGHT_KWARGS if key in timm_kwargs}
         if not (weights.get("pretrained") or weights.get("checkpoint_path")):
             init_encoder(encoder)
-        own = {
+        own: dict[str, Any] = {
             "decoder_dim": decoder_dim,
             "decoder_depth": decoder_depth,
             "decoder_heads": decoder_heads,
@@ -208,7 +213,9 @@ class MAE(nn.Module):
         """
         own = inspect.getfullargspec(cls.from_timm)
         for_timm = ("img_size", "in_chans", "patch_size", *(config.keys() - {*own.args, *own.kwonlyargs}))
-        check_architecture(config.get("name"), {key: config[key] for key in for_timm if key in config})
+        name: Any = config.get("name")
+        check_architecture(name, {key: config[key] for key in for_timm if key in config})
+        check_sizes(config)
         return cls.from_timm(**config)
 
     def forward(
@@ -239,12 +246,14 @@ class MAE(nn.Module):
                 attention cannot record statistics.
         """
         mask = self.draw_mask(images, noise=noise, seed=seed, offset=offset)
-        heads = None
+        layer_stats = None
         if head_stats:
+            layers = attention_layers(self.encoder.blocks)
             positions = self.patch_positions(images, mask.ids_keep)
             prefix = self.encoder.num_prefix_tokens
-            with record_heads(self.encoder.blocks, head_stats, num_prefix=prefix, positions=positions) as heads:
+            with LayerRecorder(layers, head_stats, num_prefix=prefix, positions=positions) as heads:
                 latent = self.encode(images, mask.ids_keep)
+            layer_stats = [layer.stats for layer in heads]
         else:
             latent = self.encode(images, mask.ids_keep)
         pred = self.decode(latent, mask, self._grid(images), full=full_prediction)
@@ -258,7 +267,7 @@ class MAE(nn.Module):
             mean=self._pixel_mean,
             std=self._pixel_std,
         )
-        return MAEOutput(loss, mask, pred if full_prediction else None, None if heads is None else heads.stats)
+        return MAEOutput(loss, mask, pred if full_prediction else None, layer_stats)
 
     def draw_mask(
         self, images: Tensor, *, noise: Tensor | None = None, seed: int = 0, offset: int | Tensor = 0
@@ -427,7 +436,7 @@ class MAE(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MAE":
         super()._apply(fn, recurse)
-        if self.mean is not None:
+        if self._pixel_mean is not None:
             # A model in half precision still normalises with exact statistics; to_empty() leaves them filled.
             device = self._pixel_mean.device
             self._pixel_mean = torch.tensor(self.mean, dtype=torch.float32, device=device)

@@ -8,31 +8,25 @@ from mimkernels.nn.pooling import Pooling, build_pooling, cls_attention, pooling
 from mimkernels.nn.positions import sincos_positions_2d
 
 if TYPE_CHECKING:
-    from mimkernels.nn.attention import Attention, HeadRecorder, LayerHeads, record_heads, use_mimkernels_attention
+    from mimkernels.nn.attention import Attention, use_mimkernels_attention
     from mimkernels.nn.mlp import Mlp, use_mimkernels_mlp
 
 # From modules that need timm: imported when first asked for, so that the rest works without it.
 _NEED_TIMM = {
     "Attention": "attention",
-    "HeadRecorder": "attention",
-    "LayerHeads": "attention",
     "Mlp": "mlp",
-    "record_heads": "attention",
     "use_mimkernels_attention": "attention",
     "use_mimkernels_mlp": "mlp",
 }
 
 __all__ = [
     "Attention",
-    "HeadRecorder",
-    "LayerHeads",
     "Mlp",
     "Pooling",
     "build_pooling",
     "cls_attention",
     "embed_visible",
     "poolings",
-    "record_heads",
     "sincos_positions_2d",
     "use_mimkernels_attention",
     "use_mimkernels_mlp",

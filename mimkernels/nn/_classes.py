@@ -1,4 +1,13 @@
-"""Modules become modules of another class, in place: a subclass of what they were, and back."""
+"""A change of class: modules become modules of a subclass of what they were, in place, and back.
+
+For layers whose forward is written anew, because more changes than one call: timm's ``Attention`` (the packed
+projection is read and its gradient written as one; heads are recorded) and ``Mlp``, and timm's patch dropout.
+Parameters, buffers, hooks and state-dict names stay, for the object stays; ``torch.compile``, copies and pickles see an
+ordinary class. The two other ways change the call of ``F.scaled_dot_product_attention`` alone: rewriting
+(``mimkernels.integrations._reroute``), for forwards that are not written here, whose classes are changed by this module
+nevertheless, and a function mode (``mimkernels.heads.intercept``), which leaves the model as it is and ends with its
+block.
+"""
 
 from __future__ import annotations
 
@@ -71,12 +80,12 @@ def prepare_scriptable(module: nn.Module) -> nn.Module:
 
 def _get_fused_attn(module: nn.Module) -> bool:
     try:
-        told = module.__dict__["fused_attn"]
+        value = module.__dict__["fused_attn"]
     except KeyError:
         raise AttributeError("fused_attn") from None
-    if told is None:
+    if value is None:
         return shows_its_matrix(module) is None and not is_fx_symbolic_tracing()
-    return told
+    return value
 
 
 def _set_fused_attn(module: nn.Module, value: Any) -> None:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimkernels.nn.sdpa import Patches, tell_patches
+from mimkernels.nn.sdpa import Patches, compute_dtype, tell_patches
 from mimkernels.ops import gather_tokens, patchify_gather
 
 __all__ = ["embed_visible"]
@@ -20,8 +20,8 @@ def embed_visible(
     norm: Callable[[Tensor], Tensor] | None = None,
     pos: Tensor | None = None,
     prefix: Tensor | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: Sequence[float] | Tensor | None = None,
+    std: Sequence[float] | Tensor | None = None,
 ) -> Tensor:
     """Embed the chosen patches: pixels are gathered first, so that the GEMM sees only them.
 
@@ -39,7 +39,7 @@ def embed_visible(
         the positions and prefix tokens, as plain PyTorch's promotion gives.
     """
     # kernel_size is the patch; conv weights [D, C, ph, pw] flatten to the pixel order of patchify_gather.
-    pixels = patchify_gather(images, ids, proj.kernel_size, mean, std, dtype=_compute_dtype(proj.weight))
+    pixels = patchify_gather(images, ids, proj.kernel_size, mean, std, dtype=compute_dtype(proj.weight))
     grid = tuple(size // patch for size, patch in zip(images.shape[2:], proj.kernel_size, strict=True))
     tell_patches(proj, Patches(len(images), grid, proj.kernel_size, ids))
     x = F.linear(pixels, proj.weight.flatten(1), proj.bias)  # [B, K, D]
@@ -52,9 +52,3 @@ def embed_visible(
         # cat copies once more than adding into a buffer would, but its backward is free: views of the gradient.
         x = torch.cat((prefix.expand(x.shape[0], -1, -1), x), dim=1)
     return x
-
-
-def _compute_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype the embedding GEMM will run in, so that pixels are written once, in it."""
-    device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import typing
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -298,7 +299,7 @@ class EfficientProbing(Pooling):
     """M queries, each of which pools its own slice of the projected tokens: ``concat_m W_v^m sum_n a_mn x_n``.
 
     Args:
-        num_queries: M; divides `out_dim`.
+        num_queries: M; divides `out_dim`. By default 32, or the next fewer that divides `out_dim`.
         out_dim: width of the result; D by default.
 
     Source: arXiv:2506.10178 and its code.
@@ -306,10 +307,14 @@ class EfficientProbing(Pooling):
 
     name, description = "ep", "efficient probing: several trained queries, each for a slice of the projected tokens"
 
-    def __init__(self, dim: int, num_prefix: int, *, num_queries: int = 32, out_dim: int | None = None) -> None:
+    def __init__(
+        self, dim: int, num_prefix: int, *, num_queries: int | None = None, out_dim: int | None = None
+    ) -> None:
         super().__init__(dim, num_prefix, out_dim)
+        if num_queries is None:
+            num_queries = next(count for count in range(32, 0, -1) if self.out_dim % count == 0)
         if num_queries < 1 or self.out_dim % num_queries:
-            raise ValueError(f"ep: {num_queries} queries do not cut {self.out_dim} columns into equal slices")
+            raise ValueError(f"ep: num_queries must divide the {self.out_dim} columns of the result, got {num_queries}")
         self.queries = nn.Parameter(0.02 * torch.randn(num_queries, dim))
         self.value = nn.Linear(dim, self.out_dim, bias=False)
 
@@ -531,6 +536,9 @@ def build_pooling(name: str, dim: int, num_prefix: int, **options: Any) -> Pooli
     for option in options:
         if option not in known:
             raise ValueError(f"pooling {name!r} has no option {option!r}; it has {', '.join(known) or 'none'}")
+    annotations = typing.get_type_hints(kind.__init__)
+    for option, value in options.items():
+        _check_type(name, option, value, annotations[option])
     return kind(dim, num_prefix, **options)
 
 
@@ -550,6 +558,17 @@ def cls_attention(q: Tensor, k: Tensor, **options: Any) -> Tensor:
     return attention_rows(q, k, [0], **options).squeeze(2)
 
 
+def _check_type(pooling: str, option: str, value: Any, annotation: Any) -> None:
+    """Refuse a value of another type than the option's annotation, where an int is a float."""
+    kinds = [typing.get_origin(kind) or kind for kind in typing.get_args(annotation) or (annotation,)]
+    fits = isinstance(value, (*kinds, int) if float in kinds else tuple(kinds))
+    for special in (bool, str):  # also an int, also a sequence
+        fits = fits and (special in kinds or not isinstance(value, special))
+    if not fits:
+        wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise ValueError(f"pooling {pooling!r}: {option} must be {wanted}, got {value!r}")
+
+
 def _one_of(pooling: Pooling, option: str, value: Any, known: Sequence[str]) -> None:
     if value not in known:
         raise ValueError(f"{pooling.name}: {option} must be one of {', '.join(known)}, got {value!r}")
@@ -557,4 +576,4 @@ def _one_of(pooling: Pooling, option: str, value: Any, known: Sequence[str]) -> 
 
 def _divides(pooling: Pooling, num_heads: int) -> None:
     if num_heads < 1 or pooling.dim % num_heads:
-        raise ValueError(f"{pooling.name}: {num_heads} heads do not cut {pooling.dim} columns into equal slices")
+        raise ValueError(f"{pooling.name}: num_heads must divide the {pooling.dim} columns of a token, got {num_heads}")

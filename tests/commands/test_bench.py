@@ -3,9 +3,6 @@
 import itertools
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +10,12 @@ import torch
 pytest.importorskip("matplotlib")
 
 from mimkernels.cli import main
-from mimkernels.commands.bench import harness, scaling
+from mimkernels.commands.bench import run as bench_run
+from mimkernels.commands.bench.cases import scaling
+from mimkernels.commands.bench.cases.loading import MEAN, STD, Pictures
 from mimkernels.commands.bench.compare import FLOOR, compare, read
-from mimkernels.commands.bench.harness import Benchmark
-from mimkernels.commands.bench.loading import MEAN, STD, Pictures
 from mimkernels.commands.bench.tables import main_tables
+from mimkernels.commands.bench.timing import Benchmark, measure
 
 
 def record(name="gather", factor=1.0, jitter=0.01, seed=0, **further):
@@ -78,10 +76,8 @@ def test_compare_refuses_what_cannot_be_compared(tmp_path, capsys):
     some, other = save(tmp_path / "a", record("gather")), save(tmp_path / "b", record("loss"))
     assert main(["bench", "compare", some, other]) == 2
     assert "gather, B=1, float32 before, loss, B=1, float32 after" in capsys.readouterr().err
-    assert main(["bench", "compare", some, "no-such-revision"]) == 2
-    assert "there is no 'no-such-revision'" in capsys.readouterr().err
-    assert main(["bench", "compare", "no-such-revision", "HEAD"]) == 2
-    assert "'no-such-revision' is neither a folder" in capsys.readouterr().err
+    assert main(["bench", "compare", some, "no-such-folder"]) == 2
+    assert "there is no 'no-such-folder'" in capsys.readouterr().err
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ValueError, match="broken.json"):
         read(tmp_path / "broken.json")
@@ -89,7 +85,7 @@ def test_compare_refuses_what_cannot_be_compared(tmp_path, capsys):
 
 def test_a_measurement_is_recorded_in_blocks():
     versions = {"ours": lambda: None, "plain": lambda: None}
-    timing = harness.measure(Benchmark(name="nothing", shape="", versions=versions), "cpu", "float32", seconds=1e-3)
+    timing = measure(Benchmark(name="nothing", shape="", versions=versions), "cpu", "float32", seconds=1e-3)
     assert timing.rounds >= 7 and 5 <= len(timing.relative) <= 10
     assert json.loads(json.dumps(timing.record()))["relative"]
 
@@ -100,7 +96,52 @@ def test_versions_that_disagree_are_not_timed():
 
     benchmark = Benchmark(name="wrong", shape="", versions={"ours": lambda: None}, check=refuse)
     with pytest.raises(AssertionError, match="the versions differ"):
-        harness.measure(benchmark, "cpu", "float32")
+        measure(benchmark, "cpu", "float32")
+
+
+def test_a_stopped_run_keeps_the_cases_it_measured(tmp_path, monkeypatch, capsys):
+    measured = []
+
+    def measure_one(*arguments):
+        if measured:
+            raise KeyboardInterrupt
+        measured.append(measure(*arguments))
+        return measured[0]
+
+    run = [
+        "bench",
+        "run",
+        "--seconds",
+        "0.001",
+        "--batch",
+        "1",
+        "--no-compile",
+        "--group",
+        "gathering",
+        "--only",
+        "gather",
+    ]
+    with monkeypatch.context() as patched:
+        patched.setattr(bench_run, "measure", measure_one)
+        assert main([*run, "--output", str(tmp_path / "stopped")]) == 130
+    (file,) = (tmp_path / "stopped").iterdir()
+    report = json.loads(file.read_text())
+    assert file.name == "gathering-float32.json" and report["complete"] is False
+    assert [record["name"] for record in report["results"]] == [measured[0].name]
+    assert main([*run, "--output", str(tmp_path / "whole")]) == 0
+    whole = json.loads((tmp_path / "whole" / "gathering-float32.json").read_text())
+    assert whole["complete"] is True and len(whole["results"]) > 1
+    capsys.readouterr()
+    assert main(["bench", "compare", str(tmp_path / "stopped"), str(tmp_path / "whole")]) in (0, 1)
+    shown = capsys.readouterr()
+    assert "1 cases" in shown.out and f"incomplete, the run was stopped: {file} (1 cases)" in shown.err
+    assert main(["bench", "plot", str(tmp_path / "stopped")]) == 0
+    note = "incomplete, the run was stopped: gathering-float32 (1 cases)"
+    assert note in capsys.readouterr().err
+    assert all(note in (tmp_path / "stopped" / name).read_text() for name in ("tables.md", "report.html"))
+    # The group run again replaces what was stopped.
+    assert main([*run, "--output", str(tmp_path / "stopped")]) == 0
+    assert json.loads(file.read_text())["complete"] is True
 
 
 def test_run_then_plot(tmp_path, capsys):
@@ -137,14 +178,6 @@ def test_tables_state_what_was_measured():
     assert "| MAE step, B=1, float32 | 4.00 | 2.00 | 2.00 | 0.52, 0.90 |" in text
 
 
-def test_the_readme_shows_the_committed_results():
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.readme", "--check"], cwd=root, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-
-
 def test_a_step_loads_the_same_pictures_on_both_sides():
     with Pictures() as pictures:
         ours, published = next(pictures.trainer(2, workers=0)), next(pictures.published(2, workers=0))
@@ -171,7 +204,7 @@ def test_plot_without_results_says_what_makes_some(tmp_path, capsys):
 
 
 def test_the_published_step_is_ours():
-    from mimkernels.commands.bench.step import KINDS, Step, breakdown, step_case
+    from mimkernels.commands.bench.cases.step import KINDS, Step, breakdown, step_case
 
     for stats in (False, True):
         case = step_case(Step("vit_tiny_patch16_224", batch=1), stats=stats)

@@ -11,7 +11,7 @@ using mimkernels::cuda::copy_async_commit;
 using mimkernels::cuda::copy_async_wait;
 using mimkernels::cuda::launch;
 
-constexpr unsigned kAll = 0xffffffffu;
+constexpr unsigned kWarpMask = 0xffffffffu;
 
 __device__ float* shared_floats() {
   return reinterpret_cast<float*>(mimkernels::cuda::shared_memory());
@@ -75,7 +75,7 @@ __global__ void half_a_warp_barrier(bool right, const float* in, float* out) {
   float* const s = shared_floats();
   const int t = threadIdx.x;
   s[t] = in[t];
-  __syncwarp(right ? kAll : t % 32 < 16 ? 0x0000ffffu : 0xffff0000u);
+  __syncwarp(right ? kWarpMask : t % 32 < 16 ? 0x0000ffffu : 0xffff0000u);
   out[t] = s[t ^ 16];  // fault
 }
 
@@ -104,7 +104,7 @@ __global__ void shuffle_for_a_barrier(bool right, const float* in, float* out) {
   float* const s = shared_floats();
   const int t = threadIdx.x;
   s[t] = in[t];
-  const float other = __shfl_xor_sync(kAll, in[t], 1);
+  const float other = __shfl_xor_sync(kWarpMask, in[t], 1);
   if (right) {
     __syncwarp();
   }
@@ -270,7 +270,7 @@ __global__ void lane_missing_in_a_shuffle(bool right, const float* in, float* ou
   const int t = threadIdx.x;
   float sum = in[t];
   if (right || t % 32 != 7) {
-    sum += __shfl_xor_sync(kAll, sum, 1);  // fault
+    sum += __shfl_xor_sync(kWarpMask, sum, 1);  // fault
   }
   out[t] = sum;
 }
@@ -278,20 +278,20 @@ __global__ void lane_missing_in_a_shuffle(bool right, const float* in, float* ou
 __global__ void lane_at_another_collective(bool right, const float* in, float* out) {
   const int t = threadIdx.x;
   if (right || t % 32 != 7) {
-    out[t] = __shfl_xor_sync(kAll, in[t], 1);  // fault
+    out[t] = __shfl_xor_sync(kWarpMask, in[t], 1);  // fault
   } else {
-    out[t] = static_cast<float>(__ballot_sync(kAll, 1));  // fault
+    out[t] = static_cast<float>(__ballot_sync(kWarpMask, 1));  // fault
   }
 }
 
 __global__ void masks_that_differ(bool right, const float* in, float* out) {
   const int t = threadIdx.x;
-  out[t] = __shfl_xor_sync(right || t % 32 != 3 ? kAll : 0x0000ffffu, in[t], 1);  // fault
+  out[t] = __shfl_xor_sync(right || t % 32 != 3 ? kWarpMask : 0x0000ffffu, in[t], 1);  // fault
 }
 
 __global__ void own_lane_not_in_the_mask(bool right, const float* in, float* out) {
   const int t = threadIdx.x;
-  out[t] = __any_sync(right ? kAll : 0x7fffffffu, in[t] > 0.0f);  // fault
+  out[t] = __any_sync(right ? kWarpMask : 0x7fffffffu, in[t] > 0.0f);  // fault
 }
 
 __global__ void shuffle_from_outside_the_mask(bool right, const float* in, float* out) {

@@ -80,17 +80,17 @@ __global__ void load_kernel(const uint16_t* matrices, uint32_t* out, bool transp
 
 // out [8, threads]: what each collective gives, of values that tell their thread.
 __global__ void collectives_kernel(int* out) {
-  constexpr unsigned kAll = 0xffffffffu;
+  constexpr unsigned kWarpMask = 0xffffffffu;
   const int t = threadIdx.x;
   const int count = blockDim.x;
-  out[t] = __shfl_sync(kAll, 100 + t, 35 - t % 3);
-  out[count + t] = __shfl_up_sync(kAll, 100 + t, 3, 8);
-  out[2 * count + t] = __shfl_down_sync(kAll, 100 + t, 3, 16);
-  out[3 * count + t] = __shfl_xor_sync(kAll, 100 + t, 5);
-  out[4 * count + t] = static_cast<int>(__ballot_sync(kAll, t % 3 == 0));
+  out[t] = __shfl_sync(kWarpMask, 100 + t, 35 - t % 3);
+  out[count + t] = __shfl_up_sync(kWarpMask, 100 + t, 3, 8);
+  out[2 * count + t] = __shfl_down_sync(kWarpMask, 100 + t, 3, 16);
+  out[3 * count + t] = __shfl_xor_sync(kWarpMask, 100 + t, 5);
+  out[4 * count + t] = static_cast<int>(__ballot_sync(kWarpMask, t % 3 == 0));
   out[5 * count + t] = __syncthreads_count(t % 3 == 0);
   out[6 * count + t] = __syncthreads_or(t == 40) * 2 + __syncthreads_and(t != 40);
-  out[7 * count + t] = __any_sync(kAll, t == 40) * 2 + __all_sync(kAll, t != 40);
+  out[7 * count + t] = __any_sync(kWarpMask, t == 40) * 2 + __all_sync(kWarpMask, t != 40);
 }
 
 // x, y [count] fp32 become sums, products and x y + z of T, each [count], as raw bits.

@@ -1,5 +1,7 @@
 """Masks that are no plain tensors: statistics of the mask that they stand for, or none and a reason."""
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -95,3 +97,67 @@ def test_torch_s_own_refusal_passes():
         mimkernels.capture(model, ["entropy"], num_prefix=1),
     ):
         model(q, k, v, attn_mask=causal_upper_left(16, 16), is_causal=True)
+
+
+@pytest.fixture
+def distributed(tmp_path):
+    """Makes DTensors, of one process."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    if torch.distributed.is_initialized():
+        pytest.skip("a process group is there already")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    mesh = DeviceMesh("cpu", [0])
+    yield lambda tensor: distribute_tensor(tensor, mesh, [Replicate()])
+    torch.distributed.destroy_process_group()
+
+
+def test_distributed_tensors_go_to_torch_with_a_note(distributed):
+    q, k, v = qkv(16, 16)
+    model = nn.ModuleList([Masked(), Masked()])
+    with mimkernels.capture(model, ["entropy"], num_prefix=1) as heads:
+        out = model[0](*map(distributed, (q, k, v)))
+        model[1](q, k, v)
+    torch.testing.assert_close(out.full_tensor(), F.scaled_dot_product_attention(q, k, v))
+    assert heads["0"].stats == {} and heads["1"].stats["entropy"].shape == (2, 3, 16)
+    [note] = heads["0"].notes
+    assert note.startswith("computed as it is: query is a DTensor") and note.endswith("; no statistics")
+
+
+def test_layers_of_torch_with_distributed_weights_are_told_of(distributed):
+    layer = nn.MultiheadAttention(48, 3, batch_first=True)
+    for name, parameter in list(layer.named_parameters()):
+        owner = layer.get_submodule(name.rpartition(".")[0])
+        setattr(owner, name.rpartition(".")[2], nn.Parameter(distributed(parameter.detach())))
+    x = distributed(m.tokens(length=16))
+    with (
+        pytest.raises(RuntimeError, match="(?s)no layer has any of the statistics.*is a DTensor; no statistics"),
+        mimkernels.capture(layer, ["entropy"], num_prefix=1),
+    ):
+        layer(x, x, x, need_weights=False)
+
+
+@pytest.mark.parametrize(
+    ("queries", "dim", "reason"),
+    [(0, 16, "no queries"), (5, 0, "no statistics of heads without dims")],
+    ids=["no queries", "no head dim"],
+)
+def test_empty_attention_is_computed_and_told_of(queries, dim, reason):
+    q, k, v = qkv(queries, 7, dim)
+    model = Masked()
+    with pytest.raises(RuntimeError, match=f"(?s)no layer has any of the statistics.*{reason}"):
+        with mimkernels.capture(model, ["entropy"], num_prefix=1):
+            out = model(q, k, v)
+    assert torch.equal(out, model(q, k, v))
+
+
+def test_a_mask_of_another_dtype_is_refused_as_by_torch():
+    q, k, v = qkv(16, 16)
+    model = Masked()
+    with (
+        pytest.raises(RuntimeError, match="Expected attn_mask dtype"),
+        mimkernels.capture(model, ["entropy"], num_prefix=1),
+    ):
+        model(q, k, v, attn_mask=torch.zeros(16, 16, dtype=torch.float64))

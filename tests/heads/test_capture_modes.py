@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mimkernels
-from mimkernels.heads import PRESETS, CapturedHeads, HeadStatistics, patch_grid_positions, regularization_loss
+from mimkernels.heads import PRESETS, HeadStatistics, RecordedHeads, patch_grid_positions, regularization_loss
 from tests.integrations import models as m
 from tests.integrations import reduced
 
@@ -250,7 +250,8 @@ def test_maps_asked_for_are_counted_once_by_captures_inside_each_other():
 
 
 def test_models_on_mimkernels_attention():
-    from mimkernels.nn import record_heads, use_mimkernels_attention
+    from mimkernels.heads import record_heads
+    from mimkernels.nn import use_mimkernels_attention
 
     model = m.vit()
     with torch.no_grad(), mimkernels.capture(model, ["entropy", "distance"]) as plain:
@@ -349,7 +350,7 @@ def test_one_process_reduces_to_itself():
     with mimkernels.capture(model, "park", num_prefix=1, positions=PRESETS["park"].positions((4, 4), 8)) as heads:
         model(m.tokens())
     total = heads.reduce()
-    assert isinstance(total, CapturedHeads) and total.to_dict() == heads.to_dict()
+    assert isinstance(total, RecordedHeads) and total.to_dict() == heads.to_dict()
 
 
 def test_asking_for_capture_imports_no_model_library():

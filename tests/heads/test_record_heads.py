@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 pytest.importorskip("timm")
 import timm
 
-from mimkernels.heads import HeadStatistics, regularization_loss
-from mimkernels.nn import record_heads, use_mimkernels_attention
+from mimkernels.heads import HeadStatistics, RecordedHeads, capture, record_heads, regularization_loss
+from mimkernels.nn import use_mimkernels_attention
 from mimkernels.ops import attention_rows, head_divergence, received_attention
 
 HEADS, DEPTH, PREFIX = 3, 3, 2
@@ -93,7 +93,7 @@ def test_every_layer_s_statistics_are_those_of_its_map(per_image, qk_norm):
     maps, expected_out = attention_maps(model, images())
     torch.testing.assert_close(out, expected_out, rtol=1e-5, atol=1e-5)
     assert len(heads) == len(heads.stats) == DEPTH
-    for layer, p in zip(heads, maps, strict=True):
+    for layer, p in zip(heads.values(), maps, strict=True):
         expected = expected_statistics(p, positions if per_image else positions[None])
         assert tuple(layer.stats) == NAMES
         for name, value in layer.stats.items():
@@ -147,7 +147,7 @@ def test_what_is_kept_feeds_the_companion_ops_and_head_statistics():
     for hook in hooks:
         hook.remove()
     maps, _ = attention_maps(model, images())
-    for number, (layer, p) in enumerate(zip(heads, maps, strict=True)):
+    for number, (layer, p) in enumerate(zip(heads.values(), maps, strict=True)):
         received = received_attention(layer.q, layer.k, layer.lse, **layer.options)
         torch.testing.assert_close(received, p.mean(2), rtol=1e-4, atol=1e-6)
         rows = attention_rows(layer.q, layer.k, torch.tensor([0, 5]), **layer.options)
@@ -170,6 +170,18 @@ def test_nothing_is_kept_that_was_not_asked_for():
     assert layer.q is layer.k is layer.lse is layer.output is layer.bias is layer.key_mask is None
 
 
+def test_what_a_capture_wants_is_not_recorded():
+    model = vit()
+    with (
+        torch.no_grad(),
+        capture(model, ["distance"], num_prefix=PREFIX, positions=GRID) as captured,
+        record_heads(model, keep=("lse",)) as recorded,
+    ):
+        model(images())
+    assert recorded.stats == [{}] * DEPTH and recorded[0].lse.shape == (2, HEADS, 18)
+    assert all(list(stats) == ["distance"] for stats in captured.stats)
+
+
 def test_masks_are_recorded_for_the_companion_ops():
     model = vit()
     layer = model.blocks[0].attn
@@ -190,8 +202,8 @@ def test_the_model_is_as_before():
         assert torch.equal(model(images()), expected)
     assert torch.equal(model(images()), expected)
     for part in model.modules():
-        now = {name: value for name, value in part.__dict__.items() if name != "_slot"}
-        assert now == state[id(part)] and part.__dict__.get("_slot") is None
+        now = {name: value for name, value in part.__dict__.items() if name != "_recorder"}
+        assert now == state[id(part)] and part.__dict__.get("_recorder") is None
         assert not part._forward_hooks and not part._forward_pre_hooks
     entropy = heads[0].stats["entropy"]
     model(images(seed=9))
@@ -202,12 +214,12 @@ def test_a_recorder_keeps_no_graph_alive_in_the_model():
     model = vit()
     with record_heads(model, ["distance"], num_prefix=PREFIX, positions=GRID) as heads:
         model(images())
-    from mimkernels.nn import attention
+    from mimkernels.nn import recorder
 
-    assert sum(len(attention._awaiting_backward.get(block.attn, ())) for block in model.blocks) == DEPTH
+    assert sum(len(recorder._awaiting_backward.get(block.attn, ())) for block in model.blocks) == DEPTH
     del heads
     gc.collect()
-    assert not any(attention._awaiting_backward.get(block.attn) for block in model.blocks)
+    assert not any(recorder._awaiting_backward.get(block.attn) for block in model.blocks)
 
 
 def test_copies_made_while_recording_do_not_record():
@@ -229,7 +241,8 @@ def test_a_pass_of_another_thread_is_not_recorded():
     with record_heads(model, ["entropy"]) as alone:
         assert torch.equal(out, model(images()))
     assert torch.equal(other, expected)
-    assert all(torch.equal(one.stats["entropy"], two.stats["entropy"]) for one, two in zip(heads, alone, strict=True))
+    for name, layer in alone.items():
+        assert torch.equal(heads[name].stats["entropy"], layer.stats["entropy"])
 
 
 def test_an_error_inside_leaves_nothing_behind():
@@ -364,7 +377,7 @@ def test_autocast():
             out = model(images())
     maps, _ = attention_maps(model, images())
     assert heads[0].q.dtype == torch.bfloat16
-    for layer, p in zip(heads, maps, strict=True):
+    for layer, p in zip(heads.values(), maps, strict=True):
         for name, value in expected_statistics(p, GRID[None]).items():
             assert layer.stats[name].dtype == torch.float32
             torch.testing.assert_close(layer.stats[name], value, rtol=0.05, atol=0.05, msg=name)
@@ -384,7 +397,7 @@ def test_a_compiled_model_records_inside_and_only_inside():
             with record_heads(model, NAMES, num_prefix=PREFIX, positions=positions) as heads:
                 compiled(images(seed=seed))
             maps, _ = attention_maps(model, images(seed=seed))
-            for layer, p in zip(heads, maps, strict=True):
+            for layer, p in zip(heads.values(), maps, strict=True):
                 for name, value in expected_statistics(p, positions[None]).items():
                     torch.testing.assert_close(layer.stats[name], value, rtol=1e-4, atol=1e-5, msg=name)
     with record_heads(compiled, ["entropy", "distance"], num_prefix=PREFIX, positions=GRID) as heads:
@@ -412,3 +425,48 @@ def test_distributed_data_parallel(tmp_path):
         assert_same_gradients(gradients(model), expected)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_the_result_is_that_of_a_capture():
+    model = vit()
+    with record_heads(model, ["entropy"], num_prefix=PREFIX) as recorded:
+        model(images())
+    with capture(model, ["entropy"], num_prefix=PREFIX) as captured:
+        model(images())
+    assert type(recorded) is type(captured) is RecordedHeads
+    assert list(recorded) == list(captured) == [f"blocks.{number}.attn" for number in range(DEPTH)]
+    for name, layer in recorded.items():
+        assert layer is recorded[layer.index] and layer.describe() == captured[name].describe()
+        assert torch.equal(layer.stats["entropy"], captured[name].stats["entropy"])
+    assert recorded.table().splitlines() == captured.table().splitlines()[-DEPTH:]
+    with pytest.raises(KeyError, match="'blocks.9' was not captured; captured: blocks.0.attn, "):
+        recorded["blocks.9"]
+
+
+def test_names_are_those_of_the_model_inside_its_wrappers():
+    model = vit()
+    names = [f"blocks.{number}.attn" for number in range(DEPTH)]
+    for wrapped in (torch.compile(model, backend="eager"), torch.nn.DataParallel(model)):
+        with torch.no_grad(), record_heads(wrapped, ["entropy"]) as heads:
+            model(images())
+        assert list(heads) == names
+    with torch.no_grad(), record_heads([model.blocks[2], model.blocks[0].attn]) as heads:
+        model(images())
+    assert list(heads) == ["0.attn", "1"]
+    with torch.no_grad(), record_heads(model.blocks[0].attn) as heads:
+        model(images())
+    assert list(heads) == ["Attention"]
+
+
+def test_compiled_code_that_records_is_one_graph():
+    model = vit()
+
+    def recorded(x):
+        with record_heads(model, ["entropy"], num_prefix=PREFIX, keep=("q", "lse", "output")) as heads:
+            out = model(x)
+        return out, heads.stats, heads[0].q, heads[0].lse, heads[0].output
+
+    torch._dynamo.reset()
+    compiled = torch.compile(recorded, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(images()), recorded(images()), rtol=1e-4, atol=1e-5)

@@ -16,8 +16,9 @@ from mimkernels.nn.sdpa import observing
 timm = pytest.importorskip("timm")
 from timm.layers import Attention, PatchDropout, PatchDropoutWithIndices  # noqa: E402
 
+from mimkernels.heads import record_heads  # noqa: E402
 from mimkernels.integrations._reroute import calls_sdpa, rerouted  # noqa: E402
-from mimkernels.nn import Mlp, record_heads, use_mimkernels_attention, use_mimkernels_mlp  # noqa: E402
+from mimkernels.nn import Mlp, use_mimkernels_attention, use_mimkernels_mlp  # noqa: E402
 from tests.integrations.models import Seen  # noqa: E402
 
 
@@ -361,6 +362,12 @@ def test_features_by_fx():
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("build", [vit, swin])
+def test_an_accelerated_model_moves_to_the_meta_device(build):
+    ours, _ = accelerated(build())
+    assert ours.to("meta")(images().to("meta")).shape == build()(images()).shape
+
+
 def test_autocast():
     model = vit("eva02_tiny_patch14_224")
     ours, _ = accelerated(model)
@@ -379,7 +386,7 @@ def test_heads_are_recorded_and_captured():
     with mimkernels.capture(ours, ["entropy"]) as captured:
         ours(images())
     assert list(captured) == ["blocks.0.attn", "blocks.1.attn"]
-    for layer, recorded in zip(captured.values(), heads, strict=True):
+    for layer, recorded in zip(captured.values(), heads.values(), strict=True):
         assert torch.equal(layer.stats["entropy"], recorded.stats["entropy"])
     other = vit("beit_base_patch16_224")
     mimkernels.accelerate(other)

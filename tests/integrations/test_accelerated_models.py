@@ -233,7 +233,7 @@ def test_heads_cannot_be_recorded_of_what_computes_by_its_own_rules():
     ours, _ = accelerated(vit())
     with (
         pytest.raises(RuntimeError, match="cannot be recorded under the rules of its own that a Tagged computes by"),
-        mimkernels.nn.record_heads(ours, ["entropy"], num_prefix=1),
+        mimkernels.heads.record_heads(ours, ["entropy"], num_prefix=1),
     ):
         ours(images().as_subclass(Tagged))
 

@@ -84,6 +84,26 @@ def test_a_saved_configuration_says_nothing_but_the_architecture(change, monkeyp
         MAE.from_config({**config, **change})
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"depth": 10**9}, "'depth' must be a whole number up to 1,024, got 1000000000"),
+        ({"depth": "2"}, "'depth' must be a whole number up to 1,024, got '2'"),
+        ({"depth": 2.0}, "'depth' must be a whole number"),
+        ({"embed_dim": True}, "'embed_dim' must be a whole number"),
+        ({"decoder_depth": 10**9}, "'decoder_depth' must be a whole number"),
+        ({"img_size": [32, -1]}, r"'img_size' must be a whole number up to 65,536, got \[32, -1\]"),
+        ({"embed_dim": 65_536, "depth": 1_000}, "embed_dim 65,536 and depth 1,000 make about"),
+    ],
+    ids=str,
+)
+def test_sizes_of_a_saved_configuration_are_those_of_models(change, message, monkeypatch):
+    config = build().config
+    no_timm_reads(monkeypatch)
+    with pytest.raises(ValueError, match=message):
+        MAE.from_config({**config, **change})
+
+
 def test_a_saved_configuration_may_say_all_of_the_architecture():
     own = {
         "qk_norm": True, "init_values": 0.1, "class_token": False, "reg_tokens": 2, "drop_path_rate": 0.1,

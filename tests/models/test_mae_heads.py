@@ -8,9 +8,9 @@ import torch
 pytest.importorskip("timm")
 from timm.layers import Attention as TimmAttention
 
-from mimkernels.heads import regularization_loss
+from mimkernels.heads import record_heads, regularization_loss
 from mimkernels.models import MAE
-from mimkernels.nn import Attention, record_heads
+from mimkernels.nn import Attention
 
 HEADS, DEPTH = 3, 2
 SMALL = {

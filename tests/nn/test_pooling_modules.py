@@ -234,7 +234,8 @@ def test_cls_attention_is_the_first_row_of_the_softmax():
 
 def test_the_last_block_of_a_timm_model_gives_the_attention():
     timm = pytest.importorskip("timm")
-    from mimkernels.nn import record_heads, use_mimkernels_attention
+    from mimkernels.heads import record_heads
+    from mimkernels.nn import use_mimkernels_attention
 
     torch.manual_seed(0)
     model = timm.create_model(
@@ -275,14 +276,23 @@ def test_parameters_are_counted(label, parameters):
         ("mean", {"p": 3}, "has no option 'p'; it has none"),
         ("abmilp", {"activation": "gelu"}, "activation must be one of tanh, relu, got 'gelu'"),
         ("abmilp", {"depth": 0}, "depth must be at least 1"),
-        ("ep", {"num_queries": 7}, "7 queries do not cut 24 columns"),
-        ("map", {"num_heads": 5}, "5 heads do not cut 24 columns"),
+        ("ep", {"num_queries": 7}, "num_queries must divide the 24 columns of the result, got 7"),
+        ("map", {"num_heads": 5}, "num_heads must divide the 24 columns of a token, got 5"),
         ("topk", {"k": 0}, "k must be a positive"),
+        ("ep", {"num_queries": "x"}, "pooling 'ep': num_queries must be int or None, got 'x'"),
+        ("ep", {"num_queries": True}, "num_queries must be int or None, got True"),
+        ("gem", {"p": "3"}, "p must be float, got '3'"),
+        ("abmilp", {"positions": "grid"}, "positions must be bool or Sequence, got 'grid'"),
     ],
 )
 def test_refusals_name_what_would_work(name, options, message):
     with pytest.raises(ValueError, match=message):
         build(name, **options)
+
+
+def test_efficient_probing_fits_its_queries_to_the_width():
+    for dim, queries in ((768, 32), (48, 24), (192, 32), (7, 7)):
+        assert len(build_pooling("ep", dim, 1).queries) == queries
 
 
 def test_tokens_and_attention_are_checked(tokens, cls_rows):

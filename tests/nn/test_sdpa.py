@@ -1,5 +1,6 @@
 """Calls of F.scaled_dot_product_attention in terms of mimkernels.attention: the same numbers, or a reason."""
 
+import inspect
 from itertools import permutations
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
-from mimkernels.nn.sdpa import as_attention, has_own_rules, refusals, sdpa
+from mimkernels.nn.sdpa import SDPAArguments, StatisticsRequest, as_attention, has_own_rules, refusals, sdpa
+from mimkernels.nn.sdpa.stand_in import scaled_dot_product_attention
 from mimkernels.testing import ROUNDING
 
 
@@ -86,8 +88,9 @@ def exact(tensors, options):
 @pytest.mark.parametrize("name", CALLS)
 def test_the_result_is_that_of_pytorch(name):
     tensors, options = CALLS[name]
-    assert refusals(*tensors, **options) == []
-    made, theirs = sdpa(*tensors, **options), F.scaled_dot_product_attention(*tensors, **options)
+    arguments = SDPAArguments(*tensors, **options)
+    assert refusals(arguments) == []
+    made, theirs = sdpa(arguments), F.scaled_dot_product_attention(*tensors, **options)
     right = exact(tensors, options)
     assert made.out.shape == theirs.shape and made.out.dtype == theirs.dtype
     # Largest weight and value bound the terms; twice PyTorch's own error besides.
@@ -108,7 +111,7 @@ def test_gradients_are_those_of_pytorch(name):
         function(*leaves[:3], **given).square().sum().backward()
         return [leaf.grad for leaf in leaves]
 
-    ours, theirs = grads(lambda *a, **k: sdpa(*a, **k).out), grads(F.scaled_dot_product_attention)
+    ours, theirs = grads(lambda *a, **k: sdpa(SDPAArguments(*a, **k)).out), grads(F.scaled_dot_product_attention)
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
@@ -116,26 +119,26 @@ def test_gradients_are_those_of_pytorch(name):
 def test_masks_of_keys_stay_one_row_per_image():
     q, k, v = qkv()
     for mask in (bools(2, 1, 1, 7), bools(2, 1, 1, 7).expand(2, 4, 7, 7)):
-        call = as_attention(q, k, v, attn_mask=mask)
+        call = as_attention(SDPAArguments(q, k, v, attn_mask=mask))
         assert call.bias is None and torch.equal(call.key_mask, mask[:, 0, 0])
 
 
 def test_nothing_is_copied_of_what_the_kernels_can_read():
     packed = drawn(2, 7, 3, 4, 16)
     q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
-    call = as_attention(q, k, v)
+    call = as_attention(SDPAArguments(q, k, v))
     assert [t.data_ptr() for t in call[:3]] == [t.data_ptr() for t in (q, k, v)]
     one = k[:, :1]
-    call = as_attention(q, one, one, enable_gqa=True)
+    call = as_attention(SDPAArguments(q, one, one, enable_gqa=True))
     assert call.k.data_ptr() == one.data_ptr() and call.k.stride(1) == 0
 
 
 def test_autocast_is_followed():
     q, k, v = qkv()
     with torch.autocast("cpu", torch.bfloat16):
-        assert refusals(q, k.bfloat16(), v) == []
-        assert sdpa(q, k.bfloat16(), v).out.dtype == torch.bfloat16
-        assert as_attention(q.double(), k.double(), v.double()).q.dtype == torch.float64
+        assert refusals(SDPAArguments(q, k.bfloat16(), v)) == []
+        assert sdpa(SDPAArguments(q, k.bfloat16(), v)).out.dtype == torch.bfloat16
+        assert as_attention(SDPAArguments(q.double(), k.double(), v.double())).q.dtype == torch.float64
 
 
 REFUSED = {
@@ -148,6 +151,9 @@ REFUSED = {
     "mask and causal": (qkv(), {"attn_mask": bools(7, 7), "is_causal": True}, "got both"),
     "mask's shape": (qkv(), {"attn_mask": bools(5, 7)}, r"broadcast to \[2, 4, 7, 7\], got \[5, 7\]"),
     "mask's dtype": (qkv(), {"attn_mask": torch.ones(7, 7, dtype=torch.int)}, "bool or floating-point"),
+    "a double mask": (qkv(), {"attn_mask": torch.ones(7, 7, dtype=torch.float64)}, "bool, fp32 or of query's dtype"),
+    "a half mask": (qkv(), {"attn_mask": torch.ones(7, 7, dtype=torch.float16)}, "torch.float32, got torch.float16"),
+    "no head dim": (qkv((1, 1, 3, 0)), {}, "head dim is 0"),
     "key heads": (qkv((2, 4, 7, 16), (2, 3, 7, 16)), {"enable_gqa": True}, "must be a multiple"),
     "batches": (qkv((2, 4, 7, 16), (3, 4, 7, 16)), {}, "do not fit"),
     "lengths": ([*qkv()[:2], drawn(2, 4, 5, 16)], {}, "differ in length"),
@@ -160,13 +166,13 @@ def test_refusals_name_what_was_given(name):
     import re
 
     tensors, options, message = REFUSED[name]
-    found = refusals(*tensors, **options)
+    found = refusals(SDPAArguments(*tensors, **options))
     assert found and re.search(message, "; ".join(found))
 
 
 def test_dropout_is_never_dropped_silently():
     with pytest.raises(ValueError, match="no dropout"):
-        sdpa(*qkv(), dropout_p=0.1)
+        sdpa(SDPAArguments(*qkv(), dropout_p=0.1))
 
 
 class Tagged(torch.Tensor):
@@ -176,10 +182,10 @@ class Tagged(torch.Tensor):
 @pytest.mark.parametrize("place", range(4))
 def test_tensors_with_rules_of_their_own_are_refused(place):
     tensors = [*qkv(), drawn(7, 7)]
-    assert refusals(*tensors) == []
+    assert refusals(SDPAArguments(*tensors)) == []
     tensors[place] = tensors[place].as_subclass(Tagged)
     name = ("query", "key", "value", "attn_mask")[place]
-    assert refusals(*tensors) == [f"{name} is a Tagged, which computes by rules of its own"]
+    assert refusals(SDPAArguments(*tensors)) == [f"{name} is a Tagged, which computes by rules of its own"]
 
 
 def test_what_has_rules_of_its_own():
@@ -199,10 +205,10 @@ def test_causal_biases_are_refused_where_pytorch_refuses_them():
     q, k, v = qkv()
     with pytest.raises(ValueError, match="should not be used with causal=True"):
         F.scaled_dot_product_attention(q, k, v, causal_upper_left(7, 7), is_causal=True)
-    assert "got both" in refusals(q, k, v, causal_upper_left(7, 7), is_causal=True)[0]
+    assert "got both" in refusals(SDPAArguments(q, k, v, causal_upper_left(7, 7), is_causal=True))[0]
     with pytest.raises(ValueError, match="got both"):
-        sdpa(q, k, v, causal_upper_left(7, 7), is_causal=True)
-    assert "must broadcast to [2, 4, 7, 7], got [5, 6]" in refusals(q, k, v, causal_lower_right(5, 6))[0]
+        sdpa(SDPAArguments(q, k, v, causal_upper_left(7, 7), is_causal=True))
+    assert "must broadcast to [2, 4, 7, 7], got [5, 6]" in refusals(SDPAArguments(q, k, v, causal_lower_right(5, 6)))[0]
 
 
 ORDERS = [order for order in permutations(range(4)) if order[3] == 3] + [(0, 1, 3, 2), (3, 2, 1, 0)]
@@ -214,7 +220,7 @@ def test_the_result_lies_in_memory_as_pytorch_s(order, mask):
     shape = (2, 4, 7, 16)
     q, k, v = (t.permute([order.index(dim) for dim in range(4)]) for t in qkv(tuple(shape[dim] for dim in order)))
     assert q.shape == shape
-    made, theirs = sdpa(q, k, v, mask).out, F.scaled_dot_product_attention(q, k, v, mask)
+    made, theirs = sdpa(SDPAArguments(q, k, v, mask)).out, F.scaled_dot_product_attention(q, k, v, mask)
     assert made.stride() == theirs.stride()
     torch.testing.assert_close(made, theirs, rtol=1e-5, atol=1e-5)
 
@@ -230,7 +236,7 @@ def test_the_result_of_views_lies_in_memory_as_pytorch_s(kind):
         "five dims": lambda: drawn(3, 2, 7, 4, 16).transpose(2, 3),
     }[kind]()
     with torch.autocast("cpu", torch.bfloat16, enabled=kind == "other dtype"):
-        made, theirs = sdpa(q, q, q).out, F.scaled_dot_product_attention(q, q, q)
+        made, theirs = sdpa(SDPAArguments(q, q, q)).out, F.scaled_dot_product_attention(q, q, q)
     assert made.shape == theirs.shape and made.dtype == theirs.dtype
     assert [step for step, size in zip(made.stride(), made.shape, strict=True) if size > 1] == [
         step for step, size in zip(theirs.stride(), theirs.shape, strict=True) if size > 1
@@ -239,14 +245,27 @@ def test_the_result_of_views_lies_in_memory_as_pytorch_s(kind):
 
 def test_nothing_is_copied_of_a_result_that_lies_right():
     q, k, v = drawn(2, 7, 3, 4, 16).permute(2, 0, 3, 1, 4).unbind(0)
-    out = sdpa(q, k, v).out
+    out = sdpa(SDPAArguments(q, k, v)).out
     assert out.transpose(1, 2).is_contiguous() and out._base is not None
 
 
 def test_statistics_come_with_the_result():
-    made = sdpa(*qkv((3, 2, 4, 7, 16)), stats=["entropy", "prefix_mass"], num_prefix=2)
+    made = sdpa(SDPAArguments(*qkv((3, 2, 4, 7, 16))), StatisticsRequest(("entropy", "prefix_mass"), num_prefix=2))
     assert made.out.shape == (3, 2, 4, 7, 16) and made.stats["entropy"].shape == (6, 4, 7) == made.lse.shape
     q, k, _ = qkv((3, 2, 4, 7, 16))
     p = (q @ k.transpose(-2, -1) / 4).softmax(-1).flatten(0, 1)
     torch.testing.assert_close(made.stats["entropy"], -(p * p.log()).sum(-1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(made.stats["prefix_mass"], p[..., :2].sum(-1), rtol=1e-4, atol=1e-5)
+
+
+def test_the_arguments_are_those_of_pytorch():
+    """Names and order; its own defaults are not told by the function, which is not written in Python."""
+    q, k, v = qkv()
+    expected = F.scaled_dot_product_attention(q, k, v, bools(7, 7), 0.0, False, scale=0.3, enable_gqa=False)
+    arguments = SDPAArguments(q, k, v, bools(7, 7), scale=0.3)
+    assert torch.equal(F.scaled_dot_product_attention(**arguments._asdict()), expected)
+    parameters = inspect.signature(scaled_dot_product_attention).parameters
+    assert {name: p.default for name, p in parameters.items() if p.default is not p.empty} == (
+        SDPAArguments._field_defaults
+    )
+    assert tuple(parameters) == SDPAArguments._fields

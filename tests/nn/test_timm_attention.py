@@ -13,7 +13,8 @@ import timm
 from timm.layers import Attention as TimmAttention
 from torch.utils.checkpoint import checkpoint
 
-from mimkernels.nn import Attention, record_heads, use_mimkernels_attention
+from mimkernels.heads import record_heads
+from mimkernels.nn import Attention, use_mimkernels_attention
 from mimkernels.testing import Watch
 
 HEADS = 3

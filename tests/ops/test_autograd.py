@@ -6,77 +6,19 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vjp, vmap
 
 import mimkernels as mk
+from mimkernels import testing
 from mimkernels.ops._registry import BACKENDS, backend_state
+from tests.calls import VARIANTS, differentiated, tensors
+from tests.calls import function as on
 
 MODELS = 3
 IDS = torch.tensor([[0, 3, 5], [5, 1, 2]])
-RESTORE = torch.tensor([[0, 3, 1, 4, 2, 5], [5, 1, 0, 2, 4, 3]])
 MASK = torch.tensor([[0, 1, 0, 1, 1, 0], [1, 1, 0, 0, 1, 0]])
-POSITIONS = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0], [2.0, 0.0]])
-STATS = ("entropy", "patch_entropy", "distance", "self_mass")
-
-
-def attended(result):
-    return torch.cat([result.out.flatten(), result.lse.flatten(), *(s.flatten() for s in result.stats.values())])
-
-
-# Every differentiable op as a function of the tensors that get gradients, with their shapes.
-OPS = {
-    "gather_tokens": (
-        lambda x, pos, prefix, **b: mk.gather_tokens(x, IDS, pos=pos, prefix=prefix, **b),
-        [(2, 6, 8), (6, 8), (1, 8)],
-    ),
-    "restore_tokens": (
-        lambda x, token, pos, **b: mk.restore_tokens(x, RESTORE, token, pos, 1, **b),
-        [(2, 4, 8), (8,), (7, 8)],
-    ),
-    "fill_mask_tokens": (lambda x, token, **b: mk.fill_mask_tokens(x, MASK, token, **b), [(2, 6, 8), (8,)]),
-    "patchify_gather": (lambda images, **b: mk.patchify_gather(images, IDS, 2, **b), [(2, 3, 4, 6)]),
-    "masked_patch_loss": (
-        lambda pred, **b: mk.masked_patch_loss(
-            pred, IMAGES.to(pred.dtype), mask=MASK, patch_size=2, norm_pix=True, **b
-        ),
-        [(2, 6, 12)],
-    ),
-    "bias_gelu": (lambda x, bias, **b: mk.bias_gelu(x, bias, **b), [(2, 6, 8), (8,)]),
-    "query_pool": (
-        lambda x, queries, values, **b: torch.cat(
-            [t.flatten() for t in mk.query_pool(x, queries, values=values, num_prefix=1, return_weights=True, **b)]
-        ),
-        [(2, 6, 8), (2, 8), (2, 6, 4)],
-    ),
-    "weighted_pool": (lambda x, scores, **b: mk.weighted_pool(x, scores, num_prefix=1, **b), [(2, 6, 8), (2, 6)]),
-    "reduce_pool-mean": (lambda x, **b: mk.reduce_pool(x, "mean", num_prefix=1, **b), [(2, 6, 8)]),
-    "reduce_pool-max": (lambda x, **b: mk.reduce_pool(x, "max", **b), [(2, 6, 8)]),
-    "reduce_pool-gem": (lambda x, p, **b: mk.reduce_pool(x, "gem", p=p.square() + 1, **b), [(2, 6, 8), (1,)]),
-    "attention": (
-        lambda q, k, v, bias, **b: attended(
-            mk.attention(q, k, v, bias=bias, num_prefix=1, positions=POSITIONS, stats=STATS, **b)
-        ),
-        [(1, 2, 6, 8), (1, 2, 6, 8), (1, 2, 6, 8), (2, 6, 6)],
-    ),
-    "attention_qkvpacked": (
-        lambda qkv, bias, **b: attended(
-            mk.attention_qkvpacked(qkv, bias=bias, num_prefix=1, positions=POSITIONS, stats=STATS, **b)
-        ),
-        [(1, 6, 3, 2, 8), (2, 6, 6)],
-    ),
-}
-IMAGES = torch.rand(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
 NATIVE = [name for name in ("cpu", "cuda-emulated") if name in BACKENDS and backend_state(name) is None]
-each_op = pytest.mark.parametrize("name", OPS)
-
-
-def tensors(name, *leading, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(1)
-    return [
-        torch.randn(*leading, *shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-        for shape in OPS[name][1]
-    ]
-
-
-def on(name, backend):
-    return lambda *args: OPS[name][0](*args, backend=backend)
+each_op = pytest.mark.parametrize("name", [label for label in VARIANTS if differentiated(label)])
+each_op_with_kernels = pytest.mark.parametrize(
+    "name", [label for label, (op, _) in VARIANTS.items() if differentiated(label) and "cpu" in testing.backends(op)]
+)
 
 
 def gradients(outputs, inputs):
@@ -87,8 +29,15 @@ def agree(ours, exact):
     torch.testing.assert_close(ours, exact, rtol=2e-4, atol=2e-5)
 
 
-@each_op
-@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [
+        (backend, label)
+        for backend in NATIVE
+        for label, (op, _) in VARIANTS.items()
+        if differentiated(label) and backend in testing.backends(op)
+    ],
+)
 def test_backward_after_vmap_is_backward_of_each(name, backend):
     op, stacked = on(name, backend), tensors(name, MODELS)
     out = vmap(op)(*stacked)
@@ -98,7 +47,7 @@ def test_backward_after_vmap_is_backward_of_each(name, backend):
         assert torch.equal(ours, exact)
 
 
-@each_op
+@each_op_with_kernels
 def test_vmap_over_some_arguments_and_other_dims(name):
     op, (first, *rest) = on(name, "cpu"), tensors(name)
     stacked = torch.stack([first.detach() * scale for scale in (1.0, 0.5, 2.0)], -1).requires_grad_()
@@ -108,7 +57,7 @@ def test_vmap_over_some_arguments_and_other_dims(name):
     agree(gradients(out, [stacked, *rest]), gradients(each, [stacked, *rest]))
 
 
-@each_op
+@each_op_with_kernels
 def test_grad_and_per_sample_gradients(name):
     inputs, stacked = tensors(name), tensors(name, MODELS)
     wanted = tuple(range(len(inputs)))
@@ -120,7 +69,7 @@ def test_grad_and_per_sample_gradients(name):
     agree(vmap(of("cpu"))(*stacked), vmap(of("reference"))(*stacked))
 
 
-@each_op
+@each_op_with_kernels
 def test_jacrev_and_vjp(name):
     inputs = tensors(name)
     agree(jacrev(on(name, "cpu"))(*inputs), jacrev(on(name, "reference"))(*inputs))
@@ -138,16 +87,16 @@ def test_forward_mode_is_right_by_default(name):
     tangents = [torch.randn_like(t) for t in inputs]
     doubles, double_tangents = [t.double() for t in inputs], [t.double() for t in tangents]
     exact = jvp(on(name, "reference"), tuple(doubles), tuple(double_tangents))
-    agree([t.double() for t in jvp(OPS[name][0], tuple(inputs), tuple(tangents))], list(exact))
+    agree([t.double() for t in jvp(on(name), tuple(inputs), tuple(tangents))], list(exact))
     with forward_ad.dual_level():
-        dual = OPS[name][0](*(forward_ad.make_dual(t, d) for t, d in zip(inputs, tangents, strict=True)))
+        dual = on(name)(*(forward_ad.make_dual(t, d) for t, d in zip(inputs, tangents, strict=True)))
         agree([t.double() for t in forward_ad.unpack_dual(dual)], list(exact))
     over_models = [torch.stack([t, 2 * t]) for t in inputs]
-    both = jvp(vmap(OPS[name][0]), tuple(over_models), tuple(torch.stack([t, t]) for t in tangents))[1]
+    both = jvp(vmap(on(name)), tuple(over_models), tuple(torch.stack([t, t]) for t in tangents))[1]
     agree(both[0].double(), exact[1])
 
 
-@each_op
+@each_op_with_kernels
 def test_forward_mode_of_a_kernel_is_refused(name):
     inputs = [t.detach() for t in tensors(name)]
     op = on(name, "cpu")
@@ -168,7 +117,7 @@ def dual(op, inputs):
         return op(*(forward_ad.make_dual(t, t) for t in inputs))
 
 
-@each_op
+@each_op_with_kernels
 def test_a_kernel_runs_where_forward_mode_is_on_but_not_asked_of_it(name):
     inputs = tensors(name)
     expected = gradients(on(name, "cpu")(*inputs), inputs)
@@ -176,7 +125,7 @@ def test_a_kernel_runs_where_forward_mode_is_on_but_not_asked_of_it(name):
         assert all(map(torch.equal, gradients(on(name, "cpu")(*inputs), inputs), expected))
 
 
-@each_op
+@each_op_with_kernels
 def test_double_backward_of_a_kernel_is_refused(name):
     inputs = tensors(name)
     first = torch.autograd.grad(on(name, "cpu")(*inputs).square().sum(), inputs, create_graph=True)

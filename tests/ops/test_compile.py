@@ -7,6 +7,8 @@ import torch
 from torch.func import grad, vmap
 
 import mimkernels as mk
+from mimkernels.testing import named
+from tests.calls import VARIANTS
 
 IDS = torch.tensor([[0, 3], [5, 1]])
 X = torch.randn(2, 6, 8)
@@ -131,44 +133,30 @@ def test_a_traced_op_runs_where_it_was_traced_for(call, tensor):
     torch.testing.assert_close(call(tensor), traced(tensor))  # and later calls are not touched
 
 
-META = {
-    "gather_tokens": lambda t: mk.gather_tokens(t(2, 6, 8), IDS.to("meta")),
-    "query_pool": lambda t: mk.query_pool(t(2, 6, 8), t(3, 8), sliced=False),
-    "query_pool sliced": lambda t: mk.query_pool(t(2, 6, 8), t(2, 8), sliced=True, num_prefix=1),
-    "weighted_pool": lambda t: mk.weighted_pool(t(2, 6, 8), t(2, 6)),
-    "reduce_pool": lambda t: mk.reduce_pool(t(2, 6, 8), "gem"),
-    "bias_gelu": lambda t: mk.bias_gelu(t(2, 6, 8), t(8)),
-    "fill_mask_tokens": lambda t: mk.fill_mask_tokens(t(2, 6, 8), t(2, 6), t(8)),
-    "restore_tokens": lambda t: mk.restore_tokens(t(2, 4, 8), torch.zeros(2, 6).long().to("meta"), t(8)),
-    "patchify_gather": lambda t: mk.patchify_gather(t(2, 3, 8, 8), IDS.to("meta"), 4),
-    "masked_patch_loss": lambda t: mk.masked_patch_loss(t(2, 4, 48), t(2, 3, 8, 8), mask=t(2, 4), patch_size=4),
-    "mask_from_noise": lambda t: mk.mask_from_noise(t(2, 6), 3).mask,
-    "random_mask": lambda t: mk.random_mask(2, 6, 3, 0, device="meta").mask,
-    "attention": lambda t: mk.attention(t(2, 2, 6, 8), t(2, 2, 6, 8), t(2, 2, 6, 8)).out,
-    "attention_qkvpacked": lambda t: mk.attention_qkvpacked(t(2, 6, 3, 2, 8), stats=("entropy",)).stats["entropy"],
-    "received_attention": lambda t: mk.received_attention(t(2, 2, 6, 8), t(2, 2, 6, 8), t(2, 2, 6)),
-    "head_divergence": lambda t: mk.head_divergence(t(2, 2, 6, 8), t(2, 2, 6, 8), t(2, 2, 6)),
-    "attention_rows": lambda t: mk.attention_rows(t(2, 2, 6, 8), t(2, 2, 6, 8), [0]),
-}
+@pytest.mark.parametrize("label", VARIANTS)
+def test_meta_tensors_give_shapes(label):
+    op, given = VARIANTS[label]
 
+    def meta(name, value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to("meta").requires_grad_(value.is_floating_point() and name != "positions")
 
-@pytest.mark.parametrize("op", META)
-def test_meta_tensors_give_shapes(op):
-    def real(*shape):
-        return torch.ones(shape)
+    def outputs(arguments):
+        return named(getattr(mk, op)(**arguments))
 
-    def meta(*shape):
-        return torch.ones(shape, device="meta", requires_grad=True)
-
-    if op in ("gather_tokens", "patchify_gather", "restore_tokens"):
-        assert META[op](meta).device.type == "meta"
-        return
-    expected = META[op](real)
-    if op == "random_mask":
-        expected = mk.random_mask(2, 6, 3, 0).mask
-    out = META[op](meta)
-    assert out.device.type == "meta"
-    assert out.shape == expected.shape
-    assert out.dtype == expected.dtype
+    arguments = {name: meta(name, value) for name, value in given.items()}
+    out, expected = outputs(arguments), outputs(given)
+    assert out.keys() == expected.keys()
+    for name, value in out.items():
+        assert value.device.type == "meta"
+        assert value.shape == expected[name].shape
+        assert value.dtype == expected[name].dtype
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert META[op](meta).dtype == expected.dtype
+        assert [value.dtype for value in outputs(arguments).values()] == [value.dtype for value in expected.values()]
+
+
+def test_random_masks_have_a_meta_device_too():
+    mask, expected = mk.random_mask(2, 6, 3, 0, device="meta").mask, mk.random_mask(2, 6, 3, 0).mask
+    assert mask.device.type == "meta"
+    assert (mask.shape, mask.dtype) == (expected.shape, expected.dtype)

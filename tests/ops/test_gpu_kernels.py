@@ -6,7 +6,15 @@ import pytest
 import torch
 
 import mimkernels
-from mimkernels import attention, gather_tokens, masked_patch_loss, patchify_gather, query_pool, reduce_pool
+from mimkernels import (
+    attention,
+    gather_tokens,
+    masked_patch_loss,
+    patchify_gather,
+    query_pool,
+    received_attention,
+    reduce_pool,
+)
 from mimkernels.ops._registry import BACKENDS, backend_state
 from mimkernels.testing import DEVICE
 
@@ -239,6 +247,15 @@ def test_losses_of_large_patches_add_no_long_chains(backend, kind):
     got = masked_patch_loss(pred, images, **options, backend=backend)
     exact = masked_patch_loss(pred.double(), images.double(), **options, backend="reference")
     assert root_mean_square((got - exact) / exact) < 1.45 * 2.0**-24
+
+
+@every_backend
+def test_attention_received_from_like_rows_adds_no_long_chains(backend):
+    q, k = randn(1, 1, 1, 16).expand(1, 1, 4096, 16), randn(1, 1, 40, 16, seed=1)
+    lse = torch.full((1, 1, 4096), 3.0, device=DEVICE)
+    one = received_attention(q[:, :, :1], k, lse[:, :, :1], backend=backend)
+    got = received_attention(q, k, lse, backend=backend)
+    assert ((got.double() - one.double()) / one.double()).abs().max() < 7e-7
 
 
 @every_backend

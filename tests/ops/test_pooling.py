@@ -146,6 +146,36 @@ def test_gradients_of_the_weights_alone(backend):
     close(grad, torch.autograd.grad(plain.square().sum(), queries)[0])
 
 
+def weights_of(op, x, values, scores, backend):
+    """The weights of one row of scores, those of query_pool from tokens of one column."""
+    if op == "weighted_pool":
+        return mk.weighted_pool(values, scores, return_weights=True, backend=backend)[1]
+    queries = torch.ones(1, 1, device=DEVICE)
+    return mk.query_pool(x, queries, values=values, scale=1.0, return_weights=True, backend=backend)[1][:, 0]
+
+
+@pytest.mark.parametrize("op", ["query_pool", "weighted_pool"])
+def test_the_weights_alone_leave_no_gradient_in_what_is_pooled(op, backend):
+    scores, values = tokens(2, 9), tokens(2, 9, 16, seed=1)
+    scores[0, 3] = float("inf")  # all weights of that image are NaN
+    values[1, 4, 5], values[1, 6, 7] = float("-inf"), NAN
+    scores.requires_grad_(), values.requires_grad_()
+    weights = weights_of(op, scores[..., None], values, scores, backend)
+    upstream = tokens(2, 9, seed=2)
+    grads = torch.autograd.grad(weights, [values, scores], upstream, materialize_grads=True)
+    assert weights[0].isnan().all()
+    assert grads[0].eq(0).all()
+    assert grads[1][0].isnan().all()
+    close(grads[1][1], torch.autograd.grad(scores.softmax(1), scores, upstream)[0][1])
+
+
+def test_the_weights_of_tokens_alone_have_the_gradient_of_their_scores(backend):
+    x, queries = tokens(2, 9, 16).requires_grad_(), tokens(3, 16, seed=1)
+    _, weights = mk.query_pool(x, queries, return_weights=True, backend=backend)
+    plain = (queries @ x.transpose(1, 2) * 16**-0.5).softmax(-1)
+    close(*(torch.autograd.grad(made.square().sum(), x)[0] for made in (weights, plain)))
+
+
 def test_of_equal_maxima_the_first_gets_the_gradient(backend):
     x = torch.zeros(1, 5, 4, device=DEVICE)
     x[0, 2:] = 1.0
@@ -181,6 +211,27 @@ def test_gem_of_small_features_is_the_floor(backend):
     out = mk.reduce_pool(x, "gem", eps=0.25, backend=backend)
     close(out, torch.full((1, 8), 0.25, device=DEVICE))
     assert torch.autograd.grad(out.sum(), x)[0].eq(0).all()
+
+
+@pytest.mark.parametrize("p", [0.5, 1.0, 2.5, 3.0])
+def test_the_gradient_of_gem_at_nan_and_infinity(backend, p):
+    x = tokens(2, 9, 24).abs() + 0.1
+    x[0, :4] = -1.0  # below eps, which hides nothing of the others
+    x[0, 5, 0] = x[1, 2, 21] = NAN
+    x[0, 6, 1] = x[1, 8, 23] = float("inf")
+    x[0, 6, 2], x[0, 7, 2] = float("-inf"), NAN
+    x.requires_grad_()
+    out = mk.reduce_pool(x, "gem", p=p, backend=backend)
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    with torch.no_grad():
+        floored = torch.where(x < 1e-6, 1e-6, x)
+        moment = floored.pow(p).mean(1, keepdim=True)
+        slope = moment.pow(1 / p - 1) * floored.pow(p - 1) / 9
+        expected = torch.where(x < 1e-6, 0.0, slope)
+    torch.testing.assert_close(out, moment.squeeze(1).pow(1 / p), rtol=1e-5, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert grad[0, :4].eq(0).all()
+    assert grad[0, 5, 0].isnan() == (p != 1.0)  # that of the mean is one constant
 
 
 def test_the_gradient_of_gems_exponent_keeps_its_shape(backend):

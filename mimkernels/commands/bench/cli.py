@@ -7,7 +7,7 @@ import importlib
 
 _COMMANDS = {
     "run": "time the ops on this machine, write JSON",
-    "compare": "two runs, or two git revisions, side by side; exit status 1 on a regression beyond the noise",
+    "compare": "two results side by side; exit status 1 on a regression beyond the noise",
     "plot": "speed-ups, roofline and scaling curves of a run, as PNG, tables and a page",
 }
 

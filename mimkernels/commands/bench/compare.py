@@ -1,31 +1,26 @@
-"""``mimkernels bench compare``: two runs side by side, and whether the second is slower beyond the noise.
+"""``mimkernels bench compare``: two results side by side, and whether the second is slower beyond the noise.
 
 What is compared is the time of ours relative to versions of the same case that contain nothing of ours (plain PyTorch,
 SDPA, a copy, ...), timed in the same rounds: so a busy or throttled machine does not look like a regression. A run is
 kept as medians of consecutive blocks of rounds; their scatter, and that between runs where there are several, is the
-noise. Two processes differ by some per cent with nothing changed, by where memory happened to lie: so several runs tell
-more than long ones, and less than ``FLOOR`` is never called a regression.
+noise. Two processes differ by some per cent with nothing changed, by where memory happened to lie: several runs tell
+more than long ones, and a change of less than ``FLOOR`` is never called a regression.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
-import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from mimkernels.commands.bench.results import incomplete, read_report
 from mimkernels.engine.tables import print_table
 
 FLOOR = 0.04  # relative; of single runs, whose scatter is not known, twice as much
 _SIGMAS = 3.0
-_REPEATS = 5  # runs of each revision, taken in turns
 _STUDENT = {2: 9.9, 4: 4.6, 6: 3.7, 8: 3.4, 10: 3.2}  # 99 % of both sides, by degrees of freedom
 
 
@@ -62,8 +57,8 @@ def _change(name: str, before: list[dict], after: list[dict]) -> Change:
     difference = statistics.median(logs[1]) - statistics.median(logs[0])
     error = _SIGMAS * math.sqrt(sum(_variance_of_median(values) for values in logs))
     noise = max(_between_runs(before, after), math.expm1(error))
-    times = (statistics.median(record["median_us"]["ours"] for record in records) for records in (before, after))
-    return Change(name, *times, math.expm1(difference), noise)
+    first, second = (statistics.median(r["median_us"]["ours"] for r in records) for records in (before, after))
+    return Change(name, first, second, math.expm1(difference), noise)
 
 
 def _between_runs(*sides: list[dict]) -> float:
@@ -95,20 +90,25 @@ def read(*places: Path) -> dict[str, list[dict]]:
     Raises:
         ValueError: a place does not exist or holds no results.
     """
-    found: dict[str, list[dict]] = {}
-    for place in places:
-        paths = sorted(place.glob("*.json")) if place.is_dir() else [place]
-        for path in paths:
-            try:
-                records = json.loads(path.read_text())["results"]
-            except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"{str(path)!r} holds no results of a run: {error}") from error
-            for record in records:
-                if record.get("relative"):
-                    found.setdefault(f"{record['name']}, {record['shape']}, {record['dtype']}", []).append(record)
-    if not found:
+    records: dict[str, list[dict]] = {}
+    for report in reports_in(*places).values():
+        for record in report["results"]:
+            if record.get("relative"):
+                case = f"{record['name']}, {record['shape']}, {record['dtype']}"
+                records.setdefault(case, []).append(record)
+    if not records:
         raise ValueError(f"no results to compare in {', '.join(repr(str(place)) for place in places)}")
-    return found
+    return records
+
+
+def reports_in(*places: Path) -> dict[str, dict]:
+    """The reports in the files, or in the folders, by path.
+
+    Raises:
+        ValueError: one of the files holds none.
+    """
+    paths = [path for place in places for path in (sorted(place.glob("*.json")) if place.is_dir() else [place])]
+    return {str(path): read_report(path) for path in paths}
 
 
 def show(changes: list[Change]) -> None:
@@ -132,84 +132,29 @@ def show(changes: list[Change]) -> None:
     )
 
 
+def slower(changes: list[Change]) -> bool:
+    """Whether any case is slower beyond the noise."""
+    return any(change.verdict == "SLOWER" for change in changes)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("before", help="folder or file of results, or a git revision")
-    parser.add_argument("after", help="folder or file of results, or a git revision")
-    parser.add_argument("--repeat", type=int, default=_REPEATS, help=f"runs of each revision (default {_REPEATS})")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of revisions: measuring time per case (default 2)")
-    parser.add_argument("--only", help="of revisions: cases whose name contains this")
-    parser.add_argument("--group", nargs="+", default=["gathering", "pooling", "mlp", "attention"], help="of revisions")
+    parser.add_argument("before", type=Path, help="folder or file of results")
+    parser.add_argument("after", type=Path, help="folder or file of results")
 
 
 def run(options: argparse.Namespace) -> int:
     """Compare and show; 1 if anything is slower beyond the noise, 2 if the two cannot be compared."""
-    places = [Path(options.before), Path(options.after)]
+    places = (options.before, options.after)
     try:
-        missing = [place for place in places if not place.exists()]
-        if len(missing) == 1:
-            raise ValueError(f"there is no {str(missing[0])!r}; it takes two folders or files, or two git revisions")
-        if not missing:
-            changes = compare(*(read(place) for place in places))
-        else:
-            changes = _compare_revisions(options)
-    except (ValueError, subprocess.CalledProcessError) as error:
-        print(f"mimkernels bench compare: {error}\n{getattr(error, 'stderr', None) or ''}".rstrip(), file=sys.stderr)
+        for place in places:
+            if not place.exists():
+                raise ValueError(f"there is no {str(place)!r}; it takes two folders or files of results")
+        changes = compare(*(read(place) for place in places))
+        note = incomplete(reports_in(*places))
+    except ValueError as error:
+        print(f"mimkernels bench compare: {error}", file=sys.stderr)
         return 2
     show(changes)
-    return int(any(change.verdict == "SLOWER" for change in changes))
-
-
-def _compare_revisions(options: argparse.Namespace) -> list[Change]:
-    revisions = [_commit(options.before), _commit(options.after)]
-    root = Path(_git("rev-parse", "--show-toplevel"))
-    with tempfile.TemporaryDirectory() as folder:
-        trees = [Path(folder) / name for name in ("before", "after")]
-        try:
-            for tree, revision in zip(trees, revisions, strict=True):
-                _git("worktree", "add", "--detach", str(tree), revision)
-                _build(tree, root)
-            results: list[list[Path]] = [[], []]
-            for number in range(options.repeat):
-                for side, tree in enumerate(trees):
-                    print(f"run {number + 1} of {options.repeat}, {('before', 'after')[side]}", flush=True)
-                    results[side].append(_bench(tree, Path(folder) / f"{side}-{number}", options))
-            return compare(*(read(*side) for side in results))
-        finally:
-            for tree in trees:
-                subprocess.run(["git", "worktree", "remove", "--force", str(tree)], capture_output=True)
-
-
-def _build(tree: Path, root: Path) -> None:
-    """The tree's libraries: those that are here if its sources are the same, else compiled."""
-    native = ("csrc", "CMakeLists.txt", "setup.py")
-    here = root / "mimkernels" / "_lib"
-    same = not subprocess.run(["git", "diff", "--quiet", _git("rev-parse", "HEAD", cwd=tree), "--", *native], cwd=root)\
-        .returncode  # fmt: skip
-    if same and any(here.glob("*.so")):
-        shutil.copytree(here, tree / "mimkernels" / "_lib", dirs_exist_ok=True)
-        return
-    print(f"compiling {tree.name}", flush=True)
-    subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_native", "--inplace"],
-        cwd=tree, env={**os.environ, "MIMKERNELS_BUILD": "require"}, check=True, capture_output=True, text=True,
-    )  # fmt: skip
-
-
-def _bench(tree: Path, output: Path, options: argparse.Namespace) -> Path:
-    command = [sys.executable, "-m", "mimkernels", "bench", "run", "--no-compile", "--output", str(output)]
-    command += ["--seconds", str(options.seconds), "--group", *options.group]
-    command += ["--only", options.only] if options.only else []
-    environment = {**os.environ, "PYTHONPATH": str(tree)}
-    subprocess.run(command, cwd=tree, env=environment, check=True, capture_output=True, text=True)
-    return output
-
-
-def _commit(revision: str) -> str:
-    try:
-        return _git("rev-parse", "--verify", f"{revision}^{{commit}}")
-    except (subprocess.CalledProcessError, FileNotFoundError) as error:
-        raise ValueError(f"{revision!r} is neither a folder or file of results nor a git revision") from error
-
-
-def _git(*arguments: str, cwd: Path | None = None) -> str:
-    return subprocess.run(["git", *arguments], cwd=cwd, check=True, capture_output=True, text=True).stdout.strip()
+    if note:
+        print(f"mimkernels bench compare: {note}", file=sys.stderr)
+    return int(slower(changes))

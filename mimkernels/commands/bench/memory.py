@@ -8,20 +8,20 @@ import torch
 
 
 def peak_bytes(run: Callable[[], object], device: str) -> int:
-    """The most that `run` holds at once of what torch's allocator hands out, above what was there before.
+    """The most bytes of torch's allocator that `run` holds at once, beyond those held before.
 
-    Call it once before: what only the first call allocates is not meant.
+    Call `run` once before: what only its first call allocates does not count.
     """
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        made = run()
+        result = run()
         torch.cuda.synchronize()
-        del made
+        del result
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        made = run()
-        del made
+        result = run()
+        del result
     # The raw record: the profiler's own tables add allocations up over an op, and miss what it released again.
     record = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = most = 0

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mimkernels._palette import ACCENT, CHART, INK, LINE, MUTED
-from mimkernels.commands.bench.harness import RESULTS
+from mimkernels.commands.bench.results import RESULTS, incomplete, read_reports
 from mimkernels.commands.bench.tables import ATTENTION, MEMORY, MODELS, STEP, all_tables, records_of, usual
 
 if TYPE_CHECKING:
@@ -38,10 +37,12 @@ def run(options: argparse.Namespace) -> int:
     """Draw what there is; the exit status."""
     folder = options.results or _newest(RESULTS)
     reports = read_reports(folder) if folder else {}
-    if not reports:
+    if not reports or folder is None:
         print(f"mimkernels bench plot: no results in {str(folder or RESULTS)!r}; `mimkernels bench run` makes some",
               file=sys.stderr)  # fmt: skip
         return 2
+    if note := incomplete(reports):
+        print(f"mimkernels bench plot: {note}", file=sys.stderr)
     output = options.output or folder
     output.mkdir(parents=True, exist_ok=True)
     for path in draw(reports, output):
@@ -139,15 +140,15 @@ def _limits(records: list[dict]) -> Figure:
     """How much of the machine's limit each case reaches."""
     from matplotlib.figure import Figure
 
-    drawn = [(r, _share(r)) for r in records if _share(r)]
+    drawn = [(record, share) for record in records if (share := _share(record))]
     figure = Figure(figsize=(10, 1.1 + 0.27 * len(drawn)), layout="constrained")
     axes = figure.subplots()
-    for row, (_, (share, limit)) in enumerate(drawn):
-        axes.barh(row, share, 0.72, color=_OURS if limit == "copy" else _OTHERS["sdpa"])
-        axes.text(share + 0.008, row, f"{share:.0%}", va="center", fontsize=8)
+    for row, (_, (reached, limit)) in enumerate(drawn):
+        axes.barh(row, reached, 0.72, color=_OURS if limit == "copy" else _OTHERS["sdpa"])
+        axes.text(reached + 0.008, row, f"{reached:.0%}", va="center", fontsize=8)
     axes.set_yticks(range(len(drawn)), [_row_label(r, [r for r, _ in drawn]) for r, _ in drawn], color=INK)
     axes.set_ylim(len(drawn) - 0.4, -0.6)
-    axes.set_xlim(0, 1.1 * max(1.0, *(share for _, (share, _) in drawn)))
+    axes.set_xlim(0, 1.1 * max(1.0, *(reached for _, (reached, _) in drawn)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     _label_x(axes, "share of the limit", [record for record, _ in drawn])
     axes.tick_params(length=0)
@@ -156,7 +157,8 @@ def _limits(records: list[dict]) -> Figure:
 
 
 def _share(record: dict) -> tuple[float, str] | None:
-    copy, gemm = record.get("share_of_copy_bandwidth"), record.get("share_of_gemm_rate")
+    copy: Any = record.get("share_of_copy_bandwidth")
+    gemm: Any = record.get("share_of_gemm_rate")
     if copy is None and gemm is None:
         return None
     return (copy, "copy") if copy is not None else (gemm, "gemm")
@@ -288,11 +290,12 @@ def _page(reports: dict[str, dict], notes: dict[str, str], output: Path) -> Path
     about = next(iter(reports.values()))["machine"]
     threads = f", {about['threads']} threads, {about['cpu_isa']}" if about.get("threads") else ""
     measured = f"measured with mimkernels {about['mimkernels']}, torch {about['torch']}"
+    medians = "medians, all versions in one process"
     return write_page(
         output / "report.html",
         "commands/bench/templates/report.html",
         title="What the kernels save",
-        lead=f"{about['device']}{threads}; {measured}; medians, all versions in one process.",
+        lead="; ".join(filter(None, [about["device"] + threads, measured, incomplete(reports), medians])) + ".",
         pictures=[
             {"name": name, "note": note, "address": data_address((output / f"{name}.png").read_bytes())}
             for name, note in notes.items()
@@ -302,16 +305,6 @@ def _page(reports: dict[str, dict], notes: dict[str, str], output: Path) -> Path
 
 def _sizes(shape: str) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", shape)}
-
-
-def read_reports(folder: Path) -> dict[str, dict]:
-    """The runs in a folder, by group and dtype."""
-    reports = {}
-    for path in sorted(folder.glob("*.json")):
-        content = json.loads(path.read_text())
-        if "results" in content:
-            reports[path.stem] = content
-    return reports
 
 
 def _newest(root: Path) -> Path | None:

@@ -11,14 +11,14 @@ from typing import NamedTuple
 import torch
 
 import mimkernels
-from mimkernels.commands.bench import harness
-from mimkernels.commands.bench.attention import attention_cases
-from mimkernels.commands.bench.calls import CALLS, call_cases
-from mimkernels.commands.bench.gathering import Size, gathering_cases
-from mimkernels.commands.bench.harness import Benchmark, Timing
-from mimkernels.commands.bench.mlp import mlp_cases
-from mimkernels.commands.bench.pooling import pooling_cases
-from mimkernels.commands.bench.scaling import scaling_cases
+from mimkernels.commands.bench.cases.attention import attention_cases
+from mimkernels.commands.bench.cases.calls import CALLS, call_cases
+from mimkernels.commands.bench.cases.gathering import Size, gathering_cases
+from mimkernels.commands.bench.cases.mlp import mlp_cases
+from mimkernels.commands.bench.cases.pooling import pooling_cases
+from mimkernels.commands.bench.cases.scaling import scaling_cases
+from mimkernels.commands.bench.results import machine, save
+from mimkernels.commands.bench.timing import Benchmark, Timing, measure, prepare
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -40,7 +40,7 @@ def _by_size(cases: Callable[..., Iterator[Benchmark]]) -> Callable[..., Iterato
 
 
 def _steps(options: argparse.Namespace, dtype: torch.dtype, device: str) -> Iterator[Benchmark]:
-    from mimkernels.commands.bench.step import Step, step_cases  # timm
+    from mimkernels.commands.bench.cases.step import Step, step_cases  # timm
 
     for model in options.model or (f"vit_{size}_patch16_224" for size in ("small", "base", "large")):
         batch = options.batch or (8 if device == "cpu" else 256)
@@ -48,8 +48,8 @@ def _steps(options: argparse.Namespace, dtype: torch.dtype, device: str) -> Iter
 
 
 def _models(options: argparse.Namespace, dtype: torch.dtype, device: str) -> Iterator[Benchmark]:
-    from mimkernels.commands.bench.models import model_cases  # timm
-    from mimkernels.commands.bench.step import Step
+    from mimkernels.commands.bench.cases.models import model_cases  # timm
+    from mimkernels.commands.bench.cases.step import Step
 
     for model in options.model or ("vit_base_patch16_224",):
         yield from model_cases(Step(model, options.batch or (8 if device == "cpu" else 128), dtype, device))
@@ -90,8 +90,8 @@ def _step_line(timing: Timing) -> str:
         f"{images / timing.median['ours']:9.2f} {images / timing.median['plain']:9.2f}"
     ]
     if "compiled" in timing.median:
-        both = (images / timing.median[name] for name in ("ours, compiled", "compiled"))
-        lines.append("    under torch.compile {:.2f} images/s, the published code {:.2f}".format(*both))
+        rates = (images / timing.median[name] for name in ("ours, compiled", "compiled"))
+        lines.append("    under torch.compile {:.2f} images/s, the published code {:.2f}".format(*rates))
     for name, parts in timing.extra.get("breakdown_ms", {}).items():
         whole = sum(parts.values())
         shares = ", ".join(f"{kind} {ms:,.0f}" for kind, ms in parts.items())
@@ -167,23 +167,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave the torch.compile baseline out")
     parser.add_argument("--compile-step", action="store_true", help="also time the whole step under torch.compile")
     parser.add_argument("--backends", action="store_true", help="also time each backend that takes the inputs by name")
-    parser.add_argument("--output", type=Path, help="folder of the JSON (default benchmarks/results/<device>)")
+    parser.add_argument("--output", type=Path, help="folder of the JSON, one file for each group and "
+                        "dtype, written anew after every case (default benchmarks/results/<device>)")  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure and save; the exit status."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    harness.prepare()
-    about = harness.machine(device)
+    device = _device()
+    prepare()
+    about = machine(device)
     print(f"{about['device']}, torch {about['torch']}" + (f", {about['threads']} threads" if device == "cpu" else ""))
     for dtype in options.dtype:
         for group in options.group:
-            _measure(group, dtype, device, options)
+            _measure(group, dtype, about, options)
     return 0
 
 
-def _measure(group: str, dtype: str, device: str, options: argparse.Namespace) -> None:
+def _measure(group: str, dtype: str, about: dict, options: argparse.Namespace) -> None:
+    """Measure a group, and save it after every case."""
     title, columns, cases, line = GROUPS[group]
+    device, saved = _device(), options.output or not options.only
     timings: list[Timing] = []
     for benchmark in cases(options, getattr(torch, dtype), device):
         if options.only and options.only not in benchmark.name:
@@ -192,18 +195,24 @@ def _measure(group: str, dtype: str, device: str, options: argparse.Namespace) -
             print(f"\n{dtype}, {title}; medians of interleaved rounds\n{'case':82} {columns}")
         if options.backends:
             benchmark.versions.update(_by_backend(benchmark.versions["ours"], device))
-        timing = harness.measure(benchmark, device, dtype, options.seconds)
+        timing = measure(benchmark, device, dtype, options.seconds)
         timings.append(timing)
         print(f"{timing.name + ', ' + timing.shape:82} {line(timing)}{_backend_times(timing)}", flush=True)
+        if saved:
+            save(timings, about, f"{group}-{dtype}", options.output, complete=False)
         del benchmark
         gc.collect()
-    if timings and (options.output or not options.only):
-        print(f"written: {harness.save(timings, device, f'{group}-{dtype}', options.output)}")
+    if timings and saved:
+        print(f"written: {save(timings, about, f'{group}-{dtype}', options.output, complete=True)}")
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _by_backend(ours: Callable[[], object], device: str) -> dict[str, Callable[[], object]]:
-    """Ours on each kernel backend of the device that takes it."""
-    found = {}
+    """Our version on each kernel backend of the device that takes the inputs, by backend."""
+    versions: dict[str, Callable[[], object]] = {}
     for name in ("triton", "cuda") if device == "cuda" else ("cpu",):
 
         def run(name: str = name) -> object:
@@ -214,8 +223,8 @@ def _by_backend(ours: Callable[[], object], device: str) -> dict[str, Callable[[
             run()
         except NotImplementedError:
             continue
-        found[name] = run
-    return found
+        versions[name] = run
+    return versions
 
 
 def _backend_times(timing: Timing) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
+from mimkernels.commands.bench.results import incomplete
+
 MEMORY, ATTENTION, STEP, MODELS, CALLS = (
     ("gathering", "pooling", "mlp"),
     ("attention",),
@@ -36,7 +38,11 @@ def _joined(reports: dict[str, dict], parts: Iterable) -> str:
 def _heading(reports: dict[str, dict]) -> str:
     about = next(iter(reports.values()))["machine"]
     threads = f", {about['threads']} threads ({about['cpu_isa']})" if about.get("threads") else ""
-    return f"**{about['device']}{threads}**, torch {about['torch']}; medians, all versions of a case in one process:"
+    note = incomplete(reports)
+    return (
+        f"**{about['device']}{threads}**, torch {about['torch']}; medians, all versions of a case in one process"
+        f"{'; ' if note else ''}{note}:"
+    )
 
 
 def _memory(reports: dict[str, dict]) -> str:

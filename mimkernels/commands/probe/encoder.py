@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from mimkernels.commands.probe.config import ProbeConfig
 from mimkernels.engine.checkpoint import CheckpointFolder, check_content, is_checkpoint, whole_beside
 from mimkernels.engine.settings import is_of_type, read_settings
+from mimkernels.heads import record_heads
+from mimkernels.models.architecture import check_sizes
 from mimkernels.models.build import PIXEL_STATISTICS, build_model
 from mimkernels.models.checkpoint import DamagedFileError, copy_by_name, read_file, weights_of
-from mimkernels.nn import cls_attention, record_heads, use_mimkernels_attention, use_mimkernels_mlp
+from mimkernels.nn import cls_attention, use_mimkernels_attention, use_mimkernels_mlp
 
 # Published MAE encoders by width and depth; the number of heads cannot be read off the weights.
 _BY_SHAPE = {
@@ -50,6 +52,9 @@ class FrozenEncoder(nn.Module):
         grid: rows and columns of patches, or None if they form no grid.
         pixel_range: what images of more than 8 bits were converted with in its pre-training; see ``Decoder``.
     """
+
+    _shift: Tensor
+    _scale: Tensor
 
     def __init__(
         self,
@@ -116,15 +121,16 @@ class FrozenEncoder(nn.Module):
         return digest.hexdigest()[:32]
 
     def _tokens(self, pixels: Tensor) -> Tensor:
-        tokens = self.model.forward_features(pixels)
+        model: Any = self.model  # of timm
+        tokens = model.forward_features(pixels)
         if not isinstance(tokens, Tensor) or tokens.dim() != 3:
             shape = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
             raise ValueError(
                 f"{self.title} gives {shape}, not tokens [B, N, D]; probe a Vision Transformer, such as "
                 "'vit_base_patch16_224.mae'"
             )
-        if self.final_norm and getattr(self.model, "fc_norm", None) is not None:
-            tokens = self.model.fc_norm(tokens)  # where timm has the last norm behind the pooling
+        if self.final_norm and getattr(model, "fc_norm", None) is not None:
+            tokens = model.fc_norm(tokens)  # where timm has the last norm behind the pooling
         return tokens.float()
 
     def _last_block(self) -> nn.Module:
@@ -195,6 +201,7 @@ def _from_run(
     copy_by_name(model.state_dict(), weights, title=f"{name} of {settings_path}")
     arguments = ", ".join(f"{argument} {value}" for argument, value in settings["model_kwargs"].items())
     method = settings["method"].upper()
+    assert model.mean is not None and model.std is not None
     return FrozenEncoder(
         model.encoder,
         f"{method} {name} of {config.model}",
@@ -261,7 +268,8 @@ def _from_timm(config: ProbeConfig) -> FrozenEncoder:
             f"model {config.model!r} is neither a file, nor a folder, nor a timm model"
             + (f"; close names: {', '.join(close)}" if close else "")
         )
-    size = {} if config.img_size is None else {"img_size": config.img_size}
+    check_sizes(config.model_kwargs)
+    size: dict[str, Any] = {} if config.img_size is None else {"img_size": config.img_size}
     try:
         model = timm.create_model(
             config.model, pretrained=config.pretrained, num_classes=0, **size, **config.model_kwargs

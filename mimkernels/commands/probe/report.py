@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mimkernels._palette import ACCENT, CHART, INK, LINE
 from mimkernels.commands.probe.config import ProbeConfig
-from mimkernels.commands.probe.results import PoolingResult
+from mimkernels.commands.probe.results import PoolingResult, count_tested
 from mimkernels.engine import tables
 from mimkernels.engine.figures import png_address, svg
 from mimkernels.engine.page import write_page
@@ -58,13 +58,16 @@ class ProbeReport:
     title: str
     run_facts: dict[str, str]
     results: list[PoolingResult]
-    test_images: int
     pictures: ProbePictures | None
     versions: dict[str, str]
 
     @property
+    def test_images(self) -> int:
+        return count_tested(self.results)
+
+    @property
     def chart(self) -> Markup:
-        return accuracy_chart(self.results, self.test_images)
+        return accuracy_chart(self.results)
 
     @property
     def columns(self) -> list[str]:
@@ -75,7 +78,7 @@ class ProbeReport:
         best = max((result.accuracy for result in self.results), default=0)
         return [
             Row(cells, result.description, result.accuracy == best)
-            for result, cells in zip(self.results, _rows(self.results, self.test_images), strict=True)
+            for result, cells in zip(self.results, _rows(self.results), strict=True)
         ]
 
     @property
@@ -94,18 +97,19 @@ class ProbeReport:
     @property
     def queries(self) -> PictureTable | None:
         """Single queries of the pooling that has most of them, on the first images; None if none has several."""
-        weights = {} if self.pictures is None else self.pictures.weights
+        pictures = self.pictures
+        weights = {} if pictures is None else pictures.weights
         several = {label: rows for label, rows in weights.items() if rows.shape[1] > 1}
-        if not several:
+        if pictures is None or not several:
             return None
-        label, weights = max(several.items(), key=lambda item: item[1].shape[1])
-        shown = range(min(_QUERIES_SHOWN, weights.shape[1]))
-        chosen = list(zip(self.pictures.classes, self.pictures.images, weights, strict=True))[:_QUERY_IMAGES]
+        label, most = max(several.items(), key=lambda item: item[1].shape[1])
+        shown = range(min(_QUERIES_SHOWN, most.shape[1]))
+        chosen = list(zip(pictures.classes, pictures.images, most, strict=True))[:_QUERY_IMAGES]
         rows = [
             (name, [png_address(overlay(_colour(image), by_query[query])) for query in shown])
             for name, image, by_query in chosen
         ]
-        return PictureTable([f"query {query + 1}" for query in shown], rows, label, weights.shape[1])
+        return PictureTable([f"query {query + 1}" for query in shown], rows, label, most.shape[1])
 
     @property
     def facts(self) -> dict[str, str]:
@@ -126,13 +130,13 @@ def standard_error(accuracy: float, images: int) -> float:
     return math.sqrt(accuracy * (1 - accuracy) / max(1, images))
 
 
-def print_results(results: Sequence[PoolingResult], test_images: int, stream: TextIO | None = None) -> None:
+def print_results(results: Sequence[PoolingResult], stream: TextIO | None = None) -> None:
     """Show the results in the terminal, one line per pooling; the best one stands out."""
     best = max(range(len(results)), key=lambda i: results[i].accuracy, default=0)
     tables.print_table(
         _columns(results),
-        _rows(results, test_images),
-        title=f"Frozen features, {test_images:,} test images",
+        _rows(results),
+        title=f"Frozen features, {count_tested(results):,} test images",
         bold=(best,),
         stream=stream,
     )
@@ -143,11 +147,11 @@ def _columns(results: Sequence[PoolingResult]) -> list[str]:
     return ["pooling", "accuracy", *["k-NN"] * with_knn, *["logistic"] * with_logistic, "parameters", "training"]
 
 
-def _rows(results: Sequence[PoolingResult], test_images: int) -> list[list[str]]:
+def _rows(results: Sequence[PoolingResult]) -> list[list[str]]:
     with_knn, with_logistic = _optional(results)
     rows = []
     for result in results:
-        error = standard_error(result.accuracy, test_images)
+        error = standard_error(result.accuracy, result.test_images)
         row = [result.label, f"{100 * result.accuracy:.1f} ± {100 * error:.1f} %"]
         row += [_percent(result.knn)] * with_knn + [_percent(result.logistic)] * with_logistic
         row += [f"{result.pooling_parameters:,} + {result.classifier_parameters:,}", _seconds(result.seconds)]
@@ -191,7 +195,7 @@ def _enlarged(image: Tensor) -> Tensor:
     return image.repeat_interleave(times, 1).repeat_interleave(times, 2)
 
 
-def accuracy_chart(results: Sequence[PoolingResult], test_images: int) -> Markup:
+def accuracy_chart(results: Sequence[PoolingResult]) -> Markup:
     """Horizontal bars with standard errors, as SVG; a circle is the k-NN accuracy."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -202,7 +206,7 @@ def accuracy_chart(results: Sequence[PoolingResult], test_images: int) -> Markup
         best = max((result.accuracy for result in results), default=0)
         for row, result in enumerate(results):
             value = 100 * result.accuracy
-            error = 100 * standard_error(result.accuracy, test_images)
+            error = 100 * standard_error(result.accuracy, result.test_images)
             axes.barh(row, value, height=0.62, color=ACCENT, alpha=1 if result.accuracy == best else 0.5)
             axes.errorbar(value, row, xerr=error, color=INK, linewidth=1.4, capsize=3)
             axes.text(value + error + 1.2, row, f"{value:.1f} %", va="center", color=INK, fontweight="bold")

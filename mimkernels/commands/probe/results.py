@@ -1,6 +1,6 @@
 """What one pooling achieved, as it is saved and read again."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
@@ -14,6 +14,7 @@ class PoolingResult:
     label: str
     description: str
     accuracy: float
+    test_images: int  # that could be read
     knn: float | None
     logistic: float | None
     pooling_parameters: int
@@ -28,3 +29,8 @@ class PoolingResult:
             if not is_of_type(entry[f.name], f.type):
                 raise ValueError(f"{f.name}: {entry[f.name]!r}")
         return cls(**entry)
+
+
+def count_tested(results: Sequence[PoolingResult]) -> int:
+    """Test images that could be read."""
+    return max((result.test_images for result in results), default=0)

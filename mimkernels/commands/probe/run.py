@@ -17,7 +17,7 @@ from mimkernels.commands.probe.data import ProbeImages, collate_probe, open_spli
 from mimkernels.commands.probe.encoder import load_encoder
 from mimkernels.commands.probe.features import Encoded, Extractor, Features
 from mimkernels.commands.probe.report import ProbePictures, ProbeReport, print_results, write_report
-from mimkernels.commands.probe.results import PoolingResult
+from mimkernels.commands.probe.results import PoolingResult, count_tested
 from mimkernels.commands.probe.train import (
     Probe,
     ProbeTrainer,
@@ -65,10 +65,13 @@ class ProbeResult:
 
     output: Path
     results: list[PoolingResult]
-    test_images: int
     stopped_by: int  # number of the signal that ended it early, 0 if it went to its end
     report: Path | None = None
     content: ProbeReport | None = None  # what the report shows
+
+    @property
+    def test_images(self) -> int:
+        return count_tested(self.results)
 
 
 def probe(config: ProbeConfig, *, overwrite: bool = False, stream: TextIO | None = None) -> ProbeResult:
@@ -163,13 +166,13 @@ class ProbeRun:
                     facts["Encoding"] = f"{images:,} images in {duration(self.extractor.seconds)}"
                 content = self._report(results, facts)
                 report = write_report(self.output / "report.html", content)
-                print_results(results, len(self.split.test), self.stream)
+                print_results(results, self.stream)
                 progress.note(f"report: {report}")
         except torch.OutOfMemoryError as e:
             raise TrainingError(
                 f"out of memory on {device_name(device)}: lower --batch-size or --cache-gib ({str(e).splitlines()[0]})"
             ) from e
-        return ProbeResult(self.output, results, len(self.split.test), stopped_by, report, content)
+        return ProbeResult(self.output, results, stopped_by, report, content)
 
     def _train(self, choices: list[PoolingChoice]) -> int:
         config, split, device, progress = self.config, self.split, self.accelerator.device, self.progress
@@ -257,6 +260,7 @@ class ProbeRun:
                 )
             targets = train.images.targets[batch.positions]
             encoded = self.extractor.encode(batch.images, batch.positions, targets, with_attention)
+            assert encoded.tokens is not None
             pooled = {} if self.config.augment else train.batch(batch.positions, encoded.tokens.device).pooled
             yield encoded._replace(pooled=pooled)
 
@@ -273,16 +277,22 @@ class ProbeRun:
             measured |= accuracies(without_features, batches)
         for one in trained:
             label = one.label
-            vectors = (train.pooled.get(label), train.images.targets, test.pooled.get(label), test.images.targets)
-            neighbours = self.config.knn if vectors[0] is not None else 0
             files.save(self._weights_path(label), {"pooling": label, "probe": one.probe.cpu().state_dict()})
             pooling = one.probe.pooling
+            by_neighbours = by_regression = None
+            fitted, tested = train.pooled.get(label), test.pooled.get(label)
+            if fitted is not None and tested is not None:
+                vectors = (fitted, train.images.targets, tested, test.images.targets)
+                if self.config.knn:
+                    by_neighbours = knn_accuracy(*vectors, self.config.knn, len(self.split.classes))
+                if self.config.logistic:
+                    by_regression = logistic_accuracy(*vectors)
             self.finished[label] = PoolingResult(
                 label,
                 pooling.description,
-                measured[label],
-                knn_accuracy(*vectors, neighbours, len(self.split.classes)) if neighbours else None,
-                logistic_accuracy(*vectors) if self.config.logistic and vectors[0] is not None else None,
+                *measured[label],
+                by_neighbours,
+                by_regression,
                 pooling.num_parameters,
                 sum(weight.numel() for weight in one.probe.linear.parameters()),
                 one.watch.seconds,
@@ -393,7 +403,8 @@ class ProbeRun:
             return None
         if not isinstance(state, dict) or state.get("identity") != self.identity:
             return None
-        step, probes = state.get("step"), state.get("probes")
+        step: Any = state.get("step")
+        probes: Any = state.get("probes")
         if not is_of_type(step, int) or not 0 <= step <= self.steps or not isinstance(probes, dict):
             self.warnings.append(f"{str(path)!r} holds no state of a probe; its poolings are trained anew")
             return None
@@ -434,7 +445,6 @@ class ProbeRun:
             title=self.config.title or f"Probing {self.encoder.name}",
             run_facts=facts,
             results=results,
-            test_images=len(self.split.test),
             pictures=self._pictures(),
             versions=versions(),
         )

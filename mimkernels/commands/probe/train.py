@@ -215,6 +215,7 @@ class ProbeTrainer:
 
     def _end_epoch(self) -> None:
         for trained in self.probes:
+            assert trained.epoch_loss is not None
             trained.losses.append(float(trained.epoch_loss) / self.plan.steps_per_epoch)
             trained.epoch_loss = None
 
@@ -231,8 +232,8 @@ class ProbeTrainer:
 
 
 @torch.no_grad()
-def accuracies(probes: dict[str, Probe], batches: Iterator[Encoded]) -> dict[str, float]:
-    """Share of the images that each probe classifies right."""
+def accuracies(probes: dict[str, Probe], batches: Iterator[Encoded]) -> dict[str, tuple[float, int]]:
+    """Share of the images that each probe classifies right, and how many images there were."""
     right = dict.fromkeys(probes, 0)
     seen = 0
     for probe in probes.values():
@@ -241,7 +242,7 @@ def accuracies(probes: dict[str, Probe], batches: Iterator[Encoded]) -> dict[str
         seen += len(batch.targets)
         for label, probe in probes.items():
             right[label] += int((probe(label, batch).argmax(1) == batch.targets).sum())
-    return {label: number / max(1, seen) for label, number in right.items()}
+    return {label: (number / max(1, seen), seen) for label, number in right.items()}
 
 
 @torch.no_grad()

@@ -1,36 +1,47 @@
 """``F.scaled_dot_product_attention`` by ``mimkernels.attention``: calls translated, observed, and stood in for."""
 
+from mimkernels.nn.sdpa.observe import (
+    NO_STATISTICS,
+    Observer,
+    Patches,
+    Recorder,
+    StatisticsRequest,
+    attend,
+    is_recomputing,
+    keeps_tensors_elsewhere,
+    observers,
+    observing,
+    tell_patches,
+)
+from mimkernels.nn.sdpa.stand_in import sdpa
 from mimkernels.nn.sdpa.translate import (
     DIM_DIVISOR,
     MOST_DIMS,
     TORCH_SDPA,
     AttentionCall,
-    Observer,
-    Patches,
+    SDPAArguments,
     as_attention,
     as_bias,
-    attend,
     compute_dtype,
     has_own_rules,
     is_for_pytorch,
-    is_recomputing,
-    keeps_tensors_elsewhere,
     laid_out_as,
-    observers,
-    observing,
     refusals,
-    sdpa,
-    tell_patches,
+    tensors_with_own_rules,
     without_causal_bias,
 )
 
 __all__ = [
     "DIM_DIVISOR",
     "MOST_DIMS",
+    "NO_STATISTICS",
     "TORCH_SDPA",
     "AttentionCall",
     "Observer",
     "Patches",
+    "Recorder",
+    "SDPAArguments",
+    "StatisticsRequest",
     "as_attention",
     "as_bias",
     "attend",
@@ -45,5 +56,6 @@ __all__ = [
     "refusals",
     "sdpa",
     "tell_patches",
+    "tensors_with_own_rules",
     "without_causal_bias",
 ]

@@ -1,4 +1,4 @@
-"""A stand-in for ``F.scaled_dot_product_attention``: mimkernels where its kernels take the call, PyTorch elsewhere."""
+"""``F.scaled_dot_product_attention`` by ``mimkernels.attention``, and a stand-in that leaves the rest to PyTorch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,37 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mimkernels.nn.sdpa import has_own_rules, is_for_pytorch, laid_out_as, observers, refusals, sdpa
-from mimkernels.ops import attention
+from mimkernels.nn.sdpa.observe import NO_STATISTICS, StatisticsRequest, attend, observers
+from mimkernels.nn.sdpa.translate import (
+    SDPAArguments,
+    as_attention,
+    has_own_rules,
+    is_for_pytorch,
+    laid_out_as,
+    refusals,
+)
+from mimkernels.ops import AttentionOutput, attention
 from mimkernels.ops.attention.spec import SPEC
 
-__all__ = ["kernels_refuse", "scaled_dot_product_attention", "stand_in"]
+__all__ = ["kernels_refuse", "scaled_dot_product_attention", "sdpa", "stand_in"]
+
+
+def sdpa(arguments: SDPAArguments, request: StatisticsRequest = NO_STATISTICS) -> AttentionOutput:
+    """What ``F.scaled_dot_product_attention`` gives, in ``out``, by ``mimkernels.attention``; with statistics.
+
+    Returns:
+        ``out`` in the shape that PyTorch gives; ``lse`` and ``stats`` are ``[B, H, Nq]``, see ``as_attention``.
+
+    Raises:
+        ValueError: a call that PyTorch refuses, too, or dropout.
+        NotImplementedError, TypeError: what ``refusals`` tells of; ask it first.
+    """
+    if arguments.dropout_p > 0:
+        raise ValueError(f"attention has no dropout, got dropout_p = {arguments.dropout_p}")
+    call = as_attention(arguments)
+    output = attend(call, request)
+    out = output.out.reshape(*call.leading, *output.out.shape[2:])
+    return output._replace(out=laid_out_as(out, arguments.query))
 
 
 _known: dict[tuple, str | None] = {}  # functools.cache would be seen through, and warned of, by torch.compile
@@ -57,18 +83,18 @@ def stand_in(note: Callable[[list[str]], object] | None = None) -> Callable[...,
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         plain = not (is_for_pytorch(query) or dropout_p or is_causal or enable_gqa)
         if plain and _needs_no_translation(query, key, value, attn_mask):
             return laid_out_as(attention(query, key, value, bias=attn_mask, scale=scale).out, query)
-        why = _head_dim_refused(query) or refusals(*arguments)
-        if not why:
+        arguments = SDPAArguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        reasons = _head_dim_refused(query) or refusals(arguments)
+        if not reasons:
             missing = kernels_refuse(query.device.type, query.dtype)
             if missing is None:
-                return sdpa(*arguments).out
-            why = [missing]
+                return sdpa(arguments).out
+            reasons = [missing]
         if note is not None and not torch.compiler.is_compiling():
-            note(why)
+            note(reasons)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -99,7 +125,7 @@ def _needs_no_translation(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) 
         or sizes[3:] != of_keys[3:]
         or k.dtype != dtype
         or v.dtype != dtype
-        or torch.is_autocast_enabled(device)
+        or (device != "meta" and torch.is_autocast_enabled(device))
         or kernels_refuse(device, dtype, sizes[3]) is not None
     ):
         return False

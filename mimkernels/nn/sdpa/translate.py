@@ -1,12 +1,9 @@
-"""``F.scaled_dot_product_attention`` by ``mimkernels.attention``: which calls it takes, and what they become."""
+"""Translation of ``F.scaled_dot_product_attention``: which calls ``mimkernels.attention`` takes, what they become."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from threading import get_ident
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +14,22 @@ from mimkernels.ops import AttentionOutput, attention, attention_qkvpacked
 from mimkernels.ops._registry import FLOATS
 from mimkernels.ops.attention.spec import SPEC
 
-__all__ = ["AttentionCall", "as_attention", "refusals", "sdpa"]
+__all__ = [
+    "DIM_DIVISOR",
+    "MOST_DIMS",
+    "TORCH_SDPA",
+    "AttentionCall",
+    "SDPAArguments",
+    "as_attention",
+    "as_bias",
+    "compute_dtype",
+    "has_own_rules",
+    "is_for_pytorch",
+    "laid_out_as",
+    "refusals",
+    "tensors_with_own_rules",
+    "without_causal_bias",
+]
 
 # Head dims of the kernels.
 MOST_DIMS = min(impl.limits["head_dim"] for impl in SPEC.impls if impl.limits)
@@ -28,6 +40,24 @@ TORCH_SDPA = torch._C._nn.scaled_dot_product_attention
 
 _PLAIN = (Tensor, nn.Parameter, type(None))
 _INERT = torch._C._disabled_torch_function_impl  # the __torch_function__ of Parameter, fake tensors and the like
+
+
+class SDPAArguments(NamedTuple):
+    """The arguments of ``F.scaled_dot_product_attention``, in its order, with its names and defaults."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that were given, by name."""
+        tensors = {"query": self.query, "key": self.key, "value": self.value}
+        return tensors if self.attn_mask is None else {**tensors, "attn_mask": self.attn_mask}
 
 
 class AttentionCall(NamedTuple):
@@ -63,68 +93,42 @@ class AttentionCall(NamedTuple):
         return attention_qkvpacked(self.packed, **self.options, **options)
 
 
-def refusals(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> list[str]:
+def refusals(arguments: SDPAArguments) -> list[str]:
     """Why the kernels of ``mimkernels.attention`` do not take this call; empty if they do.
 
     Pure: looks at shapes, dtypes and settings only. Calls that PyTorch itself refuses have reasons, too. Whether a
     kernel is there on this device is not asked: ``mimkernels info`` says, and ``backend="auto"`` decides.
-
-    Args:
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa: as of ``F.scaled_dot_product_attention``.
     """
-    tensors = {"query": query, "key": key, "value": value}
-    if attn_mask is not None:
-        tensors["attn_mask"] = attn_mask
-    found = [
-        f"{name} is a {type(tensor).__name__}, which computes by rules of its own"
-        for name, tensor in tensors.items()
-        if has_own_rules(tensor) and type(tensor) is not CausalBias
-    ]
+    reasons = [f"{tensor}, which computes by rules of its own" for tensor in tensors_with_own_rules(arguments)]
     if torch.jit.is_tracing():
-        found.append("torch.jit.trace records the calls of PyTorch")  # and could not replay the choice of a backend
-    if found:
-        return found
-    found = [f"{name} is a nested tensor" for name, tensor in tensors.items() if tensor.is_nested]
+        reasons.append("torch.jit.trace records the calls of PyTorch")  # and could not replay the choice of a backend
+    if reasons:
+        return reasons
+    query, key, value, attn_mask = arguments[:4]
+    tensors = arguments.tensors()
+    reasons = [f"{name} is a nested tensor" for name, tensor in tensors.items() if tensor.is_nested]
     if type(attn_mask) is CausalBias:
         del tensors["attn_mask"]  # has a shape in no sense
-    found += [f"{name} has {tensor.dim()} dims" for name, tensor in tensors.items() if tensor.dim() < 2]
-    if found:
-        return found
-    if dropout_p > 0:
-        found.append(f"dropout_p is {dropout_p}: attention has no dropout")
+    reasons += [f"{name} has {tensor.dim()} dims" for name, tensor in tensors.items() if tensor.dim() < 2]
+    if reasons:
+        return reasons
+    if arguments.dropout_p > 0:
+        reasons.append(f"dropout_p is {arguments.dropout_p}: attention has no dropout")
     dtypes = [_cast_to(tensor) for tensor in (query, key, value)]
     if len(set(dtypes)) > 1:
-        found.append(f"dtypes differ: query {dtypes[0]}, key {dtypes[1]}, value {dtypes[2]}")
+        reasons.append(f"dtypes differ: query {dtypes[0]}, key {dtypes[1]}, value {dtypes[2]}")
     elif dtypes[0] not in FLOATS:
-        found.append(f"the kernels take fp32, bf16 and fp16, got {dtypes[0]}")
+        reasons.append(f"the kernels take fp32, bf16 and fp16, got {dtypes[0]}")
     dim = query.shape[-1]
     if not dim == key.shape[-1] == value.shape[-1]:
-        found.append(f"head dims differ: query {dim}, key {key.shape[-1]}, value {value.shape[-1]}")
-    if dim > MOST_DIMS or dim % DIM_DIVISOR:
-        found.append(f"head dim is {dim}: the kernels take multiples of {DIM_DIVISOR} up to {MOST_DIMS}")
-    return found + _malformed(query, key, value, attn_mask, is_causal, enable_gqa)
+        reasons.append(f"head dims differ: query {dim}, key {key.shape[-1]}, value {value.shape[-1]}")
+    if not 0 < dim <= MOST_DIMS or dim % DIM_DIVISOR:
+        reasons.append(f"head dim is {dim}: the kernels take multiples of {DIM_DIVISOR} up to {MOST_DIMS}")
+    return reasons + _malformed(arguments)
 
 
-def as_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> AttentionCall:
-    """A call in the terms of ``mimkernels.attention``.
+def as_attention(arguments: SDPAArguments) -> AttentionCall:
+    """A call in the terms of ``mimkernels.attention``; ``dropout_p`` is ignored.
 
     ``[N, D]`` and ``[B, N, D]`` are one head; of more than four dims, all before heads are images (Swin's windows).
     Fewer key heads (``enable_gqa``) are repeated; as views if there is one. Bool masks that are the same for all heads
@@ -135,16 +139,13 @@ def as_attention(
 
     A query that may attend to nothing gets zeros in both (in PyTorch since 2.5, on every backend).
 
-    Args:
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa: as of ``F.scaled_dot_product_attention``;
-            ``dropout_p`` is ignored.
-
     Raises:
         ValueError: PyTorch refuses the call, too.
     """
-    wrong = _malformed(query, key, value, attn_mask, is_causal, enable_gqa)
-    if wrong:
-        raise ValueError("; ".join(wrong))
+    malformed = _malformed(arguments)
+    if malformed:
+        raise ValueError("; ".join(malformed))
+    query, key, value, attn_mask, _, is_causal, scale, enable_gqa = arguments
     q, k, v = (tensor.to(_cast_to(tensor)) for tensor in (query, key, value))
     if enable_gqa:
         k, v = (_with_heads(tensor, q.shape[-3]) for tensor in (k, v))
@@ -152,40 +153,6 @@ def as_attention(
     q, k, v = (_four_dims(tensor, leading) for tensor in (q, k, v))
     bias, key_mask = as_bias(attn_mask, is_causal, q, k.shape[2], leading)
     return AttentionCall(q, k, v, bias, key_mask, query.shape[-1] ** -0.5 if scale is None else scale, tuple(leading))
-
-
-def sdpa(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    *,
-    num_prefix: int = 0,
-    positions: Tensor | None = None,
-    stats: Sequence[str] = (),
-) -> AttentionOutput:
-    """``F.scaled_dot_product_attention`` by ``mimkernels.attention``: the same arguments, the same result in ``out``.
-
-    Args:
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa: as of ``F.scaled_dot_product_attention``.
-        num_prefix, positions, stats: as of ``mimkernels.attention``.
-
-    Returns:
-        ``out`` in the shape that PyTorch gives; ``lse`` and ``stats`` are ``[B, H, Nq]``, see ``as_attention``.
-
-    Raises:
-        ValueError: a call that PyTorch refuses, too, or dropout.
-        NotImplementedError, TypeError: what ``refusals`` tells of; ask it first.
-    """
-    if dropout_p > 0:
-        raise ValueError(f"attention has no dropout, got dropout_p = {dropout_p}")
-    call = as_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    made = attend(call, num_prefix=num_prefix, positions=positions, stats=stats)
-    return made._replace(out=laid_out_as(made.out.reshape(*call.leading, *made.out.shape[2:]), query))
 
 
 def laid_out_as(out: Tensor, query: Tensor) -> Tensor:
@@ -221,100 +188,19 @@ def has_own_rules(value: object) -> bool:
     return getattr(kind, "__torch_function__", _INERT) is not _INERT or is_traceable_wrapper_subclass(value)
 
 
-def attend(
-    call: AttentionCall, *, num_prefix: int = 0, positions: Tensor | None = None, stats: Sequence[str] = ()
-) -> AttentionOutput:
-    """``attention`` of a call; whoever observes is told. Every module and integration calls attention by this."""
-    options = {"num_prefix": num_prefix, "positions": positions, "stats": stats}
-    aside = observers()
-    if not aside or is_recomputing():
-        return call.compute(**options)
-    if stats or keeps_tensors_elsewhere():
-        made = call.compute(**options)
-    else:
-        *aside, innermost = aside
-        made = innermost.run(call)
-    for observer in aside:
-        observer.watch(call)
-    return made
+def tensors_with_own_rules(arguments: SDPAArguments) -> list[str]:
+    """The tensors that only PyTorch's own code may compute with, such as "attn_mask is a DTensor".
 
-
-class Observer(Protocol):
-    """Sees every attention that its context computes while it observes."""
-
-    def run(self, call: AttentionCall) -> AttentionOutput:
-        """Compute the call, and what is observed from the same pass."""
-
-    def watch(self, call: AttentionCall, note: str = "") -> None:
-        """Observe a call that is computed elsewhere."""
-
-    def see_patches(self, embedding: nn.Module, patches: Patches) -> None:
-        """Know which patches the module `embedding` turned into tokens."""
-
-
-class Patches(NamedTuple):
-    """What images became at a patch embedding.
-
-    Attributes:
-        batch: number of images.
-        grid: patches per axis.
-        patch_size: pixels per patch and axis, or None if that is not known.
-        ids: ``[B, K]`` the patches that were kept, in the order of their tokens; None if that is all of them.
+    ``CausalBias`` is none of them: what it stands for is known.
     """
-
-    batch: int
-    grid: tuple[int, ...]
-    patch_size: tuple[int, ...] | None = None
-    ids: Tensor | None = None
-
-
-# Who observes, the innermost last. Each with its thread, because a context may be copied into another thread: what runs
-# there at the same time would be mixed up with what runs here.
-_observers: ContextVar[tuple[tuple[int, Observer], ...]] = ContextVar("mimkernels_observers", default=())
-
-
-def observers() -> tuple[Observer, ...]:
-    """Those who observe this thread and asyncio task now, the innermost last; nobody observes compiled code.
-
-    Threads of autograd, which run backward passes and the recomputation of gradient checkpointing, have none.
-    """
-    if torch.compiler.is_compiling():
-        return ()
-    known = _observers.get()
-    return tuple(observer for thread, observer in known if thread == get_ident()) if known else ()
-
-
-@contextmanager
-def observing(observer: Observer) -> Iterator[None]:
-    """Show the observer every attention that this thread and asyncio task compute inside the block."""
-    _observers.set((*_observers.get(), (get_ident(), observer)))
-    try:
-        yield
-    finally:
-        # Not reset by a token, which another context would refuse: a block may be left in another one, as in notebooks.
-        _observers.set(tuple(item for item in _observers.get() if item[1] is not observer))
-
-
-def tell_patches(embedding: nn.Module, patches: Patches) -> None:
-    """Tell all who observe of patches that were embedded by something else than the module's own forward."""
-    for observer in observers():
-        observer.see_patches(embedding, patches)
-
-
-def is_recomputing() -> bool:
-    """Whether this runs inside a backward pass, as gradient checkpointing's second forward pass does."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def keeps_tensors_elsewhere() -> bool:
-    """Whether saved tensors are hooked: gradient checkpointing must save the same ones in its second pass."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    tensors = arguments.tensors().items()
+    return [f"{name} is a {type(t).__name__}" for name, t in tensors if has_own_rules(t) and type(t) is not CausalBias]
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """What scaled_dot_product_attention computes such a tensor in: its own dtype, or autocast's."""
+    """What PyTorch's matrix products compute such a tensor in: its own dtype, or autocast's, if its device has one."""
     device = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if tensor.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
         return tensor.dtype
     return torch.get_autocast_dtype(device)
 
@@ -384,10 +270,9 @@ def _with_heads(tensor: Tensor, heads: int) -> Tensor:
     return tensor if times == 1 else repeated.flatten(-4, -3)
 
 
-def _malformed(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, enable_gqa: bool
-) -> list[str]:
+def _malformed(arguments: SDPAArguments) -> list[str]:
     """What PyTorch would refuse about the shapes, too."""
+    query, key, value, attn_mask, _, is_causal, _, enable_gqa = arguments
     shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
     if key.shape[-2] != value.shape[-2]:
         return [f"key and value differ in length: {shapes}"]
@@ -410,6 +295,8 @@ def _malformed(
         return ["attention takes either attn_mask or is_causal=True, got both"]
     if not (attn_mask.dtype == torch.bool or attn_mask.is_floating_point()):
         return [f"attn_mask must be bool or floating-point, got {attn_mask.dtype}"]
+    if attn_mask.is_floating_point() and _cast_to(attn_mask) not in (torch.float32, _cast_to(query)):
+        return [f"attn_mask must be bool, fp32 or of query's dtype {_cast_to(query)}, got {_cast_to(attn_mask)}"]
     wanted = [*together, query.shape[-2], key.shape[-2]]
     mask = list(attn_mask.shape)
     fits = len(mask) <= len(wanted) and all(

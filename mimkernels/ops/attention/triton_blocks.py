@@ -12,7 +12,7 @@ from mimkernels.ops._triton import INTERPRETED, narrow
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-# kLeastPatchMass and kLargeLse of csrc/core/attention.h: a row whose patches have less attention has no patch entropy,
+# kLeastPatchMass and kLargeLse of csrc (attention): a row whose patches have less attention has no patch entropy,
 # and lse of larger size has lost digits that P needs.
 LEAST_PATCH_MASS = tl.constexpr(1e-30)
 LARGE_LSE = tl.constexpr(16.0)

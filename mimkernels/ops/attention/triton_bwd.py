@@ -110,9 +110,11 @@ def score_gradient(
     t = exponents(
         score, rows, cols, lse, low, bias_head, mask_row, queries, keys, scale, bias_stride_n, TRANSPOSED, CHECK, EXACT
     )
+    # Coefficients are added to what is left of dp, which rounds less than dp or delta themselves.
+    dp -= along(delta, True, TRANSPOSED)
     if coef_ptr is None:
         p = power(t, EXACT)
-        of_out = p * (dp - along(delta, True, TRANSPOSED))
+        of_out = p * dp
         ds = of_out
     else:
         # A masked key's t is -inf; its product with p = 0 must be 0.
@@ -121,11 +123,11 @@ def score_gradient(
         c_prefix, a_prefix, c_patch, a_patch, own, far = load_coefficients(
             coef_ptr, place, plane, some, rows >= num_prefix, 1.0 if EXACT else LN2, HAS_PREFIX, DIMS
         )
-        c = along(c_patch - delta, True, TRANSPOSED)
+        c = along(c_patch, True, TRANSPOSED)
         a = along(a_patch, True, TRANSPOSED)
         if HAS_PREFIX:
             in_prefix = along(cols < num_prefix, False, TRANSPOSED)
-            c = tl.where(in_prefix, along(c_prefix - delta, True, TRANSPOSED), c)
+            c = tl.where(in_prefix, along(c_prefix, True, TRANSPOSED), c)
             a = tl.where(in_prefix, along(a_prefix, True, TRANSPOSED), a)
         inner = dp + c + a * t
         is_own = along(rows, True, TRANSPOSED) == along(cols, False, TRANSPOSED)
@@ -138,7 +140,7 @@ def score_gradient(
             d = key_distances(x0, x1, x2, y0, y1, y2, cols, num_prefix, TRANSPOSED, DIMS)
             inner += along(far, True, TRANSPOSED) * d
         ds = p * inner
-        of_out = p * (dp - along(delta, True, TRANSPOSED))
+        of_out = p * dp
     return p, ds, of_out
 
 

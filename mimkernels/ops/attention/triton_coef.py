@@ -38,7 +38,7 @@ def attention_coef_kernel(
     # grid:     cdiv(B * H * Nq, BLOCK)
     # in:       dlse fp32 [B, H, Nq], statistics and their gradients fp32 [S, B, H, Nq], contiguous, dlse and drows
     #           None where not given; the constants are each statistic's plane, negative where not captured
-    # out:      coef fp32 [6, B, H, Nq] as AttentionCoefParams (csrc/core/attention.h) has it; written once
+    # out:      coef fp32 [6, B, H, Nq] as AttentionCoefParams (csrc/ops/attention/params.h) has it; written once
     # numerics: fp32
     # bounds:   the tail is masked; offsets are int64
     # cost:     inputs read once; no atomics, deterministic
@@ -89,13 +89,14 @@ def attention_coef_kernel(
     tl.store(coef_ptr + 5 * count + cells, far, mask=some)
 
 
-def attention_coef(lse: Tensor, dlse: Tensor | None, rows: Tensor, drows: Tensor | None, stats: int) -> Tensor:
-    coef = lse.new_empty((6, *lse.shape))
+def attention_coef(dlse: Tensor | None, rows: Tensor, drows: Tensor | None, stats: int) -> Tensor:
+    coef = rows.new_empty((6, *rows.shape[1:]))
     if coef.numel() == 0:
         return coef
     captured = [name for bit, name in enumerate(STATISTICS) if stats >> bit & 1]
     planes = {name.upper(): captured.index(name) if name in captured else -1 for name in STATISTICS if name != "peak"}
     given = [None if x is None else x.contiguous() for x in (dlse, rows, drows)]
-    grid = triton.cdiv(lse.numel(), BLOCK)
-    _triton.launch(attention_coef_kernel, grid, lse, *given, coef, lse.numel(), **planes, BLOCK=BLOCK)
+    count = coef[0].numel()
+    grid = triton.cdiv(count, BLOCK)
+    _triton.launch(attention_coef_kernel, grid, rows, *given, coef, count, **planes, BLOCK=BLOCK)
     return coef

@@ -5,7 +5,6 @@ from torch import Tensor
 
 from mimkernels.ops import _checks
 from mimkernels.ops.attention import reference
-from mimkernels.ops.received_attention.reference import ROWS
 
 
 def head_divergence(
@@ -13,17 +12,18 @@ def head_divergence(
 ) -> Tensor:
     batch, heads, length, _ = q.shape
     total = torch.zeros(batch, heads, heads, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-    for first in range(0, length, ROWS):
-        block = slice(first, first + ROWS)
+    for first in range(0, length, reference.ROWS):
+        block = slice(first, first + reference.ROWS)
         some = None if bias is None else bias[:, :, block]
         s = reference.scores(q[:, :, block], k, some, key_mask, scale)  # [B, H, rows, Nk]
         log_p = reference.log_probabilities(s, lse[:, :, block])
         seen = (log_p != float("-inf")).to(s.dtype).flatten(2)
         p = log_p.exp().flatten(2)
-        log_p = log_p.masked_fill(log_p == float("-inf"), 0.0).flatten(2)
+        # Divided here: the sum over queries may be infinite where the mean is not.
+        log_p = log_p.masked_fill(log_p == float("-inf"), 0.0).flatten(2) / length
         # sum over i, j that both see of P^h (log P^h - log P^g), as two H x H products.
         with _checks.without_autocast(q):
             own = (p * log_p) @ seen.transpose(1, 2)
             crossed = p @ log_p.transpose(1, 2)
         total = total + own - crossed
-    return total / length
+    return total / min(length, 1)  # NaN as a mean over nothing

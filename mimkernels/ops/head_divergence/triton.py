@@ -154,7 +154,8 @@ def head_divergence_kernel(
             row_sum = tl.sum(tl.where(other_seen, p * (log_p - log_other), 0.0), axis=1)
             acc += tl.where(others[None, :] == i, row_sum[:, None], 0.0)
     target = out_ptr + (pid // heads % row_blocks).to(tl.int64) * plane + (b * heads + h) * heads + others
-    tl.store(target, tl.sum(acc, axis=0) / queries, mask=others < heads)
+    # The sum over queries may be infinite where the mean is not.
+    tl.store(target, tl.sum(acc / queries, axis=0), mask=others < heads)
 
 
 def head_divergence_fwd(
@@ -168,7 +169,7 @@ def head_divergence_fwd(
         return out
     d0, d1 = head_split(dim, q.dtype)
     target = (architecture(q.device), precision_name(q.dtype), d0 + d1, queries, False)
-    config = triton_configs.config("companion", *target)
+    config = triton_configs.committed("companion", *target)
     row_blocks = triton.cdiv(queries, config.block_m)
     partial, out = _triton.partials(row_blocks, (batch, heads, heads), out)
     unit, of_qk = strides(q, k)

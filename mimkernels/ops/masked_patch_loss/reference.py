@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from mimkernels.ops import _checks
-from mimkernels.ops.patchify_gather.reference import patchify
+from mimkernels.ops._patches import patchify
 
-_LOSSES = (F.mse_loss, F.l1_loss, F.smooth_l1_loss)
+_LOSSES: tuple[Callable[..., Tensor], ...] = (F.mse_loss, F.l1_loss, F.smooth_l1_loss)
 
 
 def masked_patch_loss(
@@ -26,8 +28,8 @@ def masked_patch_loss(
     channels_last: bool,
     mean: bool,
 ) -> Tensor:
-    target = targets(images, (patch_t, patch_h, patch_w), scale, shift, norm_pix, channels_last)
-    target = target.to(torch.promote_types(pred.dtype, torch.float32))
+    widest = torch.promote_types(pred.dtype, torch.float32)
+    target = targets(images, (patch_t, patch_h, patch_w), scale, shift, norm_pix, channels_last, widest).to(widest)
     if ids is not None:
         _checks.in_range("masked_patch_loss", "ids", ids, target.shape[1])
         target = target.gather(1, ids[..., None].expand(-1, -1, target.shape[2]))
@@ -49,10 +51,11 @@ def targets(
     shift: Tensor | None,
     norm_pix: bool,
     channels_last: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Every patch's pixels ``[B, N, E]`` as the loss wants them, at least fp32."""
-    patches = patchify(images, patch).to(torch.promote_types(images.dtype, torch.float32))  # [B, N, C, t, h, w]
-    if scale is not None:
+    """Every patch's pixels ``[B, N, E]`` as the loss wants them, in ``dtype`` or the images' own if that is wider."""
+    patches = patchify(images, patch).to(torch.promote_types(images.dtype, dtype))  # [B, N, C, t, h, w]
+    if scale is not None and shift is not None:
         patches = patches * scale[:, None, None, None] + shift[:, None, None, None]
     if channels_last:
         patches = patches.movedim(2, -1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mimkernels.ops import _triton, _triton_pool
+from mimkernels.ops import _triton, _triton_one_pass, _triton_pool
 
 
 def query_pool_fwd(
@@ -19,8 +19,8 @@ def query_pool_fwd(
     weights = x.new_empty((batch, groups, tokens), dtype=torch.float32)
     if batch * groups == 0 or tokens == 0:
         return out.zero_(), weights
-    if groups <= _triton_pool.FEW_QUERIES and 0 < max(dim, width) <= _triton_pool.MOST_COLUMNS and width > 0:
-        _triton_pool.pool_in_one_pass(x, queries, values, mask, scale, num_prefix, sliced, out, weights)
+    if groups <= _triton_pool.FEW_QUERIES and 0 < max(dim, width) <= _triton_one_pass.MOST_COLUMNS and width > 0:
+        _triton_one_pass.pool_in_one_pass(x, queries, values, mask, scale, num_prefix, sliced, out, weights)
         return out, weights
     scores = _triton_pool.dots(x, queries, mask, scale, num_prefix, False)
     _triton_pool.softmax(scores, mask, weights, None, True, num_prefix)

@@ -65,7 +65,8 @@ def received_attention_kernel(
     # in:       q, k [B, H, N, D] by stride in units of UNIT elements, last stride 1; lse, lse_low fp32 [B, H, Nq]
     #           contiguous; bias [B, H, Nq, Nk] by stride (0 where broadcast) and key mask [B, Nk], each or None
     # out:      out fp32 [B, H, Nk] = mean over queries of P; contiguous, every element written once
-    # numerics: fp32; P from lse and lse_low as in the backward of attention; queries are added in order, block by block
+    # numerics: fp32; P from lse and lse_low as in the backward of attention; blocks of queries are added in order,
+    #           compensated
     # bounds:   queries beyond the last, and those that may attend nothing, have P = 0; offsets are int64
     # cost:     k read once, q cdiv(Nk, BLOCK_N) times; no atomics, deterministic
     head, b, h, first = locate(tl.program_id(0), heads, row_blocks, BLOCK_N)
@@ -83,6 +84,7 @@ def received_attention_kernel(
         mask_row = mask_ptr + b * mask_stride_b
     k0, k1 = load_head(k_block, keys - first, k_stride_n, D, D0, D1, BLOCK_N, True)
     total = tl.zeros([BLOCK_N], dtype=tl.float32)
+    excess = tl.zeros([BLOCK_N], dtype=tl.float32)  # of total over the exact one
     for block in tl.range(0, tl.cdiv(queries, BLOCK_M)):
         start = block * BLOCK_M
         rows = start + tl.arange(0, BLOCK_M)
@@ -94,7 +96,11 @@ def received_attention_kernel(
         t = exponents(
             score, rows, cols, lse, low, bias_head, mask_row, queries, keys, scale, bias_stride_n, False, False, EXACT
         )
-        total += tl.sum(power(t, EXACT), axis=0)
+        # Roundings of like rows all go one way, and would add up.
+        part = tl.sum(power(t, EXACT), axis=0) - excess
+        following = total + part
+        excess = (following - total) - part
+        total = following
     tl.store(out_ptr + head.to(tl.int64) * keys + cols, total / queries, mask=cols < keys)
 
 
@@ -110,7 +116,7 @@ def received_attention_fwd(
         return out
     d0, d1 = head_split(dim, q.dtype)
     target = (architecture(q.device), precision_name(q.dtype), d0 + d1, queries, False)
-    config = triton_configs.config("companion", *target)
+    config = triton_configs.committed("companion", *target)
     key_blocks = triton.cdiv(keys, config.block_n)
     unit, of_qk = strides(q, k)
     bias_unit, of_bias = bias_strides(bias)

@@ -23,6 +23,12 @@ def at_least(x, eps):
 
 
 @triton.jit
+def power(log_z, p):
+    # z^p of positive z, infinity and NaN included; z^0 = 1 even of these.
+    return tl.exp(tl.where(p == 0.0, 0.0, p * log_z))
+
+
+@triton.jit
 def reduce_pool_fwd_kernel(
     x_ptr,
     mask_ptr,
@@ -67,8 +73,7 @@ def reduce_pool_fwd_kernel(
         if KIND == MEAN:
             acc += tl.sum(x, axis=0)
         elif KIND == GEM:
-            power = tl.exp(p * tl.log(at_least(x, eps)))
-            acc += tl.sum(tl.where(ok[:, None], power, 0.0), axis=0)
+            acc += tl.sum(tl.where(ok[:, None], power(tl.log(at_least(x, eps)), p), 0.0), axis=0)
         else:
             number = ok[:, None] & (x == x)
             top = tl.max(tl.where(number, x, float("-inf")), axis=0)
@@ -121,7 +126,7 @@ def reduce_pool_bwd_kernel(
     # out:      dx [B, N, D] or None; dp fp32 [B, column_blocks] or None, each program's share; every element written
     #           once
     # numerics: fp32, rounded once; with M the mean of the powers and z = max(x, eps),
-    #           dx = dout M^(1/p - 1) z^(p - 1) / count where x >= eps,
+    #           dx = dout M^(1/p - 1) z^(p - 1) / count unless x < eps,
     #           dp = dout M^(1/p - 1) mean of z^p (log z - log M / p) / p
     # bounds:   tails are masked, zeros where a token is not allowed; offsets are int64
     # cost:     x read once (GEM), dx written once; no atomics, deterministic
@@ -146,8 +151,11 @@ def reduce_pool_bwd_kernel(
         if KIND == GEM:
             p = tl.load(p_ptr)
             moment = tl.load(saved_ptr + b * dim + cols, mask=cols_ok & (count > 0), other=1.0)
-            center = tl.log(moment) / p
-            factor = factor * (tl.exp(center) / moment)
+            log_moment = tl.log(moment)
+            center = log_moment / p
+            # M^(1/p - 1) = M^(1/p) / M, rounded less, where M is finite.
+            not_finite = power(log_moment, 1.0 / p - 1.0)
+            factor = factor * tl.where(moment < float("inf"), tl.exp(center) / moment, not_finite)
     for start in range(0, tokens, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         ok = allowed_tokens(n, b, mask_ptr, mask_stride, num_prefix, tokens)[:, None] & cols_ok[None, :]
@@ -159,11 +167,11 @@ def reduce_pool_bwd_kernel(
             x = widen(tl.load(at, mask=ok, other=1.0))
             z = at_least(x, eps)
             log_z = tl.log(z)
-            power = tl.exp((p - 1.0) * log_z)
+            slope = power(log_z, p - 1.0)
             if dp_ptr is not None:
-                acc += tl.sum(tl.where(ok, power * z * (log_z - center[None, :]), 0.0), axis=0)
-            dx = dx * power
-            ok = ok & (x >= eps)
+                acc += tl.sum(tl.where(ok, slope * z * (log_z - center[None, :]), 0.0), axis=0)
+            dx = dx * slope
+            ok = ok & ~(x < eps)  # that of NaN is NaN
         if dx_ptr is not None:
             out = dx_ptr + (b * tokens + n)[:, None] * dim + cols[None, :]
             dx = narrow(tl.where(ok, dx, 0.0), dx_ptr.dtype.element_ty)

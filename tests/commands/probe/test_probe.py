@@ -295,6 +295,18 @@ def test_images_that_cannot_be_read_are_left_out(config, flags):
     assert result.test_images + len(open_split(config(data=str(folder))).train) == 30
 
 
+def test_accuracies_are_of_the_test_images_that_can_be_read(config, flags):
+    folder = flags()
+    for path in sorted((folder / "red").iterdir())[::2]:
+        path.write_bytes(b"no picture")
+    with pytest.warns(UserWarning, match="images cannot be read"):
+        result = probe(config(**TIMM, data=str(folder), pooling="cls", batch_size=4, epochs=1))
+    assert 0 < result.test_images < len(open_split(config(data=str(folder))).test)
+    right = result.results[0].accuracy * result.test_images
+    assert right == pytest.approx(round(right), abs=1e-9)
+    assert f"Accuracy on {result.test_images} test images" in result.report.read_text()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -305,7 +317,7 @@ def test_images_that_cannot_be_read_are_left_out(config, flags):
         ({"pooling": "cls,attn"}, "unknown pooling 'attn'; known: cls, mean"),
         ({"pooling": "abmilp:depth"}, "expected NAME:OPTION=VALUE, got 'depth'"),
         ({"pooling": "abmilp:layers=2"}, "has no option 'layers'; it has depth"),
-        ({"pooling": "ep:num_queries=5"}, "5 queries do not cut 16 columns"),
+        ({"pooling": "ep:num_queries=5"}, "num_queries must divide the 16 columns of the result, got 5"),
         ({"pooling": "topk:k=17"}, "k = 17, but there are 16 patches"),
         ({"data": "nowhere"}, "image folder 'nowhere' does not exist"),
         ({"batch_size": 101}, "the data holds 100 images"),

@@ -69,10 +69,10 @@ def test_a_path_that_is_not_utf8_is_trained_on_resumed_probed_and_reported(tiny,
 
 
 def test_a_stream_that_cannot_show_a_sign_gets_its_escape():
-    result = PoolingResult("mean", "the mean", 0.5, None, None, 0, 34, 1.0, [])
+    result = PoolingResult("mean", "the mean", 0.5, 100, None, None, 0, 34, 1.0, [])
     shown = io.BytesIO()
     stream = io.TextIOWrapper(shown, encoding="ascii")
-    print_results([result], 100, stream)
+    print_results([result], stream)
     Progress(total_steps=1, steps_per_epoch=1, quiet=False, stream=stream).note(f"data {NOT_UTF8} é")
     assert rb"50.0 \xb1 5.0 %" in shown.getvalue() and rb"data caf\udce9 \xe9" in shown.getvalue()
 

@@ -1,8 +1,0 @@
-#include "cuda/attention_bwd.cuh"
-
-namespace mimkernels::cuda {
-
-template cudaError_t attention_bwd_of<__half>(const AttentionBwdParams&, bool, float*,
-                                              cudaStream_t);
-
-}  // namespace mimkernels::cuda

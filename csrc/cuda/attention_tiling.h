@@ -1,0 +1,152 @@
+// How the launchers of attention tile their work: every warp owns a strip of 16 tokens of one side
+// (queries, or keys) and sees the tokens of the other side tile by tile, through shared memory.
+#pragma once
+
+#include <cstdint>
+
+#include "core/attention.h"
+
+namespace mimkernels::cuda {
+
+constexpr int kStrip = 16;
+// Shared memory that a block can have on every architecture from sm_80 on.
+constexpr int kSharedBudget = 99 * 1024;
+
+struct StripTiling {
+  int row_blocks = 1;  // blocks that share the strips of a head
+  int strips = 1;      // of each of its heads that a block owns
+  int heads = 1;       // of a block
+  int tile = kStrip;   // tokens of the other side that are visited at a time
+  int tiles = 0;
+  int shared_bytes = 0;
+
+  int warps() const { return heads * strips; }
+  unsigned blocks(int all_heads) const {
+    return static_cast<unsigned>((all_heads + heads - 1) / heads) *
+           static_cast<unsigned>(row_blocks);
+  }
+};
+
+inline int int_ceil_div(int64_t count, int64_t size) {
+  return static_cast<int>((count + size - 1) / size);
+}
+
+// A strip has `own` rows of shared memory and a tile `other` rows per token, of `row_bytes` each.
+// Two tiles are in flight. Short heads share a block, so that blocks have four warps or more. Rows
+// of at most 528 bytes fit with one warp at least.
+inline StripTiling tile_strips(int64_t own_tokens, int64_t other_tokens, int own, int other,
+                               int row_bytes, int most_warps, int most_tile) {
+  StripTiling tiling;
+  const int strips = own_tokens > 0 ? int_ceil_div(own_tokens, kStrip) : 1;
+  const int padded = other_tokens > 0 ? int_ceil_div(other_tokens, kStrip) * kStrip : kStrip;
+  tiling.tile = padded < most_tile ? padded : most_tile;
+  tiling.tiles = int_ceil_div(other_tokens, tiling.tile);
+  const int slots = tiling.tiles > 1 ? 2 : 1;
+  for (int most = most_warps; most > 0; --most) {
+    tiling.row_blocks = int_ceil_div(strips, most);
+    tiling.strips = int_ceil_div(strips, tiling.row_blocks);
+    tiling.heads = tiling.tiles <= 1 && tiling.row_blocks == 1 && tiling.strips * 2 <= most &&
+                           tiling.strips < 4
+                       ? (most < 4 ? most : 4) / tiling.strips
+                       : 1;
+    tiling.shared_bytes =
+        (tiling.warps() * kStrip * own + slots * tiling.heads * tiling.tile * other) * row_bytes;
+    if (tiling.shared_bytes <= kSharedBudget) break;
+  }
+  return tiling;
+}
+
+// Bytes of a row of `dim` features of `size` bytes in shared memory: 16 more than a multiple of 32.
+constexpr int row_bytes_of(int dim, int size) { return (dim * size + 31) / 32 * 32 + 16; }
+
+// attention_fwd: warps of a block, and blocks that the registers of a multiprocessor should hold:
+// 16 warps where 128 registers suffice, else 12 (168 registers) or 8.
+constexpr int forward_warps(int dim, int size, bool stats) {
+  return size == 2 && dim <= 64 && !stats ? 8 : 4;
+}
+constexpr int forward_blocks(int dim, int size, bool stats) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  const int most = stats ? 32 : 64;  // here statistics of 64 features want more than 168
+#else
+  const int most = 64;
+#endif
+  return forward_warps(dim, size, stats) == 4 && dim <= most ? 3 : 2;
+}
+// Tokens of a tile; forward, a warp holds the scores of all its keys in registers.
+constexpr int tile_tokens(int size) { return size == 4 ? 32 : 64; }
+
+inline StripTiling forward_tiling(int64_t queries, int64_t keys, int dim, int size, bool stats) {
+  return tile_strips(queries, keys, 1, 2, row_bytes_of(dim, size), forward_warps(dim, size, stats),
+                     tile_tokens(size));
+}
+
+// attention_bwd, where `own` are the tokens whose strips warps own.
+constexpr int kBackwardWarps = 4;
+constexpr int backward_blocks(int dim, int size) { return dim <= 64 && size == 2 ? 3 : 2; }
+
+inline StripTiling backward_tiling(int64_t own, int64_t others, int dim, int size) {
+  return tile_strips(own, others, 2, 2, row_bytes_of(dim, size), kBackwardWarps, tile_tokens(size));
+}
+
+// The gradient of a shared bias: a block owns strips of 16 queries by groups of 16 keys, one of
+// each per warp, with two heads' rows of queries and of keys in shared memory, two matrices each.
+struct BiasTiling {
+  int strips = 4;
+  int groups = 2;
+  int row_blocks = 0;
+  int key_blocks = 0;
+  int shared_bytes = 0;
+
+  int warps() const { return strips * groups; }
+};
+
+inline BiasTiling bias_tiling(int64_t queries, int64_t keys, int dim, int size) {
+  BiasTiling tiling;
+  const auto bytes = [&] {
+    return 4 * (tiling.strips + tiling.groups) * kStrip * row_bytes_of(dim, size);
+  };
+  while (bytes() > kSharedBudget) {
+    (tiling.strips > tiling.groups ? tiling.strips : tiling.groups) /= 2;
+  }
+  tiling.shared_bytes = bytes();
+  tiling.row_blocks = int_ceil_div(queries, tiling.strips * kStrip);
+  tiling.key_blocks = int_ceil_div(keys, tiling.groups * kStrip);
+  return tiling;
+}
+
+// What rounding took from lse, for those below: a warp has 16 queries and 16 keys in shared memory.
+constexpr int kLowWarps = 4;
+constexpr int low_shared_bytes(int dim, int size) {
+  return kLowWarps * 2 * kStrip * row_bytes_of(dim, size);
+}
+
+// received_attention
+constexpr int kReceivedWarps = 4;
+
+inline StripTiling received_tiling(int64_t queries, int64_t keys, int dim, int size) {
+  return tile_strips(keys, queries, 1, 1, row_bytes_of(dim, size), kReceivedWarps,
+                     tile_tokens(size));
+}
+
+// head_divergence: a block compares half of its heads with the other half. Shared memory has two
+// heads' 16 queries and 16 keys per warp, and nine words per lane and head.
+constexpr int kDivergenceWarps = 4;
+constexpr int kDivergenceHeads = 8;
+
+struct DivergenceTiling {
+  int warps = kDivergenceWarps;
+  int shared_bytes = 0;
+
+  DivergenceTiling(int dim, int size) {
+    const auto bytes = [&] {
+      return 2 * (1 + warps) * kStrip * row_bytes_of(dim, size) +
+             warps * kDivergenceHeads * 9 * 32 * 4;
+    };
+    while (bytes() > kSharedBudget) {
+      warps /= 2;
+    }
+    shared_bytes = bytes();
+  }
+};
+
+}  // namespace mimkernels::cuda

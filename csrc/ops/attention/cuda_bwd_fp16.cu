@@ -1,0 +1,8 @@
+#include "ops/attention/cuda_bwd.cuh"
+
+namespace mimkernels::cuda {
+
+template cudaError_t attention_bwd_of<__half>(const AttentionBwdParams&, bool, float*,
+                                              cudaStream_t);
+
+}  // namespace mimkernels::cuda

@@ -1,0 +1,7 @@
+#include "ops/attention/cuda_bwd.cuh"
+
+namespace mimkernels::cuda {
+
+template cudaError_t attention_bwd_of<float>(const AttentionBwdParams&, bool, float*, cudaStream_t);
+
+}  // namespace mimkernels::cuda

@@ -1,0 +1,18 @@
+// attention_fwd: fp32, and the choice of the type.
+#include "ops/attention/cuda_fwd.cuh"
+
+namespace mimkernels::cuda {
+
+extern template cudaError_t attention_fwd_of<__half>(const AttentionFwdParams&, cudaStream_t);
+extern template cudaError_t attention_fwd_of<__nv_bfloat16>(const AttentionFwdParams&,
+                                                            cudaStream_t);
+
+cudaError_t attention_fwd(const AttentionFwdParams& p, cudaStream_t stream) {
+  if (p.scores.batch * p.scores.heads * p.scores.queries == 0) {
+    return cudaSuccess;
+  }
+  return with_float_type(p.scores.dtype,
+                         [&](auto type) { return attention_fwd_of<decltype(type)>(p, stream); });
+}
+
+}  // namespace mimkernels::cuda

@@ -1,0 +1,7 @@
+#include "ops/attention/cuda_fwd.cuh"
+
+namespace mimkernels::cuda {
+
+template cudaError_t attention_fwd_of<__nv_bfloat16>(const AttentionFwdParams&, cudaStream_t);
+
+}  // namespace mimkernels::cuda

@@ -1,0 +1,25 @@
+// Bindings of received_attention, for every device.
+#pragma once
+
+#include "ops/received_attention/params.h"
+#include "torch/score_args.h"
+
+namespace mimkernels::binding {
+
+template <typename Device>
+Tensor received_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& lse_any,
+                              OptionalTensor bias, OptionalTensor key_mask, double scale) {
+  const Device device(q);
+  const ScoreInputs<Device> inputs(device, q, k, bias, key_mask, scale);
+  const AttentionScores& s = inputs.scores;
+  const Tensor lse = inputs.take_lse(lse_any, "lse");
+  ReceivedAttentionParams params;
+  params.scores = s;
+  params.lse = floats(lse);
+  Tensor out = device.empty({s.batch, s.heads, s.keys}, ScalarType::Float);
+  params.out = floats(out);
+  device.run(params);
+  return out;
+}
+
+}  // namespace mimkernels::binding

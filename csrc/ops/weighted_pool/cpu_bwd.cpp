@@ -1,0 +1,11 @@
+// weighted_pool, backward: token_pool where the scores are given.
+#include "cpu/kernels.h"
+#include "cpu/token_pool.h"
+
+namespace mimkernels::MIMKERNELS_ISA {
+
+Status weighted_pool_bwd(const TokenPoolBwdParams& params, ParallelFor parallel_for) {
+  return token_pool_bwd(params, parallel_for);
+}
+
+}  // namespace mimkernels::MIMKERNELS_ISA

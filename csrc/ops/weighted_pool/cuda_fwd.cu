@@ -1,0 +1,16 @@
+// weighted_pool, forward: token_pool where the scores are given.
+#include "cuda/token_pool.h"
+#include "ops/weighted_pool/cuda.h"
+
+namespace mimkernels::cuda {
+
+cudaError_t weighted_pool_fwd(const TokenPoolFwdParams& params, float* workspace,
+                              cudaStream_t stream) {
+  return token_pool_fwd(params, workspace, stream);
+}
+
+int64_t weighted_pool_fwd_workspace(const TokenPoolFwdParams& params) {
+  return token_pool_fwd_workspace(params);
+}
+
+}  // namespace mimkernels::cuda

@@ -1,0 +1,1 @@
+"""The cases that are timed, one module a group."""

@@ -1,0 +1,103 @@
+"""Random configurations of attention, and draws that its companions share."""
+
+import math
+
+import torch
+
+import mimkernels
+from mimkernels.ops.attention.spec import STATISTICS
+from mimkernels.testing import doubled
+from tests.configurations import Draw
+
+HEAD_DIMS = (8, 16, 24, 32, 40, 64, 64, 72, 80, 88, 96, 104, 112, 120, 128)
+LOGITS = 300.0  # times a normal number: about the largest scores that leave more than one key its weight
+
+
+def _bias(draw: Draw, batch: int, heads: int, queries: int, keys: int):
+    shape = (draw.of(1, heads), queries, keys)
+    if draw.chance(0.5):
+        shape = (draw.of(1, batch), *shape)
+    kind = draw.of("values", "values", "hides", "hides rows", "minimum", "minimum rows")
+    if kind == "values":
+        return draw.values(*shape, most=LOGITS, wild=())
+    least = -math.inf if kind.startswith("hides") else draw.of(-1e4, -1e9, torch.finfo(draw.dtype).min)
+
+    draw.notes.append(f"bias {kind} {least}")
+    width = 1 if kind.endswith("rows") else keys
+
+    def make(g):
+        hidden = torch.rand(*shape[:-1], width, generator=g) < 0.4
+        return torch.randn(shape, generator=g).masked_fill(hidden, least)
+
+    return make
+
+
+def scores(draw: Draw, cross: bool):
+    """Sizes, and the arguments that all ops of attention share."""
+    batch, heads = draw.of(0, 1, 1, 1, 2, 2, 3), draw.of(1, 1, 2, 2, 3, 4)
+    queries = draw.tokens()
+    keys = draw.tokens() if cross else queries
+    dim = draw.of(*HEAD_DIMS)
+    if draw.small or queries * keys > 2**14:
+        batch, heads = min(batch, 2), min(heads, 2)
+    arguments = {
+        "bias": _bias(draw, batch, heads, queries, keys) if draw.chance(0.5) else None,
+        "key_mask": draw.mask(batch, keys) if draw.chance(0.35) else None,
+        "scale": draw.of(None, None, None, 0.3, 1.0, -0.2, 0.0),
+    }
+    return (batch, heads, queries, keys, dim), arguments
+
+
+def statistics(draw: Draw, batch: int, tokens: int, keys: int):
+    wanted = [name for name in STATISTICS if draw.chance(0.3)]
+    if tokens != keys:
+        wanted = [name for name in wanted if name not in ("self_mass", "distance")]
+    num_prefix = min(keys, draw.of(0, 0, 1, 1, 2, 5, keys))
+    if num_prefix:
+        # A difference of numbers of the size of log M, as its docstring says: where prefix keys take nearly all, the
+        # kernels are a few roundings of those off, and the plain expression need not be.
+        wanted = [name for name in wanted if name != "patch_entropy"]
+    positions = None
+    if "distance" in wanted or draw.chance(0.1):
+        rows = draw.of(tokens, max(0, tokens - num_prefix))
+        images = draw.of((), (), (1,), (batch,))
+        dims = draw.of(1, 2, 2, 3)
+
+        def positions(g):
+            return torch.rand(*images, rows, dims, generator=g) * 14
+
+    return {"num_prefix": num_prefix, "positions": positions, "stats": tuple(wanted)}
+
+
+def nan_of(options: dict) -> tuple[float, ...]:
+    """NaN, where no key is hidden: whether a hidden key's reaches the output is nobody's promise."""
+    return () if options["key_mask"] else (math.nan,)
+
+
+def companion(draw: Draw) -> dict:
+    (batch, heads, queries, keys, dim), options = scores(draw, cross=draw.chance(0.3))
+    tensors = {
+        "q": draw.values(batch, heads, queries, dim, most=30.0, wild=()),
+        "k": draw.values(batch, heads, keys, dim, most=1.0, wild=()),
+    }
+
+    def lse(inputs):
+        exact = doubled({name: value for name, value in inputs.items() if name != "lse"})
+        return {"lse": mimkernels.attention(**exact, v=exact["k"], backend="reference").lse.float()}
+
+    return draw.case({**tensors, "lse": None, **options}, parameters=draw.wide_parameter("bias"), after=lse)
+
+
+def configuration(draw: Draw) -> dict:
+    (batch, heads, queries, keys, dim), options = scores(draw, cross=draw.chance(0.3))
+    wild = nan_of(options)
+    tensors = {
+        "q": draw.values(batch, heads, queries, dim, most=LOGITS, wild=wild),
+        "k": draw.values(batch, heads, keys, dim, most=1.0, flat=False, wild=wild),
+        "v": draw.values(batch, heads, keys, dim, wild=wild),
+    }
+    options |= statistics(draw, batch, queries, keys)
+    parameters = ("positions", *draw.wide_parameter("bias"))
+    # With one key P is 1, whatever its score: gradients that are 0 here come out as the rounding of a difference.
+    names = ("q", "k", "v", "bias") if keys != 1 else ("v",)
+    return draw.case({**tensors, **options}, draw.some(*names), parameters=parameters)

@@ -1,0 +1,37 @@
+"""Contract cases of attention_qkvpacked: only where gradients are written differs from attention."""
+
+from __future__ import annotations
+
+import torch
+
+from mimkernels.testing import Case
+from tests.ops.attention.cases import STATISTICS, attention
+
+RICH = "plain"
+SPOILED = "qkv"
+PER_IMAGE = ("qkv", "key_mask")
+MATRIX_PRODUCTS = True
+
+
+def attention_qkvpacked(*sizes, **options):
+    def make(generator):
+        inputs = attention(*sizes, **options)(generator)
+        return {"qkv": torch.stack([inputs.pop(name).transpose(1, 2) for name in "qkv"], dim=2), **inputs}
+
+    return make
+
+
+INPUTS = {
+    "plain": attention_qkvpacked(2, 2, 17, 16),
+    "everything": attention_qkvpacked(
+        3, 2, 21, 24, bias=(3, 2, 21, 21), mask=True, prefix=2, stats=STATISTICS, positions="per-image"
+    ),
+    "one-token": attention_qkvpacked(2, 3, 1, 8, stats=("entropy", "peak")),
+    "no-tokens": attention_qkvpacked(2, 2, 0, 16, stats=("entropy",)),
+    "empty-positions": attention_qkvpacked(2, 2, 5, 8, prefix=5, stats=("distance", "entropy")),
+    "empty-bias-and-mask": attention_qkvpacked(2, 2, 0, 16, bias=(2, 0, 0), mask=True, stats=("distance",)),
+    "odd": attention_qkvpacked(3, 5, 9, 24, stats=("entropy",)),
+    "length-257": attention_qkvpacked(1, 1, 257, 16),
+    "dim-128": attention_qkvpacked(1, 2, 33, 128),
+}
+CASES = [Case("attention_qkvpacked", label, make, ("qkv", "bias")) for label, make in INPUTS.items()]

@@ -1,0 +1,10 @@
+"""Contract cases of head_divergence."""
+
+from tests.ops.attention.cases import companion_cases
+
+RICH = "plain"
+SPOILED = "q"
+PER_IMAGE = ("q", "k", "lse", "key_mask")
+MATRIX_PRODUCTS = True
+NO_OPCHECK = ("no-queries",)  # means over nothing
+CASES = companion_cases("head_divergence")
