@@ -11,8 +11,8 @@
 
 In a source tree (editable, or build_native --inplace) the CUDA kernels are also compiled for the host, for tests
 (csrc/emulation). No wheel has them. ``build_native --inplace --runnable`` leaves out what this machine does not need to
-run mimkernels: the CUDA library where there is no GPU, and what is for tests. A later build without it adds them, and
-compiles nothing twice.
+run mimkernels: the CUDA library where there is no GPU, and what is for tests. A later build without it adds them to the
+same folder and keeps what is compiled.
 
 Sources and compiler options are in CMakeLists.txt, metadata in pyproject.toml.
 """
@@ -120,11 +120,8 @@ def run(command: list[str], what: str, remedy: str) -> None:
         raise NotBuilt(f"{what} failed: " + " | ".join(lines[first : first + 4]), remedy)
 
 
-def compile_libraries(folder: Path, report: dict, names: list[str], inplace: bool) -> dict[str, Path]:
-    """Compiles the named libraries into ``folder``, fills ``report``, returns those that were made.
-
-    All builds of a source tree are configured alike, whatever they compile: so none undoes what another has compiled.
-    """
+def compile_libraries(folder: Path, report: dict, names: list[str]) -> dict[str, Path]:
+    """Compiles the named libraries into ``folder``, fills ``report``, returns those that were made."""
     torch_dir, torch_version, torch_cuda = find_torch()
     report["torch"], report["torch_cuda"] = torch_version, torch_cuda
     cmake, ninja = find_tool("cmake"), find_tool("ninja")
@@ -133,7 +130,7 @@ def compile_libraries(folder: Path, report: dict, names: list[str], inplace: boo
         raise NotBuilt("no C++ compiler (c++, g++, clang++) was found", "install g++ 11 or later")
     run(
         [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
-         f"-DMIMKERNELS_TORCH_DIR={torch_dir}", f"-DMIMKERNELS_EMULATION={int(inplace)}",
+         f"-DMIMKERNELS_TORCH_DIR={torch_dir}", f"-DMIMKERNELS_EMULATION={int(EMULATED[0] in names)}",
          *shlex.split(os.environ.get("MIMKERNELS_CMAKE_ARGS", ""))],
         "CMake's configuration", "mend what it names",
     )  # fmt: skip
@@ -197,7 +194,7 @@ class BuildNative(Command):
         try:
             if mode == "off":
                 raise NotBuilt("switched off with MIMKERNELS_BUILD=off", "unset MIMKERNELS_BUILD")
-            self.made = compile_libraries(folder, report, wanted, inplace)
+            self.made = compile_libraries(folder, report, wanted)
         except NotBuilt as error:
             missing = {"built": False, "reason": error.reason, "remedy": error.remedy}
             report["libraries"] = dict.fromkeys(names, missing)

@@ -40,7 +40,11 @@ def _ops() -> dict[str, list[str]]:
 
 
 def _versions() -> dict[str, str | None]:
-    versions = {"mimkernels": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    versions: dict[str, str | None] = {
+        "mimkernels": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     for name in ("numpy", "triton", *_TRAIN):
         try:
             versions[name] = metadata.version(name)
@@ -135,15 +139,15 @@ def _tables(facts: dict) -> list[tuple[str, list[tuple[str, str, str]]]]:
     libraries = []
     for library in facts["libraries"]:
         with_ = library["built_with"] or {}
-        detail = []
+        details = []
         if library["instruction_set"]:
             choice = ", ".join(with_.get("instruction_sets", []))
-            detail.append(f"runs {library['instruction_set']} of {choice}")
+            details.append(f"runs {library['instruction_set']} of {choice}")
         if with_.get("architectures"):
-            detail.append(f"for {', '.join(with_['architectures'])}, nvcc {with_['nvcc']}")
+            details.append(f"for {', '.join(with_['architectures'])}, nvcc {with_['nvcc']}")
         if with_:
-            detail.append(f"built with {with_['compiler']}, torch {with_['torch']}")
-        libraries.append((library["name"], "loaded" if library["loaded"] else "missing", "; ".join(detail)))
+            details.append(f"built with {with_['compiler']}, torch {with_['torch']}")
+        libraries.append((library["name"], "loaded" if library["loaded"] else "missing", "; ".join(details)))
     backends = []
     everything = len(facts["ops"])
     for backend in facts["backends"]:

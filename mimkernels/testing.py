@@ -212,7 +212,8 @@ class Watch(TorchDispatchMode):
 
     def __init__(self, note: Callable[[torch._ops.OpOverload, tuple], Any]) -> None:
         super().__init__()
-        self.note, self.seen = note, []
+        self.note = note
+        self.seen: list[Any] = []
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         noted = self.note(op, args)

@@ -7,6 +7,8 @@ An op's file defines
 
 and, where they apply,
 
+``NUMBERS``
+    good numbers for arguments that are tensors in ``CALL``;
 ``VARIANTS``
     changes of ``CALL`` by label, for tests that differentiate and trace the op (default: ``CALL`` itself);
 ``LEAST``
@@ -33,6 +35,11 @@ VARIANTS = {
     for op in OPS
     for label, changes in getattr(part_of(op, "calls"), "VARIANTS", {op: {}}).items()
 }
+
+
+def numbers(op: str) -> dict[str, float]:
+    """``NUMBERS`` of the op."""
+    return getattr(part_of(op, "calls"), "NUMBERS", {})
 
 
 def refusals() -> list[tuple]:

@@ -168,7 +168,7 @@ class BatchPlan:
 
     def batches(self, rank: int, first_step: int, last_step: int) -> Iterator[list[tuple[int, int]]]:
         """(epoch, index) pairs of each forward pass of process ``rank``, steps ``first_step`` to ``last_step - 1``."""
-        epoch, order = -1, None
+        epoch, order = -1, np.empty(0, dtype=np.int64)
         for step in range(first_step, last_step):
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch

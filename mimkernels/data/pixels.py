@@ -128,7 +128,7 @@ def _pillow_limit(pixels: int | None) -> Iterator[None]:
 
 def _loses_low_bytes(image: Image.Image) -> bool:
     """Whether Pillow, which has no such mode, cuts an opened image's 16 bits per channel to 8."""
-    return not image.mode.startswith("I") and ";16" in str(image.tile[:1])
+    return not image.mode.startswith("I") and ";16" in str(getattr(image, "tile", ())[:1])
 
 
 def eight_bits(image: Image.Image, pixel_range: tuple[float, float] | None = None) -> Image.Image:

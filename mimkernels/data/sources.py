@@ -160,9 +160,10 @@ class FolderSource:
                 f"{self.name!r} has images outside class folders, such as {stray!r}: labels are the names of the "
                 "folders directly below it"
             )
-        classes = sorted(set(folders))
+        named = [folder for folder in folders if folder is not None]
+        classes = sorted(set(named))
         numbers = {name: number for number, name in enumerate(classes)}
-        return [numbers[folder] for folder in folders], classes
+        return [numbers[folder] for folder in named], classes
 
 
 def _image_files(folder: Path) -> Iterator[str]:

@@ -75,12 +75,13 @@ def loss_curve(entries: list[dict[str, float]], steps_per_epoch: int) -> Markup:
         bottom.set_xlabel("epoch")
         bottom.set_xlim(0, max(epoch[-1], 1e-9))
         steps = top.secondary_xaxis("top", functions=(lambda x: x * steps_per_epoch, lambda x: x / steps_per_epoch))
-        steps.set_xlabel("optimizer step")
+        steps.set_xlabel("optimizer step", labelpad=8)
+        steps.tick_params(length=0)
         steps.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         for axes in (top, bottom):
             axes.grid(True, color=LINE, linewidth=0.6, alpha=0.7)
             axes.set_axisbelow(True)
-            axes.tick_params(length=0)
+            axes.tick_params(which="both", length=0)
         return svg(figure)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,7 +45,7 @@ def choose_precision(name: str, device: torch.device) -> tuple[str, str]:
 
 def cpu_computes_bf16() -> bool:
     """Whether the CPU multiplies bf16 matrices in hardware (AVX-512 bf16, AMX, or Arm's bf16 extension)."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     if capabilities:
         return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
     with contextlib.suppress(OSError):

@@ -2,7 +2,10 @@
 
 import sys
 import time
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
 
 
 def duration(seconds: float) -> str:
@@ -28,7 +31,7 @@ class Progress:
     def __init__(self, *, total_steps: int, steps_per_epoch: int, quiet: bool, stream: TextIO | None = None) -> None:
         self.total_steps, self.steps_per_epoch, self.quiet = total_steps, steps_per_epoch, quiet
         self.stream = stream or sys.stdout
-        self._bar = None
+        self._bar: RichProgress | None = None
         self._started = self._printed = time.monotonic()
 
     def start(self, first_step: int) -> None:
@@ -39,7 +42,7 @@ class Progress:
         from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as RichProgress
 
-        self._bar = RichProgress(
+        bar = RichProgress(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(bar_width=None),
             TextColumn("{task.percentage:>3.0f}%"),
@@ -50,8 +53,9 @@ class Progress:
             console=Console(file=self.stream),
             expand=True,
         )
-        self._bar.start()
-        self._task = self._bar.add_task(
+        self._bar = bar
+        bar.start()
+        self._task = bar.add_task(
             "",
             total=self.total_steps,
             completed=first_step,

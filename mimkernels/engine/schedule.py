@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -25,12 +26,13 @@ def scaled_learning_rate(blr: float, effective_batch: int) -> float:
     return blr * effective_batch / 256
 
 
-def parameter_groups(named: Iterable[tuple[str, torch.nn.Parameter]], weight_decay: float) -> list[dict]:
+def parameter_groups(named: Iterable[tuple[str, torch.nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: matrices are decayed; biases, norms and all other parameters of at most one axis are not.
 
     ``[1, 1, D]`` tokens ([cls], mask) have one axis that matters but are decayed, as in the published MAE code.
     """
-    decayed, plain = [], []
+    decayed: list[torch.nn.Parameter] = []
+    plain: list[torch.nn.Parameter] = []
     for name, parameter in named:
         if parameter.requires_grad:
             (plain if parameter.ndim <= 1 or name.endswith(".bias") else decayed).append(parameter)

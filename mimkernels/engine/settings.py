@@ -5,7 +5,7 @@ import difflib
 import json
 import types
 import typing
-from dataclasses import MISSING, asdict, field, fields
+from dataclasses import MISSING, Field, asdict, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ def setting(default: Any, help: str, group: str, **extra: Any) -> Any:
 
 class Settings:
     """Base of dataclasses of settings: saved as JSON, read back with checks."""
+
+    __dataclass_fields__: typing.ClassVar[dict[str, Field[Any]]]  # of the subclass
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -74,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser, kind: type[Settings]) -> None
         meta = f.metadata
         group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
         option = "--" + f.name.replace("_", "-")
-        default = f.default if f.default is not MISSING else f.default_factory()
+        default = f.default if f.default_factory is MISSING else f.default_factory()
         scalar, optional = _scalar_type(f.type)
         text = meta["help"]
         if not optional and scalar is not dict and default != "":
@@ -108,7 +110,7 @@ def is_of_type(value: Any, annotation: Any) -> bool:
     return kind is not list or not items or all(is_of_type(item, items[0]) for item in value)
 
 
-def _scalar_type(annotation: Any) -> tuple[type, bool]:
+def _scalar_type(annotation: Any) -> tuple[Any, bool]:
     if isinstance(annotation, types.UnionType):
         kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
         return kinds[0], True

@@ -1,6 +1,6 @@
 """Weights and optimizer state as plain CPU tensors, the same whether the model is wrapped, sharded or neither."""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ def check_fits(
                 )
 
 
-def _is_dense(value: Any) -> bool:
+def _is_dense(value: Any) -> TypeGuard[Tensor]:
     # The fused optimizer trusts this: other strides or types would have it read and write elsewhere.
     if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.layout != torch.strided:
         return False
@@ -76,7 +76,7 @@ def load_state(
         group.update(kept)
 
 
-def _are_groups(value: Any) -> bool:
+def _are_groups(value: Any) -> TypeGuard[list[dict[str, Any]]]:
     return isinstance(value, list) and all(
         isinstance(group, dict)
         and isinstance(group.get("params"), list)

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Collection, Sequence
-from typing import TextIO
+from typing import Literal, TextIO
 
 from mimkernels.engine.progress import printable
 
@@ -34,7 +34,7 @@ def print_table(
         title=Text(title, "bold") if title else None, title_justify="left", box=None, pad_edge=False, padding=(0, 1)
     )
     for number, name in enumerate(columns):
-        justify = "left" if number in left else "right"
+        justify: Literal["left", "right"] = "left" if number in left else "right"
         table.add_column(Text(name), justify=justify, header_style="dim", no_wrap=number > 0, overflow="fold")
     for number, row in enumerate(rows):
         table.add_row(*map(Text, row), style="bold" if number in bold else None)

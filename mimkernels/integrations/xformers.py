@@ -240,7 +240,7 @@ def scaled_index_add(
 fmha = SimpleNamespace(BlockDiagonalMask=BlockDiagonalMask, memory_efficient_attention=memory_efficient_attention)
 
 
-def _lengths(bias: object) -> tuple[list[int], list[int]] | None:
+def _lengths(bias: Any) -> tuple[list[int], list[int]] | None:
     """Lengths of queries and keys of a block-diagonal mask, ours or xformers', which need not be installed."""
     if isinstance(bias, BlockDiagonalMask):
         return bias.q_seqlen, bias.kv_seqlen

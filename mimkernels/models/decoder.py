@@ -15,7 +15,8 @@ class DecoderBlock(Block):
     block only the tokens that the loss reads need it.
     """
 
-    def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
+    # Takes chosen tokens where timm's takes masks, which a decoder has not.
+    def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """``[B, N, D]`` to ``[B, N, D]``, or to ``[B, L, D]``: the tokens `ids` ``[B, L]`` in that order."""
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
         if ids is not None:

@@ -3,7 +3,7 @@
 import difflib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +87,7 @@ def create_encoder(
         check_encoder(encoder)
     except ValueError as error:
         raise ValueError(f"{name!r} cannot be the encoder: {error}") from error
-    return encoder
+    return cast(VisionTransformer, encoder)
 
 
 def check_encoder(encoder: nn.Module) -> None:
@@ -128,8 +128,8 @@ def encode_visible(
     images: Tensor,
     ids: Tensor,
     *,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: Sequence[float] | Tensor | None = None,
+    std: Sequence[float] | Tensor | None = None,
 ) -> Tensor:
     """The encoder's normalised output ``[B, P + K, D]`` for the patches `ids` ``[B, K]`` of each image.
 
@@ -145,8 +145,8 @@ def visible_features(
     images: Tensor,
     ids: Tensor,
     *,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: Sequence[float] | Tensor | None = None,
+    std: Sequence[float] | Tensor | None = None,
 ) -> Tensor:
     """What timm's ``forward_features`` gives, ``[B, P + K, D]``, for the patches `ids` ``[B, K]`` of each image."""
     embed = encoder.patch_embed
@@ -165,14 +165,14 @@ def visible_features(
 
 def _positions_and_prefix(encoder: VisionTransformer, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
     """Patch positions ``[1, N, D]`` and prefix tokens ``[1, P, D]`` with their positions added."""
-    prefix_tokens = [token for token in (encoder.cls_token, encoder.reg_token) if token is not None]
+    prefix_tokens: list[Tensor] = [token for token in (encoder.cls_token, encoder.reg_token) if token is not None]
     prefix = torch.cat(prefix_tokens, dim=1) if prefix_tokens else None
-    pos = encoder.pos_embed
-    if pos is None:
+    table = encoder.pos_embed
+    if table is None:
         return None, prefix
     num_prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
-    pos = resample_positions(pos, grid, encoder.patch_embed.grid_size, num_prefix)
-    if num_prefix:
+    pos = resample_positions(table, grid, encoder.patch_embed.grid_size, num_prefix)
+    if num_prefix and prefix is not None:
         prefix = prefix + pos[:, :num_prefix]
     return pos[:, num_prefix:], prefix
 

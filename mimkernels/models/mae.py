@@ -85,6 +85,8 @@ class MAE(nn.Module):
     Source: arXiv:2111.06377.
     """
 
+    _pixel_mean: Tensor | None
+    _pixel_std: Tensor | None
     config: dict[str, Any] | None = None  #: arguments of `from_timm` that rebuild this model
 
     def __init__(
@@ -106,9 +108,9 @@ class MAE(nn.Module):
         for name, value in (("attention", attention), ("mlp", mlp)):
             if value not in _COMPUTED_BY:
                 raise ValueError(f"{name} must be one of {', '.join(_COMPUTED_BY)}, got {value!r}")
-        for name, value in (("decoder_dim", decoder_dim), ("decoder_depth", decoder_depth)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name, size in (("decoder_dim", decoder_dim), ("decoder_depth", decoder_depth)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
         if decoder_heads < 1 or decoder_dim % decoder_heads != 0:
             raise ValueError(f"decoder_dim {decoder_dim} is not a multiple of decoder_heads {decoder_heads}")
         embed = encoder.patch_embed
@@ -183,7 +185,7 @@ class MAE(nn.Module):
         weights = {key: timm_kwargs.pop(key) for key in _WEIGHT_KWARGS if key in timm_kwargs}
         if not (weights.get("pretrained") or weights.get("checkpoint_path")):
             init_encoder(encoder)
-        own = {
+        own: dict[str, Any] = {
             "decoder_dim": decoder_dim,
             "decoder_depth": decoder_depth,
             "decoder_heads": decoder_heads,
@@ -211,7 +213,8 @@ class MAE(nn.Module):
         """
         own = inspect.getfullargspec(cls.from_timm)
         for_timm = ("img_size", "in_chans", "patch_size", *(config.keys() - {*own.args, *own.kwonlyargs}))
-        check_architecture(config.get("name"), {key: config[key] for key in for_timm if key in config})
+        name: Any = config.get("name")
+        check_architecture(name, {key: config[key] for key in for_timm if key in config})
         check_sizes(config)
         return cls.from_timm(**config)
 
@@ -433,7 +436,7 @@ class MAE(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MAE":
         super()._apply(fn, recurse)
-        if self.mean is not None:
+        if self._pixel_mean is not None:
             # A model in half precision still normalises with exact statistics; to_empty() leaves them filled.
             device = self._pixel_mean.device
             self._pixel_mean = torch.tensor(self.mean, dtype=torch.float32, device=device)

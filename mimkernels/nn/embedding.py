@@ -20,8 +20,8 @@ def embed_visible(
     norm: Callable[[Tensor], Tensor] | None = None,
     pos: Tensor | None = None,
     prefix: Tensor | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: Sequence[float] | Tensor | None = None,
+    std: Sequence[float] | Tensor | None = None,
 ) -> Tensor:
     """Embed the chosen patches: pixels are gathered first, so that the GEMM sees only them.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +18,11 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.compiler import is_compiling
+
+# A torch op, or Python that runs in its place: its schema states what it takes and returns.
+Run: TypeAlias = Callable[..., Any]
+# The ctx of torch.autograd.Function, to which forward may give any attribute.
+Context: TypeAlias = Any
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _in_torch_func = torch._C._are_functorch_transforms_active
@@ -32,8 +38,8 @@ class Gradient:
             arguments need one. An argument that it never names has none.
     """
 
-    save: Callable
-    backward: Callable
+    save: Callable[[Context, Any, Any], None]
+    backward: Callable[..., dict[str, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -47,10 +53,10 @@ class Kernel:
     """
 
     dispatched: torch._ops.OpOverload
-    direct: Callable
-    tracked: Callable
+    direct: Run
+    tracked: Run
 
-    def backward(self, *args):
+    def backward(self, *args: Any) -> Any:
         """The op as backward calls it: directly unless that is to be differentiated again."""
         plain = not (transformed() or torch.is_grad_enabled())
         return (self.direct if plain else self.dispatched)(*args)
@@ -69,7 +75,7 @@ def forward_mode() -> bool:
 def attach(
     library: torch.library.Library,
     overload: torch._ops.OpOverload,
-    fake: Callable,
+    fake: Run,
     gradient: Gradient | None,
     others: Sequence[Kernel],
 ) -> Kernel:
@@ -90,11 +96,11 @@ def attach(
     names = [argument.name for argument in overload._schema.arguments]
     backward_ops = [other.backward for other in others]
 
-    def direct(*args):
+    def direct(*args: Any) -> Any:
         with _below_autograd():
             return run(*args)
 
-    def forward(ctx, *args):
+    def forward(ctx: Context, *args: Any) -> Any:
         if _in_torch_func():
             # Autograd switches gradients off in here, but the levels below may want theirs.
             with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
@@ -104,7 +110,7 @@ def attach(
         gradient.save(ctx, args, outputs)
         return outputs
 
-    def backward(ctx, *grads):
+    def backward(ctx: Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         found = gradient.backward(ctx, *backward_ops, *grads)
         wanted = []
         for name, needed in zip(names, ctx.needs_input_grad, strict=True):
@@ -114,10 +120,10 @@ def attach(
         return tuple(wanted)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function = type(overload._opname, (torch.autograd.Function,), methods)
-    one_level = type(overload._opname, (_SingleLevelFunction,), methods)
+    function: Any = type(overload._opname, (torch.autograd.Function,), methods)
+    one_level: Any = type(overload._opname, (_SingleLevelFunction,), methods)
 
-    def autograd(*args):
+    def autograd(*args: Any) -> Any:
         tensors = [argument for argument in args if isinstance(argument, Tensor)]
         if forward_mode() and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
             raise NotImplementedError(
@@ -140,7 +146,7 @@ def attach(
 def refused(op: str) -> Gradient:
     """Of backward itself: an error, where None would read as zeros."""
 
-    def backward(ctx, *grads):
+    def backward(ctx: Context, *grads: Tensor | None) -> dict[str, Tensor | None]:
         raise NotImplementedError(
             f"{op} cannot be differentiated (double backward); backend='reference' has second derivatives"
         )
@@ -148,12 +154,12 @@ def refused(op: str) -> Gradient:
     return Gradient(lambda ctx, inputs, outputs: None, backward)
 
 
-def _one_by_one(overload: torch._ops.OpOverload, fake: Callable) -> Callable:
+def _one_by_one(overload: torch._ops.OpOverload, fake: Run) -> Run:
     """The vmap rule: the op of each slice, so that every slice has its gradient too."""
     single = len(overload._schema.returns) == 1
 
-    def rule(info, in_dims, *args):
-        def call(run, take):
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        def call(run: Run, take: Callable[[Tensor, int], Tensor]) -> Any:
             return run(*(arg if dim is None else take(arg, dim) for arg, dim in zip(args, in_dims, strict=True)))
 
         if info.batch_size == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral
 
 import numpy as np
@@ -224,29 +224,32 @@ def patch_sizes(op: str, patch_size: int | Sequence[int], images: Tensor) -> tup
             raise ValueError(f"{op}: patch_size must be positive, got {patch}")
         if length % size:
             raise ValueError(f"{op}: patch {name} {size} does not divide the image {name} {length} ({shape(images)})")
-    return patch if frames else (1, *patch)
+    time, height, width = patch if frames else (1, *patch)
+    return time, height, width
 
 
 def normalisation(
-    op: str, images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
+    op: str, images: Tensor, mean: Sequence[float] | Tensor | None, std: Sequence[float] | Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Scale and shift ``[C]`` fp32 so that ``pixel * scale + shift`` is the normalised pixel.
 
     ``mean`` and ``std`` speak of pixels in [0, 1]; uint8 pixels are divided by 255 first and so need both.
     """
-    if (mean is None) != (std is None):
-        given, missing = ("mean", "std") if std is None else ("std", "mean")
-        raise ValueError(f"{op}: {given} is given but {missing} is None; give both or neither")
-    if mean is None:
+    if mean is None and std is None:
         if images.dtype == torch.uint8:
             raise ValueError(f"{op}: uint8 images need mean and std (sequences of {images.shape[1]} floats)")
         return None, None
-    mean, std = _per_channel(op, "mean", mean, number, images), _per_channel(op, "std", std, positive, images)
+    if mean is None or std is None:
+        given, missing = ("mean", "std") if std is None else ("std", "mean")
+        raise ValueError(f"{op}: {given} is given but {missing} is None; give both or neither")
+    means, stds = _per_channel(op, "mean", mean, number, images), _per_channel(op, "std", std, positive, images)
     unit = 255.0 if images.dtype == torch.uint8 else 1.0
-    return 1.0 / (std * unit), -mean / std
+    return 1.0 / (stds * unit), -means / stds
 
 
-def _per_channel(op: str, name: str, values: Sequence[float] | Tensor, check, images: Tensor) -> Tensor:
+def _per_channel(
+    op: str, name: str, values: Sequence[float] | Tensor, check: Callable[[str, str, float], float], images: Tensor
+) -> Tensor:
     if isinstance(values, Tensor):  # whose values only the device knows
         is_tensor(op, name, values)
         is_real(op, name, values)

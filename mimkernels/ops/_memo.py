@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial, wraps
 from operator import methodcaller
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +31,25 @@ _PLAIN = (Tensor, nn.Parameter)
 # Options of other types are looked at in every call: they may change, or hold tensors.
 _FIXED = {bool, int, float, str, tuple, list, type(None), torch.dtype, torch.device}
 
+_Run = TypeVar("_Run", covariant=True)
+_Tensors = TypeVar("_Tensors", bound=tuple[Tensor | None, ...], covariant=True)
+_Constants = TypeVar("_Constants", bound=tuple[Any, ...], covariant=True)
+_Step = Callable[[Tensor], Tensor | None]
+# By signature: what runs, what turns the given tensors into the ones it takes, and its other arguments.
+_Known = dict[tuple[Any, ...], tuple[Any, tuple[tuple[_Step, ...], ...] | None, Any]]
 
-def by_signature(checked: Callable) -> Callable:
+
+class Checked(Protocol[_Run, _Tensors, _Constants]):
+    """What ``by_signature`` makes of a function; ``known`` are the signatures that it remembers."""
+
+    known: _Known
+
+    def __call__(self, tensors: tuple[Tensor | None, ...], *options: Any) -> tuple[_Run, _Tensors, _Constants]: ...
+
+
+def by_signature(
+    checked: Callable[..., tuple[_Run, _Tensors, _Constants]],
+) -> Checked[_Run, _Tensors, _Constants]:
     """``checked(*tensors, *options)`` as a function of ``(tensors, *options)`` that looks at each signature once.
 
     ``checked`` raises what the op refuses, and returns what runs, the tensors as it takes them, and the arguments after
@@ -40,15 +58,15 @@ def by_signature(checked: Callable) -> Callable:
     or removed: these steps are remembered too. While torch.compile traces, for subclasses of tensors (such as fake
     ones) and for symbolic sizes, nothing is looked up or remembered.
     """
-    known: dict[tuple, tuple] = {}
+    known: _Known = {}
 
     @wraps(checked)
-    def recall(tensors: tuple[Tensor | None, ...], *options) -> tuple[Callable, tuple, tuple]:
+    def recall(tensors: tuple[Tensor | None, ...], *options: Any) -> Any:
         if is_compiling() or in_torch_func() or forward_ad._current_level >= 0 or tracing() is not None:
             return checked(*tensors, *options)
         try:
             signature = _signature(tensors, options)
-            found = known.get(signature)
+            found = None if signature is None else known.get(signature)
         except (TypeError, RuntimeError, IndexError):  # not hashable, or a layout without sizes or strides
             signature = found = None
         if found is not None:
@@ -64,11 +82,12 @@ def by_signature(checked: Callable) -> Callable:
             known[signature] = run, steps if any(steps) else None, constants
         return run, ready, constants
 
-    recall.known = known
-    return recall
+    remembering = cast(Checked[_Run, _Tensors, _Constants], recall)
+    remembering.known = known
+    return remembering
 
 
-def _signature(tensors: tuple, options: tuple) -> tuple | None:
+def _signature(tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """All that the checks look at; None where a tensor is of a subclass."""
     types = tuple(map(type, options))
     if list in types:
@@ -78,9 +97,11 @@ def _signature(tensors: tuple, options: tuple) -> tuple | None:
             if type(option) is tuple:
                 types += tuple(map(type, option))
     # The types, because True, 1 and 1.0 are equal.
-    signature = [types, options, forced.get(), is_grad_enabled(), is_inference_mode_enabled()]
+    signature: list[Any] = [types, options, forced.get(), is_grad_enabled(), is_inference_mode_enabled()]
     for tensor in tensors:
-        if type(tensor) in _PLAIN and not is_functorch_wrapped_tensor(tensor):
+        if tensor is None:
+            signature.append(None)
+        elif type(tensor) in _PLAIN and not is_functorch_wrapped_tensor(tensor):
             signature += (
                 tensor.shape,
                 tensor.dtype,
@@ -89,20 +110,19 @@ def _signature(tensors: tuple, options: tuple) -> tuple | None:
                 tensor.is_contiguous() or tensor.stride()[-1],
                 tensor.requires_grad,
             )
-        elif tensor is None:
-            signature.append(None)
         else:
             return None
     return tuple(signature)
 
 
-def _steps(given: Tensor | None, ready: Tensor | None) -> tuple[Callable[[Tensor], Tensor], ...]:
+def _steps(given: Tensor | None, ready: Tensor | None) -> tuple[_Step, ...]:
     """What turns the given tensor, and every other of its signature, into the ready one."""
     if ready is given:
         return ()
     if ready is None:
         return (_drop,)
-    steps = []
+    assert given is not None
+    steps: list[_Step] = []
     if given.requires_grad and not ready.requires_grad:
         steps.append(Tensor.detach)
     if ready.dtype != given.dtype:
@@ -118,7 +138,7 @@ def _drop(tensor: Tensor) -> None:
     return None
 
 
-def _take(tensor: Tensor | None, steps: tuple[Callable[[Tensor], Tensor], ...]) -> Tensor | None:
+def _take(tensor: Any, steps: tuple[_Step, ...]) -> Any:
     for step in steps:
         tensor = step(tensor)
     return tensor

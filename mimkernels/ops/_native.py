@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ class NativeLibrary:
     reason: str | None = "not loaded yet"  # why it is not loaded
     remedy: str | None = None
     isa: str | None = None  # the instruction set whose kernels run
-    build: dict = field(default_factory=dict, repr=False)  # build.json: compiler, flags, torch, targets
+    build: dict[str, Any] = field(default_factory=dict, repr=False)  # build.json: compiler, flags, torch, targets
 
 
 EMULATED = "cuda_emulated"  # the CUDA kernels compiled for the host, for tests: only source trees have it
@@ -66,7 +67,7 @@ def load() -> None:
         _LIBRARIES[name] = _load(replace(state, build=build))
 
 
-def _read_build() -> dict:
+def _read_build() -> dict[str, Any]:
     try:
         build = json.loads((FOLDER / "build.json").read_text())
         return build if isinstance(build, dict) else {}

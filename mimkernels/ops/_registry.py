@@ -9,15 +9,16 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from mimkernels.ops import _autograd, _native
-from mimkernels.ops._autograd import Gradient, Kernel
+from mimkernels.ops._autograd import Gradient, Kernel, Run
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ANY_FLOAT = (*FLOATS, torch.float64)
@@ -106,16 +107,18 @@ class OpSpec:
 
     name: str
     schemas: dict[str, str]
-    fakes: dict[str, Callable]
+    fakes: dict[str, Run]
     impls: tuple[Impl, ...]
     gradient: Gradient | None = None
     kernels: dict[str, dict[str, Kernel]] = field(default_factory=dict)  # by backend and schema; register fills it
 
-    def overload(self, schema: str, backend: str):
+    def overload(self, schema: str, backend: str) -> torch._ops.OpOverload:
         """The torch op ``mimkernels::<schema>.<backend>``."""
-        return getattr(getattr(torch.ops.mimkernels, schema), _overload_name(backend))
+        packet: torch._ops.OpOverloadPacket = getattr(torch.ops.mimkernels, schema)
+        overload: torch._ops.OpOverload = getattr(packet, _overload_name(backend))
+        return overload
 
-    def runner(self, backend: str, reference: Callable, tracked: bool) -> Callable:
+    def runner(self, backend: str, reference: Run, tracked: bool) -> Run:
         """What runs on a resolved backend.
 
         Args:
@@ -130,7 +133,7 @@ class OpSpec:
             return kernel.dispatched
         return kernel.tracked if tracked else kernel.direct
 
-    def plain_ops(self, backend: str) -> tuple[Callable, ...] | None:
+    def plain_ops(self, backend: str) -> tuple[Run, ...] | None:
         """What an autograd.Function that puts the ops of all schemas together calls, in their order.
 
         None where there are none (the reference) or the dispatcher must see each op on its own (under torch.func).
@@ -229,9 +232,9 @@ def _emulated(impls: tuple[Impl, ...]) -> list[Impl]:
     return [replace(impl, backend=EMULATION.name) for impl in impls if impl.backend == "cuda"]
 
 
-def _lazy_triton(op: str, schema: str) -> Callable:
+def _lazy_triton(op: str, schema: str) -> Run:
     # Triton is imported at the first launch, so that `import mimkernels` stays quick and works without it.
-    def launch(*args):
+    def launch(*args: Any) -> Any:
         return getattr(importlib.import_module(f"mimkernels.ops.{op}.triton"), schema)(*args)
 
     return launch
@@ -289,5 +292,5 @@ def use_backend(name: str) -> Iterator[None]:
             _traced_blocks.remove(name)
 
 
-def _words(things: tuple) -> str:
+def _words(things: Iterable[object]) -> str:
     return "/".join(str(thing).removeprefix("torch.") for thing in things)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -31,7 +32,7 @@ RANK_BLOCK = 64
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
-def launch(kernel, programs: int, on: Tensor, *args, **options) -> None:
+def launch(kernel: Any, programs: int, on: Tensor, *args: object, **options: object) -> None:
     """Run ``programs`` programs of ``kernel`` on the device of ``on``, asynchronously."""
     if programs > MAX_PROGRAMS:
         raise ValueError(f"{kernel.__name__} needs {programs} programs but a grid holds at most {MAX_PROGRAMS}")
@@ -70,7 +71,7 @@ def column_block(columns: int, most: int = 1024) -> int:
     return widths[padded.index(min(padded))]
 
 
-def tile(samples: int, rows: int, columns: int, itemsize: int, run: int = 16) -> tuple[int, int, int]:
+def tile(samples: int, rows: int, columns: int, *, itemsize: int, run: int = 16) -> tuple[int, int, int]:
     """(BLOCK_R, BLOCK_D, num_warps) for a memory-bound pass over ``[samples, rows, columns]``.
 
     ``run`` elements are neighbours in memory on the other side of the pass.
@@ -324,9 +325,9 @@ def partials(parts: int, shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, 
     return (out if parts == 1 else like.new_empty((parts, *shape), dtype=torch.float32)), out
 
 
-def sum_partials(partial: Tensor, out: Tensor) -> Tensor:
-    """``out`` = ``partial`` ``[S, *out.shape]`` summed over S in a fixed order; nothing to do for a single part."""
-    if partial is not out:
+def sum_partials(partial: Tensor | None, out: Tensor) -> Tensor:
+    """``out`` = ``partial`` ``[S, *out.shape]`` summed over S in a fixed order; a single part is ``out`` itself."""
+    if partial is not None and partial is not out:
         length, parts = out.numel(), partial.shape[0]
         block_s = min(triton.next_power_of_2(parts), 32)
         block_l = 2048 // block_s

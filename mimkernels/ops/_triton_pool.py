@@ -444,8 +444,10 @@ def spread(
     batch, tokens, dim = out.shape
     first_weights, first_vectors, scale = first or (None, None, 1.0)
     second_weights, second_vectors = second or (None, None)
-    groups = (first_weights if second is None else second_weights).shape[1]
-    block_n, block_d, warps = _triton.tile(batch, tokens, dim, 4)
+    given = second or first
+    assert given is not None
+    groups = given[0].shape[1]
+    block_n, block_d, warps = _triton.tile(batch, tokens, dim, itemsize=4)
     token_blocks, column_blocks = triton.cdiv(tokens, block_n), triton.cdiv(dim, block_d)
     _triton.launch(
         pool_spread_kernel,
@@ -453,9 +455,9 @@ def spread(
         out,
         *(first_weights, first_vectors, second_weights, second_vectors, mask, out, scale, groups, tokens, dim),
         num_prefix,
-        *(second_vectors.shape[-1] if sliced and second is not None else 1, token_blocks, column_blocks),
-        *((0, 0) if first is None else _image_stride(first_vectors)),
-        *((0, 0) if second is None else _image_stride(second_vectors)),
+        *(second_vectors.shape[-1] if sliced and second_vectors is not None else 1, token_blocks, column_blocks),
+        *((0, 0) if first_vectors is None else _image_stride(first_vectors)),
+        *((0, 0) if second_vectors is None else _image_stride(second_vectors)),
         _mask_stride(mask),
         SLICED=sliced,
         BLOCK_N=block_n,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mimkernels as mk
-from tests.calls import CALLS
+from tests.calls import CALLS, numbers
 
 NAN, INF = float("nan"), float("inf")
 
@@ -64,23 +64,18 @@ def test_a_tensor_of_another_kind_is_refused(op, name, kind):
             op(**{**given, name: wrong})
 
 
-INTEGERS = {"num_prefix", "patch_size", "keep", "batch", "tokens", "seed", "offset"}
-FLOATS = {"scale", "beta", "eps", "p"}
-SWITCHES = {"norm_pix", "sliced", "normalize"}
-WRONG = [
-    (INTEGERS, (1.5, True, "1"), TypeError),
-    (INTEGERS, (2**63, -1, 2**70), ValueError),
-    (FLOATS, (True, "1", [1.0], 1j), TypeError),
-    (FLOATS, (NAN, INF, -INF, 10**400), ValueError),
-    (SWITCHES, ("x", 1.5, None, 2), TypeError),
-]
+# By the type of a good value: bad ones, and the error that they get.
+WRONG = {
+    int: [((1.5, True, "1"), TypeError), ((2**63, -1, 2**70), ValueError)],
+    float: [((True, "1", [1.0], 1j), TypeError), ((NAN, INF, -INF, 10**400), ValueError)],
+    bool: [(("x", 1.5, None, 2), TypeError)],
+}
 OPTIONS = [
     (op, name, value, error)
     for op, given in CALLS.items()
-    for names, values, error in WRONG
+    for name, good in {**given, **numbers(op.__name__)}.items()
+    for values, error in WRONG.get(type(good), ())
     for value in values
-    for name in given
-    if name in names
 ]
 
 

@@ -57,8 +57,8 @@ def _change(name: str, before: list[dict], after: list[dict]) -> Change:
     difference = statistics.median(logs[1]) - statistics.median(logs[0])
     error = _SIGMAS * math.sqrt(sum(_variance_of_median(values) for values in logs))
     noise = max(_between_runs(before, after), math.expm1(error))
-    times = (statistics.median(record["median_us"]["ours"] for record in records) for records in (before, after))
-    return Change(name, *times, math.expm1(difference), noise)
+    first, second = (statistics.median(r["median_us"]["ours"] for r in records) for records in (before, after))
+    return Change(name, first, second, math.expm1(difference), noise)
 
 
 def _between_runs(*sides: list[dict]) -> float:

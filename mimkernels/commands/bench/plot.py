@@ -8,7 +8,7 @@ import statistics
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mimkernels._palette import ACCENT, CHART, INK, LINE, MUTED
 from mimkernels.commands.bench.results import RESULTS, incomplete, read_reports
@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     """Draw what there is; the exit status."""
     folder = options.results or _newest(RESULTS)
     reports = read_reports(folder) if folder else {}
-    if not reports:
+    if not reports or folder is None:
         print(f"mimkernels bench plot: no results in {str(folder or RESULTS)!r}; `mimkernels bench run` makes some",
               file=sys.stderr)  # fmt: skip
         return 2
@@ -140,15 +140,15 @@ def _limits(records: list[dict]) -> Figure:
     """How much of the machine's limit each case reaches."""
     from matplotlib.figure import Figure
 
-    drawn = [(r, _share(r)) for r in records if _share(r)]
+    drawn = [(record, share) for record in records if (share := _share(record))]
     figure = Figure(figsize=(10, 1.1 + 0.27 * len(drawn)), layout="constrained")
     axes = figure.subplots()
-    for row, (_, (share, limit)) in enumerate(drawn):
-        axes.barh(row, share, 0.72, color=_OURS if limit == "copy" else _OTHERS["sdpa"])
-        axes.text(share + 0.008, row, f"{share:.0%}", va="center", fontsize=8)
+    for row, (_, (reached, limit)) in enumerate(drawn):
+        axes.barh(row, reached, 0.72, color=_OURS if limit == "copy" else _OTHERS["sdpa"])
+        axes.text(reached + 0.008, row, f"{reached:.0%}", va="center", fontsize=8)
     axes.set_yticks(range(len(drawn)), [_row_label(r, [r for r, _ in drawn]) for r, _ in drawn], color=INK)
     axes.set_ylim(len(drawn) - 0.4, -0.6)
-    axes.set_xlim(0, 1.1 * max(1.0, *(share for _, (share, _) in drawn)))
+    axes.set_xlim(0, 1.1 * max(1.0, *(reached for _, (reached, _) in drawn)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     _label_x(axes, "share of the limit", [record for record, _ in drawn])
     axes.tick_params(length=0)
@@ -157,7 +157,8 @@ def _limits(records: list[dict]) -> Figure:
 
 
 def _share(record: dict) -> tuple[float, str] | None:
-    copy, gemm = record.get("share_of_copy_bandwidth"), record.get("share_of_gemm_rate")
+    copy: Any = record.get("share_of_copy_bandwidth")
+    gemm: Any = record.get("share_of_gemm_rate")
     if copy is None and gemm is None:
         return None
     return (copy, "copy") if copy is not None else (gemm, "gemm")

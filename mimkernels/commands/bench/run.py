@@ -212,7 +212,7 @@ def _device() -> str:
 
 def _by_backend(ours: Callable[[], object], device: str) -> dict[str, Callable[[], object]]:
     """Our version on each kernel backend of the device that takes the inputs, by backend."""
-    versions = {}
+    versions: dict[str, Callable[[], object]] = {}
     for name in ("triton", "cuda") if device == "cuda" else ("cpu",):
 
         def run(name: str = name) -> object:

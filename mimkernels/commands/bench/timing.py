@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -79,7 +80,7 @@ class Timing:
     @property
     def share_of_gemm(self) -> float | None:
         """The rate of ours, in floating-point operations per second, over the rate of a large matrix product."""
-        if "gemm" not in self.median:
+        if self.flops is None or "gemm" not in self.median:
             return None
         return (self.flops / self.median["ours"]) / (2 * self.matrix**3 / self.median["gemm"])
 
@@ -120,7 +121,7 @@ def measure(benchmark: Benchmark, device: str, dtype: str, seconds: float = 4.0)
     timer = _cuda_seconds if on_device else _cpu_seconds
     for run in versions.values():  # warm up: compile, grow the heap, fill the pools
         run()
-    extra = {}
+    extra: dict[str, Any] = {}
     if on_device:
         graphs = {name: _captured(run) for name, run in versions.items()}
         extra["not_captured"] = [name for name, graph in graphs.items() if graph is None]

@@ -52,7 +52,7 @@ def demo_probe_config(output: str = "runs/demo") -> ProbeConfig:
     )
 
 
-def prepare_demo(output: str, epochs: int | None) -> tuple[Run, Callable[[RunResult], str]]:
+def prepare_demo(output: str, epochs: int | None) -> tuple[Run, Callable[[RunResult], tuple[int, str]]]:
     """The checked run, and what to do and say after it. A demo replaces an earlier demo, and nothing else."""
     config = demo_config(output, epochs)
     saved = Path(output) / "config.json"
@@ -67,6 +67,7 @@ def _probe_and_close(result: RunResult) -> tuple[int, str]:
     probed = run.execute()
     if probed.stopped_by:
         return probed.stopped_by, ""
+    assert result.report is not None and result.content is not None
     write_page(
         result.report,
         "commands/demo/templates/report.html",

@@ -52,11 +52,13 @@ class HeadWatch:
         """The weighted terms to add to the loss; 0 without any."""
         if not self.weights:
             return 0.0
+        assert stats is not None
         return regularization_loss(self.weights, stats, num_prefix=self.num_prefix)
 
     def see(self, stats: list[Mapping[str, Tensor]] | None) -> None:
         """Take in one forward pass's statistics, if the step is due."""
         if self._seen is not None:
+            assert stats is not None
             for layer, values in enumerate(stats):
                 self._seen.update(layer, values)
 

@@ -130,6 +130,7 @@ class Trainer:
             if stats:
                 self.heads.see(out.head_stats)
             total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
         # Elsewhere this would wait for the device, or only one of several processes would stop: _log looks there.
         if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
             self._require_finite(total.item(), self.step)

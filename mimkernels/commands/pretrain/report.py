@@ -78,7 +78,7 @@ class Report:
         """For every image its three pictures: label and data address."""
         return [
             [(label, png_address(picture)) for label, picture in zip(_PICTURE_LABELS, triple, strict=True)]
-            for triple in zip(*self.pictures, strict=True)
+            for triple in zip(*(self.pictures or ()), strict=True)
         ]
 
     @property
@@ -94,6 +94,7 @@ class Report:
 
     @property
     def _size(self) -> int:
+        assert self.pictures is not None
         return self.pictures[0].shape[-1]
 
 

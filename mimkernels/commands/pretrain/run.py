@@ -189,6 +189,7 @@ class Run:
                         facts["Broken"] = (
                             f"{len(trainer.broken)} image files could not be read; others took their place"
                         )
+                    assert history is not None
                     content = self._finish(weights, history, facts)
                     report = write_report(self.output / "report.html", content)
                     progress.note(f"{config.epochs} epochs in {duration(trainer.seconds)}; report: {report}")
@@ -302,14 +303,16 @@ class Run:
         files.save(self.output / "mae_checkpoint.pth", {"model": model.mae_state_dict()})
         model.to(device).eval()
         held_out = open_held_out(config.data, config.data_root)
-        pictures = held_out_loss = None
+        pictures: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        held_out_loss: float | None = None
         if held_out is not None:
             batch, _ = picture_batch(held_out, self.augmentation, _HELD_OUT_IMAGES)
             held_out_loss = _mean_loss(model, batch.to(device), config)
         if config.pictures:
             batch, _ = picture_batch(held_out or self.source, self.augmentation, config.pictures)
             if len(batch):
-                pictures = tuple(part.cpu() for part in model.reconstruct(batch.to(device), seed=config.seed))
+                original, masked, predicted = model.reconstruct(batch.to(device), seed=config.seed)
+                pictures = (original.cpu(), masked.cpu(), predicted.cpu())
         return Report(
             config=config,
             run_facts=facts,
@@ -356,7 +359,7 @@ def _time_facts(trainer: Trainer, first_step: int) -> str:
     )
 
 
-def _name_sharded_blocks(accelerator: Any, model: torch.nn.Module) -> None:
+def _name_sharded_blocks(accelerator: Any, model: Any) -> None:
     """Tell FSDP2 to shard transformer block by block, unless the launch command named classes itself."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None or plugin.transformer_cls_names_to_wrap:

@@ -67,6 +67,7 @@ def open_split(config: ProbeConfig, pixel_range: str = "auto") -> Split:
     train: Source = (
         FolderSource(folder / "train", decoder) if own_split else open_source(config.data, config.data_root, decoder)
     )
+    test: Source | None
     if config.val_data is not None:
         test, how = FolderSource(config.val_data, decoder), f"tested on {config.val_data}"
     elif own_split:
@@ -85,9 +86,10 @@ def open_split(config: ProbeConfig, pixel_range: str = "auto") -> Split:
         )
     else:
         held_out = _held_out(train, targets, config.val_share)
-        split = tuple(
+        kept, tested = (
             LabelledImages(train, everything[part], targets[torch.from_numpy(part)]) for part in (~held_out, held_out)
         )
+        split = kept, tested
         how = f"tested on {config.val_share:.0%} of every class, chosen by file name"
     return Split(*split, classes, how)
 

@@ -53,6 +53,9 @@ class FrozenEncoder(nn.Module):
         pixel_range: what images of more than 8 bits were converted with in its pre-training; see ``Decoder``.
     """
 
+    _shift: Tensor
+    _scale: Tensor
+
     def __init__(
         self,
         model: nn.Module,
@@ -118,15 +121,16 @@ class FrozenEncoder(nn.Module):
         return digest.hexdigest()[:32]
 
     def _tokens(self, pixels: Tensor) -> Tensor:
-        tokens = self.model.forward_features(pixels)
+        model: Any = self.model  # of timm
+        tokens = model.forward_features(pixels)
         if not isinstance(tokens, Tensor) or tokens.dim() != 3:
             shape = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
             raise ValueError(
                 f"{self.title} gives {shape}, not tokens [B, N, D]; probe a Vision Transformer, such as "
                 "'vit_base_patch16_224.mae'"
             )
-        if self.final_norm and getattr(self.model, "fc_norm", None) is not None:
-            tokens = self.model.fc_norm(tokens)  # where timm has the last norm behind the pooling
+        if self.final_norm and getattr(model, "fc_norm", None) is not None:
+            tokens = model.fc_norm(tokens)  # where timm has the last norm behind the pooling
         return tokens.float()
 
     def _last_block(self) -> nn.Module:
@@ -197,6 +201,7 @@ def _from_run(
     copy_by_name(model.state_dict(), weights, title=f"{name} of {settings_path}")
     arguments = ", ".join(f"{argument} {value}" for argument, value in settings["model_kwargs"].items())
     method = settings["method"].upper()
+    assert model.mean is not None and model.std is not None
     return FrozenEncoder(
         model.encoder,
         f"{method} {name} of {config.model}",
@@ -264,7 +269,7 @@ def _from_timm(config: ProbeConfig) -> FrozenEncoder:
             + (f"; close names: {', '.join(close)}" if close else "")
         )
     check_sizes(config.model_kwargs)
-    size = {} if config.img_size is None else {"img_size": config.img_size}
+    size: dict[str, Any] = {} if config.img_size is None else {"img_size": config.img_size}
     try:
         model = timm.create_model(
             config.model, pretrained=config.pretrained, num_classes=0, **size, **config.model_kwargs

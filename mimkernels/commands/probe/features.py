@@ -102,6 +102,7 @@ class Extractor:
                 with torch.no_grad():
                     pooled[label].append(pooling(batch.tokens, cls_attention=batch.cls_attention).cpu())
             if keep_tokens:
+                assert batch.tokens is not None
                 if tokens is None:  # at once, so that memory never holds it twice
                     tokens = torch.empty(len(images), *batch.tokens.shape[1:])
                 tokens[filled : filled + len(batch.tokens)] = batch.tokens.cpu()

@@ -97,18 +97,19 @@ class ProbeReport:
     @property
     def queries(self) -> PictureTable | None:
         """Single queries of the pooling that has most of them, on the first images; None if none has several."""
-        weights = {} if self.pictures is None else self.pictures.weights
+        pictures = self.pictures
+        weights = {} if pictures is None else pictures.weights
         several = {label: rows for label, rows in weights.items() if rows.shape[1] > 1}
-        if not several:
+        if pictures is None or not several:
             return None
-        label, weights = max(several.items(), key=lambda item: item[1].shape[1])
-        shown = range(min(_QUERIES_SHOWN, weights.shape[1]))
-        chosen = list(zip(self.pictures.classes, self.pictures.images, weights, strict=True))[:_QUERY_IMAGES]
+        label, most = max(several.items(), key=lambda item: item[1].shape[1])
+        shown = range(min(_QUERIES_SHOWN, most.shape[1]))
+        chosen = list(zip(pictures.classes, pictures.images, most, strict=True))[:_QUERY_IMAGES]
         rows = [
             (name, [png_address(overlay(_colour(image), by_query[query])) for query in shown])
             for name, image, by_query in chosen
         ]
-        return PictureTable([f"query {query + 1}" for query in shown], rows, label, weights.shape[1])
+        return PictureTable([f"query {query + 1}" for query in shown], rows, label, most.shape[1])
 
     @property
     def facts(self) -> dict[str, str]:

@@ -260,6 +260,7 @@ class ProbeRun:
                 )
             targets = train.images.targets[batch.positions]
             encoded = self.extractor.encode(batch.images, batch.positions, targets, with_attention)
+            assert encoded.tokens is not None
             pooled = {} if self.config.augment else train.batch(batch.positions, encoded.tokens.device).pooled
             yield encoded._replace(pooled=pooled)
 
@@ -276,16 +277,22 @@ class ProbeRun:
             measured |= accuracies(without_features, batches)
         for one in trained:
             label = one.label
-            vectors = (train.pooled.get(label), train.images.targets, test.pooled.get(label), test.images.targets)
-            neighbours = self.config.knn if vectors[0] is not None else 0
             files.save(self._weights_path(label), {"pooling": label, "probe": one.probe.cpu().state_dict()})
             pooling = one.probe.pooling
+            by_neighbours = by_regression = None
+            fitted, tested = train.pooled.get(label), test.pooled.get(label)
+            if fitted is not None and tested is not None:
+                vectors = (fitted, train.images.targets, tested, test.images.targets)
+                if self.config.knn:
+                    by_neighbours = knn_accuracy(*vectors, self.config.knn, len(self.split.classes))
+                if self.config.logistic:
+                    by_regression = logistic_accuracy(*vectors)
             self.finished[label] = PoolingResult(
                 label,
                 pooling.description,
                 *measured[label],
-                knn_accuracy(*vectors, neighbours, len(self.split.classes)) if neighbours else None,
-                logistic_accuracy(*vectors) if self.config.logistic and vectors[0] is not None else None,
+                by_neighbours,
+                by_regression,
                 pooling.num_parameters,
                 sum(weight.numel() for weight in one.probe.linear.parameters()),
                 one.watch.seconds,
@@ -396,7 +403,8 @@ class ProbeRun:
             return None
         if not isinstance(state, dict) or state.get("identity") != self.identity:
             return None
-        step, probes = state.get("step"), state.get("probes")
+        step: Any = state.get("step")
+        probes: Any = state.get("probes")
         if not is_of_type(step, int) or not 0 <= step <= self.steps or not isinstance(probes, dict):
             self.warnings.append(f"{str(path)!r} holds no state of a probe; its poolings are trained anew")
             return None

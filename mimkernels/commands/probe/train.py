@@ -215,6 +215,7 @@ class ProbeTrainer:
 
     def _end_epoch(self) -> None:
         for trained in self.probes:
+            assert trained.epoch_loss is not None
             trained.losses.append(float(trained.epoch_loss) / self.plan.steps_per_epoch)
             trained.epoch_loss = None
 

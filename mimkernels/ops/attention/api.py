@@ -1,13 +1,14 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mimkernels.ops import _checks
+from mimkernels.ops._autograd import Context, Run
 from mimkernels.ops._memo import by_signature
 from mimkernels.ops.attention import reference
 from mimkernels.ops.attention.spec import SPEC, STATISTICS, gradients, parts, save
@@ -25,6 +26,12 @@ class AttentionOutput(NamedTuple):
     out: Tensor
     lse: Tensor
     stats: dict[str, Tensor]
+
+
+# By the reference: out, lse and the statistics by name; by kernels: out, lse, lse_low and rows of statistics.
+_Outputs = tuple[Tensor, Tensor, dict[str, Tensor]] | tuple[Tensor, Tensor, Tensor, Tensor]
+# scale, num_prefix, what the backend knows the asked statistics by, and where each is in the rows of a kernel.
+_Options = tuple[float, int, int | tuple[str, ...], dict[str, int]]
 
 
 def attention(
@@ -87,7 +94,20 @@ def attention(
 
 
 @by_signature
-def _checked(q, k, v, bias, key_mask, positions, scale, num_prefix, stats, backend):
+def _checked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    positions: Tensor | None,
+    scale: float | None,
+    num_prefix: int,
+    stats: Sequence[str] | None,
+    backend: str,
+) -> tuple[
+    Callable[..., _Outputs], tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], _Options
+]:
     op = "attention"
     _check_qk(op, q, k)
     _check_same_kind(op, "v", v, q)
@@ -132,7 +152,16 @@ def attention_qkvpacked(
 
 
 @by_signature
-def _checked_packed(qkv, bias, key_mask, positions, scale, num_prefix, stats, backend):
+def _checked_packed(
+    qkv: Tensor,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    positions: Tensor | None,
+    scale: float | None,
+    num_prefix: int,
+    stats: Sequence[str] | None,
+    backend: str,
+) -> tuple[Callable[..., _Outputs], tuple[Tensor, Tensor | None, Tensor | None, Tensor | None], _Options]:
     op = "attention_qkvpacked"
     _checks.has_rank(op, "qkv", qkv, 5)
     _checks.is_float(op, "qkv", qkv)
@@ -149,11 +178,21 @@ def _checked_packed(qkv, bias, key_mask, positions, scale, num_prefix, stats, ba
     return run, (_checks.rows(qkv), *others), options
 
 
-def _unpacked(run, qkv, *options):
+def _unpacked(run: Run, qkv: Tensor, *options: Any) -> Any:
     return run(*parts(qkv), *options)
 
 
-def _attend(run, qkv, bias, key_mask, positions, scale, num_prefix, asked, planes) -> AttentionOutput:
+def _attend(
+    run: Callable[..., _Outputs],
+    qkv: Sequence[Tensor],
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    positions: Tensor | None,
+    scale: float,
+    num_prefix: int,
+    asked: int | tuple[str, ...],
+    planes: dict[str, int],
+) -> AttentionOutput:
     """``asked`` is what the backend knows the statistics by, ``planes`` where each is in the rows of a kernel."""
     outputs = run(*qkv, bias, key_mask, scale, num_prefix, positions, asked)
     if len(outputs) == 3:  # of the reference
@@ -173,14 +212,14 @@ class _Packed(torch.autograd.Function):
     """Of q, k and v in one tensor, whose gradient the kernels write as one."""
 
     @staticmethod
-    def forward(ctx, fwd, coef, bwd, qkv, *options):
+    def forward(ctx: Context, fwd: Run, coef: Run, bwd: Run, qkv: Tensor, *options: Any) -> Any:
         outputs = fwd(*parts(qkv), *options)
         save(ctx, (qkv, None, None, *options), outputs)
         ctx.ops = (coef, bwd)
         return outputs
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         found = gradients(ctx, *ctx.ops, *grads)
         *_, need_qkv, need_bias, _, _, _, _, _ = ctx.needs_input_grad
         return *(None,) * 3, found["q"] if need_qkv else None, found["bias"] if need_bias else None, *(None,) * 5
@@ -205,7 +244,18 @@ def checked_lse(op: str, lse: Tensor, q: Tensor) -> Tensor:
     return _checks.rows(lse.to(torch.promote_types(q.dtype, torch.float32)))
 
 
-def _check_options(op, q, k, bias, key_mask, positions, scale, num_prefix, stats, backend):
+def _check_options(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    positions: Tensor | None,
+    scale: float | None,
+    num_prefix: int,
+    stats: Sequence[str] | None,
+    backend: str,
+) -> tuple[tuple[Tensor | None, Tensor | None, Tensor | None], _Options, str]:
     """Of both ops: the tensors beside q, k and v, the other options of what runs, and the backend's name."""
     (_, _, length, dim), keys = q.shape, k.shape[2]
     planes, bits = _asked(op, stats, length, keys)
@@ -234,7 +284,7 @@ def _check_same_kind(op: str, name: str, tensor: Tensor, q: Tensor) -> None:
         raise TypeError(f"{op}: {name} is {tensor.dtype} but q is {q.dtype}")
 
 
-def _asked(op: str, stats: Sequence[str], queries: int, keys: int) -> tuple[dict[str, int], int]:
+def _asked(op: str, stats: Sequence[str] | None, queries: int, keys: int) -> tuple[dict[str, int], int]:
     """Where each asked statistic is in the op's rows, and the op's bits."""
     if isinstance(stats, str):
         raise TypeError(f"{op}: stats must be a sequence of names, got the string {stats!r}")

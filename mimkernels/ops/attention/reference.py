@@ -84,35 +84,36 @@ def expected(p: Tensor, values: Tensor) -> Tensor:
     return (p * values.masked_fill(p == 0, 0.0)).sum(-1)
 
 
-def _entropy(x, log_p, p, num_prefix, positions):
+def _entropy(x: Tensor, log_p: Tensor, p: Tensor, num_prefix: int, positions: Tensor | None) -> Tensor:
     return -expected(p, log_p)
 
 
-def _prefix_mass(x, log_p, p, num_prefix, positions):
+def _prefix_mass(x: Tensor, log_p: Tensor, p: Tensor, num_prefix: int, positions: Tensor | None) -> Tensor:
     return p[..., :num_prefix].sum(-1)
 
 
-def _self_mass(x, log_p, p, num_prefix, positions):
+def _self_mass(x: Tensor, log_p: Tensor, p: Tensor, num_prefix: int, positions: Tensor | None) -> Tensor:
     return p.diagonal(dim1=-2, dim2=-1)
 
 
-def _distance(x, log_p, p, num_prefix, positions):
-    positions = with_prefix_rows(positions.to(p.dtype), num_prefix, p.shape[-1])
-    d = distances(positions, num_prefix)  # [B or 1, Nq, Nk]
+def _distance(x: Tensor, log_p: Tensor, p: Tensor, num_prefix: int, positions: Tensor | None) -> Tensor:
+    assert positions is not None
+    places = with_prefix_rows(positions.to(p.dtype), num_prefix, p.shape[-1])
+    d = distances(places, num_prefix)  # [B or 1, Nq, Nk]
     return (p * d[:, None]).sum(-1)
 
 
-def _patch_entropy(x, log_p, p, num_prefix, positions):
+def _patch_entropy(x: Tensor, log_p: Tensor, p: Tensor, num_prefix: int, positions: Tensor | None) -> Tensor:
     log_q, _ = log_softmax(below_maximum(x[..., num_prefix:])[0])
     few = p[..., num_prefix:].sum(-1) < LEAST_PATCH_MASS
     return torch.where(few, 0.0, -expected(log_q.exp(), log_q))
 
 
-def _patch_mass(x, log_p, p, num_prefix, positions):
+def _patch_mass(x: Tensor, log_p: Tensor, p: Tensor, num_prefix: int, positions: Tensor | None) -> Tensor:
     return p[..., num_prefix:].sum(-1)
 
 
-def _peak(x, log_p, p, num_prefix, positions):
+def _peak(x: Tensor, log_p: Tensor, p: Tensor, num_prefix: int, positions: Tensor | None) -> Tensor:
     return p.detach().amax(-1) if p.shape[-1] else p.new_zeros(p.shape[:-1])
 
 

@@ -4,13 +4,23 @@ import torch
 from torch import Tensor
 
 from mimkernels.ops import _checks
-from mimkernels.ops._autograd import Gradient
+from mimkernels.ops._autograd import Context, Gradient, Run
 from mimkernels.ops._registry import ANY_FLOAT, Impl, OpSpec, register
 
 STATISTICS = ("entropy", "prefix_mass", "self_mass", "distance", "patch_entropy", "peak", "patch_mass")
 
 
-def _fwd(q, k, v, bias, key_mask, scale, num_prefix, positions, stats):
+def _fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
+    num_prefix: int,
+    positions: Tensor | None,
+    stats: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, heads, length, dim = q.shape
     return (
         q.new_empty((batch, length, heads, dim)),
@@ -20,12 +30,28 @@ def _fwd(q, k, v, bias, key_mask, scale, num_prefix, positions, stats):
     )
 
 
-def _coef(dlse, rows, drows, stats):
+def _coef(dlse: Tensor | None, rows: Tensor, drows: Tensor | None, stats: int) -> Tensor:
     return rows.new_empty((6, *rows.shape[1:]))
 
 
-def _bwd(dout, q, k, v, out, lse, lse_low, bias, key_mask, scale, num_prefix, positions, coef, need_bias, packed):
-    dbias = bias.new_empty(bias.shape) if need_bias else q.new_empty((0,))
+def _bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lse_low: Tensor,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
+    num_prefix: int,
+    positions: Tensor | None,
+    coef: Tensor | None,
+    need_bias: bool,
+    packed: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dbias = bias.new_empty(bias.shape) if bias is not None and need_bias else q.new_empty((0,))
     return *new_gradients(q, k, packed), dbias
 
 
@@ -43,7 +69,11 @@ def parts(qkv: Tensor) -> tuple[Tensor, ...]:
     return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def save(ctx, inputs, outputs):
+def save(
+    ctx: Context,
+    inputs: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, float, int, Tensor | None, int],
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> None:
     """Keep what ``gradients`` needs; q, k and v may be one packed tensor and twice None."""
     q, k, v, bias, key_mask, scale, num_prefix, positions, stats = inputs
     out, lse, lse_low, rows = outputs
@@ -53,7 +83,9 @@ def save(ctx, inputs, outputs):
     ctx.set_materialize_grads(False)
 
 
-def gradients(ctx, coef, bwd, dout, dlse, _, drows):
+def gradients(
+    ctx: Context, coef: Run, bwd: Run, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None, drows: Tensor | None
+) -> dict[str, Tensor | None]:
     """By name; packed, the one of all three is that of q."""
     q, k, v, out, lse, lse_low, bias, key_mask, positions, rows = ctx.saved_tensors
     scale, num_prefix, stats = ctx.options

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -393,7 +395,7 @@ def attention_fwd(
         positions = with_prefix_rows(positions, num_prefix, keys)
     d0, d1 = head_split(dim, q.dtype)
     kernel = "forward" if bias is None and key_mask is None else "masked"
-    config = triton_configs.config(
+    config = triton_configs.committed(
         kernel, architecture(q.device), precision_name(q.dtype), d0 + d1, keys, stats & ~PEAK.value > 0
     )
     row_blocks = triton.cdiv(queries, config.block_m)
@@ -452,20 +454,20 @@ def attention_bwd(
     made = new_gradients(q, k, packed)
     dq, dk, dv = made[0].unbind(2) if packed else made
     grad_heads = 3 * heads if packed else heads  # between a token of the gradients and the next
-    dbias = bias.new_empty(bias.shape) if need_bias else q.new_empty((0,))
+    dbias = bias.new_empty(bias.shape) if bias is not None and need_bias else q.new_empty((0,))
     if positions is not None:
         positions = with_prefix_rows(positions, num_prefix, keys)
     d0, d1 = head_split(dim, q.dtype, backward=True)
     target = (architecture(q.device), precision_name(q.dtype), d0 + d1, queries, coef is not None)
-    fused, dq_config, dkv_config = (triton_configs.config(kernel, *target) for kernel in ("fused", "dq", "dkv"))
+    dq_config, dkv_config = (triton_configs.committed(kernel, *target) for kernel in ("dq", "dkv"))
     unit, qkvg_strides = strides(q, k, v, dout)
     bias_unit, of_bias = bias_strides(bias)
     # The gradient of an fp32 bias is more exact than a 16-bit output lets delta be.
-    refine = need_bias and bias.dtype != q.dtype
+    refine = bias is not None and need_bias and bias.dtype != q.dtype
     # Programs of the dQ kernel write the gradient of a bias that nothing shares, with the delta that they begin with;
     # another kernel sums a shared one.
-    full_bias = need_bias and not refine and bias.shape[:2] == (batch, heads)
-    fused = None if full_bias else fused
+    full_bias = bias is not None and need_bias and not refine and bias.shape[:2] == (batch, heads)
+    fused = None if full_bias else triton_configs.config("fused", *target)
     delta = torch.empty_like(lse) if fused is None or need_bias else None
     given = (coef, bias, key_mask, positions)
     precision = dot_precision(q.dtype)
@@ -486,7 +488,13 @@ def attention_bwd(
     all_strides = (*qkvg_strides, *of_bias, *position_strides(key_mask, positions))
     plane = lse.numel()
 
-    def run(kernel, programs, tensors, blocks, config):
+    def run(
+        kernel: Any,
+        programs: int,
+        tensors: tuple[Tensor | None, ...],
+        blocks: tuple[int, ...],
+        config: triton_configs.Config,
+    ) -> None:
         if programs:
             _triton.launch(
                 kernel,
@@ -501,7 +509,7 @@ def attention_bwd(
             )
 
     if fused is not None:
-        tensors = (q, k, v, dout, out, lse, lse_low, *given, delta, dq, dk, dv)
+        tensors: tuple[Tensor | None, ...] = (q, k, v, dout, out, lse, lse_low, *given, delta, dq, dk, dv)
         run(attention_bwd_kernel, batch * heads, tensors, (grad_heads,), fused)
     else:
         row_blocks = triton.cdiv(queries, dq_config.block_m)
@@ -510,7 +518,7 @@ def attention_bwd(
         key_blocks = triton.cdiv(keys, dkv_config.block_n)
         tensors = (q, k, v, dout, lse, lse_low, delta, *given, dk, dv)
         run(attention_dkv_kernel, key_blocks * batch * heads, tensors, (key_blocks, grad_heads), dkv_config)
-    if need_bias and not full_bias:
+    if bias is not None and need_bias and not full_bias:
         row_blocks = triton.cdiv(queries, dq_config.block_m)
         key_blocks = triton.cdiv(keys, dq_config.block_n)
         kept_heads = bias.shape[1]

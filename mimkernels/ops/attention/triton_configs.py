@@ -31,7 +31,9 @@ class Config(NamedTuple):
     stages: int
 
 
-def key(kernel: str, arch: int, precision: str, dim: int, length: int, extra: bool) -> tuple | None:
+def key(
+    kernel: str, arch: int, precision: str, dim: int, length: int, extra: bool
+) -> tuple[str, int, str, int, int, bool] | None:
     """The table's key for a call, or None where the table leaves this kernel out.
 
     Args:
@@ -42,6 +44,8 @@ def key(kernel: str, arch: int, precision: str, dim: int, length: int, extra: bo
     """
     most_dim = next(most for most in DIMS if dim <= most)
     most_length = next((most for most in LENGTHS[kernel] if length <= most), None)
+    if most_length is None:
+        return None
     found = (kernel, arch if precision == "half" else 0, precision, most_dim, most_length, extra)
     return found if found in TABLE else None
 
@@ -52,3 +56,11 @@ def config(kernel: str, arch: int, precision: str, dim: int, length: int, extra:
     if found is None and kernel == "masked":
         found = key("forward", arch, precision, dim, length, extra)
     return None if found is None else Config(*TABLE[found])
+
+
+def committed(kernel: str, arch: int, precision: str, dim: int, length: int, extra: bool) -> Config:
+    """``config`` of a kernel that the table never leaves out."""
+    found = config(kernel, arch, precision, dim, length, extra)
+    if found is None:
+        raise LookupError(f"no block sizes of {kernel} for {(arch, precision, dim, length, extra)}")
+    return found

@@ -108,7 +108,7 @@ def lse_low(q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, key_mask: Te
     low = lse.new_empty(lse.shape)
     d0, d1 = head_split(dim, q.dtype)
     target = (architecture(q.device), precision_name(q.dtype), d0 + d1, queries, False)
-    config = triton_configs.config("companion", *target)
+    config = triton_configs.committed("companion", *target)
     row_blocks = triton.cdiv(queries, config.block_m)
     unit, of_qk = strides(q, k)
     bias_unit, of_bias = bias_strides(bias)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,9 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, *, approximate: str = "none
 
 
 @by_signature
-def _checked(x, bias, approximate, backend):
+def _checked(
+    x: Tensor, bias: Tensor | None, approximate: str, backend: str
+) -> tuple[Callable[..., Tensor], tuple[Tensor, Tensor | None], tuple[bool]]:
     op = "bias_gelu"
     _checks.is_tensor(op, "x", x)
     _checks.is_float(op, "x", x)

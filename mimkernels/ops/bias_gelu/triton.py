@@ -136,7 +136,7 @@ def bias_gelu_fwd(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     if out.numel() == 0:
         return out
     images, tokens, columns = x.shape
-    block_r, block_d, warps = _triton.tile(1, images * tokens, columns, x.element_size())
+    block_r, block_d, warps = _triton.tile(1, images * tokens, columns, itemsize=x.element_size())
     chunks = triton.cdiv(columns, block_d)
     _triton.launch(
         bias_gelu_fwd_kernel,
@@ -163,11 +163,11 @@ def bias_gelu_bwd(
     if x.numel() == 0 or not (need_x or need_bias):
         return dx, (x if bias is None else bias).new_zeros((columns,) if need_bias else (0,))
     # Half a tile: two inputs are in flight, and the sums stay in registers.
-    block_r, block_d, warps = _triton.tile(1, rows, columns, 2 * x.element_size())
+    block_r, block_d, warps = _triton.tile(1, rows, columns, itemsize=2 * x.element_size())
     chunks = triton.cdiv(columns, block_d)
     groups, per_group = _triton.batch_groups(triton.cdiv(rows, block_r), chunks)
     partial, dbias = None, (x if bias is None else bias).new_empty(0)
-    if need_bias:
+    if need_bias and bias is not None:
         partial, dbias = _triton.partials(groups, (columns,), bias)
     _triton.launch(
         bias_gelu_bwd_kernel,

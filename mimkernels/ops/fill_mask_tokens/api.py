@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from mimkernels.ops import _checks
@@ -33,7 +35,9 @@ def fill_mask_tokens(x: Tensor, mask: Tensor, mask_token: Tensor, *, backend: st
 
 
 @by_signature
-def _checked(x, mask, mask_token, backend):
+def _checked(
+    x: Tensor, mask: Tensor, mask_token: Tensor, backend: str
+) -> tuple[Callable[..., Tensor], tuple[Tensor, Tensor, Tensor], tuple[()]]:
     op = "fill_mask_tokens"
     _checks.has_rank(op, "x", x, 3)
     _checks.is_float(op, "x", x)

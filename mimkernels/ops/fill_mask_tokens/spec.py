@@ -1,26 +1,28 @@
 from __future__ import annotations
 
+from torch import Tensor
+
 from mimkernels.ops import _checks
-from mimkernels.ops._autograd import Gradient
+from mimkernels.ops._autograd import Context, Gradient, Run
 from mimkernels.ops._registry import ANY_FLOAT, Impl, OpSpec, register
 
 
-def _fwd(x, mask, mask_token):
+def _fwd(x: Tensor, mask: Tensor, mask_token: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _bwd(grad, mask, need_x, need_mask_token):
+def _bwd(grad: Tensor, mask: Tensor, need_x: bool, need_mask_token: bool) -> tuple[Tensor, Tensor]:
     return (
         grad.new_empty(grad.shape if need_x else (0,)),
         grad.new_empty((grad.shape[2],) if need_mask_token else (0,)),
     )
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Context, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(inputs[1])
 
 
-def _gradients(ctx, bwd, grad):
+def _gradients(ctx: Context, bwd: Run, grad: Tensor) -> dict[str, Tensor | None]:
     (mask,) = ctx.saved_tensors
     need_x, _, need_token = ctx.needs_input_grad
     dx, dtoken = bwd(_checks.rows(grad), mask, need_x, need_token)

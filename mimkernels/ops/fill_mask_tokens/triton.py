@@ -106,7 +106,7 @@ def fill_mask_tokens_fwd(x: Tensor, mask: Tensor, mask_token: Tensor) -> Tensor:
     if out.numel() == 0:
         return out
     images, tokens, columns = x.shape
-    block_r, block_d, warps = _triton.tile(*x.shape, x.element_size())
+    block_r, block_d, warps = _triton.tile(*x.shape, itemsize=x.element_size())
     row_blocks, chunks = triton.cdiv(tokens, block_r), triton.cdiv(columns, block_d)
     _triton.launch(
         fill_mask_tokens_fwd_kernel,
@@ -127,7 +127,7 @@ def fill_mask_tokens_bwd(grad: Tensor, mask: Tensor, need_x: bool, need_mask_tok
     dx = grad.new_empty(grad.shape if need_x else (0,))
     if grad.numel() == 0 or not (need_x or need_mask_token):
         return dx, grad.new_zeros((columns,) if need_mask_token else (0,))
-    block_r, block_d, warps = _triton.tile(*grad.shape, grad.element_size())
+    block_r, block_d, warps = _triton.tile(*grad.shape, itemsize=grad.element_size())
     row_blocks, chunks = triton.cdiv(tokens, block_r), triton.cdiv(columns, block_d)
     groups, per_group, partial, dtoken = images, 1, None, grad.new_empty(0)
     if need_mask_token:

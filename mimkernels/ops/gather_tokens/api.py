@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from mimkernels.ops import _checks
@@ -42,7 +44,9 @@ def gather_tokens(
 
 
 @by_signature
-def _checked(x, ids, pos, prefix, backend):
+def _checked(
+    x: Tensor, ids: Tensor, pos: Tensor | None, prefix: Tensor | None, backend: str
+) -> tuple[Callable[..., Tensor], tuple[Tensor, Tensor, Tensor | None, Tensor | None], tuple[()]]:
     op = "gather_tokens"
     _checks.has_rank(op, "x", x, 3)
     _checks.is_float(op, "x", x)

@@ -147,7 +147,7 @@ def gather_tokens_fwd(x: Tensor, ids: Tensor, pos: Tensor | None, prefix: Tensor
     out = x.new_empty((masks * images, num_prefix + kept, columns))  # [M * B, P + K, D]
     if out.numel() == 0:
         return out
-    block_r, block_d, warps = _triton.tile(*out.shape, out.element_size())
+    block_r, block_d, warps = _triton.tile(*out.shape, itemsize=out.element_size())
     row_blocks, chunks = triton.cdiv(out.shape[1], block_r), triton.cdiv(columns, block_d)
     _triton.launch(
         gather_tokens_fwd_kernel,
@@ -177,7 +177,7 @@ def gather_tokens_bwd(
     dx = grad.new_empty((images, tokens, columns) if need_x else (0,))
     if grad.numel() == 0 or tokens == 0 or not (need_x or need_pos):
         return dx.zero_(), grad.new_zeros((tokens, columns) if need_pos else (0,)), dprefix
-    block_r, block_d, warps = _triton.tile(images, tokens, columns, grad.element_size())
+    block_r, block_d, warps = _triton.tile(images, tokens, columns, itemsize=grad.element_size())
     if need_pos:
         # Two sums in registers at once: half a tile each.
         block_r = max(1, block_r // 2)

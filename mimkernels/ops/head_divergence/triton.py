@@ -169,7 +169,7 @@ def head_divergence_fwd(
         return out
     d0, d1 = head_split(dim, q.dtype)
     target = (architecture(q.device), precision_name(q.dtype), d0 + d1, queries, False)
-    config = triton_configs.config("companion", *target)
+    config = triton_configs.committed("companion", *target)
     row_blocks = triton.cdiv(queries, config.block_m)
     partial, out = _triton.partials(row_blocks, (batch, heads, heads), out)
     unit, of_qk = strides(q, k)

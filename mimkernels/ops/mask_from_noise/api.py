@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,9 @@ def mask_from_noise(noise: Tensor, keep: int, *, order: str = "shuffle", backend
 
 
 @by_signature
-def _checked(noise, keep, order, backend):
+def _checked(
+    noise: Tensor, keep: int, order: str, backend: str
+) -> tuple[Callable[..., tuple[Tensor, Tensor, Tensor]], tuple[Tensor], tuple[int, bool]]:
     in_order = _checks.sorted_order("mask_from_noise", order)
     _checks.has_rank("mask_from_noise", "noise", noise, 2)
     _checks.is_float("mask_from_noise", "noise", noise)

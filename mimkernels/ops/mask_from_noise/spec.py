@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from mimkernels.ops import _token_mask
 from mimkernels.ops._registry import Impl, OpSpec, register
@@ -8,8 +9,8 @@ from mimkernels.ops._registry import Impl, OpSpec, register
 NOISE = (torch.float32,)
 
 
-def _fwd(noise, keep, in_order):
-    return _token_mask.fake(*noise.shape, noise.device)
+def _fwd(noise: Tensor, keep: int, in_order: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return _token_mask.fake(noise.shape[0], noise.shape[1], noise.device)
 
 
 SPEC = register(

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ def masked_patch_loss(
     kind: str = "mse",
     beta: float = 1.0,
     layout: str = "channels_last",
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: Sequence[float] | Tensor | None = None,
+    std: Sequence[float] | Tensor | None = None,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -64,7 +64,21 @@ def masked_patch_loss(
 
 
 @by_signature
-def _checked(pred, images, ids, mask, patch_size, norm_pix, kind, beta, layout, mean, std, reduction, backend):
+def _checked(
+    pred: Tensor,
+    images: Tensor,
+    ids: Tensor | None,
+    mask: Tensor | None,
+    patch_size: int | Sequence[int],
+    norm_pix: bool,
+    kind: str,
+    beta: float,
+    layout: str,
+    mean: Sequence[float] | Tensor | None,
+    std: Sequence[float] | Tensor | None,
+    reduction: str,
+    backend: str,
+) -> tuple[Callable[..., Tensor], tuple[Tensor, Tensor, Tensor | None, Tensor | None], tuple[object, ...]]:
     op = "masked_patch_loss"
     _checks.has_rank(op, "pred", pred, 3)
     _checks.is_float(op, "pred", pred)
@@ -87,7 +101,7 @@ def _checked(pred, images, ids, mask, patch_size, norm_pix, kind, beta, layout, 
         ids = _checks.token_ids(op, "ids", ids, (2,), "pred", pred)
         if ids.shape != pred.shape[:2]:
             raise ValueError(f"{op}: ids {_checks.shape(ids)} and pred {_checks.shape(pred)} must agree in [B, L]")
-    else:
+    elif mask is not None:
         if pred.shape[1] != tokens:
             raise ValueError(
                 f"{op}: with mask, pred {_checks.shape(pred)} must hold all {tokens} patches of images "
@@ -101,8 +115,7 @@ def _checked(pred, images, ids, mask, patch_size, norm_pix, kind, beta, layout, 
     if reduction not in ("mean", "none"):
         raise ValueError(f"{op}: reduction must be 'mean' or 'none', got {reduction!r}")
     norm_pix, beta = _checks.boolean(op, "norm_pix", norm_pix), _checks.positive(op, "beta", beta)
-    options = (*patch, scale, shift, norm_pix, KINDS.index(kind), beta)
-    options = (*options, layout == "channels_last", reduction == "mean")
+    options = (*patch, scale, shift, norm_pix, KINDS.index(kind), beta, layout == "channels_last", reduction == "mean")
     # A kernel takes no fp64 on either side.
     dtype = pred.dtype if images.dtype != torch.float64 else torch.float64
     name = SPEC.resolve(backend, pred.device.type, dtype)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -7,7 +9,7 @@ from torch.nn import functional as F
 from mimkernels.ops import _checks
 from mimkernels.ops._patches import patchify
 
-_LOSSES = (F.mse_loss, F.l1_loss, F.smooth_l1_loss)
+_LOSSES: tuple[Callable[..., Tensor], ...] = (F.mse_loss, F.l1_loss, F.smooth_l1_loss)
 
 
 def masked_patch_loss(
@@ -53,7 +55,7 @@ def targets(
 ) -> Tensor:
     """Every patch's pixels ``[B, N, E]`` as the loss wants them, in ``dtype`` or the images' own if that is wider."""
     patches = patchify(images, patch).to(torch.promote_types(images.dtype, dtype))  # [B, N, C, t, h, w]
-    if scale is not None:
+    if scale is not None and shift is not None:
         patches = patches * scale[:, None, None, None] + shift[:, None, None, None]
     if channels_last:
         patches = patches.movedim(2, -1)

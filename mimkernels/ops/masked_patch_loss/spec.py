@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from mimkernels.ops import _checks
-from mimkernels.ops._autograd import Gradient
+from mimkernels.ops._autograd import Context, Gradient, Run
 from mimkernels.ops._registry import ANY_FLOAT, Impl, OpSpec, register
 
 KINDS = ("mse", "l1", "smooth_l1")
@@ -13,22 +14,41 @@ _TARGET = (
 )
 
 
-def _fwd(pred, images, ids, mask, pt, ph, pw, scale, shift, norm_pix, kind, beta, channels_last, mean):
+def _fwd(
+    pred: Tensor,
+    images: Tensor,
+    ids: Tensor | None,
+    mask: Tensor | None,
+    pt: int,
+    ph: int,
+    pw: int,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    norm_pix: bool,
+    kind: int,
+    beta: float,
+    channels_last: bool,
+    mean: bool,
+) -> Tensor:
     return pred.new_empty(() if mean else pred.shape[:2], dtype=torch.float32)
 
 
-def _bwd(grad, pred, *target):
+def _bwd(grad: Tensor, pred: Tensor, *target: object) -> Tensor:
     return pred.new_empty(pred.shape)
 
 
-def _save(ctx, inputs, output):
+def _save(
+    ctx: Context,
+    inputs: tuple[object, ...],
+    output: Tensor,
+) -> None:
     pred, images, ids, mask, pt, ph, pw, scale, shift, *options = inputs
     ctx.save_for_backward(pred, images, ids, mask, scale, shift)
     ctx.patch = (pt, ph, pw)
     ctx.options = options
 
 
-def _gradients(ctx, bwd, grad):
+def _gradients(ctx: Context, bwd: Run, grad: Tensor) -> dict[str, Tensor | None]:
     pred, images, ids, mask, scale, shift = ctx.saved_tensors
     return {"pred": bwd(_checks.rows(grad), pred, images, ids, mask, *ctx.patch, scale, shift, *ctx.options)}
 

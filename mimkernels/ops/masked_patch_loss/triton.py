@@ -444,7 +444,7 @@ def _mean(loss: Tensor) -> Tensor:
         programs = triton.cdiv(length, blocks * 1024)
         partial = loss.new_empty(programs)
         counts = torch.empty(programs, dtype=torch.int32, device=loss.device)
-        args = (loss, None, partial, counts, length, blocks * 1024)
+        args: tuple[object, ...] = (loss, None, partial, counts, length, blocks * 1024)
         _triton.launch(patch_mean_kernel, programs, loss, *args, FINAL=False, BLOCK=1024)
         loss, length = partial, programs
     block = max(128, triton.next_power_of_2(length))

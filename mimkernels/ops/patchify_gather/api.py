@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ def patchify_gather(
     images: Tensor,
     ids: Tensor | None,
     patch_size: int | Sequence[int],
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: Sequence[float] | Tensor | None = None,
+    std: Sequence[float] | Tensor | None = None,
     *,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
@@ -53,7 +53,17 @@ def patchify_gather(
 
 
 @by_signature
-def _checked(images, ids, patch_size, mean, std, dtype, backend):
+def _checked(
+    images: Tensor,
+    ids: Tensor | None,
+    patch_size: int | Sequence[int],
+    mean: Sequence[float] | Tensor | None,
+    std: Sequence[float] | Tensor | None,
+    dtype: torch.dtype | None,
+    backend: str,
+) -> tuple[
+    Callable[..., Tensor], tuple[Tensor, Tensor | None], tuple[int, int, int, Tensor | None, Tensor | None, torch.dtype]
+]:
     op = "patchify_gather"
     _checks.is_images(op, images)
     patch = _checks.patch_sizes(op, patch_size, images)

@@ -23,7 +23,7 @@ def patchify_gather(
         ids = _checks.as_masks(ids)
         batch = torch.arange(images.shape[0], device=images.device)[:, None]
         patches = patches[batch, ids].flatten(0, 1)  # [M*B, K, C, t, h, w]
-    if scale is not None:
+    if scale is not None and shift is not None:
         widest = torch.promote_types(torch.promote_types(images.dtype, dtype), torch.float32)
         patches = patches.to(widest) * scale[:, None, None, None] + shift[:, None, None, None]
     return patches.flatten(2).to(dtype)

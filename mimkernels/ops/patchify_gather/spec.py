@@ -3,13 +3,23 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from mimkernels.ops import _checks
-from mimkernels.ops._autograd import Gradient
+from mimkernels.ops._autograd import Context, Gradient, Run
 from mimkernels.ops._registry import ANY_FLOAT, FLOATS, Impl, OpSpec, register
 
 
-def _fwd(images, ids, patch_t, patch_h, patch_w, scale, shift, dtype):
+def _fwd(
+    images: Tensor,
+    ids: Tensor | None,
+    patch_t: int,
+    patch_h: int,
+    patch_w: int,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
     batch, channels, *frames, height, width = images.shape
     rows = (math.prod(frames) // patch_t) * (height // patch_h) * (width // patch_w)
     if ids is not None:
@@ -17,11 +27,28 @@ def _fwd(images, ids, patch_t, patch_h, patch_w, scale, shift, dtype):
     return images.new_empty((batch, rows, channels * patch_t * patch_h * patch_w), dtype=dtype)
 
 
-def _bwd(grad, ids, batch, channels, frames, height, width, patch_t, patch_h, patch_w, scale, dtype):
+def _bwd(
+    grad: Tensor,
+    ids: Tensor | None,
+    batch: int,
+    channels: int,
+    frames: int,
+    height: int,
+    width: int,
+    patch_t: int,
+    patch_h: int,
+    patch_w: int,
+    scale: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
     return grad.new_empty((batch, channels, frames, height, width), dtype=dtype)
 
 
-def _save(ctx, inputs, output):
+def _save(
+    ctx: Context,
+    inputs: tuple[Tensor, Tensor | None, int, int, int, Tensor | None, Tensor | None, torch.dtype],
+    output: Tensor,
+) -> None:
     images, ids, *patch, scale, _, _ = inputs
     ctx.save_for_backward(ids, scale)
     ctx.patch = patch
@@ -29,7 +56,7 @@ def _save(ctx, inputs, output):
     ctx.image_dtype = images.dtype
 
 
-def _gradients(ctx, bwd, grad):
+def _gradients(ctx: Context, bwd: Run, grad: Tensor) -> dict[str, Tensor | None]:
     ids, scale = ctx.saved_tensors
     batch, channels, *frames, height, width = ctx.image_shape
     size = (batch, channels, frames[0] if frames else 1, height, width)

@@ -169,7 +169,7 @@ def patchify_gather_fwd(
     out = images.new_empty((masks * batch, kept, columns), dtype=dtype)  # [M * B, K, E]
     if out.numel() == 0:
         return out
-    block_r, block_e, warps = _triton.tile(*out.shape, out.element_size(), run=patch_w)
+    block_r, block_e, warps = _triton.tile(*out.shape, itemsize=out.element_size(), run=patch_w)
     row_blocks, chunks = triton.cdiv(kept, block_r), triton.cdiv(columns, block_e)
     _triton.launch(
         patchify_gather_fwd_kernel,
@@ -216,7 +216,7 @@ def patchify_gather_bwd(
     if grad.numel() == 0:
         return dimages.zero_()
     columns = grad.shape[2]
-    block_r, block_e, warps = _triton.tile(batch, patches, columns, dimages.element_size(), run=patch_w)
+    block_r, block_e, warps = _triton.tile(batch, patches, columns, itemsize=dimages.element_size(), run=patch_w)
     row_blocks, chunks = triton.cdiv(patches, block_r), triton.cdiv(columns, block_e)
     _triton.launch(
         patchify_gather_bwd_kernel,

@@ -1,11 +1,59 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal, overload
+
 from torch import Tensor
 
 from mimkernels.ops import _checks, _pool
 from mimkernels.ops._memo import by_signature
 from mimkernels.ops.query_pool import reference
 from mimkernels.ops.query_pool.spec import SPEC
+
+
+@overload
+def query_pool(
+    x: Tensor,
+    queries: Tensor,
+    *,
+    values: Tensor | None = ...,
+    scale: float | None = ...,
+    num_prefix: int = ...,
+    mask: Tensor | None = ...,
+    sliced: bool = ...,
+    return_weights: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def query_pool(
+    x: Tensor,
+    queries: Tensor,
+    *,
+    values: Tensor | None = ...,
+    scale: float | None = ...,
+    num_prefix: int = ...,
+    mask: Tensor | None = ...,
+    sliced: bool = ...,
+    return_weights: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def query_pool(
+    x: Tensor,
+    queries: Tensor,
+    *,
+    values: Tensor | None = ...,
+    scale: float | None = ...,
+    num_prefix: int = ...,
+    mask: Tensor | None = ...,
+    sliced: bool = ...,
+    return_weights: bool = ...,
+    backend: str = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def query_pool(
@@ -57,7 +105,18 @@ def query_pool(
 
 
 @by_signature
-def _checked(x, queries, values, mask, scale, num_prefix, sliced, backend):
+def _checked(
+    x: Tensor,
+    queries: Tensor,
+    values: Tensor | None,
+    mask: Tensor | None,
+    scale: float | None,
+    num_prefix: int,
+    sliced: bool,
+    backend: str,
+) -> tuple[
+    Callable[..., tuple[Tensor, Tensor]], tuple[Tensor, Tensor, Tensor | None, Tensor | None], tuple[float, int, bool]
+]:
     op = "query_pool"
     mask = _pool.tokens_and_mask(op, x, num_prefix, mask)
     queries = _check_queries(op, queries, x)

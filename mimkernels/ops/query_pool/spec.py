@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from mimkernels.ops import _checks
-from mimkernels.ops._autograd import Gradient
+from mimkernels.ops._autograd import Context, Gradient, Run
 from mimkernels.ops._registry import ANY_FLOAT, Impl, OpSpec, register
 
 
-def _fwd(x, queries, values, mask, scale, num_prefix, sliced):
+def _fwd(
+    x: Tensor, queries: Tensor, values: Tensor | None, mask: Tensor | None, scale: float, num_prefix: int, sliced: bool
+) -> tuple[Tensor, Tensor]:
     batch, tokens, dim = x.shape
     groups = queries.shape[-2]
     width = dim if values is None else values.shape[2]
@@ -18,28 +21,32 @@ def _fwd(x, queries, values, mask, scale, num_prefix, sliced):
 
 
 def _bwd(
-    dout,
-    dweights,
-    x,
-    queries,
-    values,
-    weights,
-    mask,
-    scale,
-    num_prefix,
-    sliced,
-    need_x,
-    need_queries,
-    need_values,
-):
+    dout: Tensor,
+    dweights: Tensor | None,
+    x: Tensor,
+    queries: Tensor,
+    values: Tensor | None,
+    weights: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    num_prefix: int,
+    sliced: bool,
+    need_x: bool,
+    need_queries: bool,
+    need_values: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape if need_x else (0,)),
         x.new_empty(queries.shape if need_queries else (0,)),
-        x.new_empty(values.shape if need_values else (0,)),
+        x.new_empty(values.shape if values is not None and need_values else (0,)),
     )
 
 
-def _save(ctx, inputs, outputs):
+def _save(
+    ctx: Context,
+    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None, float, int, bool],
+    outputs: tuple[Tensor, Tensor],
+) -> None:
     x, queries, values, mask, *options = inputs
     out, weights = outputs
     ctx.save_for_backward(x, queries, values, weights, mask)
@@ -48,7 +55,7 @@ def _save(ctx, inputs, outputs):
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, bwd, dout, dweights):
+def _gradients(ctx: Context, bwd: Run, dout: Tensor | None, dweights: Tensor | None) -> dict[str, Tensor | None]:
     x, queries, values, weights, mask = ctx.saved_tensors
     need_x, need_queries, need_values, *_ = ctx.needs_input_grad
     dvalues = None

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -59,7 +61,11 @@ def random_mask(
 
 
 @by_signature
-def _checked(step, batch, tokens, keep, order, device, backend):
+def _checked(
+    step: Tensor | None, batch: int, tokens: int, keep: int, order: str, device: torch.device | str, backend: str
+) -> tuple[
+    Callable[..., tuple[Tensor, Tensor, Tensor]], tuple[Tensor | None], tuple[int, int, int, bool, torch.device]
+]:
     in_order = _checks.sorted_order("random_mask", order)
     _checks.count("random_mask", "batch", batch)
     _checks.count("random_mask", "tokens", tokens)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from mimkernels.ops import _token_mask
 from mimkernels.ops._registry import Impl, OpSpec, register
@@ -8,7 +9,16 @@ from mimkernels.ops._registry import Impl, OpSpec, register
 NOISE = (torch.float32,)
 
 
-def _fwd(seed, offset, step, batch, tokens, keep, in_order, device):
+def _fwd(
+    seed: int,
+    offset: int,
+    step: Tensor | None,
+    batch: int,
+    tokens: int,
+    keep: int,
+    in_order: bool,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor]:
     return _token_mask.fake(batch, tokens, device)
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from mimkernels.ops import _checks
@@ -43,7 +45,9 @@ def received_attention(
 
 
 @by_signature
-def _checked(q, k, lse, bias, key_mask, scale, backend):
+def _checked(
+    q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, key_mask: Tensor | None, scale: float | None, backend: str
+) -> tuple[Callable[..., Tensor], tuple[Tensor | None, ...], tuple[float]]:
     bias, key_mask, scale = checked_scores("received_attention", q, k, bias, key_mask, scale)
     lse = checked_lse("received_attention", lse, q)
     name = SPEC.resolve(backend, q.device.type, q.dtype, head_dim=q.shape[3])

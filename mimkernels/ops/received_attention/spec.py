@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from mimkernels.ops._registry import ANY_FLOAT, Impl, OpSpec, register
 
 
-def _fwd(q, k, lse, bias, key_mask, scale):
+def _fwd(q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, key_mask: Tensor | None, scale: float) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[1], k.shape[2]), dtype=torch.float32)
 
 

@@ -116,7 +116,7 @@ def received_attention_fwd(
         return out
     d0, d1 = head_split(dim, q.dtype)
     target = (architecture(q.device), precision_name(q.dtype), d0 + d1, queries, False)
-    config = triton_configs.config("companion", *target)
+    config = triton_configs.committed("companion", *target)
     key_blocks = triton.cdiv(keys, config.block_n)
     unit, of_qk = strides(q, k)
     bias_unit, of_bias = bias_strides(bias)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -42,16 +44,29 @@ def reduce_pool(
 
     Source: GeM, arXiv:1711.02512.
     """
-    power, number = (p, None) if isinstance(p, Tensor) else (None, p)
-    run, (x, mask, power), (kind, num_prefix, made, eps) = _checked(
+    power, number = (p, 1.0) if isinstance(p, Tensor) else (None, p)
+    run, (x, mask, power), (index, num_prefix, made, eps) = _checked(
         (x, mask, power), kind, num_prefix, number, eps, backend
     )
-    out = run(x, mask, kind, num_prefix, power if made is None else made, eps)
+    out = run(x, mask, index, num_prefix, power if made is None else made, eps)
     return out if isinstance(out, Tensor) else out[0]  # kernels also return what backward needs
 
 
 @by_signature
-def _checked(x, mask, p, kind, num_prefix, number, eps, backend):
+def _checked(
+    x: Tensor,
+    mask: Tensor | None,
+    p: Tensor | None,
+    kind: str,
+    num_prefix: int,
+    number: float,
+    eps: float,
+    backend: str,
+) -> tuple[
+    Callable[..., Tensor | tuple[Tensor, Tensor]],
+    tuple[Tensor, Tensor | None, Tensor | None],
+    tuple[int, int, Tensor | None, float],
+]:
     op = "reduce_pool"
     mask = _pool.tokens_and_mask(op, x, num_prefix, mask)
     if kind not in KINDS:

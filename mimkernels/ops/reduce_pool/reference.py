@@ -23,6 +23,7 @@ def reduce_pool(x: Tensor, mask: Tensor | None, kind: int, num_prefix: int, p: T
         return (_pool.without_excluded(x, allowed).sum(1, dtype=_pool.wide(x)) / count).to(x.dtype)
     x = _pool.without_excluded(x, allowed)
     x = x.to(_pool.wide(x))
+    assert p is not None
     # Not clamp, whose gradient at x == eps differs between versions of torch.
     powers = torch.where(x < eps, eps, x).pow(p)
     moment = _pool.without_excluded(powers, allowed).sum(1) / count

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from mimkernels.ops import _checks
-from mimkernels.ops._autograd import Gradient
+from mimkernels.ops._autograd import Context, Gradient, Run
 from mimkernels.ops._registry import ANY_FLOAT, Impl, OpSpec, register
 
 KINDS = ("mean", "max", "gem")  # in the kernels their positions here
 
 
-def _fwd(x, mask, kind, num_prefix, p, eps):
+def _fwd(
+    x: Tensor, mask: Tensor | None, kind: int, num_prefix: int, p: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
     batch, _, dim = x.shape
     out = x.new_empty((batch, dim))
     if KINDS[kind] == "max":
@@ -17,7 +20,19 @@ def _fwd(x, mask, kind, num_prefix, p, eps):
     return out, x.new_empty((batch, dim) if KINDS[kind] == "gem" else (0,), dtype=torch.float32)
 
 
-def _bwd(dout, x, saved, mask, kind, tokens, num_prefix, p, eps, need_x, need_p):
+def _bwd(
+    dout: Tensor,
+    x: Tensor | None,
+    saved: Tensor,
+    mask: Tensor | None,
+    kind: int,
+    tokens: int,
+    num_prefix: int,
+    p: Tensor | None,
+    eps: float,
+    need_x: bool,
+    need_p: bool,
+) -> tuple[Tensor, Tensor]:
     batch, dim = dout.shape
     return (
         dout.new_empty((batch, tokens, dim) if need_x else (0,)),
@@ -25,7 +40,9 @@ def _bwd(dout, x, saved, mask, kind, tokens, num_prefix, p, eps, need_x, need_p)
     )
 
 
-def _save(ctx, inputs, outputs):
+def _save(
+    ctx: Context, inputs: tuple[Tensor, Tensor | None, int, int, Tensor | None, float], outputs: tuple[Tensor, Tensor]
+) -> None:
     x, mask, kind, num_prefix, p, eps = inputs
     saved = outputs[1]
     ctx.mark_non_differentiable(saved)
@@ -35,7 +52,7 @@ def _save(ctx, inputs, outputs):
     ctx.eps = eps
 
 
-def _gradients(ctx, bwd, dout, _):
+def _gradients(ctx: Context, bwd: Run, dout: Tensor, _: Tensor) -> dict[str, Tensor | None]:
     x, saved, mask, p = ctx.saved_tensors
     need_x, _, _, _, need_p, _ = ctx.needs_input_grad
     dx, dp = bwd(_checks.rows(dout), x, saved, mask, *ctx.options, p, ctx.eps, need_x, need_p)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from mimkernels.ops import _checks
@@ -44,7 +46,9 @@ def restore_tokens(
 
 
 @by_signature
-def _checked(x, ids_restore, mask_token, pos, num_prefix, backend):
+def _checked(
+    x: Tensor, ids_restore: Tensor, mask_token: Tensor, pos: Tensor | None, num_prefix: int, backend: str
+) -> tuple[Callable[..., Tensor], tuple[Tensor, Tensor, Tensor, Tensor | None], tuple[int]]:
     op = "restore_tokens"
     _checks.has_rank(op, "x", x, 3)
     _checks.is_float(op, "x", x)

@@ -186,7 +186,7 @@ def restore_tokens_fwd(
     out = x.new_empty((images, num_prefix + tokens, columns))  # [B, P + N, D]
     if out.numel() == 0:
         return out
-    block_b, block_d, warps = _triton.tile(out.shape[1], images, columns, out.element_size())
+    block_b, block_d, warps = _triton.tile(out.shape[1], images, columns, itemsize=out.element_size())
     chunks = triton.cdiv(columns, block_d)
     _triton.launch(
         restore_tokens_fwd_kernel,
@@ -225,7 +225,7 @@ def restore_tokens_bwd(
 
 def _bwd_x(grad: Tensor, ids_restore: Tensor, dx: Tensor, kept: int, num_prefix: int) -> None:
     columns, tokens = grad.shape[2], ids_restore.shape[1]
-    block_r, block_d, warps = _triton.tile(*dx.shape, dx.element_size())
+    block_r, block_d, warps = _triton.tile(*dx.shape, itemsize=dx.element_size())
     row_blocks, chunks = triton.cdiv(dx.shape[1], block_r), triton.cdiv(columns, block_d)
     _triton.launch(
         restore_tokens_bwd_x_kernel,
@@ -250,7 +250,7 @@ def _bwd_sums(
     dpos, pos_out = None, grad.new_empty(0)
     if not (need_mask_token or need_pos):
         return token_out, pos_out
-    block_r, block_d, warps = _triton.tile(*grad.shape, grad.element_size())
+    block_r, block_d, warps = _triton.tile(*grad.shape, itemsize=grad.element_size())
     if need_mask_token and need_pos:
         # Two sums in registers at once: half a tile each.
         block_r = max(1, block_r // 2)

@@ -1,11 +1,53 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal, overload
+
 from torch import Tensor
 
 from mimkernels.ops import _checks, _pool
 from mimkernels.ops._memo import by_signature
 from mimkernels.ops.weighted_pool import reference
 from mimkernels.ops.weighted_pool.spec import SPEC
+
+
+@overload
+def weighted_pool(
+    x: Tensor,
+    scores: Tensor,
+    *,
+    normalize: bool = ...,
+    num_prefix: int = ...,
+    mask: Tensor | None = ...,
+    return_weights: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def weighted_pool(
+    x: Tensor,
+    scores: Tensor,
+    *,
+    normalize: bool = ...,
+    num_prefix: int = ...,
+    mask: Tensor | None = ...,
+    return_weights: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def weighted_pool(
+    x: Tensor,
+    scores: Tensor,
+    *,
+    normalize: bool = ...,
+    num_prefix: int = ...,
+    mask: Tensor | None = ...,
+    return_weights: bool = ...,
+    backend: str = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def weighted_pool(
@@ -49,7 +91,9 @@ def weighted_pool(
 
 
 @by_signature
-def _checked(x, scores, mask, normalize, num_prefix, backend):
+def _checked(
+    x: Tensor, scores: Tensor, mask: Tensor | None, normalize: bool, num_prefix: int, backend: str
+) -> tuple[Callable[..., tuple[Tensor, Tensor]], tuple[Tensor, Tensor, Tensor | None], tuple[bool, int]]:
     op = "weighted_pool"
     mask = _pool.tokens_and_mask(op, x, num_prefix, mask)
     _checks.boolean(op, "normalize", normalize)

@@ -1,31 +1,44 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from mimkernels.ops import _checks
-from mimkernels.ops._autograd import Gradient
+from mimkernels.ops._autograd import Context, Gradient, Run
 from mimkernels.ops._registry import ANY_FLOAT, Impl, OpSpec, register
 
 
-def _fwd(x, scores, mask, normalize, num_prefix):
+def _fwd(x: Tensor, scores: Tensor, mask: Tensor | None, normalize: bool, num_prefix: int) -> tuple[Tensor, Tensor]:
     return x.new_empty((*scores.shape[:-1], x.shape[2])), x.new_empty(scores.shape, dtype=torch.float32)
 
 
-def _bwd(dout, dweights, x, weights, mask, normalize, num_prefix, need_x, need_scores):
+def _bwd(
+    dout: Tensor,
+    dweights: Tensor | None,
+    x: Tensor,
+    weights: Tensor,
+    mask: Tensor | None,
+    normalize: bool,
+    num_prefix: int,
+    need_x: bool,
+    need_scores: bool,
+) -> tuple[Tensor, Tensor]:
     return (
         x.new_empty(x.shape if need_x else (0,)),
         x.new_empty(weights.shape if need_scores else (0,), dtype=torch.float32),
     )
 
 
-def _save(ctx, inputs, outputs):
+def _save(
+    ctx: Context, inputs: tuple[Tensor, Tensor, Tensor | None, bool, int], outputs: tuple[Tensor, Tensor]
+) -> None:
     x, _, mask, normalize, num_prefix = inputs
     ctx.save_for_backward(x, outputs[1], mask)
     ctx.options = (normalize, num_prefix)
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, bwd, dout, dweights):
+def _gradients(ctx: Context, bwd: Run, dout: Tensor | None, dweights: Tensor | None) -> dict[str, Tensor | None]:
     x, weights, mask = ctx.saved_tensors
     need_x, need_scores, *_ = ctx.needs_input_grad
     dx = None

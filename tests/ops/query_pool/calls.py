@@ -13,9 +13,11 @@ CALL = {
     "scale": 1.0,
     "num_prefix": 1,
     "sliced": False,
-    "return_weights": True,
 }
-VARIANTS = {"query_pool": {"mask": None}, "query_pool-sliced": {"mask": None, "values": None, "sliced": True}}
+VARIANTS = {
+    "query_pool": {"mask": None, "return_weights": True},
+    "query_pool-sliced": {"mask": None, "return_weights": True, "values": None, "sliced": True},
+}
 LEAST = {"x": X, "queries": TOKEN[None]}
 REFUSED = [
     ({"x": X[0]}, ValueError, r"x must have 3 dimensions, got 2 \(\[6, 8\]\)"),

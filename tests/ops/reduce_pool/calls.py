@@ -15,6 +15,7 @@ CALL = {
     "p": torch.tensor([3.0]),
     "eps": 1e-6,
 }
+NUMBERS = {"p": 3.0}
 VARIANTS = {
     f"reduce_pool-{kind}": {"kind": kind, "mask": None, "p": p}
     for kind, p in (("mean", 3.0), ("max", 3.0), ("gem", CALL["p"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -144,7 +145,7 @@ def plain_statistics(p: torch.Tensor, distances: torch.Tensor) -> dict[str, torc
     }
 
 
-def _tensors(result: object) -> list[torch.Tensor]:
+def _tensors(result: Any) -> list[torch.Tensor]:
     if isinstance(result, torch.Tensor):
         return [result]
     return [tensor for part in (result.values() if isinstance(result, dict) else result) for tensor in _tensors(part)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import timm
 import torch
@@ -20,7 +21,8 @@ def model_cases(step: Step) -> Iterator[Benchmark]:
     stock = timm.create_model(step.model, num_classes=1000).to(step.device)
     ours = copy.deepcopy(stock)
     mimkernels.accelerate(ours)
-    images = torch.randn(step.batch, *stock.default_cfg["input_size"], device=step.device)
+    config: Any = stock.default_cfg
+    images = torch.randn(step.batch, *config["input_size"], device=step.device)
     targets = torch.randint(1000, (step.batch,), device=step.device)
 
     def forward(model: nn.Module) -> Callable[[], torch.Tensor]:

@@ -17,7 +17,11 @@ KINDS = ("mean", "max", "gem")
 
 
 def pooling_cases(size: Size, dtype: torch.dtype, device: str, compiled: bool = True) -> Iterator[Benchmark]:
-    makers = [abmilp, efficient_probing, *(functools.partial(reduction, kind=kind) for kind in KINDS)]
+    makers: list[Callable[..., Benchmark]] = [
+        abmilp,
+        efficient_probing,
+        *(functools.partial(reduction, kind=kind) for kind in KINDS),
+    ]
     for make, backward in itertools.product(makers, (False, True)):
         torch._dynamo.reset()
         yield make(size, dtype, device, backward, compiled)

@@ -56,7 +56,7 @@ def _in_batches(make: Callable[..., Benchmark], batch: int, dtype: torch.dtype, 
     return dataclasses.replace(
         cases[0],
         versions={name: all_of(name) for name in ("ours", "plain")},
-        moved_bytes=sum(case.moved_bytes for case in cases),
+        moved_bytes=sum(case.moved_bytes or 0 for case in cases),
         flops=None,
         details=lambda: {"images": IMAGES},
     )

@@ -11,6 +11,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.layers import Attention
@@ -51,6 +52,7 @@ class PublishedMAE(nn.Module):
 
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:
         mae, encoder = self.mae, self.mae.encoder
+        assert encoder.pos_embed is not None and encoder.cls_token is not None
         x = encoder.patch_embed(images) + encoder.pos_embed[:, 1:]
         keep = int(x.shape[1] * (1 - mae.mask_ratio))
         x, mask, ids_restore = published_random_masking(x, noise, keep)
@@ -73,7 +75,9 @@ class MaterialisedAttention(Attention):
 
     distances: Tensor | None = None  # [B, N, N] of the visible tokens, set before each step
 
-    def forward(self, x: Tensor, **_) -> Tensor:
+    # Whatever else timm hands over is for attention that it masks.
+    def forward(self, x: Tensor, **_: object) -> Tensor:  # type: ignore[override]
+        assert self.distances is not None
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -94,11 +98,12 @@ def step_cases(step: Step) -> Iterator[Benchmark]:
 def step_case(step: Step, *, stats: bool = False, pictures: Pictures | None = None) -> Benchmark:
     torch.manual_seed(0)
     # Images from files stay uint8 until our kernels normalise them; the published code's loader does that.
-    ours = MAE.from_timm(step.model, **({"mean": MEAN, "std": STD} if pictures else {})).to(step.device)
+    mean, std = (MEAN, STD) if pictures else (None, None)
+    ours = MAE.from_timm(step.model, mean=mean, std=std).to(step.device)
     plain = MAE.from_timm(step.model, attention="timm", mlp="timm").to(step.device)
     plain.load_state_dict(ours.state_dict())
     published = PublishedMAE(plain)
-    layers = [block.attn for block in plain.encoder.blocks]
+    layers: list[Any] = [block.attn for block in plain.encoder.blocks]
     if stats:
         for layer in layers:
             layer.__class__ = MaterialisedAttention
@@ -107,7 +112,8 @@ def step_case(step: Step, *, stats: bool = False, pictures: Pictures | None = No
     grid = torch.cartesian_prod(*(torch.arange(float(side), device=step.device) for side in plain.grid_size))
     steps = torch.zeros((), dtype=torch.int64, device=step.device)
     images = torch.randn(step.batch, 3, 224, 224, device=step.device)
-    our_batches = plain_batches = itertools.repeat(images)
+    our_batches: Iterator[Tensor] = itertools.repeat(images)
+    plain_batches: Iterator[Tensor] = itertools.repeat(images)
     if pictures:
         workers = default_workers()
         our_batches, plain_batches = pictures.trainer(step.batch, workers), pictures.published(step.batch, workers)
@@ -115,14 +121,14 @@ def step_case(step: Step, *, stats: bool = False, pictures: Pictures | None = No
     def next_of(batches: Iterator[Tensor]) -> Tensor:
         return next(batches).to(step.device, non_blocking=True)
 
-    def our_loss(model: nn.Module = ours) -> Tensor:
+    def our_loss(model: Callable[..., Any] = ours) -> Tensor:
         steps.add_(1)
         return model(next_of(our_batches), seed=0, offset=steps, head_stats=wanted).loss
 
-    def plain_loss(model: nn.Module = published) -> Tensor:
+    def plain_loss(model: Callable[..., Any] = published) -> Tensor:
         return plain_loss_of(next_of(plain_batches), torch.rand(step.batch, patches, device=step.device), model)
 
-    def plain_loss_of(images: Tensor, noise: Tensor, model: nn.Module = published) -> Tensor:
+    def plain_loss_of(images: Tensor, noise: Tensor, model: Callable[..., Any] = published) -> Tensor:
         if stats:
             # The kept patches are computed again: the published masking does not return them.
             ids = noise.argsort(dim=1)[:, : int(patches * (1 - plain.mask_ratio))]
@@ -136,8 +142,8 @@ def step_case(step: Step, *, stats: bool = False, pictures: Pictures | None = No
         given, normal = images, images
         if pictures:
             given = next_of(our_batches)
-            mean, std = (torch.tensor(v, device=step.device)[:, None, None] for v in (MEAN, STD))
-            normal = (given / 255 - mean) / std
+            means, stds = (torch.tensor(v, device=step.device)[:, None, None] for v in (MEAN, STD))
+            normal = (given / 255 - means) / stds
         tolerance = 1e-4 if step.dtype == torch.float32 else 2e-2
         with autocast(step), torch.no_grad():
             got, expected = ours(given, noise=noise, head_stats=wanted).loss, plain_loss_of(normal, noise)

@@ -1,0 +1,50 @@
+"""A user's file as `mypy --strict` sees it, which `make lint` runs: never executed."""
+
+from collections.abc import Iterator
+from typing import assert_type
+
+from torch import Tensor, nn
+
+import mimkernels
+from mimkernels import AttentionOutput, TokenMask, accelerate, attention, capture, restore, use_backend
+from mimkernels.heads import RecordedHeads
+from mimkernels.integrations.timm import Accelerated
+
+
+def faster(model: nn.Module, batches: Iterator[Tensor]) -> list[Tensor]:
+    accelerated = accelerate(model, pool=False)
+    assert_type(accelerated, Accelerated)
+    features: list[Tensor] = [model(images) for images in batches]
+    assert_type(restore(model), int)
+    return features
+
+
+def entropies(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    with capture(model, ["entropy", "distance"], accumulate=False) as heads:
+        model(images)
+    assert_type(heads, RecordedHeads)
+    return {name: layer.stats["entropy"] for name, layer in heads.items()}
+
+
+def masked_step(x: Tensor, images: Tensor, pos: Tensor) -> Tensor:
+    mask = mimkernels.random_mask(x.shape[0], x.shape[1], keep=49, seed=0, offset=3)
+    assert_type(mask, TokenMask)
+    visible = mimkernels.gather_tokens(x, mask.ids_keep, pos=pos)
+    with use_backend("reference"):
+        loss = mimkernels.masked_patch_loss(visible, images, ids=mask.ids_masked, patch_size=16)
+    assert_type(loss, Tensor)
+    return loss
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    result = attention(q, k, v, stats=("entropy",), num_prefix=1)
+    assert_type(result, AttentionOutput)
+    received = mimkernels.received_attention(q, k, result.lse)
+    return result.out, received + result.stats["entropy"]
+
+
+def pooled(x: Tensor, queries: Tensor, scores: Tensor) -> Tensor:
+    out, weights = mimkernels.query_pool(x, queries, return_weights=True)
+    assert_type(weights, Tensor)
+    assert_type(mimkernels.weighted_pool(x, scores), Tensor)
+    return out + mimkernels.reduce_pool(x, "mean", num_prefix=1)[:, None]
