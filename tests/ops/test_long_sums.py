@@ -121,6 +121,11 @@ from tests.ops.test_long_sums import ALLOWED, errors
 wrong = {name: error for name, error in errors().items() if error > ALLOWED[name]}
 assert not wrong, wrong
 """
+COLUMN_SUMS = """
+from tests.ops.test_long_sums import check_column_sums
+check_column_sums("cpu", 3, 333, 37)
+check_column_sums("cpu", 700, 40, 5)
+"""
 
 
 @EACH_ISA
