@@ -48,10 +48,13 @@ bench: $(RUNNABLE) ## time the ops against plain PyTorch
 gpu: ## on a machine with an NVIDIA GPU: build, test, sanitize, time (PYTHON=... with torch; ARGS=--dry-run without GPU)
 	$(PYTHON) -m benchmarks gpu $(ARGS)
 
-lint: $(LINTERS) ## check style
+# The types last: mypy reads those of every library that is imported. A user's file is checked as users check theirs.
+lint: $(LINTERS) $(TESTERS) ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	find csrc tests/emulation -type f -not -name "*.md" | xargs $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/mypy
+	$(BIN)/mypy --strict --config-file= --follow-imports=silent --cache-dir=.mypy_cache/user tests/typing/user.py
 
 format: $(LINTERS) ## mend style
 	$(BIN)/ruff check --fix .
@@ -63,7 +66,7 @@ docs: $(SITE_TOOLS) ## build the site, build/site/index.html; warnings are error
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict --clean
 
 clean: ## remove what was built here, but not the environment
-	rm -rf build dist mimkernels/_lib *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist mimkernels/_lib *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -not -path "./.venv*" -prune -exec rm -rf {} +
 	rm -f $(INSTALLED)
 

@@ -13,6 +13,7 @@ INCLUDED = {
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
     "performance-notes.md": "benchmarks/NOTES.md",
+    "design/native.md": "csrc/README.md",
     "design/emulation.md": "csrc/emulation/README.md",
     "pictures/speedups.png": "benchmarks/results/amd-epyc-2-threads-avx2/speedups.png",
 }

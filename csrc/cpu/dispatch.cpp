@@ -18,12 +18,15 @@ extern const CpuKernels kernel_table;
 namespace avx512 {
 extern const CpuKernels kernel_table;
 }
+// Of the two that multiply bf16 in pairs, attention_fwd and attention_bwd alone are defined.
 namespace avx512_bf16 {
-extern const CpuKernels kernel_table;
-}
+#define MIMKERNELS_KERNEL(op, pass, Params, key) \
+  Status op##_##pass(const Params& params, ParallelFor parallel_for);
+#include "kernels.def"
+#undef MIMKERNELS_KERNEL
+}  // namespace avx512_bf16
 #endif
 #if defined(MIMKERNELS_HAVE_AVX2_BF16)
-// Defined are attention_fwd and attention_bwd alone.
 namespace avx2_bf16 {
 #define MIMKERNELS_KERNEL(op, pass, Params, key) \
   Status op##_##pass(const Params& params, ParallelFor parallel_for);
@@ -41,8 +44,20 @@ struct Choice {
 
 constexpr int kChoices = 5;
 
+// The kernels of another instruction set, but for attention, which multiplies bf16 in pairs.
+#if defined(MIMKERNELS_HAVE_X86_ISAS)
+const CpuKernels* avx512_bf16_table() {
+  static const CpuKernels table = [] {
+    CpuKernels out = avx512::kernel_table;
+    out.isa = "avx512_bf16";
+    out.attention_fwd = &avx512_bf16::attention_fwd;
+    out.attention_bwd = &avx512_bf16::attention_bwd;
+    return out;
+  }();
+  return &table;
+}
+#endif
 #if defined(MIMKERNELS_HAVE_AVX2_BF16)
-// The kernels of AVX2, but for the products of bf16 pairs.
 const CpuKernels* avx2_bf16_table() {
   static const CpuKernels table = [] {
     CpuKernels out = avx2::kernel_table;
@@ -67,7 +82,7 @@ int list_choices(Choice (&choices)[kChoices]) {
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   const bool has_avx512_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
-  choices[count++] = {&avx512_bf16::kernel_table, has_avx512_bf16};
+  choices[count++] = {avx512_bf16_table(), has_avx512_bf16};
   choices[count++] = {&avx512::kernel_table, has_avx512};
   choices[count++] = {&avx2::kernel_table, has_avx2};
 #endif

@@ -2,7 +2,7 @@
 
 #include <limits>
 
-#include "cuda/rows.cuh"
+#include "cuda/sums.cuh"
 
 namespace mimkernels::cuda {
 namespace {
@@ -18,12 +18,14 @@ struct SumTiling {
   int64_t row_blocks = 0;
   int64_t per_slice = 0;
   int64_t slices = 0;
+  int64_t stored = 1;  // of each partial sum: itself, and if its result is fp32, what it has lost
 };
 
 SumTiling tiling_of(const RowSumsParams& p) {
   SumTiling tiling;
   tiling.row_blocks = ceil_div(p.rows, kWarps);
   const int64_t chunks = ceil_div(p.dim * element_size(p.dtype), 16 * kWarp);
+  tiling.stored = p.dtype == DType::kFloat32 ? 2 : 1;
   if (p.images * p.rows * p.dim == 0) {
     return tiling;
   }
@@ -36,20 +38,22 @@ SumTiling tiling_of(const RowSumsParams& p) {
 // grid:     (row blocks and chunks, slices) of 256 threads: a warp owns 32 vectors of one row of
 //           one slice of the images; then loops
 // in:       grad [A, R, D], mask bool [A, R] or ids int64 [A, R - first], by stride, last stride 1
-// out:      dx [A, R, D]; all [slices, R, D] and masked [slices * row_blocks, D], partial sums in
-//           fp32; each unless null, contiguous, every element written exactly once
-// numerics: dx is a copy of the bits; sums in fp32, images ascending, then the 8 rows of a block
+// out:      dx [A, R, D]; all [1 or 2, slices, R, D] and masked [1 or 2, slices * row_blocks, D],
+//           partial sums in fp32, then where T is float what they have lost; each unless null,
+//           contiguous, every element written exactly once
+// numerics: dx is a copy of the bits; sums in fp32, images ascending, then the 8 rows of a block,
+//           where T is float compensated
 // bounds:   the tails of rows and vectors are masked; ids outside [kept, R - first) are not masked;
 //           offsets are int64
-// cost:     the rows of grad that count read once, 4 independent loads in flight per thread; 8 KiB
-//           of shared memory for `masked`; no atomics, deterministic
+// cost:     the rows of grad that count read once, 4 independent loads in flight per thread; 16
+//           KiB of shared memory for `masked`; no atomics, deterministic
 template <typename T, int VEC>
 __global__ void __launch_bounds__(kThreads, 3)
     row_sums_kernel(RowSumsParams p, float* all, float* masked, int64_t row_blocks,
                     int64_t per_slice, int vectors, int chunks) {
   using W = Word<T, VEC>;
   constexpr int kBatch = 4;
-  float* const shared = reinterpret_cast<float*>(shared_memory());  // [8, 32 * VEC]
+  float* const shared = reinterpret_cast<float*>(shared_memory());  // [2, 8, 32 * VEC]
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   const int64_t slice = blockIdx.y;
@@ -62,8 +66,8 @@ __global__ void __launch_bounds__(kThreads, 3)
     const int64_t j = row_block * kWarps + warp;
     const int v = static_cast<int>(chunk) * kWarp + lane;
     const bool active = j < p.rows && v < vectors;
-    float all_sums[VEC] = {};
-    float masked_sums[VEC] = {};
+    RowSum<T> visible_sums[VEC] = {};
+    RowSum<T> masked_sums[VEC] = {};
     for (int64_t b0 = first; b0 < end; b0 += kBatch) {
       bool is_masked[kBatch];
       W words[kBatch];
@@ -90,22 +94,14 @@ __global__ void __launch_bounds__(kThreads, 3)
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        if (all != nullptr) {
-          accumulate<T, VEC>(all_sums, words[i]);
+        if (p.dx != nullptr && active && b0 + i < end) {
+          T* const row = static_cast<T*>(p.dx) + ((b0 + i) * p.rows + j) * p.dim;
+          reinterpret_cast<W*>(row)[v] = is_masked[i] ? W{} : words[i];
         }
         if (is_masked[i]) {
-          accumulate<T, VEC>(masked_sums, words[i]);
-          words[i] = W{};
-        }
-      }
-      if (p.dx != nullptr && active) {
-        W* to = reinterpret_cast<W*>(static_cast<T*>(p.dx) + (b0 * p.rows + j) * p.dim) + v;
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          if (b0 + i < end) {
-            *to = words[i];
-          }
-          to += p.rows * vectors;
+          add_word<T, VEC>(masked_sums, words[i]);
+        } else if (all != nullptr) {
+          add_word<T, VEC>(visible_sums, words[i]);
         }
       }
     }
@@ -113,7 +109,9 @@ __global__ void __launch_bounds__(kThreads, 3)
       float* const target = all + (slice * p.rows + j) * p.dim + int64_t{v} * VEC;
 #pragma unroll
       for (int e = 0; e < VEC; ++e) {
-        target[e] = all_sums[e];
+        visible_sums[e].add(masked_sums[e]);
+        store_sum(target + e, std::is_same_v<T, float> ? gridDim.y * p.rows * p.dim : 0,
+                  visible_sums[e]);
       }
     }
     if (masked != nullptr) {
@@ -122,7 +120,8 @@ __global__ void __launch_bounds__(kThreads, 3)
       for (int i = threadIdx.x; i < VEC * kWarp; i += kThreads) {
         const int64_t column = column_of<VEC>(chunk, i);
         if (column < p.dim) {
-          target[column] = shared[place_of<VEC>(i)];
+          store_sum(target + column, std::is_same_v<T, float> ? gridDim.y * row_blocks * p.dim : 0,
+                    summed<VEC>(shared, place_of<VEC>(i)));
         }
       }
       __syncthreads();
@@ -133,15 +132,16 @@ __global__ void __launch_bounds__(kThreads, 3)
 // grid:     blocks of 256 threads; 2^groups_log2 threads share an element, then loop
 // in:       partial fp32 [parts, elements]
 // out:      [elements]; every element written exactly once
-// numerics: fp32 sums of the parts group, group + groups, ..., then of the groups; rounded once
+// numerics: fp32 sums of the parts group, group + groups, ..., then of the groups, compensated;
+//           rounded once
 // bounds:   the tail is masked; offsets are int64
-// cost:     partial read once, 4 independent loads in flight per thread; 1 KiB of shared memory; no
+// cost:     partial read once, 4 independent loads in flight per thread; 2 KiB of shared memory; no
 //           atomics, deterministic
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     sum_partials_kernel(const float* partial, int64_t parts, int64_t elements, T* out,
                         int groups_log2) {
-  float* const shared = reinterpret_cast<float*>(shared_memory());  // [groups, columns]
+  float* const shared = reinterpret_cast<float*>(shared_memory());  // [2, groups, columns]
   const int groups = 1 << groups_log2;
   const int columns = kThreads >> groups_log2;
   const int column = threadIdx.x & (columns - 1);
@@ -149,20 +149,21 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t first = blockIdx.x * int64_t{columns}; first < elements;
        first += gridDim.x * int64_t{columns}) {
     const int64_t i = first + column;
-    float sum = 0.0f;
+    CompensatedSum sum;
     if (i < elements) {
 #pragma unroll 4
       for (int64_t part = group; part < parts; part += groups) {
-        sum += __ldg(partial + part * elements + i);
+        sum.add(__ldg(partial + part * elements + i));
       }
     }
-    shared[threadIdx.x] = sum;
+    shared[threadIdx.x] = sum.sum;
+    shared[kThreads + threadIdx.x] = sum.lost;
     __syncthreads();
     if (group == 0 && i < elements) {
       for (int g = 1; g < groups; ++g) {
-        sum += shared[g * columns + column];
+        sum.add({shared[g * columns + column], shared[kThreads + g * columns + column]});
       }
-      out[i] = from_float<T>(sum);
+      out[i] = from_float<T>(sum.total());
     }
     __syncthreads();
   }
@@ -175,7 +176,7 @@ cudaError_t sum_slices(const RowSumsParams& p, const SumTiling& tiling, float* a
   const int chunks = static_cast<int>(ceil_div(vectors, kWarp));
   const dim3 blocks(blocks_for(tiling.row_blocks * chunks, 1),
                     static_cast<unsigned>(tiling.slices));
-  const int shared = masked == nullptr ? 0 : kThreads * VEC * static_cast<int>(sizeof(float));
+  const int shared = masked == nullptr ? 0 : sum_warps_bytes(VEC);
   return launch(row_sums_kernel<T, VEC>, blocks, kThreads, shared, stream, p, all, masked,
                 tiling.row_blocks, tiling.per_slice, vectors, chunks);
 }
@@ -191,7 +192,7 @@ cudaError_t sum_partials(DType dtype, const float* partial, int64_t parts, int64
   return with_float_type(dtype, [&](auto type) {
     using T = decltype(type);
     return launch(sum_partials_kernel<T>, blocks_for(elements, kThreads >> groups_log2), kThreads,
-                  kThreads * static_cast<int>(sizeof(float)), stream, partial, parts, elements,
+                  2 * kThreads * static_cast<int>(sizeof(float)), stream, partial, parts, elements,
                   static_cast<T*>(out), groups_log2);
   });
 }
@@ -200,7 +201,7 @@ int64_t row_sums_workspace(const RowSumsParams& p) {
   const SumTiling tiling = tiling_of(p);
   const int64_t rows =
       (p.dall != nullptr ? p.rows : 0) + (p.dmasked != nullptr ? tiling.row_blocks : 0);
-  return tiling.slices * rows * p.dim;
+  return tiling.stored * tiling.slices * rows * p.dim;
 }
 
 cudaError_t row_sums(const RowSumsParams& p, float* workspace, cudaStream_t stream) {
@@ -211,10 +212,10 @@ cudaError_t row_sums(const RowSumsParams& p, float* workspace, cudaStream_t stre
     return cudaSuccess;
   }
   const SumTiling tiling = tiling_of(p);
+  const int64_t parts = tiling.stored * tiling.slices;
   float* const all = p.dall == nullptr ? nullptr : workspace;
-  float* const masked = p.dmasked == nullptr
-                            ? nullptr
-                            : workspace + (all == nullptr ? 0 : tiling.slices * p.rows * p.dim);
+  float* const masked =
+      p.dmasked == nullptr ? nullptr : workspace + (all == nullptr ? 0 : parts * p.rows * p.dim);
   if (tiling.slices > 0) {
     const cudaError_t error = with_float_type(p.dtype, [&](auto type) {
       using T = decltype(type);
@@ -228,8 +229,7 @@ cudaError_t row_sums(const RowSumsParams& p, float* workspace, cudaStream_t stre
     }
   }
   if (p.dall != nullptr) {
-    const cudaError_t error =
-        sum_partials(p.dtype, all, tiling.slices, p.rows * p.dim, p.dall, stream);
+    const cudaError_t error = sum_partials(p.dtype, all, parts, p.rows * p.dim, p.dall, stream);
     if (error != cudaSuccess) {
       return error;
     }
@@ -237,7 +237,7 @@ cudaError_t row_sums(const RowSumsParams& p, float* workspace, cudaStream_t stre
   if (p.dmasked == nullptr) {
     return cudaSuccess;
   }
-  return sum_partials(p.dtype, masked, tiling.slices * tiling.row_blocks, p.dim, p.dmasked, stream);
+  return sum_partials(p.dtype, masked, parts * tiling.row_blocks, p.dim, p.dmasked, stream);
 }
 
 }  // namespace mimkernels::cuda

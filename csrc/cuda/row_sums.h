@@ -33,7 +33,7 @@ cudaError_t row_sums(const RowSumsParams& params, float* workspace, cudaStream_t
 int64_t row_sums_workspace(const RowSumsParams& params);
 
 // out[i] = the sum over `parts` of partial[part, i], i < elements, in the order of the parts'
-// number modulo 8, then of the parts.
+// number modulo 8, then of the parts, compensated.
 cudaError_t sum_partials(DType dtype, const float* partial, int64_t parts, int64_t elements,
                          void* out, cudaStream_t stream);
 

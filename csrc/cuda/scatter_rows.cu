@@ -2,7 +2,7 @@
 
 #include "cuda/matches.cuh"
 #include "cuda/patches.cuh"
-#include "cuda/rows.cuh"
+#include "cuda/sums.cuh"
 
 namespace mimkernels::cuda {
 namespace {
@@ -49,7 +49,8 @@ __device__ __forceinline__ Target find_target(const ScatterRowsParams& p, const 
 //           scale fp32 [C] or null
 // out:      images of targets, contiguous; every element written exactly once, zero where no row
 //           was gathered
-// numerics: fp32 sums in the order of m, then k; times scale; rounded once
+// numerics: fp32 sums in the order of m, then k, where Dst is float compensated; times scale;
+//           rounded once
 // bounds:   the tail of a row is masked; an id outside [0, N) matches no target; offsets are int64
 // cost:     grad read once, out written once, 4 independent loads in flight per thread; the ids of
 //           an image, M * K, are searched once per target by one warp, from L1, and again only
@@ -103,6 +104,11 @@ __global__ void __launch_bounds__(kThreads, 3)
             unpack<Src, VEC>(values, packs[r]);
             if (target.count > 1) {
               int64_t number = 0;
+              RowSum<Dst> sums[VEC];
+#pragma unroll
+              for (int e = 0; e < VEC; ++e) {
+                sums[e].add(values[e]);
+              }
               for_each_match(p.ids, p.masks, p.kept, b, target.n, [&](int64_t m, int64_t k) {
                 if (number++ > 0 && active) {
                   const int64_t row =
@@ -111,10 +117,14 @@ __global__ void __launch_bounds__(kThreads, 3)
                   unpack<Src, VEC>(more, load_pack<Src, VEC>(grad + row));
 #pragma unroll
                   for (int e = 0; e < VEC; ++e) {
-                    values[e] += more[e];
+                    sums[e].add(more[e]);
                   }
                 }
               });
+#pragma unroll
+              for (int e = 0; e < VEC; ++e) {
+                values[e] = sums[e].total();
+              }
             }
             if (active && target.count >= 0) {
 #pragma unroll

@@ -107,7 +107,7 @@ def is_of_type(value: Any, annotation: Any) -> bool:
         return kind is bool
     if not isinstance(value, (int, float) if kind is float else kind):
         return False
-    return kind is not list or not items or all(is_of_type(item, items[0]) for item in value)
+    return not isinstance(value, list) or not items or all(is_of_type(item, items[0]) for item in value)
 
 
 def _scalar_type(annotation: Any) -> tuple[Any, bool]:

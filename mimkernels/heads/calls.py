@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from mimkernels.heads.fused import untraced
 from mimkernels.nn.sdpa import Observer, observers
 
 LayerChoice = str | re.Pattern[str] | Sequence[str | int] | None
@@ -23,12 +24,11 @@ _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel, DataParallel and ``torch.compile``."""
     while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
-        else:
+        parallel = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
+        inner = getattr(model, "module" if parallel else "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
             return model
+        model = inner
 
 
 def named_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -152,7 +152,7 @@ class Calls:
             return ""
         return f"no layer {', '.join(map(repr, wanted))} called attention; those that did: {', '.join(self.numbers)}"
 
-    @torch.compiler.disable
+    @untraced
     def _enter(self, module: nn.Module, args: object) -> None:
         name = self._names.get(id(module))
         if name is None or self._observer not in observers():
@@ -162,7 +162,7 @@ class Calls:
         self._running.append(module)
         self._ran[name] = module
 
-    @torch.compiler.disable
+    @untraced
     def _leave(self, module: nn.Module, args: object, output: object) -> None:
         if module not in self._running or self._observer not in observers():
             return

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mimkernels.heads.calls import Calls, Choice, LayerChoice, unwrapped
-from mimkernels.heads.fused import fused_attention, sharing, uncompiled
+from mimkernels.heads.fused import fused_attention, sharing, uncompiled, untraced
 from mimkernels.heads.intercept import FunctionObserver, Interception
 from mimkernels.heads.layout import LAYOUT_FUNCTIONS, Layouts, described, shown_grid
 from mimkernels.heads.presets import PRESETS, QUANTITIES, Preset, patch_grid_positions, required_stats
@@ -31,7 +31,7 @@ from mimkernels.ops import AttentionOutput
 __all__ = ["Capture", "capture"]
 
 
-@torch.compiler.disable
+@untraced
 def capture(
     model: nn.Module,
     stats: str | Preset | Sequence[str | Preset],
@@ -94,7 +94,7 @@ def capture(
         raise ValueError("accumulate=True keeps no rows that could be differentiable")
     names = [stats] if isinstance(stats, str | Preset) else list(stats)
     presets = [item for item in names if isinstance(item, Preset) or item in PRESETS]
-    quantities = [item for item in names if item not in presets]
+    quantities = [item for item in names if isinstance(item, str) and item not in presets]
     unknown = [name for name in quantities if name not in QUANTITIES]
     if unknown or not names:
         raise ValueError(
@@ -138,7 +138,7 @@ class Capture(FunctionObserver):
         self._calls = Calls(model, self, layouts.left)
         self._open: ExitStack | None = None
 
-    @torch.compiler.disable
+    @untraced
     def __enter__(self) -> RecordedHeads:
         if self._open is not None:
             raise RuntimeError("this capture was used before; call capture again")
@@ -153,8 +153,9 @@ class Capture(FunctionObserver):
             self._open = stack.pop_all()
         return self._heads
 
-    @torch.compiler.disable
+    @untraced
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
+        assert self._open is not None
         self._open.close()
         if kind is not None:
             return
@@ -205,7 +206,7 @@ class Capture(FunctionObserver):
     def runs(self) -> bool:
         return bool(self._calls.modules)
 
-    def note(self, func: Callable, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
+    def note(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
         if func in LAYOUT_FUNCTIONS:
             self._layouts.note(func, args, kwargs, result, self._calls.modules)
         elif isinstance(result, Tensor):
@@ -283,15 +284,15 @@ class _Places:
         num_prefix: str | int,
     ) -> None:
         self._layouts = layouts
-        self._num_prefix = None if num_prefix == "auto" else num_prefix
+        self._num_prefix = num_prefix if isinstance(num_prefix, int) else None
         self._given = positions if isinstance(positions, Tensor) else None
         self._grid = None if isinstance(positions, Tensor | str) else tuple(positions)
         self._unit = wanted.unit
         self._needed = "distance" in wanted.row_stats
-        self._positions: dict[tuple, Tensor] = {}
+        self._positions: dict[tuple[object, ...], Tensor] = {}
         if isinstance(positions, str) and positions != "auto":
             raise ValueError(f'positions must be "auto", patches per axis or coordinates, got {positions!r}')
-        if self._num_prefix is not None and (not isinstance(num_prefix, int) or num_prefix < 0):
+        if num_prefix != "auto" and (not isinstance(num_prefix, int) or num_prefix < 0):
             raise ValueError(f'num_prefix must be "auto" or a number of tokens, got {num_prefix!r}')
         unknown = "num_prefix" if self._num_prefix is None else ""
         if self._needed and self._given is None and self._grid is None:
@@ -320,17 +321,20 @@ class _Places:
             patches = self._layouts.of_grid(calls.modules, batch, self._grid)
             fits = keys == prefix + math.prod(patches.grid)
             why = "" if fits else f"{keys} tokens, but {described(prefix, patches.grid)}"
-        if why or (patches.ids is not None and len(patches.ids) != batch):
+        ids = None if patches is None else patches.ids
+        if ids is not None and len(ids) != batch:
+            why = why or f"{batch} images, but {len(ids)} were embedded"
+        if why or patches is None:
             raise ValueError(
-                f"{layer}: {why or f'{batch} images, but {len(patches.ids)} were embedded'}: give positions and "
-                "num_prefix (of a masked encoder, the kept patches' coordinates per image), or use layers= to leave "
-                "it out"
+                f"{layer}: {why}: give positions and num_prefix (of a masked encoder, the kept patches' coordinates "
+                "per image), or use layers= to leave it out"
             )
         positions = self._grid_positions(patches, call.q.device)
-        return prefix, positions if patches.ids is None else positions[patches.ids]
+        return prefix, positions if ids is None else positions[ids]
 
     def _given_positions(self, prefix: int, call: AttentionCall, layer: str) -> Tensor:
         batch, keys = call.k.shape[0], call.k.shape[2]
+        assert self._given is not None
         *images, places, _ = self._given.shape
         if places not in (keys, keys - prefix) or images not in ([], [1], [batch]):
             raise ValueError(

@@ -103,6 +103,7 @@ class CKA:
                 raise ValueError(
                     f"earlier batches had {list(self._xy.shape)} layers (x, y), this one has {list(sums[0].shape)}"
                 )
+            assert self._xx is not None and self._yy is not None
             sums = (self._xy + sums[0], self._xx + sums[1], self._yy + sums[2])
         self._xy, self._xx, self._yy = sums
         self.batches += 1
@@ -111,7 +112,7 @@ class CKA:
         """``[layers, B, B]`` Gram matrices of centred features."""
         if isinstance(features, Tensor) or not features:
             raise ValueError(f"{name} must be a sequence of [B, D] or [B, N, D] features, one per layer")
-        grams = []
+        grams: list[Tensor] = []
         for x in features:
             if x.dim() == 3:
                 first = self.num_prefix if self.tokens == "patch" else 0
@@ -144,11 +145,13 @@ class CKA:
             raise ValueError(f"these CKAs were set up differently: {mine} and {theirs}")
         if other._xy is None:
             return self
+        assert other._xx is not None and other._yy is not None
         if self._xy is None:
             self._xy, self._xx, self._yy = other._xy.clone(), other._xx.clone(), other._yy.clone()
         else:
             if self._xy.shape != other._xy.shape:
                 raise ValueError(f"{list(self._xy.shape)} layers (x, y) here and {list(other._xy.shape)} there")
+            assert self._xx is not None and self._yy is not None
             device = self._xy.device
             self._xy = self._xy + other._xy.to(device)
             self._xx = self._xx + other._xx.to(device)
@@ -164,10 +167,12 @@ class CKA:
         parts: list[CKA | None] = [None] * dist.get_world_size(group)
         here = CKA(tokens=self.tokens, num_prefix=self.num_prefix, rescale=self.rescale).merge(self)
         if here._xy is not None:
+            assert here._xx is not None and here._yy is not None
             here._xy, here._xx, here._yy = here._xy.cpu(), here._xx.cpu(), here._yy.cpu()
         # A few hundred numbers, once per evaluation: gathering whole objects also serves processes that saw nothing.
         dist.all_gather_object(parts, here, group=group)
         for part in parts:
+            assert part is not None
             total.merge(part)
         return total
 
@@ -179,5 +184,6 @@ class CKA:
         """
         if self._xy is None:
             raise ValueError("no batch was added to this CKA")
+        assert self._xx is not None and self._yy is not None
         # The number of batches cancels. A layer that is the same for all images gives 0 / 0 = NaN.
         return (self._xy / torch.outer(self._xx, self._yy).sqrt()).cpu()

@@ -7,17 +7,24 @@ import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _lock = threading.RLock()
 _shared: dict[Hashable, tuple[int, ExitStack]] = {}  # what is changed now: by how many, and how it is undone
 
 
+def untraced(function: _Function) -> _Function:
+    """``torch.compiler.disable``, which is not annotated, with the type of the function."""
+    return cast(_Function, torch.compiler.disable(function))
+
+
 @contextmanager
-def sharing(key: Hashable, change: Callable[[], AbstractContextManager]) -> Iterator[None]:
+def sharing(key: Hashable, change: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
     """Inside the block, something that all threads see is changed: the first to come does it, the last to go undoes it.
 
     Were each to put back what it found, threads that leave in the order they came in would leave the change behind.

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from mimkernels.heads.fused import untraced
 from mimkernels.heads.layout import LAYOUT_FUNCTIONS
 from mimkernels.nn.sdpa import (
     DIM_DIVISOR,
@@ -54,7 +55,7 @@ class FunctionObserver(ABC):
         """Whether a part of the observed model runs now."""
 
     @abstractmethod
-    def note(self, func: Callable, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
+    def note(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
         """Look at what another function than attention gave: of ``LAYOUT_FUNCTIONS``, or a softmax."""
 
 
@@ -63,10 +64,12 @@ class Interception(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._multi_head: dict[str, Callable] = {}
+        self._multi_head: dict[str, Callable[..., Any]] = {}
 
-    @torch.compiler.disable
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    @untraced
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention and func is not F.multi_head_attention_forward:
             result = func(*args, **kwargs)
@@ -112,7 +115,7 @@ class Interception(TorchFunctionMode):
             self._calling("_only_watch", _only_watch)(**{**given, "need_weights": False})
         return result
 
-    def _calling(self, name: str, attend: Callable) -> Callable:
+    def _calling(self, name: str, attend: Callable[..., Any]) -> Callable[..., Any]:
         """``F.multi_head_attention_forward`` with another scaled_dot_product_attention among its globals."""
         if name not in self._multi_head:
             func = F.multi_head_attention_forward

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -77,7 +77,7 @@ class Layouts:
         certain = 0 if declared and prefix == 0 else None
         if given is not None:
             certain = prefix = given
-        seen, count = self._seen.get(name), tokens - prefix
+        seen, count = self._seen.get(name) if name is not None else None, tokens - prefix
         if seen is not None and count in seen.chosen:
             ids = seen.chosen[count]
             if ids is not None:
@@ -99,7 +99,8 @@ class Layouts:
 
     def of_grid(self, modules: Sequence[nn.Module], batch: int, grid: Sequence[int]) -> Patches:
         """Patches in a grid that is known: a window of the part's own, or one that was given."""
-        seen = self._seen.get(_innermost(self._names[id(modules[0])], self.parts))
+        name = _innermost(self._names[id(modules[0])], self.parts)
+        seen = None if name is None else self._seen.get(name)
         patches = Patches(batch, tuple(grid))
         if seen is None:
             return patches
@@ -120,12 +121,15 @@ class Layouts:
             self._seen[name] = _Seen(_embedded(self._convolutions))
             self._convolutions = []
         if id(module) in self._droppers:
-            seen = self._seen.get(_innermost(self._names[id(module)], self.parts))
+            name = _innermost(self._names[id(module)], self.parts)
+            seen = None if name is None else self._seen.get(name)
             kept = output[0] if isinstance(output, tuple) else output
             if seen is not None and inputs and isinstance(kept, Tensor):
                 seen.drop(inputs[0].shape[1], kept.shape[1], getattr(module, "num_prefix_tokens", 0))
 
-    def note(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, modules: list) -> None:
+    def note(
+        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, modules: Sequence[nn.Module]
+    ) -> None:
         """Look at one of ``LAYOUT_FUNCTIONS`` that was called in these modules, the innermost first."""
         if func in _CONVOLUTIONS:
             if any(id(module) in self._embeddings for module in modules):
@@ -174,9 +178,10 @@ class _Seen:
             self._add(choice.kept, None if again else choice.ids)
         elif choice.tokens in self.chosen:
             before, ids = self.chosen[choice.tokens], choice.ids
-            known = before is not None and ids is not None and (len(before), before.device) == (len(ids), ids.device)
-            rows = torch.arange(len(ids), device=ids.device)[:, None] if known else None
-            self._add(choice.kept, before[rows, ids] if known else None)
+            chosen = None
+            if before is not None and ids is not None and (len(before), before.device) == (len(ids), ids.device):
+                chosen = before[torch.arange(len(ids), device=ids.device)[:, None], ids]
+            self._add(choice.kept, chosen)
         elif choice.tokens == count + num_prefix:
             self.whole = False  # whether the prefix is still there is not known
 
@@ -210,7 +215,9 @@ class _Convolution(NamedTuple):
     grid: tuple[int, ...]
 
 
-def _convolution(result: Tensor, input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, *_: Any, **__: Any):
+def _convolution(
+    result: Tensor, input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, *_: Any, **__: Any
+) -> _Convolution:
     axes = weight.dim() - 2
     steps = (stride,) * axes if isinstance(stride, int) else tuple(stride)
     batch = result.shape[0] if result.dim() == weight.dim() else 1
@@ -269,7 +276,7 @@ def _indexed(result: Tensor, x: Tensor, index: Any) -> _Choice | None:
 
 _DROPPERS = ("PatchDropout", "PatchDropoutWithIndices")  # of timm
 _CONVOLUTIONS = (F.conv2d, F.conv3d)
-_CHOICES = {
+_CHOICES: dict[Any, Callable[..., _Choice | None]] = {
     **dict.fromkeys((torch.gather, Tensor.gather), _gathered),
     **dict.fromkeys((torch.take_along_dim, Tensor.take_along_dim), _along),
     **dict.fromkeys((torch.index_select, Tensor.index_select), _selected),
@@ -321,7 +328,8 @@ def described(num_prefix: int, grid: Sequence[int]) -> str:
 
 def _of_timm(module: nn.Module) -> Part | None:
     if hasattr(module, "decoder_blocks") and hasattr(module, "encoder"):
-        module = module.encoder  # mimkernels.models.MAE: the decoder's tokens are laid out as the encoder's
+        encoder: Any = module.encoder
+        module = encoder  # mimkernels.models.MAE: the decoder's tokens are laid out as the encoder's
     embed = getattr(module, "patch_embed", None)
     if not isinstance(embed, nn.Module) or not _convolutions_of(embed):
         return None
@@ -345,7 +353,7 @@ def _of_transformers(module: nn.Module, config: Any) -> Part | None:
     return Part(embed, next((count for part in module.modules() if (count := _prefix_tokens(part))), 0))
 
 
-def _convolutions_of(module: nn.Module) -> list[nn.Module]:
+def _convolutions_of(module: nn.Module) -> list[nn.Conv2d | nn.Conv3d]:
     return [part for part in module.modules() if isinstance(part, nn.Conv2d | nn.Conv3d)]
 
 

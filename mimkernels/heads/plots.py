@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -191,7 +192,7 @@ def _common_label(named: Mapping[str, HeadStatistics], quantity: str) -> str:
     return labels.pop()
 
 
-def _style():
+def _style() -> AbstractContextManager[None]:
     import matplotlib
 
     return matplotlib.rc_context(CHART)

@@ -126,7 +126,7 @@ class RecordedHeads(Mapping[str, LayerHeads]):
         """
         mine = self.to_dict()
         settings = {key: {**each.to_dict(), "layers": {}} for key, each in self._groups.items()}
-        processes: list = [(mine["layers"], mine["missed"], settings)]
+        processes: list[Any] = [(mine["layers"], mine["missed"], settings)]
         if dist.is_available() and dist.is_initialized():
             processes = [None] * dist.get_world_size(group)
             dist.all_gather_object(processes, (mine["layers"], mine["missed"], settings), group=group)
@@ -187,7 +187,7 @@ def record_heads(
     from mimkernels.nn.attention import attention_layers  # needs timm, which capture does not
 
     single = isinstance(model, nn.Module)
-    modules = [model] if single else list(model)
+    modules = [model] if isinstance(model, nn.Module) else list(model)
     for module in modules:
         if not isinstance(module, nn.Module):
             raise TypeError(f"record_heads takes a module or several, got {type(module).__name__}")

@@ -7,6 +7,7 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,7 +45,7 @@ class _Layer:
 
     def variances(self) -> Tensor:
         """Unbiased, over images, ``[columns]`` on the CPU; NaN for fewer than two images."""
-        sums, squares = self.sums.cpu()
+        sums, squares = self.sums.cpu().unbind()
         if self.images < 2:
             return sums * torch.nan
         return ((squares - sums.square() / self.images) / (self.images - 1)).clamp(min=0.0)
@@ -178,6 +179,7 @@ class HeadStatistics:
         heads = self._check_shapes(layer, rows, given)
         options = {"bias": bias, "key_mask": key_mask, "scale": scale, "backend": backend}
         if self.exact_eps and {"cls_pos_entropy", "pos_pos_entropy"} & set(self.names):
+            assert q is not None and k is not None
             rows["eps_patch_entropy"] = derived.eps_patch_entropy(
                 q, k, self.num_prefix, eps=self.eps, bias=bias, key_mask=key_mask, scale=scale
             )
@@ -191,7 +193,7 @@ class HeadStatistics:
             # Not in place: sums made under inference_mode could not be changed outside it.
             self._layers[layer] = _Layer(heads, old.images + len(columns), old.sums + sums.to(old.sums.device))
 
-    def _values(self, name: str, rows: dict[str, Tensor], given: dict, options: dict) -> Tensor:
+    def _values(self, name: str, rows: dict[str, Tensor], given: dict[str, Any], options: dict[str, Any]) -> Tensor:
         """``[B, H]`` of one quantity; ``[B, 1]`` of one that a layer has once."""
         q, k, lse = given["q"], given["k"], given["lse"]
         if name in BEYOND_CLS:
@@ -208,7 +210,7 @@ class HeadStatistics:
             return derived.per_head_divergence(between, symmetrize=self.symmetrize)
         if name.endswith("_magnitude"):
             x = given["output" if "output" in name else "tokens"].detach()
-            norms = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)  # [B, N]
+            norms: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)  # [B, N]
             norms = norms[:, 0] if name.startswith("cls_") else norms[:, self.num_prefix :].mean(-1)
             return norms[:, None]
         return derived.query_mean(rows[name], self.num_prefix, exclude_prefix=self.exclude_prefix)
@@ -236,6 +238,7 @@ class HeadStatistics:
             shape = tuple(row.shape)
         for name in self.inputs:
             tensor = given[name]
+            assert tensor is not None
             wide = name in ("tokens", "output")
             if tensor.dim() != (4 if name in "qk" else 3):
                 wanted = "[B, N, D]" if wide else "[B, H, N]" if name == "lse" else "[B, H, N, D]"
@@ -252,14 +255,19 @@ class HeadStatistics:
         old = self._layers.get(layer)
         if old is not None and old.heads != heads:
             raise ValueError(f"layer {layer} had {old.heads} heads in earlier batches, now {heads}")
-        tokens = shape[2] if shape is not None else given[self.inputs[0]].shape[1]
+        if shape is None:
+            first = given[self.inputs[0]]
+            assert first is not None
+            tokens = first.shape[1]
+        else:
+            tokens = shape[2]
         if tokens <= self.num_prefix:
             raise ValueError(f"no patch tokens: {tokens} tokens, of which num_prefix is {self.num_prefix}")
         return heads
 
     # Combining
 
-    def _settings(self) -> dict:
+    def _settings(self) -> dict[str, Any]:
         return {
             "presets": list(self.presets),
             "quantities": list(self.names),
@@ -272,7 +280,7 @@ class HeadStatistics:
         }
 
     @classmethod
-    def _from_settings(cls, settings: Mapping) -> HeadStatistics:
+    def _from_settings(cls, settings: Mapping[str, Any]) -> HeadStatistics:
         options = ("quantities", "num_prefix", "unit", "exclude_prefix", "symmetrize", "exact_eps")
         statistics = cls(**{key: settings[key] for key in options})
         # Presets of the caller's own are known by their settings alone.
@@ -455,12 +463,12 @@ class HeadStatistics:
                         numbers = map(repr, values)
                         out.writerow((name, self.unit_of(name), number, shown, *numbers, self.images[number]))
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Settings, sums and results as plain Python, for JSON; ``from_dict`` restores the object exactly."""
         recorded = {}
         for number in self.layers:
             layer = self._layers[number]
-            entry = {"images": layer.images, "heads": layer.heads}
+            entry: dict[str, Any] = {"images": layer.images, "heads": layer.heads}
             moments = {"mean": layer.means(), "std": layer.variances().sqrt(), "sum": layer.sums[0]}
             moments["sum_of_squares"] = layer.sums[1]
             lists = {key: values.tolist() for key, values in moments.items()}
@@ -470,7 +478,7 @@ class HeadStatistics:
         return {"format": 1, **self._settings(), "layers": recorded}
 
     @classmethod
-    def from_dict(cls, data: Mapping) -> HeadStatistics:
+    def from_dict(cls, data: Mapping[str, Any]) -> HeadStatistics:
         """What ``to_dict`` gave, back; also after JSON.
 
         Raises:
@@ -494,7 +502,7 @@ class HeadStatistics:
         return f"HeadStatistics({', '.join(self.names)}; {len(self._layers)} layers, {images} images)"
 
 
-def _agreed(setting: str, given, presets: Sequence[Preset], *, default):
+def _agreed(setting: str, given: Any, presets: Sequence[Preset], *, default: Any) -> Any:
     """The setting that the argument and all presets agree on."""
     wanted = {preset.name: getattr(preset, setting) for preset in presets if getattr(preset, setting) is not None}
     if given is not None:

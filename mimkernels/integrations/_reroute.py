@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable, Iterator
 from itertools import zip_longest
 from types import CellType, CodeType, FunctionType, ModuleType
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -69,7 +69,8 @@ def rerouted(function: FunctionType, attention: Callable) -> FunctionType:
     if not _same_code(_compiled(definition, function), function.__code__):
         raise ValueError("its source, compiled again, is not what it runs")
     names = _Names(function, definition)
-    code = _compiled(_Reroute(set(map(id, names.candidates()))).visit(definition), function)
+    changed = cast(ast.FunctionDef, _Reroute(set(map(id, names.candidates()))).visit(definition))
+    code = _compiled(changed, function)
     _definition.cache_clear()  # what was changed is of no use to others
 
     def instead(value: Any) -> Any:
@@ -80,7 +81,7 @@ def rerouted(function: FunctionType, attention: Callable) -> FunctionType:
     new = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
     new.__kwdefaults__ = function.__kwdefaults__
     functools.update_wrapper(new, function)
-    del new.__wrapped__  # inspect, and torch.compile through it, must see this function, not the original
+    del new.__dict__["__wrapped__"]  # inspect, and torch.compile through it, must see this function, not the original
     return new
 
 
@@ -128,7 +129,7 @@ class _Reroute(ast.NodeTransformer):
     def visit(self, node: ast.AST) -> ast.AST:
         chosen = id(node) in self._nodes
         node = self.generic_visit(node)
-        if not chosen:
+        if not chosen or not isinstance(node, ast.expr):
             return node
         return ast.copy_location(ast.Call(ast.copy_location(ast.Name(_PARAMETER, ast.Load()), node), [node], []), node)
 
@@ -170,7 +171,7 @@ def _imports(definition: ast.FunctionDef) -> dict[str, Any]:
                 imported[alias.asname or name] = sys.modules.get(name)
         elif isinstance(node, ast.ImportFrom) and not node.level:
             for alias in node.names:
-                imported[alias.asname or alias.name] = getattr(sys.modules.get(node.module), alias.name, None)
+                imported[alias.asname or alias.name] = getattr(sys.modules.get(node.module or ""), alias.name, None)
     return imported
 
 
@@ -183,7 +184,9 @@ def _definition(function: FunctionType) -> ast.FunctionDef:
         tree = ast.parse("".join(["if True:\n", *lines] if indented else lines))
     except SyntaxError as error:
         raise ValueError(f"its source cannot be parsed: {error}") from error
-    definition = tree.body[0].body[0] if indented else tree.body[0]
+    definition = tree.body[0]
+    if isinstance(definition, ast.If):
+        definition = definition.body[0]
     if not isinstance(definition, ast.FunctionDef):
         raise ValueError("its source is no definition of a function")
     ast.increment_lineno(tree, first - (2 if indented else 1))
@@ -202,7 +205,8 @@ def _compiled(definition: ast.FunctionDef, function: FunctionType) -> CodeType:
     # What names the class within the function is looked up where it was, not here.
     outside = "" if kind in free else f" global {kind}\n"
     tree = ast.parse(f"def outer({', '.join((*free, _PARAMETER))}):\n{outside} class {kind}: pass")
-    tree.body[0].body[-1].body = [definition]
+    inner = cast(ast.ClassDef, cast(ast.FunctionDef, tree.body[0]).body[-1])
+    inner.body = [definition]
     flags = function.__code__.co_flags & __future__.annotations.compiler_flag  # of functions within
     module = compile(ast.fix_missing_locations(tree), function.__code__.co_filename, "exec", flags, True)
     code = _code_in(_code_in(_code_in(module, "outer"), kind), definition.name)

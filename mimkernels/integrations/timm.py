@@ -71,7 +71,7 @@ class Accelerated:
     """What ``accelerate`` did, line by line; prints as a table."""
 
     changes: list[Change]
-    _classes: list[type] = field(repr=False, compare=False)
+    _classes: list[Any] = field(repr=False, compare=False)
 
     @property
     def accelerated(self) -> list[Change]:
@@ -296,7 +296,7 @@ def _why_every_patch(module: VisionTransformer) -> str | None:
 
 def _change_class(module: nn.Module) -> str | None:
     """Give a module its new class, or say why not."""
-    kind = type(module)
+    kind: Any = type(module)
     if "forward" in module.__dict__:
         return "it has a forward of its own"
     try:
@@ -311,7 +311,7 @@ def _change_class(module: nn.Module) -> str | None:
 
 
 @functools.cache
-def _accelerated(kind: type) -> type:
+def _accelerated(kind: Any) -> type[nn.Module]:
     if kind in (TimmAttention, TimmMlp):
         return Attention if kind is TimmAttention else Mlp
     methods: dict[str, Any] = {}
@@ -327,7 +327,7 @@ def _accelerated(kind: type) -> type:
         methods["fused_attn"] = fused_attn
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     ways = {"__reduce_ex__": _reduce, "__prepare_scriptable__": prepare_scriptable}
-    new = type(kind.__name__, (kind,), {**names, **methods, **ways})
+    new: type[nn.Module] = type(kind.__name__, (kind,), {**names, **methods, **ways})
     return register_notrace_module(new) if is_notrace_module(kind) else new
 
 
@@ -336,12 +336,12 @@ def _reduce(module: nn.Module, protocol: int) -> tuple:
     return _made_again, (module.__dict__[MARK],), module.__getstate__()
 
 
-def _made_again(kind: type) -> nn.Module:
+def _made_again(kind: Any) -> nn.Module:
     new = _accelerated(kind)
     return new.__new__(new)
 
 
-def _dropped(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+def _dropped(module: PatchDropout | PatchDropoutWithIndices, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """What timm's ``patch_dropout_forward`` gives, for the same random state."""
     if not module.training or module.prob == 0:
         return x, None
@@ -353,13 +353,13 @@ def _dropped(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     return gather_tokens(x, rows), ids
 
 
-def _kept(drop: nn.Module, batch: int, patches: int, device: torch.device) -> Tensor:
+def _kept(drop: PatchDropout | PatchDropoutWithIndices, batch: int, patches: int, device: torch.device) -> Tensor:
     keep = max(1, int(patches * (1.0 - drop.prob)))
     noise = torch.randn(batch, patches, device=device)
     return mask_from_noise(noise, keep, order="sorted" if drop.ordered else "shuffle").ids_keep
 
 
-def _features_of_kept_patches(kind: type) -> Callable:
+def _features_of_kept_patches(kind: Any) -> Callable[..., Tensor]:
     def forward_features(self: VisionTransformer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         drop, embed = self.patch_drop, self.patch_embed
         masked = any(value is not None and value is not False for value in (*args, *kwargs.values()))
@@ -372,7 +372,8 @@ def _features_of_kept_patches(kind: type) -> Callable:
             or not (self.dynamic_img_size or tuple(x.shape[-2:]) == tuple(embed.img_size))
             or _why_every_patch(self) is not None
         ):
-            return kind.forward_features(self, x, *args, **kwargs)
+            features: Tensor = kind.forward_features(self, x, *args, **kwargs)
+            return features
         patches = (x.shape[-2] // embed.patch_size[0]) * (x.shape[-1] // embed.patch_size[1])
         return visible_features(self, x, _kept(drop, x.shape[0], patches, x.device))
 

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import Any
+from types import FunctionType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ from mimkernels.nn.sdpa.stand_in import scaled_dot_product_attention
 
 __all__ = ["mimkernels_attention_forward"]
 
-_forward = rerouted(sdpa_attention_forward, scaled_dot_product_attention)
+_forward = rerouted(cast(FunctionType, sdpa_attention_forward), scaled_dot_product_attention)
 
 
 def mimkernels_attention_forward(

@@ -80,7 +80,7 @@ def prepare_scriptable(module: nn.Module) -> nn.Module:
 
 def _get_fused_attn(module: nn.Module) -> bool:
     try:
-        value = module.__dict__["fused_attn"]
+        value: bool | None = module.__dict__["fused_attn"]
     except KeyError:
         raise AttributeError("fused_attn") from None
     if value is None:

@@ -37,7 +37,7 @@ class Attention(TimmAttention):
     """
 
     __prepare_scriptable__ = prepare_scriptable
-    fused_attn = fused_attn
+    fused_attn = fused_attn  # type: ignore[misc] # final for TorchScript, which gets timm's class
     _recorder: Recorder | None = None  # by which this layer's heads are recorded, inside `record_heads` only
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -70,7 +70,8 @@ class Attention(TimmAttention):
         y = self.proj(y)
         if recorder is not None:
             recorder.record_projected(y)
-        return self.proj_drop(y)
+        projected: Tensor = self.proj_drop(y)
+        return projected
 
     def _reason_against(self, x: Tensor, attn_mask: Tensor | None) -> str | None:
         """Why this call must run timm's own code, whatever ``fused_attn`` says; None if it need not."""
@@ -126,5 +127,5 @@ def attention_layers(*modules: nn.Module) -> list[Attention]:
 
 def _other_kinds(*modules: nn.Module) -> str:
     names = {type(part).__name__ for module in modules for part in module.modules()}
-    names = sorted(name for name in names if "attention" in name.lower())
-    return f"; its attention: {', '.join(names)}" if names else ""
+    attention = sorted(name for name in names if "attention" in name.lower())
+    return f"; its attention: {', '.join(attention)}" if attention else ""

@@ -36,14 +36,18 @@ class Mlp(TimmMlp):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., C]`` to ``[..., C']``, as timm's."""
-        if reason_against(self) is not None or is_for_pytorch(x):
-            return super().forward(x)
+        approximate = _approximation(self.act)
+        out: Tensor
+        if approximate is None or reason_against(self) is not None or is_for_pytorch(x):
+            out = super().forward(x)  # type: ignore[no-untyped-call] # timm's, without annotations
+            return out
         hidden = F.linear(x, self.fc1.weight)  # [..., E]
         bias = self.fc1.bias
         if bias is not None and bias.dtype not in (hidden.dtype, torch.float32):
             bias = bias.to(hidden.dtype)
-        hidden = self.drop1(bias_gelu(hidden, bias, approximate=_approximation(self.act)))
-        return self.drop2(self.fc2(self.norm(hidden)))
+        hidden = self.drop1(bias_gelu(hidden, bias, approximate=approximate))
+        out = self.drop2(self.fc2(self.norm(hidden)))
+        return out
 
 
 def use_mimkernels_mlp(module: nn.Module, *, required: bool = True) -> list[Mlp]:

@@ -89,7 +89,10 @@ class Pooling(nn.Module):
         if return_weights and not self.gives_weights:
             raise ValueError(f"{self.name} does not weigh tokens: it has no weights to return")
         pooled, weights = self.pool(x, cls_attention)
-        return (pooled, weights) if return_weights else pooled
+        if not return_weights:
+            return pooled
+        assert weights is not None
+        return pooled, weights
 
     def pool(self, x: Tensor, cls_attention: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """``[B, D']`` and weights ``[B, G, N]``, or None where there are none."""
@@ -212,6 +215,7 @@ class AbMILP(Pooling):
         prefix = self.num_prefix - self.first
         patches = x.shape[1] - prefix
         side = math.isqrt(patches)
+        assert self.positions is not False
         rows, columns = (side, side) if self.positions is True else self.positions
         if rows * columns != patches:
             raise ValueError(f"abmilp: positions for a grid of {rows} x {columns}, but there are {patches} patches")
@@ -227,13 +231,15 @@ class _SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=2)  # [B, N, D] each
-        return self.proj(attention(q[:, None], k[:, None], v[:, None]).out.squeeze(1))
+        out: Tensor = self.proj(attention(q[:, None], k[:, None], v[:, None]).out.squeeze(1))
+        return out
 
 
 class _ByClsAttention(Pooling):
     needs_cls_token, needs_cls_attention = True, True
 
     def pool(self, x: Tensor, cls_attention: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert cls_attention is not None
         mass = self.choose(cls_attention[:, :, self.num_prefix :].float())  # [B, N - P]
         weights = mass / mass.sum(1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
         weights = self._over_all_tokens(weights[:, None])
@@ -285,7 +291,11 @@ class TopK(Pooling):
             raise ValueError("topk by cls_attention needs a [cls] token, but num_prefix is 0")
 
     def pool(self, x: Tensor, cls_attention: Tensor | None) -> tuple[Tensor, Tensor]:
-        scores = cls_attention.mean(1) if self.needs_cls_attention else x.float().norm(dim=2)  # [B, N]
+        if self.needs_cls_attention:
+            assert cls_attention is not None
+            scores = cls_attention.mean(1)  # [B, N]
+        else:
+            scores = x.float().norm(dim=2)
         patches = x.shape[1] - self.num_prefix
         count = max(1, round(self.k * patches)) if self.k < 1 else int(self.k)
         if count > patches:

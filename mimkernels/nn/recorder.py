@@ -183,7 +183,7 @@ class LayerRecorder:
         request = StatisticsRequest(tuple(dict.fromkeys(stats)), num_prefix, positions)
         if names is None:
             names = [str(index) for index in range(len(layers))]
-        self._layers = list(layers)
+        self._layers: list[Any] = list(layers)  # modules with a `_recorder`
         self._slots = [_Slot(recorder, request, name, index) for index, name in enumerate(names)]
         self._with_grad = False
 
@@ -252,6 +252,7 @@ class _Slot:
         stats = {name: output.stats[name] for name in self.request.stats}  # an observer may have wanted others
         self._recorder.write(heads, call, output._replace(stats=stats))
         self.with_grad = torch.is_grad_enabled()
+        assert self.layer is not None
         _await_backward(self.layer, self.request, output.lse)
 
     def record_projected(self, output: Tensor) -> None:
@@ -276,7 +277,8 @@ def recorder_of(layer: nn.Module) -> _Slot | _Repeated | None:
     if is_recomputing():
         request = _request_of_recorded_pass(layer)
         return None if request is NO_STATISTICS else _Repeated(request)
-    slot: _Slot | None = layer._recorder
+    attached: Any = layer._recorder
+    slot: _Slot | None = attached
     if slot is None or torch.compiler.is_compiling() or slot.thread in (None, get_ident()):
         return slot
     return None
@@ -291,7 +293,8 @@ _awaiting_backward = weakref.WeakKeyDictionary()
 def _await_backward(layer: nn.Module, request: StatisticsRequest, lse: Tensor) -> None:
     if torch.compiler.is_compiling() or lse.grad_fn is None:
         return
-    lse.grad_fn.metadata["mimkernels.recorded"] = request
+    node: Any = lse.grad_fn  # whose metadata torch annotates as a function
+    node.metadata["mimkernels.recorded"] = request
     _awaiting_backward.setdefault(layer, weakref.WeakSet()).add(request)
 
 

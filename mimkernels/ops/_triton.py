@@ -137,6 +137,55 @@ def narrow(value, dtype: tl.constexpr):
 
 
 @triton.jit
+def add_term(total, lost, term, COMPENSATED: tl.constexpr):
+    # (total, lost) + term: an fp32 sum and what its roundings have lost, about twice the digits of either. Needed where
+    # the result is fp32; of a result of 16 bits nothing is lost. Only additions, which no compiler reorders.
+    if COMPENSATED:
+        following = total + term
+        part = following - total
+        return following, lost + ((total - (following - part)) + (term - part))
+    else:
+        return total + term, lost
+
+
+@triton.jit
+def add_sums(total, lost, other, other_lost):
+    # Two sums of add_term.
+    return add_term(total, lost + other_lost, other, True)
+
+
+@triton.jit
+def rest(lost):
+    # Of infinity or NaN nothing is lost.
+    return tl.where(lost == lost, lost, 0.0)
+
+
+@triton.jit
+def add_rows(total, lost, COMPENSATED: tl.constexpr):
+    # The sum over axis 0, by a tree, of sums of add_term. The interpreter is slow with a function of ours, and adds
+    # in fp64.
+    if not COMPENSATED:
+        return tl.sum(total, axis=0), tl.sum(lost, axis=0)
+    elif INTERPRETED:
+        exact = tl.sum(total.to(tl.float64) + rest(lost).to(tl.float64), axis=0)
+        rounded = exact.to(tl.float32)
+        return rounded, (exact - rounded.to(tl.float64)).to(tl.float32)
+    else:
+        return tl.reduce((total, lost), 0, add_sums)
+
+
+@triton.jit
+def store_sum(ptr, total, lost, parts, elements, mask, COMPENSATED: tl.constexpr):
+    # A partial sum, one of `parts` of `elements` each: itself and, as one more part, what it has lost. The only part is
+    # the result.
+    if COMPENSATED:
+        more = ptr + tl.cast(parts, tl.int64) * elements
+        tl.store(more, rest(lost), mask=mask & (parts > 1))
+        total = tl.where(parts > 1, total, total + rest(lost))
+    tl.store(ptr, narrow(total, ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def valid_id(ids, size):
     # int32 ids; those outside [0, size) become -2, which equals no row and is no source.
     return tl.where((ids >= 0) & (ids < size), ids, -2).to(tl.int32)
@@ -200,9 +249,12 @@ def gathered_sum(
     BLOCK_K: tl.constexpr,
 ):
     # The transpose of a gather, owned by its output: for each target token n the fp32 sum, m then k ascending, of
-    # grad[m * B + image, P + k, cols] over all ids[m, image, k] == n. [BLOCK_R, BLOCK_D]; zero where nothing matches.
+    # grad[m * B + image, P + k, cols] over all ids[m, image, k] == n, and what it has lost (add_term).
+    # [BLOCK_R, BLOCK_D]; zero where nothing matches.
     # One comparison of the ids with the targets finds the number of matches; unique ids take one round.
+    COMPENSATED: tl.constexpr = grad_ptr.dtype.element_ty == tl.float32
     acc = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
+    lost = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
     wanted = tl.where(target_ok, targets, -1)
     ids_row = ids_ptr + image * ids_stride_b
     grad_row = grad_ptr + image * grad_stride_b
@@ -219,10 +271,11 @@ def gathered_sum(
                 found = last != 0x7FFFFFFF
                 offsets = (num_prefix + tl.where(found, last, 0)).to(tl.int64) * grad_stride_r
                 mask = found[:, None] & cols_ok[None, :]
-                acc += widen(tl.load(grad_row + offsets[:, None] + cols[None, :], mask=mask, other=0.0))
+                term = widen(tl.load(grad_row + offsets[:, None] + cols[None, :], mask=mask, other=0.0))
+                acc, lost = add_term(acc, lost, term, COMPENSATED)
         ids_row += ids_stride_m
         grad_row += grad_stride_m
-    return acc
+    return acc, lost
 
 
 @triton.jit
@@ -276,8 +329,10 @@ def batch_sum_kernel(
 ):
     # grid:     groups * rows * chunks; a program adds one row's columns over one group of images
     # in:       grad [B, >= rows, D] by stride, last stride 1
-    # out:      out [groups, rows, D], fp32 or, for a single group, the dtype wanted; every element written once
-    # numerics: fp32; images are added BLOCK_B apart, then by a tree: the order depends on sizes alone
+    # out:      out [groups, rows, D], fp32 (then, of fp32 rows, what the sums have lost) or, for a single group, the
+    #           dtype wanted; every element written once
+    # numerics: fp32, of fp32 rows compensated; images are added BLOCK_B apart, then by a tree: the order depends on
+    #           sizes alone
     # bounds:   offsets are int64; the tails of group and columns are masked
     # cost:     grad[:, :rows] read once; no atomics, deterministic
     pid = tl.program_id(0)
@@ -285,14 +340,17 @@ def batch_sum_kernel(
     row = (pid // chunks % rows).to(tl.int64)
     group = (pid // chunks // rows).to(tl.int64)
     end = tl.minimum((group + 1) * per_group, images)
+    COMPENSATED: tl.constexpr = grad_ptr.dtype.element_ty == tl.float32
     acc = tl.zeros([BLOCK_B, BLOCK_D], dtype=tl.float32)
+    lost = tl.zeros([BLOCK_B, BLOCK_D], dtype=tl.float32)
     for step in range(0, per_group, BLOCK_B):
         image = group * per_group + step + tl.arange(0, BLOCK_B)
         mask = (image < end)[:, None] & (cols < columns)[None, :]
         source = grad_ptr + image[:, None] * grad_stride_b + row * grad_stride_r + cols[None, :]
-        acc += widen(tl.load(source, mask=mask, other=0.0))
+        acc, lost = add_term(acc, lost, widen(tl.load(source, mask=mask, other=0.0)), COMPENSATED)
     out = out_ptr + (group * rows + row) * columns + cols
-    tl.store(out, narrow(tl.sum(acc, axis=0), out_ptr.dtype.element_ty), mask=cols < columns)
+    acc, lost = add_rows(acc, lost, COMPENSATED)
+    store_sum(out, acc, lost, tl.cdiv(images, per_group), rows * columns, cols < columns, COMPENSATED)
 
 
 @triton.jit
@@ -307,22 +365,32 @@ def sum_partials_kernel(
     # grid:     cdiv(L, BLOCK_L)
     # in:       partial fp32 [S, L], contiguous
     # out:      out [L] = sum over S; every element written once
-    # numerics: fp32; parts are added BLOCK_S apart, then by a tree: the order depends on sizes alone
+    # numerics: fp32, compensated; parts are added BLOCK_S apart, then by a tree: the order depends on sizes alone
     # bounds:   offsets are int64; both tails are masked
     # cost:     partial read once; no atomics, deterministic
     cols = tl.program_id(0).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
     acc = tl.zeros([BLOCK_S, BLOCK_L], dtype=tl.float32)
+    lost = tl.zeros([BLOCK_S, BLOCK_L], dtype=tl.float32)
     for start in range(0, parts, BLOCK_S):
         part = start + tl.arange(0, BLOCK_S)
         mask = (part < parts)[:, None] & (cols < length)[None, :]
-        acc += tl.load(partial_ptr + part.to(tl.int64)[:, None] * length + cols[None, :], mask=mask, other=0.0)
-    tl.store(out_ptr + cols, narrow(tl.sum(acc, axis=0), out_ptr.dtype.element_ty), mask=cols < length)
+        term = tl.load(partial_ptr + part.to(tl.int64)[:, None] * length + cols[None, :], mask=mask, other=0.0)
+        acc, lost = add_term(acc, lost, term, True)
+    acc, lost = add_rows(acc, lost, True)
+    tl.store(out_ptr + cols, narrow(acc + rest(lost), out_ptr.dtype.element_ty), mask=cols < length)
 
 
-def partials(parts: int, shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
-    """(partial sums ``[parts, *shape]``, result ``shape`` in the dtype of ``like``); one tensor for a single part."""
+def partials(parts: int, shape: tuple[int, ...], like: Tensor, *, compensated: bool = False) -> tuple[Tensor, Tensor]:
+    """(partial sums ``[parts, *shape]``, result ``shape`` in the dtype of ``like``); one tensor for a single part.
+
+    Where they are ``compensated`` and the result is fp32, what they have lost are as many parts more (`store_sum`).
+    """
     out = like.new_empty(shape)
-    return (out if parts == 1 else like.new_empty((parts, *shape), dtype=torch.float32)), out
+    if parts == 1:
+        return out, out
+    if compensated and like.dtype == torch.float32:
+        parts *= 2
+    return like.new_empty((parts, *shape), dtype=torch.float32), out
 
 
 def sum_partials(partial: Tensor | None, out: Tensor) -> Tensor:
@@ -337,14 +405,14 @@ def sum_partials(partial: Tensor | None, out: Tensor) -> Tensor:
 
 
 def batch_sum(grad: Tensor, rows: int) -> Tensor:
-    """``grad[:, :rows].sum(0)`` of ``[B, R, D]`` in its dtype, added in fp32 in a fixed order. B > 0, rows * D > 0."""
+    """``grad[:, :rows].sum(0)`` of ``[B, R, D]`` in its dtype, added in a fixed order. B > 0, rows * D > 0."""
     images, _, columns = grad.shape
     block_d = column_block(columns, 256)
     chunks = triton.cdiv(columns, block_d)
     block_b = min(triton.next_power_of_2(images), 4096 // block_d)
     # A group fills its tile at least once.
     groups, per_group = batch_groups(triton.cdiv(images, block_b), rows * chunks)
-    partial, out = partials(groups, (rows, columns), grad)
+    partial, out = partials(groups, (rows, columns), grad, compensated=True)
     args = (grad, partial, images, rows, columns, per_group * block_b, chunks, grad.stride(0), grad.stride(1))
     launch(batch_sum_kernel, groups * rows * chunks, grad, *args, BLOCK_B=block_b, BLOCK_D=block_d)
     return sum_partials(partial, out)

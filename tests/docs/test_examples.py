@@ -16,6 +16,7 @@ import torch
 timm = pytest.importorskip("timm")
 
 import mimkernels  # noqa: E402
+from benchmarks.__main__ import tools  # noqa: E402
 from mimkernels import heads, nn  # noqa: E402
 from mimkernels.cli import build_parser  # noqa: E402
 
@@ -111,8 +112,10 @@ def test_command_exists(page, line):
     elif program == "make":
         targets = re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(), flags=re.M)
         assert {word for word in rest if "=" not in word} <= set(targets)
+    elif program == "python" and rest[:2] == ["-m", "benchmarks"]:
+        assert rest[2] in tools()
     elif program == "python" and rest[0] == "-m":
-        assert (ROOT / (rest[1].replace(".", "/") + ".py")).is_file() or (ROOT / rest[1] / "__main__.py").is_file()
+        assert (ROOT / (rest[1].replace(".", "/") + ".py")).is_file()
     elif program == "python":
         assert (ROOT / rest[0]).is_file()
     elif program == "pytest":
@@ -148,7 +151,7 @@ def common_names() -> dict:
     encoder = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=10)
     nn.use_mimkernels_attention(encoder)
     images = torch.randn(2, 3, 224, 224)
-    with torch.no_grad(), nn.record_heads(encoder, keep=("q", "k", "lse")) as recorded:
+    with torch.no_grad(), heads.record_heads(encoder, keep=("q", "k", "lse")) as recorded:
         encoder(images)
     crops = [torch.randn(2, 5, 2, 16), torch.randn(3, 7, 2, 16)]
     q, k, v = torch.randn(3, 1, 2 * 5 + 3 * 7, 2, 16).unbind(0)
@@ -156,7 +159,7 @@ def common_names() -> dict:
         **names, "torch": torch, "timm": timm, "mimkernels": mimkernels, "model": encoder, "encoder": encoder,
         "images": images, "labels": torch.tensor([1, 2]), "criterion": torch.nn.functional.cross_entropy,
         "loader": [images], "layers": [tuple(torch.randn(3, 2, 4, 197, 16)) for _ in range(2)],
-        "heads": recorded[0], "pooling": nn.build_pooling("attn-mn", 192, 1),
+        "layer": recorded[0], "pooling": nn.build_pooling("attn-mn", 192, 1),
         "features_of_each_layer": lambda images: [torch.randn(4, 17, 8) for _ in range(2)],
         "crops_a": crops[0], "crops_b": crops[1], "q": q, "k": k, "v": v,
         "name": "google/vit", "ViTModel": SimpleNamespace(from_pretrained=small_vit),

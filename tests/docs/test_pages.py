@@ -49,6 +49,15 @@ def test_every_pooling_is_described():
         assert f"`{name}`" in page, name
 
 
+PAGES = ["README.md", *(str(page.relative_to(ROOT)) for page in sorted(DOCS.rglob("*.md")))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_a_page_names_are_there(page):
+    named = re.findall(r"`((?:mimkernels|csrc|tests|benchmarks|examples|docs)/[\w./-]+)`", (ROOT / page).read_text())
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
 def test_every_page_is_in_the_navigation_once():
     nav = re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2])
     assert len(nav) == len(set(nav))

@@ -1,4 +1,4 @@
-"""Rounding errors of the CPU kernels do not grow with the number of tokens, whatever the instruction set."""
+"""Rounding errors do not grow with the number of tokens, whatever the backend and the instruction set."""
 
 import pytest
 import torch
@@ -15,7 +15,12 @@ from mimkernels import (
     restore_tokens,
     weighted_pool,
 )
+from mimkernels.ops._registry import BACKENDS, backend_state
+from mimkernels.testing import DEVICE
 from tests.test_instruction_sets import on_an_instruction_set
+
+GPU = ("triton", "cuda") if DEVICE == "cuda" else ("triton", "cuda-emulated")
+HERE = [name for name in GPU if name in BACKENDS and backend_state(name) is None]
 
 TOKENS = 4096
 # Relative, of sums of positive numbers. One chain of as many fp32 additions is off by 1e-6 to 3e-6.
@@ -70,45 +75,43 @@ def errors() -> dict[str, float]:
     return found
 
 
-def column_sums() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def column_sums(backend: str, images: int, tokens: int, columns: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """(Gradient, exact sum) of sums of rows, of numbers of either sign, so that little remains."""
-    generator = torch.Generator().manual_seed(0)
-    images, tokens, columns = 3, 333, 37
-    upstream = torch.randn(images, tokens, columns, generator=generator)
+    device = "cpu" if backend == "cpu" else DEVICE
+    upstream = torch.randn(images, tokens, columns, generator=torch.Generator().manual_seed(0)).to(device)
     rows = upstream.double()
-    x = torch.zeros(images, tokens, columns)
-    token, pos = torch.zeros(columns, requires_grad=True), torch.zeros(tokens, columns, requires_grad=True)
+    x = torch.zeros_like(upstream)
+    token, pos = torch.zeros_like(x[0, 0]).requires_grad_(), torch.zeros_like(x[0]).requires_grad_()
 
     found = {}
-    ids = torch.arange(tokens).expand(images, -1)
-    out = restore_tokens(x[:, :1], ids, token, pos, num_prefix=0, backend="cpu")
+    ids = torch.arange(tokens, device=device).expand(images, -1)
+    out = restore_tokens(x[:, :1], ids, token, pos, num_prefix=0, backend=backend)
     mask_token, positions = torch.autograd.grad(out, (token, pos), upstream)
     found["mask token of restore_tokens"] = mask_token, rows[:, 1:].sum((0, 1))
     found["positions of restore_tokens"] = positions, rows.sum(0)
 
     kept = x[:, :1].clone().requires_grad_()
-    out = restore_tokens(kept, torch.zeros_like(ids), token, backend="cpu")
+    out = restore_tokens(kept, torch.zeros_like(ids), token, backend=backend)
     found["one token restored everywhere"] = torch.autograd.grad(out, kept, upstream)[0], rows.sum(1, keepdim=True)
 
-    out = fill_mask_tokens(x, torch.ones(images, tokens, dtype=torch.bool), token, backend="cpu")
+    out = fill_mask_tokens(x, torch.ones_like(ids, dtype=torch.bool), token, backend=backend)
     found["mask token of fill_mask_tokens"] = torch.autograd.grad(out, token, upstream)[0], rows.sum((0, 1))
 
-    one, prefix = x[:, :1].clone().requires_grad_(), torch.zeros(1, columns, requires_grad=True)
-    out = gather_tokens(one, torch.zeros(images, tokens - 1, dtype=torch.int64), prefix=prefix, backend="cpu")
-    dx, dprefix = torch.autograd.grad(out, (one, prefix), upstream)
+    one, prefix = x[:, :1].clone().requires_grad_(), torch.zeros_like(x[0, :1]).requires_grad_()
+    out = gather_tokens(one, torch.zeros_like(ids[:, 1:]), pos=pos[:1], prefix=prefix, backend=backend)
+    dx, dpos, dprefix = torch.autograd.grad(out, (one, pos, prefix), upstream)
     found["one token gathered everywhere"] = dx, rows[:, 1:].sum(1, keepdim=True)
+    found["its position"] = dpos[0], rows[:, 1:].sum((0, 1))
     found["prefix of gather_tokens"] = dprefix, rows[:, :1].sum(0)
 
-    picture = torch.zeros(images, 1, 1, columns, requires_grad=True)
-    out = patchify_gather(picture, torch.zeros_like(ids), patch_size=(1, columns), backend="cpu")
+    picture = x[:, None, :1].clone().requires_grad_()
+    out = patchify_gather(picture, torch.zeros_like(ids), patch_size=(1, columns), backend=backend)
     (dpicture,) = torch.autograd.grad(out, picture, upstream)
     found["one patch gathered everywhere"] = dpicture.reshape(images, columns), rows.sum(1)
 
-    bias = torch.full((columns,), 64.0, requires_grad=True)  # where the slope is 1
-    found["bias of bias_gelu"] = (
-        torch.autograd.grad(bias_gelu(x, bias, backend="cpu"), bias, upstream)[0],
-        rows.sum((0, 1)),
-    )
+    bias = torch.full_like(token, 64.0).requires_grad_()  # where the slope is 1
+    (dbias,) = torch.autograd.grad(bias_gelu(x, bias, backend=backend), bias, upstream)
+    found["bias of bias_gelu"] = dbias, rows.sum((0, 1))
     return found
 
 
@@ -119,11 +122,9 @@ wrong = {name: error for name, error in errors().items() if error > ALLOWED[name
 assert not wrong, wrong
 """
 COLUMN_SUMS = """
-import torch
-from tests.ops.test_long_sums import column_sums
-sums = [(name, *pair) for name, pair in column_sums().items()]
-wrong = {name: (made - exact).abs().max().item() for name, made, exact in sums if not torch.equal(made, exact.float())}
-assert not wrong, wrong
+from tests.ops.test_long_sums import check_column_sums
+check_column_sums("cpu", 3, 333, 37)
+check_column_sums("cpu", 700, 40, 5)
 """
 
 
@@ -133,7 +134,27 @@ def test_sums_over_thousands_of_tokens_are_exact_to_a_few_roundings(isa):
     assert done.returncode == 0, done.stderr
 
 
+def check_column_sums(backend: str, *shape: int) -> None:
+    sums = column_sums(backend, *shape)
+    wrong = {
+        name: (made.double() - exact).abs().max().item()
+        for name, (made, exact) in sums.items()
+        if not torch.equal(made, exact.float())
+    }
+    assert not wrong, wrong
+
+
 @EACH_ISA
 def test_sums_of_rows_are_rounded_once(isa):
     done = on_an_instruction_set(isa, "-c", COLUMN_SUMS)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_sums_of_rows_are_rounded_once_on_gpus(backend, monkeypatch):
+    if backend == "triton":
+        monkeypatch.setattr("mimkernels.ops._triton.SUM_PROGRAMS", 8)  # so that each adds many images
+        check_column_sums(backend, 30, 24, 5)
+    else:
+        check_column_sums(backend, 3, 333, 37)
+        check_column_sums(backend, 700, 40, 5)

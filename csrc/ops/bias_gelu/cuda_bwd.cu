@@ -1,4 +1,5 @@
 #include "cuda/row_sums.h"
+#include "cuda/sums.cuh"
 #include "ops/bias_gelu/cuda.cuh"
 #include "ops/bias_gelu/cuda.h"
 
@@ -19,17 +20,17 @@ GeluTiling tiling_of(const BiasGeluBwdParams& p) {
 // grid:     blocks of 256 threads; a block owns 32 words of the columns of a slice of the rows, its
 //           warps every eighth batch of 4 rows; then loops
 // in:       grad and x [A, R, E] by stride, last stride 1; bias [E] in x's type, fp32 or absent
-// out:      dx [A, R, E] or none; partial fp32 [slices, E] or none, the sums of dx over the rows of
-//           each slice; contiguous, every element written exactly once
-// numerics: fp32, dx rounded once; each warp's rows are added in order, then the warps
+// out:      dx [A, R, E] or none; partial fp32 [2, slices, E] or none, the sums of dx over the rows
+//           of each slice, then what they have lost; contiguous, every element written exactly once
+// numerics: fp32, dx rounded once; each warp's rows are added in order, then the warps, compensated
 // bounds:   the tails of rows and words are masked; offsets are int64
-// cost:     grad and x read once, dx written once; 8 independent loads in flight per thread; 1 KiB
+// cost:     grad and x read once, dx written once; 8 independent loads in flight per thread; 2 KiB
 //           of shared memory per element of a word; no atomics, deterministic
 template <typename T, int VEC, bool TANH>
 __global__ void __launch_bounds__(kThreads, 2)
     bias_gelu_bwd_kernel(BiasGeluBwdParams p, GeluTiling tiling, float* partial) {
   using W = Word<T, VEC>;
-  float* const shared = reinterpret_cast<float*>(shared_memory());  // [8, VEC, 32]
+  float* const shared = reinterpret_cast<float*>(shared_memory());  // [2, 8, VEC, 32]
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   const int64_t rows = p.batch * p.tokens;
@@ -43,7 +44,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (active) {
       load_bias<T, VEC>(bias, p.has_bias, p.bias, fp32_bias, word * VEC);
     }
-    float sums[VEC] = {};
+    CompensatedSum sums[VEC] = {};
     const int64_t end = active ? min(rows, (slice + 1) * tiling.per_slice) : 0;
     for (int64_t i = slice * tiling.per_slice + warp * kRowsAtOnce; i < end;
          i += kWarps * kRowsAtOnce) {
@@ -77,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         for (int e = 0; e < VEC; ++e) {
           const float slope = gelu_tail<TANH>(x[e]).slope;
           dx[e] *= x[e] < 0.0f ? slope : 1.0f - slope;
-          sums[e] += dx[e];
+          sums[e].add(dx[e]);
         }
         if (p.dx != nullptr) {
           reinterpret_cast<W*>(static_cast<T*>(p.dx) + (i + r) * p.dim)[word] = pack<T, VEC>(dx);
@@ -89,7 +90,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int i = threadIdx.x; i < VEC * kWarp; i += kThreads) {
         const int64_t column = column_of<VEC>(chunk, i);
         if (column < p.dim) {
-          partial[slice * p.dim + column] = shared[place_of<VEC>(i)];
+          store_sum(partial + slice * p.dim + column, tiling.slices * p.dim,
+                    summed<VEC>(shared, place_of<VEC>(i)));
         }
       }
       __syncthreads();
@@ -100,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 }  // namespace
 
 int64_t bias_gelu_bwd_workspace(const BiasGeluBwdParams& p) {
-  return p.dbias == nullptr ? 0 : tiling_of(p).slices * p.dim;
+  return p.dbias == nullptr ? 0 : 2 * tiling_of(p).slices * p.dim;
 }
 
 cudaError_t bias_gelu_bwd(const BiasGeluBwdParams& p, float* workspace, cudaStream_t stream) {
@@ -112,8 +114,7 @@ cudaError_t bias_gelu_bwd(const BiasGeluBwdParams& p, float* workspace, cudaStre
           constexpr int kVec = decltype(vec)::value;
           return launch(bias_gelu_bwd_kernel<decltype(type), kVec, decltype(tanh)::value>,
                         blocks_for(tiling.chunks * tiling.slices, 1), kThreads,
-                        kThreads * kVec * static_cast<int>(sizeof(float)), stream, p, tiling,
-                        partial);
+                        sum_warps_bytes(kVec), stream, p, tiling, partial);
         });
     if (error != cudaSuccess) {
       return error;
@@ -121,7 +122,7 @@ cudaError_t bias_gelu_bwd(const BiasGeluBwdParams& p, float* workspace, cudaStre
   }
   return p.dbias == nullptr
              ? cudaSuccess
-             : sum_partials(p.bias_dtype, partial, tiling.slices, p.dim, p.dbias, stream);
+             : sum_partials(p.bias_dtype, partial, 2 * tiling.slices, p.dim, p.dbias, stream);
 }
 
 }  // namespace mimkernels::cuda

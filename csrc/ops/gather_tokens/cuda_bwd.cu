@@ -2,8 +2,8 @@
 
 #include "cuda/matches.cuh"
 #include "cuda/row_sums.h"
-#include "cuda/rows.cuh"
 #include "cuda/scatter_rows.h"
+#include "cuda/sums.cuh"
 #include "ops/gather_tokens/cuda.h"
 
 namespace mimkernels::cuda {
@@ -22,11 +22,17 @@ int64_t slices_of(const GatherTokensBwdParams& p) {
   return wanted < p.batch ? wanted : p.batch;
 }
 
+// With what the sums of the slices have lost.
+int64_t parts_of(const GatherTokensBwdParams& p) {
+  return (p.dtype == DType::kFloat32 ? 2 : 1) * slices_of(p);
+}
+
 // grid:     blocks of 256 threads; a warp owns 32 vectors of one row of one slice's partial sums,
 //           then loops
 // in:       grad [M * B, P + K, D] by stride, last stride 1; ids int64 [M, B, K] by stride
-// out:      partial fp32 [slices, N, D], each summed over the images b = slice, slice + slices, ...
-// numerics: fp32 sums in the order of b, then m, then k
+// out:      partial fp32 [1 or 2, slices, N, D], each summed over the images b = slice, slice +
+//           slices, ..., then where T is float what the sums have lost
+// numerics: fp32 sums in the order of b, then m, then k, where T is float compensated
 // bounds:   the tail of a row is masked; an id outside [0, N) matches no row; offsets are int64
 // cost:     grad read once, partial written once; the ids of an image, M * K, are searched per 32
 //           vectors of a row by the whole warp, from L1; no atomics, deterministic
@@ -42,12 +48,12 @@ __global__ void __launch_bounds__(kThreads, 4)
     int64_t chunk, n;
     const int64_t slice = divide(divide(item, chunks, chunk), p.tokens, n);
     const int v = static_cast<int>(chunk) * kWarp + lane;
-    float sums[VEC] = {};
+    RowSum<T> sums[VEC] = {};
     for (int64_t b = slice; b < p.batch; b += slices) {
       for_each_match(p.ids, p.masks, p.kept, b, n, [&](int64_t m, int64_t k) {
         if (v < vectors) {
           const T* const row = row_at<T>(p.grad, m * p.batch + b, p.num_prefix + k);
-          accumulate<T, VEC>(sums, __ldg(reinterpret_cast<const Word<T, VEC>*>(row) + v));
+          add_word<T, VEC>(sums, __ldg(reinterpret_cast<const Word<T, VEC>*>(row) + v));
         }
       });
     }
@@ -55,7 +61,7 @@ __global__ void __launch_bounds__(kThreads, 4)
       float* const target = partial + (slice * p.tokens + n) * p.dim + int64_t{v} * VEC;
 #pragma unroll
       for (int e = 0; e < VEC; ++e) {
-        target[e] = sums[e];
+        store_sum(target + e, std::is_same_v<T, float> ? slices * p.tokens * p.dim : 0, sums[e]);
       }
     }
   }
@@ -100,7 +106,7 @@ cudaError_t gather_tokens_dpos(const GatherTokensBwdParams& p, float* workspace,
       return error;
     }
   }
-  return sum_partials(p.dtype, workspace, slices, p.tokens * p.dim, p.dpos, stream);
+  return sum_partials(p.dtype, workspace, parts_of(p), p.tokens * p.dim, p.dpos, stream);
 }
 
 RowSumsParams prefix_sums_of(const GatherTokensBwdParams& p) {
@@ -117,7 +123,7 @@ RowSumsParams prefix_sums_of(const GatherTokensBwdParams& p) {
 }  // namespace
 
 int64_t gather_tokens_bwd_workspace(const GatherTokensBwdParams& p) {
-  return slices_of(p) * p.tokens * p.dim + row_sums_workspace(prefix_sums_of(p));
+  return parts_of(p) * p.tokens * p.dim + row_sums_workspace(prefix_sums_of(p));
 }
 
 cudaError_t gather_tokens_bwd(const GatherTokensBwdParams& p, float* workspace,
@@ -137,7 +143,7 @@ cudaError_t gather_tokens_bwd(const GatherTokensBwdParams& p, float* workspace,
       return error;
     }
   }
-  return row_sums(prefix_sums_of(p), workspace + slices_of(p) * p.tokens * p.dim, stream);
+  return row_sums(prefix_sums_of(p), workspace + parts_of(p) * p.tokens * p.dim, stream);
 }
 
 }  // namespace mimkernels::cuda

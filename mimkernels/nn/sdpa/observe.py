@@ -119,8 +119,8 @@ def attend(
     if (watching or recorder is not None) and is_recomputing():
         return call.compute(**request.options)
     if watching and not request.stats and not keeps_tensors_elsewhere():
-        *watching, innermost = watching
-        output = innermost.run(call)
+        output = watching[-1].run(call)
+        watching = watching[:-1]
     else:
         output = call.compute(**request.options)
     for observer in watching:

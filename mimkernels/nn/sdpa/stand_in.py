@@ -42,7 +42,8 @@ def sdpa(arguments: SDPAArguments, request: StatisticsRequest = NO_STATISTICS) -
     return output._replace(out=laid_out_as(out, arguments.query))
 
 
-_known: dict[tuple, str | None] = {}  # functools.cache would be seen through, and warned of, by torch.compile
+# functools.cache would be seen through, and warned of, by torch.compile.
+_known: dict[tuple[str, torch.dtype, int | None], str | None] = {}
 
 
 def kernels_refuse(device: str, dtype: torch.dtype, head_dim: int | None = None) -> str | None:

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mimkernels.ops import _triton
-from mimkernels.ops._triton import narrow, widen
+from mimkernels.ops._triton import add_rows, add_term, narrow, store_sum, widen
 
 
 @triton.jit
@@ -100,8 +100,10 @@ def bias_gelu_bwd_kernel(
 ):
     # grid:     groups * chunks; a program owns per_group blocks of BLOCK_R rows, BLOCK_D columns wide
     # in:       grad and x [A, R, E] by stride, last stride 1; bias [E] in x's dtype, fp32 or None
-    # out:      dx [A, R, E] or None; dbias [groups, E] partial sums or None; contiguous, every element written once
-    # numerics: fp32, dx rounded once; dbias sums rows BLOCK_R apart, then by a tree, rounded once
+    # out:      dx [A, R, E] or None; dbias [groups, E] partial sums, then, of an fp32 bias, what they have lost, or
+    #           None; contiguous, every element written once
+    # numerics: fp32, dx rounded once; dbias sums rows BLOCK_R apart, then by a tree, for an fp32 bias compensated,
+    #           rounded once
     # bounds:   row and column tails are masked; offsets are int64
     # cost:     grad and x read once, dx written once; no atomics, deterministic
     pid = tl.program_id(0)
@@ -112,6 +114,7 @@ def bias_gelu_bwd_kernel(
     if bias_ptr is not None:
         bias = widen(tl.load(bias_ptr + cols, mask=cols_ok, other=0.0))
     total = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
+    lost = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
     for step in range(per_group):
         row = (group * per_group + step) * BLOCK_R + tl.arange(0, BLOCK_R)
         mask = (row < rows)[:, None] & cols_ok[None, :]
@@ -125,10 +128,13 @@ def bias_gelu_bwd_kernel(
             target = dx_ptr + row[:, None] * columns + cols[None, :]
             tl.store(target, narrow(dx, dx_ptr.dtype.element_ty), mask=mask)
         if dbias_ptr is not None:
-            total += tl.where(mask, dx, 0.0)
+            COMPENSATED: tl.constexpr = bias_ptr.dtype.element_ty == tl.float32
+            total, lost = add_term(total, lost, tl.where(mask, dx, 0.0), COMPENSATED)
     if dbias_ptr is not None:
-        out = narrow(tl.sum(total, axis=0), dbias_ptr.dtype.element_ty)
-        tl.store(dbias_ptr + group * columns + cols, out, mask=cols_ok)
+        COMPENSATED: tl.constexpr = bias_ptr.dtype.element_ty == tl.float32
+        total, lost = add_rows(total, lost, COMPENSATED)
+        parts = tl.num_programs(0) // chunks
+        store_sum(dbias_ptr + group * columns + cols, total, lost, parts, columns, cols_ok, COMPENSATED)
 
 
 def bias_gelu_fwd(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
@@ -168,7 +174,7 @@ def bias_gelu_bwd(
     groups, per_group = _triton.batch_groups(triton.cdiv(rows, block_r), chunks)
     partial, dbias = None, (x if bias is None else bias).new_empty(0)
     if need_bias and bias is not None:
-        partial, dbias = _triton.partials(groups, (columns,), bias)
+        partial, dbias = _triton.partials(groups, (columns,), bias, compensated=True)
     _triton.launch(
         bias_gelu_bwd_kernel,
         groups * chunks,

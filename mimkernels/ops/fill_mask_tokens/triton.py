@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mimkernels.ops import _triton
-from mimkernels.ops._triton import narrow, widen
+from mimkernels.ops._triton import add_rows, add_term, store_sum, widen
 
 
 @triton.jit
@@ -67,9 +67,10 @@ def fill_mask_tokens_bwd_kernel(
 ):
     # grid:     groups * row_blocks * chunks; a program owns BLOCK_R tokens, BLOCK_D columns wide, of a group of images
     # in:       grad [B, N, D] and mask bool [B, N], by stride, last stride 1
-    # out:      dx [B, N, D] or None; dtoken [groups * row_blocks, D] partial sums or None; contiguous, every element
-    #           written once
-    # numerics: dx is a copy of the bits; dtoken in fp32, images ascending, then rows by a tree, rounded once
+    # out:      dx [B, N, D] or None; dtoken [groups * row_blocks, D] partial sums, then, of fp32 rows, what they have
+    #           lost, or None; contiguous, every element written once
+    # numerics: dx is a copy of the bits; dtoken in fp32, of fp32 rows compensated, images ascending, then rows by a
+    #           tree, rounded once
     # bounds:   row and column tails are masked; offsets are int64
     # cost:     grad read once (for dtoken alone, only its masked rows), dx written once; no atomics, deterministic
     pid = tl.program_id(0)
@@ -79,7 +80,9 @@ def fill_mask_tokens_bwd_kernel(
     rows_ok = rows < tokens
     cols_ok = cols < columns
     first = part // row_blocks * per_group
+    COMPENSATED: tl.constexpr = grad_ptr.dtype.element_ty == tl.float32
     dtoken = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
+    lost = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
     for i in range(tl.minimum(images - first, per_group).to(tl.int32)):
         image = first + i
         masked = tl.load(mask_ptr + image * mask_stride + rows, mask=rows_ok, other=0) != 0
@@ -95,10 +98,11 @@ def fill_mask_tokens_bwd_kernel(
             kept = tl.where(masked[:, None], 0.0, grad).to(dx_ptr.dtype.element_ty)
             tl.store(dx, kept, mask=rows_ok[:, None] & cols_ok[None, :])
         if dtoken_ptr is not None:
-            dtoken += tl.where(masked[:, None], widen(grad), 0.0)
+            dtoken, lost = add_term(dtoken, lost, tl.where(masked[:, None], widen(grad), 0.0), COMPENSATED)
     if dtoken_ptr is not None:
-        total = narrow(tl.sum(dtoken, axis=0), dtoken_ptr.dtype.element_ty)
-        tl.store(dtoken_ptr + part * columns + cols, total, mask=cols_ok)
+        parts = tl.cdiv(images, per_group) * row_blocks
+        total, lost = add_rows(dtoken, lost, COMPENSATED)
+        store_sum(dtoken_ptr + part * columns + cols, total, lost, parts, columns, cols_ok, COMPENSATED)
 
 
 def fill_mask_tokens_fwd(x: Tensor, mask: Tensor, mask_token: Tensor) -> Tensor:
@@ -132,7 +136,7 @@ def fill_mask_tokens_bwd(grad: Tensor, mask: Tensor, need_x: bool, need_mask_tok
     groups, per_group, partial, dtoken = images, 1, None, grad.new_empty(0)
     if need_mask_token:
         groups, per_group = _triton.batch_groups(images, row_blocks * chunks)
-        partial, dtoken = _triton.partials(groups * row_blocks, (columns,), grad)
+        partial, dtoken = _triton.partials(groups * row_blocks, (columns,), grad, compensated=True)
     _triton.launch(
         fill_mask_tokens_bwd_kernel,
         groups * row_blocks * chunks,

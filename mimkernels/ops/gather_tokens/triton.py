@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mimkernels.ops import _checks, _triton
-from mimkernels.ops._triton import gathered_sum, narrow, valid_id, widen
+from mimkernels.ops._triton import add_sums, gathered_sum, narrow, rest, store_sum, valid_id, widen
 
 
 @triton.jit
@@ -91,9 +91,9 @@ def gather_tokens_bwd_kernel(
 ):
     # grid:     groups * row_blocks * chunks; a program owns BLOCK_R tokens, BLOCK_D columns wide, of a group of images
     # in:       grad [M * B, P + K, D] and ids int64 [M, B, K], by stride, last stride 1
-    # out:      dx [B, N, D] or None; dpos [groups, N, D] partial sums over the group's images or None; contiguous,
-    #           every element written once, zeros where nothing was gathered
-    # numerics: fp32 sums, m then k ascending, then images ascending; rounded once at the store
+    # out:      dx [B, N, D] or None; dpos [groups, N, D] partial sums over the group's images, then, of fp32 rows, what
+    #           they have lost, or None; contiguous, every element written once, zeros where nothing was gathered
+    # numerics: fp32 sums, of fp32 rows compensated, m then k ascending, then images ascending; rounded at the store
     # bounds:   tails are masked; ids outside [0, N) match nothing; offsets are int64
     # cost:     grad read once, dx written once; ids read row_blocks * chunks times, from L2; no atomics, deterministic
     pid = tl.program_id(0)
@@ -104,10 +104,12 @@ def gather_tokens_bwd_kernel(
     rows_ok = rows < tokens
     ok = rows_ok[:, None] & cols_ok[None, :]
     first = group * per_group
+    COMPENSATED: tl.constexpr = grad_ptr.dtype.element_ty == tl.float32
     total = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
+    total_lost = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
     for i in range(tl.minimum(images - first, per_group).to(tl.int32)):
         image = first + i
-        acc = gathered_sum(
+        acc, lost = gathered_sum(
             ids_ptr,
             grad_ptr,
             rows,
@@ -130,12 +132,16 @@ def gather_tokens_bwd_kernel(
         )
         if dx_ptr is not None:
             dx = dx_ptr + (image * tokens + rows)[:, None] * columns + cols[None, :]
-            tl.store(dx, narrow(acc, dx_ptr.dtype.element_ty), mask=ok)
+            tl.store(dx, narrow(acc + rest(lost), dx_ptr.dtype.element_ty), mask=ok)
         if dpos_ptr is not None:
-            total += acc
+            if COMPENSATED:
+                total, total_lost = add_sums(total, total_lost, acc, lost)
+            else:
+                total += acc
     if dpos_ptr is not None:
         dpos = dpos_ptr + (group * tokens + rows)[:, None] * columns + cols[None, :]
-        tl.store(dpos, narrow(total, dpos_ptr.dtype.element_ty), mask=ok)
+        parts = tl.cdiv(images, per_group)
+        store_sum(dpos, total, total_lost, parts, tokens * columns, ok, COMPENSATED)
 
 
 def gather_tokens_fwd(x: Tensor, ids: Tensor, pos: Tensor | None, prefix: Tensor | None) -> Tensor:
@@ -183,7 +189,9 @@ def gather_tokens_bwd(
         block_r = max(1, block_r // 2)
     row_blocks, chunks = triton.cdiv(tokens, block_r), triton.cdiv(columns, block_d)
     groups, per_group = _triton.batch_groups(images, row_blocks * chunks) if need_pos else (images, 1)
-    partial, dpos = _triton.partials(groups, (tokens, columns), grad) if need_pos else (None, grad.new_empty(0))
+    partial, dpos = (None, grad.new_empty(0))
+    if need_pos:
+        partial, dpos = _triton.partials(groups, (tokens, columns), grad, compensated=True)
     _triton.launch(
         gather_tokens_bwd_kernel,
         groups * row_blocks * chunks,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mimkernels.ops import _checks, _triton
-from mimkernels.ops._triton import gathered_sum, narrow, patch_offset, pixel_offset, valid_id, widen
+from mimkernels.ops._triton import gathered_sum, narrow, patch_offset, pixel_offset, rest, valid_id, widen
 
 
 @triton.jit
@@ -103,7 +103,7 @@ def patchify_gather_bwd_kernel(
     # in:       grad [M * B, K, E] by stride, last stride 1; ids int64 [M, B, K] or None; scale fp32 [C] or None
     # out:      dimages [B, C, T, H, W] contiguous; every pixel lies in one patch and is written once, zero where no
     #           mask kept its patch
-    # numerics: fp32 sums, m then k ascending, times scale, rounded once
+    # numerics: fp32 sums, m then k ascending, of fp32 rows compensated, times scale, rounded once
     # bounds:   patch and pixel tails are masked; ids outside [0, N) match nothing; offsets are int64
     # cost:     grad read once, dimages written once; ids read row_blocks * chunks times; no atomics, deterministic
     pid = tl.program_id(0)
@@ -117,7 +117,7 @@ def patchify_gather_bwd_kernel(
         source = grad_ptr + image * grad_stride_b + rows.to(tl.int64)[:, None] * grad_stride_r + e[None, :]
         value = widen(tl.load(source, mask=ok, other=0.0))
     else:
-        value = gathered_sum(
+        value, lost = gathered_sum(
             ids_ptr,
             grad_ptr,
             rows,
@@ -138,6 +138,7 @@ def patchify_gather_bwd_kernel(
             BLOCK_E,
             BLOCK_K,
         )
+        value += rest(lost)
     start = image * stride_b + patch_offset(rows, grid_h, grid_w, stride_t, stride_h, PT, PH, PW)
     offset, channel = pixel_offset(e, stride_c, stride_t, stride_h, 1, PT, PH, PW, False)
     if scale_ptr is not None:

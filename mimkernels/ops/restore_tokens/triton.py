@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mimkernels.ops import _triton
-from mimkernels.ops._triton import gathered_sum, narrow, valid_id, widen
+from mimkernels.ops._triton import add_rows, add_term, gathered_sum, narrow, rest, store_sum, valid_id, widen
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def restore_tokens_bwd_x_kernel(
     # grid:     B * row_blocks * chunks; a program owns BLOCK_R rows of dx of one image, BLOCK_D columns wide
     # in:       grad [B, P + N, D] and ids_restore int64 [B, N], by stride, last stride 1
     # out:      dx [B, P + K, D] contiguous; every element written once, zeros where a row was never used
-    # numerics: fp32 sums, output tokens ascending, rounded once
+    # numerics: fp32 sums, output tokens ascending, of fp32 rows compensated; rounded once
     # bounds:   tails are masked; ids outside [0, K) match nothing; offsets are int64
     # cost:     the rows of kept tokens read once, dx written once; ids read row_blocks * chunks times, from L2
     pid = tl.program_id(0)
@@ -90,9 +90,9 @@ def restore_tokens_bwd_x_kernel(
     cols_ok = cols < columns
     length = num_prefix + kept
     is_prefix = (rows < num_prefix)[:, None] & cols_ok[None, :]
-    prefix = grad_ptr + image * grad_stride_b + rows.to(tl.int64)[:, None] * grad_stride_r + cols[None, :]
-    acc = widen(tl.load(prefix, mask=is_prefix, other=0.0))
-    acc += gathered_sum(
+    source = grad_ptr + image * grad_stride_b + rows.to(tl.int64)[:, None] * grad_stride_r + cols[None, :]
+    prefix = widen(tl.load(source, mask=is_prefix, other=0.0))
+    acc, lost = gathered_sum(
         ids_ptr,
         grad_ptr,
         rows - num_prefix,
@@ -113,6 +113,7 @@ def restore_tokens_bwd_x_kernel(
         BLOCK_D,
         BLOCK_K,
     )
+    acc = tl.where(is_prefix, prefix, acc + rest(lost))
     dx = dx_ptr + (image * length + rows)[:, None] * columns + cols[None, :]
     tl.store(dx, narrow(acc, dx_ptr.dtype.element_ty), mask=(rows < length)[:, None] & cols_ok[None, :])
 
@@ -139,9 +140,10 @@ def restore_tokens_bwd_sums_kernel(
 ):
     # grid:     groups * row_blocks * chunks; a program adds BLOCK_R rows, BLOCK_D columns wide, over a group of images
     # in:       grad [B, P + N, D] and ids_restore int64 [B, N], by stride, last stride 1
-    # out:      dtoken [groups * row_blocks, D] or None, dpos [groups, P + N, D] or None: partial sums, contiguous,
-    #           every element written once
-    # numerics: fp32; images ascending, then for dtoken the rows by a tree: the order depends on sizes alone
+    # out:      dtoken [groups * row_blocks, D] or None, dpos [groups, P + N, D] or None: partial sums, then, of fp32
+    #           rows, what they have lost; contiguous, every element written once
+    # numerics: fp32, of fp32 rows compensated; images ascending, then for dtoken the rows by a tree: the order depends
+    #           on sizes alone
     # bounds:   tails are masked; ids outside [K, N) are no mask tokens; offsets are int64
     # cost:     for dpos grad is read once, for dtoken alone only its masked rows; no atomics, deterministic
     pid = tl.program_id(0)
@@ -153,8 +155,11 @@ def restore_tokens_bwd_sums_kernel(
     length = num_prefix + tokens
     is_token = (rows >= num_prefix) & (rows < length)
     first = group * per_group
+    COMPENSATED: tl.constexpr = grad_ptr.dtype.element_ty == tl.float32
     dpos = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
+    dpos_lost = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
     dtoken = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
+    dtoken_lost = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
     for i in range(tl.minimum(images - first, per_group).to(tl.int32)):
         image = first + i
         wanted = rows < length
@@ -166,15 +171,18 @@ def restore_tokens_bwd_sums_kernel(
         source = grad_ptr + image * grad_stride_b + rows.to(tl.int64)[:, None] * grad_stride_r + cols[None, :]
         grad = widen(tl.load(source, mask=wanted[:, None] & cols_ok[None, :], other=0.0))
         if dpos_ptr is not None:
-            dpos += grad
+            dpos, dpos_lost = add_term(dpos, dpos_lost, grad, COMPENSATED)
         if dtoken_ptr is not None:
-            dtoken += tl.where(masked[:, None], grad, 0.0)
+            dtoken, dtoken_lost = add_term(dtoken, dtoken_lost, tl.where(masked[:, None], grad, 0.0), COMPENSATED)
+    groups = tl.cdiv(images, per_group)
     if dpos_ptr is not None:
         dst = dpos_ptr + (group * length + rows)[:, None] * columns + cols[None, :]
-        tl.store(dst, narrow(dpos, dpos_ptr.dtype.element_ty), mask=(rows < length)[:, None] & cols_ok[None, :])
+        mask = (rows < length)[:, None] & cols_ok[None, :]
+        store_sum(dst, dpos, dpos_lost, groups, length * columns, mask, COMPENSATED)
     if dtoken_ptr is not None:
-        total = narrow(tl.sum(dtoken, axis=0), dtoken_ptr.dtype.element_ty)
-        tl.store(dtoken_ptr + part * columns + cols, total, mask=cols_ok)
+        total, lost = add_rows(dtoken, dtoken_lost, COMPENSATED)
+        dst = dtoken_ptr + part * columns + cols
+        store_sum(dst, total, lost, groups * row_blocks, columns, cols_ok, COMPENSATED)
 
 
 def restore_tokens_fwd(
@@ -257,9 +265,9 @@ def _bwd_sums(
     row_blocks, chunks = triton.cdiv(length, block_r), triton.cdiv(columns, block_d)
     groups, per_group = _triton.batch_groups(images, row_blocks * chunks)
     if need_mask_token:
-        dtoken, token_out = _triton.partials(groups * row_blocks, (columns,), grad)
+        dtoken, token_out = _triton.partials(groups * row_blocks, (columns,), grad, compensated=True)
     if need_pos:
-        dpos, pos_out = _triton.partials(groups, (length, columns), grad)
+        dpos, pos_out = _triton.partials(groups, (length, columns), grad, compensated=True)
     _triton.launch(
         restore_tokens_bwd_sums_kernel,
         groups * row_blocks * chunks,
