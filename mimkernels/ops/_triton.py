@@ -400,7 +400,8 @@ def sum_partials(partial: Tensor | None, out: Tensor) -> Tensor:
         block_s = min(triton.next_power_of_2(parts), 32)
         block_l = 2048 // block_s
         args = (partial, out, parts, length)
-        launch(sum_partials_kernel, triton.cdiv(length, block_l), out, *args, BLOCK_S=block_s, BLOCK_L=block_l)
+        options = {"BLOCK_S": block_s, "BLOCK_L": block_l, "maxnreg": SUM_REGISTERS}
+        launch(sum_partials_kernel, triton.cdiv(length, block_l), out, *args, **options)
     return out
 
 
