@@ -175,7 +175,7 @@ def test_a_launch_that_no_device_takes_is_refused(kernels, threads, shared_bytes
     assert called(kernels.run_refused, threads, shared_bytes, memory, memory) == text
 
 
-def cut(exact: torch.Tensor) -> torch.Tensor:
+def truncate(exact: torch.Tensor) -> torch.Tensor:
     """fp64 to fp32 towards zero."""
     near = exact.float()
     return torch.where(near.double().abs() > exact.abs(), torch.nextafter(near, torch.zeros(())), near)
@@ -188,7 +188,7 @@ def test_products_of_fragments_are_those_of_the_matrices(kernels, dtype, name):
         a = torch.randn(16, 16, generator=generator).to(dtype)
         b = torch.randn(16, 8, generator=generator).to(dtype)
         d = torch.randn(16, 8, generator=generator)
-        expected = cut(a.double() @ b.double() + d.double())
+        expected = truncate(a.double() @ b.double() + d.double())
         assert not called(getattr(kernels, f"product_{name}"), a, b, d)
         torch.testing.assert_close(d, expected, rtol=2.0**-23, atol=1e-30)
 
@@ -211,7 +211,7 @@ def test_products_of_tf32_drop_the_low_bits(kernels, rounded):
         bits = x.view(torch.int32) + (0x1000 if rounded else 0)
         return (bits & ~0x1FFF).view(torch.float32).double()
 
-    expected = cut(operand(a) @ operand(b) + d.double())
+    expected = truncate(operand(a) @ operand(b) + d.double())
     assert not called(kernels.product_tf32, a, b, d, ctypes.c_bool(rounded))
     torch.testing.assert_close(d, expected, rtol=2.0**-23, atol=1e-30)
 

@@ -11,9 +11,9 @@ namespace mimkernels::emulation {
 
 namespace {
 
-// A sum in double, which holds every product exactly, as a matrix unit leaves it in fp32: cut off,
+// A sum in double, which holds every product exactly, as a matrix unit leaves it in fp32: truncated,
 // not rounded. That is what devices were found to do (Fasi et al., 2021), and the worse of the two.
-float cut(double sum) {
+float truncate(double sum) {
   const float rounded = static_cast<float>(sum);
   if (std::isnan(sum) || std::fabs(sum) >= 0x1p128) {
     return rounded;
@@ -35,7 +35,7 @@ void multiply(const double (&a)[16][DEPTH], const double (&b)[DEPTH][8],
     }
     for (int column = 0; column < 8; ++column) {
       float& d = lanes[row % 8 * 4 + column / 2]->d[row / 8 * 2 + column % 2];
-      d = cut(sums[column] + static_cast<double>(d));
+      d = truncate(sums[column] + static_cast<double>(d));
     }
   }
 }

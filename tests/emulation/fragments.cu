@@ -42,7 +42,7 @@ __global__ void product_kernel(const T* a, const T* b, float* d) {
   d[(g + 8) * 8 + t + 1] = sums[3];
 }
 
-// The same for fp32 a [16, 8], b [8, 8], as TF32: rounded, or cut by the unit itself.
+// The same for fp32 a [16, 8], b [8, 8], as TF32: rounded, or truncated by the unit itself.
 __global__ void product_tf32_kernel(const float* a, const float* b, float* d, bool rounded) {
   const int g = threadIdx.x / 4;
   const int t = threadIdx.x % 4;
