@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mimkernels.ops import _triton
+from mimkernels.ops._triton import INTERPRETED
 from mimkernels.ops.attention import triton_configs
 from mimkernels.ops.attention.triton_blocks import (
     INTEGERS,
@@ -96,8 +97,11 @@ def received_attention_kernel(
         t = exponents(
             score, rows, cols, lse, low, bias_head, mask_row, queries, keys, scale, bias_stride_n, False, False, EXACT
         )
+        p = power(t, EXACT)
+        if INTERPRETED:
+            p = p.to(tl.float64)  # whose sum of a block is a chain, and a tree on devices
         # Roundings of like rows all go one way, and would add up.
-        part = tl.sum(power(t, EXACT), axis=0) - excess
+        part = tl.sum(p, axis=0).to(tl.float32) - excess
         following = total + part
         excess = (following - total) - part
         total = following

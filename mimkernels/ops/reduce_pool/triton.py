@@ -237,6 +237,7 @@ def reduce_pool_bwd(
         BLOCK_N=block_n,
         BLOCK_D=block_d,
         num_warps=4,
+        maxnreg=_triton.SUM_REGISTERS,
     )
     return dx, _triton.sum_partials(shares, dp) if need_p else dp
 
