@@ -32,8 +32,8 @@ THREADS = 256  # of a block of any kernel that is not named below; it takes no d
 LAUNCHES = """
 #include <cstdio>
 #include <initializer_list>
-#include "cuda/attention_tiling.h"
-#include "cuda/token_pool_tiling.h"
+#include "cuda/attention/tiling.h"
+#include "cuda/pooling/token_pool_tiling.h"
 using namespace mimkernels::cuda;
 void print(const char* kernel, const char* type, const char* rest, int threads, int bytes) {
   std::printf("%s<%s%s> %d %d\\n", kernel, type, rest, threads, bytes);

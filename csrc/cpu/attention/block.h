@@ -3,7 +3,7 @@
 #pragma once
 
 #include "core/attention.h"
-#include "cpu/attention_tile.h"
+#include "cpu/attention/tile.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 

@@ -9,7 +9,7 @@
 //           sums; the emulation by shifts and masks keeps them, and agrees elsewhere.
 #pragma once
 
-#include "cpu/attention_math.h"
+#include "cpu/attention/math.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 

@@ -6,7 +6,7 @@
 // columns fit. Rows of C live in row buffers, a fixed stride apart.
 #pragma once
 
-#include "cpu/attention_operand.h"
+#include "cpu/attention/operand.h"
 #include "cpu/rows.h"
 
 namespace mimkernels::MIMKERNELS_ISA {

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "core/token_pool.h"
-#include "cpu/attention_math.h"
+#include "cpu/attention/math.h"
 #include "cpu/rows.h"
 
 namespace mimkernels::MIMKERNELS_ISA {

@@ -13,8 +13,8 @@
 // numerics: fp32, rounded once; sums over tokens in blocks of 8, over chunks and images in a fixed
 //           order that depends on sizes alone
 // cost:     values read once for da, x once more (from cache) for dqueries; gradients written once
-#include "cpu/pool.h"
-#include "cpu/token_pool.h"
+#include "cpu/pooling/pool.h"
+#include "cpu/pooling/token_pool.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {

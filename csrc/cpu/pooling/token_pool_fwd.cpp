@@ -9,8 +9,8 @@
 // numerics: fp32; softmax online over blocks of 8 tokens; out rounded once. An image's chunks are
 //           combined in order; their number depends on sizes alone
 // cost:     x and values read once, excluded tokens not at all; weights written twice
-#include "cpu/pool.h"
-#include "cpu/token_pool.h"
+#include "cpu/pooling/pool.h"
+#include "cpu/pooling/token_pool.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {

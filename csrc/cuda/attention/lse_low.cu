@@ -1,6 +1,6 @@
-#include "cuda/lse_low.h"
+#include "cuda/attention/lse_low.h"
 
-#include "cuda/attention_tile.cuh"
+#include "cuda/attention/tile.cuh"
 
 namespace mimkernels::cuda {
 namespace {

@@ -6,7 +6,7 @@
 // other side.
 #pragma once
 
-#include "cuda/attention_tiling.h"
+#include "cuda/attention/tiling.h"
 #include "cuda/device.cuh"
 #include "cuda/vector.cuh"
 

@@ -1,8 +1,8 @@
 #include "cuda/device.cuh"
-#include "cuda/pool.cuh"
-#include "cuda/token_pool.h"
-#include "cuda/token_pool_tiling.h"
-#include "cuda/token_products.h"
+#include "cuda/pooling/pool.cuh"
+#include "cuda/pooling/token_pool.h"
+#include "cuda/pooling/token_pool_tiling.h"
+#include "cuda/pooling/token_products.h"
 
 namespace mimkernels::cuda {
 namespace {

@@ -1,6 +1,6 @@
-#include "cuda/token_products.h"
+#include "cuda/pooling/token_products.h"
 
-#include "cuda/pool.cuh"
+#include "cuda/pooling/pool.cuh"
 
 namespace mimkernels::cuda {
 namespace {

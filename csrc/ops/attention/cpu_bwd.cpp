@@ -15,7 +15,7 @@
 // order:    a head belongs to one task, its sums run over rows in order; few heads are split into
 //           chunks of rows, by shape alone, whose dk and dv are added in order; so is dbias, head
 //           by head
-#include "cpu/attention_block.h"
+#include "cpu/attention/block.h"
 #include "cpu/kernels.h"
 #include "ops/attention/params.h"
 

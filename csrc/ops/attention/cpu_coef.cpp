@@ -5,7 +5,7 @@
 // out:      coef fp32 [6, B, H, Nq]; every element written once
 // numerics: fp32
 // cost:     inputs read once, outputs written once
-#include "cpu/attention_math.h"
+#include "cpu/attention/math.h"
 #include "cpu/kernels.h"
 #include "cpu/rows.h"
 #include "ops/attention/params.h"

@@ -10,7 +10,7 @@
 //           rescaled from block to block
 // order:    a row's sums depend on its keys alone: the same bits for any number of threads, and the
 //           same out and lse whichever statistics are asked for
-#include "cpu/attention_block.h"
+#include "cpu/attention/block.h"
 #include "cpu/kernels.h"
 #include "ops/attention/params.h"
 

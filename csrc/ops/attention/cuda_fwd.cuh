@@ -2,7 +2,7 @@
 // compile in parallel.
 #pragma once
 
-#include "cuda/attention_tile.cuh"
+#include "cuda/attention/tile.cuh"
 #include "ops/attention/cuda.h"
 
 namespace mimkernels::cuda {

@@ -2,7 +2,7 @@
 //   L = (S - lse) - lse_low,  P = exp(L),  dS = P (dP - delta + c(j) + a(j) L + [i = j] s + w d)
 #pragma once
 
-#include "cuda/attention_tile.cuh"
+#include "cuda/attention/tile.cuh"
 
 namespace mimkernels::cuda {
 

@@ -6,7 +6,7 @@
 // Infinity and NaN as x F(x) and F(x) + x F'(x) give them: gelu(-inf) and both slopes are NaN.
 #pragma once
 
-#include "cpu/attention_math.h"
+#include "cpu/attention/math.h"
 #include "cpu/rows.h"
 #include "ops/bias_gelu/params.h"
 

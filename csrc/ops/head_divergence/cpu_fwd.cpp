@@ -6,7 +6,7 @@
 //           every element written once
 // numerics: fp32, totals over queries in fp64; sums run in order
 // cost:     one pass over the scores, and another over those of rows whose lse is large
-#include "cpu/attention_maps.h"
+#include "cpu/attention/maps.h"
 #include "cpu/kernels.h"
 #include "ops/head_divergence/params.h"
 

@@ -1,6 +1,6 @@
 // head_divergence from lse, without the N x N matrix.
-#include "cuda/attention_tile.cuh"
-#include "cuda/lse_low.h"
+#include "cuda/attention/tile.cuh"
+#include "cuda/attention/lse_low.h"
 #include "ops/head_divergence/cuda.h"
 
 namespace mimkernels::cuda {

@@ -1,6 +1,6 @@
 // query_pool, backward: token_pool where the weights are the softmax of queries times tokens.
 #include "cpu/kernels.h"
-#include "cpu/token_pool.h"
+#include "cpu/pooling/token_pool.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 

@@ -1,5 +1,5 @@
 // query_pool, forward: token_pool where the weights are the softmax of queries times tokens.
-#include "cuda/token_pool.h"
+#include "cuda/pooling/token_pool.h"
 #include "ops/query_pool/cuda.h"
 
 namespace mimkernels::cuda {

@@ -4,7 +4,7 @@
 // out:      [B, H, Nk] = mean over queries of P_ij; fp32, every element written once
 // numerics: fp32, sums over queries compensated and in order
 // cost:     one pass over the scores, and another over those of rows whose lse is large
-#include "cpu/attention_maps.h"
+#include "cpu/attention/maps.h"
 #include "cpu/kernels.h"
 #include "ops/received_attention/params.h"
 

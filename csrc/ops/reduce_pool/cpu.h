@@ -1,7 +1,7 @@
 // What both directions of reduce_pool share: how the work is split, and powers.
 #pragma once
 
-#include "cpu/pool.h"
+#include "cpu/pooling/pool.h"
 #include "ops/reduce_pool/params.h"
 
 namespace mimkernels::MIMKERNELS_ISA {

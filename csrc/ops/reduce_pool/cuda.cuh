@@ -2,7 +2,7 @@
 // tokens, powers.
 #pragma once
 
-#include "cuda/pool.cuh"
+#include "cuda/pooling/pool.cuh"
 #include "ops/reduce_pool/cuda.h"
 
 namespace mimkernels::cuda {

@@ -1,6 +1,6 @@
 // weighted_pool, backward: token_pool where the scores are given.
 #include "cpu/kernels.h"
-#include "cpu/token_pool.h"
+#include "cpu/pooling/token_pool.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 

@@ -1,5 +1,5 @@
 // weighted_pool, forward: token_pool where the scores are given.
-#include "cuda/token_pool.h"
+#include "cuda/pooling/token_pool.h"
 #include "ops/weighted_pool/cuda.h"
 
 namespace mimkernels::cuda {
