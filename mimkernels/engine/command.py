@@ -5,9 +5,14 @@ import signal
 import sys
 from collections.abc import Callable
 
-from mimkernels.engine.errors import TrainingError
-
 _BAD_INPUT, _FAILED = 2, 1
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says where it stopped and what to do next.
+
+    Bad arguments are ValueError, raised before any file is written.
+    """
 
 
 def guarded(prepare: Callable[[], Callable[[], int]], debug: bool) -> int:

@@ -1,7 +1,7 @@
-#include "cuda/row_sums.h"
-#include "cuda/rows.cuh"
 #include "cuda/pooling/token_pool.h"
 #include "cuda/pooling/token_products.h"
+#include "cuda/row_sums.h"
+#include "cuda/rows.cuh"
 
 namespace mimkernels::cuda {
 namespace {

@@ -1,6 +1,6 @@
 // head_divergence from lse, without the N x N matrix.
-#include "cuda/attention/tile.cuh"
 #include "cuda/attention/lse_low.h"
+#include "cuda/attention/tile.cuh"
 #include "ops/head_divergence/cuda.h"
 
 namespace mimkernels::cuda {

@@ -1,6 +1,6 @@
 // received_attention from lse, without the N x N matrix.
-#include "cuda/attention/tile.cuh"
 #include "cuda/attention/lse_low.h"
+#include "cuda/attention/tile.cuh"
 #include "ops/received_attention/cuda.h"
 
 namespace mimkernels::cuda {

@@ -23,7 +23,7 @@ from mimkernels.data.batches import (
     make_loader,
 )
 from mimkernels.engine.checkpoint import CheckpointFolder
-from mimkernels.engine.errors import TrainingError
+from mimkernels.engine.command import TrainingError
 from mimkernels.engine.progress import Progress
 from mimkernels.engine.schedule import learning_rate
 from mimkernels.engine.state import state_of

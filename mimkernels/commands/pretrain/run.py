@@ -21,8 +21,8 @@ from mimkernels.data.pixels import Decoder
 from mimkernels.data.sources import DigitsSource, open_held_out, open_source
 from mimkernels.engine import files
 from mimkernels.engine.checkpoint import FORMAT, CheckpointFolder
+from mimkernels.engine.command import TrainingError
 from mimkernels.engine.environment import start_accelerator, versions
-from mimkernels.engine.errors import TrainingError
 from mimkernels.engine.hardware import default_workers, device_name
 from mimkernels.engine.lock import folder_lock
 from mimkernels.engine.progress import Progress, count, duration

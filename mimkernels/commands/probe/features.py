@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mimkernels.commands.probe.data import LabelledImages, ProbeImages, in_order
 from mimkernels.commands.probe.encoder import FrozenEncoder
-from mimkernels.engine.errors import TrainingError
+from mimkernels.engine.command import TrainingError
 from mimkernels.engine.progress import Progress, count, duration
 from mimkernels.nn import Pooling
 

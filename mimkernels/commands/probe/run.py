@@ -32,8 +32,8 @@ from mimkernels.data.batches import Augmentation, BatchPlan, make_loader
 from mimkernels.data.sources import DigitsSource
 from mimkernels.engine import files
 from mimkernels.engine.checkpoint import are_tensors
+from mimkernels.engine.command import TrainingError
 from mimkernels.engine.environment import start_accelerator, versions
-from mimkernels.engine.errors import TrainingError
 from mimkernels.engine.hardware import default_workers, device_name
 from mimkernels.engine.lock import folder_lock
 from mimkernels.engine.progress import Progress, duration

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mimkernels.commands.probe.config import ProbeConfig
 from mimkernels.commands.probe.features import Encoded
 from mimkernels.data.batches import BatchPlan
-from mimkernels.engine.errors import TrainingError
+from mimkernels.engine.command import TrainingError
 from mimkernels.engine.progress import Progress
 from mimkernels.engine.schedule import learning_rate
 from mimkernels.engine.settings import is_of_type

@@ -15,7 +15,7 @@ from mimkernels.commands.pretrain.resume import settings_to_continue
 from mimkernels.commands.pretrain.run import pretrain
 from mimkernels.engine import files
 from mimkernels.engine.checkpoint import CheckpointFolder, load
-from mimkernels.engine.errors import TrainingError
+from mimkernels.engine.command import TrainingError
 from mimkernels.engine.files import atomic_file, save
 from mimkernels.engine.progress import Progress
 

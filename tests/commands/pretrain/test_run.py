@@ -12,7 +12,7 @@ from mimkernels.commands.pretrain.history import read_entries
 from mimkernels.commands.pretrain.loop import Trainer
 from mimkernels.commands.pretrain.run import pretrain
 from mimkernels.engine.checkpoint import load
-from mimkernels.engine.errors import TrainingError
+from mimkernels.engine.command import TrainingError
 from mimkernels.engine.progress import Progress
 from mimkernels.models import MAE
 

@@ -15,7 +15,7 @@ from mimkernels.commands.probe.config import ProbeConfig
 from mimkernels.commands.probe.encoder import load_encoder
 from mimkernels.commands.probe.run import ProbeRun, probe
 from mimkernels.commands.probe.train import ProbeTrainer
-from mimkernels.engine.errors import TrainingError
+from mimkernels.engine.command import TrainingError
 from mimkernels.models import MAE
 
 
