@@ -129,7 +129,7 @@ def score_gradient(
             in_prefix = along(cols < num_prefix, False, TRANSPOSED)
             c = tl.where(in_prefix, along(c_prefix, True, TRANSPOSED), c)
             a = tl.where(in_prefix, along(a_prefix, True, TRANSPOSED), a)
-        inner = dp + c + a * t
+        inner = dp + (c + a * t)
         is_own = along(rows, True, TRANSPOSED) == along(cols, False, TRANSPOSED)
         inner += tl.where(is_own, along(own, True, TRANSPOSED), 0.0)
         if DIMS > 0:
