@@ -255,6 +255,8 @@ def _per_channel(
         is_real(op, name, values)
         if values.requires_grad:
             raise TypeError(f"{op}: {name} gets no gradient but is a tensor that requires one; detach it")
+    elif not isinstance(values, Sequence) or isinstance(values, str):
+        raise TypeError(f"{op}: {name} must be a sequence of {images.shape[1]} floats, got {values!r}")
     else:
         values = [check(op, name, value) for value in values]
     values = torch.as_tensor(values, dtype=torch.float32, device=images.device)

@@ -13,7 +13,7 @@ from mimkernels.cli import main
 from mimkernels.commands.bench import run as bench_run
 from mimkernels.commands.bench.cases import scaling
 from mimkernels.commands.bench.cases.loading import MEAN, STD, Pictures
-from mimkernels.commands.bench.compare import FLOOR, compare, read
+from mimkernels.commands.bench.compare import FLOOR, compare
 from mimkernels.commands.bench.tables import main_tables
 from mimkernels.commands.bench.timing import Benchmark, measure
 
@@ -78,9 +78,39 @@ def test_compare_refuses_what_cannot_be_compared(tmp_path, capsys):
     assert "gather, B=1, float32 before, loss, B=1, float32 after" in capsys.readouterr().err
     assert main(["bench", "compare", some, "no-such-folder"]) == 2
     assert "there is no 'no-such-folder'" in capsys.readouterr().err
-    (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(ValueError, match="broken.json"):
-        read(tmp_path / "broken.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("{", "Expecting property name"),
+        ("null", "expected an object, found missing"),
+        ("[]", "expected an object, found a list"),
+        ('{"results": []}', "machine is missing"),
+        ('{"machine": {}, "results": {"a": 1}}', "results is an object"),
+        ('{"machine": {}, "results": [1]}', "result 0 is a number"),
+        ('{"machine": {}, "results": [{"name": "gather"}]}', "result 0 has shape missing"),
+    ],
+)
+def test_malformed_results_are_refused_by_name(text, what, tmp_path, capsys):
+    (tmp_path / "broken.json").write_text(text)
+    for words in (["compare", str(tmp_path), str(tmp_path)], ["plot", str(tmp_path)]):
+        assert main(["bench", *words]) == 2
+        refusal = capsys.readouterr().err
+        assert f"bench {words[0]}: " in refusal and f"broken.json' holds no results of a run: {what}" in refusal
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["--batch", "0"], "--batch must be at least 1, got 0"),
+        (["--seconds", "-1"], "--seconds must be positive, got -1.0"),
+        (["--group", "calls", "--only", "nothing such"], "no case of calls has 'nothing such' in its name"),
+    ],
+)
+def test_run_refuses_what_measures_nothing(words, what, capsys):
+    assert main(["bench", "run", *words]) == 2
+    assert f"mimkernels bench run: {what}" in capsys.readouterr().err
 
 
 def test_a_measurement_is_recorded_in_blocks():

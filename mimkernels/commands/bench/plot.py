@@ -36,7 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Draw what there is; the exit status."""
     folder = options.results or _newest(RESULTS)
-    reports = read_reports(folder) if folder else {}
+    try:
+        reports = read_reports(folder) if folder else {}
+    except ValueError as error:
+        print(f"mimkernels bench plot: {error}", file=sys.stderr)
+        return 2
     if not reports or folder is None:
         print(f"mimkernels bench plot: no results in {str(folder or RESULTS)!r}; `mimkernels bench run` makes some",
               file=sys.stderr)  # fmt: skip

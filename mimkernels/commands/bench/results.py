@@ -11,6 +11,7 @@ import json
 import platform
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -72,22 +73,53 @@ def read_report(path: Path) -> dict:
     Raises:
         ValueError: the file does not exist or holds none.
     """
-    try:
-        report = json.loads(path.read_text())
-        report["results"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{str(path)!r} holds no results of a run: {error}") from error
+    report = _content(path)
+    _check(path, report)
     return report
 
 
 def read_reports(folder: Path) -> dict[str, dict]:
-    """The reports in a folder, by group and dtype; other JSON files are left out."""
+    """The reports in a folder, by group and dtype; JSON objects without "results" are left out.
+
+    Raises:
+        ValueError: a file holds no JSON, or a report that is malformed.
+    """
     reports = {}
     for path in sorted(folder.glob("*.json")):
-        content = json.loads(path.read_text())
-        if "results" in content:
-            reports[path.stem] = content
+        content = _content(path)
+        if isinstance(content, dict) and "results" not in content:
+            continue
+        _check(path, content)
+        reports[path.stem] = content
     return reports
+
+
+def _content(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} holds no results of a run: {error}") from error
+
+
+def _check(path: Path, report: Any) -> None:
+    """Refuse what ``save`` has not written, by what is wrong with it."""
+    if not isinstance(report, dict):
+        raise ValueError(f"{str(path)!r} holds no results of a run: expected an object, found {_kind(report)}")
+    for key, kind in (("machine", dict), ("results", list)):
+        if not isinstance(report.get(key), kind):
+            raise ValueError(f"{str(path)!r} holds no results of a run: {key} is {_kind(report.get(key))}")
+    for number, record in enumerate(report["results"]):
+        wrong = "" if isinstance(record, dict) else f"is {_kind(record)}"
+        for key, kind in (("name", str), ("shape", str), ("dtype", str), ("median_us", dict)):
+            if not wrong and not isinstance(record.get(key), kind):
+                wrong = f"has {key} {_kind(record.get(key))}"
+        if wrong:
+            raise ValueError(f"{str(path)!r} holds no results of a run: result {number} {wrong}")
+
+
+def _kind(value: object) -> str:
+    names = {type(None): "missing", dict: "an object", list: "a list", str: "a text", bool: "a truth value"}
+    return names.get(type(value), "a number")
 
 
 def incomplete(reports: Mapping[str, dict]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -173,18 +174,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure and save; the exit status."""
+    if options.batch is not None and options.batch < 1:
+        return _refuse(f"--batch must be at least 1, got {options.batch}")
+    if not options.seconds > 0:
+        return _refuse(f"--seconds must be positive, got {options.seconds}")
     device = _device()
     prepare()
     about = machine(device)
     print(f"{about['device']}, torch {about['torch']}" + (f", {about['threads']} threads" if device == "cpu" else ""))
-    for dtype in options.dtype:
-        for group in options.group:
-            _measure(group, dtype, about, options)
+    counts = [_measure(group, dtype, about, options) for dtype in options.dtype for group in options.group]
+    if options.only and not any(counts):
+        return _refuse(f"no case of {', '.join(options.group)} has {options.only!r} in its name")
     return 0
 
 
-def _measure(group: str, dtype: str, about: dict, options: argparse.Namespace) -> None:
-    """Measure a group, and save it after every case."""
+def _refuse(reason: str) -> int:
+    print(f"mimkernels bench run: {reason}", file=sys.stderr)
+    return 2
+
+
+def _measure(group: str, dtype: str, about: dict, options: argparse.Namespace) -> int:
+    """Measure a group, and save it after every case; how many cases there were."""
     title, columns, cases, line = GROUPS[group]
     device, saved = _device(), options.output or not options.only
     timings: list[Timing] = []
@@ -204,6 +214,7 @@ def _measure(group: str, dtype: str, about: dict, options: argparse.Namespace) -
         gc.collect()
     if timings and saved:
         print(f"written: {save(timings, about, f'{group}-{dtype}', options.output, complete=True)}")
+    return len(timings)
 
 
 def _device() -> str:

@@ -48,7 +48,7 @@ def masked_patch_loss(
 
     Returns:
         fp32 scalar (NaN if no patch is counted); with ``reduction="none"`` fp32 ``[B, L]``, each patch's mean over
-        its pixels, 0 where not counted. The gradient reaches ``pred``.
+        its pixels, 0 where not counted; fp64 for fp64 ``pred``. The gradient reaches ``pred``.
 
     Raises:
         ValueError: shapes, devices or normalisation disagree, or the patch does not divide the image.

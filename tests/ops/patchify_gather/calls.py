@@ -18,6 +18,7 @@ REFUSED = [
     ({"patch_size": (1, 4, 4)}, ValueError, r"patch_size must be an int or \(height, width\)"),
     ({"images": IMAGES.byte()}, ValueError, "uint8 images need mean and std"),
     ({"mean": [0.5] * 3}, ValueError, "mean is given but std is None"),
+    ({"mean": 0.5, "std": 0.2}, TypeError, "mean must be a sequence of 3 floats, got 0.5"),
     ({"mean": [0.5], "std": [0.5]}, ValueError, r"mean has shape \[1\] but the images have 3 channels"),
     ({"dtype": torch.int64}, TypeError, "dtype must be floating point, got torch.int64"),
     ({"mean": [0.5, math.nan, 0.5], "std": [0.2] * 3}, ValueError, "mean must be finite, got nan"),
