@@ -285,11 +285,13 @@ def test_torchscript_gets_the_original_classes(kind, train):
     ours, report = accelerated(model)
     with pytest.warns(UserWarning, match=r"call mimkernels.accelerate\(model\) again"):
         scripted = torch.jit.script(ours)
-    for part, stock in ((scripted, torch.jit.script(model)), (ours, model)):
-        torch.manual_seed(2)
-        made = part(images())
-        torch.manual_seed(2)
-        assert torch.equal(made, stock(images()))
+    # Unoptimized: in which order rewritten graphs draw random numbers depends on what this process ran before.
+    with torch.jit.optimized_execution(False):
+        for part, stock in ((scripted, torch.jit.script(model)), (ours, model)):
+            torch.manual_seed(2)
+            made = part(images())
+            torch.manual_seed(2)
+            assert torch.equal(made, stock(images()))
     # The model is what it was before, and can be accelerated again.
     assert [type(part) for part in ours.modules()] == [type(part) for part in model.modules()]
     assert mimkernels.restore(ours) == 0
