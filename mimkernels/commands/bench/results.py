@@ -105,12 +105,14 @@ def _check(path: Path, report: Any) -> None:
     """Refuse what ``save`` has not written, by what is wrong with it."""
     if not isinstance(report, dict):
         raise ValueError(f"{str(path)!r} holds no results of a run: expected an object, found {_kind(report)}")
-    for key, kind in (("machine", dict), ("results", list)):
+    kinds: dict[str, type] = {"machine": dict, "results": list}
+    for key, kind in kinds.items():
         if not isinstance(report.get(key), kind):
             raise ValueError(f"{str(path)!r} holds no results of a run: {key} is {_kind(report.get(key))}")
+    fields: dict[str, type] = {"name": str, "shape": str, "dtype": str, "median_us": dict}
     for number, record in enumerate(report["results"]):
         wrong = "" if isinstance(record, dict) else f"is {_kind(record)}"
-        for key, kind in (("name", str), ("shape", str), ("dtype", str), ("median_us", dict)):
+        for key, kind in fields.items():
             if not wrong and not isinstance(record.get(key), kind):
                 wrong = f"has {key} {_kind(record.get(key))}"
         if wrong:
