@@ -44,29 +44,15 @@ struct Choice {
 
 constexpr int kChoices = 5;
 
-// The kernels of another instruction set, but for attention, which multiplies bf16 in pairs.
 #if defined(MIMKERNELS_HAVE_X86_ISAS)
-const CpuKernels* avx512_bf16_table() {
-  static const CpuKernels table = [] {
-    CpuKernels out = avx512::kernel_table;
-    out.isa = "avx512_bf16";
-    out.attention_fwd = &avx512_bf16::attention_fwd;
-    out.attention_bwd = &avx512_bf16::attention_bwd;
-    return out;
-  }();
-  return &table;
-}
-#endif
-#if defined(MIMKERNELS_HAVE_AVX2_BF16)
-const CpuKernels* avx2_bf16_table() {
-  static const CpuKernels table = [] {
-    CpuKernels out = avx2::kernel_table;
-    out.isa = "avx2_bf16";
-    out.attention_fwd = &avx2_bf16::attention_fwd;
-    out.attention_bwd = &avx2_bf16::attention_bwd;
-    return out;
-  }();
-  return &table;
+// The kernels of another instruction set, but for attention, which multiplies bf16 in pairs.
+CpuKernels with_bf16_pairs(CpuKernels table, const char* isa,
+                           decltype(CpuKernels::attention_fwd) attention_fwd,
+                           decltype(CpuKernels::attention_bwd) attention_bwd) {
+  table.isa = isa;
+  table.attention_fwd = attention_fwd;
+  table.attention_bwd = attention_bwd;
+  return table;
 }
 #endif
 
@@ -82,13 +68,18 @@ int list_choices(Choice (&choices)[kChoices]) {
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   const bool has_avx512_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
-  choices[count++] = {avx512_bf16_table(), has_avx512_bf16};
+  static const CpuKernels avx512_bf16_table =
+      with_bf16_pairs(avx512::kernel_table, "avx512_bf16", &avx512_bf16::attention_fwd,
+                      &avx512_bf16::attention_bwd);
+  choices[count++] = {&avx512_bf16_table, has_avx512_bf16};
   choices[count++] = {&avx512::kernel_table, has_avx512};
   choices[count++] = {&avx2::kernel_table, has_avx2};
 #endif
   choices[count++] = {&portable::kernel_table, true};
 #if defined(MIMKERNELS_HAVE_AVX2_BF16)
-  choices[count++] = {avx2_bf16_table(), has_avx2};
+  static const CpuKernels avx2_bf16_table = with_bf16_pairs(
+      avx2::kernel_table, "avx2_bf16", &avx2_bf16::attention_fwd, &avx2_bf16::attention_bwd);
+  choices[count++] = {&avx2_bf16_table, has_avx2};
 #endif
   return count;
 }

@@ -39,8 +39,7 @@ def check_architecture(name: str, arguments: Mapping[str, Any]) -> None:
         arguments: for the model; numbers, truth values, None, single words, and lists of up to four numbers.
 
     Raises:
-        ValueError: the name has another source than timm, an argument is not one of the architecture, or a size is no
-            whole number or beyond all models; names it.
+        ValueError: the name has another source than timm, or an argument is not one of the architecture; names it.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(
@@ -58,7 +57,6 @@ def check_architecture(name: str, arguments: Mapping[str, Any]) -> None:
                 f"model argument {key!r} must be a number, true, false, null, a word or a short list of numbers, got "
                 f"{str(value)[:80]!r}"
             )
-    check_sizes(arguments)
 
 
 def check_sizes(arguments: Mapping[str, Any]) -> None:

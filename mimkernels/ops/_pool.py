@@ -48,6 +48,20 @@ def softmax(scores: Tensor, allowed: Tensor | None) -> Tensor:
     return weights if allowed is None else weights.masked_fill(~allowed[:, None], 0.0)
 
 
+def nothing_pooled(tokens: Tensor, weights: Tensor, needed: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """For backward where the weights alone are used: a gradient and tokens without columns, and what tokens get.
+
+    A gradient of zeros in their place would be NaN beside weights and tokens that are not finite.
+
+    Args:
+        tokens: ``[B, N, D]``, what was pooled.
+        weights: ``[B, G, N]`` or ``[B, N]``.
+        needed: whether the tokens want a gradient.
+    """
+    without_columns = tokens.new_empty((*weights.shape[:-1], 0)), tokens.new_empty((*tokens.shape[:-1], 0))
+    return *without_columns, tokens.new_zeros(tokens.shape) if needed else None
+
+
 def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
     """``[B, G, N]`` weights of ``[B, N, D]`` tokens: ``[B, G, D]`` in the dtype of the tokens."""
     with _checks.without_autocast(values):

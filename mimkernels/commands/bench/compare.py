@@ -90,8 +90,12 @@ def read(*places: Path) -> dict[str, list[dict]]:
     Raises:
         ValueError: a place does not exist or holds no results.
     """
+    return _records(reports_in(*places), *places)
+
+
+def _records(reports: dict[str, dict], *places: Path) -> dict[str, list[dict]]:
     records: dict[str, list[dict]] = {}
-    for report in reports_in(*places).values():
+    for report in reports.values():
         for record in report["results"]:
             if record.get("relative"):
                 case = f"{record['name']}, {record['shape']}, {record['dtype']}"
@@ -149,8 +153,9 @@ def run(options: argparse.Namespace) -> int:
         for place in places:
             if not place.exists():
                 raise ValueError(f"there is no {str(place)!r}; it takes two folders or files of results")
-        changes = compare(*(read(place) for place in places))
-        note = incomplete(reports_in(*places))
+        sides = [reports_in(place) for place in places]
+        changes = compare(*(_records(reports, place) for reports, place in zip(sides, places, strict=True)))
+        note = incomplete({path: report for reports in sides for path, report in reports.items()})
     except ValueError as error:
         print(f"mimkernels bench compare: {error}", file=sys.stderr)
         return 2

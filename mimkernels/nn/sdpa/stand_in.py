@@ -13,6 +13,7 @@ from mimkernels.nn.sdpa.observe import NO_STATISTICS, StatisticsRequest, attend,
 from mimkernels.nn.sdpa.translate import (
     SDPAArguments,
     as_attention,
+    autocasts,
     has_own_rules,
     is_for_pytorch,
     laid_out_as,
@@ -126,7 +127,7 @@ def _needs_no_translation(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) 
         or sizes[3:] != of_keys[3:]
         or k.dtype != dtype
         or v.dtype != dtype
-        or (device != "meta" and torch.is_autocast_enabled(device))
+        or autocasts(device)
         or kernels_refuse(device, dtype, sizes[3]) is not None
     ):
         return False

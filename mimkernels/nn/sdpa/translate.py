@@ -197,10 +197,15 @@ def tensors_with_own_rules(arguments: SDPAArguments) -> list[str]:
     return [f"{name} is a {type(t).__name__}" for name, t in tensors if has_own_rules(t) and type(t) is not CausalBias]
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of device; meta tensors know none."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """What PyTorch's matrix products compute such a tensor in: its own dtype, or autocast's, if its device has one."""
     device = tensor.device.type
-    if tensor.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
+    if tensor.dtype == torch.float64 or not autocasts(device):
         return tensor.dtype
     return torch.get_autocast_dtype(device)
 

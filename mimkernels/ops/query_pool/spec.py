@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mimkernels.ops import _checks
+from mimkernels.ops import _checks, _pool
 from mimkernels.ops._autograd import Context, Gradient, Run
 from mimkernels.ops._registry import ANY_FLOAT, Impl, OpSpec, register
 
@@ -48,10 +48,8 @@ def _save(
     outputs: tuple[Tensor, Tensor],
 ) -> None:
     x, queries, values, mask, *options = inputs
-    out, weights = outputs
-    ctx.save_for_backward(x, queries, values, weights, mask)
+    ctx.save_for_backward(x, queries, values, outputs[1], mask)
     ctx.options = options
-    ctx.out_shape = out.shape
     ctx.set_materialize_grads(False)
 
 
@@ -60,9 +58,8 @@ def _gradients(ctx: Context, bwd: Run, dout: Tensor | None, dweights: Tensor | N
     need_x, need_queries, need_values, *_ = ctx.needs_input_grad
     dvalues = None
     if dout is None:
-        # Values of no columns: a gradient of zeros would be NaN beside weights and values that are not finite.
-        dvalues = values.new_zeros(values.shape) if need_values else None
-        dout, values, need_values = x.new_empty((*ctx.out_shape[:-1], 0)), x.new_empty((*x.shape[:-1], 0)), False
+        dout, values, dvalues = _pool.nothing_pooled(x if values is None else values, weights, need_values)
+        need_values = False
     dout, dweights = _checks.rows(dout), None if dweights is None else _checks.rows(dweights)
     needs = (need_x, need_queries, need_values)
     dx, dqueries, of_output = bwd(dout, dweights, x, queries, values, weights, mask, *ctx.options, *needs)

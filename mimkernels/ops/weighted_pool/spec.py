@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mimkernels.ops import _checks
+from mimkernels.ops import _checks, _pool
 from mimkernels.ops._autograd import Context, Gradient, Run
 from mimkernels.ops._registry import ANY_FLOAT, Impl, OpSpec, register
 
@@ -43,9 +43,8 @@ def _gradients(ctx: Context, bwd: Run, dout: Tensor | None, dweights: Tensor | N
     need_x, need_scores, *_ = ctx.needs_input_grad
     dx = None
     if dout is None:
-        # Tokens of no columns: a gradient of zeros would be NaN beside weights and tokens that are not finite.
-        dx = x.new_zeros(x.shape) if need_x else None
-        dout, x, need_x = x.new_empty((*weights.shape[:-1], 0)), x.new_empty((*x.shape[:-1], 0)), False
+        dout, x, dx = _pool.nothing_pooled(x, weights, need_x)
+        need_x = False
     dout, dweights = _checks.rows(dout), None if dweights is None else _checks.rows(dweights)
     of_output, dscores = bwd(dout, dweights, x, weights, mask, *ctx.options, need_x, need_scores)
     dx = of_output if dx is None else dx
