@@ -28,7 +28,7 @@ except ImportError as error:
     ) from error
 
 from mimkernels.integrations._reroute import calls_sdpa, rerouted
-from mimkernels.models.encoder import check_patch_embed, visible_features
+from mimkernels.nn.encoder import check_patch_embed, visible_features
 from mimkernels.nn import Attention, Mlp
 from mimkernels.nn._classes import (
     MARK,

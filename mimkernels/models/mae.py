@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from mimkernels.models.architecture import check_architecture, check_sizes
 from mimkernels.models.checkpoint import CheckpointReport, copy_by_name, read_weights
 from mimkernels.models.decoder import DecoderBlock
-from mimkernels.models.encoder import (
+from mimkernels.nn.encoder import (
     check_encoder,
     create_encoder,
     encode_visible,

@@ -1,6 +1,6 @@
 // attention_bwd: the gradient of a bias that images or heads share, and the choice of the kernels.
 #include "ops/attention/cuda.h"
-#include "ops/attention/cuda_gradient.cuh"
+#include "ops/attention/cuda/gradient.cuh"
 
 namespace mimkernels::cuda {
 

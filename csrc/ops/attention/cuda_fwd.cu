@@ -1,5 +1,5 @@
 // attention_fwd: fp32, and the choice of the type.
-#include "ops/attention/cuda_fwd.cuh"
+#include "ops/attention/cuda/fwd.cuh"
 
 namespace mimkernels::cuda {
 

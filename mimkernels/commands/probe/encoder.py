@@ -216,7 +216,7 @@ def _from_run(
 
 
 def _from_published(config: ProbeConfig, path: Path, weights: dict[str, Tensor]) -> FrozenEncoder:
-    from mimkernels.models.encoder import create_encoder
+    from mimkernels.nn.encoder import create_encoder
 
     weights = {name.removeprefix("encoder."): tensor for name, tensor in weights.items()}
     weights = {name: tensor for name, tensor in weights.items() if not name.startswith(_DECODER)}

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 from mimkernels.ops.attention import triton_configs
 from mimkernels.ops.attention.triton_table import TABLE
-from tests import triton_kernels
+from tests.compiled import triton_kernels
 
 pytestmark = pytest.mark.xdist_group("attention-compile")  # what is compiled once serves all of them
 
@@ -62,7 +62,7 @@ def beside_the_table() -> list[tuple]:
 def compiled() -> dict[tuple, list[dict]]:
     """What every entry takes, by entry."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), environment.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), environment.get("PYTHONPATH", "")])
     workers = min(4, os.cpu_count() or 1)
     running = []
     for first in range(workers):

@@ -1,15 +1,15 @@
-"""No CUDA kernel takes more registers or spills more than tests/cuda_resources.json states."""
+"""No CUDA kernel takes more registers or spills more than tests/compiled/cuda_resources.json states."""
 
 import json
 
 import pytest
 
-from tests import cuda_resources
-from tests.cuda_resources import LIBRARY
+from tests.compiled import cuda_resources
+from tests.compiled.cuda_resources import LIBRARY
 
 TABLE = json.loads(cuda_resources.TABLE.read_text())
 KERNELS = TABLE["kernels"]
-REGENERATE = "python -m tests.cuda_resources writes the table anew"
+REGENERATE = "python -m tests.compiled.cuda_resources writes the table anew"
 
 built = pytest.mark.skipif(not LIBRARY.exists(), reason="the CUDA library is not built here")
 

@@ -1,4 +1,4 @@
-#include "ops/attention/cuda_bwd.cuh"
+#include "ops/attention/cuda/bwd.cuh"
 
 namespace mimkernels::cuda {
 

@@ -14,7 +14,7 @@ import tempfile
 import pytest
 import torch
 
-from tests import triton_kernels
+from tests.compiled import triton_kernels
 from tests.launches import BF16, BOOL, FP16, FP32, I64, U8, launches
 
 pytestmark = pytest.mark.xdist_group("compile")  # what is compiled once serves all of them

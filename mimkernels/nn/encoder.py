@@ -15,7 +15,7 @@ try:
     from timm.models.vision_transformer import VisionTransformer
 except ImportError as error:
     raise ImportError(
-        f"mimkernels.models needs timm, which cannot be imported ({error}); pip install 'mimkernels[train]'"
+        f"mimkernels.nn.encoder needs timm, which cannot be imported ({error}); pip install 'mimkernels[train]'"
     ) from error
 
 from mimkernels.nn import embed_visible, sincos_positions_2d

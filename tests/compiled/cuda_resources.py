@@ -1,7 +1,7 @@
 """What every CUDA kernel takes of a multiprocessor, as the compiler reports it.
 
-`python -m tests.cuda_resources` reads the built library and writes tests/cuda_resources.json, which the tests compare
-the next build with.
+`python -m tests.compiled.cuda_resources` reads the built library and writes cuda_resources.json beside this file, which
+the tests compare the next build with.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-LIBRARY = HERE.parent / "mimkernels" / "_lib" / "libmimkernels_cuda.so"
+LIBRARY = HERE.parents[1] / "mimkernels" / "_lib" / "libmimkernels_cuda.so"
 TABLE = HERE / "cuda_resources.json"
 
 # Of one multiprocessor: shared memory (of which the system takes 1 KiB per block), registers, warps, blocks.
@@ -110,7 +110,7 @@ def launches() -> dict[str, tuple[int, int]]:
         command = [
             "c++",
             "-std=c++20",
-            f"-I{HERE.parent / 'csrc'}",
+            f"-I{HERE.parents[1] / 'csrc'}",
             f"-DTOKENS={TOKENS}",
             "-x",
             "c++",

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "ops/attention/cuda.h"
-#include "ops/attention/cuda_gradient.cuh"
+#include "ops/attention/cuda/gradient.cuh"
 
 namespace mimkernels::cuda {
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import mimkernels
 
 OPS = Path(mimkernels.__file__).parent / "ops"
-ATTENTION = ("attention", "received_attention", "head_divergence")  # of tests/test_triton_attention_compile.py
+ATTENTION = ("attention", "received_attention", "head_divergence")  # of tests/compiled/test_triton_attention_compile.py
 
 
 def kernels(attention: bool) -> set[str]:

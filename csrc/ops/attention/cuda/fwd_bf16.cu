@@ -1,4 +1,4 @@
-#include "ops/attention/cuda_fwd.cuh"
+#include "ops/attention/cuda/fwd.cuh"
 
 namespace mimkernels::cuda {
 
