@@ -1,7 +1,8 @@
 """Launches of Triton kernels on meta tensors, collected from ``tests/ops/<op>/launches.py``.
 
 An op's ``LAUNCHES`` has by label: a function that takes ``mimkernels/ops/<op>/triton.py``, its other arguments, and
-whether accesses of 16 bytes are possible. Attention and its companions have tests/compiled/test_triton_attention_compile.py.
+whether accesses of 16 bytes are possible. Attention and its companions have
+tests/compiled/test_triton_attention_compile.py.
 """
 
 from __future__ import annotations

@@ -28,7 +28,6 @@ except ImportError as error:
     ) from error
 
 from mimkernels.integrations._reroute import calls_sdpa, rerouted
-from mimkernels.nn.encoder import check_patch_embed, visible_features
 from mimkernels.nn import Attention, Mlp
 from mimkernels.nn._classes import (
     MARK,
@@ -39,6 +38,7 @@ from mimkernels.nn._classes import (
     prepare_scriptable,
     shows_its_matrix,
 )
+from mimkernels.nn.encoder import check_patch_embed, visible_features
 from mimkernels.nn.mlp import reason_against
 from mimkernels.nn.sdpa import is_for_pytorch
 from mimkernels.nn.sdpa.stand_in import kernels_refuse, stand_in

@@ -13,6 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from mimkernels.models.architecture import check_architecture, check_sizes
 from mimkernels.models.checkpoint import CheckpointReport, copy_by_name, read_weights
 from mimkernels.models.decoder import DecoderBlock
+from mimkernels.models.pictures import MAEPictures, pictures_of
+from mimkernels.nn import sincos_positions_2d, use_mimkernels_attention, use_mimkernels_mlp
+from mimkernels.nn.attention import attention_layers
 from mimkernels.nn.encoder import (
     check_encoder,
     create_encoder,
@@ -21,9 +24,6 @@ from mimkernels.nn.encoder import (
     init_linears_and_norms,
     resample_positions,
 )
-from mimkernels.models.pictures import MAEPictures, pictures_of
-from mimkernels.nn import sincos_positions_2d, use_mimkernels_attention, use_mimkernels_mlp
-from mimkernels.nn.attention import attention_layers
 from mimkernels.nn.recorder import LayerRecorder
 from mimkernels.nn.sdpa import Patches, tell_patches
 from mimkernels.ops import TokenMask, mask_from_noise, masked_patch_loss, random_mask, restore_tokens

@@ -137,7 +137,8 @@ def encode_visible(
     through ``encoder.blocks`` as timm runs them: hooks, drop path and gradient checkpointing act as usual.
     """
     # timm puts the final norm either into forward_features or, as fc_norm, behind pooling, which is not done here.
-    return encoder.fc_norm(visible_features(encoder, images, ids, mean=mean, std=std))
+    features: Tensor = encoder.fc_norm(visible_features(encoder, images, ids, mean=mean, std=std))
+    return features
 
 
 def visible_features(
@@ -160,7 +161,8 @@ def visible_features(
         x = checkpoint_seq(encoder.blocks, x)
     else:
         x = encoder.blocks(x)
-    return encoder.norm(x)
+    features: Tensor = encoder.norm(x)
+    return features
 
 
 def _positions_and_prefix(encoder: VisionTransformer, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
@@ -181,7 +183,8 @@ def resample_positions(pos: Tensor, grid: tuple[int, int], table_grid: tuple[int
     """Positions for another grid, interpolated as timm's dynamic_img_size does; the table itself if equal."""
     if tuple(grid) == tuple(table_grid):
         return pos
-    return resample_abs_pos_embed(pos, list(grid), list(table_grid), num_prefix_tokens=num_prefix)
+    resampled: Tensor = resample_abs_pos_embed(pos, list(grid), list(table_grid), num_prefix_tokens=num_prefix)
+    return resampled
 
 
 def init_encoder(encoder: VisionTransformer) -> None:

@@ -1,8 +1,8 @@
 """Compiles the launches of the Triton attention kernels for GPUs that need not be there, and says what they take.
 
-A process of its own (``python tests/compiled/attention_aot.py < launches``), because the interpreter in which other tests run
-Triton replaces its compiler process-wide. Reads one launch per line as JSON, writes one line of JSON for each. What was
-compiled stays in Triton's cache, so that the next run takes seconds.
+A process of its own (``python tests/compiled/attention_aot.py < launches``), because the interpreter in which other
+tests run Triton replaces its compiler process-wide. Reads one launch per line as JSON, writes one line of JSON for
+each. What was compiled stays in Triton's cache, so that the next run takes seconds.
 """
 
 from __future__ import annotations
