@@ -15,7 +15,8 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-LIBRARY = HERE.parents[1] / "mimkernels" / "_lib" / "libmimkernels_cuda.so"
+ROOT = HERE.parents[1]
+LIBRARY = ROOT / "mimkernels" / "_lib" / "libmimkernels_cuda.so"
 TABLE = HERE / "cuda_resources.json"
 
 # Of one multiprocessor: shared memory (of which the system takes 1 KiB per block), registers, warps, blocks.
@@ -110,7 +111,7 @@ def launches() -> dict[str, tuple[int, int]]:
         command = [
             "c++",
             "-std=c++20",
-            f"-I{HERE.parents[1] / 'csrc'}",
+            f"-I{ROOT / 'csrc'}",
             f"-DTOKENS={TOKENS}",
             "-x",
             "c++",
