@@ -41,6 +41,7 @@ from mimkernels.nn._classes import (
 from mimkernels.nn.encoder import check_patch_embed, visible_features
 from mimkernels.nn.mlp import reason_against
 from mimkernels.nn.sdpa import is_for_pytorch
+from mimkernels.nn.sdpa.measured import reasons
 from mimkernels.nn.sdpa.stand_in import kernels_refuse, stand_in
 from mimkernels.ops import gather_tokens, mask_from_noise
 
@@ -57,7 +58,8 @@ class Change:
         name: of the module within the model; "" is the model itself.
         kind: its class.
         became: what computes it now; "" where it was left alone.
-        reason: why it was left alone, or when the change does not apply.
+        reason: why it was left alone, or when the change does not apply: with dropout in training, and where PyTorch's
+            attention was measured to be faster at the model's own number of tokens.
     """
 
     name: str
@@ -120,7 +122,10 @@ def accelerate(
     Modules that run on mimkernels already are left so, and reported.
 
     A module of any class whose ``forward`` calls PyTorch's ``F.scaled_dot_product_attention`` is taken. Calls that
-    ``mimkernels.attention`` does not take, such as attention dropout in training, go to PyTorch as before.
+    ``mimkernels.attention`` does not take, such as attention dropout in training, go to PyTorch as before, and so do
+    calls that PyTorch was measured to compute faster, by device, instruction set, dtype, number of tokens and head dim
+    (``python -m benchmarks measure-attention``): unless statistics are captured or recorded, or a backend is named. The
+    report tells of plain layers beforehand; of others once they ran, when it is printed.
 
     Whoever looks into the model later finds what they would without this. A module runs its original code while there
     are hooks on parts that it would not run, after ``fused_attn = False``, where somebody has replaced
@@ -155,8 +160,11 @@ def accelerate(
         raise TypeError(f"accelerate takes a module, got {type(model).__name__}")
     _check_devices(model)
     changes = []
+    vit, tokens = "", None  # the latest Vision Transformer that was come by: plain attention in it sees all its tokens
     for name, module in model.named_modules():
         change = None
+        if isinstance(module, VisionTransformer):
+            vit, tokens = name, _tokens(module)
         if _is_accelerated(module):
             change = Change(name, type(module).__name__, "mimkernels", "already")
         elif isinstance(module, (PatchDropout, PatchDropoutWithIndices)):
@@ -166,7 +174,8 @@ def accelerate(
         elif isinstance(module, VisionTransformer):
             change = _take_patch_embed(module) if patch_embed and patch_drop else None
         elif pool if "pool" in type(module).__name__.lower() else attention:
-            change = _take_attention(module)
+            inside = tokens is not None and name.startswith(f"{vit}." if vit else "")
+            change = _take_attention(module, tokens if inside else None)
         if change is not None:
             changes.append(Change(name, change.kind, change.became, change.reason))
     classes = dict.fromkeys(type(module) for module in model.modules() if hasattr(type(module), "_refused"))
@@ -195,7 +204,7 @@ def _check_devices(model: nn.Module) -> None:
             )
 
 
-def _take_attention(module: nn.Module) -> Change | None:
+def _take_attention(module: nn.Module, tokens: int | None) -> Change | None:
     kind = type(module)
     if not calls_sdpa(kind.forward, module):
         return _other_attention(module)
@@ -203,7 +212,25 @@ def _take_attention(module: nn.Module) -> Change | None:
     if reason is not None:
         return Change("", kind.__name__, "", reason)
     dropout = _dropout(module)
-    return Change("", kind.__name__, _ATTENTION, f"not in training: attention dropout {dropout}" if dropout else "")
+    remarks = [f"not in training: attention dropout {dropout}"] if dropout else []
+    if kind is TimmAttention and tokens is not None:
+        remarks += _left_to_torch(module, tokens)
+    return Change("", kind.__name__, _ATTENTION, "; ".join(remarks))
+
+
+def _tokens(model: VisionTransformer) -> int | None:
+    """How many tokens the blocks see of images of the model's own size, all patches kept."""
+    patches = getattr(model.patch_embed, "num_patches", None)
+    return patches + model.num_prefix_tokens if isinstance(patches, int) else None
+
+
+def _left_to_torch(module: TimmAttention, tokens: int) -> list[str]:
+    """Where PyTorch's attention is faster in this layer: in its own dtype, and in that of autocast."""
+    weight = module.proj.weight if isinstance(module.proj, nn.Linear) else next(module.parameters())
+    device = weight.device.type
+    cast = () if device == "meta" else (torch.get_autocast_dtype(device),)
+    dtypes = dict.fromkeys((weight.dtype, *cast))
+    return [line for dtype in dtypes for line in reasons(device, dtype, tokens, module.head_dim)]
 
 
 def _other_attention(module: nn.Module) -> Change | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import CausalBias
 
@@ -18,6 +19,7 @@ except ImportError as error:
 from mimkernels.nn._classes import change_class, fused_attn, prepare_scriptable, sdpa_is_replaced
 from mimkernels.nn.recorder import recorder_of
 from mimkernels.nn.sdpa import AttentionCall, Recorder, as_bias, attend, compute_dtype, has_own_rules
+from mimkernels.nn.sdpa.measured import why_torch
 
 __all__ = ["Attention", "attention_layers", "use_mimkernels_attention"]
 
@@ -33,12 +35,14 @@ class Attention(TimmAttention):
     tensors with rules of their own (subclasses; torch.fx, which sees timm's nodes), under ``torch.jit.trace``, and
     where somebody replaced ``F.scaled_dot_product_attention``. A layer that had ``fused_attn = False`` before, is fused
     as long as there are no hooks on ``attn_drop``, which see the attention matrix. ``torch.jit.script`` gets timm's
-    class.
+    class. Where PyTorch's attention was measured to be faster (``mimkernels.nn.sdpa.measured``), it computes what
+    nobody records or captures.
     """
 
     __prepare_scriptable__ = prepare_scriptable
     fused_attn = fused_attn  # type: ignore[misc] # final for TorchScript, which gets timm's class
     _recorder: Recorder | None = None  # by which this layer's heads are recorded, inside `record_heads` only
+    _refused: ClassVar[set[str]] = set()  # why calls went to PyTorch that might have run here, for `accelerate`
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """``[B, N, C]`` to ``[B, N, C']``; arguments as timm's. A query that may attend to nothing gets zeros."""
@@ -59,11 +63,17 @@ class Attention(TimmAttention):
         dtype = compute_dtype(v)
         as_projected = q is parts[0] and k is parts[1] and v.dtype == dtype
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        bias, key_mask = as_bias(attn_mask, is_causal, q, tokens, q.shape[:2])
         # timm's fused branch knows no scale but this one, whatever `scale` is set to.
         scale = self.scale if self.__dict__["fused_attn"] is None else self.head_dim**-0.5
-        call = AttentionCall(q, k, v, bias, key_mask, scale, q.shape[:2], packed if as_projected else None)
-        out = attend(call, recorder=recorder).out
+        faster = why_torch(q, k, v, attn_mask) if recorder is None else None
+        if faster is not None:
+            if not torch.compiler.is_compiling():
+                self._refused.add(faster)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=is_causal, scale=scale)
+        else:
+            bias, key_mask = as_bias(attn_mask, is_causal, q, tokens, q.shape[:2])
+            call = AttentionCall(q, k, v, bias, key_mask, scale, q.shape[:2], packed if as_projected else None)
+            out = attend(call, recorder=recorder).out
         y = self.norm(out.transpose(1, 2).flatten(2))  # [B, N, H * D], a view
         if gate is not None:
             y = y * gate(x).sigmoid()

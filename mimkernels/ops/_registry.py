@@ -158,7 +158,7 @@ class OpSpec:
             ValueError: no backend has that name.
             NotImplementedError: nothing takes these inputs; lists each backend's reasons.
         """
-        wanted = _in_force() if backend == "auto" else backend
+        wanted = backend_in_force() if backend == "auto" else backend
         if not isinstance(wanted, str):
             raise TypeError(f"{self.name}: backend must be a str, got {type(wanted).__name__}")
         if wanted != "auto" and wanted not in BACKENDS:
@@ -256,7 +256,8 @@ def backend_state(name: str) -> str | None:
     return _UNAVAILABLE.get(name)
 
 
-def _in_force() -> str:
+def backend_in_force() -> str:
+    """The backend of calls that name none: ``"auto"``, or what ``use_backend`` or ``MIMKERNELS_BACKEND`` names."""
     if torch.compiler.is_compiling() and (_traced_blocks or not _TRACED_CONTEXT):
         return _traced_blocks[0] if _traced_blocks else _BY_ENVIRONMENT
     return forced.get()

@@ -39,6 +39,7 @@ __all__ = [
     "observers",
     "observing",
     "tell_patches",
+    "wants_statistics",
 ]
 
 
@@ -155,6 +156,11 @@ def observing(observer: Observer) -> Iterator[None]:
     finally:
         # Not reset by a token, which another context would refuse: a block may be left in another one, as in notebooks.
         _observers.set(tuple(item for item in _observers.get() if item[1] is not observer))
+
+
+def wants_statistics() -> bool:
+    """Whether an observer of this thread has statistics computed by the pass of a call itself, not beside it."""
+    return bool(observers()) and not keeps_tensors_elsewhere()
 
 
 def tell_patches(embedding: nn.Module, patches: Patches) -> None:

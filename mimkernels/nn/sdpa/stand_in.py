@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from mimkernels.nn.sdpa.measured import why_torch
 from mimkernels.nn.sdpa.observe import NO_STATISTICS, StatisticsRequest, attend, observers
 from mimkernels.nn.sdpa.translate import (
     SDPAArguments,
@@ -69,7 +70,8 @@ def stand_in(note: Callable[[list[str]], object] | None = None) -> Callable[...,
     """A function that takes the arguments of ``F.scaled_dot_product_attention`` and gives its result.
 
     What has rules of its own is for PyTorch: subclasses of tensors, and torch.fx's Proxy, which becomes the node that
-    it always was. So is what ``torch.jit.trace`` records.
+    it always was. So is what ``torch.jit.trace`` records, and what PyTorch was measured to compute faster
+    (``mimkernels.nn.sdpa.measured``).
 
     Args:
         note: called with the reasons whenever a call goes to PyTorch; not while compiling.
@@ -85,16 +87,21 @@ def stand_in(note: Callable[[list[str]], object] | None = None) -> Callable[...,
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        plain = not (is_for_pytorch(query) or dropout_p or is_causal or enable_gqa)
-        if plain and _needs_no_translation(query, key, value, attn_mask):
-            return laid_out_as(attention(query, key, value, bias=attn_mask, scale=scale).out, query)
-        arguments = SDPAArguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        reasons = _head_dim_refused(query) or refusals(arguments)
-        if not reasons:
-            missing = kernels_refuse(query.device.type, query.dtype)
-            if missing is None:
-                return sdpa(arguments).out
-            reasons = [missing]
+        foreign = is_for_pytorch(query)
+        faster = None if foreign else why_torch(query, key, value, attn_mask)
+        if faster is not None:
+            reasons = [faster]
+        else:
+            plain = not (foreign or dropout_p or is_causal or enable_gqa)
+            if plain and _needs_no_translation(query, key, value, attn_mask):
+                return laid_out_as(attention(query, key, value, bias=attn_mask, scale=scale).out, query)
+            arguments = SDPAArguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+            reasons = _head_dim_refused(query) or refusals(arguments)
+            if not reasons:
+                missing = kernels_refuse(query.device.type, query.dtype)
+                if missing is None:
+                    return sdpa(arguments).out
+                reasons = [missing]
         if note is not None and not torch.compiler.is_compiling():
             note(reasons)
         return F.scaled_dot_product_attention(
