@@ -27,6 +27,7 @@ from mimkernels.ops import (
 )
 
 if TYPE_CHECKING:
+    from mimkernels.engine.memory import keep_freed_memory
     from mimkernels.heads import capture
     from mimkernels.integrations.timm import accelerate, restore
 
@@ -43,6 +44,7 @@ __all__ = [
     "fill_mask_tokens",
     "gather_tokens",
     "head_divergence",
+    "keep_freed_memory",
     "mask_from_noise",
     "masked_patch_loss",
     "patchify_gather",
@@ -61,6 +63,7 @@ __all__ = [
 _AT_FIRST_USE = {
     "accelerate": "mimkernels.integrations.timm",
     "capture": "mimkernels.heads",
+    "keep_freed_memory": "mimkernels.engine.memory",
     "restore": "mimkernels.integrations.timm",
 }
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from mimkernels._version import __version__
+from mimkernels.engine.memory import freed_memory
 from mimkernels.ops import _native, _registry
 
 _TRAIN = ("timm", "torchvision", "accelerate", "tensorboard", "scikit-learn", "matplotlib", "rich")
@@ -25,10 +26,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def collect() -> dict:
-    """Versions, devices, native libraries and backends, as plain data."""
+    """Versions, devices, memory, native libraries and backends, as plain data."""
     return {
         "versions": _versions(),
         "devices": _devices(),
+        "memory": dict(zip(("freed_memory", "detail"), freed_memory(), strict=True)),
         "libraries": [_library(state) for state in _native.libraries()],
         "backends": [_backend(backend) for backend in _registry.BACKENDS.values()],
         "ops": _ops(),
@@ -154,8 +156,9 @@ def _tables(facts: dict) -> list[tuple[str, list[tuple[str, str, str]]]]:
         ops = "all ops" if len(backend["ops"]) == everything else ", ".join(backend["ops"]) or "no op yet"
         state = "available" if backend["available"] else "unavailable"
         backends.append((backend["name"], state, f"{ops}; on {', '.join(backend['devices'])}"))
-    titles = ("Versions", "Devices", "Native libraries", "Backends")
-    return list(zip(titles, (versions, devices, libraries, backends), strict=True))
+    memory = [("freed memory", facts["memory"]["freed_memory"], facts["memory"]["detail"])]
+    titles = ("Versions", "Devices", "Memory", "Native libraries", "Backends")
+    return list(zip(titles, (versions, devices, memory, libraries, backends), strict=True))
 
 
 def _missing(facts: dict) -> list[tuple[str, str, str]]:
@@ -194,6 +197,7 @@ def _print_rich(facts: dict) -> None:
     colors = {
         "loaded": "green",
         "available": "green",
+        "kept": "green",
         "missing": "yellow",
         "unavailable": "yellow",
         "-": "dim",

@@ -28,6 +28,14 @@ def test_whatever_is_missing_has_a_reason_and_a_remedy():
         assert there or part["remedy"], part
 
 
+def test_freed_memory_is_told_of(monkeypatch, capsys):
+    monkeypatch.setattr(info, "freed_memory", lambda: ("returned", "keep_freed_memory() would pay"))
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert info.collect()["memory"] == {"freed_memory": "returned", "detail": "keep_freed_memory() would pay"}
+    assert cli.main(["info"]) == 0
+    assert "freed memory  returned  keep_freed_memory() would pay" in capsys.readouterr().out
+
+
 def test_missing_parts_are_printed(monkeypatch, capsys):
     gone = replace(_native.library("cpu"), loaded=False, reason="not built: no compiler", remedy="install g++")
     monkeypatch.setitem(_native._LIBRARIES, "cpu", gone)

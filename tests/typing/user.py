@@ -6,12 +6,22 @@ from typing import assert_type
 from torch import Tensor, nn
 
 import mimkernels
-from mimkernels import AttentionOutput, TokenMask, accelerate, attention, capture, restore, use_backend
+from mimkernels import (
+    AttentionOutput,
+    TokenMask,
+    accelerate,
+    attention,
+    capture,
+    keep_freed_memory,
+    restore,
+    use_backend,
+)
 from mimkernels.heads import RecordedHeads
 from mimkernels.integrations.timm import Accelerated
 
 
 def faster(model: nn.Module, batches: Iterator[Tensor]) -> list[Tensor]:
+    assert_type(keep_freed_memory(), bool)
     accelerated = accelerate(model, pool=False)
     assert_type(accelerated, Accelerated)
     features: list[Tensor] = [model(images) for images in batches]
