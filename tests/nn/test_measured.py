@@ -101,6 +101,8 @@ def test_what_was_not_measured_is_ours(table):
         ("avx2", "avx512_bf16", "bfloat16", False),
         ("amx_bf16", "amx_bf16", "bfloat16", True),
         ("unheard_of", "avx2", "float32", False),
+        ("avx2_amx", "avx2", "float32", False),  # of the tests only, slow on purpose
+        ("avx2_amx", "amx_bf16", "bfloat16", False),
     ],
 )
 def test_a_neighbouring_instruction_set_stands_in_for_one_that_was_not_measured(
