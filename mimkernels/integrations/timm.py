@@ -213,7 +213,7 @@ def _take_attention(module: nn.Module, tokens: int | None) -> Change | None:
         return Change("", kind.__name__, "", reason)
     dropout = _dropout(module)
     remarks = [f"not in training: attention dropout {dropout}"] if dropout else []
-    if kind is TimmAttention and tokens is not None:
+    if kind is TimmAttention and isinstance(module, TimmAttention) and tokens is not None:
         remarks += _left_to_torch(module, tokens)
     return Change("", kind.__name__, _ATTENTION, "; ".join(remarks))
 

@@ -88,7 +88,7 @@ def why_torch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str | Non
         return "" if slower is not None and _is_slower(slower, q, k) and backend_in_force() == "auto" else None
     # What follows costs as little as it can: small models feel every step.
     device = "cpu" if q.is_cpu else q.device.type
-    dtype = compute_dtype(q) if device != "meta" and torch.is_autocast_enabled(device) else q.dtype
+    dtype = compute_dtype(q) if torch._C._is_any_autocast_enabled() else q.dtype
     passes = _known.get((device, dtype), _UNKNOWN)
     if passes is _UNKNOWN:
         passes = _slower(device, dtype)
@@ -187,7 +187,7 @@ _decided: dict[tuple[torch.Size, torch.Size, torch.dtype, str], tuple[str | None
 _BY_OURS = (None, None)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # of torch
 def _slower(device: str, dtype: torch.dtype) -> _Passes:
     if (device, dtype) not in _known:
         forward, training = (_where_slower(device, dtype, kind) for kind in PASSES)
