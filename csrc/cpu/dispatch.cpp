@@ -6,6 +6,11 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(MIMKERNELS_HAVE_AMX) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace mimkernels {
 
 namespace portable {
@@ -18,13 +23,22 @@ extern const CpuKernels kernel_table;
 namespace avx512 {
 extern const CpuKernels kernel_table;
 }
-// Of the two that multiply bf16 in pairs, attention_fwd and attention_bwd alone are defined.
+// Of the builds that multiply bf16 in pairs or in tiles, attention_fwd and attention_bwd alone are
+// defined.
 namespace avx512_bf16 {
 #define MIMKERNELS_KERNEL(op, pass, Params, key) \
   Status op##_##pass(const Params& params, ParallelFor parallel_for);
 #include "kernels.def"
 #undef MIMKERNELS_KERNEL
 }  // namespace avx512_bf16
+#endif
+#if defined(MIMKERNELS_HAVE_AMX)
+namespace amx_bf16 {
+#define MIMKERNELS_KERNEL(op, pass, Params, key) \
+  Status op##_##pass(const Params& params, ParallelFor parallel_for);
+#include "kernels.def"
+#undef MIMKERNELS_KERNEL
+}  // namespace amx_bf16
 #endif
 #if defined(MIMKERNELS_HAVE_AVX2_BF16)
 namespace avx2_bf16 {
@@ -33,6 +47,12 @@ namespace avx2_bf16 {
 #include "kernels.def"
 #undef MIMKERNELS_KERNEL
 }  // namespace avx2_bf16
+namespace avx2_amx {
+#define MIMKERNELS_KERNEL(op, pass, Params, key) \
+  Status op##_##pass(const Params& params, ParallelFor parallel_for);
+#include "kernels.def"
+#undef MIMKERNELS_KERNEL
+}  // namespace avx2_amx
 #endif
 
 namespace {
@@ -42,17 +62,32 @@ struct Choice {
   bool runs_here;
 };
 
-constexpr int kChoices = 5;
+constexpr int kChoices = 7;
 
 #if defined(MIMKERNELS_HAVE_X86_ISAS)
-// The kernels of another instruction set, but for attention, which multiplies bf16 in pairs.
-CpuKernels with_bf16_pairs(CpuKernels table, const char* isa,
-                           decltype(CpuKernels::attention_fwd) attention_fwd,
-                           decltype(CpuKernels::attention_bwd) attention_bwd) {
+// The kernels of another instruction set, but for attention, which has products of bf16.
+CpuKernels with_bf16_products(CpuKernels table, const char* isa,
+                              decltype(CpuKernels::attention_fwd) attention_fwd,
+                              decltype(CpuKernels::attention_bwd) attention_bwd) {
   table.isa = isa;
   table.attention_fwd = attention_fwd;
   table.attention_bwd = attention_bwd;
   return table;
+}
+#endif
+
+#if defined(MIMKERNELS_HAVE_AMX)
+// Whether the CPU has AMX for bf16 and the system lets this process use it, which has to be asked
+// for once: its registers are 8 KiB, saved only for those who do.
+bool may_use_tiles() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr long kTileData = 18;               // XFEATURE_XTILEDATA
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 #endif
 
@@ -69,17 +104,30 @@ int list_choices(Choice (&choices)[kChoices]) {
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   const bool has_avx512_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
   static const CpuKernels avx512_bf16_table =
-      with_bf16_pairs(avx512::kernel_table, "avx512_bf16", &avx512_bf16::attention_fwd,
-                      &avx512_bf16::attention_bwd);
-  choices[count++] = {&avx512_bf16_table, has_avx512_bf16};
+      with_bf16_products(avx512::kernel_table, "avx512_bf16", &avx512_bf16::attention_fwd,
+                         &avx512_bf16::attention_bwd);
+#if defined(MIMKERNELS_HAVE_AMX)
+  static const CpuKernels amx_bf16_table =
+      with_bf16_products(avx512::kernel_table, "amx_bf16", &amx_bf16::attention_fwd,
+                         &amx_bf16::attention_bwd);
+  choices[count++] = {&amx_bf16_table, has_avx512_bf16 && may_use_tiles()};
+#endif
+  // Intel's dot product of bf16 pairs runs at half the rate of fused multiply-adds: converting to
+  // fp32 is quicker there.
+  const bool pairs_are_quick = !__builtin_cpu_is("intel");
+  if (pairs_are_quick) choices[count++] = {&avx512_bf16_table, has_avx512_bf16};
   choices[count++] = {&avx512::kernel_table, has_avx512};
+  if (!pairs_are_quick) choices[count++] = {&avx512_bf16_table, has_avx512_bf16};
   choices[count++] = {&avx2::kernel_table, has_avx2};
 #endif
   choices[count++] = {&portable::kernel_table, true};
 #if defined(MIMKERNELS_HAVE_AVX2_BF16)
-  static const CpuKernels avx2_bf16_table = with_bf16_pairs(
+  static const CpuKernels avx2_bf16_table = with_bf16_products(
       avx2::kernel_table, "avx2_bf16", &avx2_bf16::attention_fwd, &avx2_bf16::attention_bwd);
   choices[count++] = {&avx2_bf16_table, has_avx2};
+  static const CpuKernels avx2_amx_table = with_bf16_products(
+      avx2::kernel_table, "avx2_amx", &avx2_amx::attention_fwd, &avx2_amx::attention_bwd);
+  choices[count++] = {&avx2_amx_table, has_avx2};
 #endif
   return count;
 }
