@@ -19,15 +19,15 @@ struct RowTiles {
   int64_t first(int64_t tile) const { return count * tile / max_of(tiles, 1); }
 };
 
-// Keys in blocks of at most `most`, as equal as whole panels allow.
+// Keys in blocks of at most `most`, as equal as whole panels of `panel` keys allow.
 struct KeyBlocks {
   int64_t count = 0;
   int64_t size = 0;
   int64_t blocks = 0;
 
-  KeyBlocks(int64_t keys, int64_t most) : count(keys) {
+  KeyBlocks(int64_t keys, int64_t most, int64_t panel = kPanel) : count(keys) {
     const int64_t wanted = max_of(1, ceil_div(keys, most));
-    size = max_of(ceil_div(ceil_div(keys, wanted), kPanel) * kPanel, kPanel);
+    size = max_of(ceil_div(ceil_div(keys, wanted), panel) * panel, panel);
     blocks = ceil_div(keys, size);
   }
   int64_t first(int64_t block) const { return block * size; }
@@ -194,24 +194,35 @@ class ScoreStart {
 
   template <int kStride, typename E>
   void set_rows(ScoreTile<E>& tile, int64_t query, int64_t rows) const {
-    tile.start = nullptr;
-    tile.start_stride = 0;
     tile.tail_start = mask_row_ + count_ / kPanel * kPanel;
-    if (p_.bias.given) {
-      const int64_t offset = b_ * p_.bias.stride_batch + h_ * p_.bias.stride_head +
-                             query * p_.bias.stride_query + first_;
-      with_float_type(p_.bias.dtype, [&](auto type) {
-        using T = decltype(type);
-        fill_bias_rows(static_cast<const T*>(p_.bias.data) + offset, p_.bias.stride_query, rows,
-                       count_, mask_row_, tile.scores, kStride);
-        return Status{};
-      });
-      tile.start = tile.scores;
-      tile.start_stride = kStride;
-    } else if (p_.key_mask.given) {
-      tile.start = mask_row_;
-    }
+    const Rows start = rows_of(query, rows, 0, count_, tile.scores, kStride);
+    tile.start = start.first;
+    tile.start_stride = start.stride;
   }
+
+  struct Rows {
+    const float* first = nullptr;  // null: nothing, not even a mask
+    int64_t stride = 0;
+  };
+
+  // The start of some queries' scores, `keys` of them from `key` of the block on, padded to whole
+  // registers. Bias rows are put into `room`, room_stride apart.
+  Rows rows_of(int64_t query, int64_t rows, int64_t key, int64_t keys, float* room,
+               int64_t room_stride) const {
+    if (!p_.bias.given) return {p_.key_mask.given ? mask_row_ + key : nullptr, 0};
+    const int64_t offset = b_ * p_.bias.stride_batch + h_ * p_.bias.stride_head +
+                           query * p_.bias.stride_query + first_ + key;
+    with_float_type(p_.bias.dtype, [&](auto type) {
+      using T = decltype(type);
+      fill_bias_rows(static_cast<const T*>(p_.bias.data) + offset, p_.bias.stride_query, rows, keys,
+                     mask_row_ + key, room, room_stride);
+      return Status{};
+    });
+    return {room, room_stride};
+  }
+
+  // 0 or -inf for the keys of the block from `key` on, and -inf on the padding.
+  const float* mask_row(int64_t key) const { return mask_row_ + key; }
 
  private:
   const AttentionScores& p_;

@@ -1,0 +1,271 @@
+// What the gradients of attention share however their products are computed: which heads and rows
+// a task has, the softmax's gradient of one row, the gradient of the bias.
+#pragma once
+
+#include "cpu/attention/block.h"
+#include "ops/attention/params.h"
+
+namespace mimkernels::MIMKERNELS_ISA {
+
+constexpr int64_t kBlockKeys = 320;
+
+// ---- one row ----
+
+// The six numbers of a row that lead from upstream gradients of lse and statistics to dS.
+struct RowCoef {
+  float c_prefix = 0.0f;
+  float a_prefix = 0.0f;
+  float c_patch = 0.0f;
+  float a_patch = 0.0f;
+  float own = 0.0f;
+  float far = 0.0f;
+};
+
+// One row of scores and what its P and dS are computed from.
+struct ScoreRow {
+  float* s = nullptr;               // scores, or products that `scale` and `start` make scores
+  float* dp = nullptr;              // dout v^T
+  const float* start = nullptr;     // null where s holds scores
+  float scale = 1.0f;               // of the products
+  const float* distance = nullptr;  // to each key
+  int64_t padded = 0;
+  int64_t prefix = 0;  // keys of this block that are prefix tokens
+  float lse = 0.0f;
+  float lse_low = 0.0f;
+  float centre = 0.0f;
+};
+
+// With x = dP - centre, replaces scores s by P and dP by x + c(j) + a(j) L + w d; returns the sum of
+// P x.
+template <bool kStart, bool kCoef, bool kFarther>
+MIMKERNELS_INLINE float probability_row(const ScoreRow& row, const RowCoef& coef) {
+  float* const s = row.s;
+  float* const dp = row.dp;
+  const Floats shift = splat(row.lse);
+  const Floats low = splat(row.lse_low);
+  const Floats centre = splat(row.centre);
+  const Floats scale = splat(row.scale);
+  Floats sum = {};
+  const auto step = [&](int64_t j, Floats c, Floats a) MIMKERNELS_LAMBDA_INLINE {
+    Floats score = load_floats(s + j);
+    if constexpr (kStart) score = mul_add(score, scale, load_floats(row.start + j));
+    Floats log_p;
+    const Floats p = exp_clamped((score - shift) - low, log_p);
+    Floats t = load_floats(dp + j) - centre;
+    sum = mul_add(p, t, sum);
+    store_floats(s + j, p);
+    if constexpr (kCoef) t += mul_add(a, log_p, c);
+    if constexpr (kFarther) t = mul_add(splat(coef.far), load_floats(row.distance + j), t);
+    store_floats(dp + j, t);
+  };
+  int64_t j = 0;
+  if constexpr (kCoef) {
+    for (; j < row.prefix; j += kLanes) {
+      const Ints patch =
+          (Ints)(lane_numbers(static_cast<int32_t>(j)) >= static_cast<int32_t>(row.prefix));
+      step(j, choose_lanes(patch, splat(coef.c_patch), splat(coef.c_prefix)),
+           choose_lanes(patch, splat(coef.a_patch), splat(coef.a_prefix)));
+    }
+  }
+  const Floats c = splat(coef.c_patch);
+  const Floats a = splat(coef.a_patch);
+  for (; j < row.padded; j += kLanes) step(j, c, a);
+  return add_lanes(sum);
+}
+
+// dS = P * (t - rest), in t's place.
+MIMKERNELS_INLINE void gradient_row(const float* p, float* t, int64_t padded, float rest) {
+  const Floats minus = splat(rest);
+  for (int64_t j = 0; j < padded; j += kLanes) {
+    store_floats(t + j, load_floats(p + j) * (load_floats(t + j) - minus));
+  }
+}
+
+template <typename T>
+MIMKERNELS_INLINE float dot_row(const T* a, const T* b, int64_t dim) {
+  Floats sum = {};
+  for (int64_t c = 0; c < dim; c += kLanes)
+    sum = mul_add(load_columns(a + c, dim - c), load_columns(b + c, dim - c), sum);
+  return add_lanes(sum);
+}
+
+// dst (+)= src for one row of dbias.
+template <typename T>
+MIMKERNELS_INLINE void put_bias_row(T* dst, const float* src, int64_t count, bool add) {
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) {
+    Floats value = load_floats(src + j);
+    if (add) value += load_part<kLanes>(dst + j);
+    store_part<kLanes>(dst + j, value);
+  }
+  if (j == count) return;
+  Pack<kLanes> last;
+  last.v[0] = load_floats(src + j);
+  if (add) last.v[0] += load_some<kLanes>(dst + j, count - j).v[0];
+  store_some<kLanes>(dst + j, last, count - j);
+}
+
+// ---- tasks ----
+
+// Which heads share a row of dbias: those of one group, which are visited in order.
+struct HeadGroups {
+  int64_t batch = 0;
+  int64_t heads = 0;
+  int64_t group_batch = 0;  // 1 or batch
+  int64_t group_heads = 0;  // 1 or heads
+
+  int64_t count() const { return group_batch * group_heads; }
+  int64_t members() const { return (batch / group_batch) * (heads / group_heads); }
+  int64_t image(int64_t group, int64_t member) const {
+    return group_batch == 1 ? member / (heads / group_heads) : group / group_heads;
+  }
+  int64_t head(int64_t group, int64_t member) const {
+    return group_heads == 1 ? member % heads : group % group_heads;
+  }
+};
+
+// What a pass over the heads computes, and where results go that a task does not finish alone.
+struct Pass {
+  bool grads = true;  // dq, dk, dv
+  bool bias = false;
+  HeadGroups groups;
+  int64_t chunks = 1;
+  float* parts =
+      nullptr;  // [2, chunks, B, H, Nk, D]: dk and dv of each chunk, if there are several
+  float* bias_sums = nullptr;  // [groups, Nq, Nk] where dbias is 16-bit and sums over heads
+};
+
+// What a thread of a pass keeps, but for its products: the head that it is at, that head's rows.
+template <typename T>
+class PassWorker {
+ protected:
+  PassWorker(const AttentionBwdParams& params, const Pass& pass, int64_t panel = kPanel)
+      : p_(params),
+        s_(params.scores),
+        pass_(pass),
+        blocks_(s_.keys, kBlockKeys, panel),
+        distances_(params.positions, s_.keys, params.num_prefix, 1) {}
+
+  void allocate_rows() {
+    mask_row_ = arena_.floats(blocks_.size + kPanel);
+    distances_.allocate(arena_);
+  }
+
+  // Calls visit() at each head of a task, in order.
+  template <typename Visit>
+  void visit_heads(int64_t task, const Visit& visit) {
+    group_ = task / pass_.chunks;
+    chunk_ = task % pass_.chunks;
+    const int64_t members = pass_.groups.members();
+    for (int64_t member = 0; member < members; ++member) {
+      b_ = pass_.groups.image(group_, member);
+      h_ = pass_.groups.head(group_, member);
+      opens_bias_ = member == 0;
+      distances_.set_image(b_);
+      visit(member);
+    }
+  }
+
+  // P and t of one row of scores and dP, dS being P (t - rest) + P own at the row's own key.
+  struct RowEnd {
+    float rest = 0.0f;
+    float own = 0.0f;
+  };
+  template <bool kStart>
+  MIMKERNELS_INLINE RowEnd begin_row(int64_t row, int64_t block, float* s, float* ds,
+                                     const float* start, float scale) {
+    const int64_t first = blocks_.first(block);
+    const int64_t count = blocks_.length(block);
+    const int64_t index = (b_ * s_.heads + h_) * s_.queries + row;
+    ScoreRow scores;
+    scores.s = s;
+    scores.dp = ds;
+    scores.start = start;
+    scores.scale = scale;
+    scores.padded = padded_columns(count);
+    scores.prefix = max_of(0, min_of(p_.num_prefix - first, count));
+    scores.lse = p_.lse[index] == -kInfinity ? 0.0f : p_.lse[index];
+    scores.lse_low = p_.lse_low[index];
+    // P dP are summed about delta as out has it: rounding is relative to what is left, and that P
+    // sums to 1 only nearly costs nothing.
+    scores.centre =
+        dot_row(head_at<T>(p_.dout, b_, h_, row), head_at<T>(p_.out, b_, h_, row), s_.dim);
+    RowEnd end;
+    if (!p_.has_coef) {
+      end.rest = probability_row<kStart, false, false>(scores, {});
+    } else {
+      const int64_t plane = s_.batch * s_.heads * s_.queries;
+      const float* from = p_.coef + index;
+      const RowCoef coef = {from[0],         from[plane],     from[2 * plane],
+                            from[3 * plane], from[4 * plane], from[5 * plane]};
+      if (!p_.positions.given) {
+        end.rest = probability_row<kStart, true, false>(scores, coef);
+      } else {
+        scores.distance = distances_.row(row, 0, first, count);
+        end.rest = probability_row<kStart, true, true>(scores, coef);
+      }
+      const int64_t own = row - first;
+      if (own >= 0 && own < count) end.own = coef.own;
+    }
+    // With all keys at hand, the sum of P dP is free of out's rounding.
+    if (blocks_.blocks > 1) end.rest = 0.0f;
+    return end;
+  }
+
+  // dS in t's place, and in dbias.
+  MIMKERNELS_INLINE void end_row(int64_t row, int64_t block, const float* s, float* ds,
+                                 const RowEnd& end) {
+    const int64_t first = blocks_.first(block);
+    const int64_t count = blocks_.length(block);
+    gradient_row(s, ds, padded_columns(count), end.rest);
+    if (end.own != 0.0f) ds[row - first] += s[row - first] * end.own;
+    if (pass_.bias) put_bias(row, first, count, ds);
+  }
+
+  // Where a token's gradient goes.
+  T* gradient_at(void* grad, int64_t tokens, int64_t token) const {
+    return static_cast<T*>(grad) + (b_ * tokens + token) * p_.stride_grad + h_ * s_.dim;
+  }
+
+  // Where this chunk's share of a key's dk goes if there are several, and how far dv's is from it.
+  float* part_at(int64_t key) const {
+    const int64_t heads = s_.batch * s_.heads;
+    return pass_.parts + ((chunk_ * heads + b_ * s_.heads + h_) * s_.keys + key) * s_.dim;
+  }
+  int64_t part_distance() const { return pass_.chunks * s_.batch * s_.heads * s_.keys * s_.dim; }
+
+  // Rows of dbias that were summed over heads, rounded.
+  void round_bias(int64_t begin, int64_t end) {
+    if (!pass_.bias || pass_.bias_sums == nullptr) return;
+    const int64_t at = (group_ * s_.queries + begin) * s_.keys;
+    round_acc<false>(static_cast<T*>(p_.dbias) + at, pass_.bias_sums + at, (end - begin) * s_.keys);
+  }
+
+  const AttentionBwdParams& p_;
+  const AttentionScores& s_;
+  const Pass& pass_;
+  KeyBlocks blocks_;
+  Distances distances_;
+  ScoreStart start_{s_};
+  Arena arena_;
+  int64_t b_ = 0;
+  int64_t h_ = 0;
+  int64_t group_ = 0;
+  int64_t chunk_ = 0;
+  bool opens_bias_ = true;
+  float* mask_row_ = nullptr;
+
+ private:
+  void put_bias(int64_t row, int64_t first, int64_t count, const float* ds) {
+    const int64_t at = (group_ * s_.queries + row) * s_.keys + first;
+    if (pass_.bias_sums != nullptr) {
+      put_bias_row(pass_.bias_sums + at, ds, count, !opens_bias_);
+    } else if (s_.bias.dtype == DType::kFloat32) {
+      put_bias_row(static_cast<float*>(p_.dbias) + at, ds, count, !opens_bias_);
+    } else {
+      put_bias_row(static_cast<T*>(p_.dbias) + at, ds, count, false);
+    }
+  }
+};
+
+}  // namespace mimkernels::MIMKERNELS_ISA
