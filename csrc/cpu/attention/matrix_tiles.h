@@ -130,7 +130,8 @@ MIMKERNELS_INLINE void add_tile_step(const bf16* a, int64_t a_stride, const bf16
         Words pairs;
         memcpy(&pairs, b + k * kTileColumns + 2 * column, sizeof(pairs));
         const Floats left_even = (Floats)((uint32_t{a[r * a_stride + k].bits} << 16) - (Words){});
-        const Floats left_odd = (Floats)((uint32_t{a[r * a_stride + k + 1].bits} << 16) - (Words){});
+        const Floats left_odd =
+            (Floats)((uint32_t{a[r * a_stride + k + 1].bits} << 16) - (Words){});
         even = mul_add(flush_subnormals(left_even), flush_subnormals((Floats)(pairs << 16)), even);
         odd = mul_add(flush_subnormals(left_odd), flush_subnormals((Floats)(pairs & 0xffff0000u)),
                       odd);
@@ -233,8 +234,8 @@ MIMKERNELS_INLINE void pack_tiles_rows(const bf16* src, int64_t stride, int64_t 
       if (row < count) memcpy(&even, src + row * stride + c, sizeof(even));
       if (row + 1 < count) memcpy(&odd, src + (row + 1) * stride + c, sizeof(odd));
       using Pairs = typename VecTypes<8>::U;
-      const Pairs pairs =
-          __builtin_convertvector(even, Pairs) | __builtin_convertvector(odd, Pairs) << 16;
+      const Pairs pairs = __builtin_convertvector(even, Pairs) | __builtin_convertvector(odd, Pairs)
+                                                                     << 16;
       memcpy(dst + c / kTileColumns * panel + row * kTileColumns + 2 * (c % kTileColumns), &pairs,
              sizeof(pairs));
     }
