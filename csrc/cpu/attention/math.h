@@ -198,6 +198,25 @@ MIMKERNELS_INLINE Floats exp_lanes(Floats x) {
   return exp_clamped(x, clamped);
 }
 
+// The same for products of bf16, in four fifths of the instructions: relative error below
+// 1.7e-7 + 1.4e-8 |x|, so that next to exp(0) = 1, which is exact, no p is off by more than 1.3e-7.
+MIMKERNELS_INLINE Floats exp_short(Floats x, Floats& clamped) {
+  clamped = max_or_second(splat(kLeastExponent), x);
+  const Floats shifter = splat(12582912.0f);
+  const Floats shifted = mul_add(clamped, splat(1.44269504f), shifter);
+  const Floats n = shifted - shifter;
+  const Floats f = mul_add(clamped, splat(1.44269504f), -n);
+  // 2^f, minimax on |f| <= 1/2, the first coefficient kept at 1: relative error 9.2e-8. Degree 4
+  // would be 2.8e-6 off, which lse and entropies of a whole row would share.
+  Floats y = mul_add(splat(0.001326472f), f, splat(0.009671513f));
+  y = mul_add(y, f, splat(0.05550734f));
+  y = mul_add(y, f, splat(0.24022242f));
+  y = mul_add(y, f, splat(0.693147f));
+  y = mul_add(y, f, splat(1.0f));
+  const Floats power = (Floats)(((Words)shifted << 23) + 0x3f800000u);
+  return y * power;
+}
+
 // x = 2^e * m with m in [sqrt(1/2), sqrt(2)) and log(m) = f - curve, for finite x > 0.
 struct LogParts {
   Floats e;
