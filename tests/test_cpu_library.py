@@ -80,9 +80,9 @@ def in_new_process(isa, code=None):
 
 def test_every_instruction_set_gives_the_same_bits():
     best = OPS.cpu_isa()
-    assert best in ("portable", "avx2", "avx512", "avx512_bf16")
+    assert best in ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
     here = digest()
-    for isa in {"portable", "avx2" if best.startswith("avx") else best}:
+    for isa in {"portable", "portable" if best == "portable" else "avx2"}:
         assert in_new_process(isa) == f"{isa} {here}"
 
 

@@ -119,7 +119,7 @@ def column_sums(backend: str, images: int, tokens: int, columns: int) -> dict[st
     return found
 
 
-EACH_ISA = pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+EACH_ISA = pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16", "amx_bf16"])
 ERRORS = """
 from tests.ops.test_long_sums import ALLOWED, errors
 wrong = {name: error for name, error in errors().items() if error > ALLOWED[name]}

@@ -10,6 +10,7 @@ import torch
 
 from mimkernels import attention, head_divergence, received_attention
 from mimkernels.ops import _native
+from tests.test_instruction_sets import ISAS
 
 pytestmark = pytest.mark.skipif(not _native.library("cpu").loaded, reason="the CPU library is not built")
 
@@ -40,6 +41,29 @@ def test_the_exponential_at_its_ends():
     tail = exponential(torch.linspace(-87.0, -89.0, 4001))
     assert (tail >= 0).all()
     assert (tail.diff() <= 0).all()
+
+
+def check_short_exponential():
+    """The first of two keys, whose score is x beside one of 0, has P_1 / P_2 = exp(x)."""
+    x = torch.cat([torch.linspace(-87.3, 0.0, 40_001), torch.linspace(-1.0, 0.0, 20_001)])
+    q, k = (torch.zeros(1, 1, n, 8, dtype=torch.bfloat16) for n in (x.numel(), 2))
+    made = attention(
+        q,
+        k,
+        k,
+        bias=torch.stack([x, torch.zeros_like(x)], -1)[None],
+        num_prefix=1,
+        stats=("prefix_mass", "patch_mass"),
+        backend="cpu",
+    )
+    p = (made.stats["prefix_mass"].double() / made.stats["patch_mass"].double()).flatten()
+    divisions = 2 * 2**-23
+    assert ((p / x.double().exp() - 1).abs() <= 1.7e-7 + 1.4e-8 * x.abs() + divisions).all()
+    assert (p[x == 0] == 1).all()
+
+
+def test_the_exponential_of_bf16_is_as_exact_as_stated():
+    check_short_exponential()
 
 
 def everything(batch, heads, queries, keys, dim, dtype=torch.float32, bias=None, seed=0):
@@ -167,7 +191,7 @@ def on_an_isa(isa: str, code: str, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx2_bf16", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_instruction_sets_agree(isa, tmp_path):
     on_an_isa(isa, ON_AN_ISA, str(tmp_path / "made.pt"))
     for shape, theirs in zip(SHAPES, torch.load(tmp_path / "made.pt"), strict=True):
@@ -177,12 +201,13 @@ def test_instruction_sets_agree(isa, tmp_path):
             torch.testing.assert_close(b.float(), a.float(), rtol=tolerance, atol=tolerance)
 
 
-PAIRS = """
+BF16_PRODUCTS = """
 import sys, torch, mimkernels
 assert torch.ops.mimkernels.cpu_isa() == sys.argv[2]
 sys.path.insert(0, sys.argv[1])
-from test_attention_cpu import check_odd_strides
+from test_attention_cpu import check_odd_strides, check_short_exponential
 check_odd_strides()
+check_short_exponential()
 """
 
 
@@ -208,6 +233,6 @@ def test_odd_strides_change_no_bit():
     check_odd_strides()
 
 
-@pytest.mark.parametrize("isa", ["avx2_bf16", "avx512_bf16"])
-def test_odd_strides_change_no_bit_of_the_products_of_bf16_pairs(isa):
-    on_an_isa(isa, PAIRS, isa)
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if "_" in isa])
+def test_products_of_bf16_take_odd_strides_and_exact_exponentials(isa):
+    on_an_isa(isa, BF16_PRODUCTS, isa)
