@@ -14,7 +14,7 @@ from tests.cases import cases
 
 ROOT = Path(__file__).resolve().parents[1]
 
-ISAS = ("portable", "avx2", "avx2_bf16", "avx2_amx", "avx512", "avx512_bf16", "amx_bf16")
+ISAS = ("portable", "avx2", "avx2_bf16", "avx2_amx", "amx_emulated", "avx512", "avx512_bf16", "amx_bf16")
 NOT_HERE = ("does not support it", "is not an instruction set of this library")
 
 

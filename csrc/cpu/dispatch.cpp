@@ -10,6 +10,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if defined(MIMKERNELS_HAVE_AMX_EMULATION)
+#include "emulation/amx/tiles.h"
+#endif
 
 namespace mimkernels {
 
@@ -54,15 +57,24 @@ namespace avx2_amx {
 #undef MIMKERNELS_KERNEL
 }  // namespace avx2_amx
 #endif
+#if defined(MIMKERNELS_HAVE_AMX_EMULATION)
+namespace amx_emulated {
+#define MIMKERNELS_KERNEL(op, pass, Params, key) \
+  Status op##_##pass(const Params& params, ParallelFor parallel_for);
+#include "kernels.def"
+#undef MIMKERNELS_KERNEL
+}  // namespace amx_emulated
+#endif
 
 namespace {
 
 struct Choice {
   const CpuKernels* kernels;
   bool runs_here;
+  bool (*start)() = nullptr;  // what it needs once it is chosen; false if it cannot have it
 };
 
-constexpr int kChoices = 7;
+constexpr int kChoices = 8;
 
 #if defined(MIMKERNELS_HAVE_X86_ISAS)
 // The kernels of another instruction set, but for attention, which has products of bf16.
@@ -107,9 +119,8 @@ int list_choices(Choice (&choices)[kChoices]) {
       with_bf16_products(avx512::kernel_table, "avx512_bf16", &avx512_bf16::attention_fwd,
                          &avx512_bf16::attention_bwd);
 #if defined(MIMKERNELS_HAVE_AMX)
-  static const CpuKernels amx_bf16_table =
-      with_bf16_products(avx512::kernel_table, "amx_bf16", &amx_bf16::attention_fwd,
-                         &amx_bf16::attention_bwd);
+  static const CpuKernels amx_bf16_table = with_bf16_products(
+      avx512::kernel_table, "amx_bf16", &amx_bf16::attention_fwd, &amx_bf16::attention_bwd);
   choices[count++] = {&amx_bf16_table, has_avx512_bf16 && may_use_tiles()};
 #endif
   // Intel's dot product of bf16 pairs runs at half the rate of fused multiply-adds: converting to
@@ -128,6 +139,12 @@ int list_choices(Choice (&choices)[kChoices]) {
   static const CpuKernels avx2_amx_table = with_bf16_products(
       avx2::kernel_table, "avx2_amx", &avx2_amx::attention_fwd, &avx2_amx::attention_bwd);
   choices[count++] = {&avx2_amx_table, has_avx2};
+#endif
+#if defined(MIMKERNELS_HAVE_AMX_EMULATION)
+  static const CpuKernels amx_emulated_table =
+      with_bf16_products(avx2::kernel_table, "amx_emulated", &amx_emulated::attention_fwd,
+                         &amx_emulated::attention_bwd);
+  choices[count++] = {&amx_emulated_table, has_avx2, &emulation::amx::start};
 #endif
   return count;
 }
@@ -148,7 +165,8 @@ const CpuKernels* choose() {
       continue;
     }
     if (std::string(wanted) != choices[i].kernels->isa) continue;
-    if (choices[i].runs_here) return choices[i].kernels;
+    const auto start = choices[i].start;
+    if (choices[i].runs_here && (start == nullptr || start())) return choices[i].kernels;
     throw std::invalid_argument("MIMKERNELS_CPU_ISA=" + std::string(wanted) +
                                 ": this CPU does not support it; it runs: " + runnable);
   }
