@@ -1,4 +1,4 @@
-"""Tile instructions of AMX: what the emulation does and refuses, and that products in tiles are those of the matrices."""
+"""Tile instructions of AMX, emulated: what each does and is refused for; products and attention that take them."""
 
 import ctypes
 import mmap
