@@ -73,7 +73,7 @@ def suspects(functions) -> list[Function]:
 
 def with_tiles(functions: list[Function]) -> dict[str, list[Instruction]]:
     """The functions that have a tile instruction."""
-    texts = {f.name: disassemble(f) for f in functions}
+    texts = {f"{f.name} at {f.start:#x}": disassemble(f) for f in functions}
     return {name: text for name, text in texts.items() if any(TILE.fullmatch(i.name) for i in text)}
 
 
