@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 from mimkernels._version import __version__
 from mimkernels.ops import (
+    AddLayerNormOutput,
     AttentionOutput,
     TokenMask,
+    add_layer_norm,
     attention,
     attention_qkvpacked,
     attention_rows,
@@ -32,10 +34,12 @@ if TYPE_CHECKING:
     from mimkernels.integrations.timm import accelerate, restore
 
 __all__ = [
+    "AddLayerNormOutput",
     "AttentionOutput",
     "TokenMask",
     "__version__",
     "accelerate",
+    "add_layer_norm",
     "attention",
     "attention_qkvpacked",
     "attention_rows",

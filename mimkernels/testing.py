@@ -128,16 +128,19 @@ def run(
 
 
 def doubled(inputs: dict) -> dict:
-    """The same inputs in float64."""
-    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+    """The same inputs in float64, and a result in it, too, where its dtype is among them."""
+
+    def double(value):
+        if isinstance(value, torch.dtype):
+            return torch.float64
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return {name: double(value) for name, value in inputs.items()}
 
 
 def oracle(case: Case, inputs: dict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The reference in float64 on the same (already rounded) inputs."""
-    exact = doubled(inputs)
-    if exact.get("dtype") is not None:
-        exact["dtype"] = torch.float64
-    return run(case, exact, "reference", narrowest(inputs))
+    return run(case, doubled(inputs), "reference", narrowest(inputs))
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from mimkernels.ops import _registry
 from mimkernels.ops._registry import use_backend
 from mimkernels.ops._token_mask import TokenMask
+from mimkernels.ops.add_layer_norm import AddLayerNormOutput, add_layer_norm
 from mimkernels.ops.attention import AttentionOutput, attention, attention_qkvpacked
 from mimkernels.ops.attention_rows import attention_rows
 from mimkernels.ops.bias_gelu import bias_gelu
@@ -22,8 +23,10 @@ from mimkernels.ops.weighted_pool import weighted_pool
 _registry.finish_loading()
 
 __all__ = [
+    "AddLayerNormOutput",
     "AttentionOutput",
     "TokenMask",
+    "add_layer_norm",
     "attention",
     "attention_qkvpacked",
     "attention_rows",
