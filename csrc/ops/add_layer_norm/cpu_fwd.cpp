@@ -62,7 +62,7 @@ struct Moments {
 };
 
 template <typename T>
-Moments moments_about(const T* row, float center, int64_t n) {
+Moments moments_about(const T* row, float center, int64_t n, float count) {
   const Pack16 centers = broadcast<16>(center);
   Pack16 first = broadcast<16>(0.0f);
   Pack16 second = broadcast<16>(0.0f);
@@ -77,7 +77,6 @@ Moments moments_about(const T* row, float center, int64_t n) {
     first = first + deviation;
     second = second + deviation * deviation;
   }
-  const float count = static_cast<float>(n);
   return {sum_lanes(first) / count, sum_lanes(second) / count};
 }
 
@@ -88,12 +87,13 @@ struct Statistics {
 
 template <typename T>
 Statistics statistics_of(const T* row, float sum, float eps, int64_t n) {
-  float mean = sum / static_cast<float>(n);
-  Moments about = moments_about(row, mean, n);
+  const float count = static_cast<float>(max_of(1, n));  // no channels have mean 0
+  float mean = sum / count;
+  Moments about = moments_about(row, mean, n, count);
   // Where the sum's rounding is not small beside the deviations, their squares say nothing.
   if (about.first * about.first * 64.0f > about.second) {
     mean += about.first;
-    about = moments_about(row, mean, n);
+    about = moments_about(row, mean, n, count);
   }
   const float variance = about.second - about.first * about.first;
   return {mean + about.first, 1.0f / __builtin_sqrtf((variance < 0.0f ? 0.0f : variance) + eps)};
