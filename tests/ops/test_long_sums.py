@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mimkernels import (
+    add_layer_norm,
     attention,
     bias_gelu,
     fill_mask_tokens,
@@ -13,6 +14,7 @@ from mimkernels import (
     received_attention,
     reduce_pool,
     restore_tokens,
+    testing,
     weighted_pool,
 )
 from mimkernels.ops._registry import BACKENDS, backend_state
@@ -110,12 +112,18 @@ def column_sums(backend: str, images: int, tokens: int, columns: int) -> dict[st
     found["one patch gathered everywhere"] = dpicture.reshape(images, columns), rows.sum(1)
 
     bias = torch.full_like(token, 64.0).requires_grad_()  # where the slope is 1
-    (dbias,) = torch.autograd.grad(bias_gelu(x, bias, backend=backend), bias, upstream)
+    sums = {"bias of bias_gelu": torch.autograd.grad(bias_gelu(x, bias, backend=backend), bias, upstream)[0]}
+    if backend in testing.backends("add_layer_norm"):
+        shift, scale = torch.zeros_like(token).requires_grad_(), torch.zeros_like(token).requires_grad_()
+        out = add_layer_norm(x, torch.ones_like(x), None, shift, scale=scale, backend=backend)
+        (sums["bias of add_layer_norm"],) = torch.autograd.grad(out.normalised, shift, upstream, retain_graph=True)
+        (sums["scale of add_layer_norm"],) = torch.autograd.grad(out.residual, scale, upstream)
     exact = rows.sum((0, 1))
-    if backend == "cpu":  # which adds up to 32 rows in fp32: doubles would cost a fifth of the op's time
-        within = 2**-24 * rows.abs().sum((0, 1))
-        exact = torch.where((dbias - exact).abs() <= within, dbias.double(), exact)
-    found["bias of bias_gelu"] = dbias, exact
+    within = 2**-24 * rows.abs().sum((0, 1))
+    for name, made in sums.items():
+        # On CPUs up to 32 rows are added in fp32: doubles would cost a fifth of the op's time.
+        near = (made - exact).abs() <= (within if backend == "cpu" else 0)
+        found[name] = made, torch.where(near, made.double(), exact)
     return found
 
 
