@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mimkernels.commands.bench.compare import Change, compare, read, show, slower
 
-GROUPS = ("gathering", "pooling", "mlp", "attention")
+GROUPS = ("gathering", "pooling", "mlp", "norm", "attention")
 _REPEATS = 5  # runs of each revision
 _NATIVE = ("csrc", "CMakeLists.txt", "setup.py")  # what the libraries are made of
 

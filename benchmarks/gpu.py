@@ -57,7 +57,7 @@ def steps(output: Path) -> list[Step]:
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", python, "-m", "benchmarks", "gpu"]
         planned.append(Step(f"sanitizer-{tool}", [*command, "--kernels-once"], 40))
     bench = [python, "-m", "mimkernels", "bench", "run", "--seconds", "0.5", "--no-compile", "--output", str(output)]
-    groups = ["--group", "gathering", "pooling", "mlp", "attention"]
+    groups = ["--group", "gathering", "pooling", "mlp", "norm", "attention"]
     planned.append(Step("benchmarks", [*bench, "--backends", *groups, "--dtype", *DTYPES], 90))
     step = ["--group", "calls", "step", "--model", "vit_base_patch16_224", "--compile-step", "--dtype", "bfloat16"]
     planned.append(Step("whole-step", [*bench, *step], 70))

@@ -176,11 +176,12 @@ def test_a_stopped_run_keeps_the_cases_it_measured(tmp_path, monkeypatch, capsys
 
 def test_run_then_plot(tmp_path, capsys):
     run = ["bench", "run", "--seconds", "0.001", "--batch", "1", "--no-compile", "--output", str(tmp_path)]
-    assert main([*run, "--group", "gathering", "pooling", "mlp", "calls"]) == 0
+    assert main([*run, "--group", "gathering", "pooling", "mlp", "norm", "calls"]) == 0
     shown = capsys.readouterr().out
     assert (
         "restore_tokens + positions" in shown
         and "query_pool, AbMILP, forward" in shown
+        and "add_layer_norm, forward + backward" in shown
         and "call of attention" in shown
     )
     assert main(["bench", "plot", str(tmp_path)]) == 0

@@ -16,6 +16,7 @@ from mimkernels.commands.bench.cases.attention import attention_cases
 from mimkernels.commands.bench.cases.calls import CALLS, call_cases
 from mimkernels.commands.bench.cases.gathering import Size, gathering_cases
 from mimkernels.commands.bench.cases.mlp import mlp_cases
+from mimkernels.commands.bench.cases.norm import norm_cases
 from mimkernels.commands.bench.cases.pooling import pooling_cases
 from mimkernels.commands.bench.cases.scaling import scaling_cases
 from mimkernels.commands.bench.results import machine, save
@@ -123,6 +124,12 @@ GROUPS = {
         "bias and GELU of an MLP",
         _MEMORY_COLUMNS,
         lambda options, dtype, device: mlp_cases(dtype, device, compiled=not options.no_compile),
+        _memory_line,
+    ),
+    "norm": Group(
+        "residual stream and LayerNorm between two branches",
+        _MEMORY_COLUMNS,
+        lambda options, dtype, device: norm_cases(dtype, device, compiled=not options.no_compile),
         _memory_line,
     ),
     "attention": Group(

@@ -86,7 +86,7 @@ def test_rows_of_one_number_leave_the_bias(backend):
 @pytest.mark.parametrize("backend", HERE)
 def test_rows_far_from_zero_lose_no_more_than_the_rounding_of_their_mean(backend, offset):
     x = drawn(2, 9, 768) + offset
-    allowed = 3e-6 + 1.1 * 2**-24 * abs(offset)  # half a unit in the mean's last place, and rows deviate by 0.93 or more
+    allowed = 3e-6 + 1.1 * 2**-24 * abs(offset)  # half a unit in the last place of the mean of rows of deviation 0.93
     out = mk.add_layer_norm(x, None, backend=backend)
     assert (out.normalised.double() - exact_norm(x)).abs().max() < allowed
     # The weight's gradient is a sum of normalised numbers.

@@ -77,6 +77,10 @@ def calls(dtype: torch.dtype, device: str) -> dict[str, tuple[Callable[[], objec
             lambda: aten.im2col.default(images, [4, 4], [1, 1], [0, 0], [4, 4]),
         ),
         "bias_gelu": (lambda: mk.bias_gelu(x, bias), *twice(F.gelu, aten.gelu.default, x)),
+        "add_layer_norm": (
+            lambda: mk.add_layer_norm(x, x, bias, bias),
+            *twice(F.layer_norm, aten.layer_norm.default, x, [8], bias, bias),
+        ),
         "masked_patch_loss": (
             lambda: mk.masked_patch_loss(pred, images, mask=mask, patch_size=4),
             *twice(F.mse_loss, aten.mse_loss.default, pred, pred),

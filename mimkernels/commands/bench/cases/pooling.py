@@ -14,6 +14,7 @@ from mimkernels.commands.bench.timing import Benchmark
 
 QUERIES = 32  # of efficient probing
 KINDS = ("mean", "max", "gem")
+Outputs = torch.Tensor | tuple[torch.Tensor, ...]
 
 
 def pooling_cases(size: Size, dtype: torch.dtype, device: str, compiled: bool = True) -> Iterator[Benchmark]:
@@ -92,8 +93,8 @@ def tokens(size: Size, dim: int, dtype: torch.dtype, device: str, requires_grad:
 def differentiable_case(
     name: str,
     size: object,
-    ours: Callable[[], torch.Tensor],
-    plain: Callable[[], torch.Tensor],
+    ours: Callable[[], Outputs],
+    plain: Callable[[], Outputs],
     leaves: list[torch.Tensor],
     moved: list[torch.Tensor],
     backward: bool,
@@ -104,13 +105,13 @@ def differentiable_case(
 
     flops: of the products forward; backward has twice as many.
     """
-    upstream = torch.randn_like(plain())
+    upstream = tuple(torch.randn_like(out) for out in _parts(plain()))
 
-    def timed(run: Callable[[], torch.Tensor]) -> Callable[[], object]:
-        return (lambda: torch.autograd.grad(run(), leaves, upstream)) if backward else run
+    def timed(run: Callable[[], Outputs]) -> Callable[[], Outputs]:
+        return (lambda: torch.autograd.grad(_parts(run()), leaves, upstream)) if backward else run
 
     def check():
-        tolerance = 1e-3 if upstream.dtype == torch.float32 else 5e-2
+        tolerance = 1e-3 if all(grad.dtype == torch.float32 for grad in upstream) else 5e-2
         for got, expected in zip(_parts(timed(ours)()), _parts(timed(plain)()), strict=True):
             largest = float(expected.detach().abs().max())
             same(got / largest, expected / largest, tolerance)
@@ -131,5 +132,5 @@ def differentiable_case(
     )
 
 
-def _parts(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def _parts(outputs: Outputs) -> tuple[torch.Tensor, ...]:
     return (outputs,) if isinstance(outputs, torch.Tensor) else outputs
