@@ -13,14 +13,17 @@ def configuration(draw: Draw) -> dict:
     while math.prod(shape) * columns > 2**17:
         shape[shape.index(max(shape))] = 1
     branch = draw.chance(0.85)
+    # A huge row that is all the same swallows the other of a sum: what remains of its variance is the sum's rounding.
+    most = 30.0 if branch else math.inf
     factors = torch.tensor([draw.of(0.0, 1.0, 1.25, 1 / 0.7) for _ in range(shape[0])]) if shape else None
     arguments = {
-        "x": draw.values(*shape, columns),
-        "y": draw.values(*shape, columns) if branch else None,
+        "x": draw.values(*shape, columns, most=most),
+        "y": draw.values(*shape, columns, most=most) if branch else None,
         # Which gradients of a row are NaN and which infinite, where a weight is infinite, depends on the order of sums.
-        "weight": draw.values(columns, wild=(math.nan,)) if draw.chance(0.8) else None,
+        # Of numbers beyond fp16's, the sign alone is left, which the rounding of the residual may turn.
+        "weight": draw.values(columns, most=1e3, wild=(math.nan,)) if draw.chance(0.8) else None,
         "bias": draw.values(columns) if draw.chance(0.7) else None,
-        "scale": draw.values(columns) if branch and draw.chance(0.4) else None,
+        "scale": draw.values(columns, most=30.0) if branch and draw.chance(0.4) else None,
         "drop": factors if branch and draw.chance(0.4) else None,
         "eps": draw.of(1e-5, 1e-6, 1e-3),
         "out_dtype": draw.of(None, None, torch.float32, torch.bfloat16, torch.float16),
