@@ -28,7 +28,7 @@ def configuration(draw: Draw) -> dict:
         "eps": draw.of(1e-5, 1e-6, 1e-3),
         "out_dtype": draw.of(None, None, torch.float32, torch.bfloat16, torch.float16),
     }
-    # An fp32 scale beside 16-bit rows has a contract case: plain PyTorch rounds the numbers of which its gradient is the
-    # sum to 16 bits, which may remove every error by luck, in all draws.
+    # An fp32 scale beside 16-bit rows has a contract case: plain PyTorch rounds the numbers of which its gradient is
+    # the sum to 16 bits, which may remove every error by luck, in all draws.
     wide = draw.of((), (), ("weight", "bias", "drop"), ("x", "weight", "bias", "scale", "drop"), ("y",))
     return draw.case(arguments, draw.some("x", "y", "weight", "bias", "scale"), parameters=wide)

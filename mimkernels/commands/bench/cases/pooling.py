@@ -116,7 +116,7 @@ def differentiable_case(
             largest = float(expected.detach().abs().max())
             same(got / largest, expected / largest, tolerance)
 
-    versions = {"ours": timed(ours), "plain": timed(plain)}
+    versions: dict[str, Callable[[], object]] = {"ours": timed(ours), "plain": timed(plain)}
     if compiled:
         versions["compiled"] = timed(torch.compile(plain, dynamic=False))
     direction = "forward + backward" if backward else "forward"
