@@ -25,6 +25,7 @@ from pathlib import Path
 import timm
 import torch
 from timm import layers
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mimkernels.heads import capture
@@ -197,10 +198,10 @@ def examine(family: str, variant: Variant | LayerVariant, seconds: float = 4.0) 
     row = Row(family, variant.model, variant.size)
     calling = Counter(type(part).__name__ for part in stock.modules() if calls_sdpa(type(part).forward))
     row.layers, row.classes = calling.total(), ", ".join(f"{count} {name}" for name, count in calling.items())
-    # The table counts layers of attention; MLPs are accelerated beside them.
-    mlps = {name for name, part in stock.named_modules() if isinstance(part, layers.Mlp)}
-    row.accelerated = sum(change.name not in mlps for change in report.accelerated)
-    left = [change for change in report.left if change.name not in mlps]
+    # The table counts layers of attention; MLPs and blocks are accelerated beside them.
+    others = {name for name, part in stock.named_modules() if isinstance(part, (layers.Mlp, Block))}
+    row.accelerated = sum(change.name not in others for change in report.accelerated)
+    left = [change for change in report.left if change.name not in others]
     row.left = [f"{change.kind}: {change.reason}" for change in _distinct(left)]
     exact = _outputs_and_gradients(copy.deepcopy(stock).double(), x.double())
     row.output_error_stock, row.gradient_error_stock = _errors(_outputs_and_gradients(stock, x), exact)

@@ -1,4 +1,4 @@
-"""timm models on the kernels, in place: attention of every kind that calls SDPA, MLPs, and patch dropout."""
+"""timm models on the kernels, in place: attention of every kind that calls SDPA, MLPs, blocks, and patch dropout."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ try:
         is_notrace_module,
         register_notrace_module,
     )
+    from timm.models.vision_transformer import Block as TimmBlock
     from timm.models.vision_transformer import VisionTransformer
 except ImportError as error:
     raise ImportError(
@@ -28,7 +29,9 @@ except ImportError as error:
     ) from error
 
 from mimkernels.integrations._reroute import calls_sdpa, rerouted
-from mimkernels.nn import Attention, Mlp
+from mimkernels.nn import Attention, Block, Mlp
+from mimkernels.nn import block as fused_block
+from mimkernels.nn import mlp as fused_mlp
 from mimkernels.nn._classes import (
     MARK,
     become,
@@ -39,7 +42,6 @@ from mimkernels.nn._classes import (
     shows_its_matrix,
 )
 from mimkernels.nn.encoder import check_patch_embed, visible_features
-from mimkernels.nn.mlp import reason_against
 from mimkernels.nn.sdpa import is_for_pytorch
 from mimkernels.nn.sdpa.measured import reasons
 from mimkernels.nn.sdpa.stand_in import kernels_refuse, stand_in
@@ -114,6 +116,7 @@ def accelerate(
     pool: bool = True,
     patch_embed: bool = True,
     mlp: bool = True,
+    block: bool = True,
 ) -> Accelerated:
     """Let a timm model compute on mimkernels, in place: same results, parameters and names.
 
@@ -143,6 +146,7 @@ def accelerate(
             read the tokens once in PyTorch, too.
         patch_embed: in training with ``PatchDropout``, embed only the patches that are kept.
         mlp: take ``Mlp``: the first layer's bias and GELU in one pass.
+        block: take ``Block``: its sum after attention and the norm of that in one pass.
 
     Returns:
         a report, one line per module; print it.
@@ -171,6 +175,8 @@ def accelerate(
             change = _take_patch_drop(module) if patch_drop else None
         elif isinstance(module, TimmMlp):
             change = _take_mlp(module) if mlp else None
+        elif isinstance(module, TimmBlock) and not calls_sdpa(type(module).forward, module):
+            change = _take_block(module) if block else None
         elif isinstance(module, VisionTransformer):
             change = _take_patch_embed(module) if patch_embed and patch_drop else None
         elif pool if "pool" in type(module).__name__.lower() else attention:
@@ -183,7 +189,7 @@ def accelerate(
 
 
 def restore(model: nn.Module) -> int:
-    """Undo ``accelerate`` exactly; layers by ``use_mimkernels_attention`` and ``use_mimkernels_mlp`` stay.
+    """Undo ``accelerate`` exactly; layers by ``use_mimkernels_attention`` and the like stay.
 
     Returns:
         how many modules were given their class back.
@@ -273,11 +279,20 @@ def _dropout(module: nn.Module) -> float:
 
 def _take_mlp(module: TimmMlp) -> Change:
     kind = type(module)
-    reason = "a class of its own" if kind is not TimmMlp else reason_against(module)
+    reason = "a class of its own" if kind is not TimmMlp else fused_mlp.reason_against(module)
     if reason is not None:
         return Change("", kind.__name__, "", reason)
     reason = _change_class(module)
     return Change("", kind.__name__, "" if reason else "mimkernels.bias_gelu", reason or "")
+
+
+def _take_block(module: TimmBlock) -> Change:
+    kind = type(module)
+    reason = "a class of its own" if kind is not TimmBlock else fused_block.reason_against(module)
+    if reason is not None:
+        return Change("", kind.__name__, "", reason)
+    reason = _change_class(module)
+    return Change("", kind.__name__, "" if reason else "mimkernels.add_layer_norm", reason or "")
 
 
 def _take_patch_drop(module: nn.Module) -> Change | None:
@@ -339,8 +354,9 @@ def _change_class(module: nn.Module) -> str | None:
 
 @functools.cache
 def _accelerated(kind: Any) -> type[nn.Module]:
-    if kind in (TimmAttention, TimmMlp):
-        return Attention if kind is TimmAttention else Mlp
+    written_here: type[nn.Module] | None = {TimmAttention: Attention, TimmMlp: Mlp, TimmBlock: Block}.get(kind)
+    if written_here is not None:
+        return written_here
     methods: dict[str, Any] = {}
     if issubclass(kind, VisionTransformer):
         methods["forward_features"] = _features_of_kept_patches(kind)
@@ -408,4 +424,4 @@ def _features_of_kept_patches(kind: Any) -> Callable[..., Tensor]:
 
 
 def _is_accelerated(module: nn.Module) -> bool:
-    return MARK in module.__dict__ or isinstance(module, (Attention, Mlp))
+    return MARK in module.__dict__ or isinstance(module, (Attention, Block, Mlp))

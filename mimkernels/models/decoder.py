@@ -3,9 +3,12 @@
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
+from mimkernels.nn import Block as FusedBlock
+from mimkernels.nn.block import add_normalised, normalised, reason_against
+from mimkernels.nn.sdpa import is_for_pytorch
 from mimkernels.ops import gather_tokens
 
-__all__ = ["DecoderBlock"]
+__all__ = ["DecoderBlock", "FusedDecoderBlock"]
 
 
 class DecoderBlock(Block):
@@ -22,3 +25,19 @@ class DecoderBlock(Block):
         if ids is not None:
             x = gather_tokens(x, ids)
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+class FusedDecoderBlock(FusedBlock, DecoderBlock):
+    """The decoder's block on ``mimkernels.add_layer_norm``, as ``mimkernels.nn.Block`` is timm's."""
+
+    def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """As the decoder's."""
+        if is_for_pytorch(x) or reason_against(self) is not None:
+            return DecoderBlock.forward(self, x, ids)
+        branch = self.attn(normalised(self.norm1, x, self.attn))
+        if ids is None:
+            x, inner = add_normalised(x, branch, self.ls1, self.drop_path1, self.norm2, self.mlp)
+        else:
+            x = gather_tokens(x + self.drop_path1(self.ls1(branch)), ids)
+            inner = normalised(self.norm2, x, self.mlp)
+        return x + self.drop_path2(self.ls2(self.mlp(inner)))

@@ -12,9 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from mimkernels.models.architecture import check_architecture, check_sizes
 from mimkernels.models.checkpoint import CheckpointReport, copy_by_name, read_weights
-from mimkernels.models.decoder import DecoderBlock
+from mimkernels.models.decoder import DecoderBlock, FusedDecoderBlock
 from mimkernels.models.pictures import MAEPictures, pictures_of
-from mimkernels.nn import sincos_positions_2d, use_mimkernels_attention, use_mimkernels_mlp
+from mimkernels.nn import sincos_positions_2d, use_mimkernels_attention, use_mimkernels_block, use_mimkernels_mlp
+from mimkernels.nn._classes import change_class
 from mimkernels.nn.attention import attention_layers
 from mimkernels.nn.encoder import (
     check_encoder,
@@ -75,6 +76,8 @@ class MAE(nn.Module):
             of another kind, that stays); "timm" leaves them as they are. Weights and results are the same.
         mlp: "mimkernels" lets their MLPs compute with ``mimkernels.bias_gelu`` (as ``use_mimkernels_mlp`` does), "timm"
             leaves them as they are; likewise.
+        block: "mimkernels" lets their blocks add and normalise with ``mimkernels.add_layer_norm`` (as
+            ``use_mimkernels_block`` does), "timm" leaves them as they are; likewise.
 
     Example::
 
@@ -102,10 +105,11 @@ class MAE(nn.Module):
         std: Sequence[float] | None = None,
         attention: str = "mimkernels",
         mlp: str = "mimkernels",
+        block: str = "mimkernels",
     ) -> None:
         super().__init__()
         check_encoder(encoder)
-        for name, value in (("attention", attention), ("mlp", mlp)):
+        for name, value in (("attention", attention), ("mlp", mlp), ("block", block)):
             if value not in _COMPUTED_BY:
                 raise ValueError(f"{name} must be one of {', '.join(_COMPUTED_BY)}, got {value!r}")
         for name, size in (("decoder_dim", decoder_dim), ("decoder_depth", decoder_depth)):
@@ -144,6 +148,9 @@ class MAE(nn.Module):
         if mlp == "mimkernels":
             use_mimkernels_mlp(encoder.blocks, required=False)
             use_mimkernels_mlp(self.decoder_blocks)
+        if block == "mimkernels":
+            use_mimkernels_block(encoder.blocks, required=False)
+            change_class(self.decoder_blocks, DecoderBlock, FusedDecoderBlock)
         self.grad_checkpointing = False
 
     @classmethod
@@ -163,6 +170,7 @@ class MAE(nn.Module):
         std: Sequence[float] | None = None,
         attention: str = "mimkernels",
         mlp: str = "mimkernels",
+        block: str = "mimkernels",
         **timm_kwargs: Any,
     ) -> "MAE":
         """A new MAE around the timm model `name`, initialised as published.
@@ -195,6 +203,7 @@ class MAE(nn.Module):
             "std": None if std is None else [float(value) for value in std],
             "attention": attention,
             "mlp": mlp,
+            "block": block,
         }
         model = cls(encoder, **own)
         shape = {"img_size": img_size, "in_chans": in_chans, "patch_size": patch_size}

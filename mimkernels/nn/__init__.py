@@ -9,18 +9,22 @@ from mimkernels.nn.positions import sincos_positions_2d
 
 if TYPE_CHECKING:
     from mimkernels.nn.attention import Attention, use_mimkernels_attention
+    from mimkernels.nn.block import Block, use_mimkernels_block
     from mimkernels.nn.mlp import Mlp, use_mimkernels_mlp
 
 # From modules that need timm: imported when first asked for, so that the rest works without it.
 _NEED_TIMM = {
     "Attention": "attention",
+    "Block": "block",
     "Mlp": "mlp",
     "use_mimkernels_attention": "attention",
+    "use_mimkernels_block": "block",
     "use_mimkernels_mlp": "mlp",
 }
 
 __all__ = [
     "Attention",
+    "Block",
     "Mlp",
     "Pooling",
     "build_pooling",
@@ -29,6 +33,7 @@ __all__ = [
     "poolings",
     "sincos_positions_2d",
     "use_mimkernels_attention",
+    "use_mimkernels_block",
     "use_mimkernels_mlp",
 ]
 

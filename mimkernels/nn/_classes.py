@@ -1,7 +1,8 @@
 """A change of class: modules become modules of a subclass of what they were, in place, and back.
 
 For layers whose forward is written anew, because more changes than one call: timm's ``Attention`` (the packed
-projection is read and its gradient written as one; heads are recorded) and ``Mlp``, and timm's patch dropout.
+projection is read and its gradient written as one; heads are recorded), ``Mlp`` and ``Block``, and timm's patch
+dropout.
 Parameters, buffers, hooks and state-dict names stay, for the object stays; ``torch.compile``, copies and pickles see an
 ordinary class. The two other ways change the call of ``F.scaled_dot_product_attention`` alone: rewriting
 (``mimkernels.integrations._reroute``), for forwards that are not written here, whose classes are changed by this module

@@ -15,10 +15,11 @@ from mimkernels.nn.sdpa import observing
 
 timm = pytest.importorskip("timm")
 from timm.layers import Attention, PatchDropout, PatchDropoutWithIndices  # noqa: E402
+from timm.models.vision_transformer import Block  # noqa: E402
 
 from mimkernels.heads import record_heads  # noqa: E402
 from mimkernels.integrations._reroute import calls_sdpa, rerouted  # noqa: E402
-from mimkernels.nn import Mlp, use_mimkernels_attention, use_mimkernels_mlp  # noqa: E402
+from mimkernels.nn import Mlp, use_mimkernels_attention, use_mimkernels_block, use_mimkernels_mlp  # noqa: E402
 from tests.integrations.models import Seen  # noqa: E402
 
 
@@ -99,7 +100,7 @@ def test_results_and_gradients_stay(kind):
     build, layers = MODELS[kind]
     model, x = build(), images()
     ours, report = accelerated(model)
-    became = [change.became for change in report if change.kind != "Mlp"]
+    became = [change.became for change in report if change.kind not in ("Block", "Mlp")]
     assert became == ["mimkernels.attention"] * layers
     assert len(calls_of(ours, x)) == layers  # and it is so
     assert_equal_results(ours, model, x)
@@ -139,7 +140,7 @@ def test_layers_that_were_ours_before_stay_so():
     model = vit()
     use_mimkernels_attention(model.blocks[0])
     report = mimkernels.accelerate(model)
-    assert [change.reason for change in report] == ["already", "", "", ""]
+    assert [change.reason for change in report] == ["", "already", "", "", "", ""]
     mimkernels.restore(model)
     assert [type(block.attn) is Attention for block in model.blocks] == [False, True]
 
@@ -158,13 +159,15 @@ def test_the_report_is_a_table():
     report = mimkernels.accelerate(model)
     lines = str(report).splitlines()
     assert lines[0].split() == ["module", "class", "now", "remarks"]
-    assert lines[1].split() == ["a.blocks.0.attn", "Attention", "mimkernels.attention"]
-    assert lines[2].split() == ["a.blocks.0.mlp", "Mlp", "mimkernels.bias_gelu"]
-    assert lines[3].startswith("b.blocks.0.attn  Attention") and "head_dim in multiples of 8, got 20" in lines[3]
-    assert lines[4].split() == ["b.blocks.0.mlp", "Mlp", "mimkernels.bias_gelu"]
-    assert lines[5].split()[:3] == ["c", "MultiheadAttention", "-"]
-    assert lines[6] == "3 of 5 on mimkernels"
-    assert [change.name for change in report.left] == ["b.blocks.0.attn", "c"] and len(report.accelerated) == 3
+    assert lines[1].split() == ["a.blocks.0", "Block", "mimkernels.add_layer_norm"]
+    assert lines[2].split() == ["a.blocks.0.attn", "Attention", "mimkernels.attention"]
+    assert lines[3].split() == ["a.blocks.0.mlp", "Mlp", "mimkernels.bias_gelu"]
+    assert lines[4].split() == ["b.blocks.0", "Block", "mimkernels.add_layer_norm"]
+    assert lines[5].startswith("b.blocks.0.attn  Attention") and "head_dim in multiples of 8, got 20" in lines[5]
+    assert lines[6].split() == ["b.blocks.0.mlp", "Mlp", "mimkernels.bias_gelu"]
+    assert lines[7].split()[:3] == ["c", "MultiheadAttention", "-"]
+    assert lines[8] == "5 of 7 on mimkernels"
+    assert [change.name for change in report.left] == ["b.blocks.0.attn", "c"] and len(report.accelerated) == 5
 
 
 def test_parts_can_be_left_out():
@@ -173,6 +176,7 @@ def test_parts_can_be_left_out():
         "attention": {"Attention"},
         "pool": {"AttentionPoolLatent"},
         "mlp": {"Mlp"},
+        "block": {"Block"},
         "patch_embed": {"VisionTransformer"},
         "patch_drop": {"PatchDropout", "VisionTransformer"},
     }
@@ -185,7 +189,7 @@ def test_parts_can_be_left_out():
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
 def test_attention_dropout_keeps_its_own_path_in_training(name):
     model = vit(name, attn_drop_rate=0.3).train()
-    ours, report = accelerated(model, mlp=False)
+    ours, report = accelerated(model, mlp=False, block=False)
     assert {change.reason for change in report} == {"not in training: attention dropout 0.3"}
     assert torch.equal(results(ours, images())["out"], results(model, images())["out"])
     assert calls_of(ours, images()) == []
@@ -248,7 +252,7 @@ def test_mlps_are_taken_and_those_that_cannot_be_are_reported():
     model.blocks[1].mlp.fc1.register_forward_hook(lambda module, args, out: out + 1)
     model.blocks[2].mlp.act = nn.SiLU()
     model.blocks[3].mlp = Mine(32, 64)
-    ours, report = accelerated(model, attention=False)
+    ours, report = accelerated(model, attention=False, block=False)
     assert [(change.name, change.became, change.reason) for change in report] == [
         ("blocks.0.mlp", "mimkernels.bias_gelu", ""),
         ("blocks.1.mlp", "", "a hook or a forward of its own on fc1"),
@@ -263,9 +267,51 @@ def test_mlps_are_taken_and_those_that_cannot_be_are_reported():
 def test_mlps_that_were_ours_before_stay_so():
     model = vit()
     use_mimkernels_mlp(model.blocks[0])
-    assert [change.reason for change in mimkernels.accelerate(model, attention=False)] == ["already", ""]
+    assert [change.reason for change in mimkernels.accelerate(model, attention=False, block=False)] == ["already", ""]
     mimkernels.restore(model)
     assert [type(block.mlp) is Mlp for block in model.blocks] == [True, False]
+
+
+# Blocks
+
+
+def test_blocks_are_taken_and_those_that_cannot_be_are_reported():
+    class Mine(Block):
+        pass
+
+    class Attends(Block):
+        def forward(self, x, attn_mask=None, is_causal=False):
+            return x + F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0]
+
+    model = vit(depth=6, drop_path_rate=0.3, init_values=0.5)
+    model.blocks[1].norm2.register_forward_hook(lambda module, args, out: out + 1)
+    model.blocks[2].norm2 = timm.layers.RmsNorm(32)
+    model.blocks[3].drop_path1 = nn.Dropout(0.0)
+    for block, kind in zip(model.blocks[4:], (Mine, Attends), strict=True):
+        block.__class__ = kind
+    ours, report = accelerated(model, attention=False, mlp=False)
+    assert [(change.name, change.became, change.reason) for change in report] == [
+        ("blocks.0", "mimkernels.add_layer_norm", ""),
+        ("blocks.1", "", "a hook or a forward of its own on norm2"),
+        ("blocks.2", "", "its norm2 is RmsNorm, not LayerNorm of the last dimension"),
+        ("blocks.3", "", "its drop_path1 is Dropout, not DropPath"),
+        ("blocks.4", "", "a class of its own"),
+    ]
+    assert [type(block) for block in ours.blocks] == [mimkernels.nn.Block, Block, Block, Block, Mine, Attends]
+    assert_equal_results(ours, model, images())
+    assert_equal_results(ours.train(), model.train(), images(8))
+    assert mimkernels.restore(ours) == 1 and type(ours.blocks[0]) is Block
+    (change,) = [change for change in mimkernels.accelerate(model, mlp=False) if change.name == "blocks.5"]
+    assert change.became == "mimkernels.attention"  # as before: its forward calls SDPA
+
+
+def test_blocks_that_were_ours_before_stay_so():
+    model = vit()
+    use_mimkernels_block(model.blocks[0])
+    report = mimkernels.accelerate(model, attention=False, mlp=False)
+    assert [change.reason for change in report] == ["already", ""]
+    mimkernels.restore(model)
+    assert [type(block) is Block for block in model.blocks] == [False, True]
 
 
 # Patch dropout
@@ -332,7 +378,7 @@ def test_copies_and_pickles(name):
     for again in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
         assert [type(part) for part in again.modules()] == [type(part) for part in ours.modules()]
         assert torch.equal(again(images()), ours(images()))
-        assert mimkernels.restore(again) == mimkernels.restore(copy.deepcopy(ours)) == {"v": 6, "e": 3}[name[0]]
+        assert mimkernels.restore(again) == mimkernels.restore(copy.deepcopy(ours)) == {"v": 8, "e": 3}[name[0]]
 
 
 def test_the_model_compiles_whole():

@@ -7,12 +7,15 @@ import torch.nn.functional as F
 
 from mimkernels.nn import sincos_positions_2d
 from mimkernels.ops import patchify_gather
+from mimkernels.testing import Watch
 
 pytest.importorskip("timm")
 from timm.layers import Mlp as TimmMlp
+from timm.models.vision_transformer import Block as TimmBlock
 
 from mimkernels.models import MAE
-from mimkernels.nn import Mlp
+from mimkernels.models.decoder import DecoderBlock, FusedDecoderBlock
+from mimkernels.nn import Block, Mlp
 
 SMALL = {
     "img_size": 32,
@@ -364,6 +367,65 @@ def test_config_remembers_the_mlp():
     assert type(MAE.from_config(old).decoder_blocks[0].mlp) is Mlp
     with pytest.raises(ValueError, match="mlp must be one of mimkernels, timm, got 'fused'"):
         build(mlp="fused")
+
+
+@pytest.mark.parametrize("options", [{}, {"init_values": 0.5, "drop_path_rate": 0.3}], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("full", [False, True])
+def test_both_blocks_give_the_same_model(full, autocast, options):
+    ours, timm_s = build(**options), build(block="timm", **options)
+    for model, kinds in ((ours, (Block, FusedDecoderBlock)), (timm_s, (TimmBlock, DecoderBlock))):
+        assert {type(block) for block in model.encoder.blocks} == {kinds[0]}
+        assert {type(block) for block in model.decoder_blocks} == {kinds[1]}
+    assert list(ours.state_dict()) == list(timm_s.state_dict())
+    timm_s.load_state_dict(ours.state_dict())
+    images, noise = batch(ours)
+    made, counts = [], []
+    for model in (ours, timm_s):
+        torch.manual_seed(3)
+        with Watch(lambda op, args: "add_layer_norm" in op.name() or None) as reached:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                out = model(images, noise=noise, full_prediction=full)
+            out.loss.backward()
+        counts.append(len(reached.seen))
+        made.append((out.loss.detach(), [p.grad for p in model.parameters() if p.requires_grad]))
+    blocks = len(ours.encoder.blocks) + len(ours.decoder_blocks)
+    # Forward and backward of the second norms, and under autocast the first; the last one adds nothing without that.
+    assert counts == [2 * (2 * blocks if autocast else blocks - (not full)), 0]
+    if not autocast:
+        torch.testing.assert_close(*made, rtol=1e-4, atol=1e-6)
+        return
+    torch.testing.assert_close(made[0][0], made[1][0], rtol=1e-2, atol=1e-2)
+    for got, wanted in zip(made[0][1], made[1][1], strict=True):
+        assert (got - wanted).norm() <= 0.05 * wanted.norm() + 1e-4
+
+
+def test_config_remembers_the_block():
+    for block in ("mimkernels", "timm"):
+        model = build(block=block)
+        assert model.config["block"] == block
+        again = MAE.from_config(model.config)
+        assert type(again.encoder.blocks[0]) is type(model.encoder.blocks[0])
+        assert type(again.decoder_blocks[0]) is type(model.decoder_blocks[0])
+    old = {name: value for name, value in build().config.items() if name != "block"}
+    assert type(MAE.from_config(old).encoder.blocks[0]) is Block
+    with pytest.raises(ValueError, match="block must be one of mimkernels, timm, got 'fused'"):
+        build(block="fused")
+
+
+def test_hooks_on_the_decoder_s_norms_see_timm_s_values():
+    seen = []
+    ours, timm_s = build(), build(block="timm")
+    timm_s.load_state_dict(ours.state_dict())
+    images, noise = batch(ours)
+    for model in (ours, timm_s):
+        for block in model.decoder_blocks:
+            block.norm2.register_forward_hook(lambda module, args, out: seen.append(out))
+        model(images, noise=noise)
+    half = len(seen) // 2
+    assert half == len(ours.decoder_blocks)
+    for got, wanted in zip(seen[:half], seen[half:], strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_gradient_checkpointing_and_drop_path_run_as_in_timm():

@@ -17,7 +17,7 @@ from mimkernels.heads import record_heads
 from mimkernels.models.architecture import check_sizes
 from mimkernels.models.build import PIXEL_STATISTICS, build_model
 from mimkernels.models.checkpoint import DamagedFileError, copy_by_name, read_file, weights_of
-from mimkernels.nn import cls_attention, use_mimkernels_attention, use_mimkernels_mlp
+from mimkernels.nn import cls_attention, use_mimkernels_attention, use_mimkernels_block, use_mimkernels_mlp
 
 # Published MAE encoders by width and depth; the number of heads cannot be read off the weights.
 _BY_SHAPE = {
@@ -85,6 +85,7 @@ class FrozenEncoder(nn.Module):
         self.has_cls_token = self.num_prefix > 0 and getattr(model, "cls_token", None) is not None
         use_mimkernels_attention(model, required=False)
         use_mimkernels_mlp(model, required=False)
+        use_mimkernels_block(model, required=False)
         try:
             tokens = self(torch.zeros(1, in_chans, img_size, img_size, dtype=torch.uint8)).tokens
         except (AssertionError, RuntimeError) as e:

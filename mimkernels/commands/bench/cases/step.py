@@ -44,7 +44,7 @@ class Step:
 
 
 class PublishedMAE(nn.Module):
-    """The published forward pass on the parameters of `mae`, which was built with ``attention="timm", mlp="timm"``."""
+    """The published forward pass on the parameters of `mae`, whose attention, MLPs and blocks are timm's."""
 
     def __init__(self, mae: MAE) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ def step_case(step: Step, *, stats: bool = False, pictures: Pictures | None = No
     # Images from files stay uint8 until our kernels normalise them; the published code's loader does that.
     mean, std = (MEAN, STD) if pictures else (None, None)
     ours = MAE.from_timm(step.model, mean=mean, std=std).to(step.device)
-    plain = MAE.from_timm(step.model, attention="timm", mlp="timm").to(step.device)
+    plain = MAE.from_timm(step.model, attention="timm", mlp="timm", block="timm").to(step.device)
     plain.load_state_dict(ours.state_dict())
     published = PublishedMAE(plain)
     layers: list[Any] = [block.attn for block in plain.encoder.blocks]

@@ -1,0 +1,197 @@
+"""timm's transformer block on ``mimkernels.add_layer_norm``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+try:
+    from timm.layers import Attention as TimmAttention
+    from timm.layers import DropPath, LayerScale
+    from timm.layers import LayerNorm as TimmLayerNorm
+    from timm.layers import Mlp as TimmMlp
+    from timm.models.vision_transformer import Block as TimmBlock
+except ImportError as error:
+    raise ImportError(
+        f"mimkernels.nn.block needs timm, which cannot be imported ({error}); pip install 'mimkernels[train]'"
+    ) from error
+
+from mimkernels.nn._classes import change_class, is_heard, prepare_scriptable
+from mimkernels.nn.attention import Attention
+from mimkernels.nn.mlp import Mlp
+from mimkernels.nn.sdpa import compute_dtype, has_own_rules, is_for_pytorch
+from mimkernels.nn.sdpa.translate import autocasts
+from mimkernels.ops import add_layer_norm
+from mimkernels.ops._registry import FLOATS
+from mimkernels.ops.add_layer_norm.spec import SPEC
+
+__all__ = ["Block", "add_normalised", "normalised", "reason_against", "use_mimkernels_block"]
+
+
+class Block(TimmBlock):
+    """timm's ``Block``: its attention branch joins the stream and is normalised in one pass; same parameters and names.
+
+    LayerScale, stochastic depth (the same images are dropped, for the same random state), the sum and the second norm
+    are ``mimkernels.add_layer_norm``, whose backward is one pass, too. Under autocast, both norms give what the linear
+    layer after them would cast to. Attention and MLP are whatever they were.
+
+    What that cannot replace (see ``reason_against``), tensors with rules of their own (subclasses; torch.fx) and calls
+    for which there is no kernel run timm's own code, as does ``torch.jit.trace``; looked at anew in every call.
+    ``torch.jit.script`` gets timm's class.
+
+    Made by ``use_mimkernels_block``, or built like timm's (``block_fn=Block`` of timm's models).
+    """
+
+    __prepare_scriptable__ = prepare_scriptable
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """``[B, N, C]`` to ``[B, N, C]``; arguments as timm's."""
+        # Arguments only where given: older releases of timm have no is_causal.
+        causal: dict[str, Any] = {} if is_causal is False else {"is_causal": is_causal}
+        out: Tensor
+        if is_for_pytorch(x) or reason_against(self) is not None:
+            out = super().forward(x, attn_mask=attn_mask, **causal)
+            return out
+        branch = self.attn(normalised(self.norm1, x, self.attn), attn_mask=attn_mask, **causal)
+        x, inner = add_normalised(x, branch, self.ls1, self.drop_path1, self.norm2, self.mlp)
+        out = x + self.drop_path2(self.ls2(self.mlp(inner)))
+        return out
+
+
+def use_mimkernels_block(module: nn.Module, *, required: bool = True) -> list[Block]:
+    """Let every timm ``Block`` in `module`, or `module` itself, use ``mimkernels.add_layer_norm``, in place.
+
+    Parameters, buffers, hooks, modes and state-dict names stay; only the blocks' class changes. Subclasses of timm's
+    Block and other kinds (parallel, post-norm, windowed, ...) are left as they are.
+
+    Args:
+        module: any model.
+        required: refuse a model that has no such block.
+
+    Returns:
+        the blocks that now do, in the model's order, with those that did before.
+
+    Raises:
+        ValueError: there is no timm Block in the model.
+    """
+    blocks = change_class(module, TimmBlock, Block)
+    if required and not blocks:
+        raise ValueError(f"{type(module).__name__} has no timm.models.vision_transformer.Block")
+    return blocks
+
+
+def reason_against(block: TimmBlock) -> str | None:
+    """Why a timm ``Block`` must run timm's own code, or None: only what its plain parts do is replaced."""
+    return _reason(norm2=block.norm2, ls1=block.ls1, drop_path1=block.drop_path1)
+
+
+def normalised(norm: Any, x: Tensor, reader: nn.Module) -> Tensor:
+    """``norm(x)``, under autocast in the dtype in which `reader`, which takes it, multiplies."""
+    if not autocasts(x.device.type) or _read_in(reader, x) in (None, torch.float32) or _reason(norm=norm) is not None:
+        out: Tensor = norm(x)
+        return out
+    return add_normalised(x, None, None, None, norm, reader)[1]
+
+
+def add_normalised(
+    x: Tensor,
+    branch: Tensor | None,
+    scale: Any,
+    drop: Any,
+    norm: Any,
+    reader: nn.Module,
+) -> tuple[Tensor, Tensor]:
+    """``x + drop(scale(branch))`` and `norm` of that, in one pass if a kernel takes these tensors.
+
+    Args:
+        x: ``[..., C]`` stream.
+        branch: what is added to it; None for nothing.
+        scale, drop, norm: modules for which ``reason_against`` has no reason; the first two are for `branch`.
+        reader: the module that takes the normalised rows: under autocast they get the dtype in which it multiplies, if
+            nobody else sees them.
+    """
+    gamma = scale.gamma if isinstance(scale, LayerScale) else None
+    if not _fits(x, branch, gamma, norm):
+        if branch is not None:
+            x = x + drop(scale(branch))
+        return x, norm(x)
+    # A norm is fp32 under autocast.
+    out_dtype = _read_in(reader, x) or (torch.float32 if autocasts(x.device.type) else None)
+    return add_layer_norm(
+        x,
+        branch,
+        norm.weight,
+        norm.bias,
+        scale=gamma,
+        drop=None if branch is None else _factors(drop, branch, gamma),
+        eps=norm.eps,
+        out_dtype=out_dtype,
+    )
+
+
+def _reason(**parts: Any) -> str | None:
+    for name, part in parts.items():
+        kind = type(part)
+        if is_heard(part):
+            return f"a hook or a forward of its own on {name}"
+        if name.startswith("norm"):
+            if kind not in (TimmLayerNorm, nn.LayerNorm) or len(part.normalized_shape) != 1:
+                return f"its {name} is {kind.__name__}, not LayerNorm of the last dimension"
+            if getattr(part, "_fast_norm", False):
+                return f"its {name} is told to be timm's fast norm"
+        elif kind is not nn.Identity:
+            wanted = LayerScale if name.startswith("ls") else DropPath
+            if kind is not wanted:
+                return f"its {name} is {kind.__name__}, not {wanted.__name__}"
+            if getattr(part, "inplace", False):
+                return f"its {name} works in place"
+    return None
+
+
+def _fits(x: Tensor, branch: Tensor | None, gamma: Tensor | None, norm: Any) -> bool:
+    """Whether a kernel takes these tensors and gives what PyTorch would give, dtypes too."""
+    if x.dim() < 2 or tuple(norm.normalized_shape) != x.shape[-1:]:
+        return False
+    dtype = x.dtype
+    if branch is not None:
+        if has_own_rules(branch) or branch.shape != x.shape or branch.device != x.device:
+            return False
+        dtype = torch.promote_types(dtype, branch.dtype)
+        if gamma is not None and (gamma.shape != x.shape[-1:] or torch.promote_types(dtype, gamma.dtype) != dtype):
+            return False
+    parameters = [value for value in (norm.weight, norm.bias, gamma) if value is not None]
+    if any(has_own_rules(value) or value.device != x.device for value in parameters):
+        return False
+    allowed = FLOATS if autocasts(x.device.type) else (dtype,)
+    if any(value.dtype not in allowed for value in (norm.weight, norm.bias) if value is not None):
+        return False
+    # Without a kernel, PyTorch's own code is as fast.
+    return SPEC.resolve("auto", x.device.type, dtype, columns=x.shape[-1]) != "reference"
+
+
+def _read_in(reader: nn.Module, x: Tensor) -> torch.dtype | None:
+    """The dtype in which a module multiplies what it takes, if it does nothing else with it; else None."""
+    if type(reader) in (TimmMlp, Mlp):
+        layers: list[Any] = [reader.fc1]
+    elif type(reader) in (TimmAttention, Attention):
+        layers = [reader.qkv, getattr(reader, "gate", None)]
+    else:
+        return None
+    if is_heard(reader):
+        return None
+    for layer in layers:
+        if layer is not None and (type(layer) is not nn.Linear or is_heard(layer)):
+            return None
+    return compute_dtype(x)
+
+
+def _factors(drop: nn.Module, branch: Tensor, gamma: Tensor | None) -> Tensor | None:
+    """A factor for each image, as timm's ``drop_path`` draws them from the same random state."""
+    if not isinstance(drop, DropPath) or drop.drop_prob == 0 or not drop.training:
+        return None
+    dtype = branch.dtype if gamma is None else torch.promote_types(branch.dtype, gamma.dtype)
+    keep = 1 - drop.drop_prob
+    factors = branch.new_empty(branch.shape[:1], dtype=dtype).bernoulli_(keep)
+    return factors.div_(keep) if keep > 0 and drop.scale_by_keep else factors
