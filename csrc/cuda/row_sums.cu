@@ -10,8 +10,9 @@ namespace {
 // Blocks that fill a large device: the images are split into slices until there are as many. A
 // constant, so that the order of a sum depends on the shape alone.
 constexpr int64_t kBlocks = 512;
-// Up to this many parts, one thread adds them all.
+// Up to this many parts, one thread adds them all; up to the other, 8 threads, beyond it 32.
 constexpr int64_t kFewParts = 32;
+constexpr int64_t kManyParts = 512;
 
 // How the sums are split: `slices` of the images, each summed by blocks of one row per warp.
 struct SumTiling {
@@ -129,9 +130,10 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
 }
 
-// grid:     blocks of 256 threads; 2^groups_log2 threads share an element, then loop
-// in:       partial fp32 [parts, elements]
-// out:      [elements]; every element written exactly once
+// grid:     (elements, sums) in blocks of 256 threads; 2^groups_log2 threads share an element, then
+//           loop
+// in:       each sum's partial fp32 [parts, elements]
+// out:      [elements] of each sum; every element written exactly once
 // numerics: fp32 sums of the parts group, group + groups, ..., then of the groups, compensated;
 //           rounded once
 // bounds:   the tail is masked; offsets are int64
@@ -139,9 +141,14 @@ __global__ void __launch_bounds__(kThreads, 3)
 //           atomics, deterministic
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    sum_partials_kernel(const float* partial, int64_t parts, int64_t elements, T* out,
-                        int groups_log2) {
+    sum_partials_kernel(PartialSums sums, int64_t parts, int64_t elements, int groups_log2) {
   float* const shared = reinterpret_cast<float*>(shared_memory());  // [2, groups, columns]
+  // Constant indices, so that the parameters stay where they are.
+  const int which = static_cast<int>(blockIdx.y);
+  const float* const partial = which == 0   ? sums.partial[0]
+                               : which == 1 ? sums.partial[1]
+                                            : sums.partial[2];
+  T* const out = static_cast<T*>(which == 0 ? sums.out[0] : which == 1 ? sums.out[1] : sums.out[2]);
   const int groups = 1 << groups_log2;
   const int columns = kThreads >> groups_log2;
   const int column = threadIdx.x & (columns - 1);
@@ -183,18 +190,26 @@ cudaError_t sum_slices(const RowSumsParams& p, const SumTiling& tiling, float* a
 
 }  // namespace
 
-cudaError_t sum_partials(DType dtype, const float* partial, int64_t parts, int64_t elements,
-                         void* out, cudaStream_t stream) {
-  if (elements == 0) {
+cudaError_t sum_partials(DType dtype, const PartialSums& sums, int64_t parts, int64_t elements,
+                         cudaStream_t stream) {
+  if (elements == 0 || sums.count == 0) {
     return cudaSuccess;
   }
-  const int groups_log2 = parts <= kFewParts ? 0 : 3;
+  const int groups_log2 = parts <= kFewParts ? 0 : parts <= kManyParts ? 3 : 5;
+  const dim3 blocks(blocks_for(elements, kThreads >> groups_log2),
+                    static_cast<unsigned>(sums.count));
   return with_float_type(dtype, [&](auto type) {
-    using T = decltype(type);
-    return launch(sum_partials_kernel<T>, blocks_for(elements, kThreads >> groups_log2), kThreads,
-                  2 * kThreads * static_cast<int>(sizeof(float)), stream, partial, parts, elements,
-                  static_cast<T*>(out), groups_log2);
+    return launch(sum_partials_kernel<decltype(type)>, blocks, kThreads,
+                  2 * kThreads * static_cast<int>(sizeof(float)), stream, sums, parts, elements,
+                  groups_log2);
   });
+}
+
+cudaError_t sum_partials(DType dtype, const float* partial, int64_t parts, int64_t elements,
+                         void* out, cudaStream_t stream) {
+  PartialSums sums;
+  sums.add(partial, out);
+  return sum_partials(dtype, sums, parts, elements, stream);
 }
 
 int64_t row_sums_workspace(const RowSumsParams& p) {

@@ -32,8 +32,23 @@ cudaError_t row_sums(const RowSumsParams& params, float* workspace, cudaStream_t
 // Floats of workspace that row_sums needs.
 int64_t row_sums_workspace(const RowSumsParams& params);
 
-// out[i] = the sum over `parts` of partial[part, i], i < elements, in the order of the parts'
-// number modulo 8, then of the parts, compensated.
+// Up to three sums of the same size, of one launch.
+struct PartialSums {
+  int count = 0;
+  const float* partial[3] = {};
+  void* out[3] = {};
+
+  void add(const float* from, void* to) {
+    partial[count] = from;
+    out[count] = to;
+    ++count;
+  }
+};
+
+// out[i] = the sum over `parts` of partial[part, i], i < elements, for each of the sums; in the order
+// of the parts' number modulo 8 (32 where there are hundreds), then of the parts, compensated.
+cudaError_t sum_partials(DType dtype, const PartialSums& sums, int64_t parts, int64_t elements,
+                         cudaStream_t stream);
 cudaError_t sum_partials(DType dtype, const float* partial, int64_t parts, int64_t elements,
                          void* out, cudaStream_t stream);
 

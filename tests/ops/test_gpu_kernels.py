@@ -130,6 +130,12 @@ EMPTY = {
     ),
     "bias of no channel": lambda b: mimkernels.bias_gelu(empty(2, 0), empty(0), backend=b),
     "bias of no row": lambda b: mimkernels.bias_gelu(empty(0, 8), randn(8), backend=b),
+    "parameters of no channel": lambda b: mimkernels.add_layer_norm(
+        empty(2, 3, 0), empty(2, 3, 0), empty(0), empty(0), scale=empty(0), drop=randn(2), backend=b
+    ),
+    "factors of no image": lambda b: mimkernels.add_layer_norm(
+        empty(0, 3, 8), empty(0, 3, 8), randn(8), randn(8), scale=randn(8), drop=empty(0), backend=b
+    ),
 }
 
 

@@ -115,6 +115,6 @@ SPEC = register(
         },
         fakes={"add_layer_norm_fwd": _fwd, "add_layer_norm_bwd": _bwd},
         gradient=Gradient(_save, _gradients),
-        impls=(Impl("cpu"), Impl("reference", ANY_FLOAT)),
+        impls=(Impl("triton"), Impl("cuda"), Impl("cpu"), Impl("reference", ANY_FLOAT)),
     )
 )

@@ -49,6 +49,8 @@ INPUTS = {
     "one-column": add_layer_norm(3, 7, 1),
     "many-rows": add_layer_norm(500, 9, 8),
     "wide": add_layer_norm(2, 3, 1100),
+    "wide-in-chunks": add_layer_norm(1, 3, 4112),
+    "wide-odd": add_layer_norm(1, 3, 2101),
     "no-rows": add_layer_norm(2, 0, 16),
     "no-images": add_layer_norm(0, 5, 16),
     "no-columns": add_layer_norm(2, 5, 0),
