@@ -15,7 +15,8 @@ import torch
 from mimkernels.ops import _native
 
 ROOT = Path(__file__).resolve().parent.parent
-WIDE = {"avx2", "avx2_bf16", "avx512", "avx512_bf16"}
+STAND_INS = {"avx2_bf16", "avx2_amx"}  # for tests, in source trees
+WIDE = {"avx2", *STAND_INS, "avx512", "avx512_bf16", "amx_bf16"}
 BUILT = [library for library in _native.libraries() if library.path.exists()]
 
 # Sources that build in seconds and say who they are.
@@ -82,7 +83,7 @@ def test_every_function_stays_within_its_instruction_set():
         namespaces = set(re.findall(r"\bmimkernels::(\w+)::", name)) & WIDE
         if not namespaces:
             assert not vex.search(body), f"{name} uses {vex.search(body).group().strip()}"
-        if not namespaces & {"avx512", "avx512_bf16"}:
+        if not namespaces & {"avx512", "avx512_bf16", "amx_bf16"}:
             assert not evex.search(body), f"{name} uses {evex.search(body).group()}"
         for namespace in namespaces:
             seen[namespace] += bool(vex.search(body))
@@ -225,6 +226,18 @@ def test_a_wheel_holds_what_was_built_and_nothing_stale(tree):
     state = library_state(folder)
     assert state["loaded"] and state["instruction_set"] == "stub"
     assert "MIMKERNELS_CUDA=off" in library_state(folder, "cuda")["reason"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("emulation", [0, 1])
+def test_no_wheel_has_what_stands_in_for_wider_cpus(tmp_path, emulation):
+    """setup.py asks for emulation in source trees alone."""
+    command = ["cmake", "-S", ROOT, "-B", tmp_path, "-G", "Ninja", "-DMIMKERNELS_CUDA=off"]
+    command += [f"-DMIMKERNELS_TORCH_DIR={Path(torch.__file__).parent}", f"-DMIMKERNELS_EMULATION={emulation}"]
+    subprocess.run(command, capture_output=True, check=True)
+    compiled = set(re.findall(r"MIMKERNELS_ISA=(\w+)", (tmp_path / "build.ninja").read_text()))
+    if "avx2" in compiled:
+        assert compiled & STAND_INS == (STAND_INS if emulation else set())
 
 
 @pytest.mark.slow

@@ -267,7 +267,8 @@ class Worker : PassWorker<T> {
 
 // What computes the gradients of T.
 template <typename T>
-using WorkerOf = std::conditional_t<kMatrixTiles && std::is_same_v<T, bf16>, TileWorker, Worker<T>>;
+using WorkerOf =
+    std::conditional_t<kMatrixTiles && std::is_same_v<T, bf16>, TileBackward, Worker<T>>;
 
 template <typename T>
 Status run_pass(const AttentionBwdParams& params, const Pass& pass, ParallelFor parallel_for) {

@@ -20,7 +20,7 @@
 
 namespace mimkernels::MIMKERNELS_ISA {
 
-class TileWorker;
+class TileBackward;
 
 #if defined(MIMKERNELS_MATRIX_TILES)
 
@@ -146,11 +146,11 @@ MIMKERNELS_INLINE void write_transposed(const float* src, int64_t src_stride, in
 
 // ---- the worker ----
 
-class TileWorker : PassWorker<bf16> {
+class TileBackward : PassWorker<bf16> {
  public:
   static constexpr int64_t kBlockRows = 64;  // enough for a task that computes dbias alone
 
-  TileWorker(const AttentionBwdParams& params, const Pass& pass)
+  TileBackward(const AttentionBwdParams& params, const Pass& pass)
       : PassWorker(params, pass, kTileDepth),
         steps_(ceil_div(s_.queries, kTileDepth)),
         chunk_steps_(ceil_div(steps_, pass.chunks)),

@@ -51,11 +51,6 @@ class Worker {
     return true;
   }
 
-  void run(int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) run(task);
-  }
-
- private:
   void run(int64_t task) {
     const int64_t head = task / chunks_;
     const int64_t chunk = task % chunks_;
@@ -79,6 +74,7 @@ class Worker {
     softmax_.finish(first_row_, tiles_.first(end) - first_row_);
   }
 
+ private:
   void allocate() {
     const int64_t block = blocks_.size;
     keys_ = arena_.take<E>(block * s_.dim);
@@ -205,13 +201,10 @@ class Worker {
   float* mask_row_ = nullptr;
 };
 
-#if defined(MIMKERNELS_MATRIX_TILES)
+// What computes the attention of T.
 template <typename T>
-using WorkerOf = std::conditional_t<std::is_same_v<T, bf16>, TileWorker, Worker<T>>;
-#else
-template <typename T>
-using WorkerOf = Worker<T>;
-#endif
+using WorkerOf =
+    std::conditional_t<kMatrixTiles && std::is_same_v<T, bf16>, TileForward, Worker<T>>;
 
 // No keys at all: zeros, and an lse of -inf.
 template <typename T>
@@ -247,7 +240,7 @@ Status attention_fwd(const AttentionFwdParams& params, ParallelFor parallel_for)
         __atomic_store_n(&failures, 1, __ATOMIC_RELAXED);
         return;
       }
-      worker.run(begin, end);
+      for (int64_t task = begin; task < end; ++task) worker.run(task);
     });
     return failures != 0 ? out_of_memory() : Status{};
   });

@@ -7,19 +7,21 @@
 //           to 512 keys in 2 x 2 tiles: their scores stay in L1 or L2, and become P, in the cache of
 //           a few rows, once their maximum is known; beyond 512 keys sums and P v are rescaled from
 //           block to block. The products of the next 32 keys are issued before the scores of the last
-//           are finished, so that tiles and vectors may overlap. Unmeasured: written for a machine
-//           that is not the one it was written on.
+//           are finished, so that tiles and vectors may overlap. So reasoned, not
+//           measured
 // order:    as in cpu_fwd.cpp
 #pragma once
 
 #include "cpu/attention/matrix_tiles.h"
 #include "ops/attention/cpu_rows.h"
 
-#if defined(MIMKERNELS_MATRIX_TILES)
-
 namespace mimkernels::MIMKERNELS_ISA {
 
-class TileWorker {
+class TileForward;
+
+#if defined(MIMKERNELS_MATRIX_TILES)
+
+class TileForward {
   static constexpr int64_t kQueries = 2 * kTileRows;     // at a time
   static constexpr int64_t kColumns = 2 * kTileColumns;  // of scores that are finished at a time
   // Strides, all of an odd number of cache lines: rows of a tile fall into different cache sets.
@@ -31,7 +33,7 @@ class TileWorker {
   static_assert(kBlockKeys % kTileDepth == 0);
 
  public:
-  explicit TileWorker(const AttentionFwdParams& params)
+  explicit TileForward(const AttentionFwdParams& params)
       : p_(params),
         s_(params.scores),
         groups_(ceil_div(s_.queries, kQueries)),
@@ -51,12 +53,6 @@ class TileWorker {
     return true;
   }
 
-  void run(int64_t begin, int64_t end) {
-    const TilesInUse tiles;
-    for (int64_t task = begin; task < end; ++task) run(task);
-  }
-
- private:
   void run(int64_t task) {
     const int64_t head = task / chunks_;
     const int64_t chunk = task % chunks_;
@@ -78,6 +74,7 @@ class TileWorker {
     softmax_.finish(first, last - first);
   }
 
+ private:
   void allocate() {
     keys_ = arena_.take<bf16>(tiles_transposed_size(s_.keys, s_.dim));
     values_ = arena_.take<bf16>(tiles_rows_size(s_.keys, s_.dim));
@@ -235,6 +232,7 @@ class TileWorker {
     prefetch_rows(head_at<bf16>(tokens, next_b_, next_h_, row), tokens.stride_token, rows, s_.dim);
   }
 
+  TilesInUse tiles_in_use_;
   const AttentionFwdParams& p_;
   const AttentionScores& s_;
   int64_t groups_;  // of kQueries
@@ -260,6 +258,6 @@ class TileWorker {
   float* mask_row_ = nullptr;
 };
 
-}  // namespace mimkernels::MIMKERNELS_ISA
-
 #endif  // MIMKERNELS_MATRIX_TILES
+
+}  // namespace mimkernels::MIMKERNELS_ISA

@@ -63,6 +63,9 @@ def attention(
 
     Gradients flow through ``out``, ``lse`` and every statistic but ``peak`` to ``q``, ``k``, ``v`` and ``bias``.
 
+    Where a CPU multiplies bf16 itself (AVX-512, AMX), its products take subnormal numbers (below 2^-126) for 0, in the
+    inputs, their gradients and ``P``.
+
     Args:
         q: ``[B, H, Nq, D]`` fp32, fp16 or bf16 (fp64 on the reference); any strides, such as views of a packed
             projection. D a multiple of 8, at most 128, for the kernels.
