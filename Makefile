@@ -82,7 +82,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt | $(BIN)/python
 	  $$(sed -n 's/^torch==//p' constraints.txt)*) cp constraints.txt $(VENV)/constraints.txt ;; \
 	  *) { grep -v '^torch' constraints.txt; echo "torch==$$have"; } > $(VENV)/constraints.txt ;; \
 	esac
-	$(PIP) install -q $(PIP_FLAGS) -c $(VENV)/constraints.txt setuptools cmake ninja
+	$(PIP) install -q $(PIP_FLAGS) -c $(VENV)/constraints.txt setuptools cmake ninja pybind11
 	MIMKERNELS_BUILD=off $(PIP) install $(PIP_FLAGS) -c $(VENV)/constraints.txt --no-build-isolation -e '.[train]'
 	@touch $@
 

@@ -1,13 +1,16 @@
 """Drives CMake, copies the native libraries into the package, and writes down why where there are none.
 
 ``MIMKERNELS_BUILD``       auto (default): build what can be built, never break the installation; require:
-                           fail where the CPU library, or a CUDA library whose compiler is there, cannot be
-                           built; off: the Python part alone.
+                           fail where the CPU library, or what needs more and has it (nvcc for the CUDA library,
+                           pybind11 for the mask samplers), cannot be built; off: the Python part alone.
 ``MIMKERNELS_BUILD_DIR``   keep CMake's build folder there and build incrementally. Editable installations
                            keep one in build/native; all others build in a temporary folder.
 ``MIMKERNELS_TORCH_DIR``   folder of the torch package to build against; by default it is searched for.
 ``MIMKERNELS_CMAKE_ARGS``  further arguments of CMake, such as -DMIMKERNELS_CUDA=off.
 ``MAX_JOBS``               compile jobs at a time.
+
+The module of mask samplers (csrc/masks) is for the Python that runs the build, by its name; another Python does not
+see it and draws the same masks without it, so that one wheel still serves every version.
 
 In a source tree (editable, or build_native --inplace) the CUDA kernels are also compiled for the host, for tests
 (csrc/emulation). No wheel has them. ``build_native --inplace --runnable`` leaves out what this machine does not need to
@@ -26,6 +29,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -37,6 +41,11 @@ ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)
 EMULATED = ("cuda_emulated", "emulation_tests")
 REINSTALL = "pip install --no-cache-dir --force-reinstall --no-deps mimkernels (from a clone: pip install .)"
+
+
+def file_name(name: str) -> str:
+    """Name of a library's file; that of the Python module says which Python it is for."""
+    return f"mimkernels_masks{sysconfig.get_config_var('EXT_SUFFIX')}" if name == "masks" else f"libmimkernels_{name}.so"
 
 
 class NotBuilt(Exception):
@@ -131,6 +140,7 @@ def compile_libraries(folder: Path, report: dict, names: list[str]) -> dict[str,
     run(
         [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
          f"-DMIMKERNELS_TORCH_DIR={torch_dir}", f"-DMIMKERNELS_EMULATION={int(EMULATED[0] in names)}",
+         f"-DMIMKERNELS_PYTHON={sys.executable}",
          *shlex.split(os.environ.get("MIMKERNELS_CMAKE_ARGS", ""))],
         "CMake's configuration", "mend what it names",
     )  # fmt: skip
@@ -140,6 +150,7 @@ def compile_libraries(folder: Path, report: dict, names: list[str]) -> dict[str,
     emulation = (configured["emulation_reason"], "use g++ on Linux")
     cannot = {
         "cuda": (configured["cuda_reason"], "install the CUDA toolkit (nvcc) 12.8 or later"),
+        "masks": (configured["masks_reason"], "pip install pybind11, install the headers of Python (python3-dev)"),
         **dict.fromkeys(EMULATED, emulation),
     }
     for name in names:
@@ -149,7 +160,7 @@ def compile_libraries(folder: Path, report: dict, names: list[str]) -> dict[str,
             jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
             run([cmake, "--build", str(folder), "--target", f"mimkernels_{name}", "--parallel", jobs],
                 f"compiling the {name} library", "mend what it names")  # fmt: skip
-            made[name] = folder / "lib" / f"libmimkernels_{name}.so"
+            made[name] = folder / "lib" / file_name(name)
         except NotBuilt as error:
             report["libraries"][name] = {"built": False, "reason": error.reason, "remedy": error.remedy}
     return made
@@ -165,7 +176,7 @@ class BuildNative(Command):
     description = "build the native libraries"
     user_options = [
         ("inplace", "i", "put the libraries into the source tree"),
-        ("runnable", None, "only what this machine runs: the CPU library, and the CUDA library where there is a GPU"),
+        ("runnable", None, "only what this machine runs: the CPU libraries, and the CUDA library where there is a GPU"),
     ]
     boolean_options = ["inplace", "runnable"]
     editable_mode = False  # set by setuptools
@@ -185,8 +196,8 @@ class BuildNative(Command):
         inplace = self.editable_mode or self.inplace
         target = (ROOT if inplace else Path(self.build_lib)) / "mimkernels" / "_lib"
         target.mkdir(parents=True, exist_ok=True)
-        names = ["cpu", "cuda", *(EMULATED if inplace else [])]
-        wanted = ["cpu", *(["cuda"] if has_gpu() else [])] if self.runnable else names
+        names = ["cpu", "cuda", "masks", *(EMULATED if inplace else [])]
+        wanted = ["cpu", "masks", *(["cuda"] if has_gpu() else [])] if self.runnable else names
         left_out = {"built": False, "reason": "only what this machine runs was built", "remedy": "make build"}
         report = {"mode": mode, "libraries": {name: left_out for name in names if name not in wanted}}
         keep = os.environ.get("MIMKERNELS_BUILD_DIR") or (inplace and ROOT / "build" / "native")
@@ -199,17 +210,22 @@ class BuildNative(Command):
             missing = {"built": False, "reason": error.reason, "remedy": error.remedy}
             report["libraries"] = dict.fromkeys(names, missing)
         for name in names:
-            file = target / f"libmimkernels_{name}.so"
-            file.unlink(missing_ok=True)  # never overwritten in place: a running process may have it mapped
+            # Never overwritten in place: a running process may have it mapped. Modules of other Pythons go, too: they
+            # are of other sources.
+            for file in target.glob("mimkernels_masks.*.so" if name == "masks" else file_name(name)):
+                file.unlink()
             if name in self.made:
-                shutil.copy2(self.made[name], file)
+                shutil.copy2(self.made[name], target / file_name(name))
                 report["libraries"][name] = {"built": True}
             elif name in wanted:
                 reason = report["libraries"][name]["reason"]
                 print(f"mimkernels: no native {name} library: {reason}", file=sys.stderr)
         (target / "build.json").write_text(json.dumps(report, indent=2) + "\n")
         if mode == "require":
-            can_be = {"cuda": report.get("nvcc") and not report.get("cuda_reason")}
+            can_be = {
+                "cuda": report.get("nvcc") and not report.get("cuda_reason"),
+                "masks": not report.get("masks_reason"),
+            }
             for name in wanted:
                 if name not in self.made and can_be.get(name, True):
                     facts = report["libraries"][name]
@@ -240,7 +256,8 @@ class Build(build):
 
 
 class Wheel(bdist_wheel):
-    """The libraries know nothing of Python: one wheel serves every version of it."""
+    """The libraries know nothing of Python: one wheel serves every version of it. The mask samplers' module, which
+    does, is only seen by the version that it was built by."""
 
     def run(self):
         self.run_command("build_native")

@@ -12,7 +12,7 @@ import torch
 FOLDER = Path(__file__).resolve().parent.parent / "_lib"
 OLDEST_TORCH = (2, 10)  # TORCH_TARGET_VERSION in CMakeLists.txt
 
-_REINSTALL = "reinstall mimkernels with MIMKERNELS_BUILD=require to see the whole error"
+REINSTALL = "reinstall mimkernels with MIMKERNELS_BUILD=require to see the whole error"
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,13 @@ def load() -> None:
     if _tried:
         return
     _tried = True
-    build = _read_build()
+    build = read_build()
     for name, state in _LIBRARIES.items():
         _LIBRARIES[name] = _load(replace(state, build=build))
 
 
-def _read_build() -> dict[str, Any]:
+def read_build() -> dict[str, Any]:
+    """What build.json says of the build; empty if there was none."""
     try:
         build = json.loads((FOLDER / "build.json").read_text())
         return build if isinstance(build, dict) else {}
@@ -76,7 +77,7 @@ def _read_build() -> dict[str, Any]:
 
 
 def _load(state: NativeLibrary) -> NativeLibrary:
-    refusal = _missing(state) or _refused_by_torch(state)
+    refusal = missing(state) or _refused_by_torch(state)
     if refusal:
         return replace(state, reason=refusal[0], remedy=refusal[1])
     try:
@@ -84,16 +85,17 @@ def _load(state: NativeLibrary) -> NativeLibrary:
         isa = torch.ops.mimkernels.cpu_isa() if state.name == "cpu" else None
     except Exception as error:  # whatever a broken file does, the package works without it
         message = " ".join(str(error).split()) or type(error).__name__
-        return replace(state, reason=f"{state.path.name} does not load: {message}", remedy=_REINSTALL)
+        return replace(state, reason=f"{state.path.name} does not load: {message}", remedy=REINSTALL)
     return replace(state, loaded=True, reason=None, isa=isa)
 
 
-def _missing(state: NativeLibrary) -> tuple[str, str] | None:
+def missing(state: NativeLibrary) -> tuple[str, str] | None:
+    """Why a library's file is not there, and the remedy; None if it is."""
     if state.path.exists():
         return None
     facts = state.build.get("libraries", {}).get(state.name, {})
     if facts.get("reason"):
-        return f"not built: {facts['reason']}", facts.get("remedy") or _REINSTALL
+        return f"not built: {facts['reason']}", facts.get("remedy") or REINSTALL
     if state.build:
         return f"{state.path} was built but is gone", "reinstall mimkernels"
     return "not built: this source tree was never installed", "make build, or pip install -e ."
