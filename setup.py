@@ -45,7 +45,9 @@ REINSTALL = "pip install --no-cache-dir --force-reinstall --no-deps mimkernels (
 
 def file_name(name: str) -> str:
     """Name of a library's file; that of the Python module says which Python it is for."""
-    return f"mimkernels_masks{sysconfig.get_config_var('EXT_SUFFIX')}" if name == "masks" else f"libmimkernels_{name}.so"
+    return (
+        f"mimkernels_masks{sysconfig.get_config_var('EXT_SUFFIX')}" if name == "masks" else f"libmimkernels_{name}.so"
+    )
 
 
 class NotBuilt(Exception):

@@ -171,6 +171,19 @@ py::array_t<bool> py_thin(const Array<bool>& mask, const Array<uint32_t>& sample
   return out;
 }
 
+py::tuple py_ids(const Array<bool>& mask) {
+  require(mask.ndim() == 2, "mask is [samples, tokens]");
+  const py::ssize_t rows = mask.shape(0), tokens = mask.shape(1);
+  py::array_t<int64_t> order({rows, tokens}), restore({rows, tokens}), zeros(rows);
+  const auto* const cells = reinterpret_cast<const uint8_t*>(mask.data());
+  int64_t* const at[] = {order.mutable_data(), restore.mutable_data(), zeros.mutable_data()};
+  {
+    py::gil_scoped_release released;
+    ids(cells, rows, tokens, at[0], at[1], at[2]);
+  }
+  return py::make_tuple(order, restore, zeros);
+}
+
 }  // namespace
 }  // namespace mimkernels::masks
 
@@ -191,4 +204,5 @@ PYBIND11_MODULE(mimkernels_masks, m) {
         py::arg("context_frames"), py::arg("tries"));
   m.def("thin", &py_thin, py::arg("mask"), py::arg("samples"), py::arg("seed"), py::arg("epoch"),
         py::kw_only(), py::arg("count"), py::arg("second"));
+  m.def("ids", &py_ids, py::arg("mask"));
 }

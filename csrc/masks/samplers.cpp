@@ -197,4 +197,16 @@ void thin(const Batch& batch, int64_t tokens, int count, Purpose purpose, uint8_
   }
 }
 
+void ids(const uint8_t* mask, int64_t rows, int64_t tokens, int64_t* order, int64_t* restore,
+         int64_t* zeros) {
+  for (int64_t i = 0; i < rows; ++i, mask += tokens, order += tokens, restore += tokens) {
+    int64_t next[2] = {0, std::count(mask, mask + tokens, uint8_t{0})};
+    zeros[i] = next[1];
+    for (int64_t n = 0; n < tokens; ++n) {
+      restore[n] = next[mask[n]]++;
+      order[restore[n]] = n;
+    }
+  }
+}
+
 }  // namespace mimkernels::masks

@@ -78,4 +78,9 @@ int64_t multiblock3d(const Batch& batch, const Multiblock3dParams& params, int t
 // Leaves `count` of the ones of each row of `tokens` bytes, every subset as likely as any other.
 void thin(const Batch& batch, int64_t tokens, int count, Purpose purpose, uint8_t* mask);
 
+// Of each row of `tokens` bytes: the places of its zeros, then those of its ones, ascending; where each place stands in
+// that order; and how many zeros there are.
+void ids(const uint8_t* mask, int64_t rows, int64_t tokens, int64_t* order, int64_t* restore,
+         int64_t* zeros);
+
 }  // namespace mimkernels::masks

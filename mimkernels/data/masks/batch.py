@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,18 +79,17 @@ def _ragged(chosen: Tensor) -> Ragged:
     return Ragged(flat.flatten().nonzero()[:, 0], offsets)
 
 
-def ids_of(mask: Tensor) -> TokenMask | None:
-    """Ids of masks ``[B, *grid]`` on the CPU, visible and masked each ascending, if their counts are equal."""
-    flat = mask.flatten(1)
-    batch, tokens = flat.shape
-    visible = tokens - flat.sum(1)
-    keep = int(visible[0]) if batch else tokens
-    if batch and not bool((visible == keep).all()):
-        return None
-    return tokens_of(flat, keep)
-
-
 def tokens_of(flat: Tensor, keep: int) -> TokenMask:
     """Ids of masks ``[B, N]`` of which each leaves `keep` patches visible, ascending."""
     order = flat.to(torch.uint8).argsort(dim=1, stable=True)
     return TokenMask(order[:, :keep], order[:, keep:], order.argsort(dim=1), flat.float())
+
+
+def tokens_on_host(mask: np.ndarray, module: Any) -> TokenMask | None:
+    """The same of masks ``[B, N]`` on the CPU by the module of block masks; None where counts differ."""
+    order, restore, visible = module.ids(mask)
+    keep = int(visible[0]) if len(mask) else mask.shape[1]
+    if (visible != keep).any():
+        return None
+    ids = torch.from_numpy(order)
+    return TokenMask(ids[:, :keep], ids[:, keep:], torch.from_numpy(restore), torch.from_numpy(mask).float())

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from mimkernels.data.masks import reference
-from mimkernels.data.masks.batch import MaskBatch, ids_of
+from mimkernels.data.masks.batch import MaskBatch, tokens_on_host
 from mimkernels.data.masks.strategy import (
     ASPECTS,
     Draw,
@@ -65,7 +65,7 @@ class Block(Strategy):
         mask = draw.module.blocks(
             *draw.key, grid=self.grid, targets=targets, picks=picks, whole=True, exact=self.exact, **self.options
         )
-        return _batch(mask)
+        return _batch(mask, draw)
 
 
 class BlockExact(Block):
@@ -124,7 +124,7 @@ class DINOv2(Strategy):
             *draw.key, grid=self.grid, targets=targets, picks=picks, whole=True, exact=False, **self.options
         )
         bound = sum(int(edge) for edge in bins[1:])
-        return _batch(mask, most_masked=bound)
+        return _batch(mask, draw, most_masked=bound)
 
 
 class IBOT(Strategy):
@@ -166,7 +166,7 @@ class IBOT(Strategy):
         mask = draw.module.blocks(
             *draw.key, grid=self.grid, targets=self.targets, picks=picks, whole=False, exact=False, **self.options
         )
-        return _batch(mask)
+        return _batch(mask, draw)
 
 
 class InverseBlock(Strategy):
@@ -226,15 +226,15 @@ class InverseBlock(Strategy):
         )
         predict = None
         if self.predicted is not None:
-            flat = mask.reshape(len(mask), -1)
+            flat = mask.reshape(-1, self.tokens)
             chosen = draw.module.thin(flat, *draw.key, count=self.predicted, second=False)
             predict = torch.from_numpy(chosen.nonzero()[1].reshape(len(mask), self.predicted))
-        return _batch(mask, predict=predict)
+        return _batch(mask, draw, predict=predict)
 
 
-def _batch(mask: np.ndarray, **others: Any) -> MaskBatch:
-    masks = torch.from_numpy(mask)
-    return MaskBatch(masks, ids_of(masks), **others)
+def _batch(mask: np.ndarray, draw: Draw, **others: Any) -> MaskBatch:
+    flat = mask.reshape(len(mask), mask.shape[1] * mask.shape[2])
+    return MaskBatch(torch.from_numpy(mask), tokens_on_host(flat, draw.module), **others)
 
 
 def _most(name: str, grid: tuple[int, ...], ratio: float, asked: str) -> int:
@@ -264,8 +264,8 @@ def _rectangle_options(
     h, w = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
     if not ((h >= 1) & (w >= 1) & (h < height) & (w < width) & (h * w <= cap)).any():
         raise ValueError(
-            f"{name}: a grid of {by(grid)} patches is too small: no rectangle of {least} to {cap} patches, {low:.3g} to "
-            f"{high:.3g} times as high as wide, is below {height} high and below {width} wide"
+            f"{name}: a grid of {by(grid)} patches is too small: no rectangle of {least} to {cap} patches, {low:.3g} "
+            f"to {high:.3g} times as high as wide, is below {height} high and below {width} wide"
         )
     largest = height * width
     return {"min_patches": float(min(least, largest)), "max_patches": float(most), "log_aspect": log_aspect}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mimkernels.data.masks import reference
-from mimkernels.data.masks.batch import MaskBatch, tokens_of
+from mimkernels.data.masks.batch import MaskBatch, tokens_on_host
 from mimkernels.data.masks.strategy import (
     ASPECTS,
     Draw,
@@ -39,7 +39,7 @@ class Multiblock(Strategy):
 
     Args:
         targets: how many target blocks an image has; they may overlap.
-        scale, aspect: share of the grid and height over width of a target: one random number chooses both, as published.
+        scale, aspect: share of the grid and height over width of a target; one random number chooses both.
         context_scale: share of the grid of the context block, which is as square as the grid allows.
         min_keep: a block has more patches than this.
         overlap: the context keeps what targets cover.
@@ -108,15 +108,14 @@ class Multiblock(Strategy):
             last_row=self.last_row,
             overlap=self.overlap,
         )
-        flat, keep = _to_the_smallest(context.reshape(len(context), -1), draw, self.truncate, self.tokens)
-        mask = torch.from_numpy(~flat)
+        flat, keep = _to_the_smallest(context.reshape(-1, self.tokens), draw, self.truncate, self.tokens)
         rows, columns = (torch.arange(side) for side in target)
         top, left = torch.from_numpy(corners.astype(np.int64)).unbind(-1)  # [B, T] each
         row = (top[..., None] + rows)[..., :, None]
         ids = row * self.grid[1] + (left[..., None] + columns)[..., None, :]  # [B, T, h, w]
         return MaskBatch(
-            mask.unflatten(1, self.grid),
-            tokens_of(mask, keep),
+            torch.from_numpy(~flat).unflatten(1, self.grid),
+            tokens_on_host(~flat, draw.module),
             context=_ids(flat, keep),
             targets=ids.flatten(2),
         )
@@ -183,8 +182,8 @@ class Multiblock3d(Strategy):
             )
         if self._covers(largest, int(grid[0] * self.temporal_scale[1])):
             raise ValueError(
-                f"{name}: a block of {self.scale[1]:g} of a frame and {self.temporal_scale[1]:g} of the frames can cover "
-                f"all {by(grid)} patches that may be seen; none would be left to be"
+                f"{name}: a block of {self.scale[1]:g} of a frame and {self.temporal_scale[1]:g} of the frames can "
+                f"cover all {by(grid)} patches that may be seen; none would be left to be"
             )
 
     def _plane(self, for_scale: float, for_aspect: float) -> tuple[int, int]:
@@ -207,7 +206,7 @@ class Multiblock3d(Strategy):
             blocks=self.blocks,
             context_frames=self.context_frames,
             tries=_TRIES,
-        ).reshape(len(draw.samples), -1)
+        ).reshape(-1, self.tokens)
         bound = self.tokens if self.max_keep is None else self.max_keep
         context, keep = _to_the_smallest(~union, draw, self.truncate, bound)
         targets, predicted = _to_the_smallest(union, draw, self.truncate, self.tokens, second=True)
@@ -217,10 +216,9 @@ class Multiblock3d(Strategy):
             context, keep = ~targets, self.tokens - predicted
         if self.inverse:
             context, keep, targets, predicted = targets, predicted, context, keep
-        mask = torch.from_numpy(~context)
         return MaskBatch(
-            mask.unflatten(1, self.grid),
-            tokens_of(mask, keep),
+            torch.from_numpy(~context).unflatten(1, self.grid),
+            tokens_on_host(~context, draw.module),
             context=_ids(context, keep),
             targets=_ids(targets, predicted)[:, None],
         )

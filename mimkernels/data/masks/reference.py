@@ -14,7 +14,12 @@ import torch
 
 from mimkernels.ops.random_mask.reference import philox4x32
 
-MASK, SUBSET, SECOND_SUBSET, BATCH = 0x80000000, 0x90000000, 0xA0000000, 0xB0000000  # what random numbers are for: where their counters start
+MASK, SUBSET, SECOND_SUBSET, BATCH = (
+    0x80000000,
+    0x90000000,
+    0xA0000000,
+    0xB0000000,
+)  # what random numbers are for: where their counters start
 _TRIES = 10  # rectangles that may be refused in a row (BEiT)
 _CONTEXT_TRIES = 20  # context blocks before a target may be overlapped (I-JEPA)
 _AHEAD = 32  # blocks of four words that are computed at once, for every sample
@@ -230,3 +235,9 @@ def thin(mask: np.ndarray, samples: np.ndarray, seed: int, epoch: int, *, count:
     for row, stream in zip(out, streams(samples, seed, epoch, SECOND_SUBSET if second else SUBSET), strict=True):
         _flip_some(stream, row, True, max(int(row.sum()) - count, 0))
     return out
+
+
+def ids(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """``[n, tokens]`` places of each row's False, then of its True; where each stands there; ``[n]`` how many False."""
+    order = np.argsort(mask, axis=1, kind="stable")
+    return order, np.argsort(order, axis=1, kind="stable"), (~mask).sum(1)

@@ -51,8 +51,7 @@ class Unit(Strategy):
         if count is not None and is_count(count):
             if count % self.unit**2:
                 raise ValueError(
-                    f"{name}: count {count} is no multiple of the {self.unit**2} patches of a unit of "
-                    f"{unit} x {unit}"
+                    f"{name}: count {count} is no multiple of the {self.unit**2} patches of a unit of {unit} x {unit}"
                 )
             masked = masked_count(name, self.cells, ratio, count // self.unit**2, None)
         else:
@@ -61,8 +60,8 @@ class Unit(Strategy):
                 masked = math.ceil(units * share)
                 if masked == units:
                     raise ValueError(
-                        f"{name}: ratio {share} masks all of the {units} units of {unit} x {unit} in a grid of {by(grid)}"
-                        f" patches; at most {(units - 1) / units:.3g} leaves one visible"
+                        f"{name}: ratio {share} masks all of the {units} units of {unit} x {unit} in a grid of "
+                        f"{by(grid)} patches; at most {(units - 1) / units:.3g} leaves one visible"
                     )
             else:
                 masked = masked_count(name, self.cells, share, count, None)
@@ -144,9 +143,7 @@ def _random(draw: Draw, tokens: int, keep: int) -> TokenMask:
     if draw.numbered:
         return _token_mask.from_op(_token_mask.from_keys(_noise(draw, tokens), keep, False), keep)
     offset: Any = draw.offset if draw.step is None else draw.step
-    return random_mask(
-        len(draw.samples), tokens, keep, draw.seed, offset, device=draw.device, backend=draw.backend
-    )
+    return random_mask(len(draw.samples), tokens, keep, draw.seed, offset, device=draw.device, backend=draw.backend)
 
 
 def _noise(draw: Draw, tokens: int) -> Tensor:

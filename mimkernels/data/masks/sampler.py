@@ -42,7 +42,7 @@ class MaskSampler:
 
     What is drawn is a function of the seed, the offset (a training step, or an epoch) and the sample's number alone:
     the same masks whichever process, and however many, draw them, on every device. Block types are drawn on the CPU by
-    the module of ``csrc/masks`` without the GIL, or in Python where that is not there; the others where they are wanted.
+    the module of ``csrc/masks`` without the GIL, or in Python where that is not there; others where they are wanted.
 
     Args:
         grid: patches of an image, (height, width), or of a video, (frames, height, width).
@@ -88,7 +88,9 @@ class MaskSampler:
         names = [name for name, parameter in known.items() if parameter.kind is parameter.KEYWORD_ONLY]
         unknown = sorted(options.keys() - set(names))
         if unknown:
-            raise ValueError(f"{strategy} has no option {', '.join(unknown)}; its options: {', '.join(names) or 'none'}")
+            raise ValueError(
+                f"{strategy} has no option {', '.join(unknown)}; its options: {', '.join(names) or 'none'}"
+            )
         if not is_count(stream) or stream < 0:
             raise ValueError(f"stream must be 0 or more, got {stream!r}")
         self.grid, self.strategy = tuple(int(side) for side in grid), strategy
@@ -163,7 +165,9 @@ class MaskSampler:
         step = None
         if isinstance(offset, Tensor):
             if numbered or not kind.on_device:
-                raise ValueError(f"{self.strategy}: an offset tensor goes with strategies on the device and a batch size")
+                raise ValueError(
+                    f"{self.strategy}: an offset tensor goes with strategies on the device and a batch size"
+                )
             step, offset = offset, 0
         for name, value in (("seed", seed), ("offset", offset)):
             if not isinstance(value, Integral) or isinstance(value, bool) or not 0 <= value < 2**63:
