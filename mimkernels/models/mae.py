@@ -40,7 +40,8 @@ class MAEOutput(NamedTuple):
 
     Attributes:
         loss: fp32 scalar, the mean over all masked patches of the batch.
-        mask: which patches were visible.
+        mask: which patches were visible. Of masks that leave the images different numbers of them, ``ids_keep`` has
+            as many as the image with most: others go on with masked patches, as ``mask.mask`` says.
         pred: ``[B, N, E]`` the prediction for every patch, E pixels as (height, width, channel), where it was
             asked for; else None.
         head_stats: ``LayerHeads.stats`` of every encoder block: each asked statistic ``[B, H, P + K]`` fp32 with
@@ -231,6 +232,7 @@ class MAE(nn.Module):
         self,
         images: Tensor,
         *,
+        mask: Tensor | None = None,
         noise: Tensor | None = None,
         seed: int = 0,
         offset: int | Tensor = 0,
@@ -241,6 +243,12 @@ class MAE(nn.Module):
 
         Args:
             images: ``[B, C, H, W]`` uint8 (with the model's mean and std) or floating point.
+            mask: ``[B, h, w]`` bool on the grid of patches, True = masked, such as those of
+                ``mimkernels.data.masks.MaskSampler``; it is counted where it lies, so that one on the CPU waits for no
+                device. Where all images have as many visible patches, the work is that of random masks. Else the
+                encoder computes, for every image, as many tokens as the image with most of them has (padding is
+                attended to by nobody), and the decoder predicts visible patches too; the numbers are those of each
+                image alone. None: drawn, by `noise` or from `seed` and `offset`.
             noise: ``[B, N]`` fp32; the patches with the smallest noise stay visible. None: drawn from `seed`
                 and `offset`, which give the same masks on every device.
             seed: of the masks.
@@ -251,40 +259,73 @@ class MAE(nn.Module):
                 patches; distances are in patches. They carry gradients: terms of them can be added to the loss.
 
         Raises:
-            ValueError, TypeError: images or noise do not fit the model; the message shows both sides. Or the encoder's
-                attention cannot record statistics.
+            ValueError, TypeError: images, mask or noise do not fit the model; the message shows both sides. Or the
+                encoder's attention cannot record statistics, or these are asked for of different numbers of patches.
         """
-        mask = self.draw_mask(images, noise=noise, seed=seed, offset=offset)
+        tokens, present = self._masks(images, mask, noise=noise, seed=seed, offset=offset)
         layer_stats = None
         if head_stats:
+            if present is not None:
+                raise ValueError(
+                    f"head_stats needs masks that leave every image as many patches visible, got {_range(tokens)}"
+                )
             layers = attention_layers(self.encoder.blocks)
-            positions = self.patch_positions(images, mask.ids_keep)
+            positions = self.patch_positions(images, tokens.ids_keep)
             prefix = self.encoder.num_prefix_tokens
             with LayerRecorder(layers, head_stats, num_prefix=prefix, positions=positions) as heads:
-                latent = self.encode(images, mask.ids_keep)
+                latent = self.encode(images, tokens.ids_keep)
             layer_stats = [layer.stats for layer in heads]
         else:
-            latent = self.encode(images, mask.ids_keep)
-        pred = self.decode(latent, mask, self._grid(images), full=full_prediction)
+            latent = self.encode(images, tokens.ids_keep, present)
+        full = full_prediction or present is not None
+        pred = self.decode(latent, tokens, self._grid(images), full=full, present=present)
         loss = masked_patch_loss(
             pred,
             images,
-            ids=None if full_prediction else mask.ids_masked,
-            mask=mask.mask.bool() if full_prediction else None,
+            ids=None if full else tokens.ids_masked,
+            mask=tokens.mask.bool() if full else None,
             patch_size=self.patch_size,
             norm_pix=self.norm_pix_loss,
             mean=self._pixel_mean,
             std=self._pixel_std,
         )
-        return MAEOutput(loss, mask, pred if full_prediction else None, layer_stats)
+        return MAEOutput(loss, tokens, pred if full_prediction else None, layer_stats)
 
     def draw_mask(
-        self, images: Tensor, *, noise: Tensor | None = None, seed: int = 0, offset: int | Tensor = 0
+        self,
+        images: Tensor,
+        *,
+        mask: Tensor | None = None,
+        noise: Tensor | None = None,
+        seed: int = 0,
+        offset: int | Tensor = 0,
     ) -> TokenMask:
         """The mask that `forward` uses for these images and arguments."""
+        return self._masks(images, mask, noise=noise, seed=seed, offset=offset)[0]
+
+    def _masks(
+        self, images: Tensor, mask: Tensor | None, *, noise: Tensor | None, seed: int, offset: int | Tensor
+    ) -> tuple[TokenMask, Tensor | None]:
+        """The patches as ids; where images have different numbers of visible ones, also ``[B, P + K]`` bool.
+
+        It says which tokens of the encoder are there: the prefix, and those of the first K patches that are visible.
+        """
         self._check_images(images)
         grid = self._grid(images)
         patches = grid[0] * grid[1]
+        if mask is not None:
+            if noise is not None:
+                raise ValueError("give mask or noise, got both")
+            fewest, most = self._check_mask(mask, len(images), grid)
+            flat = mask.to(images.device, non_blocking=True).flatten(1).float()
+            tokens = mask_from_noise(flat, most, order="sorted")._replace(mask=flat)  # visible ones first
+            if fewest == most:
+                return tokens, None
+            visible = flat.gather(1, tokens.ids_keep) == 0
+            return tokens, nn.functional.pad(visible, (self.encoder.num_prefix_tokens, 0), value=True)
+        return self._drawn(images, patches, noise, seed, offset), None
+
+    def _drawn(self, images: Tensor, patches: int, noise: Tensor | None, seed: int, offset: int | Tensor) -> TokenMask:
         keep = self._keep(patches)
         if noise is None:
             return random_mask(images.shape[0], patches, keep, seed, offset, device=images.device)
@@ -294,25 +335,40 @@ class MAE(nn.Module):
             )
         return mask_from_noise(noise, keep)
 
-    def encode(self, images: Tensor, ids_keep: Tensor) -> Tensor:
-        """Encoder output ``[B, P + K, D]``: prefix tokens, then the visible patches `ids_keep` ``[B, K]``."""
-        return encode_visible(self.encoder, images, ids_keep, mean=self._pixel_mean, std=self._pixel_std)
+    def encode(self, images: Tensor, ids_keep: Tensor, present: Tensor | None = None) -> Tensor:
+        """Encoder output ``[B, P + K, D]``: prefix tokens, then the visible patches `ids_keep` ``[B, K]``.
+
+        `present` ``[B, P + K]`` bool says which of these tokens are there; to others nobody attends.
+        """
+        mean, std = self._pixel_mean, self._pixel_std
+        return encode_visible(self.encoder, images, ids_keep, mean=mean, std=std, present=present)
 
     def patch_positions(self, images: Tensor, ids: Tensor) -> Tensor:
         """Row and column in the grid of patches, ``[B, K, 2]`` fp32, of the patches `ids` ``[B, K]``."""
         columns = self._grid(images)[1]
         return torch.stack((ids // columns, ids % columns), dim=-1).float()
 
-    def decode(self, latent: Tensor, mask: TokenMask, grid: tuple[int, int], *, full: bool = False) -> Tensor:
+    def decode(
+        self,
+        latent: Tensor,
+        mask: TokenMask,
+        grid: tuple[int, int],
+        *,
+        full: bool = False,
+        present: Tensor | None = None,
+    ) -> Tensor:
         """Predicted pixels ``[B, N - K, E]`` of the masked patches, in the order of ``mask.ids_masked``.
 
-        With ``full``, ``[B, N, E]`` of every patch of the grid (rows, columns), in its order.
+        With ``full``, ``[B, N, E]`` of every patch of the grid (rows, columns), in its order. Tokens that are not
+        `present` ``[B, P + K]`` count as masked.
         """
         prefix = self.encoder.num_prefix_tokens
         pos = resample_positions(self.decoder_pos_embed, grid, self.grid_size, prefix)
         # Under autocast the projection is in its dtype; tokens go on in that of mask token and positions, the
         # dtype that concatenating and adding them would give.
         x = self.decoder_embed(latent).to(self.mask_token.dtype)
+        if present is not None:
+            x = torch.where(present[:, :, None], x, self.mask_token)
         x = restore_tokens(x, mask.ids_restore, self.mask_token, pos, prefix)  # [B, P + N, D]
         tell_patches(self, Patches(len(x), grid, self.encoder.patch_embed.patch_size))
         for block in self.decoder_blocks[:-1]:
@@ -325,7 +381,13 @@ class MAE(nn.Module):
 
     @torch.no_grad()
     def reconstruct(
-        self, images: Tensor, *, noise: Tensor | None = None, seed: int = 0, offset: int | Tensor = 0
+        self,
+        images: Tensor,
+        *,
+        mask: Tensor | None = None,
+        noise: Tensor | None = None,
+        seed: int = 0,
+        offset: int | Tensor = 0,
     ) -> MAEPictures:
         """Pictures of what the model makes of the masked patches; visible patches stay as they are.
 
@@ -335,7 +397,7 @@ class MAE(nn.Module):
         training = [part for part in self.modules() if part.training]
         self.eval()
         try:
-            out = self(images, noise=noise, seed=seed, offset=offset, full_prediction=True)
+            out = self(images, mask=mask, noise=noise, seed=seed, offset=offset, full_prediction=True)
         finally:
             for part in training:
                 part.training = True
@@ -401,6 +463,24 @@ class MAE(nn.Module):
             )
         return keep
 
+    def _check_mask(self, mask: Tensor, batch: int, grid: tuple[int, int]) -> tuple[int, int]:
+        """The least and the greatest number of visible patches of an image."""
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask must be a bool tensor, True = masked, got {got}")
+        patches = grid[0] * grid[1]
+        if tuple(mask.shape) != (batch, *grid):
+            raise ValueError(f"mask must be {[batch, *grid]}, one value per image and patch, got {list(mask.shape)}")
+        if batch == 0:
+            return 1, 1
+        counts: list[int] = (~mask).flatten(1).sum(1).tolist()
+        fewest, most = min(counts), max(counts)
+        if fewest == 0:
+            raise ValueError(f"mask hides all of the {patches} patches of image {counts.index(0)}; one must be visible")
+        if fewest == patches:
+            raise ValueError(f"mask hides none of the {patches} patches of any of the {batch} images")
+        return fewest, most
+
     def _grid(self, images: Tensor) -> tuple[int, int]:
         return images.shape[-2] // self.patch_size[0], images.shape[-1] // self.patch_size[1]
 
@@ -459,3 +539,8 @@ _WEIGHT_KWARGS = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained
 
 def _is_decoder_name(name: str) -> bool:
     return name.startswith(_DECODER_NAMES)
+
+
+def _range(mask: TokenMask) -> str:
+    counts = (mask.mask == 0).sum(1)
+    return f"{int(counts.min())} to {int(counts.max())}"

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 try:
     import timm
@@ -130,14 +131,18 @@ def encode_visible(
     *,
     mean: Sequence[float] | Tensor | None = None,
     std: Sequence[float] | Tensor | None = None,
+    present: Tensor | None = None,
 ) -> Tensor:
     """The encoder's normalised output ``[B, P + K, D]`` for the patches `ids` ``[B, K]`` of each image.
 
     Equal to embedding every patch, adding positions and keeping the tokens `ids`, as MAE does. The blocks run
     through ``encoder.blocks`` as timm runs them: hooks, drop path and gradient checkpointing act as usual.
+
+    Args:
+        present: ``[B, P + K]`` bool, which tokens are there; others are padding, to which nobody attends. None: all.
     """
     # timm puts the final norm either into forward_features or, as fc_norm, behind pooling, which is not done here.
-    features: Tensor = encoder.fc_norm(visible_features(encoder, images, ids, mean=mean, std=std))
+    features: Tensor = encoder.fc_norm(visible_features(encoder, images, ids, mean=mean, std=std, present=present))
     return features
 
 
@@ -148,6 +153,7 @@ def visible_features(
     *,
     mean: Sequence[float] | Tensor | None = None,
     std: Sequence[float] | Tensor | None = None,
+    present: Tensor | None = None,
 ) -> Tensor:
     """What timm's ``forward_features`` gives, ``[B, P + K, D]``, for the patches `ids` ``[B, K]`` of each image."""
     embed = encoder.patch_embed
@@ -157,12 +163,24 @@ def visible_features(
     if pos is not None:
         x = encoder.pos_drop(x)
     x = encoder.norm_pre(x)
-    if encoder.grad_checkpointing and torch.is_grad_enabled():
+    if present is not None:
+        x = _attending_to(encoder, x, present[:, None, None])
+    elif encoder.grad_checkpointing and torch.is_grad_enabled():
         x = checkpoint_seq(encoder.blocks, x)
     else:
         x = encoder.blocks(x)
     features: Tensor = encoder.norm(x)
     return features
+
+
+def _attending_to(encoder: VisionTransformer, x: Tensor, attn_mask: Tensor) -> Tensor:
+    """The blocks, each with a mask: timm's way to run them in a row, which takes none, in a loop."""
+    for block in encoder.blocks:
+        if encoder.grad_checkpointing and torch.is_grad_enabled():
+            x = checkpoint(block, x, attn_mask=attn_mask, use_reentrant=False)
+        else:
+            x = block(x, attn_mask=attn_mask)
+    return x
 
 
 def _positions_and_prefix(encoder: VisionTransformer, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
