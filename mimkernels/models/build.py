@@ -17,7 +17,7 @@ PIXEL_STATISTICS = {
 _SETTINGS: dict[str, tuple[type, ...]] = {
     "method": (str,), "model": (str,), "model_kwargs": (dict,), "img_size": (int,), "in_chans": (int,),
     "patch_size": (int, type(None)), "decoder_dim": (int,), "decoder_depth": (int,), "decoder_heads": (int,),
-    "mask_ratio": (float,), "norm_pix_loss": (bool,),
+    "mask_ratio": (float, type(None)), "norm_pix_loss": (bool,),
 }  # fmt: skip
 
 
@@ -55,6 +55,8 @@ def _mae(settings: Mapping[str, Any]) -> MAE:
         raise ValueError(f"in_chans must be 1 or 3, got {settings['in_chans']}")
     mean, std = PIXEL_STATISTICS[settings["in_chans"]]
     arguments = {**{name: settings[name] for name in names}, "mean": mean, "std": std}
+    if arguments["mask_ratio"] is None:
+        del arguments["mask_ratio"]
     repeated = sorted({"name", *arguments}.intersection(settings["model_kwargs"]))
     if repeated:
         raise ValueError(f"model_kwargs repeats {', '.join(repeated)}, which is given by an option of its own")

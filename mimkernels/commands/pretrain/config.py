@@ -7,6 +7,10 @@ from mimkernels.data import MAX_PIXELS
 from mimkernels.engine.settings import DEVICES, PRECISIONS, Settings, require, setting
 
 METHODS = ("mae",)
+# Those of mimkernels.data.masks for images; to be shown without torch.
+MASKINGS = (
+    "random", "unit", "block", "block_exact", "inverse_block", "dinov2", "ibot", "multiblock", "uniform",
+)  # fmt: skip
 
 # A checkpoint made with another value of these cannot be continued at all ...
 ARCHITECTURE_FIELDS = (
@@ -14,7 +18,10 @@ ARCHITECTURE_FIELDS = (
     "decoder_dim", "decoder_depth", "decoder_heads",
 )  # fmt: skip
 # ... and with another value of these the stream of batches would be another one.
-STREAM_FIELDS = ("data", "max_pixels", "pixel_range", "seed", "crop_scale", "hflip", "mask_ratio", "norm_pix_loss")
+STREAM_FIELDS = (
+    "data", "max_pixels", "pixel_range", "seed", "crop_scale", "hflip", "masking", "mask_ratio", "masking_kwargs",
+    "norm_pix_loss",
+)  # fmt: skip
 
 
 @dataclass
@@ -33,7 +40,14 @@ class PretrainConfig(Settings):
     decoder_dim: int = setting(512, "decoder width", "model")
     decoder_depth: int = setting(8, "decoder blocks", "model")
     decoder_heads: int = setting(16, "decoder attention heads", "model")
-    mask_ratio: float = setting(0.75, "share of patches removed", "model")
+    masking: str = setting("random", "how the removed patches are chosen", "model", choices=MASKINGS)
+    mask_ratio: float | None = setting(
+        None, "share of patches removed (default: 0.75 of random; other strategies' own)", "model"
+    )
+    masking_kwargs: dict = field(
+        default_factory=dict,
+        metadata={"help": "options of --masking, such as min_patches=16 aspect=[0.5,2]", "group": "model"},
+    )
     norm_pix_loss: bool = setting(True, "normalise each target patch by its own mean and variance", "model")
 
     data: str = setting(
@@ -123,7 +137,9 @@ class PretrainConfig(Settings):
         require(self.device in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
         require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
         require(self.in_chans in (1, 3), "in_chans", self.in_chans, "1 or 3")
-        require(0 < self.mask_ratio < 1, "mask_ratio", self.mask_ratio, "between 0 and 1, both excluded")
+        require(self.masking in MASKINGS, "masking", self.masking, f"one of {', '.join(MASKINGS)}")
+        ratio = self.mask_ratio
+        require(ratio is None or 0 < ratio < 1, "mask_ratio", ratio, "between 0 and 1, both excluded")
         warmup = self.warmup_epochs
         require(warmup is None or 0 <= warmup <= self.epochs, "warmup_epochs", warmup, f"in 0..{self.epochs} (epochs)")
         for name in ("blr", "lr", "save_every"):

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from mimkernels.commands.pretrain.config import PretrainConfig
 from mimkernels.commands.pretrain.heads import HeadWatch
 from mimkernels.commands.pretrain.history import History
+from mimkernels.commands.pretrain.masking import Masking
 from mimkernels.data.batches import (
     Batch,
     BatchPlan,
@@ -49,6 +50,7 @@ class Trainer:
         seconds: float,
         history: History | None,
         heads: HeadWatch,
+        masking: Masking,
         checkpoints: CheckpointFolder,
         progress: Progress,
         workers: int,
@@ -57,7 +59,7 @@ class Trainer:
         self.config, self.accelerator, self.model, self.optimizer = config, accelerator, model, optimizer
         self.images, self.plan, self.peak_lr = images, plan, peak_lr
         self.history, self.checkpoints, self.progress, self.workers = history, checkpoints, progress, workers
-        self.heads = heads
+        self.heads, self.masking = heads, masking
         self.about = about  # goes into every checkpoint
         self.step = first_step
         self.total_steps = config.epochs * plan.steps_per_epoch
@@ -120,11 +122,13 @@ class Trainer:
             piece = self.plan.piece(self.step, accum, accelerator.process_index)
             # Dropout and stochastic depth, too, are a function of the step, so that a resumed run draws the same.
             torch.manual_seed(derived_seed(config.seed, _DROPOUT, piece))
-            # A Python integer would be a constant to the compiler, one recompilation per step.
-            offset = torch.full((), piece, dtype=torch.int64, device=images.device) if config.compile else piece
+            masks = self.masking.arguments(len(images), piece)
+            if config.compile and "offset" in masks:
+                # A Python integer would be a constant to the compiler, one recompilation per step.
+                masks["offset"] = torch.full((), piece, dtype=torch.int64, device=images.device)
             synchronise = accum == config.accum_steps - 1
             with contextlib.nullcontext() if synchronise else accelerator.no_sync(model):
-                out = model(images, seed=config.seed, offset=offset, **({"head_stats": stats} if stats else {}))
+                out = model(images, seed=config.seed, **masks, **({"head_stats": stats} if stats else {}))
                 loss = out.loss / config.accum_steps
                 accelerator.backward(loss + self.heads.penalty(out.head_stats) / config.accum_steps)
             if stats:

@@ -26,6 +26,7 @@ class Report:
         heads: picture of the head statistics as a data address.
         pictures: originals, masked images and reconstructions, each ``[n, C, S, S]`` in [0, 1].
         pictures_are_new: whether they were not trained on.
+        masked_share: of the patches, on average.
     """
 
     config: PretrainConfig
@@ -36,6 +37,7 @@ class Report:
     pictures: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
     pictures_are_new: bool
     held_out_loss: float | None
+    masked_share: float
     versions: dict[str, str]
     backends: dict[str, str]
 

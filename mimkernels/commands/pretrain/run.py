@@ -14,6 +14,7 @@ from mimkernels.commands.pretrain.config import STREAM_FIELDS, PretrainConfig
 from mimkernels.commands.pretrain.heads import HeadHistory, HeadWatch
 from mimkernels.commands.pretrain.history import History
 from mimkernels.commands.pretrain.loop import Trainer
+from mimkernels.commands.pretrain.masking import Masking
 from mimkernels.commands.pretrain.report import Report, write_report
 from mimkernels.commands.pretrain.resume import check_same_stream, find_start
 from mimkernels.data.batches import Augmentation, BatchPlan, PretrainImages, picture_batch, require_readable
@@ -116,6 +117,7 @@ class Run:
         if self.start is not None:
             check_fits(self.model, self.start["model"], self.start["optimizer"], str(self.start_path))
         self.heads = HeadWatch(config, self.model.encoder.num_prefix_tokens)
+        self.masking = Masking(config, self.model.grid_size)
         with self.accelerator.local_main_process_first():  # one process per machine downloads
             decoder = Decoder.from_settings(config.max_pixels, config.pixel_range)
             self.source = open_source(config.data, config.data_root, decoder)
@@ -171,6 +173,7 @@ class Run:
             seconds=0.0 if self.start is None else self.start["seconds"],
             history=history,
             heads=self.heads,
+            masking=self.masking,
             checkpoints=self.checkpoints,
             progress=progress,
             workers=self._workers(),
@@ -266,6 +269,7 @@ class Run:
                 ]
             ),
             "Data": f"{self.source.name}, {len(self.source):,} images, {config.img_size} x {config.img_size} pixels",
+            **({"Masks": self.masking.told()} if self.masking.sampler else {}),
             "Device": device_name(self.accelerator.device)
             + (f", {processes} processes ({_sharing(self.accelerator)})" if processes > 1 else ""),
             "Precision": f"{self.precision} ({self.precision_reason})",
@@ -307,11 +311,12 @@ class Run:
         held_out_loss: float | None = None
         if held_out is not None:
             batch, _ = picture_batch(held_out, self.augmentation, _HELD_OUT_IMAGES)
-            held_out_loss = _mean_loss(model, batch.to(device), config)
+            held_out_loss = _mean_loss(model, batch.to(device), config, self.masking)
         if config.pictures:
             batch, _ = picture_batch(held_out or self.source, self.augmentation, config.pictures)
             if len(batch):
-                original, masked, predicted = model.reconstruct(batch.to(device), seed=config.seed)
+                mask = self.masking.for_held_out(len(batch))
+                original, masked, predicted = model.reconstruct(batch.to(device), mask=mask, seed=config.seed)
                 pictures = (original.cpu(), masked.cpu(), predicted.cpu())
         return Report(
             config=config,
@@ -322,16 +327,28 @@ class Run:
             pictures=pictures,
             pictures_are_new=held_out is not None,
             held_out_loss=held_out_loss,
+            masked_share=self.masking.share,
             versions=versions(),
             backends=_backends(device, self.precision),
         )
 
 
 @torch.no_grad()
-def _mean_loss(model: torch.nn.Module, images: torch.Tensor, config: PretrainConfig) -> float:
+def _mean_loss(model: torch.nn.Module, images: torch.Tensor, config: PretrainConfig, masking: Masking) -> float:
     parts = images.split(config.batch_size)
-    losses = [float(model(part, seed=config.seed, offset=i).loss) * len(part) for i, part in enumerate(parts)]
-    return sum(losses) / len(images)
+    mask = masking.for_held_out(len(images))
+    if mask is None:
+        losses = [float(model(part, seed=config.seed, offset=i).loss) * len(part) for i, part in enumerate(parts)]
+        return sum(losses) / len(images)
+    masks = mask.split(config.batch_size)
+    # A loss is the mean over the masked patches of its images; of some images none may be masked.
+    counts = [int(part.sum()) for part in masks]
+    losses = [
+        float(model(part, mask=own).loss) * count
+        for part, own, count in zip(parts, masks, counts, strict=True)
+        if count
+    ]
+    return sum(losses) / sum(counts)
 
 
 def _backends(device: torch.device, precision: str) -> dict[str, str]:

@@ -39,6 +39,7 @@ class Block(Strategy):
     """
 
     ratio = 0.4
+    ragged = True
     exact = False
 
     def __init__(
@@ -71,6 +72,7 @@ class Block(Strategy):
 class BlockExact(Block):
     """As ``block``, then single patches up to the exact count (BEiT v2, arXiv:2208.06366)."""
 
+    ragged = False
     exact = True
 
 
@@ -86,6 +88,8 @@ class DINOv2(Strategy):
         min_patches, max_patches: of a rectangle; None: half of the grid.
         aspect: as of ``block``.
     """
+
+    ragged = True
 
     def __init__(
         self,
@@ -135,6 +139,8 @@ class IBOT(Strategy):
         min_patches: of a rectangle; None: the square of a third of the shorter side.
         aspect: as of ``block``.
     """
+
+    ragged = True
 
     def __init__(
         self,

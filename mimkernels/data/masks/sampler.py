@@ -136,6 +136,11 @@ class MaskSampler:
         """Whether ``sample`` needs ``scores``."""
         return self._strategy.needs_scores
 
+    @property
+    def ragged(self) -> bool:
+        """Whether images of a batch may have different numbers of masked patches."""
+        return self._strategy.ragged
+
     def sample(
         self,
         batch: int | Sequence[int] | np.ndarray,

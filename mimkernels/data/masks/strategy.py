@@ -54,6 +54,7 @@ class Strategy:
     ratio: ClassVar[float | None] = None  # share of masked patches where none is given
     on_device: ClassVar[bool] = False  # drawn where the masks are wanted; else by csrc/masks
     needs_scores: ClassVar[bool] = False
+    ragged: ClassVar[bool] = False  # images of a batch may have different numbers of masked patches
 
     def __init__(self, name: str, grid: tuple[int, ...], ratio: float | None, count: int | None) -> None:
         self.name, self.grid, self.tokens = name, grid, math.prod(grid)
