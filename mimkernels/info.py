@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from mimkernels._version import __version__
+from mimkernels.data.masks import native as masks
 from mimkernels.engine.memory import freed_memory
 from mimkernels.ops import _native, _registry
 
@@ -31,7 +32,7 @@ def collect() -> dict:
         "versions": _versions(),
         "devices": _devices(),
         "memory": dict(zip(("freed_memory", "detail"), freed_memory(), strict=True)),
-        "libraries": [_library(state) for state in _native.libraries()],
+        "libraries": [_library(state) for state in (*_native.libraries(), masks.state())],
         "backends": [_backend(backend) for backend in _registry.BACKENDS.values()],
         "ops": _ops(),
     }

@@ -14,7 +14,7 @@ from mimkernels.ops import _native, _registry
 def test_info_names_every_library_backend_and_op():
     facts = info.collect()
     emulated = ["cuda_emulated"] if _native.has_emulation() else []  # in source trees only
-    assert [library["name"] for library in facts["libraries"]] == ["cpu", "cuda", *emulated]
+    assert [library["name"] for library in facts["libraries"]] == ["cpu", "cuda", *emulated, "masks"]
     assert [backend["name"] for backend in facts["backends"]] == list(_registry.BACKENDS)
     assert set(facts["ops"]) == set(_registry.SPECS)
     assert facts["versions"]["torch"] and facts["devices"][0]["name"] == "cpu"

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from mimkernels.cli import main
 from mimkernels.commands.bench import run as bench_run
 from mimkernels.commands.bench.cases import scaling
 from mimkernels.commands.bench.cases.loading import MEAN, STD, Pictures
+from mimkernels.commands.bench.cases.masks import mask_cases
 from mimkernels.commands.bench.compare import FLOOR, compare
 from mimkernels.commands.bench.tables import main_tables
 from mimkernels.commands.bench.timing import Benchmark, measure
@@ -227,6 +229,13 @@ def test_a_batch_of_any_size_takes_as_many_images(monkeypatch):
     for case in cases:
         case.check()
         case.versions["ours"]()
+
+
+def test_the_published_masks_are_as_large_as_ours():
+    (case,) = mask_cases()
+    case.check()
+    ours, theirs = (np.concatenate([draw() for _ in range(4)]) for draw in case.versions.values())
+    assert abs(ours.mean(0) - theirs.mean(0)).max() < 6 * 0.5 * (2 / len(ours)) ** 0.5
 
 
 def test_plot_without_results_says_what_makes_some(tmp_path, capsys):

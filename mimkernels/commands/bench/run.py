@@ -15,6 +15,7 @@ import mimkernels
 from mimkernels.commands.bench.cases.attention import attention_cases
 from mimkernels.commands.bench.cases.calls import CALLS, call_cases
 from mimkernels.commands.bench.cases.gathering import Size, gathering_cases
+from mimkernels.commands.bench.cases.masks import mask_cases
 from mimkernels.commands.bench.cases.mlp import mlp_cases
 from mimkernels.commands.bench.cases.norm import norm_cases
 from mimkernels.commands.bench.cases.pooling import pooling_cases
@@ -155,6 +156,12 @@ GROUPS = {
         f"{'ours':>10} {'native':>12} {'ratio':>7} {'by torch.ops':>17} {'ratio':>7}",
         lambda options, dtype, device: call_cases(dtype, device),
         _call_line,
+    ),
+    "masks": Group(
+        "block masks, on one core of the host",
+        _MEMORY_COLUMNS,
+        lambda options, dtype, device: mask_cases(),
+        _memory_line,
     ),
     "scaling": Group(
         "growth with batch, mask ratio and tokens",
