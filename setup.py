@@ -199,7 +199,8 @@ class BuildNative(Command):
         target = (ROOT if inplace else Path(self.build_lib)) / "mimkernels" / "_lib"
         target.mkdir(parents=True, exist_ok=True)
         names = ["cpu", "cuda", "masks", *(EMULATED if inplace else [])]
-        wanted = ["cpu", "masks", *(["cuda"] if has_gpu() else [])] if self.runnable else names
+        runnable = ("cpu", "cuda", "masks") if has_gpu() else ("cpu", "masks")
+        wanted = [name for name in names if name in runnable] if self.runnable else names
         left_out = {"built": False, "reason": "only what this machine runs was built", "remedy": "make build"}
         report = {"mode": mode, "libraries": {name: left_out for name in names if name not in wanted}}
         keep = os.environ.get("MIMKERNELS_BUILD_DIR") or (inplace and ROOT / "build" / "native")

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from mimkernels.ops import _native
 ROOT = Path(__file__).resolve().parent.parent
 STAND_INS = {"avx2_bf16", "avx2_amx"}  # for tests, in source trees
 WIDE = {"avx2", *STAND_INS, "avx512", "avx512_bf16", "amx_bf16"}
+MASKS = f"mimkernels_masks{sysconfig.get_config_var('EXT_SUFFIX')}"
 BUILT = [library for library in _native.libraries() if library.path.exists()]
 
 # Sources that build in seconds and say who they are.
@@ -156,11 +158,14 @@ def tree(tmp_path) -> Path:
         shutil.copy(ROOT / name, tree)
     for name in ("benchmarks", "tests"):
         shutil.copytree(ROOT / name, tree / name, ignore=lambda _, names: {n for n in names if not n.endswith(".py")})
+    for name in ("core", "masks"):  # the module of mask samplers builds in seconds, too
+        shutil.copytree(ROOT / "csrc" / name, tree / "csrc" / name)
     (tree / "csrc" / "torch").mkdir(parents=True)
     (tree / "csrc" / "torch" / "cpu_library.cpp").write_text(STUB)
     for stale in (
         "build/lib/mimkernels/stale.py",
         "build/lib.linux-x86_64-cpython-311/mimkernels/stale.py",
+        "mimkernels/_lib/mimkernels_masks.cpython-399-stale.so",
         "mimkernels/_lib/libmimkernels_cuda.so",
         "mimkernels/_lib/libmimkernels_cuda_emulated.so",
         "mimkernels/_lib/libstale.so",
@@ -215,7 +220,7 @@ def test_a_wheel_holds_what_was_built_and_nothing_stale(tree):
     assert done.returncode == 0, done.stdout + done.stderr
     name, folder, build = unpack(tree)
     assert re.fullmatch(r"mimkernels-[\d.]+-py3-none-(?!any).*\.whl", name), "one wheel for every Python"
-    assert files(folder) == {"build.json", "libmimkernels_cpu.so"}
+    assert files(folder) == {"build.json", "libmimkernels_cpu.so", MASKS}
     assert not list(folder.rglob("*stale*"))
     assert (folder / "mimkernels" / "py.typed").exists()
     for room in ("engine", "commands/pretrain", "commands/probe", "commands/demo", "commands/bench"):
@@ -226,6 +231,17 @@ def test_a_wheel_holds_what_was_built_and_nothing_stale(tree):
     state = library_state(folder)
     assert state["loaded"] and state["instruction_set"] == "stub"
     assert "MIMKERNELS_CUDA=off" in library_state(folder, "cuda")["reason"]
+    assert library_state(folder, "masks")["loaded"]
+    # Another Python, for which the same wheel is, does not see the module, and says why.
+    module = folder / "mimkernels" / "_lib" / MASKS
+    module.rename(module.with_name("mimkernels_masks.cpython-399-x86_64-linux-gnu.so"))
+    assert "built for another Python" in library_state(folder, "masks")["reason"]
+    code = (
+        "from mimkernels.data.masks import MaskSampler\n"
+        "print(int(MaskSampler((14, 14), 'block_exact', count=75).sample(2, 0).mask.sum()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    assert done.stdout == "150\n"
 
 
 @pytest.mark.slow
@@ -279,10 +295,12 @@ with open("{log}", "a") as log:
 if words[0] == "-S":
     folder = pathlib.Path(words[words.index("-B") + 1])
     (folder / "lib").mkdir(parents=True, exist_ok=True)
-    (folder / "configured.json").write_text('{{"nvcc": "13", "cuda_reason": "", "emulation_reason": ""}}')
+    reasons = '"cuda_reason": "", "emulation_reason": "", "masks_reason": ""'
+    (folder / "configured.json").write_text(f'{{{{"nvcc": "13", {{reasons}}}}}}')
 else:
     name = words[words.index("--target") + 1]
-    pathlib.Path(words[1], "lib", f"lib{{name}}.so").write_text(name)
+    file = "{masks}" if name == "mimkernels_masks" else f"lib{{name}}.so"
+    pathlib.Path(words[1], "lib", file).write_text(name)
 """
 
 
@@ -291,7 +309,7 @@ def test_a_build_of_what_runs_here_is_completed_by_one_of_everything(tree, gpu):
     tools, log = tree.parent / "bin", tree.parent / "log"
     tools.mkdir()
     smi = "#!/bin/sh\n" + ("echo 'GPU 0: NVIDIA H200'" if gpu else "echo 'No devices were found'; exit 6") + "\n"
-    for name, text in {"cmake": CMAKE.format(python=sys.executable, log=log), "nvidia-smi": smi}.items():
+    for name, text in {"cmake": CMAKE.format(python=sys.executable, log=log, masks=MASKS), "nvidia-smi": smi}.items():
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
 
@@ -304,10 +322,10 @@ def test_a_build_of_what_runs_here_is_completed_by_one_of_everything(tree, gpu):
         return log.read_text().splitlines(), report["libraries"]
 
     def named(libraries: list[str]) -> set[str]:
-        return {f"libmimkernels_{name}.so" for name in libraries}
+        return {MASKS if name == "masks" else f"libmimkernels_{name}.so" for name in libraries}
 
-    everything = ["cpu", "cuda", "cuda_emulated", "emulation_tests"]
-    runnable = everything[: 2 if gpu else 1]
+    everything = ["cpu", "cuda", "masks", "cuda_emulated", "emulation_tests"]
+    runnable = ["cpu", "cuda", "masks"] if gpu else ["cpu", "masks"]
     (configured, *targets), libraries = build("--runnable")
     assert [line.split()[3] for line in targets] == [f"mimkernels_{name}" for name in runnable]
     assert files(tree) - {"build.json", "libstale.so"} == named(runnable), "no stale library stays"
@@ -315,7 +333,7 @@ def test_a_build_of_what_runs_here_is_completed_by_one_of_everything(tree, gpu):
     assert "make build" in libraries["cuda_emulated"]["remedy"]
     (again, *targets), libraries = build()
     assert again == configured.replace("EMULATION=0", "EMULATION=1"), "in the same folder, where what is compiled stays"
-    assert len(targets) == 4 and files(tree) - {"build.json", "libstale.so"} == named(everything)
+    assert len(targets) == 5 and files(tree) - {"build.json", "libstale.so"} == named(everything)
     assert all(state["built"] for state in libraries.values())
 
 
