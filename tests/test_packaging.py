@@ -16,7 +16,7 @@ import torch
 from mimkernels.ops import _native
 
 ROOT = Path(__file__).resolve().parent.parent
-STAND_INS = {"avx2_bf16", "avx2_amx"}  # for tests, in source trees
+STAND_INS = {"avx2_bf16", "avx2_amx", "amx_emulated"}  # for tests, in source trees
 WIDE = {"avx2", *STAND_INS, "avx512", "avx512_bf16", "amx_bf16"}
 MASKS = f"mimkernels_masks{sysconfig.get_config_var('EXT_SUFFIX')}"
 BUILT = [library for library in _native.libraries() if library.path.exists()]

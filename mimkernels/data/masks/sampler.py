@@ -61,8 +61,8 @@ class MaskSampler:
     Example::
 
         sampler = MaskSampler((14, 14), "block_exact", count=75)
-        masks = sampler.sample(64, seed=0, offset=step)          # in the training loop
-        masks = sampler.sample([17, 3, 250], seed=0, offset=epoch)  # in a worker: for these samples of the data set
+        masks = sampler.sample(64, seed=0, offset=7)           # in the training loop: 7 is the step
+        masks = sampler.sample([17, 3, 250], seed=0, offset=1)  # in a worker: of these samples, in epoch 1
     """
 
     def __init__(
