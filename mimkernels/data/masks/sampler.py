@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -175,7 +174,7 @@ class MaskSampler:
                 )
             step, offset = offset, 0
         for name, value in (("seed", seed), ("offset", offset)):
-            if not isinstance(value, Integral) or isinstance(value, bool) or not 0 <= value < 2**63:
+            if not is_count(value) or not 0 <= value < 2**63:
                 raise ValueError(f"{self.strategy}: {name} must be an integer in [0, 2^63), got {value!r}")
         self._check_scores(scores, len(samples))
         wanted = None if device is None else torch.device(device)
@@ -207,7 +206,7 @@ def _module(strategy: str, backend: str) -> Any:
 
 
 def _samples(batch: Any) -> tuple[np.ndarray, bool]:
-    if isinstance(batch, Integral) and not isinstance(batch, bool):
+    if is_count(batch):
         if not 0 <= batch < 2**32:
             raise ValueError(f"batch must be a number of images in [0, 2^32), got {batch}")
         return np.arange(int(batch), dtype=np.uint32), False
