@@ -246,6 +246,7 @@ def test_warm_up_is_a_twentieth_of_any_number_of_epochs(tiny):
     run = Run(tiny(warmup_epochs=None, epochs=8))
     trainer = Trainer(
         run.config, run.accelerator, run.model, None, run.images, run.plan, peak_lr=1.0, first_step=0, seconds=0.0,
-        history=None, heads=run.heads, checkpoints=run.checkpoints, progress=run.progress, workers=0, about={},
+        history=None, heads=run.heads, masking=run.masking, checkpoints=run.checkpoints, progress=run.progress,
+        workers=0, about={},
     )  # fmt: skip
     assert (trainer.total_steps, trainer.warmup_steps) == (40, 2)
