@@ -11,8 +11,8 @@
 // order:    a row's sums depend on its keys alone: the same bits for any number of threads, and the
 //           same out and lse whichever statistics are asked for
 #include "cpu/kernels.h"
+#include "ops/attention/cpu_fwd_rows.h"
 #include "ops/attention/cpu_fwd_tiles.h"
-#include "ops/attention/cpu_rows.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 namespace {

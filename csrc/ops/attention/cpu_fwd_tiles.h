@@ -13,7 +13,7 @@
 #pragma once
 
 #include "cpu/attention/matrix_tiles.h"
-#include "ops/attention/cpu_rows.h"
+#include "ops/attention/cpu_fwd_rows.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 
