@@ -82,7 +82,7 @@ def test_every_function_stays_within_its_instruction_set():
         return
     seen = Counter()
     for name, body in functions(library.path):
-        namespaces = set(re.findall(r"\bmimkernels::((?:avx|amx)\w+)::", name))
+        namespaces = set(re.findall(r"\bmimkernels::((?:avx|amx)\w+|emulation::amx)::", name))
         if not namespaces:
             assert not vex.search(body), f"{name} uses {vex.search(body).group().strip()}"
         if not namespaces & {"avx512", "avx512_bf16", "amx_bf16"}:
