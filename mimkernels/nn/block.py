@@ -24,7 +24,8 @@ from mimkernels.nn.mlp import Mlp
 from mimkernels.nn.sdpa import compute_dtype, has_own_rules, is_for_pytorch
 from mimkernels.nn.sdpa.translate import autocasts
 from mimkernels.ops import add_layer_norm
-from mimkernels.ops._registry import FLOATS
+from mimkernels.ops._autograd import transformed
+from mimkernels.ops._registry import FLOATS, forced
 from mimkernels.ops.add_layer_norm.spec import SPEC
 
 __all__ = ["Block", "add_normalised", "normalised", "reason_against", "use_mimkernels_block"]
@@ -167,8 +168,21 @@ def _fits(x: Tensor, branch: Tensor | None, gamma: Tensor | None, norm: Any) -> 
     allowed = FLOATS if autocasts(x.device.type) else (dtype,)
     if any(value.dtype not in allowed for value in (norm.weight, norm.bias) if value is not None):
         return False
-    # Without a kernel, PyTorch's own code is as fast.
-    return SPEC.resolve("auto", x.device.type, dtype, columns=x.shape[-1]) != "reference"
+    return _has_kernel(x.device.type, dtype, x.shape[-1])  # without one, PyTorch's own code is as fast
+
+
+# functools.cache would be seen through, and warned of, by torch.compile.
+_known: dict[tuple[str, str, torch.dtype, int], bool] = {}
+
+
+def _has_kernel(device: str, dtype: torch.dtype, columns: int) -> bool:
+    if transformed():  # where a backend may count that does not elsewhere
+        return SPEC.resolve("auto", device, dtype, columns=columns) != "reference"
+    key = forced.get(), device, dtype, columns
+    found = _known.get(key)
+    if found is None:
+        found = _known[key] = SPEC.resolve("auto", device, dtype, columns=columns) != "reference"
+    return found
 
 
 def _read_in(reader: nn.Module, x: Tensor) -> torch.dtype | None:
