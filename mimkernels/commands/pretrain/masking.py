@@ -34,7 +34,7 @@ class Masking:
             raise ValueError(f"masking_kwargs takes options of the strategy, got {', '.join(repeated)}")
         #: None: the model draws.
         self.sampler = None
-        self.share = 0.75 if config.mask_ratio is None else config.mask_ratio  # of patches, on average
+        self.share: float | None = None  # of patches, on average; None: the model's ratio
         if config.masking == "random" and not given:
             return
         self.sampler = MaskSampler(grid, config.masking, ratio=config.mask_ratio, **given)
@@ -49,7 +49,7 @@ class Masking:
         self.share = float(self.sampler.sample(1024, self.seed).mask.float().mean())
 
     def told(self) -> str:
-        """The strategy in words."""
+        """The strategy in words, where there is one."""
         options = ", ".join(f"{name} {value}" for name, value in self.options.items())
         return f"{self.name}{f' ({options})' if options else ''}, {self.share:.0%} of the patches on average"
 

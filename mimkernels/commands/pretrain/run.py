@@ -327,7 +327,7 @@ class Run:
             pictures=pictures,
             pictures_are_new=held_out is not None,
             held_out_loss=held_out_loss,
-            masked_share=self.masking.share,
+            masked_share=model.mask_ratio if self.masking.share is None else self.masking.share,
             versions=versions(),
             backends=_backends(device, self.precision),
         )
