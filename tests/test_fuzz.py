@@ -27,11 +27,12 @@ from mimkernels.testing import DEVICE
 from tests.cases import OPS as CONTRACT_OPS
 from tests.cases import stated
 from tests.configurations import OPS, Configuration, configuration
-from tests.test_instruction_sets import ISAS, on_an_instruction_set
+from tests.test_instruction_sets import ISAS, OF_ATTENTION, is_of, on_an_instruction_set
 
 # How many of each are drawn where --configurations does not say it: about a minute of one core for the CPU and one for
 # the backends of GPUs.
 FEW = {"cpu": 600, "cuda-emulated": 900, "triton": 150, "cuda": 2000}
+FEW_OF_ATTENTION = 120  # on an instruction set that has no other kernels
 CHUNK = 1000  # in one process
 MANY = 400  # draws of a configuration that seems to disagree
 
@@ -42,8 +43,9 @@ def pytest_generate_tests(metafunc):
     asked = metafunc.config.getoption("--configurations")
     runs = []
     for backend in ("cpu", "triton", "cuda-emulated") if DEVICE == "cpu" else ("triton", "cuda"):
-        total, given = asked or FEW[backend], os.environ.get("MIMKERNELS_CPU_ISA")
+        given = os.environ.get("MIMKERNELS_CPU_ISA")
         for isa in ((given,) if given else ISAS) if backend == "cpu" else (None,):
+            total = asked or (FEW_OF_ATTENTION if isa in OF_ATTENTION else FEW[backend])
             runs += [(backend, isa, first, min(CHUNK, total - first)) for first in range(0, total, CHUNK)]
     metafunc.parametrize(("backend", "isa", "first", "count"), runs)
 
@@ -61,8 +63,9 @@ def test_every_op_has_random_configurations():
 
 
 def configurations(backend: str, first: int, count: int) -> Iterator[tuple[str, int]]:
-    """Numbers ``first`` to ``first + count`` of those that a backend takes, of all ops in turn."""
-    ops = [op for op in OPS if backend in testing.backends(op)]
+    """Numbers ``first`` to ``first + count`` of those that a backend takes, of all ops of its own in turn."""
+    isa = _native.library("cpu").isa if backend == "cpu" else None
+    ops = [op for op in OPS if backend in testing.backends(op) and is_of(op, isa)]
     for number in range(first, first + count):
         yield ops[number % len(ops)], number // len(ops)
 
