@@ -1,7 +1,8 @@
-"""Masked image modeling models, whose encoders are timm Vision Transformers (needs ``mimkernels[train]``)."""
+"""Masked image modeling models, whose encoders are models of timm (needs ``mimkernels[train]``)."""
 
 from mimkernels.models.checkpoint import CheckpointReport
 from mimkernels.models.mae import MAE, MAEOutput
-from mimkernels.models.pictures import MAEPictures
+from mimkernels.models.pictures import Pictures
+from mimkernels.models.simmim import SimMIM, SimMIMOutput
 
-__all__ = ["MAE", "CheckpointReport", "MAEOutput", "MAEPictures"]
+__all__ = ["MAE", "CheckpointReport", "MAEOutput", "Pictures", "SimMIM", "SimMIMOutput"]

@@ -7,14 +7,17 @@ from typing import Any
 
 __all__ = ["ARCHITECTURE_ARGUMENTS", "check_architecture", "check_sizes"]
 
-# Arguments of timm's VisionTransformer, without those that take classes and those of `timm.create_model` that name
-# files, repositories or other weights (checkpoint_path, pretrained, pretrained_cfg, pretrained_cfg_overlay, cache_dir).
+# Arguments of timm's VisionTransformer, Beit, SwinTransformer and SwinTransformerV2, without those that take classes
+# and those of `timm.create_model` that name files, repositories or other weights (checkpoint_path, pretrained,
+# pretrained_cfg, pretrained_cfg_overlay, cache_dir).
 ARCHITECTURE_ARGUMENTS = frozenset((
     "img_size", "patch_size", "in_chans", "num_classes", "global_pool", "embed_dim", "depth", "num_heads", "mlp_ratio",
     "qkv_bias", "qk_norm", "scale_attn_norm", "scale_mlp_norm", "proj_bias", "init_values", "class_token", "pos_embed",
     "no_embed_class", "reg_tokens", "pre_norm", "final_norm", "fc_norm", "pool_include_prefix", "dynamic_img_size",
     "dynamic_img_pad", "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate",
     "drop_path_rate", "weight_init", "fix_init", "embed_norm_layer", "norm_layer", "act_layer",
+    "use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias", "swiglu_mlp", "scale_mlp", "use_fc_norm",
+    "depths", "window_size", "head_dim", "always_partition", "strict_img_size", "pretrained_window_sizes",
 ))  # fmt: skip
 
 _NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?")  # a timm model, with or without the tag of its weights
@@ -24,10 +27,10 @@ _LONGEST_LIST = 4
 # Whole numbers, with the largest that is built: a file shall not keep a machine busy with a model that fits none.
 _LARGEST = {
     "img_size": 65_536, "patch_size": 65_536, "in_chans": 1_024, "embed_dim": 65_536, "depth": 1_024,
-    "num_heads": 4_096, "reg_tokens": 65_536, "num_classes": 10_000_000, "decoder_dim": 65_536, "decoder_depth": 1_024,
-    "decoder_heads": 4_096,
+    "depths": 1_024, "num_heads": 4_096, "head_dim": 65_536, "window_size": 256, "reg_tokens": 65_536,
+    "num_classes": 10_000_000, "decoder_dim": 65_536, "decoder_depth": 1_024, "decoder_heads": 4_096,
 }  # fmt: skip
-_PAIRS = ("img_size", "patch_size")
+_LISTS = ("img_size", "patch_size", "window_size", "depths", "num_heads")  # may be lists of such numbers
 _MOST_WEIGHTS = 200_000_000_000
 
 
@@ -67,16 +70,19 @@ def check_sizes(arguments: Mapping[str, Any]) -> None:
     """
     for key, largest in _LARGEST.items():
         value = arguments.get(key)
-        parts = value if key in _PAIRS and isinstance(value, (list, tuple)) else [value]
+        parts = value if key in _LISTS and isinstance(value, (list, tuple)) else [value]
         for part in parts if value is not None else []:
             if not isinstance(part, int) or isinstance(part, bool) or not 0 <= part <= largest:
                 raise ValueError(f"model argument {key!r} must be a whole number up to {largest:,}, got {value!r}")
-    for width, blocks in (("embed_dim", "depth"), ("decoder_dim", "decoder_depth")):
-        weights = 12 * (arguments.get(width) or 0) ** 2 * (arguments.get(blocks) or 0)
+    for width, blocks in (("embed_dim", "depth"), ("embed_dim", "depths"), ("decoder_dim", "decoder_depth")):
+        depths = arguments.get(blocks) or 0
+        # Every stage is twice as wide as the one before.
+        depths = [depths] if isinstance(depths, int) else depths
+        weights = sum(12 * ((arguments.get(width) or 0) * 2**stage) ** 2 * depth for stage, depth in enumerate(depths))
         if weights > _MOST_WEIGHTS:
             raise ValueError(
-                f"{width} {arguments[width]:,} and {blocks} {arguments[blocks]:,} make about {weights:.1e} weights; "
-                f"at most {_MOST_WEIGHTS:.0e} are built"
+                f"{width} {arguments[width]:,} and {blocks} {', '.join(f'{depth:,}' for depth in depths)} make about "
+                f"{weights:.1e} weights; at most {_MOST_WEIGHTS:.0e} are built"
             )
 
 

@@ -1,9 +1,10 @@
 """Models from the settings of a run: what a checkpoint or a ``config.json`` says is enough to build its model anew."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from mimkernels.models.mae import MAE
+from mimkernels.models.simmim import SimMIM
 
 __all__ = ["METHODS", "PIXEL_STATISTICS", "build_model"]
 
@@ -13,15 +14,36 @@ PIXEL_STATISTICS = {
     1: ((0.449,), (0.226,)),
 }
 
-# What a model is built from, and what each setting may be; an int is also a float.
-_SETTINGS: dict[str, tuple[type, ...]] = {
+_Kinds = Mapping[str, tuple[type, ...]]
+
+# What every model is built from, and what each setting may be; an int is also a float.
+_SETTINGS: _Kinds = {
     "method": (str,), "model": (str,), "model_kwargs": (dict,), "img_size": (int,), "in_chans": (int,),
-    "patch_size": (int, type(None)), "decoder_dim": (int,), "decoder_depth": (int,), "decoder_heads": (int,),
-    "mask_ratio": (float, type(None)), "norm_pix_loss": (bool,),
+    "patch_size": (int, type(None)), "mask_ratio": (float, type(None)),
 }  # fmt: skip
 
 
-def build_model(settings: Mapping[str, Any]) -> MAE:
+class Recipe(NamedTuple):
+    """How a method's model is built.
+
+    Attributes:
+        model: its class, with ``from_config``.
+        settings: those that are the method's own, each an argument of the class, and what each may be.
+    """
+
+    model: type[MAE] | type[SimMIM]
+    settings: _Kinds
+
+
+METHODS = {
+    "mae": Recipe(
+        MAE, {"decoder_dim": (int,), "decoder_depth": (int,), "decoder_heads": (int,), "norm_pix_loss": (bool,)}
+    ),
+    "simmim": Recipe(SimMIM, {"mask_unit": (int,), "target": (str,), "loss": (str,)}),
+}
+
+
+def build_model(settings: Mapping[str, Any]) -> MAE | SimMIM:
     """A freshly initialised model by the settings of a run. The caller sets the seed.
 
     The settings may be those of a file that nobody vouches for: nothing is opened, and of timm's arguments only those
@@ -29,41 +51,38 @@ def build_model(settings: Mapping[str, Any]) -> MAE:
 
     Args:
         settings: ``method``, ``model`` (a plain timm name), ``model_kwargs`` (its further arguments), ``img_size``,
-            ``in_chans``, ``patch_size``, ``decoder_dim``, ``decoder_depth``, ``decoder_heads``, ``mask_ratio`` and
-            ``norm_pix_loss``; others do not concern the model.
+            ``in_chans``, ``patch_size``, ``mask_ratio`` (None: the method's own), and what else the method has, such as
+            ``decoder_dim``; others do not concern the model.
 
     Raises:
         ValueError: a setting is missing, of another type, or does not fit the model; names it.
     """
-    for name, kinds in _SETTINGS.items():
-        if name not in settings:
-            raise ValueError(f"setting {name!r} is missing")
-        if not _is_of(settings[name], kinds):
-            wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
-            value = settings[name]
-            raise ValueError(f"setting {name!r} must be {wanted}, got {type(value).__name__} {str(value)[:60]!r}")
-    build = METHODS.get(settings["method"])
-    if build is None:
+    _check_kinds(settings, _SETTINGS)
+    recipe = METHODS.get(settings["method"])
+    if recipe is None:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {settings['method']!r}")
-    return build(settings)
-
-
-def _mae(settings: Mapping[str, Any]) -> MAE:
-    names = ("img_size", "in_chans", "patch_size", "decoder_dim", "decoder_depth", "decoder_heads", "mask_ratio",
-             "norm_pix_loss")  # fmt: skip
+    _check_kinds(settings, recipe.settings)
     if settings["in_chans"] not in PIXEL_STATISTICS:
         raise ValueError(f"in_chans must be 1 or 3, got {settings['in_chans']}")
     mean, std = PIXEL_STATISTICS[settings["in_chans"]]
+    names = ("img_size", "in_chans", "patch_size", "mask_ratio", *recipe.settings)
     arguments = {**{name: settings[name] for name in names}, "mean": mean, "std": std}
-    if arguments["mask_ratio"] is None:
-        del arguments["mask_ratio"]
     repeated = sorted({"name", *arguments}.intersection(settings["model_kwargs"]))
     if repeated:
         raise ValueError(f"model_kwargs repeats {', '.join(repeated)}, which is given by an option of its own")
-    return MAE.from_config({"name": settings["model"], **arguments, **settings["model_kwargs"]})
+    if arguments["mask_ratio"] is None:
+        del arguments["mask_ratio"]
+    return recipe.model.from_config({"name": settings["model"], **arguments, **settings["model_kwargs"]})
 
 
-METHODS: dict[str, Callable[[Mapping[str, Any]], MAE]] = {"mae": _mae}
+def _check_kinds(settings: Mapping[str, Any], wanted: _Kinds) -> None:
+    for name, kinds in wanted.items():
+        if name not in settings:
+            raise ValueError(f"setting {name!r} is missing")
+        if not _is_of(settings[name], kinds):
+            names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+            value = settings[name]
+            raise ValueError(f"setting {name!r} must be {names}, got {type(value).__name__} {str(value)[:60]!r}")
 
 
 def _is_of(value: Any, kinds: tuple[type, ...]) -> bool:

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
@@ -16,6 +17,10 @@ __all__ = ["CheckpointReport", "DamagedFileError", "check_by_name", "copy_by_nam
            "weights_of"]  # fmt: skip
 
 _NAMES_SHOWN = 6
+
+# What published training checkpoints keep their settings in: "args" of MAE is a Namespace, "config" of SimMIM and Swin
+# a dict of yacs, for which a dict stands here: yacs is not imported.
+_PLAIN: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
 
 # What DistributedDataParallel and torch.compile put before every name of the module that they wrap.
 _WRAPPERS = ("module.", "_orig_mod.")
@@ -31,10 +36,12 @@ class CheckpointReport(NamedTuple):
     Attributes:
         loaded: names that were copied into the model.
         missing: names the checkpoint does not hold; the model keeps its own values there.
+        left: names in the checkpoint that no weight of the model has, such as those of a head.
     """
 
     loaded: tuple[str, ...]
     missing: tuple[str, ...]
+    left: tuple[str, ...] = ()
 
 
 def read_file(path: str | os.PathLike) -> Any:
@@ -54,8 +61,7 @@ def read_file(path: str | os.PathLike) -> Any:
         _check_sums(file, where)
         file.seek(0)
         try:
-            # Published training checkpoints keep their command line in "args": a Namespace, plain values.
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            with torch.serialization.safe_globals(_PLAIN):
                 return torch.load(file, map_location="cpu", weights_only=True)
         except (OSError, MemoryError):
             raise

@@ -1,6 +1,5 @@
 """Masked autoencoders: reconstruct the masked patches from a few visible ones."""
 
-import inspect
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,10 +9,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mimkernels.models.architecture import check_architecture, check_sizes
+from mimkernels.models.base import WEIGHT_KWARGS, ImageModel, check_computed_by
 from mimkernels.models.checkpoint import CheckpointReport, copy_by_name, read_weights
 from mimkernels.models.decoder import DecoderBlock, FusedDecoderBlock
-from mimkernels.models.pictures import MAEPictures, pictures_of
+from mimkernels.models.pictures import Pictures, pictures_of
 from mimkernels.nn import sincos_positions_2d, use_mimkernels_attention, use_mimkernels_block, use_mimkernels_mlp
 from mimkernels.nn._classes import change_class
 from mimkernels.nn.attention import attention_layers
@@ -31,7 +30,6 @@ from mimkernels.ops import TokenMask, mask_from_noise, masked_patch_loss, random
 
 __all__ = ["MAE", "MAEOutput"]
 
-_COMPUTED_BY = ("mimkernels", "timm")
 _DECODER_NAMES = ("mask_token", "decoder_")
 
 
@@ -55,7 +53,7 @@ class MAEOutput(NamedTuple):
     head_stats: list[dict[str, Tensor]] | None = None
 
 
-class MAE(nn.Module):
+class MAE(ImageModel):
     """Masked autoencoder around a timm Vision Transformer.
 
     Computes what the published code computes, with less work: only visible patches are embedded, and the last
@@ -89,10 +87,6 @@ class MAE(nn.Module):
     Source: arXiv:2111.06377.
     """
 
-    _pixel_mean: Tensor | None
-    _pixel_std: Tensor | None
-    config: dict[str, Any] | None = None  #: arguments of `from_timm` that rebuild this model
-
     def __init__(
         self,
         encoder: VisionTransformer,
@@ -110,9 +104,7 @@ class MAE(nn.Module):
     ) -> None:
         super().__init__()
         check_encoder(encoder)
-        for name, value in (("attention", attention), ("mlp", mlp), ("block", block)):
-            if value not in _COMPUTED_BY:
-                raise ValueError(f"{name} must be one of {', '.join(_COMPUTED_BY)}, got {value!r}")
+        check_computed_by(attention=attention, mlp=mlp, block=block)
         for name, size in (("decoder_dim", decoder_dim), ("decoder_depth", decoder_depth)):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
@@ -191,7 +183,7 @@ class MAE(nn.Module):
             ValueError: the name is unknown, or the model or an argument is not supported; says what and why.
         """
         encoder = create_encoder(name, img_size=img_size, in_chans=in_chans, patch_size=patch_size, **timm_kwargs)
-        weights = {key: timm_kwargs.pop(key) for key in _WEIGHT_KWARGS if key in timm_kwargs}
+        weights = {key: timm_kwargs.pop(key) for key in WEIGHT_KWARGS if key in timm_kwargs}
         if not (weights.get("pretrained") or weights.get("checkpoint_path")):
             init_encoder(encoder)
         own: dict[str, Any] = {
@@ -210,23 +202,6 @@ class MAE(nn.Module):
         shape = {"img_size": img_size, "in_chans": in_chans, "patch_size": patch_size}
         model.config = {"name": name, **shape, **own, **timm_kwargs}
         return model
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "MAE":
-        """A new model with the arguments of another: ``MAE.from_config(model.config)``; weights are fresh.
-
-        `config` may come from a file that nobody vouches for: unlike ``from_timm``, this opens nothing.
-
-        Raises:
-            ValueError: as ``from_timm``; or the name has another source than timm, or a timm argument is not one of
-                the architecture (checkpoint_path, pretrained_cfg and the like), or no plain value.
-        """
-        own = inspect.getfullargspec(cls.from_timm)
-        for_timm = ("img_size", "in_chans", "patch_size", *(config.keys() - {*own.args, *own.kwonlyargs}))
-        name: Any = config.get("name")
-        check_architecture(name, {key: config[key] for key in for_timm if key in config})
-        check_sizes(config)
-        return cls.from_timm(**config)
 
     def forward(
         self,
@@ -388,23 +363,18 @@ class MAE(nn.Module):
         noise: Tensor | None = None,
         seed: int = 0,
         offset: int | Tensor = 0,
-    ) -> MAEPictures:
+    ) -> Pictures:
         """Pictures of what the model makes of the masked patches; visible patches stay as they are.
 
         Runs without dropout and gradients. Predictions are brought back to pixels: with norm_pix_loss by each
         patch's true mean and deviation, then by the model's mean and std. One channel becomes a grey picture.
         """
-        training = [part for part in self.modules() if part.training]
-        self.eval()
-        try:
+        with self._in_eval_mode():
             out = self(images, mask=mask, noise=noise, seed=seed, offset=offset, full_prediction=True)
-        finally:
-            for part in training:
-                part.training = True
         return pictures_of(
             images,
             out.pred,
-            out.mask.mask,
+            out.mask.mask.unflatten(1, self._grid(images)),
             self.patch_size,
             norm_pix=self.norm_pix_loss,
             mean=self._pixel_mean,
@@ -480,61 +450,6 @@ class MAE(nn.Module):
         if fewest == patches:
             raise ValueError(f"mask hides none of the {patches} patches of any of the {batch} images")
         return fewest, most
-
-    def _grid(self, images: Tensor) -> tuple[int, int]:
-        return images.shape[-2] // self.patch_size[0], images.shape[-1] // self.patch_size[1]
-
-    def _check_images(self, images: Tensor) -> None:
-        if not isinstance(images, Tensor):
-            raise TypeError(f"images must be a torch.Tensor, got {type(images).__name__}")
-        if images.dtype != torch.uint8 and not images.is_floating_point():
-            raise TypeError(f"images must be uint8 or floating point, got {images.dtype}")
-        size = tuple(self.encoder.patch_embed.img_size)
-        wanted = f"[B, {self.in_chans}, {size[0]}, {size[1]}]"
-        if images.dim() != 4 or images.shape[1] != self.in_chans:
-            raise ValueError(f"the model takes images {wanted}, got {list(images.shape)}")
-        if self.encoder.dynamic_img_size:
-            if images.shape[2] % self.patch_size[0] or images.shape[3] % self.patch_size[1]:
-                raise ValueError(
-                    f"patch size {self.patch_size[0]} x {self.patch_size[1]} does not divide images "
-                    f"{list(images.shape)}"
-                )
-        elif tuple(images.shape[2:]) != size:
-            raise ValueError(
-                f"the model takes images {wanted}, got {list(images.shape)}; resize them, or build the model "
-                "with that img_size or dynamic_img_size=True"
-            )
-        if images.dtype == torch.uint8 and self.mean is None:
-            raise ValueError("uint8 images need the model's mean and std, which are None; give them when building it")
-        if images.device != self.mask_token.device:
-            raise ValueError(f"images are on {images.device} but the model is on {self.mask_token.device}")
-
-    def _set_pixel_statistics(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
-        if (mean is None) != (std is None):
-            raise ValueError(f"give mean and std together or neither, got mean={mean}, std={std}")
-        for name, values in (("mean", mean), ("std", std)):
-            if values is not None and len(values) != self.in_chans:
-                raise ValueError(f"{name} has {len(values)} values but images have {self.in_chans} channels")
-        if std is not None and not all(value > 0 for value in std):
-            raise ValueError(f"std must be positive, got {std}")
-        self.mean = None if mean is None else tuple(float(value) for value in mean)
-        self.std = None if std is None else tuple(float(value) for value in std)
-        # Buffers, so that no step copies them to the device; not saved: they are arguments, not weights.
-        self.register_buffer("_pixel_mean", None if mean is None else torch.tensor(self.mean), persistent=False)
-        self.register_buffer("_pixel_std", None if std is None else torch.tensor(self.std), persistent=False)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "MAE":
-        super()._apply(fn, recurse)
-        if self._pixel_mean is not None:
-            # A model in half precision still normalises with exact statistics; to_empty() leaves them filled.
-            device = self._pixel_mean.device
-            self._pixel_mean = torch.tensor(self.mean, dtype=torch.float32, device=device)
-            self._pixel_std = torch.tensor(self.std, dtype=torch.float32, device=device)
-        return self
-
-
-# Arguments of timm.create_model that say where weights come from: no part of the architecture.
-_WEIGHT_KWARGS = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 
 
 def _is_decoder_name(name: str) -> bool:

@@ -6,10 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["MAEPictures", "pictures_of"]
+from mimkernels.models.targets import local_statistics
+
+__all__ = ["Pictures", "pictures_of"]
 
 
-class MAEPictures(NamedTuple):
+class Pictures(NamedTuple):
     """Three pictures per image, each ``[B, 3, H, W]`` fp32 in [0, 1].
 
     Attributes:
@@ -30,45 +32,50 @@ def pictures_of(
     patch_size: tuple[int, int],
     *,
     norm_pix: bool,
+    local_norm: int | None = None,
     mean: Sequence[float] | Tensor | None,
     std: Sequence[float] | Tensor | None,
-) -> MAEPictures:
+) -> Pictures:
     """Pictures of predictions ``pred [B, N, E]`` for `images` ``[B, C, H, W]``, C = 1 or 3.
 
     Args:
-        mask: ``[B, N]``, nonzero = masked.
+        mask: ``[B, h, w]`` on any grid that divides the images, nonzero = masked.
+        patch_size: of the patches of `pred`.
         norm_pix: predictions are relative to each patch's own mean and deviation, which the image gives.
+        local_norm: predictions are relative to the mean and deviation in a box of this side around each pixel.
         mean, std: per channel, what the model normalises pixels with; None if it takes pixels as they are.
     """
     channels = images.shape[1]
     if channels not in (1, 3):
         raise ValueError(f"pictures need images of 1 or 3 channels, got {channels} ({list(images.shape)})")
     pixels = images.float() / 255 if images.dtype == torch.uint8 else images.float()
-    shift = pixels.new_zeros(1, 1, channels) if mean is None else _per_channel(mean, pixels)
-    scale = pixels.new_ones(1, 1, channels) if std is None else _per_channel(std, pixels)
+    shift = pixels.new_zeros(channels, 1, 1) if mean is None else _per_channel(mean, pixels)
+    scale = pixels.new_ones(channels, 1, 1) if std is None else _per_channel(std, pixels)
     grid = images.shape[-2] // patch_size[0], images.shape[-1] // patch_size[1]
 
-    patches = _patchify(pixels, patch_size, grid)  # [B, N, ph * pw, C]
     values = pred.float().unflatten(2, (-1, channels))
     if norm_pix:
         # The statistics of the normalised pixels, over all channels of a patch, as the loss takes them.
-        target = ((patches - shift) / scale).flatten(2)
+        target = _patchify((pixels - shift) / scale, patch_size, grid).flatten(2)
         spread = (target.var(dim=2, keepdim=True) + 1e-6).sqrt()
         values = values * spread.unsqueeze(3) + target.mean(dim=2, keepdim=True).unsqueeze(3)
-    values = values * scale + shift
+    predicted = _unpatchify(values, patch_size, grid)
+    if local_norm is not None:
+        average, deviation = local_statistics((pixels - shift) / scale, local_norm)
+        predicted = predicted * deviation + average
+    predicted = predicted * scale + shift
     blank = shift if mean is not None else torch.full_like(shift, 0.5)
 
-    hidden = mask.bool()[:, :, None, None]
-    pictures = (
-        pixels,
-        _unpatchify(torch.where(hidden, blank, patches), patch_size, grid),
-        _unpatchify(torch.where(hidden, values, patches), patch_size, grid),
-    )
-    return MAEPictures(*(picture.clamp(0, 1).expand(-1, 3, -1, -1).contiguous() for picture in pictures))
+    hidden = mask.bool()
+    for axis in (1, 2):
+        hidden = hidden.repeat_interleave(pixels.shape[axis + 1] // mask.shape[axis], dim=axis)
+    hidden = hidden.unsqueeze(1)
+    pictures = (pixels, torch.where(hidden, blank, pixels), torch.where(hidden, predicted, pixels))
+    return Pictures(*(picture.clamp(0, 1).expand(-1, 3, -1, -1).contiguous() for picture in pictures))
 
 
 def _per_channel(values: Sequence[float] | Tensor, like: Tensor) -> Tensor:
-    return torch.as_tensor(values, dtype=like.dtype, device=like.device).view(1, 1, -1)
+    return torch.as_tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1)
 
 
 def _patchify(pixels: Tensor, patch_size: tuple[int, int], grid: tuple[int, int]) -> Tensor:

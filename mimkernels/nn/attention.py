@@ -121,13 +121,13 @@ def use_mimkernels_attention(module: nn.Module, *, required: bool = True) -> lis
     return layers
 
 
-def attention_layers(*modules: nn.Module) -> list[Attention]:
-    """The ``Attention`` layers of the modules, each once, in their order.
+def attention_layers(*modules: nn.Module) -> list[nn.Module]:
+    """The layers of ours in the modules, whose heads a ``LayerRecorder`` can record, each once, in their order.
 
     Raises:
         ValueError: there is none; lists what there is.
     """
-    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, Attention)]
+    layers = [layer for module in modules for layer in module.modules() if hasattr(type(layer), "_recorder")]
     if not layers:
         if any(isinstance(layer, TimmAttention) for module in modules for layer in module.modules()):
             raise ValueError("the model's attention cannot record; call use_mimkernels_attention(model) first")

@@ -1,5 +1,6 @@
-"""Patch embedding of the visible patches only."""
+"""Patch embedding as one linear layer, of the visible patches only or of all."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,7 +15,7 @@ __all__ = ["embed_visible"]
 
 def embed_visible(
     images: Tensor,
-    ids: Tensor,
+    ids: Tensor | None,
     proj: nn.Conv2d,
     *,
     norm: Callable[[Tensor], Tensor] | None = None,
@@ -27,7 +28,7 @@ def embed_visible(
 
     Args:
         images: ``[B, C, H, W]`` float, or uint8 with ``mean`` and ``std``.
-        ids: ``[B, K]`` int64, the visible patches of each image, in the order wanted.
+        ids: ``[B, K]`` int64, the visible patches of each image, in the order wanted; None for all, row by row.
         proj: the patch embedding's convolution, whose stride is its kernel; used as one linear layer.
         norm: applied to the embedded patches before positions, or None.
         pos: ``[1, N, D]`` positions of all patches, or None.
@@ -38,10 +39,12 @@ def embed_visible(
         ``[B, P + K, D]``. Under autocast the GEMM runs in autocast's dtype and the tokens have the dtype of
         the positions and prefix tokens, as plain PyTorch's promotion gives.
     """
-    # kernel_size is the patch; conv weights [D, C, ph, pw] flatten to the pixel order of patchify_gather.
-    pixels = patchify_gather(images, ids, proj.kernel_size, mean, std, dtype=compute_dtype(proj.weight))
     grid = tuple(size // patch for size, patch in zip(images.shape[2:], proj.kernel_size, strict=True))
     tell_patches(proj, Patches(len(images), grid, proj.kernel_size, ids))
+    if ids is None:
+        ids = torch.arange(math.prod(grid), device=images.device).expand(len(images), -1)
+    # kernel_size is the patch; conv weights [D, C, ph, pw] flatten to the pixel order of patchify_gather.
+    pixels = patchify_gather(images, ids, proj.kernel_size, mean, std, dtype=compute_dtype(proj.weight))
     x = F.linear(pixels, proj.weight.flatten(1), proj.bias)  # [B, K, D]
     if norm is not None:
         x = norm(x)

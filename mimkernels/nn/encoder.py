@@ -22,13 +22,20 @@ except ImportError as error:
 from mimkernels.nn import embed_visible, sincos_positions_2d
 
 __all__ = [
+    "build_timm",
     "check_encoder",
+    "check_headless",
+    "check_linear_patches",
     "check_patch_embed",
     "create_encoder",
     "encode_visible",
+    "has_vision_transformers",
     "init_encoder",
     "init_linears_and_norms",
+    "positions_and_prefix",
     "resample_positions",
+    "run_blocks",
+    "timm_module",
     "visible_features",
 ]
 
@@ -55,16 +62,10 @@ def create_encoder(
         ValueError: the name is unknown, the model is not a supported Vision Transformer (says why), timm
             refuses an argument, or the patch size does not divide the image.
     """
-    if not isinstance(name, str):
-        raise TypeError(f"name must be a timm model name, got {type(name).__name__}")
-    base = name.partition(".")[0]
-    if ":" not in name:
-        if not timm.is_model(base):
-            close = difflib.get_close_matches(base, timm.list_models("vit_*"), n=3, cutoff=0.4)
-            raise ValueError(f"timm has no model {name!r}; close names: {', '.join(close) or 'none'}")
-        module = timm.model_entrypoint(base).__module__
+    module = timm_module(name, "vit_*")
+    if module is not None:
         family = module.rpartition(".")[2]
-        if family not in _OTHER_FAMILIES and not _has_vision_transformers(module):
+        if family not in _OTHER_FAMILIES and not has_vision_transformers(module):
             raise ValueError(
                 f"{name!r} is no Vision Transformer of timm's VisionTransformer class (it is built from timm's module "
                 f"{family!r}), and no other can encode visible patches alone; take one such as 'vit_base_patch16_224'"
@@ -74,16 +75,7 @@ def create_encoder(
                 f"{name!r} cannot encode visible patches alone: {_OTHER_FAMILIES[family]}; "
                 "use a plain Vision Transformer such as 'vit_base_patch16_224'"
             )
-    # No pooling and no head: every parameter then takes part in the loss, which DDP and weight decay rely on.
-    kwargs: dict[str, Any] = {"num_classes": 0, "global_pool": "", **timm_kwargs}
-    if patch_size is not None:
-        kwargs["patch_size"] = _as_pair(patch_size, "patch_size")
-    kwargs["img_size"] = _as_pair(img_size, "img_size")
-    try:
-        encoder = timm.create_model(name, in_chans=in_chans, **kwargs)
-    except (TypeError, AssertionError, LookupError, ArithmeticError, RuntimeError) as error:
-        reason = f"{type(error).__name__} {error}" if isinstance(error, LookupError) else error
-        raise ValueError(f"timm cannot build {name!r} with in_chans={in_chans}, {kwargs}: {reason}") from error
+    encoder = build_timm(name, img_size=img_size, in_chans=in_chans, patch_size=patch_size, **timm_kwargs)
     try:
         check_encoder(encoder)
     except ValueError as error:
@@ -91,11 +83,60 @@ def create_encoder(
     return cast(VisionTransformer, encoder)
 
 
+def timm_module(name: str, pattern: str) -> str | None:
+    """The module of timm that builds the model `name`; None for a name with a source of its own, such as ``hf-hub:``.
+
+    Raises:
+        ValueError: timm has no such model; tells the close names of those that match `pattern`.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a timm model name, got {type(name).__name__}")
+    if ":" in name:
+        return None
+    base = name.partition(".")[0]
+    if not timm.is_model(base):
+        close = difflib.get_close_matches(base, timm.list_models(pattern), n=3, cutoff=0.4)
+        raise ValueError(f"timm has no model {name!r}; close names: {', '.join(close) or 'none'}")
+    module: str = timm.model_entrypoint(base).__module__
+    return module
+
+
+def build_timm(
+    name: str,
+    *,
+    img_size: int | Sequence[int],
+    in_chans: int,
+    patch_size: int | Sequence[int] | None,
+    **timm_kwargs: Any,
+) -> nn.Module:
+    """A timm model without pooling and head.
+
+    Raises:
+        ValueError: timm refuses an argument; shows all of them.
+    """
+    # No pooling and no head: every parameter then takes part in the loss, which DDP and weight decay rely on.
+    kwargs: dict[str, Any] = {"num_classes": 0, "global_pool": "", **timm_kwargs}
+    if patch_size is not None:
+        kwargs["patch_size"] = _as_pair(patch_size, "patch_size")
+    kwargs["img_size"] = _as_pair(img_size, "img_size")
+    try:
+        model: nn.Module = timm.create_model(name, in_chans=in_chans, **kwargs)
+    except (TypeError, AssertionError, LookupError, ArithmeticError, RuntimeError) as error:
+        reason = f"{type(error).__name__} {error}" if isinstance(error, LookupError) else error
+        raise ValueError(f"timm cannot build {name!r} with in_chans={in_chans}, {kwargs}: {reason}") from error
+    return model
+
+
 def check_encoder(encoder: nn.Module) -> None:
     """Raise ValueError, naming what and why, unless `encoder` can run on visible patches alone."""
     check_patch_embed(encoder)
     if not isinstance(encoder.patch_drop, nn.Identity):
         raise ValueError("patch_drop_rate > 0 would drop visible patches a second time; leave it at 0")
+    check_headless(encoder)
+
+
+def check_headless(encoder: nn.Module) -> None:
+    """Raise ValueError if `encoder` has a head or pooling with weights of its own."""
     unused = [part for part in ("head", "attn_pool") if _has_parameters(getattr(encoder, part, None))]
     if unused:
         raise ValueError(
@@ -111,7 +152,11 @@ def check_patch_embed(encoder: nn.Module) -> None:
     for method in ("_pos_embed", "forward_features"):
         if getattr(type(encoder), method) is not getattr(VisionTransformer, method):
             raise ValueError(f"{kind} has its own {method}, which visible patches alone would bypass")
-    embed = encoder.patch_embed
+    check_linear_patches(encoder.patch_embed)
+
+
+def check_linear_patches(embed: nn.Module) -> None:
+    """Raise ValueError, naming what and why, unless `embed` is one linear map per patch that divides the image."""
     if type(embed) is not PatchEmbed:
         raise ValueError(f"its patch embedding is a {type(embed).__name__}, not one linear map per patch")
     proj, patch = embed.proj, tuple(embed.patch_size)
@@ -158,10 +203,19 @@ def visible_features(
     """What timm's ``forward_features`` gives, ``[B, P + K, D]``, for the patches `ids` ``[B, K]`` of each image."""
     embed = encoder.patch_embed
     grid = images.shape[-2] // embed.patch_size[0], images.shape[-1] // embed.patch_size[1]
-    pos, prefix = _positions_and_prefix(encoder, grid)
+    pos, prefix = positions_and_prefix(encoder, grid)
     x = embed_visible(images, ids, embed.proj, norm=embed.norm, pos=pos, prefix=prefix, mean=mean, std=std)
     if pos is not None:
         x = encoder.pos_drop(x)
+    return run_blocks(encoder, x, present)
+
+
+def run_blocks(encoder: VisionTransformer, x: Tensor, present: Tensor | None = None) -> Tensor:
+    """The rest of timm's ``forward_features`` for tokens ``[B, P + K, D]`` with their positions.
+
+    Args:
+        present: ``[B, P + K]`` bool, tokens that are there; padding is attended by nobody. None: all.
+    """
     x = encoder.norm_pre(x)
     if present is not None:
         x = _attending_to(encoder, x, present[:, None, None])
@@ -183,7 +237,7 @@ def _attending_to(encoder: VisionTransformer, x: Tensor, attn_mask: Tensor) -> T
     return x
 
 
-def _positions_and_prefix(encoder: VisionTransformer, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
+def positions_and_prefix(encoder: VisionTransformer, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
     """Patch positions ``[1, N, D]`` and prefix tokens ``[1, P, D]`` with their positions added."""
     prefix_tokens: list[Tensor] = [token for token in (encoder.cls_token, encoder.reg_token) if token is not None]
     prefix = torch.cat(prefix_tokens, dim=1) if prefix_tokens else None
@@ -236,7 +290,7 @@ def init_linears_and_norms(module: nn.Module) -> None:
                 nn.init.zeros_(part.bias)
 
 
-def _has_vision_transformers(module: str) -> bool:
+def has_vision_transformers(module: str) -> bool:
     """Whether a module of timm defines or imports a VisionTransformer."""
     kinds = (value for value in vars(sys.modules[module]).values() if isinstance(value, type))
     return any(issubclass(kind, VisionTransformer) for kind in kinds)

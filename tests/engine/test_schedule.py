@@ -35,3 +35,15 @@ def test_biases_and_one_dimensional_parameters_are_not_decayed():
     assert {id(p) for p in decayed["params"]} == {id(model.linear.weight), id(model.token)}
     assert {id(p) for p in plain["params"]} == {id(model.linear.bias), id(model.norm.weight), id(model.norm.bias)}
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
+
+
+def test_warm_up_from_a_rate_and_one_step_down():
+    rates = [learning_rate(s, 80, 4, 0.8, start=0.4, tenth_from=70) for s in (0, 1, 4, 69, 70, 79)]
+    assert rates == pytest.approx([0.4, 0.5, 0.8, 0.8, 0.08, 0.08])
+
+
+def test_named_parameters_are_not_decayed():
+    model = torch.nn.ModuleDict({"table": torch.nn.Linear(3, 2, bias=False), "head": torch.nn.Linear(3, 2)})
+    decayed, plain = parameter_groups(model.named_parameters(), 0.05, lambda name: name.startswith("table"))
+    assert [p.shape for p in decayed["params"]] == [(2, 3)] and decayed["weight_decay"] == 0.05
+    assert [p.shape for p in plain["params"]] == [(2, 3), (2,)] and plain["weight_decay"] == 0.0

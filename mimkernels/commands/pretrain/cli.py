@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 
 from mimkernels.commands.pretrain.config import PretrainConfig
+from mimkernels.commands.pretrain.presets import PRESETS
 from mimkernels.engine.command import exit_code, guarded
 from mimkernels.engine.settings import add_arguments, given_arguments
 
@@ -31,6 +32,12 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         help="continue the run in --output where its newest checkpoint ends (start it if there is none), or the "
         "checkpoint or run folder PATH; settings not given are the checkpoint's",
     )
+    parser.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help="a published recipe: settings in place of the defaults (with --resume: of the checkpoint's); options that "
+        "are given come first",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the run that --output holds")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
@@ -47,7 +54,7 @@ def _pretrain(args: argparse.Namespace) -> int:
 
 def _config(args: argparse.Namespace) -> PretrainConfig:
     """What was given, over the settings of the run that is continued or the defaults."""
-    given = given_arguments(args, PretrainConfig)
+    given = {**PRESETS.get(args.preset, {}), **given_arguments(args, PretrainConfig)}
     if args.resume is None:
         return PretrainConfig(**given)
     from mimkernels.commands.pretrain.resume import settings_to_continue

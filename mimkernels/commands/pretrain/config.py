@@ -3,14 +3,16 @@
 import math
 from dataclasses import dataclass, field
 
+from mimkernels.commands.pretrain.methods import METHODS, Method
 from mimkernels.data import MAX_PIXELS
 from mimkernels.engine.settings import DEVICES, PRECISIONS, Settings, require, setting
 
-METHODS = ("mae",)
 # Those of mimkernels.data.masks for images; to be shown without torch.
 MASKINGS = (
     "random", "unit", "block", "block_exact", "inverse_block", "dinov2", "ibot", "multiblock", "uniform",
 )  # fmt: skip
+SCHEDULES = ("cosine", "step")
+LOSSES = ("l1", "mse", "smooth-l1")
 
 # A checkpoint made with another value of these cannot be continued at all ...
 ARCHITECTURE_FIELDS = (
@@ -20,7 +22,7 @@ ARCHITECTURE_FIELDS = (
 # ... and with another value of these the stream of batches would be another one.
 STREAM_FIELDS = (
     "data", "max_pixels", "pixel_range", "seed", "crop_scale", "hflip", "masking", "mask_ratio", "masking_kwargs",
-    "norm_pix_loss",
+    "norm_pix_loss", "mask_unit", "target", "loss",
 )  # fmt: skip
 
 
@@ -28,8 +30,10 @@ STREAM_FIELDS = (
 class PretrainConfig(Settings):
     """Everything a pre-training run depends on. Saved as ``config.json`` in the run folder and in every checkpoint."""
 
-    method: str = setting("mae", "pre-training method", "model", choices=METHODS)
-    model: str = setting("vit_tiny_patch16_224", "encoder: any timm vit_* name", "model")
+    method: str = setting("mae", "pre-training method", "model", choices=tuple(METHODS))
+    model: str = setting(
+        "vit_tiny_patch16_224", "encoder: any timm vit_*; of simmim also beit_*, swin_*, swinv2_*", "model"
+    )
     img_size: int = setting(224, "image side in pixels", "model")
     in_chans: int = setting(3, "image channels: 3 (colour) or 1 (grey)", "model")
     patch_size: int | None = setting(None, "patch side in pixels (default: the model's own)", "model")
@@ -37,18 +41,30 @@ class PretrainConfig(Settings):
         default_factory=dict,
         metadata={"help": "further timm model arguments, such as embed_dim=128 depth=4", "group": "model"},
     )
-    decoder_dim: int = setting(512, "decoder width", "model")
-    decoder_depth: int = setting(8, "decoder blocks", "model")
-    decoder_heads: int = setting(16, "decoder attention heads", "model")
-    masking: str = setting("random", "how the removed patches are chosen", "model", choices=MASKINGS)
+    masking: str = setting("random", "how the masked patches are chosen", "model", choices=MASKINGS)
     mask_ratio: float | None = setting(
-        None, "share of patches removed (default: 0.75 of random; other strategies' own)", "model"
+        None, "share of patches that are masked (default: 0.75 of random, simmim 0.6; other strategies' own)", "model"
     )
     masking_kwargs: dict = field(
         default_factory=dict,
         metadata={"help": "options of --masking, such as min_patches=16 aspect=[0.5,2]", "group": "model"},
     )
-    norm_pix_loss: bool = setting(True, "normalise each target patch by its own mean and variance", "model")
+
+    decoder_dim: int = setting(512, "decoder width", "MAE")
+    decoder_depth: int = setting(8, "decoder blocks", "MAE")
+    decoder_heads: int = setting(16, "decoder attention heads", "MAE")
+    norm_pix_loss: bool = setting(True, "normalise each target patch by its own mean and variance", "MAE")
+
+    mask_unit: int = setting(32, "side in pixels of the squares that are masked whole", "SimMIM")
+    target: str = setting(
+        "pixels", "what is predicted: pixels; patch-norm, normalised by mean and variance of what one output token "
+        "predicts; or local-norm:K, by those of the K x K pixels around each", "SimMIM", metavar="TARGET",
+    )  # fmt: skip
+    loss: str = setting("l1", "how the prediction is compared", "SimMIM", choices=LOSSES)
+    decay_bias_tables: bool = setting(
+        False, "weight decay on relative position bias tables, their MLPs and scales of logits, too, as in the "
+        "published runs, whose exclusion of them names no parameter", "SimMIM",
+    )  # fmt: skip
 
     data: str = setting(
         "digits", "digits (embedded, no download), an image folder, or torchvision:NAME", "data", metavar="DATA"
@@ -78,6 +94,18 @@ class PretrainConfig(Settings):
     blr: float = setting(1.5e-4, "base learning rate: lr = blr * effective batch size / 256", "optimisation")
     lr: float | None = setting(None, "learning rate as it is, in place of --blr", "optimisation")
     min_lr: float = setting(0.0, "learning rate at the end of the cosine", "optimisation")
+    min_blr: float | None = setting(None, "the same for 256 images, in place of --min-lr", "optimisation")
+    warmup_blr: float = setting(0.0, "learning rate for 256 images at which warm-up begins", "optimisation")
+    schedule: str = setting(
+        "cosine", "after warm-up, half a cosine, or a tenth of the rate from --step-epoch on", "optimisation",
+        choices=SCHEDULES,
+    )  # fmt: skip
+    step_epoch: float | None = setting(
+        None, "epoch at which --schedule step takes its step (default: after seven eighths)", "optimisation"
+    )
+    beta2: float | None = setting(
+        None, "decay of AdamW's mean of squared gradients (default: 0.95; simmim: 0.999)", "optimisation"
+    )
     weight_decay: float = setting(0.05, "weight decay (not on biases, norms and other 1-d parameters)", "optimisation")
     clip_grad: float | None = setting(None, "clip the gradient norm to this (default: no clipping)", "optimisation")
     seed: int = setting(0, "seed of weights, order, augmentation and masks", "optimisation")
@@ -110,6 +138,10 @@ class PretrainConfig(Settings):
     pictures: int = setting(12, "reconstructed images in the report", "output")
     title: str = setting("", "title of the report (default: method, model and data)", "output")
 
+    @property
+    def the_method(self) -> type[Method]:
+        return METHODS[self.method]
+
     def check(self) -> None:
         """Raise ValueError for values that cannot work, before anything is written."""
         from mimkernels.data.pixels import Decoder
@@ -121,6 +153,7 @@ class PretrainConfig(Settings):
             "decoder_heads",
             "batch_size",
             "accum_steps",
+            "mask_unit",
         ):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("epochs", "log_every", "keep_checkpoints", "head_stats_every"):
@@ -140,14 +173,19 @@ class PretrainConfig(Settings):
         require(self.masking in MASKINGS, "masking", self.masking, f"one of {', '.join(MASKINGS)}")
         ratio = self.mask_ratio
         require(ratio is None or 0 < ratio < 1, "mask_ratio", ratio, "between 0 and 1, both excluded")
+        require(self.loss in LOSSES, "loss", self.loss, f"one of {', '.join(LOSSES)}")
+        require(self.schedule in SCHEDULES, "schedule", self.schedule, f"one of {', '.join(SCHEDULES)}")
+        step = self.step_epoch
+        require(step is None or 0 <= step <= self.epochs, "step_epoch", step, f"in 0..{self.epochs} (epochs)")
+        require(self.beta2 is None or 0 <= self.beta2 < 1, "beta2", self.beta2, "at least 0 and below 1")
         warmup = self.warmup_epochs
         require(warmup is None or 0 <= warmup <= self.epochs, "warmup_epochs", warmup, f"in 0..{self.epochs} (epochs)")
         for name in ("blr", "lr", "save_every"):
             value = getattr(self, name)
             require(value is None or (value > 0 and math.isfinite(value)), name, value, "positive and finite")
-        for name in ("min_lr", "weight_decay"):
+        for name in ("min_lr", "min_blr", "warmup_blr", "weight_decay"):
             value = getattr(self, name)
-            require(value >= 0 and math.isfinite(value), name, value, "0 or more and finite")
+            require(value is None or (value >= 0 and math.isfinite(value)), name, value, "0 or more and finite")
         require(self.clip_grad is None or self.clip_grad > 0, "clip_grad", self.clip_grad, "positive")
         require(self.crop_scale is None or 0 < self.crop_scale <= 1, "crop_scale", self.crop_scale, "in (0, 1]")
         Decoder.from_settings(self.max_pixels, self.pixel_range)
@@ -158,7 +196,4 @@ class PretrainConfig(Settings):
                     f"img_size {self.img_size} is not divisible by patch_size {self.patch_size}: "
                     f"try --img-size {max(1, self.img_size // self.patch_size) * self.patch_size}"
                 )
-        if self.decoder_dim % self.decoder_heads:
-            raise ValueError(f"decoder_dim {self.decoder_dim} is not divisible by decoder_heads {self.decoder_heads}")
-        if self.decoder_dim % 4:
-            raise ValueError(f"decoder_dim must be divisible by 4 (2-d sin-cos positions), got {self.decoder_dim}")
+        self.the_method.check(self)

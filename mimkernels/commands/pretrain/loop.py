@@ -26,7 +26,7 @@ from mimkernels.data.batches import (
 from mimkernels.engine.checkpoint import CheckpointFolder
 from mimkernels.engine.command import TrainingError
 from mimkernels.engine.progress import Progress
-from mimkernels.engine.schedule import learning_rate
+from mimkernels.engine.schedule import learning_rate, scaled_learning_rate
 from mimkernels.engine.state import state_of
 from mimkernels.engine.stop import StopSignal
 
@@ -112,7 +112,7 @@ class Trainer:
 
     def _train_step(self, batches: Iterator[Batch]) -> None:
         config, accelerator, model = self.config, self.accelerator, self.model
-        self._last_lr = learning_rate(self.step, self.total_steps, self.warmup_steps, self.peak_lr, config.min_lr)
+        self._last_lr = self._learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = self._last_lr
         stats = self.heads.wanted(self.step + 1)
@@ -149,6 +149,22 @@ class Trainer:
         seen = self.heads.collect()
         if seen is not None and self.history is not None:
             self.history.add_heads(self.step, seen)
+
+    def _learning_rate(self, step: int) -> float:
+        config, batch = self.config, self.plan.effective_batch
+        tenth_from = None
+        if config.schedule == "step":
+            epoch = config.epochs * 7 / 8 if config.step_epoch is None else config.step_epoch  # as SimMIM: 700 of 800
+            tenth_from = round(epoch * self.plan.steps_per_epoch)
+        return learning_rate(
+            step,
+            self.total_steps,
+            self.warmup_steps,
+            self.peak_lr,
+            config.min_lr if config.min_blr is None else scaled_learning_rate(config.min_blr, batch),
+            start=scaled_learning_rate(config.warmup_blr, batch),
+            tenth_from=tenth_from,
+        )
 
     def _next_images(self, batches: Iterator[Batch]) -> torch.Tensor:
         began = time.perf_counter()
@@ -212,7 +228,7 @@ class Trainer:
     def _require_finite(self, loss: float, step: int) -> None:
         if math.isfinite(loss):
             return
-        lr = learning_rate(step, self.total_steps, self.warmup_steps, self.peak_lr, self.config.min_lr)
+        lr = self._learning_rate(step)
         raise TrainingError(
             f"loss became {loss} at step {step + 1} (epoch {step / self.plan.steps_per_epoch:.2f}, "
             f"learning rate {lr:.3g}); {self._advice()}"

@@ -40,7 +40,7 @@ class Masking:
         self.sampler = MaskSampler(grid, config.masking, ratio=config.mask_ratio, **given)
         if self.sampler.needs_scores:
             raise ValueError(f"masking {config.masking!r} needs a teacher's attention, which a run does not have")
-        if self.sampler.ragged and (config.head_stats or config.regularize):
+        if self.sampler.ragged and not config.the_method.sees_all and (config.head_stats or config.regularize):
             raise ValueError(
                 f"masking {config.masking!r} leaves images different numbers of patches, for which head_stats and "
                 f"regularize have no statistics: take one of equal counts, such as block_exact"

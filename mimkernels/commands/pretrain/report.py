@@ -44,7 +44,19 @@ class Report:
     @property
     def title(self) -> str:
         config = self.config
-        return config.title or f"{config.method.upper()} pre-training of {config.model} on {config.data}"
+        return config.title or f"{config.the_method.title} pre-training of {config.model} on {config.data}"
+
+    @property
+    def lead(self) -> str:
+        return self.config.the_method.lead(self.masked_share)
+
+    @property
+    def loss_words(self) -> str:
+        return self.config.the_method.loss_words(self.config)
+
+    @property
+    def picture_words(self) -> str:
+        return self.config.the_method.picture_words(self.config)
 
     @property
     def tiles(self) -> list[tuple[str, str]]:

@@ -31,13 +31,15 @@ from mimkernels.engine.schedule import parameter_groups, scaled_learning_rate
 from mimkernels.engine.settings import changes
 from mimkernels.engine.state import check_fits, load_state
 from mimkernels.models.build import build_model
+from mimkernels.nn.attention import attention_layers
 
 _HELD_OUT_IMAGES = 512  # enough for a loss to two digits, little beside an epoch
 
 # What changes the numbers of a continued run; a person is told.
 _RESULT_FIELDS = (
     *STREAM_FIELDS, "batch_size", "accum_steps", "epochs", "warmup_epochs", "blr", "lr", "min_lr", "weight_decay",
-    "clip_grad", "precision", "regularize",
+    "clip_grad", "precision", "regularize", "min_blr", "warmup_blr", "schedule", "step_epoch", "beta2",
+    "decay_bias_tables",
 )  # fmt: skip
 
 
@@ -116,7 +118,9 @@ class Run:
         self.model = build_model(config.to_dict())
         if self.start is not None:
             check_fits(self.model, self.start["model"], self.start["optimizer"], str(self.start_path))
-        self.heads = HeadWatch(config, self.model.encoder.num_prefix_tokens)
+        self.heads = HeadWatch(config, getattr(self.model.encoder, "num_prefix_tokens", 0))
+        if self.heads.names or self.heads.weights:
+            attention_layers(self.model.encoder)  # refuses a model whose heads cannot be recorded
         self.masking = Masking(config, self.model.grid_size)
         with self.accelerator.local_main_process_first():  # one process per machine downloads
             decoder = Decoder.from_settings(config.max_pixels, config.pixel_range)
@@ -212,13 +216,16 @@ class Run:
 
     def _prepare(self) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         """Build the optimizer, wrap it and the model for the processes there are, load the checkpoint."""
-        _name_sharded_blocks(self.accelerator, self.model)
+        config, method = self.config, self.config.the_method
+        _name_sharded_blocks(self.accelerator, self.model, method.blocks(self.model))
         if self.config.compile:
             self.model.compile()
         optimizer = torch.optim.AdamW(
-            parameter_groups(self.model.named_parameters(), self.config.weight_decay),
+            parameter_groups(
+                self.model.named_parameters(), config.weight_decay, lambda name: method.undecayed(config, name)
+            ),
             lr=self.peak_lr,
-            betas=(0.9, 0.95),
+            betas=(0.9, method.beta2 if config.beta2 is None else config.beta2),
             fused=True,
         )
         model, optimizer = self.accelerator.prepare(self.model, optimizer)
@@ -304,7 +311,7 @@ class Run:
         config, device = self.config, self.accelerator.device
         model = build_model(config.to_dict())
         model.load_state_dict(weights)
-        files.save(self.output / "mae_checkpoint.pth", {"model": model.mae_state_dict()})
+        files.save(self.output / config.the_method.exported, {"model": config.the_method.weights(model)})
         model.to(device).eval()
         held_out = open_held_out(config.data, config.data_root)
         pictures: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
@@ -327,9 +334,9 @@ class Run:
             pictures=pictures,
             pictures_are_new=held_out is not None,
             held_out_loss=held_out_loss,
-            masked_share=model.mask_ratio if self.masking.share is None else self.masking.share,
+            masked_share=config.the_method.masked_share(model) if self.masking.share is None else self.masking.share,
             versions=versions(),
-            backends=_backends(device, self.precision),
+            backends=_backends(device, self.precision, config.the_method.ops),
         )
 
 
@@ -351,12 +358,11 @@ def _mean_loss(model: torch.nn.Module, images: torch.Tensor, config: PretrainCon
     return sum(losses) / sum(counts)
 
 
-def _backends(device: torch.device, precision: str) -> dict[str, str]:
+def _backends(device: torch.device, precision: str, ops: tuple[str, ...]) -> dict[str, str]:
     """Which backend each op of the training step runs on."""
     from mimkernels.ops._registry import SPECS
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    ops = ("random_mask", "patchify_gather", "gather_tokens", "restore_tokens", "masked_patch_loss")
     # Masks are drawn and losses summed in fp32 whatever the tokens are.
     return {op: SPECS[op].resolve("auto", device.type, torch.float32 if op == "random_mask" else dtype) for op in ops}
 
@@ -376,15 +382,13 @@ def _time_facts(trainer: Trainer, first_step: int) -> str:
     )
 
 
-def _name_sharded_blocks(accelerator: Any, model: Any) -> None:
+def _name_sharded_blocks(accelerator: Any, model: Any, blocks: list[Any]) -> None:
     """Tell FSDP2 to shard transformer block by block, unless the launch command named classes itself."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None or plugin.transformer_cls_names_to_wrap:
         return
     # accelerate looks here for the classes, as transformers' models declare them.
-    model._no_split_modules = sorted(
-        {type(block).__name__ for blocks in (model.encoder.blocks, model.decoder_blocks) for block in blocks}
-    )
+    model._no_split_modules = sorted({type(block).__name__ for block in blocks})
 
 
 def _asked_to_shard() -> bool:

@@ -201,7 +201,7 @@ def _from_run(
     name = settings["model"]
     copy_by_name(model.state_dict(), weights, title=f"{name} of {settings_path}")
     arguments = ", ".join(f"{argument} {value}" for argument, value in settings["model_kwargs"].items())
-    method = settings["method"].upper()
+    method = type(model).__name__
     assert model.mean is not None and model.std is not None
     return FrozenEncoder(
         model.encoder,

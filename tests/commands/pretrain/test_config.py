@@ -63,6 +63,12 @@ def test_an_unknown_setting_is_refused_with_the_close_one():
         ({"precision": "fp8"}, "precision must be one of auto, fp32, bf16, fp16"),
         ({"method": "beit"}, "method must be one of mae"),
         ({"crop_scale": 1.5}, "crop_scale must be in"),
+        ({"beta2": 1.0}, "beta2 must be at least 0 and below 1, got 1.0"),
+        ({"step_epoch": 101.0}, "step_epoch must be in 0..100"),
+        ({"schedule": "linear"}, "schedule must be one of cosine, step"),
+        ({"method": "simmim", "decoder_dim": 64}, "decoder_dim is an option of MAE, got 64 and method 'simmim'"),
+        ({"target": "patch-norm"}, "target is an option of SimMIM, got 'patch-norm' and method 'mae'"),
+        ({"method": "simmim", "mask_unit": 0}, "mask_unit must be at least 1, got 0"),
     ],
 )
 def test_values_that_cannot_work_are_refused(changes, message):

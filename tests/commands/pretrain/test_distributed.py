@@ -14,6 +14,20 @@ from mimkernels.commands.pretrain.history import read_entries
 from mimkernels.commands.pretrain.run import pretrain
 from mimkernels.engine.checkpoint import load
 
+_SIMMIM = {"method": "simmim", "mask_unit": 4, "decoder_dim": 512, "decoder_depth": 8, "decoder_heads": 16}
+METHODS = {
+    "mae": {},
+    "simmim-beit": {**_SIMMIM, "model": "beit_base_patch16_224"},
+    "simmim-swinv2": {
+        **_SIMMIM, "model": "swinv2_tiny_window8_256", "patch_size": 2,
+        "model_kwargs": {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
+    },
+}  # fmt: skip
+SHARDED = {
+    "mae": "['FSDPBlock', 'FSDPDecoderBlock'",
+    "simmim-beit": "['FSDPBlock', 'FSDPSimMIM']",
+    "simmim-swinv2": "['FSDPSimMIM', 'FSDPSwinTransformerV2Block']",
+}
 SETTINGS = {"batch_size": 150, "epochs": 2, "save_every": 1.0, "pictures": 2}
 
 
@@ -59,9 +73,11 @@ def assert_same_training(one, two):
         torch.testing.assert_close(b["model"][name], value, rtol=1e-3, atol=2e-5)
 
 
-def test_two_processes_train_as_one_and_resume(tiny, tmp_path):
-    pretrain(tiny(**SETTINGS, accum_steps=2, output=str(tmp_path / "one")))
-    config = tiny(**SETTINGS, output=str(tmp_path / "two"))
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_train_as_one_and_resume(tiny, tmp_path, method):
+    settings = {**SETTINGS, **METHODS[method]}
+    pretrain(tiny(**settings, accum_steps=2, output=str(tmp_path / "one")))
+    config = tiny(**settings, output=str(tmp_path / "two"))
     out = launch(options(config))
     assert len(re.findall(r"saved .*step-00000005\.pt", out)) == 1 and len(re.findall(r"saved .*final\.pt", out)) == 1
     assert len(re.findall(r"^Device .*2 processes", out, re.M)) == 1
@@ -82,10 +98,11 @@ def test_bad_input_ends_every_process(tiny, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_sharded_parameters_continue_what_one_process_began(tiny, tmp_path):
+@pytest.mark.parametrize("method", METHODS)
+def test_sharded_parameters_continue_what_one_process_began(tiny, tmp_path, method):
     """FSDP2 reads a checkpoint of a single process, trains as one, and writes a checkpoint like its."""
     for name in ("one", "two"):
-        pretrain(tiny(**SETTINGS, accum_steps=2, output=str(tmp_path / name)))
+        pretrain(tiny(**{**SETTINGS, **METHODS[method]}, accum_steps=2, output=str(tmp_path / name)))
     (tmp_path / "two" / "checkpoints" / "final.pt").unlink()
     out = launch(
         ["--output", str(tmp_path / "two"), "--resume", "--accum-steps", "1"],
@@ -96,7 +113,7 @@ def test_sharded_parameters_continue_what_one_process_began(tiny, tmp_path):
         FSDP_CPU_RAM_EFFICIENT_LOADING="false",
     )
     assert "2 processes (FSDP2)" in out and "continuing at step 5" in out
-    assert "sharded: ['FSDPBlock', 'FSDPDecoderBlock'" in out
+    assert f"sharded: {SHARDED[method]}" in out
     assert_same_training(tmp_path / "one", tmp_path / "two")
 
 

@@ -1,0 +1,126 @@
+"""What every model of this package shares: images in, pixels normalised as the encoder wants them."""
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from mimkernels.models.architecture import check_architecture, check_sizes
+
+__all__ = ["COMPUTED_BY", "WEIGHT_KWARGS", "ImageModel", "check_computed_by"]
+
+COMPUTED_BY = ("mimkernels", "timm")
+
+# Arguments of timm.create_model that say where weights come from: no part of the architecture.
+WEIGHT_KWARGS = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+
+
+class ImageModel(nn.Module):
+    """Base of the models: a timm encoder that is trained on images, and what is known of their pixels.
+
+    A subclass has ``from_timm(name, ...)``, sets ``encoder``, ``mask_token``, ``patch_size`` and ``in_chans``, and
+    calls ``_set_pixel_statistics``.
+    """
+
+    encoder: Any  # of timm; its attributes depend on the family
+    mask_token: nn.Parameter
+    patch_size: tuple[int, int]
+    in_chans: int
+    _pixel_mean: Tensor | None
+    _pixel_std: Tensor | None
+    config: dict[str, Any] | None = None  #: arguments of `from_timm` that rebuild this model
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """A new model with the arguments of another: ``Model.from_config(model.config)``; weights are fresh.
+
+        `config` may come from a file that nobody vouches for: unlike ``from_timm``, this opens nothing.
+
+        Raises:
+            ValueError: as ``from_timm``; or the name has another source than timm, or a timm argument is not one of
+                the architecture (checkpoint_path, pretrained_cfg and the like), or no plain value.
+        """
+        from_timm: Any = cls.from_timm  # type: ignore[attr-defined] # each subclass has its own arguments
+        own = inspect.getfullargspec(from_timm)
+        for_timm = ("img_size", "in_chans", "patch_size", *(config.keys() - {*own.args, *own.kwonlyargs}))
+        name: Any = config.get("name")
+        check_architecture(name, {key: config[key] for key in for_timm if key in config})
+        check_sizes(config)
+        model: Self = from_timm(**config)
+        return model
+
+    @property
+    def dynamic_img_size(self) -> bool:
+        """Whether images of any size that the patches divide are taken."""
+        return bool(self.encoder.dynamic_img_size)
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        return images.shape[-2] // self.patch_size[0], images.shape[-1] // self.patch_size[1]
+
+    def _check_images(self, images: Tensor) -> None:
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images must be a torch.Tensor, got {type(images).__name__}")
+        if images.dtype != torch.uint8 and not images.is_floating_point():
+            raise TypeError(f"images must be uint8 or floating point, got {images.dtype}")
+        size = tuple(self.encoder.patch_embed.img_size)
+        wanted = f"[B, {self.in_chans}, {size[0]}, {size[1]}]"
+        if images.dim() != 4 or images.shape[1] != self.in_chans:
+            raise ValueError(f"the model takes images {wanted}, got {list(images.shape)}")
+        if self.dynamic_img_size:
+            if images.shape[2] % self.patch_size[0] or images.shape[3] % self.patch_size[1]:
+                raise ValueError(
+                    f"patch size {self.patch_size[0]} x {self.patch_size[1]} does not divide images "
+                    f"{list(images.shape)}"
+                )
+        elif tuple(images.shape[2:]) != size:
+            raise ValueError(
+                f"the model takes images {wanted}, got {list(images.shape)}; resize them, or build the model "
+                "with that img_size or dynamic_img_size=True"
+            )
+        if images.dtype == torch.uint8 and self.mean is None:
+            raise ValueError("uint8 images need the model's mean and std, which are None; give them when building it")
+        if images.device != self.mask_token.device:
+            raise ValueError(f"images are on {images.device} but the model is on {self.mask_token.device}")
+
+    @contextlib.contextmanager
+    def _in_eval_mode(self) -> Iterator[None]:
+        training = [part for part in self.modules() if part.training]
+        self.eval()
+        try:
+            yield
+        finally:
+            for part in training:
+                part.training = True
+
+    def _set_pixel_statistics(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+        if (mean is None) != (std is None):
+            raise ValueError(f"give mean and std together or neither, got mean={mean}, std={std}")
+        for name, values in (("mean", mean), ("std", std)):
+            if values is not None and len(values) != self.in_chans:
+                raise ValueError(f"{name} has {len(values)} values but images have {self.in_chans} channels")
+        if std is not None and not all(value > 0 for value in std):
+            raise ValueError(f"std must be positive, got {std}")
+        self.mean = None if mean is None else tuple(float(value) for value in mean)
+        self.std = None if std is None else tuple(float(value) for value in std)
+        # Buffers, so that no step copies them to the device; not saved: they are arguments, not weights.
+        self.register_buffer("_pixel_mean", None if mean is None else torch.tensor(self.mean), persistent=False)
+        self.register_buffer("_pixel_std", None if std is None else torch.tensor(self.std), persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if self._pixel_mean is not None:
+            # A model in half precision still normalises with exact statistics; to_empty() leaves them filled.
+            device = self._pixel_mean.device
+            self._pixel_mean = torch.tensor(self.mean, dtype=torch.float32, device=device)
+            self._pixel_std = torch.tensor(self.std, dtype=torch.float32, device=device)
+        return self
+
+
+def check_computed_by(**choices: str) -> None:
+    """Raise ValueError, naming the argument, unless each choice is one of ``COMPUTED_BY``."""
+    for name, value in choices.items():
+        if value not in COMPUTED_BY:
+            raise ValueError(f"{name} must be one of {', '.join(COMPUTED_BY)}, got {value!r}")

@@ -1,0 +1,283 @@
+"""timm models as encoders that see every patch, the masked ones as mask tokens: ViT, BEiT, Swin and Swin V2."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from timm.models import checkpoint
+from timm.models.beit import Beit
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from mimkernels.nn import use_mimkernels_attention
+from mimkernels.nn.beit import use_mimkernels_beit_attention
+from mimkernels.nn.encoder import (
+    build_timm,
+    check_encoder,
+    check_headless,
+    check_linear_patches,
+    has_vision_transformers,
+    positions_and_prefix,
+    run_blocks,
+    timm_module,
+)
+
+__all__ = ["FAMILIES", "Family", "create_masked_encoder", "family_of"]
+
+
+class Family:
+    """What a family of timm's models does with tokens whose masked ones have been replaced; no instances.
+
+    Attributes:
+        kinds: the classes of timm, none of their subclasses.
+        module: of timm, in which they are built.
+        options: arguments of timm's models as SimMIM was published with them.
+        resizes: the model may take images of other sizes than it was built for.
+    """
+
+    kinds: ClassVar[tuple[type[nn.Module], ...]]
+    module: ClassVar[str]
+    options: ClassVar[dict[str, Any]] = {}
+    resizes: ClassVar[bool] = False
+
+    @classmethod
+    def check(cls, encoder: Any) -> None:
+        """Raise ValueError, naming what and why, unless the family's functions fit this encoder."""
+        check_linear_patches(encoder.patch_embed)
+        check_headless(encoder)
+
+    @staticmethod
+    def init(encoder: Any) -> None:
+        """Initialise as published, where timm does not."""
+
+    @staticmethod
+    def stride(encoder: Any) -> tuple[int, int]:
+        """Pixels per output token."""
+        height, width = encoder.patch_embed.patch_size
+        return height, width
+
+    @staticmethod
+    def blocks(encoder: Any) -> Iterator[nn.Module]:
+        yield from encoder.blocks
+
+    @staticmethod
+    def run(encoder: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Output tokens ``[B, L, D']``, without prefix, for patch tokens ``[B, N, D]`` that have no positions yet."""
+        raise NotImplementedError
+
+    @staticmethod
+    def use_mimkernels_attention(encoder: nn.Module) -> None:
+        """Let the blocks compute attention with our kernels, where there are some for this kind."""
+
+
+class ViT(Family):
+    """Plain Vision Transformers: positions are added, prefix tokens put in front."""
+
+    kinds = (VisionTransformer,)
+    module = "vision_transformer"
+    resizes = True
+
+    @classmethod
+    def check(cls, encoder: Any) -> None:
+        check_encoder(encoder)
+
+    @staticmethod
+    def init(encoder: Any) -> None:
+        _init_transformer(encoder)
+        with torch.no_grad():
+            for token in (encoder.cls_token, encoder.reg_token, encoder.pos_embed):
+                if token is not None:
+                    _trunc_normal(token)
+
+    @staticmethod
+    def run(encoder: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        pos, prefix = positions_and_prefix(encoder, grid)
+        if pos is not None:
+            x = x + pos
+        if prefix is not None:
+            x = torch.cat((prefix.expand(len(x), -1, -1), x), dim=1)
+        if pos is not None:
+            x = encoder.pos_drop(x)
+        x = encoder.fc_norm(run_blocks(encoder, x))
+        return x[:, encoder.num_prefix_tokens :]
+
+    @staticmethod
+    def use_mimkernels_attention(encoder: nn.Module) -> None:
+        use_mimkernels_attention(encoder, required=False)
+
+
+class BEiT(Family):
+    """BEiT's Vision Transformer with a relative position bias, that all blocks share: the ViT of SimMIM."""
+
+    kinds = (Beit,)
+    module = "beit"
+    options: ClassVar[dict[str, Any]] = {
+        "use_abs_pos_emb": False,
+        "use_shared_rel_pos_bias": True,
+        "use_rel_pos_bias": False,
+        "init_values": 0.1,
+    }
+
+    @staticmethod
+    def init(encoder: Any) -> None:
+        _init_transformer(encoder)
+        with torch.no_grad():
+            for token in (encoder.cls_token, encoder.pos_embed):
+                if token is not None:
+                    _trunc_normal(token)
+
+    @staticmethod
+    def run(encoder: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        x = torch.cat((encoder.cls_token.expand(len(x), -1, -1), x), dim=1)
+        if encoder.pos_embed is not None:
+            x = x + encoder.pos_embed
+        x = encoder.pos_drop(x)
+        bias = encoder.rel_pos_bias() if encoder.rel_pos_bias is not None else None  # [H, 1 + N, 1 + N]
+        for block in encoder.blocks:
+            if encoder.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, shared_rel_pos_bias=bias)
+            else:
+                x = block(x, shared_rel_pos_bias=bias)
+        return encoder.fc_norm(encoder.norm(x))[:, 1:]
+
+    @staticmethod
+    def use_mimkernels_attention(encoder: nn.Module) -> None:
+        use_mimkernels_beit_attention(encoder)
+
+
+class Swin(Family):
+    """Swin Transformers: attention in windows, patches merged from stage to stage. timm initialises as published."""
+
+    kinds: ClassVar[tuple[type[nn.Module], ...]] = (SwinTransformer,)
+    module = "swin_transformer"
+    options: ClassVar[dict[str, Any]] = {"drop_path_rate": 0.0}
+
+    @classmethod
+    def check(cls, encoder: Any) -> None:
+        super().check(encoder)
+        size, stride = encoder.patch_embed.img_size, cls.stride(encoder)
+        if any(pixels % step for pixels, step in zip(size, stride, strict=True)):
+            raise ValueError(
+                f"its stride of {_by(stride)} pixels does not divide images of {_by(size)}: patches would be padded"
+            )
+        for name, block in encoder.named_modules():
+            window = getattr(block, "window_size", None)
+            tokens = getattr(block, "input_resolution", None)
+            if window is None or tokens is None:
+                continue
+            if any(length % side for length, side in zip(tokens, window, strict=True)):
+                fit = [side for side in range(2, min(tokens) + 1) if not any(length % side for length in tokens)]
+                raise ValueError(
+                    f"its windows of {_by(window)} tokens do not divide the {_by(tokens)} tokens of {name} for images "
+                    f"of {_by(size)} pixels; give window_size, here one of {', '.join(map(str, fit))}, or another "
+                    "img_size"
+                )
+
+    @staticmethod
+    def stride(encoder: Any) -> tuple[int, int]:
+        height, width = encoder.patch_embed.patch_size
+        merged = 2 ** (len(encoder.layers) - 1)
+        return height * merged, width * merged
+
+    @staticmethod
+    def blocks(encoder: Any) -> Iterator[nn.Module]:
+        for stage in encoder.layers:
+            yield from stage.blocks
+
+    @staticmethod
+    def run(encoder: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        x = encoder.norm(encoder.layers(x.unflatten(1, grid)))  # [B, h', w', D']
+        return x.flatten(1, 2)
+
+
+class SwinV2(Swin):
+    """Swin Transformers V2: cosine attention, norms behind the branches."""
+
+    kinds = (SwinTransformerV2,)
+    module = "swin_transformer_v2"
+
+
+FAMILIES: tuple[type[Family], ...] = (ViT, BEiT, Swin, SwinV2)
+_EXAMPLES = "vit_base_patch16_224, beit_base_patch16_224, swin_base_patch4_window7_224, swinv2_base_window12_192"
+
+
+def family_of(encoder: nn.Module) -> type[Family]:
+    """The family of an encoder.
+
+    Raises:
+        ValueError: it is of none, or its family's functions do not fit it; says why.
+    """
+    for family in FAMILIES:
+        if type(encoder) in family.kinds or (family is ViT and isinstance(encoder, VisionTransformer)):
+            family.check(encoder)
+            return family
+    raise ValueError(
+        f"a {type(encoder).__name__} is not one of timm's "
+        f"{', '.join(kind.__name__ for family in FAMILIES for kind in family.kinds)}"
+    )
+
+
+def create_masked_encoder(
+    name: str,
+    *,
+    img_size: int | Sequence[int] = 224,
+    in_chans: int = 3,
+    patch_size: int | Sequence[int] | None = None,
+    **timm_kwargs: Any,
+) -> nn.Module:
+    """Build a timm model without pooling and head whose masked patches can be replaced, with its family's options.
+
+    Raises:
+        ValueError: the name is unknown, the model is of no supported family or does not fit the images (says why),
+            or timm refuses an argument.
+    """
+    module = timm_module(name, "*")
+    options: dict[str, Any] = {}
+    if module is not None:
+        known = {f"timm.models.{family.module}": family for family in FAMILIES}
+        if module not in known and not has_vision_transformers(module):
+            raise ValueError(
+                f"{name!r} cannot be the encoder: it is built from timm's module {module.rpartition('.')[2]!r}; take a "
+                f"ViT, BEiT, Swin or Swin V2, such as {_EXAMPLES}"
+            )
+        options = known[module].options if module in known else {}
+    encoder = build_timm(
+        name, img_size=img_size, in_chans=in_chans, patch_size=patch_size, **{**options, **timm_kwargs}
+    )
+    try:
+        family_of(encoder)
+    except ValueError as error:
+        raise ValueError(f"{name!r} cannot be the encoder: {error}") from error
+    return encoder
+
+
+def _init_transformer(encoder: Any) -> None:
+    """Initialise as published for the ViT of SimMIM: normal of deviation 0.02 cut at one deviation, zero biases.
+
+    The last linear layers of block i, counted from 1, are divided by the root of 2i. LayerScale and relative position
+    bias keep timm's values, which are the published ones.
+    """
+    with torch.no_grad():
+        for part in encoder.modules():
+            if isinstance(part, nn.Linear | nn.Conv2d):
+                _trunc_normal(part.weight)
+                if part.bias is not None:
+                    nn.init.zeros_(part.bias)
+            elif isinstance(part, nn.LayerNorm) and part.elementwise_affine:
+                nn.init.ones_(part.weight)
+                if part.bias is not None:
+                    nn.init.zeros_(part.bias)
+        for number, block in enumerate(encoder.blocks, 1):
+            for weight in (block.attn.proj.weight, block.mlp.fc2.weight):
+                weight.div_(math.sqrt(2 * number))
+
+
+def _trunc_normal(tensor: Tensor, std: float = 0.02) -> None:
+    nn.init.trunc_normal_(tensor, std=std, a=-std, b=std)
+
+
+def _by(sizes: Sequence[int]) -> str:
+    return " x ".join(str(size) for size in sizes)

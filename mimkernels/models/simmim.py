@@ -1,0 +1,412 @@
+"""SimMIM: predict the pixels of masked patches from an encoder that sees all patches, masked ones as mask tokens."""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mimkernels.models.base import WEIGHT_KWARGS, ImageModel, check_computed_by
+from mimkernels.models.checkpoint import CheckpointReport, check_by_name, read_weights
+from mimkernels.models.masked_encoders import create_masked_encoder, family_of
+from mimkernels.models.pictures import Pictures, pictures_of
+from mimkernels.models.simmim_names import (
+    check_windows,
+    from_published,
+    published_buffers,
+    split_published,
+    to_published,
+)
+from mimkernels.models.targets import local_norm, parse_target
+from mimkernels.nn import embed_visible, use_mimkernels_mlp
+from mimkernels.nn.attention import attention_layers
+from mimkernels.nn.recorder import LayerRecorder
+from mimkernels.ops import fill_mask_tokens, masked_patch_loss, random_mask
+
+__all__ = ["SimMIM", "SimMIMOutput"]
+
+_LOSSES = {"l1": "l1", "mse": "mse", "smooth-l1": "smooth_l1"}
+
+
+class SimMIMOutput(NamedTuple):
+    """What one forward pass gives.
+
+    Attributes:
+        loss: fp32 scalar, the mean over all masked pixels and channels of the batch.
+        mask: ``[B, h, w]`` bool, the masked patches.
+        pred: ``[B, L, E]`` the prediction of every output token, E pixels as (height, width, channel), where it was
+            asked for; else None.
+        head_stats: as of ``MAEOutput``, over all tokens.
+    """
+
+    loss: Tensor
+    mask: Tensor
+    pred: Tensor | None = None
+    head_stats: list[dict[str, Tensor]] | None = None
+
+
+class SimMIM(ImageModel):
+    """SimMIM around a timm ViT, BEiT, Swin or Swin V2: masked patches become a mask token, one linear layer decodes.
+
+    Computes what the published code computes. Its decoder, a 1x1 convolution and a pixel shuffle, is a linear layer
+    here, whose rows are in the order that the loss reads pixels in. Hooks on the encoder's blocks and norms fire as
+    usual; ``encoder.patch_embed`` is not called, its weights are used.
+
+    The loss is the sum over masked pixels and channels over their number, all images together. The published code adds
+    1e-5 to the number of masked pixels, which is below fp32's rounding from 100 masked pixels on; without any masked
+    pixel it gives 0, and this NaN.
+
+    Args:
+        encoder: a timm model without head, with the weights it is to start from.
+        mask_unit: side in pixels of the squares that are masked whole: a multiple of what an output token predicts
+            (the patch; for Swin, whose stages merge patches, 32 pixels as a rule) that divides the image.
+        mask_ratio: share of the units that are masked, rounded up.
+        target: "pixels"; "patch-norm": each output token's pixels minus their mean over their deviation, as MAE;
+            "local-norm:K": each pixel by mean and deviation of the K x K pixels around it (published for Swin V2: 47).
+        loss: "l1", "mse" or "smooth-l1".
+        mean, std: per channel, for pixels in [0, 1]: images are normalised inside the kernels. uint8 images
+            need both. None: images come as the encoder wants them.
+        attention: "mimkernels" lets the blocks of ViT and BEiT compute attention with ``mimkernels.attention``, in
+            place; windows of Swin stay timm's. "timm" leaves all as they are. Weights and results are the same.
+        mlp: "mimkernels" lets the MLPs compute with ``mimkernels.bias_gelu``; likewise.
+
+    Example::
+
+        model = SimMIM.from_timm("beit_base_patch16_224")
+        for step, images in enumerate(loader):
+            loss = model(images, seed=0, offset=step).loss  # without offset, every step has the same masks
+
+    Source: arXiv:2111.09886.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        *,
+        mask_unit: int = 32,
+        mask_ratio: float = 0.6,
+        target: str = "pixels",
+        loss: str = "l1",
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        attention: str = "mimkernels",
+        mlp: str = "mimkernels",
+    ) -> None:
+        super().__init__()
+        self._family = family_of(encoder)
+        check_computed_by(attention=attention, mlp=mlp)
+        if loss not in _LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(_LOSSES)}, got {loss!r}")
+        timm_encoder: Any = encoder
+        embed = timm_encoder.patch_embed
+        self.encoder = timm_encoder
+        self.patch_size = tuple(embed.patch_size)
+        self.grid_size: tuple[int, int] = tuple(embed.grid_size)
+        self.encoder_stride = self._family.stride(encoder)
+        self.in_chans = embed.proj.in_channels
+        self.mask_unit, self.mask_ratio = mask_unit, mask_ratio
+        self.target, self.loss = target, loss
+        self._target = parse_target(target)
+        self._check_unit()
+        self._units(self.grid_size)
+        self._set_pixel_statistics(mean, std)
+
+        self.mask_token = nn.Parameter(torch.empty(1, 1, embed.proj.out_channels))
+        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
+        # Initialised as the published convolution: both draw from +-1 / sqrt(inputs).
+        self.decoder = nn.Linear(timm_encoder.num_features, self.in_chans * math.prod(self.encoder_stride))
+        if attention == "mimkernels":
+            self._family.use_mimkernels_attention(encoder)
+        if mlp == "mimkernels":
+            use_mimkernels_mlp(encoder, required=False)
+
+    @classmethod
+    def from_timm(
+        cls,
+        name: str,
+        *,
+        img_size: int | Sequence[int] = 224,
+        in_chans: int = 3,
+        patch_size: int | Sequence[int] | None = None,
+        mask_unit: int = 32,
+        mask_ratio: float = 0.6,
+        target: str = "pixels",
+        loss: str = "l1",
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        attention: str = "mimkernels",
+        mlp: str = "mimkernels",
+        **timm_kwargs: Any,
+    ) -> "SimMIM":
+        """A new SimMIM around the timm model `name`, initialised as published.
+
+        Args:
+            name: a timm ``vit_*``, ``beit_*``, ``swin_*`` or ``swinv2_*``. BEiT is built as the ViT of SimMIM: one
+                relative position bias for all blocks, LayerScale 0.1; `timm_kwargs` come before that.
+            img_size: pixels per side, or ``(height, width)``.
+            in_chans: channels of the images.
+            patch_size: pixels per patch side, or ``(height, width)``; None takes the model's own.
+            timm_kwargs: further arguments of the timm model, such as ``drop_path_rate`` or ``window_size``. With
+                ``pretrained=True`` or ``checkpoint_path`` the encoder keeps those weights.
+
+        The other arguments are those of the class.
+
+        Raises:
+            ValueError: the name is unknown, or the model or an argument is not supported; says what and why.
+        """
+        encoder = create_masked_encoder(
+            name, img_size=img_size, in_chans=in_chans, patch_size=patch_size, **timm_kwargs
+        )
+        weights = {key: timm_kwargs.pop(key) for key in WEIGHT_KWARGS if key in timm_kwargs}
+        if not (weights.get("pretrained") or weights.get("checkpoint_path")):
+            family_of(encoder).init(encoder)
+        own: dict[str, Any] = {
+            "mask_unit": mask_unit,
+            "mask_ratio": mask_ratio,
+            "target": target,
+            "loss": loss,
+            "mean": None if mean is None else [float(value) for value in mean],
+            "std": None if std is None else [float(value) for value in std],
+            "attention": attention,
+            "mlp": mlp,
+        }
+        model = cls(encoder, **own)
+        shape = {"img_size": img_size, "in_chans": in_chans, "patch_size": patch_size}
+        model.config = {"name": name, **shape, **own, **timm_kwargs}
+        return model
+
+    @property
+    def dynamic_img_size(self) -> bool:
+        return self._family.resizes and super().dynamic_img_size
+
+    @property
+    def masked_share(self) -> float:
+        """Share of the patches that are masked, in images of the size that the model was built for."""
+        units, masked = self._units(self.grid_size)
+        return masked / math.prod(units)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The encoder's transformer blocks, in their order."""
+        return list(self._family.blocks(self.encoder))
+
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        mask: Tensor | None = None,
+        seed: int = 0,
+        offset: int | Tensor = 0,
+        full_prediction: bool = False,
+        head_stats: Sequence[str] = (),
+    ) -> SimMIMOutput:
+        """Mask, encode, predict all pixels, compare the masked ones.
+
+        Args:
+            images: ``[B, C, H, W]`` uint8 (with the model's mean and std) or floating point.
+            mask: ``[B, h, w]`` bool on the grid of patches, True = masked, any shape; not all of a batch may be
+                visible. None: drawn from `seed` and `offset`, which give the same masks on every device.
+            seed: of the masks.
+            offset: usually the training step; the same `seed` and `offset` give the same masks. A 0-d int64
+                tensor on the images' device is read without waiting for it.
+            full_prediction: return the prediction.
+            head_stats: statistics of ``mimkernels.attention`` to return for every encoder block, over all patches;
+                distances are in patches. They carry gradients: terms of them can be added to the loss.
+
+        Raises:
+            ValueError, TypeError: images or mask do not fit the model; the message shows both sides. Or the encoder's
+                attention cannot record statistics.
+        """
+        whole = True  # the mask hides all or nothing of what an output token predicts
+        if mask is None:
+            mask = self.draw_mask(images, seed=seed, offset=offset)
+        else:
+            self._check_mask(images, mask)
+            # A given mask may hide single patches; to look whether it does would wait for the device.
+            whole = self.encoder_stride == self.patch_size
+            if self._target.norm_pix and not whole:
+                raise ValueError(
+                    f"target patch-norm normalises {_by(self.encoder_stride)} pixels, of which a mask on patches of "
+                    f"{_by(self.patch_size)} may hide a part; leave mask to the model, or take another target"
+                )
+        with self._recorded(images, head_stats) as heads:
+            latent = self.encode(images, mask)
+        pred = self.decoder(latent)  # [B, L, E]
+        layer_stats = [layer.stats for layer in heads] if head_stats else None
+        return SimMIMOutput(self._loss(pred, images, mask, whole), mask, pred if full_prediction else None, layer_stats)
+
+    def draw_mask(self, images: Tensor, *, seed: int = 0, offset: int | Tensor = 0) -> Tensor:
+        """The mask ``[B, h, w]`` bool that `forward` uses for these images and arguments."""
+        self._check_images(images)
+        units, masked = self._units(self._grid(images))
+        count = math.prod(units)
+        drawn = random_mask(images.shape[0], count, count - masked, seed, offset, device=images.device)
+        mask = drawn.mask.bool().unflatten(1, units)
+        for axis in (1, 2):
+            mask = mask.repeat_interleave(self.mask_unit // self.patch_size[axis - 1], dim=axis)
+        return mask
+
+    def encode(self, images: Tensor, mask: Tensor) -> Tensor:
+        """The encoder's output ``[B, L, D']``, without prefix tokens, for masked patches ``[B, h, w]`` bool."""
+        embed = self.encoder.patch_embed
+        x = embed_visible(images, None, embed.proj, norm=embed.norm, mean=self._pixel_mean, std=self._pixel_std)
+        x = fill_mask_tokens(x, mask.flatten(1), self.mask_token)  # [B, N, D]
+        return self._family.run(self.encoder, x, self._grid(images))
+
+    @torch.no_grad()
+    def reconstruct(
+        self, images: Tensor, *, mask: Tensor | None = None, seed: int = 0, offset: int | Tensor = 0
+    ) -> Pictures:
+        """Pictures of what the model makes of the masked patches; visible patches stay as they are.
+
+        Runs without dropout and gradients. Predictions are brought back to pixels: by the true mean and deviation that
+        the target is normalised by, then by the model's mean and std. One channel becomes a grey picture.
+        """
+        with self._in_eval_mode():
+            out = self(images, mask=mask, seed=seed, offset=offset, full_prediction=True)
+        return pictures_of(
+            images,
+            out.pred,
+            out.mask,
+            self.encoder_stride,
+            norm_pix=self._target.norm_pix,
+            local_norm=self._target.local_norm,
+            mean=self._pixel_mean,
+            std=self._pixel_std,
+        )
+
+    def load_checkpoint(self, source: str | os.PathLike | Mapping[str, Any]) -> CheckpointReport:
+        """Load published weights by name, all of them or none.
+
+        Args:
+            source: a file or dict, ``{"model": {...}}`` or the names themselves: a published SimMIM checkpoint, or
+                one of Swin, Swin V2 or BEiT, which is the encoder alone. Of the settings in it, no code is run.
+
+        Returns:
+            The published names that were loaded, as missing those of decoder and mask token where there is only an
+            encoder, and as left those that no weight of the model has: heads, and what follows from the architecture.
+
+        Raises:
+            ValueError: another architecture or window (lists names and shapes of both sides), or not a file of tensors.
+        """
+        content = read_weights(source)
+        check_windows(content, self.encoder, self.encoder_stride)
+        weights, left = split_published(content, self.encoder_stride)
+        encoder_only = not any(name.startswith("decoder.") for name in weights)
+        config = self.config or {}
+        blocks = len(self.blocks)
+        title = (
+            f"{config.get('name', type(self.encoder).__name__)}, {blocks} blocks, "
+            f"{self.encoder.num_features} features per output token, {_by(self.grid_size)} patches, stride "
+            f"{_by(self.encoder_stride)}"
+        )
+        own = self.state_dict()
+        published = to_published(own, self.encoder_stride)
+
+        def optional(name: str) -> bool:
+            return encoder_only and (name.startswith("decoder.") or name == "encoder.mask_token")
+
+        missing = check_by_name(published, weights, title=title, optional=optional)
+        with torch.no_grad():
+            for name, tensor in from_published(weights, self.encoder_stride).items():
+                own[name].copy_(tensor)
+        return CheckpointReport(tuple(name for name in published if name in weights), tuple(missing), tuple(left))
+
+    def simmim_state_dict(self) -> dict[str, Tensor]:
+        """The weights under their published names and in their published layout, with what is published besides.
+
+        The decoder's weights are copies; the other tensors share the model's memory.
+        """
+        return {**to_published(self.state_dict(), self.encoder_stride), **published_buffers(self.encoder)}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks' activations in the backward pass."""
+        self.encoder.set_grad_checkpointing(enable)
+
+    @contextlib.contextmanager
+    def _recorded(self, images: Tensor, head_stats: Sequence[str]) -> Iterator[Any]:
+        if not head_stats:
+            yield None
+            return
+        layers = attention_layers(self.encoder)
+        rows, columns = self._grid(images)
+        places = torch.arange(rows * columns, device=images.device)
+        positions = torch.stack((places // columns, places % columns), dim=-1).float()
+        prefix = self.encoder.num_prefix_tokens
+        with LayerRecorder(layers, head_stats, num_prefix=prefix, positions=positions) as heads:
+            yield heads
+
+    def _loss(self, pred: Tensor, images: Tensor, mask: Tensor, whole: bool) -> Tensor:
+        """The loss; `whole` where the mask hides all or nothing of what an output token predicts."""
+        rows, columns = (step // side for step, side in zip(self.encoder_stride, self.patch_size, strict=True))
+        size = self.encoder_stride
+        if whole:
+            mask = mask[:, ::rows, ::columns]
+        else:
+            pred, size = self._on_patches(pred, images), self.patch_size
+        mean, std = self._pixel_mean, self._pixel_std
+        if self._target.local_norm is not None:
+            images, mean, std = local_norm(images, self._target.local_norm, mean, std), None, None
+        return masked_patch_loss(
+            pred,
+            images,
+            mask=mask.flatten(1),
+            patch_size=size,
+            norm_pix=self._target.norm_pix,
+            kind=_LOSSES[self.loss],
+            mean=mean,
+            std=std,
+        )
+
+    def _on_patches(self, pred: Tensor, images: Tensor) -> Tensor:
+        """Predicted pixels of output tokens ``[B, L, E]`` as those of the patches ``[B, N, E']``."""
+        (height, width), (rows, columns) = self.patch_size, self._grid(images)
+        down, right = self.encoder_stride[0] // height, self.encoder_stride[1] // width
+        cut = pred.reshape(len(pred), rows // down, columns // right, down, height, right, width * self.in_chans)
+        return cut.permute(0, 1, 3, 2, 5, 4, 6).reshape(len(pred), rows * columns, -1)
+
+    def _check_unit(self) -> None:
+        """Raise ValueError unless units consist of whole output tokens and images of whole units."""
+        unit, sizes = self.mask_unit, self.encoder.patch_embed.img_size
+        if not isinstance(unit, int) or unit < 1 or any(unit % side for side in self.patch_size):
+            raise ValueError(f"mask_unit must be a multiple of the patch size {_by(self.patch_size)}, got {unit}")
+        if any(size % unit for size in sizes):
+            raise ValueError(f"mask_unit {unit} does not divide images of {_by(sizes)} pixels")
+        if any(unit % step for step in self.encoder_stride):
+            raise ValueError(
+                f"mask_unit {unit} is finer than an output token, which predicts {_by(self.encoder_stride)} pixels, or "
+                f"no multiple of it; take a multiple of {_by(self.encoder_stride)}"
+            )
+
+    def _units(self, grid: tuple[int, int]) -> tuple[tuple[int, int], int]:
+        """Rows and columns of units in a grid of patches, and how many of them are masked, rounded as published."""
+        pixels = tuple(count * side for count, side in zip(grid, self.patch_size, strict=True))
+        if any(size % self.mask_unit for size in pixels):
+            raise ValueError(f"mask_unit {self.mask_unit} does not divide images of {_by(pixels)} pixels")
+        rows, columns = (size // self.mask_unit for size in pixels)
+        count = rows * columns
+        masked = math.ceil(count * self.mask_ratio) if 0 < self.mask_ratio < 1 else 0
+        if not 0 < masked < count:
+            raise ValueError(
+                f"mask_ratio must lie between 0 and 1 and leave some of the {count} units of {self.mask_unit} pixels "
+                f"visible and some masked, got {self.mask_ratio}" + (f" ({masked} masked)" if masked else "")
+            )
+        return (rows, columns), masked
+
+    def _check_mask(self, images: Tensor, mask: Tensor) -> None:
+        self._check_images(images)
+        wanted = [images.shape[0], *self._grid(images)]
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask must be a bool tensor {wanted}, True = masked, got {given}")
+        if list(mask.shape) != wanted:
+            raise ValueError(f"mask must be {wanted}, one value per image and patch, got {list(mask.shape)}")
+        if mask.device != images.device:
+            raise ValueError(f"mask is on {mask.device} but images are on {images.device}")
+
+
+def _by(sizes: Sequence[int]) -> str:
+    return " x ".join(str(size) for size in sizes)
