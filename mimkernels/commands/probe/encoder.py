@@ -27,6 +27,7 @@ _BY_SHAPE = {
     (1024, 24): "vit_large_patch16_224",
     (1280, 32): "vit_huge_patch14_224",
 }
+_EXPORTED = ("mae_checkpoint.pth", "simmim_checkpoint.pth")  # by `mimkernels pretrain`
 _DECODER = ("mask_token", "decoder_", "head.")
 
 # Weights whose shapes tell the size of a published encoder: name, axes, what is missing without it.
@@ -157,10 +158,10 @@ def load_encoder(config: ProbeConfig) -> FrozenEncoder:
     path = Path(config.model)
     if path.is_dir():
         newest = CheckpointFolder(path / "checkpoints", 1).latest()
-        exported = path / "mae_checkpoint.pth"
-        if newest is None and not exported.is_file():
-            raise ValueError(f"{config.model!r} holds no run: neither checkpoints/ nor mae_checkpoint.pth")
-        return _from_file(config, newest or exported)
+        found = newest or next((path / name for name in _EXPORTED if (path / name).is_file()), None)
+        if found is None:
+            raise ValueError(f"{config.model!r} holds no run: neither checkpoints/ nor {' nor '.join(_EXPORTED)}")
+        return _from_file(config, found)
     if path.is_file():
         return _from_file(config, path)
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".tar") or "/" in config.model.removeprefix("hf-hub:"):
@@ -182,14 +183,22 @@ def _from_file(config: ProbeConfig, path: Path) -> FrozenEncoder:
     if config.arch is not None or not beside.is_file():
         return _from_published(config, path, weights)
     # Exported by a run, whose settings lie beside it.
-    weights = {name if name.startswith(_DECODER[:2]) else f"encoder.{name}": w for name, w in weights.items()}
-    return _from_run(config, path, beside, read_settings(beside), weights)
+    return _from_run(config, path, beside, read_settings(beside), weights, published=True)
 
 
 def _from_run(
-    config: ProbeConfig, path: Path, settings_path: Path, settings: dict[str, Any], weights: dict[str, Tensor]
+    config: ProbeConfig,
+    path: Path,
+    settings_path: Path,
+    settings: dict[str, Any],
+    weights: dict[str, Tensor],
+    *,
+    published: bool = False,
 ) -> FrozenEncoder:
-    """The encoder of a model that `settings`, read from `settings_path`, build and `weights`, from `path`, fill."""
+    """The encoder of a model that `settings`, read from `settings_path`, build and `weights`, from `path`, fill.
+
+    `published`: the weights have their published names, not those of the model.
+    """
     _not_with(config, "a checkpoint of `mimkernels pretrain`", "arch", "model_kwargs", "img_size")
     pixel_range = settings.get("pixel_range", "auto")
     if not is_of_type(pixel_range, str):
@@ -199,7 +208,10 @@ def _from_run(
     except ValueError as e:
         raise ValueError(f"{str(settings_path)!r}: {e}") from e
     name = settings["model"]
-    copy_by_name(model.state_dict(), weights, title=f"{name} of {settings_path}")
+    if published:
+        model.load_checkpoint(weights)
+    else:
+        copy_by_name(model.state_dict(), weights, title=f"{name} of {settings_path}")
     arguments = ", ".join(f"{argument} {value}" for argument, value in settings["model_kwargs"].items())
     method = type(model).__name__
     assert model.mean is not None and model.std is not None

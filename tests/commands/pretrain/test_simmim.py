@@ -1,6 +1,7 @@
 """``pretrain --method simmim``: every kind of encoder learns digits, and all that a run of MAE can is there."""
 
 import json
+import shutil
 import signal
 
 import pytest
@@ -179,3 +180,15 @@ def test_a_preset_comes_before_the_defaults_and_after_what_is_given(tmp_path, mo
     (config,) = seen
     assert (config.method, config.model, config.epochs) == ("simmim", "swin_base_patch4_window7_224", 7)
     assert (config.blr, config.clip_grad, config.model_kwargs["window_size"]) == (1e-4, 5.0, 6)
+
+
+def test_the_exported_weights_alone_are_probed_as_the_run_is(simmim, tmp_path):
+    from mimkernels.commands.probe.config import ProbeConfig
+    from mimkernels.commands.probe.encoder import load_encoder
+
+    pretrain(simmim("beit"))
+    whole = load_encoder(ProbeConfig(model=str(tmp_path / "run")))
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    exported = load_encoder(ProbeConfig(model=str(tmp_path / "run")))
+    assert exported.title.startswith("SimMIM beit_base_patch16_224")
+    assert exported.fingerprint() == whole.fingerprint()
