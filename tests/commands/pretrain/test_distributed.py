@@ -24,7 +24,7 @@ METHODS = {
     },
 }  # fmt: skip
 SHARDED = {
-    "mae": "['FSDPBlock', 'FSDPDecoderBlock'",
+    "mae": "['FSDPBlock', 'FSDPFusedDecoderBlock'",
     "simmim-beit": "['FSDPBlock', 'FSDPSimMIM']",
     "simmim-swinv2": "['FSDPSimMIM', 'FSDPSwinTransformerV2Block']",
 }
