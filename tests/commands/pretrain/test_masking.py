@@ -10,7 +10,7 @@ from mimkernels.commands.pretrain.masking import Masking
 from mimkernels.commands.pretrain.run import pretrain
 from mimkernels.data.masks import STRATEGIES, MaskSampler
 from mimkernels.engine.checkpoint import load
-from mimkernels.models import MAE
+from mimkernels.models import MAE, SimMIM
 from tests.commands.pretrain.test_run import assert_same_bits, losses, stop_after
 
 # 14 x 14 patches of one pixel, which has no variance to be normalised by; 2 steps per epoch
@@ -35,13 +35,39 @@ def test_a_run_with_every_strategy(tiny, name, monkeypatch):
     result = pretrain(config)
     assert len(losses(result.output)) == 2 and result.content.held_out_loss is not None
     text = (result.output / "report.html").read_text()
-    assert f"learns to paint the\nother {result.content.masked_share:.0%}" in text
+    assert f"learns to paint the other {result.content.masked_share:.0%}" in text
     if name == "random":
         assert all(arguments.get("mask") is None for arguments in given) and result.content.masked_share == 0.75
         return
     assert f"{name}, " in result.content.run_facts["Masks"]
     for step, arguments in enumerate(given[:2]):
         assert torch.equal(arguments["mask"], MaskSampler((14, 14), name).sample(750, config.seed, step).mask)
+
+
+@pytest.mark.parametrize("name", ["block_exact", "ibot"])
+def test_simmim_takes_every_strategy(tiny, name, monkeypatch):
+    given = []
+    forward = SimMIM.forward
+
+    def seen(self, images, **arguments):
+        given.append(arguments["mask"])
+        return forward(self, images, **arguments)
+
+    monkeypatch.setattr(SimMIM, "forward", seen)
+    model = {
+        "img_size": 28,
+        "patch_size": 2,
+        "mask_unit": 4,
+        "decoder_dim": 512,
+        "decoder_depth": 8,
+        "decoder_heads": 16,
+    }
+    config = tiny(**model, method="simmim", masking=name, batch_size=750, head_stats="entropy", pictures=1)
+    result = pretrain(config)
+    assert len(losses(result.output)) == 2 and result.content.held_out_loss is not None
+    assert f"{result.content.masked_share:.0%} of each image's area is hidden" in result.content.lead
+    for step, mask in enumerate(given[:2]):
+        assert torch.equal(mask, MaskSampler((14, 14), name).sample(750, config.seed, step).mask)
 
 
 def test_ratio_and_options_go_to_the_strategy(tiny):
