@@ -31,8 +31,8 @@ from tests.test_instruction_sets import ISAS, OF_ATTENTION, is_of, on_an_instruc
 
 # How many of each are drawn where --configurations does not say it: about a minute of one core for the CPU and one for
 # the backends of GPUs.
-FEW = {"cpu": 600, "cuda-emulated": 900, "triton": 150, "cuda": 2000}
-FEW_OF_ATTENTION = 120  # on an instruction set that has no other kernels
+FEW = {"cpu": 500, "cuda-emulated": 750, "triton": 120, "cuda": 2000}
+FEW_OF_ATTENTION = 80  # on an instruction set that has no other kernels
 CHUNK = 1000  # in one process
 MANY = 400  # draws of a configuration that seems to disagree
 

@@ -26,7 +26,6 @@ METHODS = {
 SHARDED = {
     "mae": "['FSDPBlock', 'FSDPFusedDecoderBlock'",
     "simmim-beit": "['FSDPBlock', 'FSDPSimMIM']",
-    "simmim-swinv2": "['FSDPSimMIM', 'FSDPSwinTransformerV2Block']",
 }
 SETTINGS = {"batch_size": 150, "epochs": 2, "save_every": 1.0, "pictures": 2}
 
@@ -73,7 +72,7 @@ def assert_same_training(one, two):
         torch.testing.assert_close(b["model"][name], value, rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["mae", "simmim-swinv2"])
 def test_two_processes_train_as_one_and_resume(tiny, tmp_path, method):
     settings = {**SETTINGS, **METHODS[method]}
     pretrain(tiny(**settings, accum_steps=2, output=str(tmp_path / "one")))
@@ -98,7 +97,7 @@ def test_bad_input_ends_every_process(tiny, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SHARDED)
 def test_sharded_parameters_continue_what_one_process_began(tiny, tmp_path, method):
     """FSDP2 reads a checkpoint of a single process, trains as one, and writes a checkpoint like its."""
     for name in ("one", "two"):
