@@ -17,6 +17,7 @@ from mimkernels.nn import Block, use_mimkernels_attention, use_mimkernels_block,
 from mimkernels.nn.block import reason_against
 from mimkernels.ops import use_backend
 from mimkernels.testing import Watch
+from tests.nn.timm_layers import assert_same_as_timm, run
 
 
 def layer(**options):
@@ -36,25 +37,6 @@ def ours_of(module):
 
 def tokens(*shape):
     return torch.randn(shape or (5, 17, 24), generator=torch.Generator().manual_seed(1))
-
-
-def run(module, x, **options):
-    """Output, and gradients of the input and of all parameters."""
-    module, x = copy.deepcopy(module).to(x.dtype), x.clone().requires_grad_()
-    torch.manual_seed(4)
-    out = module(x, **options)
-    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out))
-    return {"out": out.detach(), "x": x.grad, **{name: p.grad for name, p in module.named_parameters()}}
-
-
-def assert_same_as_timm(ours, plain, exact):
-    assert ours.keys() == plain.keys() == exact.keys()
-    for name, value in ours.items():
-        assert value.dtype == plain[name].dtype and value.shape == plain[name].shape
-        allowed = 2 * (plain[name].double() - exact[name]).abs().max()
-        allowed = allowed + 8 * torch.finfo(torch.float32).eps * exact[name].abs().max()
-        error = (value.double() - exact[name]).abs().max()
-        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from timm.layers.activations import GELU, GELUTanh
 
 from mimkernels.nn import Mlp, use_mimkernels_mlp
 from mimkernels.testing import Watch
+from tests.nn.timm_layers import assert_same_as_timm, run
 
 
 def layer(**options):
@@ -34,26 +35,6 @@ def ours_of(module):
 
 def tokens(*shape):
     return torch.randn(shape or (2, 17, 24), generator=torch.Generator().manual_seed(1))
-
-
-def run(module, x):
-    """Output, and gradients of the input and of all parameters."""
-    module, x = copy.deepcopy(module).to(x.dtype), x.clone().requires_grad_()
-    torch.manual_seed(4)
-    out = module(x)
-    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out))
-    return {"out": out.detach(), "x": x.grad, **{name: p.grad for name, p in module.named_parameters()}}
-
-
-def assert_same_as_timm(plain_layer, x):
-    ours, plain, exact = run(ours_of(plain_layer), x), run(plain_layer, x), run(plain_layer, x.double())
-    assert ours.keys() == plain.keys() == exact.keys()
-    for name, value in ours.items():
-        assert value.dtype == plain[name].dtype and value.shape == plain[name].shape
-        allowed = 2 * (plain[name].double() - exact[name]).abs().max()
-        allowed = allowed + 8 * torch.finfo(torch.float32).eps * exact[name].abs().max()
-        error = (value.double() - exact[name]).abs().max()
-        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
 @pytest.fixture
@@ -85,7 +66,8 @@ def test_output_and_gradients_are_timm_s(options, shape, calls):
     if 0 in shape:
         assert torch.equal(ours_of(layer(**options))(tokens(*shape)), layer(**options)(tokens(*shape)))
     else:
-        assert_same_as_timm(layer(**options), tokens(*shape))
+        plain, x = layer(**options), tokens(*shape)
+        assert_same_as_timm(run(ours_of(plain), x), run(plain, x), run(plain, x.double()))
         assert calls == ["bias_gelu_fwd", "bias_gelu_bwd"]
 
 
