@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from mimkernels.commands.pretrain.methods import METHODS, Method
+from mimkernels.commands.pretrain.methods import METHODS, Method, check_method
 from mimkernels.data import MAX_PIXELS
 from mimkernels.engine.settings import DEVICES, PRECISIONS, Settings, require, setting
 
@@ -196,4 +196,4 @@ class PretrainConfig(Settings):
                     f"img_size {self.img_size} is not divisible by patch_size {self.patch_size}: "
                     f"try --img-size {max(1, self.img_size // self.patch_size) * self.patch_size}"
                 )
-        self.the_method.check(self)
+        check_method(self)

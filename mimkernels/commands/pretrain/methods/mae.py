@@ -1,0 +1,59 @@
+"""Masked autoencoders as a method of ``mimkernels pretrain``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from mimkernels.commands.pretrain.methods.base import Method
+
+if TYPE_CHECKING:
+    from mimkernels.commands.pretrain.config import PretrainConfig
+
+__all__ = ["MAE"]
+
+
+class MAE(Method):
+    title = "MAE"
+    options = ("decoder_dim", "decoder_depth", "decoder_heads", "norm_pix_loss")
+    mask_ratio, beta2 = 0.75, 0.95
+    ops = ("random_mask", "patchify_gather", "gather_tokens", "restore_tokens", "masked_patch_loss")
+    exported = "mae_checkpoint.pth"
+    sees_all = False
+
+    @classmethod
+    def check(cls, config: PretrainConfig) -> None:
+        if config.decoder_dim % config.decoder_heads:
+            raise ValueError(
+                f"decoder_dim {config.decoder_dim} is not divisible by decoder_heads {config.decoder_heads}"
+            )
+        if config.decoder_dim % 4:
+            raise ValueError(f"decoder_dim must be divisible by 4 (2-d sin-cos positions), got {config.decoder_dim}")
+
+    @staticmethod
+    def blocks(model: Any) -> list[Any]:
+        return [*model.encoder.blocks, *model.decoder_blocks]
+
+    @staticmethod
+    def weights(model: Any) -> Mapping[str, Any]:
+        weights: Mapping[str, Any] = model.mae_state_dict()
+        return weights
+
+    @staticmethod
+    def lead(masked_share: float) -> str:
+        return (
+            f"The model sees {1 - masked_share:.0%} of each image's patches and learns to paint the other "
+            f"{masked_share:.0%}. No labels are used."
+        )
+
+    @staticmethod
+    def loss_words(config: PretrainConfig) -> str:
+        return "Mean squared error on the masked patches, " + (
+            "each patch normalised by its own mean and variance" if config.norm_pix_loss else "of normalised pixels"
+        )
+
+    @staticmethod
+    def picture_words(config: PretrainConfig) -> str:
+        if not config.norm_pix_loss:
+            return ""
+        return "Brightness and contrast of each painted patch are those of the original, as the loss ignores them."

@@ -1,0 +1,69 @@
+"""SimMIM as a method of ``mimkernels pretrain``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from mimkernels.commands.pretrain.methods.base import Method
+
+if TYPE_CHECKING:
+    from mimkernels.commands.pretrain.config import PretrainConfig
+
+__all__ = ["SimMIM"]
+
+
+class SimMIM(Method):
+    title = "SimMIM"
+    options = ("mask_unit", "target", "loss", "decay_bias_tables")
+    mask_ratio, beta2 = 0.6, 0.999
+    ops = ("random_mask", "patchify_gather", "fill_mask_tokens", "masked_patch_loss")
+    exported = "simmim_checkpoint.pth"
+    sees_all = True
+
+    # Parameters without decay in the published code; registers, which it has not, as the other tokens.
+    _UNDECAYED = ("mask_token", "cls_token", "reg_token", "pos_embed")
+    _BIAS_TABLES = ("relative_position_bias_table", "cpb_mlp", "logit_scale")
+
+    @classmethod
+    def undecayed(cls, config: PretrainConfig, name: str) -> bool:
+        parts = name.split(".")
+        if parts[-1] in cls._UNDECAYED:
+            return True
+        return not config.decay_bias_tables and any(part in cls._BIAS_TABLES for part in parts)
+
+    @staticmethod
+    def blocks(model: Any) -> list[Any]:
+        return list(model.blocks)
+
+    @staticmethod
+    def weights(model: Any) -> Mapping[str, Any]:
+        weights: Mapping[str, Any] = model.simmim_state_dict()
+        return weights
+
+    @staticmethod
+    def masked_share(model: Any) -> float:
+        share: float = model.masked_share
+        return share
+
+    @staticmethod
+    def lead(masked_share: float) -> str:
+        return (
+            f"{masked_share:.0%} of each image's area is hidden: its patches become one learned mask token. The model "
+            "sees all tokens and learns to paint what was hidden. No labels are used."
+        )
+
+    @staticmethod
+    def loss_words(config: PretrainConfig) -> str:
+        error = {"l1": "Mean absolute error", "mse": "Mean squared error", "smooth-l1": "Smooth L1 loss"}[config.loss]
+        return f"{error} of the hidden pixels, " + {
+            "pixels": "normalised by mean and deviation of the data",
+            "patch-norm": "each normalised by mean and variance of the patch that is predicted with it",
+        }.get(config.target, "each normalised by mean and variance of its neighbourhood")
+
+    @staticmethod
+    def picture_words(config: PretrainConfig) -> str:
+        if config.target == "pixels":
+            return ""
+        where = "in each patch" if config.target == "patch-norm" else "around each pixel"
+        return f"Brightness and contrast {where} are those of the original, as the loss ignores them."
