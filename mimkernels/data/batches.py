@@ -7,8 +7,8 @@ index), so that a resumed run sees the same bits whatever the number of workers.
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -34,11 +34,33 @@ def derived_seed(*numbers: int) -> int:
     return (int(words[0]) << 31) ^ int(words[1])
 
 
-class Batch(NamedTuple):
-    """What a worker hands over: uint8 images and what it could not read."""
+# Pixels that a model is trained on: one tensor, or one for each of several views.
+Pixels = torch.Tensor | tuple[torch.Tensor, ...]
 
-    images: torch.Tensor | None  # [B, C, H, W] uint8; None if no image could be read
+
+class Views(Protocol):
+    """What is made of an image: uint8 ``[C, S, S]``, or a tuple of several, whose sizes may differ.
+
+    The same bits for the same seed, whatever the process; the global generators are left as they were.
+    """
+
+    def __call__(self, image: Image.Image | torch.Tensor, seed: int) -> Pixels: ...
+
+
+class Sample(NamedTuple):
+    """One training image."""
+
+    pixels: Pixels | None  # None if no image could be read
     broken: list[tuple[int, str]]  # (index, reason)
+    target: int | None = None  # class number, where images are read with labels
+
+
+class Batch(NamedTuple):
+    """What a worker hands over."""
+
+    images: Pixels | None  # [B, C, H, W] uint8, or a tuple of one per view; None if no image could be read
+    broken: list[tuple[int, str]]  # (index, reason)
+    targets: torch.Tensor | None = None  # [B] int64, where images are read with labels
 
 
 class Augmentation:
@@ -94,28 +116,33 @@ def to_mode(image: Image.Image | torch.Tensor, in_chans: int) -> Image.Image | t
 
 
 class PretrainImages(Dataset):
-    """Augmented images by (epoch, index). An image that cannot be read is replaced by another one."""
+    """Augmented images by (epoch, index). An image that cannot be read is replaced by another one.
 
-    def __init__(self, source: Source, augmentation: Augmentation, seed: int) -> None:
-        self.source = source
-        self.augmentation = augmentation
-        self.seed = seed
+    Args:
+        source: where they come from.
+        views: what is made of an image, such as an ``Augmentation``.
+        seed: of the run; every epoch draws other views.
+        targets: class numbers of all images, which then go with them; None: without labels.
+    """
+
+    def __init__(self, source: Source, views: Views, seed: int, targets: Sequence[int] | None = None) -> None:
+        self.source, self.views, self.seed, self.targets = source, views, seed, targets
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor | None, list[tuple[int, str]]]:
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
         broken: list[tuple[int, str]] = []
         for candidate in self._candidates(epoch, index):
             try:
                 image = self.source.read(candidate)
-                pixels = self.augmentation(image, derived_seed(self.seed, AUGMENT, epoch, index))
+                pixels = self.views(image, derived_seed(self.seed, AUGMENT, epoch, index))
             except UNREADABLE as e:
                 broken.append((candidate, reason_of(e)))
             else:
-                return pixels, broken
-        return None, broken
+                return Sample(pixels, broken, None if self.targets is None else self.targets[candidate])
+        return Sample(None, broken)
 
     def _candidates(self, epoch: int, index: int) -> Iterator[int]:
         yield index
@@ -133,11 +160,21 @@ def reason_of(error: Exception) -> str:
     return str(error).strip() or type(error).__name__
 
 
-def collate(samples: list) -> Batch:
-    broken = [entry for _, entries in samples for entry in entries]
-    if any(image is None for image, _ in samples):
+def collate(samples: list[Sample]) -> Batch:
+    broken = [entry for sample in samples for entry in sample.broken]
+    pixels = [sample.pixels for sample in samples if sample.pixels is not None]
+    if len(pixels) < len(samples):
         return Batch(None, broken)
-    return Batch(torch.stack([image for image, _ in samples]), broken)
+    targets = [sample.target for sample in samples if sample.target is not None]
+    return Batch(stacked(pixels), broken, torch.tensor(targets, dtype=torch.int64) if targets else None)
+
+
+def stacked(pixels: Sequence[Pixels]) -> Pixels:
+    """Images as one tensor, or as a tuple of one per view."""
+    first = pixels[0]
+    if isinstance(first, torch.Tensor):
+        return torch.stack([image for image in pixels if isinstance(image, torch.Tensor)])
+    return tuple(torch.stack(list(view)) for view in zip(*pixels, strict=True))
 
 
 class BatchPlan:
@@ -229,9 +266,9 @@ def require_readable(images: PretrainImages) -> None:
     Raises:
         ValueError: none of those tried can be read; names the first, and the reason.
     """
-    sample, broken = images[(0, 0)]
-    if sample is None:
-        raise ValueError(all_broken_message(images.source, broken))
+    sample = images[(0, 0)]
+    if sample.pixels is None:
+        raise ValueError(all_broken_message(images.source, sample.broken))
 
 
 def all_broken_message(source: Source, broken: list[tuple[int, str]]) -> str:

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
@@ -66,17 +67,27 @@ class Progress:
             eta="-",
         )
 
-    def update(self, step: int, *, loss: float, lr: float, images_per_second: float, steps_per_second: float) -> None:
-        """After ``step`` optimizer steps."""
+    def update(
+        self,
+        step: int,
+        *,
+        loss: float,
+        lr: float,
+        images_per_second: float,
+        steps_per_second: float,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """After ``step`` optimizer steps; `metrics` are shown behind the loss."""
         if self.quiet:
             return
+        shown = "".join(f"  {name.replace('_', ' ')} {value:.4f}" for name, value in (metrics or {}).items())
         left = (self.total_steps - step) / max(steps_per_second, 1e-9)
         if self._bar is not None:
             self._bar.update(
                 self._task,
                 completed=step,
                 epoch=self._epoch(step),
-                loss=f"{loss:.4f}",
+                loss=f"{loss:.4f}{shown}",
                 lr=f"{lr:.2e}",
                 rate=count(images_per_second),
                 eta=duration(left),
@@ -88,7 +99,7 @@ class Progress:
             return
         self._printed = now
         self.note(
-            f"epoch {self._epoch(step)}  step {step}/{self.total_steps}  loss {loss:.4f}  lr {lr:.2e}  "
+            f"epoch {self._epoch(step)}  step {step}/{self.total_steps}  loss {loss:.4f}{shown}  lr {lr:.2e}  "
             f"{count(images_per_second)} images/s  {duration(left)} left"
         )
 

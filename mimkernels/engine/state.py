@@ -15,9 +15,20 @@ def state_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[
     """Model and optimizer state with parameter names as keys. With several processes every one of them must call this.
 
     Named keys make the file independent of how it was trained: DDP, FSDP2 and a single process read each other's
-    checkpoints. Processes other than the first may get empty dicts.
+    checkpoints. Processes other than the first may get empty dicts. A parameter that has never been updated has the
+    moments that its first update will start from.
     """
-    return get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights: dict[str, Any]
+    state: dict[str, Any]
+    weights, state = get_state_dict(model, optimizer, options=options)  # type: ignore[assignment]
+    moments = state.get("state", {})
+    for group in state.get("param_groups", []):
+        for name in group["params"]:
+            if name not in moments:
+                zeros = {key: torch.zeros_like(weights[name], dtype=torch.float32) for key in _MOMENTS}
+                moments[name] = {"step": torch.tensor(0.0), **zeros}
+    return weights, state
 
 
 def check_fits(

@@ -1,8 +1,11 @@
-"""Masked image modeling models, whose encoders are models of timm (needs ``mimkernels[train]``)."""
+"""Masked image modeling models and their baselines, whose encoders are models of timm (needs ``mimkernels[train]``)."""
 
 from mimkernels.models.checkpoint import CheckpointReport
 from mimkernels.models.mae import MAE, MAEOutput
 from mimkernels.models.pictures import Pictures
 from mimkernels.models.simmim import SimMIM, SimMIMOutput
+from mimkernels.models.supervised import Supervised, SupervisedOutput
 
-__all__ = ["MAE", "CheckpointReport", "MAEOutput", "Pictures", "SimMIM", "SimMIMOutput"]
+__all__ = [
+    "MAE", "CheckpointReport", "MAEOutput", "Pictures", "SimMIM", "SimMIMOutput", "Supervised", "SupervisedOutput",
+]  # fmt: skip

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mimkernels.models.architecture import check_architecture, check_sizes
+from mimkernels.nn.attention import attention_layers
+from mimkernels.nn.recorder import LayerRecorder
 
 __all__ = ["COMPUTED_BY", "WEIGHT_KWARGS", "ImageModel", "check_computed_by"]
 
@@ -21,12 +23,11 @@ WEIGHT_KWARGS = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_
 class ImageModel(nn.Module):
     """Base of the models: a timm encoder that is trained on images, and what is known of their pixels.
 
-    A subclass has ``from_timm(name, ...)``, sets ``encoder``, ``mask_token``, ``patch_size`` and ``in_chans``, and
-    calls ``_set_pixel_statistics``.
+    A subclass has ``from_timm(name, ...)``, sets ``encoder``, ``patch_size`` and ``in_chans``, and calls
+    ``_set_pixel_statistics``.
     """
 
     encoder: Any  # of timm; its attributes depend on the family
-    mask_token: nn.Parameter
     patch_size: tuple[int, int]
     in_chans: int
     _pixel_mean: Tensor | None
@@ -82,8 +83,23 @@ class ImageModel(nn.Module):
             )
         if images.dtype == torch.uint8 and self.mean is None:
             raise ValueError("uint8 images need the model's mean and std, which are None; give them when building it")
-        if images.device != self.mask_token.device:
-            raise ValueError(f"images are on {images.device} but the model is on {self.mask_token.device}")
+        device = self.encoder.patch_embed.proj.weight.device
+        if images.device != device:
+            raise ValueError(f"images are on {images.device} but the model is on {device}")
+
+    @contextlib.contextmanager
+    def _recorded(self, images: Tensor, head_stats: Sequence[str]) -> Iterator[Any]:
+        """The encoder's heads over all patches of `images`, layer by layer, or None where no statistic is wanted."""
+        if not head_stats:
+            yield None
+            return
+        layers = attention_layers(self.encoder)
+        rows, columns = self._grid(images)
+        places = torch.arange(rows * columns, device=images.device)
+        positions = torch.stack((places // columns, places % columns), dim=-1).float()
+        prefix = self.encoder.num_prefix_tokens
+        with LayerRecorder(layers, head_stats, num_prefix=prefix, positions=positions) as heads:
+            yield heads
 
     @contextlib.contextmanager
     def _in_eval_mode(self) -> Iterator[None]:

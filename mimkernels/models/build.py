@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from mimkernels.models.base import ImageModel
 from mimkernels.models.mae import MAE
 from mimkernels.models.simmim import SimMIM
+from mimkernels.models.supervised import Supervised
 
 __all__ = ["METHODS", "PIXEL_STATISTICS", "build_model"]
 
@@ -19,8 +21,9 @@ _Kinds = Mapping[str, tuple[type, ...]]
 # What every model is built from, and what each setting may be; an int is also a float.
 _SETTINGS: _Kinds = {
     "method": (str,), "model": (str,), "model_kwargs": (dict,), "img_size": (int,), "in_chans": (int,),
-    "patch_size": (int, type(None)), "mask_ratio": (float, type(None)),
+    "patch_size": (int, type(None)),
 }  # fmt: skip
+_MASK_RATIO: _Kinds = {"mask_ratio": (float, type(None))}
 
 
 class Recipe(NamedTuple):
@@ -31,19 +34,27 @@ class Recipe(NamedTuple):
         settings: those that are the method's own, each an argument of the class, and what each may be.
     """
 
-    model: type[MAE] | type[SimMIM]
+    model: type[ImageModel]
     settings: _Kinds
 
 
 METHODS = {
     "mae": Recipe(
-        MAE, {"decoder_dim": (int,), "decoder_depth": (int,), "decoder_heads": (int,), "norm_pix_loss": (bool,)}
+        MAE,
+        {
+            **_MASK_RATIO,
+            "decoder_dim": (int,),
+            "decoder_depth": (int,),
+            "decoder_heads": (int,),
+            "norm_pix_loss": (bool,),
+        },
     ),
-    "simmim": Recipe(SimMIM, {"mask_unit": (int,), "target": (str,), "loss": (str,)}),
+    "simmim": Recipe(SimMIM, {**_MASK_RATIO, "mask_unit": (int,), "target": (str,), "loss": (str,)}),
+    "supervised": Recipe(Supervised, {"num_classes": (int,), "label_smoothing": (float,)}),
 }
 
 
-def build_model(settings: Mapping[str, Any]) -> MAE | SimMIM:
+def build_model(settings: Mapping[str, Any]) -> Any:
     """A freshly initialised model by the settings of a run. The caller sets the seed.
 
     The settings may be those of a file that nobody vouches for: nothing is opened, and of timm's arguments only those
@@ -51,8 +62,11 @@ def build_model(settings: Mapping[str, Any]) -> MAE | SimMIM:
 
     Args:
         settings: ``method``, ``model`` (a plain timm name), ``model_kwargs`` (its further arguments), ``img_size``,
-            ``in_chans``, ``patch_size``, ``mask_ratio`` (None: the method's own), and what else the method has, such as
+            ``in_chans``, ``patch_size``, and what else the method has, such as ``mask_ratio`` (None: its own) and
             ``decoder_dim``; others do not concern the model.
+
+    Returns:
+        An ``ImageModel`` of the method's class.
 
     Raises:
         ValueError: a setting is missing, of another type, or does not fit the model; names it.
@@ -65,12 +79,12 @@ def build_model(settings: Mapping[str, Any]) -> MAE | SimMIM:
     if settings["in_chans"] not in PIXEL_STATISTICS:
         raise ValueError(f"in_chans must be 1 or 3, got {settings['in_chans']}")
     mean, std = PIXEL_STATISTICS[settings["in_chans"]]
-    names = ("img_size", "in_chans", "patch_size", "mask_ratio", *recipe.settings)
+    names = ("img_size", "in_chans", "patch_size", *recipe.settings)
     arguments = {**{name: settings[name] for name in names}, "mean": mean, "std": std}
     repeated = sorted({"name", *arguments}.intersection(settings["model_kwargs"]))
     if repeated:
         raise ValueError(f"model_kwargs repeats {', '.join(repeated)}, which is given by an option of its own")
-    if arguments["mask_ratio"] is None:
+    if arguments.get("mask_ratio", 0.0) is None:
         del arguments["mask_ratio"]
     return recipe.model.from_config({"name": settings["model"], **arguments, **settings["model_kwargs"]})
 

@@ -64,9 +64,14 @@ class Family:
         yield from encoder.blocks
 
     @staticmethod
-    def run(encoder: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Output tokens ``[B, L, D']``, without prefix, for patch tokens ``[B, N, D]`` that have no positions yet."""
+    def features(encoder: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Output tokens ``[B, P + L, D']``, prefix first, for patch tokens ``[B, N, D]`` that have no positions yet."""
         raise NotImplementedError
+
+    @classmethod
+    def run(cls, encoder: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """``features`` without the prefix tokens, ``[B, L, D']``."""
+        return cls.features(encoder, x, grid)[:, getattr(encoder, "num_prefix_tokens", 0) :]
 
     @staticmethod
     def use_mimkernels_attention(encoder: nn.Module) -> None:
@@ -93,7 +98,7 @@ class ViT(Family):
                     _trunc_normal(token)
 
     @staticmethod
-    def run(encoder: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def features(encoder: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
         pos, prefix = positions_and_prefix(encoder, grid)
         if pos is not None:
             x = x + pos
@@ -101,8 +106,8 @@ class ViT(Family):
             x = torch.cat((prefix.expand(len(x), -1, -1), x), dim=1)
         if pos is not None:
             x = encoder.pos_drop(x)
-        x = encoder.fc_norm(run_blocks(encoder, x))
-        return x[:, encoder.num_prefix_tokens :]
+        tokens: Tensor = encoder.fc_norm(run_blocks(encoder, x))
+        return tokens
 
     @staticmethod
     def use_mimkernels_attention(encoder: nn.Module) -> None:
@@ -130,7 +135,7 @@ class BEiT(Family):
                     _trunc_normal(token)
 
     @staticmethod
-    def run(encoder: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def features(encoder: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
         x = torch.cat((encoder.cls_token.expand(len(x), -1, -1), x), dim=1)
         if encoder.pos_embed is not None:
             x = x + encoder.pos_embed
@@ -141,7 +146,8 @@ class BEiT(Family):
                 x = checkpoint(block, x, shared_rel_pos_bias=bias)
             else:
                 x = block(x, shared_rel_pos_bias=bias)
-        return encoder.fc_norm(encoder.norm(x))[:, 1:]
+        tokens: Tensor = encoder.fc_norm(encoder.norm(x))
+        return tokens
 
     @staticmethod
     def use_mimkernels_attention(encoder: nn.Module) -> None:
@@ -188,7 +194,7 @@ class Swin(Family):
             yield from stage.blocks
 
     @staticmethod
-    def run(encoder: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def features(encoder: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
         x = encoder.norm(encoder.layers(x.unflatten(1, grid)))  # [B, h', w', D']
         return x.flatten(1, 2)
 

@@ -1,9 +1,8 @@
 """SimMIM: predict the pixels of masked patches from an encoder that sees all patches, masked ones as mask tokens."""
 
-import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +21,6 @@ from mimkernels.models.simmim_names import (
 )
 from mimkernels.models.targets import local_norm, parse_target
 from mimkernels.nn import embed_visible, use_mimkernels_mlp
-from mimkernels.nn.attention import attention_layers
-from mimkernels.nn.recorder import LayerRecorder
 from mimkernels.ops import fill_mask_tokens, masked_patch_loss, random_mask
 
 __all__ = ["SimMIM", "SimMIMOutput"]
@@ -325,19 +322,6 @@ class SimMIM(ImageModel):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks' activations in the backward pass."""
         self.encoder.set_grad_checkpointing(enable)
-
-    @contextlib.contextmanager
-    def _recorded(self, images: Tensor, head_stats: Sequence[str]) -> Iterator[Any]:
-        if not head_stats:
-            yield None
-            return
-        layers = attention_layers(self.encoder)
-        rows, columns = self._grid(images)
-        places = torch.arange(rows * columns, device=images.device)
-        positions = torch.stack((places // columns, places % columns), dim=-1).float()
-        prefix = self.encoder.num_prefix_tokens
-        with LayerRecorder(layers, head_stats, num_prefix=prefix, positions=positions) as heads:
-            yield heads
 
     def _loss(self, pred: Tensor, images: Tensor, mask: Tensor, whole: bool) -> Tensor:
         """The loss; `whole` where the mask hides all or nothing of what an output token predicts."""

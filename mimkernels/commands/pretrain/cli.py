@@ -13,9 +13,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add ``pretrain``; its ``run`` returns the exit code."""
     parser = subparsers.add_parser(
         "pretrain",
-        help="pre-train a Vision Transformer on images without labels",
-        description="Pre-train a Vision Transformer by masked image modeling. Several processes or machines: start it "
-        "with `torchrun ... -m mimkernels pretrain` or `accelerate launch -m mimkernels pretrain`.",
+        help="pre-train a Vision Transformer on images, without labels or with",
+        description="Pre-train a Vision Transformer by masked image modeling, or as a baseline beside it. Several "
+        "processes or machines: start it with `torchrun ... -m mimkernels pretrain` or `accelerate launch -m mimkernels pretrain`.",
     )
     add_arguments(parser, PretrainConfig)
     _add_run_options(parser)

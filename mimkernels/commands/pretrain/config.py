@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from mimkernels.commands.pretrain.methods import METHODS, Method, check_method
 from mimkernels.data import MAX_PIXELS
@@ -22,7 +23,7 @@ ARCHITECTURE_FIELDS = (
 # ... and with another value of these the stream of batches would be another one.
 STREAM_FIELDS = (
     "data", "max_pixels", "pixel_range", "seed", "crop_scale", "hflip", "masking", "mask_ratio", "masking_kwargs",
-    "norm_pix_loss", "mask_unit", "target", "loss",
+    "norm_pix_loss", "mask_unit", "target", "loss", "label_smoothing", "mixup", "cutmix",
 )  # fmt: skip
 
 
@@ -66,6 +67,18 @@ class PretrainConfig(Settings):
         "published runs, whose exclusion of them names no parameter", "SimMIM",
     )  # fmt: skip
 
+    num_classes: int | None = setting(None, "classes of the labels (default: those of the data)", "supervised")
+    label_smoothing: float = setting(0.1, "share of each target that is spread over all classes", "supervised")
+    mixup: float | None = setting(
+        None, "mix pairs of images by a share from Beta(X, X); 0 for none (default: 0.8 from 50 epochs on, else 0)",
+        "supervised",
+    )  # fmt: skip
+    cutmix: float | None = setting(
+        None,
+        "paste a part of an image into another one; 0 for none (default: 1 from 50 epochs on, else 0)",
+        "supervised",
+    )
+
     data: str = setting(
         "digits", "digits (embedded, no download), an image folder, or torchvision:NAME", "data", metavar="DATA"
     )
@@ -89,9 +102,14 @@ class PretrainConfig(Settings):
     accum_steps: int = setting(1, "forward passes per optimizer step", "optimisation")
     epochs: int = setting(100, "passes over the data", "optimisation")
     warmup_epochs: float | None = setting(
-        None, "epochs of linear learning-rate warm-up (default: a twentieth of all)", "optimisation"
+        None,
+        "epochs of linear learning-rate warm-up (default: a twentieth of all; supervised: a fifth)",
+        "optimisation",
     )
-    blr: float = setting(1.5e-4, "base learning rate: lr = blr * effective batch size / 256", "optimisation")
+    blr: float | None = setting(
+        None, "base learning rate: lr = blr * effective batch size / 256 (default: 1.5e-4; supervised: 2.5e-4)",
+        "optimisation",
+    )  # fmt: skip
     lr: float | None = setting(None, "learning rate as it is, in place of --blr", "optimisation")
     min_lr: float = setting(0.0, "learning rate at the end of the cosine", "optimisation")
     min_blr: float | None = setting(None, "the same for 256 images, in place of --min-lr", "optimisation")
@@ -104,9 +122,11 @@ class PretrainConfig(Settings):
         None, "epoch at which --schedule step takes its step (default: after seven eighths)", "optimisation"
     )
     beta2: float | None = setting(
-        None, "decay of AdamW's mean of squared gradients (default: 0.95; simmim: 0.999)", "optimisation"
+        None, "decay of AdamW's mean of squared gradients (default: 0.999; mae: 0.95)", "optimisation"
     )
-    weight_decay: float = setting(0.05, "weight decay (not on biases, norms and other 1-d parameters)", "optimisation")
+    weight_decay: float | None = setting(
+        None, "weight decay, not on biases, norms and other 1-d parameters (default: 0.05)", "optimisation"
+    )
     clip_grad: float | None = setting(None, "clip the gradient norm to this (default: no clipping)", "optimisation")
     seed: int = setting(0, "seed of weights, order, augmentation and masks", "optimisation")
 
@@ -141,6 +161,11 @@ class PretrainConfig(Settings):
     @property
     def the_method(self) -> type[Method]:
         return METHODS[self.method]
+
+    def value(self, name: str) -> Any:
+        """The setting `name`, or the method's own value where it is None."""
+        given = getattr(self, name)
+        return getattr(self.the_method, name) if given is None else given
 
     def check(self) -> None:
         """Raise ValueError for values that cannot work, before anything is written."""
@@ -180,10 +205,14 @@ class PretrainConfig(Settings):
         require(self.beta2 is None or 0 <= self.beta2 < 1, "beta2", self.beta2, "at least 0 and below 1")
         warmup = self.warmup_epochs
         require(warmup is None or 0 <= warmup <= self.epochs, "warmup_epochs", warmup, f"in 0..{self.epochs} (epochs)")
+        classes = self.num_classes
+        require(classes is None or classes >= 2, "num_classes", classes, "at least 2")
+        smoothing = self.label_smoothing
+        require(0 <= smoothing < 1, "label_smoothing", smoothing, "at least 0 and below 1")
         for name in ("blr", "lr", "save_every"):
             value = getattr(self, name)
             require(value is None or (value > 0 and math.isfinite(value)), name, value, "positive and finite")
-        for name in ("min_lr", "min_blr", "warmup_blr", "weight_decay"):
+        for name in ("min_lr", "min_blr", "warmup_blr", "weight_decay", "mixup", "cutmix"):
             value = getattr(self, name)
             require(value is None or (value >= 0 and math.isfinite(value)), name, value, "0 or more and finite")
         require(self.clip_grad is None or self.clip_grad > 0, "clip_grad", self.clip_grad, "positive")

@@ -15,9 +15,11 @@ from mimkernels.commands.pretrain.config import PretrainConfig
 from mimkernels.commands.pretrain.heads import HeadWatch
 from mimkernels.commands.pretrain.history import History
 from mimkernels.commands.pretrain.masking import Masking
+from mimkernels.commands.pretrain.methods import Moment
 from mimkernels.data.batches import (
     Batch,
     BatchPlan,
+    Pixels,
     PretrainImages,
     all_broken_message,
     derived_seed,
@@ -30,7 +32,7 @@ from mimkernels.engine.schedule import learning_rate, scaled_learning_rate
 from mimkernels.engine.state import state_of
 from mimkernels.engine.stop import StopSignal
 
-_DROPOUT = 4  # stream of the seed; the others are in data/batches.py
+_DROPOUT, _MIX = 4, 5  # streams of the seed; the others are in data/batches.py
 
 
 class Trainer:
@@ -50,7 +52,7 @@ class Trainer:
         seconds: float,
         history: History | None,
         heads: HeadWatch,
-        masking: Masking,
+        masking: Masking | None,
         checkpoints: CheckpointFolder,
         progress: Progress,
         workers: int,
@@ -63,7 +65,8 @@ class Trainer:
         self.about = about  # goes into every checkpoint
         self.step = first_step
         self.total_steps = config.epochs * plan.steps_per_epoch
-        warmup = config.epochs / 20 if config.warmup_epochs is None else config.warmup_epochs  # as MAE: 40 of 800
+        self.method = config.the_method
+        warmup = config.epochs * self.method.warmup_share if config.warmup_epochs is None else config.warmup_epochs
         self.warmup_steps = round(warmup * plan.steps_per_epoch)
         self.save_steps = max(1, round(config.save_every * plan.steps_per_epoch))
         self.broken: dict[int, str] = {}
@@ -71,7 +74,9 @@ class Trainer:
         self.seconds_waiting = 0.0
         self.stopped_by = 0
         self._began = time.perf_counter()
-        self._window: list[torch.Tensor] = []
+        self._window: list[torch.Tensor] = []  # of every step the loss, then its metrics
+        self._metrics: list[str] = []
+        self._scheduled: dict[str, float] = {}
         self._window_began = self._began
         self._last_lr = 0.0
         self._grad_norm: torch.Tensor | float = math.nan
@@ -92,6 +97,9 @@ class Trainer:
             workers=self.workers,
             pin_memory=self.accelerator.device.type == "cuda",
         )
+        self._plain: Any = self.accelerator.unwrap_model(self.model)
+        # load_state has left the groups as the settings have them.
+        self._decayed = [group for group in self.optimizer.param_groups if group["weight_decay"] > 0]
         self.model.train()
         self._began = self._window_began = time.perf_counter()
         self.progress.start(self.step)
@@ -112,43 +120,57 @@ class Trainer:
 
     def _train_step(self, batches: Iterator[Batch]) -> None:
         config, accelerator, model = self.config, self.accelerator, self.model
+        at = Moment(self.step, self.total_steps, self.plan.steps_per_epoch)
         self._last_lr = self._learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = self._last_lr
+        self._scheduled = scheduled = self.method.schedule(config, at)
+        for group in self._decayed if "weight_decay" in scheduled else []:
+            group["weight_decay"] = scheduled["weight_decay"]
+        self.method.before_step(self._plain, scheduled, at)
         stats = self.heads.wanted(self.step + 1)
         total: torch.Tensor | None = None
         for accum in range(config.accum_steps):
-            images = self._next_images(batches)
+            images, targets = self._next_batch(batches)
             piece = self.plan.piece(self.step, accum, accelerator.process_index)
             # Dropout and stochastic depth, too, are a function of the step, so that a resumed run draws the same.
             torch.manual_seed(derived_seed(config.seed, _DROPOUT, piece))
-            masks = self.masking.arguments(len(images), piece)
-            if config.compile and "offset" in masks:
+            seed = derived_seed(config.seed, _MIX, piece)
+            inputs, arguments = self.method.call(config, images, targets, seed=seed, training=True)
+            if self.masking is not None:
+                arguments |= self.masking.arguments(config.batch_size, piece)
+            if config.compile and "offset" in arguments:
                 # A Python integer would be a constant to the compiler, one recompilation per step.
-                masks["offset"] = torch.full((), piece, dtype=torch.int64, device=images.device)
+                arguments["offset"] = torch.full((), piece, dtype=torch.int64, device=accelerator.device)
             synchronise = accum == config.accum_steps - 1
             with contextlib.nullcontext() if synchronise else accelerator.no_sync(model):
-                out = model(images, seed=config.seed, **masks, **({"head_stats": stats} if stats else {}))
+                out = model(inputs, **arguments, **({"head_stats": stats} if stats else {}))
                 loss = out.loss / config.accum_steps
                 accelerator.backward(loss + self.heads.penalty(out.head_stats) / config.accum_steps)
             if stats:
                 self.heads.see(out.head_stats)
-            total = loss.detach() if total is None else total + loss.detach()
+            metrics = getattr(out, "metrics", {})
+            self._metrics = list(metrics)
+            seen = torch.stack([loss.detach(), *(value.detach() / config.accum_steps for value in metrics.values())])
+            total = seen if total is None else total + seen
         assert total is not None
         # Elsewhere this would wait for the device, or only one of several processes would stop: _log looks there.
         if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
-            self._require_finite(total.item(), self.step)
+            self._require_finite(total[0].item(), self.step)
         self._window.append(total)
-        if config.clip_grad is not None:
-            self._grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_grad)
+        clip_grad = config.value("clip_grad")
+        if clip_grad is not None:
+            self._grad_norm = accelerator.clip_grad_norm_(model.parameters(), clip_grad)
         elif self._log_due(self.step + 1):
             self._grad_norm = accelerator.clip_grad_norm_(model.parameters(), math.inf)
+        self.method.before_update(self._plain, scheduled, at)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.method.after_step(self._plain, scheduled, at)
         self.step += 1
-        seen = self.heads.collect()
-        if seen is not None and self.history is not None:
-            self.history.add_heads(self.step, seen)
+        recorded = self.heads.collect()
+        if recorded is not None and self.history is not None:
+            self.history.add_heads(self.step, recorded)
 
     def _learning_rate(self, step: int) -> float:
         config, batch = self.config, self.plan.effective_batch
@@ -166,7 +188,7 @@ class Trainer:
             tenth_from=tenth_from,
         )
 
-    def _next_images(self, batches: Iterator[Batch]) -> torch.Tensor:
+    def _next_batch(self, batches: Iterator[Batch]) -> tuple[Pixels, torch.Tensor | None]:
         began = time.perf_counter()
         batch = next(batches)
         self.seconds_waiting += time.perf_counter() - began
@@ -177,14 +199,18 @@ class Trainer:
                 self.broken[index] = reason
                 text = f"cannot read {self.images.source.label(index)}, another image takes its place: {reason}"
                 warnings.warn(text, stacklevel=2)
-        return batch.images.to(self.accelerator.device, non_blocking=True)
+        device = self.accelerator.device
+        targets = None if batch.targets is None else batch.targets.to(device, non_blocking=True)
+        if isinstance(batch.images, tuple):
+            return tuple(view.to(device, non_blocking=True) for view in batch.images), targets
+        return batch.images.to(device, non_blocking=True), targets
 
     def _log_due(self, step: int) -> bool:
         return step % self.config.log_every == 0 or step == self.total_steps
 
     def _log(self, stop_number: int) -> bool:
         """Write a log entry; True where the processes agree to stop."""
-        losses, stop_asked = self._reduced_losses(stop_number)
+        losses, metrics, stop_asked = self._reduced_losses(stop_number)
         now = time.perf_counter()
         steps_per_second = len(losses) / (now - self._window_began)
         self._window_began = now
@@ -192,7 +218,9 @@ class Trainer:
         images_per_second = steps_per_second * self.plan.effective_batch
         values = {
             "loss": loss,
+            **metrics,
             "lr": self._last_lr,
+            **self._scheduled,
             "grad_norm": float(self._grad_norm),
             "images_per_second": images_per_second,
             "seconds": self.seconds,
@@ -205,25 +233,29 @@ class Trainer:
             lr=self._last_lr,
             images_per_second=images_per_second,
             steps_per_second=steps_per_second,
+            metrics=metrics,
         )
         if stop_asked:
             self.stopped_by = stop_number or signal.SIGTERM
         return stop_asked
 
-    def _reduced_losses(self, stop_number: int) -> tuple[list[float], bool]:
-        """Losses since the last call, averaged over the processes, and whether any process was asked to stop.
+    def _reduced_losses(self, stop_number: int) -> tuple[list[float], dict[str, float], bool]:
+        """Losses and mean metrics since the last call, over all processes, and whether one was asked to stop.
 
         The one place that waits for the device. With several processes it is also where they agree: all of them see
         the same losses and the same stop request after the same step.
         """
-        message = torch.stack([*self._window, torch.tensor(float(stop_number > 0), device=self._window[0].device)])
+        asked = torch.tensor([float(stop_number > 0)], device=self._window[0].device)
+        message = torch.cat([*self._window, asked])
         message = self.accelerator.reduce(message.float(), reduction="mean")
+        window = message[:-1].view(len(self._window), -1)  # [steps, 1 + metrics]
         self._window.clear()
-        *losses, asked = message.tolist()
+        losses = window[:, 0].tolist()
+        metrics = dict(zip(self._metrics, window[:, 1:].mean(0).tolist(), strict=True))
         first = self.step - len(losses)
         for i, loss in enumerate(losses):
             self._require_finite(loss, first + i)
-        return losses, asked > 0
+        return losses, metrics, bool(message[-1] > 0)
 
     def _require_finite(self, loss: float, step: int) -> None:
         if math.isfinite(loss):

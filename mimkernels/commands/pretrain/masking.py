@@ -54,9 +54,12 @@ class Masking:
         return f"{self.name}{f' ({options})' if options else ''}, {self.share:.0%} of the patches on average"
 
     def arguments(self, batch: int, offset: int) -> dict[str, Any]:
-        """What a step calls the model with, in addition to its images and ``seed``; `offset` if the model draws."""
+        """What a step calls the model with, in addition to its images; `seed` and `offset` if the model draws."""
         # A mask on the CPU is counted there: the model waits for no device.
-        return {"offset": offset} if self.sampler is None else {"mask": self._first(batch, offset)}
+        return {
+            "seed": self.seed,
+            **({"offset": offset} if self.sampler is None else {"mask": self._first(batch, offset)}),
+        }
 
     def for_held_out(self, images: int) -> Tensor | None:
         """``[B, h, w]`` bool, images that are masked before others that are not; None if the model draws."""

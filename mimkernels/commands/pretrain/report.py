@@ -26,7 +26,7 @@ class Report:
         heads: picture of the head statistics as a data address.
         pictures: originals, masked images and reconstructions, each ``[n, C, S, S]`` in [0, 1].
         pictures_are_new: whether they were not trained on.
-        masked_share: of the patches, on average.
+        masked_share: of the patches, on average; None where none are masked.
     """
 
     config: PretrainConfig
@@ -37,7 +37,7 @@ class Report:
     pictures: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
     pictures_are_new: bool
     held_out_loss: float | None
-    masked_share: float
+    masked_share: float | None
     versions: dict[str, str]
     backends: dict[str, str]
 
@@ -48,7 +48,7 @@ class Report:
 
     @property
     def lead(self) -> str:
-        return self.config.the_method.lead(self.masked_share)
+        return self.config.the_method.lead(self.config, self.masked_share)
 
     @property
     def loss_words(self) -> str:

@@ -4,7 +4,7 @@ import contextlib
 import os
 import resource
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -114,6 +114,12 @@ class Run:
         if device.type == "cpu" and _asked_to_shard() and self.accelerator.distributed_type.value != "FSDP":
             # accelerate would fall back to DDP without a word.
             raise ValueError("FSDP was asked for, but accelerate shards on accelerators only and the device is 'cpu'")
+        method = config.the_method
+        with self.accelerator.local_main_process_first():  # one process per machine downloads
+            decoder = Decoder.from_settings(config.max_pixels, config.pixel_range)
+            self.source = open_source(config.data, config.data_root, decoder)
+        targets = self._targets() if method.labelled else None
+        config = self.config  # which now has the number of classes
         torch.manual_seed(config.seed)
         self.model = build_model(config.to_dict())
         if self.start is not None:
@@ -121,29 +127,41 @@ class Run:
         self.heads = HeadWatch(config, getattr(self.model.encoder, "num_prefix_tokens", 0))
         if self.heads.names or self.heads.weights:
             attention_layers(self.model.encoder)  # refuses a model whose heads cannot be recorded
-        self.masking = Masking(config, self.model.grid_size)
-        with self.accelerator.local_main_process_first():  # one process per machine downloads
-            decoder = Decoder.from_settings(config.max_pixels, config.pixel_range)
-            self.source = open_source(config.data, config.data_root, decoder)
+        self.masking = Masking(config, self.model.grid_size) if method.masks else None
         self.augmentation = Augmentation(
             config.img_size,
             config.in_chans,
             self.source.crop_scale if config.crop_scale is None else config.crop_scale,
             self.source.mirrored if config.hflip is None else config.hflip,
         )
-        self.images = PretrainImages(self.source, self.augmentation, config.seed)
+        self.images = PretrainImages(self.source, method.views(config, self.augmentation), config.seed, targets)
         processes = self.accelerator.num_processes
         self.plan = BatchPlan(len(self.source), config.batch_size, config.accum_steps, processes, config.seed)
         require_readable(self.images)
         if self.start is not None:
             check_same_stream(self.start, self.source, self.plan)
-        self.peak_lr = config.lr or scaled_learning_rate(config.blr, self.plan.effective_batch)
+        self.peak_lr = config.lr or scaled_learning_rate(config.value("blr"), self.plan.effective_batch)
         self.progress = Progress(
             total_steps=config.epochs * self.plan.steps_per_epoch,
             steps_per_epoch=self.plan.steps_per_epoch,
             quiet=not self.accelerator.is_main_process,
             stream=stream,
         )
+
+    def _targets(self) -> list[int]:
+        """The images' class numbers; the settings get the number of classes."""
+        targets, classes = self.source.targets()
+        if self.config.num_classes is None:
+            self.config = replace(self.config, num_classes=len(classes))
+        assert self.config.num_classes is not None
+        if self.config.num_classes < len(classes):
+            raise ValueError(
+                f"{self.source.name!r} has {len(classes)} classes, num_classes is {self.config.num_classes}: the "
+                "model could not name them all"
+            )
+        if len(classes) < 2:
+            raise ValueError(f"{self.source.name!r} has {len(classes)} class: supervised training needs at least 2")
+        return targets
 
     def execute(self) -> RunResult:
         """Train to the end of the schedule or to a stop request, then write weights, pictures and the report."""
@@ -222,10 +240,10 @@ class Run:
             self.model.compile()
         optimizer = torch.optim.AdamW(
             parameter_groups(
-                self.model.named_parameters(), config.weight_decay, lambda name: method.undecayed(config, name)
+                self.model.named_parameters(), config.value("weight_decay"), lambda name: method.undecayed(config, name)
             ),
             lr=self.peak_lr,
-            betas=(0.9, method.beta2 if config.beta2 is None else config.beta2),
+            betas=(0.9, config.value("beta2")),
             fused=True,
         )
         model, optimizer = self.accelerator.prepare(self.model, optimizer)
@@ -272,11 +290,12 @@ class Run:
                 [
                     config.model,
                     *(f"{k} {v}" for k, v in arguments.items()),
-                    f"{parameters / 1e6:.2g} M parameters with decoder",
+                    f"{parameters / 1e6:.2g} M parameters"
+                    + (" with decoder" if config.the_method.reconstructs else ""),
                 ]
             ),
             "Data": f"{self.source.name}, {len(self.source):,} images, {config.img_size} x {config.img_size} pixels",
-            **({"Masks": self.masking.told()} if self.masking.sampler else {}),
+            **({"Masks": self.masking.told()} if self.masking and self.masking.sampler else {}),
             "Device": device_name(self.accelerator.device)
             + (f", {processes} processes ({_sharing(self.accelerator)})" if processes > 1 else ""),
             "Precision": f"{self.precision} ({self.precision_reason})",
@@ -316,10 +335,15 @@ class Run:
         held_out = open_held_out(config.data, config.data_root)
         pictures: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         held_out_loss: float | None = None
-        if held_out is not None:
+        if held_out is not None and self.masking is not None:
             batch, _ = picture_batch(held_out, self.augmentation, _HELD_OUT_IMAGES)
             held_out_loss = _mean_loss(model, batch.to(device), config, self.masking)
-        if config.pictures:
+        masked_share: float | None = None
+        if self.masking is not None:
+            share = self.masking.share
+            masked_share = config.the_method.masked_share(model) if share is None else share
+        if config.pictures and config.the_method.reconstructs:
+            assert self.masking is not None
             batch, _ = picture_batch(held_out or self.source, self.augmentation, config.pictures)
             if len(batch):
                 mask = self.masking.for_held_out(len(batch))
@@ -334,7 +358,7 @@ class Run:
             pictures=pictures,
             pictures_are_new=held_out is not None,
             held_out_loss=held_out_loss,
-            masked_share=config.the_method.masked_share(model) if self.masking.share is None else self.masking.share,
+            masked_share=masked_share,
             versions=versions(),
             backends=_backends(device, self.precision, config.the_method.ops),
         )

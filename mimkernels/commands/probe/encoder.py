@@ -27,7 +27,7 @@ _BY_SHAPE = {
     (1024, 24): "vit_large_patch16_224",
     (1280, 32): "vit_huge_patch14_224",
 }
-_EXPORTED = ("mae_checkpoint.pth", "simmim_checkpoint.pth")  # by `mimkernels pretrain`
+_EXPORTED = ("mae_checkpoint.pth", "simmim_checkpoint.pth", "supervised_checkpoint.pth")  # by `mimkernels pretrain`
 _DECODER = ("mask_token", "decoder_", "head.")
 
 # Weights whose shapes tell the size of a published encoder: name, axes, what is missing without it.

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING
 
-from mimkernels.commands.pretrain.methods.base import Method
+from mimkernels.commands.pretrain.methods.base import Method, Moment
 from mimkernels.commands.pretrain.methods.mae import MAE
 from mimkernels.commands.pretrain.methods.simmim import SimMIM
+from mimkernels.commands.pretrain.methods.supervised import Supervised
 
 if TYPE_CHECKING:
     from mimkernels.commands.pretrain.config import PretrainConfig
 
-__all__ = ["METHODS", "Method", "check_method"]
+__all__ = ["METHODS", "Method", "Moment", "check_method"]
 
-METHODS: dict[str, type[Method]] = {"mae": MAE, "simmim": SimMIM}
+METHODS: dict[str, type[Method]] = {"mae": MAE, "simmim": SimMIM, "supervised": Supervised}
 
 
 def check_method(config: PretrainConfig) -> None:
-    """Raise ValueError for settings that cannot work with the method, or that are another method's."""
+    """Raise ValueError for settings that cannot work with the method, or that are others' alone."""
     method = METHODS[config.method]
-    defaults = {f.name: f.default for f in fields(config)}
-    for other in METHODS.values():
-        for name in other.options:
-            if name not in method.options and getattr(config, name) != defaults[name]:
-                raise ValueError(
-                    f"{name} is an option of {other.title}, got {getattr(config, name)!r} and method "
-                    f"{config.method!r}, whose own are {', '.join(method.options)}"
-                )
+    defaults = {f.name: {} if f.default is MISSING else f.default for f in fields(config)}
+    for name in dict.fromkeys(option for other in METHODS.values() for option in other.options):
+        if name not in method.options and getattr(config, name) != defaults[name]:
+            owners = " and ".join(other.title for other in METHODS.values() if name in other.options)
+            raise ValueError(
+                f"{name} is an option of {owners}, got {getattr(config, name)!r} and method {config.method!r}, whose "
+                f"own are {', '.join(method.options)}"
+            )
     method.check(config)

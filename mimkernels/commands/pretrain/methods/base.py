@@ -3,21 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 if TYPE_CHECKING:
-    from mimkernels.commands.pretrain.config import PretrainConfig
+    from torch import Tensor
 
-__all__ = ["Method"]
+    from mimkernels.commands.pretrain.config import PretrainConfig
+    from mimkernels.data.batches import Augmentation, Pixels, Views
+
+__all__ = ["MASK_OPTIONS", "Method", "Moment"]
+
+# Options of methods that mask patches.
+MASK_OPTIONS = ("masking", "mask_ratio", "masking_kwargs")
+
+
+class Moment(NamedTuple):
+    """Where in a run an optimizer step is; the first step is number 0."""
+
+    step: int
+    total_steps: int
+    steps_per_epoch: int
+
+    @property
+    def share(self) -> float:
+        """Of the run that lies behind, in [0, 1)."""
+        return self.step / self.total_steps
+
+    @property
+    def epoch(self) -> float:
+        return self.step / self.steps_per_epoch
 
 
 class Method:
-    """One method; no instances. How its model is built by the settings is in ``mimkernels.models.build``.
+    """One method; no instances: a run's state lies in its model. How that is built is in ``mimkernels.models.build``.
+
+    A model is called with images and with what ``call`` and, of a method that masks, ``Masking`` give; the result has
+    ``loss``, a scalar; ``head_stats`` where the call asked for them; and perhaps ``metrics``, detached scalars by
+    name, which are averaged over the steps of a log entry and over the processes.
+
+    A training step calls, in this order: ``schedule``, ``before_step``, the model, ``before_update`` when gradients
+    are complete and clipped, the optimizer, ``after_step``. The hooks take the model without wrappers; its
+    parameters may be sharded.
 
     Attributes:
         title: the method's name for people.
         options: settings that other methods have no use for.
-        mask_ratio, beta2: where the settings name none.
+        masks: whether patches are masked.
+        reconstructs: whether the model has ``reconstruct``, which gives pictures.
+        labelled: whether images are read with their class numbers.
+        mask_ratio, beta2, blr, weight_decay, clip_grad, warmup_share: where the settings name none; the last is the
+            share of the epochs in which the learning rate rises.
         ops: whose backends the report names.
         exported: file of the weights under their published names.
         sees_all: whether the encoder has a token for every patch, masked or not.
@@ -25,8 +60,15 @@ class Method:
 
     title: ClassVar[str]
     options: ClassVar[tuple[str, ...]]
-    mask_ratio: ClassVar[float]
-    beta2: ClassVar[float]
+    masks: ClassVar[bool] = True
+    reconstructs: ClassVar[bool] = True
+    labelled: ClassVar[bool] = False
+    mask_ratio: ClassVar[float | None] = None
+    beta2: ClassVar[float] = 0.999
+    blr: ClassVar[float] = 1.5e-4
+    weight_decay: ClassVar[float] = 0.05
+    clip_grad: ClassVar[float | None] = None
+    warmup_share: ClassVar[float] = 0.05  # as MAE: 40 of 800
     ops: ClassVar[tuple[str, ...]]
     exported: ClassVar[str]
     sees_all: ClassVar[bool]
@@ -34,6 +76,41 @@ class Method:
     @classmethod
     def check(cls, config: PretrainConfig) -> None:
         """Raise ValueError for settings that cannot work together with this method."""
+
+    @staticmethod
+    def views(config: PretrainConfig, augmentation: Augmentation) -> Views:
+        """What is made of an image: one view by default, by the settings' crop and flip; see ``Views``."""
+        return augmentation
+
+    @classmethod
+    def call(
+        cls, config: PretrainConfig, images: Pixels, targets: Tensor | None, *, seed: int, training: bool
+    ) -> tuple[Any, dict[str, Any]]:
+        """What the model is called with for a batch on its device: the images and further arguments by name.
+
+        `seed` is the batch's own; a run that is continued gives the same again.
+        """
+        return images, {} if targets is None else {"targets": targets}
+
+    @classmethod
+    def schedule(cls, config: PretrainConfig, at: Moment) -> dict[str, float]:
+        """Values by name that change with the steps, besides the learning rate; they are logged.
+
+        ``weight_decay`` is that of the parameters that are decayed. Others are for the hooks.
+        """
+        return {}
+
+    @staticmethod
+    def before_step(model: Any, scheduled: Mapping[str, float], at: Moment) -> None:
+        """Prepare the model for the forward passes of a step."""
+
+    @staticmethod
+    def before_update(model: Any, scheduled: Mapping[str, float], at: Moment) -> None:
+        """Change gradients before the optimizer takes its step."""
+
+    @staticmethod
+    def after_step(model: Any, scheduled: Mapping[str, float], at: Moment) -> None:
+        """Follow the optimizer's step, as the weights of a teacher do."""
 
     @staticmethod
     def undecayed(config: PretrainConfig, name: str) -> bool:
@@ -57,8 +134,8 @@ class Method:
         return share
 
     @staticmethod
-    def lead(masked_share: float) -> str:
-        """What the model learns, in one or two sentences."""
+    def lead(config: PretrainConfig, masked_share: float | None) -> str:
+        """What the model learns, in one or two sentences; None of a method that masks nothing."""
         raise NotImplementedError
 
     @staticmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mimkernels.commands.pretrain.methods.base import Method
+from mimkernels.commands.pretrain.methods.base import MASK_OPTIONS, Method
 
 if TYPE_CHECKING:
     from mimkernels.commands.pretrain.config import PretrainConfig
@@ -15,7 +15,7 @@ __all__ = ["MAE"]
 
 class MAE(Method):
     title = "MAE"
-    options = ("decoder_dim", "decoder_depth", "decoder_heads", "norm_pix_loss")
+    options = (*MASK_OPTIONS, "decoder_dim", "decoder_depth", "decoder_heads", "norm_pix_loss")
     mask_ratio, beta2 = 0.75, 0.95
     ops = ("random_mask", "patchify_gather", "gather_tokens", "restore_tokens", "masked_patch_loss")
     exported = "mae_checkpoint.pth"
@@ -40,7 +40,8 @@ class MAE(Method):
         return weights
 
     @staticmethod
-    def lead(masked_share: float) -> str:
+    def lead(config: PretrainConfig, masked_share: float | None) -> str:
+        assert masked_share is not None
         return (
             f"The model sees {1 - masked_share:.0%} of each image's patches and learns to paint the other "
             f"{masked_share:.0%}. No labels are used."

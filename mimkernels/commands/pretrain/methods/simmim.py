@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mimkernels.commands.pretrain.methods.base import Method
+from mimkernels.commands.pretrain.methods.base import MASK_OPTIONS, Method
 
 if TYPE_CHECKING:
     from mimkernels.commands.pretrain.config import PretrainConfig
@@ -15,8 +15,8 @@ __all__ = ["SimMIM"]
 
 class SimMIM(Method):
     title = "SimMIM"
-    options = ("mask_unit", "target", "loss", "decay_bias_tables")
-    mask_ratio, beta2 = 0.6, 0.999
+    options = (*MASK_OPTIONS, "mask_unit", "target", "loss", "decay_bias_tables")
+    mask_ratio = 0.6
     ops = ("random_mask", "patchify_gather", "fill_mask_tokens", "masked_patch_loss")
     exported = "simmim_checkpoint.pth"
     sees_all = True
@@ -47,7 +47,8 @@ class SimMIM(Method):
         return share
 
     @staticmethod
-    def lead(masked_share: float) -> str:
+    def lead(config: PretrainConfig, masked_share: float | None) -> str:
+        assert masked_share is not None
         return (
             f"{masked_share:.0%} of each image's area is hidden: its patches become one learned mask token. The model "
             "sees all tokens and learns to paint what was hidden. No labels are used."

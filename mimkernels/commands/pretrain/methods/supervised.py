@@ -1,0 +1,95 @@
+"""Supervised classification as a method of ``mimkernels pretrain``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from mimkernels.commands.pretrain.methods.base import Method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mimkernels.commands.pretrain.config import PretrainConfig
+    from mimkernels.data.batches import Pixels
+
+__all__ = ["Supervised"]
+
+_LONG = 50  # epochs from which on images are mixed unless the settings say otherwise
+_MIXUP, _CUTMIX = 0.8, 1.0  # as DeiT
+
+
+class Supervised(Method):
+    title = "supervised"
+    options = ("num_classes", "label_smoothing", "mixup", "cutmix")
+    masks, reconstructs, labelled = False, False, True
+    blr, warmup_share = 2.5e-4, 0.2
+    ops = ("patchify_gather", "gather_tokens", "attention", "bias_gelu", "add_layer_norm")
+    exported = "supervised_checkpoint.pth"
+    sees_all = True
+
+    _UNDECAYED = ("cls_token", "reg_token", "pos_embed", "relative_position_bias_table", "logit_scale")
+
+    @classmethod
+    def check(cls, config: PretrainConfig) -> None:
+        if max(mixing(config)) > 0 and config.batch_size % 2:
+            raise ValueError(f"mixup and cutmix mix pairs of images: batch_size must be even, got {config.batch_size}")
+
+    @classmethod
+    def call(
+        cls, config: PretrainConfig, images: Pixels, targets: Tensor | None, *, seed: int, training: bool
+    ) -> tuple[Any, dict[str, Any]]:
+        mixup, cutmix = mixing(config)
+        if not training or not max(mixup, cutmix):
+            return images, {"targets": targets}
+        import numpy as np
+        from timm.data import Mixup
+
+        assert config.num_classes is not None
+        # The model smooths the targets.
+        mix = Mixup(mixup, cutmix, label_smoothing=0.0, num_classes=config.num_classes)
+        before = np.random.get_state()
+        np.random.seed(seed % 2**32)  # timm draws from numpy's global generator
+        try:
+            mixed, shares = mix(images.float() / 255, targets)  # type: ignore[union-attr] # one view
+        finally:
+            np.random.set_state(before)
+        return mixed, {"targets": shares.to(mixed.dtype)}
+
+    @classmethod
+    def undecayed(cls, config: PretrainConfig, name: str) -> bool:
+        return name.split(".")[-1] in cls._UNDECAYED or ".cpb_mlp." in name
+
+    @staticmethod
+    def blocks(model: Any) -> list[Any]:
+        return list(model.blocks)
+
+    @staticmethod
+    def weights(model: Any) -> Mapping[str, Any]:
+        weights: Mapping[str, Any] = model.timm_state_dict()
+        return weights
+
+    @staticmethod
+    def lead(config: PretrainConfig, masked_share: float | None) -> str:
+        return f"The model learns to name the class of an image, one of {config.num_classes}, from labels."
+
+    @staticmethod
+    def loss_words(config: PretrainConfig) -> str:
+        mixup, cutmix = mixing(config)
+        mixed = " and ".join(name for name, alpha in (("mixup", mixup), ("cutmix", cutmix)) if alpha)
+        return (
+            "Cross-entropy of the classes"
+            + (
+                f", {config.label_smoothing:.0%} of each target spread over all of them"
+                if config.label_smoothing
+                else ""
+            )
+            + (f"; training images are mixed by {mixed}" if mixed else "")
+        )
+
+
+def mixing(config: PretrainConfig) -> tuple[float, float]:
+    """Alpha of mixup and of cutmix; 0 for none."""
+    mixup = (_MIXUP if config.epochs >= _LONG else 0.0) if config.mixup is None else config.mixup
+    cutmix = (_CUTMIX if config.epochs >= _LONG else 0.0) if config.cutmix is None else config.cutmix
+    return mixup, cutmix
