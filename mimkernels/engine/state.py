@@ -19,9 +19,8 @@ def state_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[
     moments that its first update will start from.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights: dict[str, Any]
-    state: dict[str, Any]
-    weights, state = get_state_dict(model, optimizer, options=options)  # type: ignore[assignment]
+    both: tuple[Any, Any] = get_state_dict(model, optimizer, options=options)
+    weights, state = both
     moments = state.get("state", {})
     for group in state.get("param_groups", []):
         for name in group["params"]:
