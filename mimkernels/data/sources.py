@@ -1,11 +1,11 @@
-"""Where images come from: the embedded digits, a folder, a torchvision set. A source reads image i; no randomness."""
+"""Where images come from: digits, Fashion-MNIST, a folder, a torchvision set. A source reads image i; no randomness."""
 
 import contextlib
 import difflib
 import hashlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from mimkernels.data.fashion_mnist import FashionMNISTSource
 from mimkernels.data.pixels import IMAGE_EXTENSIONS, Decoder
 
 # Sets whose classes change when an image is mirrored.
@@ -20,6 +21,8 @@ _NOT_MIRRORED = ("MNIST", "QMNIST", "EMNIST", "KMNIST", "FashionMNIST", "USPS", 
 
 # Where torchvision's sets keep their class numbers.
 _TARGET_NAMES = ("targets", "labels", "_labels")
+
+_NAMED = ("digits", "fashion-mnist")
 
 # scikit-learn's digits: training on the first 1500 leaves 297 images for the pictures.
 _DIGITS_TRAIN = 1500
@@ -35,6 +38,8 @@ class Source(Protocol):
     name: str
     mirrored: bool  # is a mirrored image still a sensible one
     crop_scale: float  # smallest area of a random crop that keeps the content recognisable
+    in_memory: bool  # reading decodes nothing
+    statistics: tuple[float, float] | None  # mean and deviation of grey pixels in [0, 1], where they are known
 
     def __len__(self) -> int: ...
 
@@ -57,6 +62,8 @@ class DigitsSource:
     name = "digits"
     mirrored = False
     crop_scale = 0.6
+    in_memory = True
+    statistics: tuple[float, float] | None = None
 
     def __init__(self, train: bool = True) -> None:
         try:
@@ -102,6 +109,8 @@ class FolderSource:
 
     mirrored = True
     crop_scale = 0.2
+    in_memory = False
+    statistics: tuple[float, float] | None = None
 
     def __init__(self, folder: str | Path, decoder: Decoder | None = None) -> None:
         self.folder = Path(folder)
@@ -111,7 +120,8 @@ class FolderSource:
             raise ValueError(f"image folder {str(folder)!r} does not exist (looked for {self.folder.absolute()})")
         if not self.folder.is_dir():
             raise ValueError(
-                f"data must be a folder of images, 'digits' or 'torchvision:NAME'; {str(folder)!r} is a file"
+                f"data must be a folder of images, {', '.join(map(repr, _NAMED))} or 'torchvision:NAME'; "
+                f"{str(folder)!r} is a file"
             )
         self.files = sorted(_image_files(self.folder))
         if not self.files:
@@ -202,6 +212,8 @@ class TorchvisionSource:
     """A torchvision classification set by its class name. Downloaded on first use."""
 
     crop_scale = 0.2
+    in_memory = False
+    statistics: tuple[float, float] | None = None
 
     def __init__(self, name: str, root: str | Path, train: bool = True) -> None:
         import inspect
@@ -259,10 +271,43 @@ class TorchvisionSource:
         return numbers, names if len(names) >= count else [str(number) for number in range(count)]
 
 
+class SubsetSource:
+    """Some images of another source."""
+
+    def __init__(self, source: Source, indices: np.ndarray) -> None:
+        self.source, self.indices = source, indices  # [n] numbers of the images in the source
+        self.name, self.mirrored, self.crop_scale = source.name, source.mirrored, source.crop_scale
+        self.in_memory, self.statistics = source.in_memory, source.statistics
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> Image.Image | torch.Tensor:
+        return self.source.read(int(self.indices[index]))
+
+    def label(self, index: int) -> str:
+        return self.source.label(int(self.indices[index]))
+
+    def fingerprint(self) -> str:
+        chosen = hashlib.sha256(self.indices.astype("<i8").tobytes()).hexdigest()[:16]
+        return f"{self.source.fingerprint()}/{len(self)}/{chosen}"
+
+    def targets(self) -> tuple[list[int], list[str]]:
+        numbers, classes = self.source.targets()
+        return [numbers[index] for index in self.indices.tolist()], classes
+
+
+def is_named(data: str) -> bool:
+    """Whether ``--data`` names a set, not a folder."""
+    return data in _NAMED or data.startswith("torchvision:")
+
+
 def open_source(data: str, root: str = "data", decoder: Decoder | None = None) -> Source:
     """The training images named by ``--data``; `decoder` is for the files of a folder."""
     if data == "digits":
         return DigitsSource()
+    if data == "fashion-mnist":
+        return FashionMNISTSource(root)
     if data.startswith("torchvision:"):
         return TorchvisionSource(data.removeprefix("torchvision:"), root)
     return FolderSource(data, decoder)
@@ -272,9 +317,49 @@ def open_held_out(data: str, root: str = "data") -> Source | None:
     """Images that are not trained on, where the data has a fixed split; None for a plain folder."""
     if data == "digits":
         return DigitsSource(train=False)
+    if data == "fashion-mnist":
+        return FashionMNISTSource(root, train=False)
     if data.startswith("torchvision:"):
         try:
             return TorchvisionSource(data.removeprefix("torchvision:"), root, train=False)
         except ValueError:  # a set with one split only
             return None
     return None
+
+
+def hold_out(source: Source, share: float) -> tuple[Source, Source]:
+    """`source` without a share of its images, and that share: those with the smallest hashes of their names.
+
+    The choice does not depend on the order of the files, and adding a file moves few others.
+    """
+    count = min(len(source) - 1, max(1, round(share * len(source))))
+    if count < 1:
+        raise ValueError(f"{source.name!r} has {len(source)} image: none can be held out")
+    keys = name_hashes(source)
+    chosen = np.zeros(len(source), dtype=bool)
+    chosen[sorted(range(len(source)), key=keys.__getitem__)[:count]] = True
+    return SubsetSource(source, np.flatnonzero(~chosen)), SubsetSource(source, np.flatnonzero(chosen))
+
+
+def name_hashes(source: Source) -> list[bytes]:
+    """A hash of every image's name, that of a file within its folder."""
+    root = str(getattr(source, "folder", ""))
+    names = (source.label(index).removeprefix(root) for index in range(len(source)))
+    return [hashlib.sha256(name.encode(errors="surrogateescape")).digest() for name in names]
+
+
+def class_numbers(source: Source, other: str, classes: Sequence[str]) -> list[int]:
+    """The images' classes by the numbers that they have among `classes`, those of the set named `other`.
+
+    Raises:
+        ValueError: a class is not among them; names it.
+    """
+    numbers, names = source.targets()
+    known = {name: number for number, name in enumerate(classes)}
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"{source.name!r} has a class {name!r} that {other!r} has not; it has "
+                f"{', '.join(classes[:8])}{', ...' if len(classes) > 8 else ''}"
+            )
+    return [known[names[number]] for number in numbers]

@@ -1,6 +1,7 @@
 """Models from the settings of a run: what a checkpoint or a ``config.json`` says is enough to build its model anew."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mimkernels.models.base import ImageModel
@@ -8,7 +9,7 @@ from mimkernels.models.mae import MAE
 from mimkernels.models.simmim import SimMIM
 from mimkernels.models.supervised import Supervised
 
-__all__ = ["METHODS", "PIXEL_STATISTICS", "build_model"]
+__all__ = ["METHODS", "PIXEL_STATISTICS", "build_model", "format_statistics", "parse_statistics"]
 
 # Mean and deviation of ImageNet's pixels in [0, 1], by the number of channels: colour, and its luminance.
 PIXEL_STATISTICS = {
@@ -62,8 +63,8 @@ def build_model(settings: Mapping[str, Any]) -> Any:
 
     Args:
         settings: ``method``, ``model`` (a plain timm name), ``model_kwargs`` (its further arguments), ``img_size``,
-            ``in_chans``, ``patch_size``, and what else the method has, such as ``mask_ratio`` (None: its own) and
-            ``decoder_dim``; others do not concern the model.
+            ``in_chans``, ``patch_size``, perhaps ``pixel_stats``, and what else the method has, such as ``mask_ratio``
+            (None: its own) and ``decoder_dim``; others do not concern the model.
 
     Returns:
         An ``ImageModel`` of the method's class.
@@ -78,7 +79,11 @@ def build_model(settings: Mapping[str, Any]) -> Any:
     _check_kinds(settings, recipe.settings)
     if settings["in_chans"] not in PIXEL_STATISTICS:
         raise ValueError(f"in_chans must be 1 or 3, got {settings['in_chans']}")
-    mean, std = PIXEL_STATISTICS[settings["in_chans"]]
+    stats = settings.get("pixel_stats", "imagenet")  # of a run before there was the setting: these
+    if not isinstance(stats, str):
+        raise ValueError(f"setting 'pixel_stats' must be str, got {type(stats).__name__} {str(stats)[:60]!r}")
+    imagenet = stats in ("imagenet", "auto")
+    mean, std = PIXEL_STATISTICS[settings["in_chans"]] if imagenet else parse_statistics(stats, settings["in_chans"])
     names = ("img_size", "in_chans", "patch_size", *recipe.settings)
     arguments = {**{name: settings[name] for name in names}, "mean": mean, "std": std}
     repeated = sorted({"name", *arguments}.intersection(settings["model_kwargs"]))
@@ -87,6 +92,26 @@ def build_model(settings: Mapping[str, Any]) -> Any:
     if arguments.get("mask_ratio", 0.0) is None:
         del arguments["mask_ratio"]
     return recipe.model.from_config({"name": settings["model"], **arguments, **settings["model_kwargs"]})
+
+
+def format_statistics(mean: Sequence[float], std: Sequence[float]) -> str:
+    """``0.4850,0.4560,0.4060/0.2290,0.2240,0.2250``, as settings keep them."""
+    return "/".join(",".join(f"{value:.4f}" for value in values) for values in (mean, std))
+
+
+def parse_statistics(text: str, in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of each channel; ValueError shows what is wrong."""
+    try:
+        mean, std = (tuple(float(value) for value in part.split(",")) for part in text.split("/"))
+        if not len(mean) == len(std) == in_chans or not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
+            raise ValueError
+    except ValueError:
+        wanted = "MEAN/STD" if in_chans == 1 else "MEAN,MEAN,MEAN/STD,STD,STD"
+        raise ValueError(
+            f"pixel_stats must be auto, imagenet, data or, for in_chans {in_chans}, {wanted} with positive deviations, "
+            f"got {text!r}"
+        ) from None
+    return mean, std
 
 
 def _check_kinds(settings: Mapping[str, Any], wanted: _Kinds) -> None:

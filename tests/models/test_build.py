@@ -3,7 +3,7 @@ import torch
 
 from mimkernels.commands.pretrain.config import METHODS as OFFERED
 from mimkernels.models import MAE
-from mimkernels.models.build import METHODS, build_model
+from mimkernels.models.build import METHODS, build_model, format_statistics, parse_statistics
 
 SETTINGS = {
     "method": "mae", "model": "vit_tiny_patch16_224", "model_kwargs": {"embed_dim": 16, "depth": 1, "num_heads": 2},
@@ -19,6 +19,15 @@ def test_settings_give_the_model_and_the_seed_its_weights():
     same = MAE.from_config(model.config)
     assert (model.grid_size, model.mean, model.std) == ((4, 4), (0.449,), (0.226,))
     assert all(torch.equal(value, same.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_pixel_statistics_are_those_of_the_settings():
+    model = build_model({**SETTINGS, "pixel_stats": "0.2860/0.3530"})
+    assert (model.mean, model.std) == ((0.286,), (0.353,))
+    assert parse_statistics(format_statistics([0.1, 0.2, 0.3], [1, 2, 3]), 3) == ((0.1, 0.2, 0.3), (1.0, 2.0, 3.0))
+    for wrong in ("data", "0.5", "0.5/0", "0.5,0.5/0.5", "a/b", "nan/1", "0.5/1/2"):
+        with pytest.raises(ValueError, match=r"pixel_stats must be auto, imagenet, data or.*MEAN/STD"):
+            build_model({**SETTINGS, "pixel_stats": wrong})
 
 
 def test_every_method_of_the_command_can_be_built():

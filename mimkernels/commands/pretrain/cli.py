@@ -15,8 +15,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "pretrain",
         help="pre-train a Vision Transformer on images, without labels or with",
         description="Pre-train a Vision Transformer by masked image modeling, or as a baseline beside it. Several "
-        "processes or machines: start it with `torchrun ... -m mimkernels pretrain` or `accelerate launch -m mimkernels "
-        "pretrain`.",
+        "processes or machines: start it with `torchrun ... -m mimkernels pretrain` or `accelerate launch -m "
+        "mimkernels pretrain`.",
     )
     add_arguments(parser, PretrainConfig)
     _add_run_options(parser)

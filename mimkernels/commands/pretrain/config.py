@@ -13,6 +13,7 @@ MASKINGS = (
     "random", "unit", "block", "block_exact", "inverse_block", "dinov2", "ibot", "multiblock", "uniform",
 )  # fmt: skip
 SCHEDULES = ("cosine", "step")
+MEASURED = ("auto", "imagenet", "data")  # of pixel_stats, where it has no numbers
 LOSSES = ("l1", "mse", "smooth-l1")
 
 # A checkpoint made with another value of these cannot be continued at all ...
@@ -22,8 +23,8 @@ ARCHITECTURE_FIELDS = (
 )  # fmt: skip
 # ... and with another value of these the stream of batches would be another one.
 STREAM_FIELDS = (
-    "data", "max_pixels", "pixel_range", "seed", "crop_scale", "hflip", "masking", "mask_ratio", "masking_kwargs",
-    "norm_pix_loss", "mask_unit", "target", "loss", "label_smoothing", "mixup", "cutmix",
+    "data", "max_pixels", "pixel_range", "pixel_stats", "seed", "crop_scale", "hflip", "masking", "mask_ratio",
+    "masking_kwargs", "norm_pix_loss", "mask_unit", "target", "loss", "label_smoothing", "mixup", "cutmix",
 )  # fmt: skip
 
 
@@ -80,16 +81,27 @@ class PretrainConfig(Settings):
     )
 
     data: str = setting(
-        "digits", "digits (embedded, no download), an image folder, or torchvision:NAME", "data", metavar="DATA"
+        "digits", "digits (embedded, no download), fashion-mnist (of the Debian package dataset-fashion-mnist, or in "
+        "--data-root), an image folder, or torchvision:NAME", "data", metavar="DATA",
+    )  # fmt: skip
+    data_root: str = setting(
+        "data",
+        "where fashion-mnist is looked for, and torchvision sets are kept or downloaded to",
+        "data",
+        metavar="DIR",
     )
-    data_root: str = setting("data", "where torchvision sets are kept or downloaded to", "data", metavar="DIR")
     max_pixels: int = setting(MAX_PIXELS, "refuse image files of more pixels, before they are decoded", "data")
     pixel_range: str = setting(
         "auto", "values that become black and white in grey images of more than 8 bits, with = if one is negative: "
         "--pixel-range=-1000,3000; auto: 0,65535 for integers, 0,1 for floating point", "data", metavar="LOW,HIGH",
     )  # fmt: skip
+    pixel_stats: str = setting(
+        "auto", "mean and deviation that pixels are normalised by: imagenet; data, measured on training images once; "
+        "MEAN/STD with commas between channels, in [0, 1]; auto: imagenet, those of the set for fashion-mnist", "data",
+        metavar="STATS",
+    )  # fmt: skip
     crop_scale: float | None = setting(
-        None, "smallest area of the random crop, 1 for none (default: 0.2; digits: 0.6)", "data"
+        None, "smallest area of the random crop, 1 for none (default: 0.2; digits, fashion-mnist: 0.6)", "data"
     )
     hflip: bool | None = setting(
         None, "flip half of the images left to right (default: yes; digits and the like: no)", "data"
@@ -218,6 +230,10 @@ class PretrainConfig(Settings):
         require(self.clip_grad is None or self.clip_grad > 0, "clip_grad", self.clip_grad, "positive")
         require(self.crop_scale is None or 0 < self.crop_scale <= 1, "crop_scale", self.crop_scale, "in (0, 1]")
         Decoder.from_settings(self.max_pixels, self.pixel_range)
+        if self.pixel_stats not in MEASURED:
+            from mimkernels.models.build import parse_statistics
+
+            parse_statistics(self.pixel_stats, self.in_chans)
         if self.patch_size is not None:
             require(self.patch_size >= 1, "patch_size", self.patch_size, "at least 1")
             if self.img_size % self.patch_size:

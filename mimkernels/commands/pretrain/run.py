@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from accelerate.utils import broadcast_object_list
 
 from mimkernels.commands.pretrain.config import STREAM_FIELDS, PretrainConfig
 from mimkernels.commands.pretrain.heads import HeadHistory, HeadWatch
@@ -19,7 +20,8 @@ from mimkernels.commands.pretrain.report import Report, write_report
 from mimkernels.commands.pretrain.resume import check_same_stream, find_start
 from mimkernels.data.batches import Augmentation, BatchPlan, PretrainImages, picture_batch, require_readable
 from mimkernels.data.pixels import Decoder
-from mimkernels.data.sources import DigitsSource, open_held_out, open_source
+from mimkernels.data.sources import open_held_out, open_source
+from mimkernels.data.statistics import measure_statistics
 from mimkernels.engine import files
 from mimkernels.engine.checkpoint import FORMAT, CheckpointFolder
 from mimkernels.engine.command import TrainingError
@@ -30,7 +32,7 @@ from mimkernels.engine.progress import Progress, count, duration
 from mimkernels.engine.schedule import parameter_groups, scaled_learning_rate
 from mimkernels.engine.settings import changes
 from mimkernels.engine.state import check_fits, load_state
-from mimkernels.models.build import build_model
+from mimkernels.models.build import build_model, format_statistics
 from mimkernels.nn.attention import attention_layers
 
 _HELD_OUT_IMAGES = 512  # enough for a loss to two digits, little beside an epoch
@@ -119,7 +121,8 @@ class Run:
             decoder = Decoder.from_settings(config.max_pixels, config.pixel_range)
             self.source = open_source(config.data, config.data_root, decoder)
         targets = self._targets() if method.labelled else None
-        config = self.config  # which now has the number of classes
+        self.config = replace(self.config, pixel_stats=self._pixel_stats())
+        config = self.config  # which now has what the data alone can tell
         torch.manual_seed(config.seed)
         self.model = build_model(config.to_dict())
         if self.start is not None:
@@ -147,6 +150,22 @@ class Run:
             quiet=not self.accelerator.is_main_process,
             stream=stream,
         )
+
+    def _pixel_stats(self) -> str:
+        """``pixel_stats`` without what has to be looked up or measured; a run that is continued keeps what it has."""
+        given, in_chans = self.config.pixel_stats, self.config.in_chans
+        if given not in ("auto", "data"):
+            return given
+        if self.start is not None:
+            saved: str = self.start["config"].get("pixel_stats", "imagenet")
+            return saved
+        if given == "auto":
+            known = self.source.statistics
+            return format_statistics([known[0]] * in_chans, [known[1]] * in_chans) if known else "imagenet"
+        measured = [""]
+        if self.accelerator.is_main_process:
+            measured[0] = format_statistics(*measure_statistics(self.source, in_chans))
+        return str(broadcast_object_list(measured)[0])
 
     def _targets(self) -> list[int]:
         """The images' class numbers; the settings get the number of classes."""
@@ -321,7 +340,7 @@ class Run:
     def _workers(self) -> int:
         if self.config.workers is not None:
             return self.config.workers
-        if self.accelerator.device.type == "cpu" and isinstance(self.source, DigitsSource):
+        if self.accelerator.device.type == "cpu" and self.source.in_memory:
             return 0  # they are in memory, and a worker would take a core from the training threads
         return default_workers(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 

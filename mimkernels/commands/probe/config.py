@@ -39,9 +39,14 @@ class ProbeConfig(Settings):
         True, "tokens after the encoder's last norm, as MAE's probe; without, as Beyond-[cls]'s", "encoder"
     )
 
-    data: str = setting("digits", "digits (embedded), a folder of class folders, or a folder with train and val "
-                        "folders of them, or torchvision:NAME", "data", metavar="DATA")  # fmt: skip
-    data_root: str = setting("data", "where torchvision sets are kept or downloaded to", "data", metavar="DIR")
+    data: str = setting("digits", "digits (embedded), fashion-mnist, a folder of class folders, or a folder with train "
+                        "and val folders of them, or torchvision:NAME", "data", metavar="DATA")  # fmt: skip
+    data_root: str = setting(
+        "data",
+        "where fashion-mnist is looked for, and torchvision sets are kept or downloaded to",
+        "data",
+        metavar="DIR",
+    )
     val_data: str | None = setting(
         None, "folder of class folders to test on (default: the data's own, or held out)", "data", metavar="DIR"
     )

@@ -13,7 +13,15 @@ from torch.utils.data import DataLoader, Dataset
 from mimkernels.commands.probe.config import ProbeConfig
 from mimkernels.data.batches import AUGMENT, UNREADABLE, Augmentation, derived_seed, reason_of, start_worker
 from mimkernels.data.pixels import Decoder
-from mimkernels.data.sources import FolderSource, Source, open_held_out, open_source
+from mimkernels.data.sources import (
+    FolderSource,
+    Source,
+    class_numbers,
+    is_named,
+    name_hashes,
+    open_held_out,
+    open_source,
+)
 
 _TEST_FOLDERS = ("val", "validation", "valid", "test")
 
@@ -60,9 +68,8 @@ def open_split(config: ProbeConfig, pixel_range: str = "auto") -> Split:
         ValueError: no such data, no labels, fewer than two classes, or a class of the test that training lacks.
     """
     folder = Path(config.data)
-    named = config.data == "digits" or config.data.startswith("torchvision:")
     parts = [folder / name for name in _TEST_FOLDERS if (folder / name).is_dir()]
-    own_split = not named and (folder / "train").is_dir() and bool(parts)
+    own_split = not is_named(config.data) and (folder / "train").is_dir() and bool(parts)
     decoder = Decoder.from_settings(config.max_pixels, config.pixel_range or pixel_range)
     train: Source = (
         FolderSource(folder / "train", decoder) if own_split else open_source(config.data, config.data_root, decoder)
@@ -82,7 +89,7 @@ def open_split(config: ProbeConfig, pixel_range: str = "auto") -> Split:
     if test is not None:
         split = (
             LabelledImages(train, everything, targets),
-            LabelledImages(test, np.arange(len(test)), _renumbered(test, train, classes)),
+            LabelledImages(test, np.arange(len(test)), torch.tensor(class_numbers(test, train.name, classes))),
         )
     else:
         held_out = _held_out(train, targets, config.val_share)
@@ -94,28 +101,13 @@ def open_split(config: ProbeConfig, pixel_range: str = "auto") -> Split:
     return Split(*split, classes, how)
 
 
-def _renumbered(test: Source, train: Source, classes: list[str]) -> torch.Tensor:
-    """The test images' classes by the training classes' numbers."""
-    numbers, names = test.targets()
-    known = {name: number for number, name in enumerate(classes)}
-    for name in names:
-        if name not in known:
-            raise ValueError(
-                f"{test.name!r} has a class {name!r} that {train.name!r} has not; it has "
-                f"{', '.join(classes[:8])}{', ...' if len(classes) > 8 else ''}"
-            )
-    return torch.tensor([known[names[number]] for number in numbers], dtype=torch.int64)
-
-
 def _held_out(source: Source, targets: torch.Tensor, share: float) -> np.ndarray:
     """Which images are for the test, ``[n]`` bool: in every class those with the smallest hash of their names.
 
     The choice does not depend on the order of the files, and adding a file moves few others. Every class keeps an image
     to train on.
     """
-    root = str(getattr(source, "folder", ""))
-    keys = [hashlib.sha256(source.label(i).removeprefix(root).encode(errors="surrogateescape")).digest()
-            for i in range(len(source))]  # fmt: skip
+    keys = name_hashes(source)
     chosen = np.zeros(len(source), dtype=bool)
     for number in targets.unique():
         members = sorted((targets == number).nonzero().flatten().tolist(), key=keys.__getitem__)

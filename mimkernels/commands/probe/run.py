@@ -29,7 +29,6 @@ from mimkernels.commands.probe.train import (
     logistic_accuracy,
 )
 from mimkernels.data.batches import Augmentation, BatchPlan, make_loader
-from mimkernels.data.sources import DigitsSource
 from mimkernels.engine import files
 from mimkernels.engine.checkpoint import are_tensors
 from mimkernels.engine.command import TrainingError
@@ -120,7 +119,7 @@ class ProbeRun:
         plan = BatchPlan(len(self.split.train), config.batch_size, 1, 1, config.seed)
         self.steps = config.epochs * plan.steps_per_epoch
         source = self.split.train.source
-        usual = source.crop_scale if isinstance(source, DigitsSource) else _PUBLISHED_CROP
+        usual = source.crop_scale if source.in_memory else _PUBLISHED_CROP
         crop = usual if config.crop_scale is None else config.crop_scale
         self.augmentation = Augmentation(self.encoder.img_size, self.encoder.in_chans, crop, source.mirrored)
         self.encoder.to(self.accelerator.device)
@@ -420,7 +419,7 @@ class ProbeRun:
     def _workers(self) -> int:
         if self.config.workers is not None:
             return self.config.workers
-        if self.accelerator.device.type == "cpu" and isinstance(self.split.train.source, DigitsSource):
+        if self.accelerator.device.type == "cpu" and self.split.train.source.in_memory:
             return 0
         return default_workers()
 
