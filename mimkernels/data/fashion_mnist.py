@@ -47,7 +47,7 @@ class FashionMNISTSource:
             )
         self._targets = targets.tolist()
         self._part = "train" if train else "test"
-        self._checksum = zlib.crc32(targets, zlib.crc32(self._images.numpy()))
+        self._checksum = zlib.crc32(targets.tobytes(), zlib.crc32(self._images.numpy().tobytes()))
 
     def __len__(self) -> int:
         return len(self._images)

@@ -9,7 +9,7 @@ import torch
 from markupsafe import Markup
 from PIL import Image
 
-from mimkernels._palette import ACCENT, CHART, LINE
+from mimkernels._palette import ACCENT, CHART, LINE, SERIES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,7 +37,10 @@ def smoothed(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def loss_curve(entries: list[dict[str, float]], steps_per_epoch: int) -> Markup:
-    """Loss over epochs (below) and steps (above), with the learning rate in a strip of its own, as SVG."""
+    """Loss over epochs (below) and steps (above), as SVG; strips of their own show what else was logged, as accuracy.
+
+    Entries with ``val_`` and a name have what was measured on new images, a second line in the same axes.
+    """
     import matplotlib
 
     # An object of its own instead of pyplot: the caller's backend and figures stay as they are.
@@ -48,11 +51,15 @@ def loss_curve(entries: list[dict[str, float]], steps_per_epoch: int) -> Markup:
     loss = np.array([entry["loss"] for entry in entries])
     epoch = step / steps_per_epoch
     with matplotlib.rc_context(CHART):
-        figure = Figure(figsize=(10, 4.9), layout="constrained")
-        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+        strips = _strips(entries)
+        figure = Figure(figsize=(10, 4.9 + 1.3 * len(strips)), layout="constrained")
+        top, *others, bottom = figure.subplots(
+            2 + len(strips), 1, sharex=True, height_ratios=(4, *[1.3] * len(strips), 1)
+        )
         top.plot(epoch, loss, color=ACCENT, alpha=0.28, linewidth=1)
         top.plot(epoch, smoothed(loss, max(1, len(loss) // 40)), color=ACCENT, linewidth=2.2)
-        low, high = loss.min(), loss.max()
+        val_epoch, val_loss = _known(entries, "val_loss", steps_per_epoch)
+        low, high = (pick(pick(of) for of in (loss, val_loss) if len(of)) for pick in (min, max))
         # The first steps are far above all that follow; on a log scale they do not flatten the rest.
         if low > 0 and high / low > 8:
             top.set_yscale("log")
@@ -62,11 +69,22 @@ def loss_curve(entries: list[dict[str, float]], steps_per_epoch: int) -> Markup:
             )
         else:
             top.set_ylim(max(0.0, low - 0.08 * (high - low)), high + 0.05 * (high - low + 1e-12))
-        top.set_ylabel("training loss")
+        top.set_ylabel("loss")
+        above = not len(val_loss) or loss[-1] >= val_loss[-1]  # the label of the training loss
         top.annotate(
-            f"{loss[-1]:.4g}", (epoch[-1], loss[-1]), xytext=(0, 9), textcoords="offset points",
+            f"{loss[-1]:.4g}", (epoch[-1], loss[-1]), xytext=(0, 9 if above else -16), textcoords="offset points",
             ha="right", color=ACCENT, fontweight="bold",
         )  # fmt: skip
+        if len(val_loss):
+            top.plot(val_epoch, val_loss, color=SERIES[1], linewidth=1.8, marker="o", markersize=3.5)
+            top.annotate(
+                f"{val_loss[-1]:.4g} on new images", (val_epoch[-1], val_loss[-1]), xytext=(0, -16 if above else 9),
+                textcoords="offset points", ha="right", color=SERIES[1], fontweight="bold",
+            )  # fmt: skip
+        for axes, name in zip(others, strips, strict=True):
+            for key, colour in ((name, ACCENT), (f"val_{name}", SERIES[1])):
+                axes.plot(*_known(entries, key, steps_per_epoch), color=colour, linewidth=1.8)
+            axes.set_ylabel(name.replace("_", "\n"))
         bottom.fill_between(epoch, [entry["lr"] for entry in entries], color=LINE)
         bottom.set_ylabel("learning\nrate")
         highest = max(entry["lr"] for entry in entries)
@@ -78,11 +96,23 @@ def loss_curve(entries: list[dict[str, float]], steps_per_epoch: int) -> Markup:
         steps.set_xlabel("optimizer step", labelpad=8)
         steps.tick_params(length=0)
         steps.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        for axes in (top, bottom):
+        for axes in (top, *others, bottom):
             axes.grid(True, color=LINE, linewidth=0.6, alpha=0.7)
             axes.set_axisbelow(True)
             axes.tick_params(which="both", length=0)
         return svg(figure)
+
+
+def _strips(entries: list[dict[str, float]]) -> list[str]:
+    """What was logged besides what every run logs."""
+    known = {"step", "loss", "lr", "grad_norm", "images_per_second", "seconds"}
+    return [name for name in entries[-1] if name not in known and not name.startswith("val_")]
+
+
+def _known(entries: list[dict[str, float]], name: str, steps_per_epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Epochs and values of the entries that have `name`."""
+    have = [entry for entry in entries if name in entry]
+    return np.array([entry["step"] / steps_per_epoch for entry in have]), np.array([entry[name] for entry in have])
 
 
 def svg(figure: "Figure") -> Markup:

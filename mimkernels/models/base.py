@@ -58,6 +58,21 @@ class ImageModel(nn.Module):
         """Whether images of any size that the patches divide are taken."""
         return bool(self.encoder.dynamic_img_size)
 
+    def blank(self, batch: int) -> Tensor:
+        """Images for functions that look at their shape alone; they share the memory of one pixel."""
+        size = self.encoder.patch_embed.img_size
+        device = self.encoder.patch_embed.proj.weight.device
+        return torch.zeros(1, 1, 1, 1, device=device).expand(batch, self.in_chans, *size)
+
+    def _constant(self, colour: Tensor | None, images: Tensor, tokens: int, size: tuple[int, int]) -> Tensor:
+        """``[B, N, E]``: pixels of one normalised colour, or 0, predicted for `tokens` of `size` pixels."""
+        pixels = torch.zeros(self.in_chans, device=images.device)
+        if colour is not None:
+            pixels = colour.to(images.device)
+            if self._pixel_mean is not None and self._pixel_std is not None:
+                pixels = (pixels - self._pixel_mean) / self._pixel_std
+        return pixels.repeat(size[0] * size[1]).expand(len(images), tokens, -1).contiguous()
+
     def _grid(self, images: Tensor) -> tuple[int, int]:
         return images.shape[-2] // self.patch_size[0], images.shape[-1] // self.patch_size[1]
 

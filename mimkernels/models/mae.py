@@ -355,6 +355,25 @@ class MAE(ImageModel):
         return self.decoder_pred(self.decoder_norm(x))
 
     @torch.no_grad()
+    def loss_of_mean(self, images: Tensor, mask: Tensor, colour: Tensor) -> Tensor:
+        """The loss of predicting the mean everywhere, with norm_pix_loss each patch's own.
+
+        Args:
+            images, mask: as of ``forward``.
+            colour: ``[C]`` in [0, 1], the mean colour of the data.
+        """
+        patches = mask.shape[1] * mask.shape[2]
+        return masked_patch_loss(
+            self._constant(None if self.norm_pix_loss else colour, images, patches, self.patch_size),
+            images,
+            mask=mask.flatten(1).to(images.device),
+            patch_size=self.patch_size,
+            norm_pix=self.norm_pix_loss,
+            mean=self._pixel_mean,
+            std=self._pixel_std,
+        )
+
+    @torch.no_grad()
     def reconstruct(
         self,
         images: Tensor,

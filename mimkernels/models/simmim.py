@@ -199,6 +199,7 @@ class SimMIM(ImageModel):
         offset: int | Tensor = 0,
         full_prediction: bool = False,
         head_stats: Sequence[str] = (),
+        whole_outputs: bool = False,
     ) -> SimMIMOutput:
         """Mask, encode, predict all pixels, compare the masked ones.
 
@@ -212,6 +213,8 @@ class SimMIM(ImageModel):
             full_prediction: return the prediction.
             head_stats: statistics of ``mimkernels.attention`` to return for every encoder block, over all patches;
                 distances are in patches. They carry gradients: terms of them can be added to the loss.
+            whole_outputs: the given `mask` hides all or nothing of what an output token predicts, as those of
+                ``draw_mask`` do; nobody looks whether it does.
 
         Raises:
             ValueError, TypeError: images or mask do not fit the model; the message shows both sides. Or the encoder's
@@ -223,7 +226,7 @@ class SimMIM(ImageModel):
         else:
             self._check_mask(images, mask)
             # A given mask may hide single patches; to look whether it does would wait for the device.
-            whole = self.encoder_stride == self.patch_size
+            whole = whole_outputs or self.encoder_stride == self.patch_size
             if self._target.norm_pix and not whole:
                 raise ValueError(
                     f"target patch-norm normalises {_by(self.encoder_stride)} pixels, of which a mask on patches of "
@@ -252,6 +255,19 @@ class SimMIM(ImageModel):
         x = embed_visible(images, None, embed.proj, norm=embed.norm, mean=self._pixel_mean, std=self._pixel_std)
         x = fill_mask_tokens(x, mask.flatten(1), self.mask_token)  # [B, N, D]
         return self._family.run(self.encoder, x, self._grid(images))
+
+    @torch.no_grad()
+    def loss_of_mean(self, images: Tensor, mask: Tensor, colour: Tensor, *, whole_outputs: bool = False) -> Tensor:
+        """The loss of predicting the mean everywhere, that of its neighbourhood where the target has one.
+
+        Args:
+            images, mask, whole_outputs: as of ``forward``.
+            colour: ``[C]`` in [0, 1], the mean colour of the data.
+        """
+        tokens = math.prod(side // step for side, step in zip(images.shape[2:], self.encoder_stride, strict=True))
+        normalised = self._target.norm_pix or self._target.local_norm is not None
+        pred = self._constant(None if normalised else colour, images, tokens, self.encoder_stride)
+        return self._loss(pred, images, mask, whole_outputs or self.encoder_stride == self.patch_size)
 
     @torch.no_grad()
     def reconstruct(

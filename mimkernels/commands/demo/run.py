@@ -34,6 +34,7 @@ def demo_config(output: str = "runs/demo", epochs: int | None = None) -> Pretrai
         lr=3e-3,
         head_stats="entropy,distance,prefix_mass",
         head_stats_every=200,
+        val_every=max(1, epochs // 4),
         save_every=max(1, epochs // 3),
         output=output,
     )

@@ -23,8 +23,9 @@ ARCHITECTURE_FIELDS = (
 )  # fmt: skip
 # ... and with another value of these the stream of batches would be another one.
 STREAM_FIELDS = (
-    "data", "max_pixels", "pixel_range", "pixel_stats", "seed", "crop_scale", "hflip", "masking", "mask_ratio",
-    "masking_kwargs", "norm_pix_loss", "mask_unit", "target", "loss", "label_smoothing", "mixup", "cutmix",
+    "data", "val_split", "max_pixels", "pixel_range", "pixel_stats", "seed", "crop_scale", "hflip", "masking",
+    "mask_ratio", "masking_kwargs", "norm_pix_loss", "mask_unit", "target", "loss", "label_smoothing", "mixup",
+    "cutmix",
 )  # fmt: skip
 
 
@@ -100,6 +101,18 @@ class PretrainConfig(Settings):
         "MEAN/STD with commas between channels, in [0, 1]; auto: imagenet, those of the set for fashion-mnist", "data",
         metavar="STATS",
     )  # fmt: skip
+    val_data: str | None = setting(
+        None, "images to validate on, a folder or a set (default: the set's own test images, if it has any)", "data",
+        metavar="DATA",
+    )  # fmt: skip
+    val_split: float | None = setting(
+        None, "share of the training images that is held out to validate on, chosen by name", "data", metavar="SHARE"
+    )
+    val_every: float | None = setting(
+        None, "epochs between validations; 0: at the end alone (default: a twentieth of all, at least 1)", "data"
+    )
+    val_images: int = setting(1024, "most images to validate on, spread over those there are", "data")
+    val_masks: int = setting(4, "masks per validation image, the same every time; the loss is their mean", "data")
     crop_scale: float | None = setting(
         None, "smallest area of the random crop, 1 for none (default: 0.2; digits, fashion-mnist: 0.6)", "data"
     )
@@ -193,7 +206,7 @@ class PretrainConfig(Settings):
             "mask_unit",
         ):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("epochs", "log_every", "keep_checkpoints", "head_stats_every"):
+        for name in ("epochs", "log_every", "keep_checkpoints", "head_stats_every", "val_images", "val_masks"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("workers", "pictures", "seed"):
             value = getattr(self, name)
@@ -230,6 +243,12 @@ class PretrainConfig(Settings):
         require(self.clip_grad is None or self.clip_grad > 0, "clip_grad", self.clip_grad, "positive")
         require(self.crop_scale is None or 0 < self.crop_scale <= 1, "crop_scale", self.crop_scale, "in (0, 1]")
         Decoder.from_settings(self.max_pixels, self.pixel_range)
+        share = self.val_split
+        require(share is None or 0 < share < 1, "val_split", share, "between 0 and 1, both excluded")
+        if share is not None and self.val_data is not None:
+            raise ValueError(f"give val_data or val_split, got {self.val_data!r} and {share}")
+        every = self.val_every
+        require(every is None or (every >= 0 and math.isfinite(every)), "val_every", every, "0 or more and finite")
         if self.pixel_stats not in MEASURED:
             from mimkernels.models.build import parse_statistics
 

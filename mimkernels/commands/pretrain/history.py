@@ -34,7 +34,8 @@ class History:
         self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._board.add_scalar(f"train/{name}", value, step)
+            tag = f"val/{name.removeprefix('val_')}" if name.startswith("val_") else f"train/{name}"
+            self._board.add_scalar(tag, value, step)
 
     def add_heads(self, step: int, seen: HeadStatistics) -> None:
         self.heads.add(step, seen)

@@ -16,6 +16,7 @@ from mimkernels.commands.pretrain.heads import HeadWatch
 from mimkernels.commands.pretrain.history import History
 from mimkernels.commands.pretrain.masking import Masking
 from mimkernels.commands.pretrain.methods import Moment
+from mimkernels.commands.pretrain.validation import Validation, calling
 from mimkernels.data.batches import (
     Batch,
     BatchPlan,
@@ -53,6 +54,7 @@ class Trainer:
         history: History | None,
         heads: HeadWatch,
         masking: Masking | None,
+        validation: Validation | None = None,
         checkpoints: CheckpointFolder,
         progress: Progress,
         workers: int,
@@ -61,13 +63,15 @@ class Trainer:
         self.config, self.accelerator, self.model, self.optimizer = config, accelerator, model, optimizer
         self.images, self.plan, self.peak_lr = images, plan, peak_lr
         self.history, self.checkpoints, self.progress, self.workers = history, checkpoints, progress, workers
-        self.heads, self.masking = heads, masking
+        self.heads, self.masking, self.validation = heads, masking, validation
         self.about = about  # goes into every checkpoint
         self.step = first_step
         self.total_steps = config.epochs * plan.steps_per_epoch
         self.method = config.the_method
         warmup = config.epochs * self.method.warmup_share if config.warmup_epochs is None else config.warmup_epochs
         self.warmup_steps = round(warmup * plan.steps_per_epoch)
+        every = max(1.0, config.epochs / 20) if config.val_every is None else config.val_every
+        self.val_steps = max(1, round(every * plan.steps_per_epoch)) if every else self.total_steps
         self.save_steps = max(1, round(config.save_every * plan.steps_per_epoch))
         self.broken: dict[int, str] = {}
         self.seconds_before = seconds
@@ -77,6 +81,7 @@ class Trainer:
         self._window: list[torch.Tensor] = []  # of every step the loss, then its metrics
         self._metrics: list[str] = []
         self._scheduled: dict[str, float] = {}
+        self._validated: dict[str, float] = {}  # of the last validation
         self._window_began = self._began
         self._last_lr = 0.0
         self._grad_norm: torch.Tensor | float = math.nan
@@ -108,6 +113,8 @@ class Trainer:
                 batches = iter(loader)
                 while self.step < self.total_steps:
                     self._train_step(batches)
+                    if self._validation_due(self.step):
+                        self._validate()
                     # Several processes have to agree to stop, which they do at a log entry; a single one need not wait.
                     alone = self.accelerator.num_processes == 1
                     if (self._log_due(self.step) or (alone and stop.number)) and self._log(stop.number):
@@ -139,6 +146,8 @@ class Trainer:
             inputs, arguments = self.method.call(config, images, targets, seed=seed, training=True)
             if self.masking is not None:
                 arguments |= self.masking.arguments(config.batch_size, piece)
+                if "mask" in arguments and self.method.sees_all:
+                    arguments["mask"] = arguments["mask"].to(accelerator.device, non_blocking=True)
             if config.compile and "offset" in arguments:
                 # A Python integer would be a constant to the compiler, one recompilation per step.
                 arguments["offset"] = torch.full((), piece, dtype=torch.int64, device=accelerator.device)
@@ -206,7 +215,24 @@ class Trainer:
         return batch.images.to(device, non_blocking=True), targets
 
     def _log_due(self, step: int) -> bool:
-        return step % self.config.log_every == 0 or step == self.total_steps
+        return step % self.config.log_every == 0 or step == self.total_steps or self._validation_due(step)
+
+    def _validation_due(self, step: int) -> bool:
+        return self.validation is not None and (step % self.val_steps == 0 or step == self.total_steps)
+
+    def _validate(self) -> None:
+        """Measure; the same numbers whenever and wherever the weights are the same, and no effect on training."""
+        assert self.validation is not None
+        accelerator, began = self.accelerator, time.perf_counter()
+        self.model.eval()
+        sums = self.validation.sums(
+            calling(self.model), accelerator.device, accelerator.process_index, accelerator.num_processes
+        )
+        self.model.train()
+        reduced = accelerator.reduce(torch.stack(list(sums.values())), reduction="sum")
+        means = self.validation.values(dict(zip(sums, reduced, strict=True)))
+        self._validated = {f"val_{name}": value for name, value in means.items()}
+        self._window_began += time.perf_counter() - began  # the images per second are those of training
 
     def _log(self, stop_number: int) -> bool:
         """Write a log entry; True where the processes agree to stop."""
@@ -219,6 +245,7 @@ class Trainer:
         values = {
             "loss": loss,
             **metrics,
+            **(self._validated if self._validation_due(self.step) else {}),
             "lr": self._last_lr,
             **self._scheduled,
             "grad_norm": float(self._grad_norm),
@@ -233,7 +260,7 @@ class Trainer:
             lr=self._last_lr,
             images_per_second=images_per_second,
             steps_per_second=steps_per_second,
-            metrics=metrics,
+            metrics={**metrics, **self._validated},
         )
         if stop_asked:
             self.stopped_by = stop_number or signal.SIGTERM

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from markupsafe import Markup
@@ -13,7 +14,23 @@ from mimkernels.engine.page import write_page
 from mimkernels.engine.progress import count, duration
 
 _PICTURE_WIDTH = 128  # pixels on the page that a small picture is enlarged to, at least
+_LEARNED, _RISEN = 0.02, 0.02  # shares of a loss that count as a difference
 _PICTURE_LABELS = ("original", "masked", "reconstruction")
+
+
+class References(NamedTuple):
+    """What a loss is to be compared with; all on the same validation images.
+
+    Attributes:
+        blind_words, blind: the best answer that looks at no image, and its loss; None where a method has none.
+        untrained: loss and metrics of the model before its first step.
+        now: those of the trained one.
+    """
+
+    blind_words: str
+    blind: float | None
+    untrained: dict[str, float]
+    now: dict[str, float]
 
 
 @dataclass
@@ -26,6 +43,7 @@ class Report:
         heads: picture of the head statistics as a data address.
         pictures: originals, masked images and reconstructions, each ``[n, C, S, S]`` in [0, 1].
         pictures_are_new: whether they were not trained on.
+        references: what the loss is to be compared with; None without images to validate on.
         masked_share: of the patches, on average; None where none are masked.
     """
 
@@ -36,7 +54,7 @@ class Report:
     steps_per_epoch: int
     pictures: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
     pictures_are_new: bool
-    held_out_loss: float | None
+    references: References | None
     masked_share: float | None
     versions: dict[str, str]
     backends: dict[str, str]
@@ -44,7 +62,8 @@ class Report:
     @property
     def title(self) -> str:
         config = self.config
-        return config.title or f"{config.the_method.title} pre-training of {config.model} on {config.data}"
+        method = config.the_method.title
+        return config.title or f"{method[0].upper()}{method[1:]} pre-training of {config.model} on {config.data}"
 
     @property
     def lead(self) -> str:
@@ -72,7 +91,58 @@ class Report:
         ]
         if self.held_out_loss is not None:
             tiles.insert(1, (f"{self.held_out_loss:.4g}", "loss on new images"))
+        accuracy = None if self.references is None else self.references.now.get("accuracy")
+        if accuracy is not None:
+            tiles.insert(2, (f"{accuracy:.1%}", "of new images named correctly"))
         return tiles
+
+    @property
+    def held_out_loss(self) -> float | None:
+        """The trained model's loss on images that were not trained on."""
+        return None if self.references is None else self.references.now["loss"]
+
+    @property
+    def comparisons(self) -> list[tuple[str, str]]:
+        """Losses that this one is to be compared with: what of, and the number."""
+        references = self.references
+        if references is None:
+            return []
+        rows = [("the untrained model, on new images", references.untrained["loss"])]
+        if references.blind is not None:
+            rows.append((f"{references.blind_words}, on new images", references.blind))
+        rows.append(("the trained model, on new images", references.now["loss"]))
+        if self.entries:
+            rows.append(("the trained model, on training images", self.entries[-1]["loss"]))
+        return [(words, f"{loss:.4g}") for words, loss in rows]
+
+    @property
+    def verdict(self) -> str:
+        """What these comparisons say, in sentences."""
+        references = self.references
+        if references is None:
+            return ""
+        now, sentences = references.now["loss"], []
+        if references.blind is not None:
+            below = 1 - now / references.blind
+            sentences.append(
+                f"The loss is {below:.0%} below that of {references.blind_words}: the model uses what it sees."
+                if below >= _LEARNED
+                else f"The loss is not below that of {references.blind_words}: the model has not learned to use what "
+                "it sees yet. Train longer, or look at the learning rate."
+            )
+        seen = [(entry["step"], entry["val_loss"]) for entry in self.entries if "val_loss" in entry]
+        if len(seen) > 1:
+            step, lowest = min(seen, key=lambda pair: pair[1])
+            last = seen[-1][1]
+            if last > lowest + _RISEN * abs(lowest):
+                sentences.append(
+                    f"On new images it was lowest, {lowest:.4g}, at epoch {step / self.steps_per_epoch:.3g} and has "
+                    f"risen to {last:.4g} since: the model overfits."
+                )
+            elif (seen[0][1] - last) > _RISEN * abs(last) and seen[-2][1] - last > _RISEN / 4 * abs(last):
+                sentences.append("On new images it is still falling.")
+        sentences.append("Losses of other targets, masks or images are not comparable.")
+        return " ".join(sentences)
 
     @property
     def curve(self) -> Markup:

@@ -16,11 +16,12 @@ from mimkernels.commands.pretrain.heads import HeadHistory, HeadWatch
 from mimkernels.commands.pretrain.history import History
 from mimkernels.commands.pretrain.loop import Trainer
 from mimkernels.commands.pretrain.masking import Masking
-from mimkernels.commands.pretrain.report import Report, write_report
+from mimkernels.commands.pretrain.report import References, Report, write_report
 from mimkernels.commands.pretrain.resume import check_same_stream, find_start
+from mimkernels.commands.pretrain.validation import Validation
 from mimkernels.data.batches import Augmentation, BatchPlan, PretrainImages, picture_batch, require_readable
 from mimkernels.data.pixels import Decoder
-from mimkernels.data.sources import open_held_out, open_source
+from mimkernels.data.sources import FolderSource, Source, class_numbers, hold_out, is_named, open_held_out, open_source
 from mimkernels.data.statistics import measure_statistics
 from mimkernels.engine import files
 from mimkernels.engine.checkpoint import FORMAT, CheckpointFolder
@@ -34,8 +35,6 @@ from mimkernels.engine.settings import changes
 from mimkernels.engine.state import check_fits, load_state
 from mimkernels.models.build import build_model, format_statistics
 from mimkernels.nn.attention import attention_layers
-
-_HELD_OUT_IMAGES = 512  # enough for a loss to two digits, little beside an epoch
 
 # What changes the numbers of a continued run; a person is told.
 _RESULT_FIELDS = (
@@ -118,8 +117,7 @@ class Run:
             raise ValueError("FSDP was asked for, but accelerate shards on accelerators only and the device is 'cpu'")
         method = config.the_method
         with self.accelerator.local_main_process_first():  # one process per machine downloads
-            decoder = Decoder.from_settings(config.max_pixels, config.pixel_range)
-            self.source = open_source(config.data, config.data_root, decoder)
+            self.source, self.held_out = self._open_data()
         targets = self._targets() if method.labelled else None
         self.config = replace(self.config, pixel_stats=self._pixel_stats())
         config = self.config  # which now has what the data alone can tell
@@ -137,7 +135,19 @@ class Run:
             self.source.crop_scale if config.crop_scale is None else config.crop_scale,
             self.source.mirrored if config.hflip is None else config.hflip,
         )
-        self.images = PretrainImages(self.source, method.views(config, self.augmentation), config.seed, targets)
+        views = method.views(config, self.augmentation)
+        self.images = PretrainImages(self.source, views, config.seed, targets)
+        self.validation: Validation | None = None
+        if self.held_out is not None:
+            self.validation = Validation(
+                config,
+                self.held_out,
+                augmentation=self.augmentation,
+                views=views,
+                masking=self.masking,
+                model=self.model,
+                targets=self._held_out_targets() if method.labelled else None,
+            )
         processes = self.accelerator.num_processes
         self.plan = BatchPlan(len(self.source), config.batch_size, config.accum_steps, processes, config.seed)
         require_readable(self.images)
@@ -150,6 +160,26 @@ class Run:
             quiet=not self.accelerator.is_main_process,
             stream=stream,
         )
+
+    def _open_data(self) -> tuple[Source, Source | None]:
+        """Images to train on, and others to validate on, if there are any."""
+        config = self.config
+        decoder = Decoder.from_settings(config.max_pixels, config.pixel_range)
+        source = open_source(config.data, config.data_root, decoder)
+        if config.val_split is not None:
+            return hold_out(source, config.val_split)
+        if config.val_data is None:
+            return source, open_held_out(config.data, config.data_root)
+        if not is_named(config.val_data):
+            return source, FolderSource(config.val_data, decoder)
+        held_out = open_held_out(config.val_data, config.data_root)
+        if held_out is None:
+            raise ValueError(f"val_data {config.val_data!r} has no test images")
+        return source, held_out
+
+    def _held_out_targets(self) -> list[int]:
+        assert self.held_out is not None
+        return class_numbers(self.held_out, self.source.name, self.source.targets()[1])
 
     def _pixel_stats(self) -> str:
         """``pixel_stats`` without what has to be looked up or measured; a run that is continued keeps what it has."""
@@ -215,6 +245,7 @@ class Run:
             history=history,
             heads=self.heads,
             masking=self.masking,
+            validation=self.validation,
             checkpoints=self.checkpoints,
             progress=progress,
             workers=self._workers(),
@@ -314,6 +345,7 @@ class Run:
                 ]
             ),
             "Data": f"{self.source.name}, {len(self.source):,} images, {config.img_size} x {config.img_size} pixels",
+            **({"Validation": self.validation.told()} if self.validation else {}),
             **({"Masks": self.masking.told()} if self.masking and self.masking.sampler else {}),
             "Device": device_name(self.accelerator.device)
             + (f", {processes} processes ({_sharing(self.accelerator)})" if processes > 1 else ""),
@@ -351,19 +383,14 @@ class Run:
         model.load_state_dict(weights)
         files.save(self.output / config.the_method.exported, {"model": config.the_method.weights(model)})
         model.to(device).eval()
-        held_out = open_held_out(config.data, config.data_root)
         pictures: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
-        held_out_loss: float | None = None
-        if held_out is not None and self.masking is not None:
-            batch, _ = picture_batch(held_out, self.augmentation, _HELD_OUT_IMAGES)
-            held_out_loss = _mean_loss(model, batch.to(device), config, self.masking)
         masked_share: float | None = None
         if self.masking is not None:
             share = self.masking.share
             masked_share = config.the_method.masked_share(model) if share is None else share
         if config.pictures and config.the_method.reconstructs:
             assert self.masking is not None
-            batch, _ = picture_batch(held_out or self.source, self.augmentation, config.pictures)
+            batch, _ = picture_batch(self.held_out or self.source, self.augmentation, config.pictures)
             if len(batch):
                 mask = self.masking.for_held_out(len(batch))
                 original, masked, predicted = model.reconstruct(batch.to(device), mask=mask, seed=config.seed)
@@ -375,30 +402,38 @@ class Run:
             heads=history.heads.picture(),
             steps_per_epoch=self.plan.steps_per_epoch,
             pictures=pictures,
-            pictures_are_new=held_out is not None,
-            held_out_loss=held_out_loss,
+            pictures_are_new=self.held_out is not None,
+            references=self._references(model),
             masked_share=masked_share,
             versions=versions(),
             backends=_backends(device, self.precision, config.the_method.ops),
         )
 
+    def _references(self, model: torch.nn.Module) -> References | None:
+        """What the loss of the trained `model` is to be compared with, on the images of the validation."""
+        config, method, device, validation = (
+            self.config,
+            self.config.the_method,
+            self.accelerator.device,
+            self.validation,
+        )
+        if validation is None:
+            return None
+        torch.manual_seed(config.seed)
+        untrained = build_model(config.to_dict()).to(device).eval()
+        means = validation.means()
+        blind = None
+        if method.blind:
+            known: list[torch.Tensor | None] = []
 
-@torch.no_grad()
-def _mean_loss(model: torch.nn.Module, images: torch.Tensor, config: PretrainConfig, masking: Masking) -> float:
-    parts = images.split(config.batch_size)
-    mask = masking.for_held_out(len(images))
-    if mask is None:
-        losses = [float(model(part, seed=config.seed, offset=i).loss) * len(part) for i, part in enumerate(parts)]
-        return sum(losses) / len(images)
-    masks = mask.split(config.batch_size)
-    # A loss is the mean over the masked patches of its images; of some images none may be masked.
-    counts = [int(part.sum()) for part in masks]
-    losses = [
-        float(model(part, mask=own).loss) * count
-        for part, own, count in zip(parts, masks, counts, strict=True)
-        if count
-    ]
-    return sum(losses) / sum(counts)
+            def loss_of_blind(images: Any, arguments: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+                known.append(method.blind_loss(model, images, arguments, means))
+                return torch.zeros((), device=device) if known[-1] is None else known[-1], {}
+
+            blind = validation.values(validation.sums(loss_of_blind, device))["loss"]
+            blind = None if None in known else blind
+        now = validation.measure(model, device)
+        return References(method.blind, blind, validation.measure(untrained, device), now)
 
 
 def _backends(device: torch.device, precision: str, ops: tuple[str, ...]) -> dict[str, str]:

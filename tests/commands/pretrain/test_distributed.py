@@ -61,12 +61,14 @@ def launch(words: list[str], *, expect: int = 0, program=("-m", "mimkernels", "p
     return done.stdout + done.stderr
 
 
-def losses(folder) -> list[float]:
-    return [entry["loss"] for entry in read_entries(folder / "metrics.jsonl")]
+def losses(folder, name="loss") -> list[float]:
+    return [entry[name] for entry in read_entries(folder / "metrics.jsonl") if name in entry]
 
 
 def assert_same_training(one, two):
     assert losses(two) == pytest.approx(losses(one), rel=2e-5)
+    assert losses(two, "val_loss") == pytest.approx(losses(one, "val_loss"), rel=2e-5)
+    assert len(losses(one, "val_loss")) == SETTINGS["epochs"]
     a, b = (load(folder / "checkpoints" / "final.pt") for folder in (one, two))
     for name, value in a["model"].items():
         torch.testing.assert_close(b["model"][name], value, rtol=1e-3, atol=2e-5)

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mimkernels.commands.pretrain.config import PretrainConfig
+    from mimkernels.commands.pretrain.validation import Means
     from mimkernels.data.batches import Augmentation, Pixels, Views
 
 __all__ = ["MASK_OPTIONS", "Method", "Moment"]
@@ -53,6 +54,8 @@ class Method:
         labelled: whether images are read with their class numbers.
         mask_ratio, beta2, blr, weight_decay, clip_grad, warmup_share: where the settings name none; the last is the
             share of the epochs in which the learning rate rises.
+        blind: what the best answer is that looks at no image, whose loss ``blind_loss`` gives.
+        drawn_arguments: of the model's call, for masks that ``draw_masks`` gave.
         ops: whose backends the report names.
         exported: file of the weights under their published names.
         sees_all: whether the encoder has a token for every patch, masked or not.
@@ -69,6 +72,8 @@ class Method:
     weight_decay: ClassVar[float] = 0.05
     clip_grad: ClassVar[float | None] = None
     warmup_share: ClassVar[float] = 0.05  # as MAE: 40 of 800
+    blind: ClassVar[str] = ""
+    drawn_arguments: ClassVar[Mapping[str, Any]] = {}
     ops: ClassVar[tuple[str, ...]]
     exported: ClassVar[str]
     sees_all: ClassVar[bool]
@@ -91,6 +96,16 @@ class Method:
         `seed` is the batch's own; a run that is continued gives the same again.
         """
         return images, {} if targets is None else {"targets": targets}
+
+    @staticmethod
+    def draw_masks(model: Any, images: int, seed: int, offset: int) -> Tensor:
+        """``[images, h, w]`` bool as the model draws them; the mask of an image depends on its number alone."""
+        raise NotImplementedError
+
+    @staticmethod
+    def blind_loss(model: Any, images: Pixels, arguments: Mapping[str, Any], means: Means) -> Tensor | None:
+        """The loss of the best answer that looks at no image, for a call of the model; None if there is none."""
+        return None
 
     @classmethod
     def schedule(cls, config: PretrainConfig, at: Moment) -> dict[str, float]:

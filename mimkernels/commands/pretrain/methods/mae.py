@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Any
 from mimkernels.commands.pretrain.methods.base import MASK_OPTIONS, Method
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mimkernels.commands.pretrain.config import PretrainConfig
+    from mimkernels.commands.pretrain.validation import Means
+    from mimkernels.data.batches import Pixels
 
 __all__ = ["MAE"]
 
@@ -20,6 +24,7 @@ class MAE(Method):
     ops = ("random_mask", "patchify_gather", "gather_tokens", "restore_tokens", "masked_patch_loss")
     exported = "mae_checkpoint.pth"
     sees_all = False
+    blind = "predicting the mean"
 
     @classmethod
     def check(cls, config: PretrainConfig) -> None:
@@ -29,6 +34,16 @@ class MAE(Method):
             )
         if config.decoder_dim % 4:
             raise ValueError(f"decoder_dim must be divisible by 4 (2-d sin-cos positions), got {config.decoder_dim}")
+
+    @staticmethod
+    def draw_masks(model: Any, images: int, seed: int, offset: int) -> Tensor:
+        mask: Tensor = model.draw_mask(model.blank(images), seed=seed, offset=offset).mask
+        return mask.bool().unflatten(1, model.grid_size)
+
+    @staticmethod
+    def blind_loss(model: Any, images: Pixels, arguments: Mapping[str, Any], means: Means) -> Tensor | None:
+        loss: Tensor = model.loss_of_mean(images, arguments["mask"], means.colour)
+        return loss
 
     @staticmethod
     def blocks(model: Any) -> list[Any]:

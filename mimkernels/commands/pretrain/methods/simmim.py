@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mimkernels.commands.pretrain.methods.base import MASK_OPTIONS, Method
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mimkernels.commands.pretrain.config import PretrainConfig
+    from mimkernels.commands.pretrain.validation import Means
+    from mimkernels.data.batches import Pixels
 
 __all__ = ["SimMIM"]
 
@@ -20,6 +24,8 @@ class SimMIM(Method):
     ops = ("random_mask", "patchify_gather", "fill_mask_tokens", "masked_patch_loss")
     exported = "simmim_checkpoint.pth"
     sees_all = True
+    blind = "predicting the mean"
+    drawn_arguments: ClassVar[dict[str, Any]] = {"whole_outputs": True}
 
     # Parameters without decay in the published code; registers, which it has not, as the other tokens.
     _UNDECAYED = ("mask_token", "cls_token", "reg_token", "pos_embed")
@@ -31,6 +37,17 @@ class SimMIM(Method):
         if parts[-1] in cls._UNDECAYED:
             return True
         return not config.decay_bias_tables and any(part in cls._BIAS_TABLES for part in parts)
+
+    @staticmethod
+    def draw_masks(model: Any, images: int, seed: int, offset: int) -> Tensor:
+        mask: Tensor = model.draw_mask(model.blank(images), seed=seed, offset=offset)
+        return mask
+
+    @staticmethod
+    def blind_loss(model: Any, images: Pixels, arguments: Mapping[str, Any], means: Means) -> Tensor | None:
+        whole = arguments.get("whole_outputs", False)
+        loss: Tensor = model.loss_of_mean(images, arguments["mask"], means.colour, whole_outputs=whole)
+        return loss
 
     @staticmethod
     def blocks(model: Any) -> list[Any]:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mimkernels.commands.pretrain.config import PretrainConfig
+    from mimkernels.commands.pretrain.validation import Means
     from mimkernels.data.batches import Pixels
 
 __all__ = ["Supervised"]
@@ -27,6 +28,7 @@ class Supervised(Method):
     ops = ("patchify_gather", "gather_tokens", "attention", "bias_gelu", "add_layer_norm")
     exported = "supervised_checkpoint.pth"
     sees_all = True
+    blind = "giving every image the shares of the classes"
 
     _UNDECAYED = ("cls_token", "reg_token", "pos_embed", "relative_position_bias_table", "logit_scale")
 
@@ -55,6 +57,17 @@ class Supervised(Method):
         finally:
             np.random.set_state(before)
         return mixed, {"targets": shares.to(mixed.dtype)}
+
+    @staticmethod
+    def blind_loss(model: Any, images: Pixels, arguments: Mapping[str, Any], means: Means) -> Tensor | None:
+        from torch.nn.functional import cross_entropy
+
+        assert means.shares is not None
+        smoothing = model.label_smoothing
+        shares = (1 - smoothing) * means.shares + smoothing / len(means.shares)
+        targets = arguments["targets"]
+        logits = shares.clamp(min=1e-12).log().to(targets.device).expand(len(targets), -1)
+        return cross_entropy(logits, targets, label_smoothing=smoothing)
 
     @classmethod
     def undecayed(cls, config: PretrainConfig, name: str) -> bool:
