@@ -19,16 +19,28 @@ struct HeadRows {
   int64_t stride_token = 0;
 };
 
-// [B or 1, H or 1, Nq, Nk], the last dim contiguous; strides of broadcast dims are 0.
+// [W, H or 1, Nq, Nk], the last dim contiguous; image b takes row b % W. Strides of dims of size 1
+// are 0.
 struct ScoreBias {
   const void* data = nullptr;
   bool given = false;
   DType dtype = DType::kFloat32;
-  int64_t batch = 1;
+  int64_t windows = 1;  // divides B
   int64_t heads = 1;
   int64_t stride_batch = 0;
   int64_t stride_head = 0;
   int64_t stride_query = 0;
+};
+
+// [T, H], the last dim contiguous, and the int64 index [Nq, Nk] into it: the bias of scores (i, j)
+// of head h is table[index[i, j], h].
+struct ScoreTable {
+  const void* data = nullptr;
+  bool given = false;
+  DType dtype = DType::kFloat32;
+  int64_t entries = 0;
+  int64_t stride_entry = 0;
+  Ids index;
 };
 
 // fp32 [B or 1, N - first, dims], the last dim contiguous: row i is where token first + i lies, and
@@ -42,7 +54,7 @@ struct Positions {
   int dims = 0;
 };
 
-// The scores S = scale * q k^T + bias, -inf on keys that key_mask switches off.
+// The scores S = scale * q k^T + bias + table[index], -inf on keys that key_mask switches off.
 struct AttentionScores {
   DType dtype = DType::kFloat32;
   int64_t batch = 0;
@@ -54,6 +66,7 @@ struct AttentionScores {
   HeadRows q;
   HeadRows k;
   ScoreBias bias;
+  ScoreTable table;
   BoolMask key_mask;  // [B, Nk]
 };
 

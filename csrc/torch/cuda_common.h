@@ -78,6 +78,7 @@ constexpr ScalarType scalar_type_of() {
 class OnCuda {
  public:
   static constexpr const char* kDevice = MIMKERNELS_CUDA_OVERLOAD;
+  static constexpr bool kTakesScoreOptions = false;  // biases of windows and tables of them
 
   explicit OnCuda(const Tensor& first) : first_(first) {}
   // For a call that may have no tensor.

@@ -23,11 +23,15 @@ struct ScoreInputs {
   Tensor q;
   Tensor k;
   OptionalTensor bias;
+  OptionalTensor bias_table;
+  OptionalTensor bias_index;
   OptionalTensor key_mask;
   AttentionScores scores;
 
-  ScoreInputs(const Device& device, const Tensor& q_any, const Tensor& k_any,
-              const OptionalTensor& bias_any, const OptionalTensor& key_mask_any, double scale)
+  ScoreInputs(Device& device, const Tensor& q_any, const Tensor& k_any,
+              const OptionalTensor& bias_any, const OptionalTensor& bias_table_any,
+              const OptionalTensor& bias_index_any, const OptionalTensor& key_mask_any,
+              double scale)
       : device(device),
         q(take(device, q_any, "q", {kAnySize, kAnySize, kAnySize, kAnySize})),
         k(take(device, k_any, "k", {q.size(0), q.size(1), kAnySize, q.size(3)}, type())) {
@@ -43,6 +47,7 @@ struct ScoreInputs {
     scores.q = view_heads(q);
     scores.k = view_heads(k);
     take_bias(bias_any);
+    take_table(device, bias_table_any, bias_index_any);
     key_mask =
         take(device, key_mask_any, "key_mask", {scores.batch, scores.keys}, ScalarType::Bool);
     scores.key_mask = view_mask(key_mask);
@@ -57,22 +62,48 @@ struct ScoreInputs {
   }
 
  private:
-  // [B or 1, H or 1, Nq, Nk], fp32 or of the type of q.
+  // [W, H or 1, Nq, Nk], fp32 or of the type of q.
   void take_bias(const OptionalTensor& bias_any) {
     bias = take(device, bias_any, "bias", {kAnySize, kAnySize, scores.queries, scores.keys});
     if (!bias.has_value()) return;
     if (bias->scalar_type() != ScalarType::Float) check_dtype(*bias, "bias", type());
-    require(bias->size(0) == 1 || bias->size(0) == scores.batch, "bias of 1 image or of all");
+    const int64_t windows = bias->size(0);
+    require(windows == 1 || windows == scores.batch ||
+                (Device::kTakesScoreOptions && windows > 0 && scores.batch % windows == 0),
+            Device::kTakesScoreOptions ? "the windows of bias divide the images"
+                                       : "bias of 1 image or of all");
     require(bias->size(1) == 1 || bias->size(1) == scores.heads, "bias of 1 head or of all");
     ScoreBias& view = scores.bias;
     view.data = bias->data_ptr();
     view.given = true;
     view.dtype = dtype_of(*bias, "bias");
-    view.batch = bias->size(0);
+    view.windows = windows;
     view.heads = bias->size(1);
-    view.stride_batch = view.batch == 1 ? 0 : bias->stride(0);
+    view.stride_batch = view.windows == 1 ? 0 : bias->stride(0);
     view.stride_head = view.heads == 1 ? 0 : bias->stride(1);
     view.stride_query = bias->stride(2);
+  }
+
+  // [T, H], fp32 or of the type of q, and int64 [Nq, Nk].
+  void take_table(Device& device, const OptionalTensor& table_any,
+                  const OptionalTensor& index_any) {
+    require(table_any.has_value() == index_any.has_value(), "bias_table comes with bias_index");
+    if (!table_any.has_value()) return;
+    require(Device::kTakesScoreOptions, "no bias_table on this device");
+    bias_table = take(device, table_any, "bias_table", {kAnySize, scores.heads});
+    if (bias_table->scalar_type() != ScalarType::Float) {
+      check_dtype(*bias_table, "bias_table", type());
+    }
+    bias_index =
+        take(device, index_any, "bias_index", {scores.queries, scores.keys}, ScalarType::Long);
+    ScoreTable& view = scores.table;
+    view.data = bias_table->data_ptr();
+    view.given = true;
+    view.dtype = dtype_of(*bias_table, "bias_table");
+    view.entries = bias_table->size(0);
+    view.stride_entry = bias_table->stride(0);
+    view.index = view_ids(*bias_index);
+    device.check_ids(Device::kOp, "bias_index", *bias_index, view.entries, false);
   }
 };
 

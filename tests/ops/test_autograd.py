@@ -6,9 +6,8 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vjp, vmap
 
 import mimkernels as mk
-from mimkernels import testing
 from mimkernels.ops._registry import BACKENDS, backend_state
-from tests.calls import VARIANTS, differentiated, tensors
+from tests.calls import VARIANTS, backends, differentiated, tensors
 from tests.calls import function as on
 
 MODELS = 3
@@ -17,7 +16,7 @@ MASK = torch.tensor([[0, 1, 0, 1, 1, 0], [1, 1, 0, 0, 1, 0]])
 NATIVE = [name for name in ("cpu", "cuda-emulated") if name in BACKENDS and backend_state(name) is None]
 each_op = pytest.mark.parametrize("name", [label for label in VARIANTS if differentiated(label)])
 each_op_with_kernels = pytest.mark.parametrize(
-    "name", [label for label, (op, _) in VARIANTS.items() if differentiated(label) and "cpu" in testing.backends(op)]
+    "name", [label for label in VARIANTS if differentiated(label) and "cpu" in backends(label)]
 )
 
 
@@ -34,8 +33,8 @@ def agree(ours, exact):
     [
         (backend, label)
         for backend in NATIVE
-        for label, (op, _) in VARIANTS.items()
-        if differentiated(label) and backend in testing.backends(op)
+        for label in VARIANTS
+        if differentiated(label) and backend in backends(label)
     ],
 )
 def test_backward_after_vmap_is_backward_of_each(name, backend):
@@ -151,7 +150,7 @@ def test_raw_ops_are_differentiated():
     raw = ops.fill_mask_tokens_fwd.cpu(x, MASK.bool(), token)
     agree(gradients(raw, [x, token]), gradients(mk.fill_mask_tokens(x, MASK, token), [x, token]))
     q = torch.randn(2, 1, 2, 6, 8, requires_grad=True)
-    raw = vmap(lambda q: ops.attention_fwd.cpu(q, q, q, None, None, 0.5, 0, None, 0)[0])(q)
+    raw = vmap(lambda q: ops.attention_fwd.cpu(q, q, q, None, None, None, None, 0.5, 0, None, 0)[0])(q)
     agree(gradients(raw, q), gradients(torch.stack([mk.attention(t, t, t, scale=0.5).out for t in q]), q))
     torch.library.opcheck(ops.fill_mask_tokens_fwd.cpu, (x, MASK.bool(), token))
 
@@ -163,9 +162,9 @@ def test_a_raw_op_says_what_gets_no_gradient():
     positions = torch.rand(4, 2, requires_grad=True)
     stats = 1 << 3  # distance
     with pytest.raises(NotImplementedError, match="positions gets no gradient"):
-        ops.attention_fwd.cpu(q, q, q, None, None, 1.0, 0, positions, stats)[0].sum().backward()
-    assert not ops.received_attention_fwd.cpu(q, q, lse, None, None, 1.0).requires_grad
-    assert not ops.head_divergence_fwd.cpu(q, q, lse, None, None, 1.0).requires_grad
+        ops.attention_fwd.cpu(q, q, q, None, None, None, None, 1.0, 0, positions, stats)[0].sum().backward()
+    assert not ops.received_attention_fwd.cpu(q, q, lse, None, None, None, None, 1.0).requires_grad
+    assert not ops.head_divergence_fwd.cpu(q, q, lse, None, None, None, None, 1.0).requires_grad
 
 
 def test_masks_carry_no_gradient():

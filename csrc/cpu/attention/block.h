@@ -1,8 +1,10 @@
-// What the attention kernels share: how work is split, scratch memory, score rows with bias and
-// masks, distances between tokens.
+// What the attention kernels share: how work is split, score rows with bias and masks, distances
+// between tokens.
 #pragma once
 
 #include "core/attention.h"
+#include "cpu/attention/arena.h"
+#include "cpu/attention/table.h"
 #include "cpu/attention/tile.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
@@ -66,65 +68,6 @@ MIMKERNELS_INLINE int64_t score_run(const AttentionScores& scores) {
   return few ? min_of(scores.dim, 16) : product_run(scores.dim);
 }
 
-// ---- scratch memory ----
-
-// Memory that a thread keeps between calls: fresh pages cost more than the attention of a small
-// ViT.
-class ThreadMemory {
- public:
-  ~ThreadMemory() { free(data_); }
-  // At least `bytes`, cache-line aligned; null when the system has none left.
-  void* reserve(size_t bytes) {
-    if (bytes > size_) {
-      free(data_);
-      size_ = 0;
-      data_ = aligned_alloc(64, bytes);
-      if (data_ != nullptr) size_ = bytes;
-    }
-    return data_;
-  }
-  // Gives large memory back.
-  void trim() {
-    if (size_ <= kKept) return;
-    free(data_);
-    data_ = nullptr;
-    size_ = 0;
-  }
-
- private:
-  static constexpr size_t kKept = size_t{4} << 20;
-  void* data_ = nullptr;
-  size_t size_ = 0;
-};
-
-inline thread_local ThreadMemory thread_memory;
-
-// Hands out pieces of one block: first every piece is measured, then the block is reserved, then
-// the same calls return memory.
-class Arena {
- public:
-  ~Arena() {
-    if (base_ != nullptr) thread_memory.trim();
-  }
-  template <typename E>
-  E* take(int64_t count) {
-    const size_t at = used_;
-    used_ += (static_cast<size_t>(max_of(count, 0)) * sizeof(E) + 63) / 64 * 64;
-    return base_ == nullptr ? nullptr : reinterpret_cast<E*>(base_ + at);
-  }
-  float* floats(int64_t count) { return take<float>(count); }
-  // False when there is no memory.
-  bool reserve() {
-    base_ = static_cast<char*>(thread_memory.reserve(max_of(static_cast<int64_t>(used_), 64)));
-    used_ = 0;
-    return base_ != nullptr;
-  }
-
- private:
-  char* base_ = nullptr;
-  size_t used_ = 0;
-};
-
 // ---- inputs ----
 
 template <typename T>
@@ -174,11 +117,31 @@ void fill_bias_rows(const T* bias, int64_t stride, int64_t rows, int64_t keys,
   }
 }
 
-// The start of a block's scores: nothing, the mask, or bias and mask. `scores` receives the bias
-// rows.
+// rows += table, -inf where mask_row is. With kFirst the rows hold nothing yet.
+template <bool kFirst>
+MIMKERNELS_INLINE void add_table_row(const float* table, int64_t keys, const float* mask_row,
+                                     float* row) {
+  const Floats never = splat(-kInfinity);
+  for (int64_t j = 0; j < keys; j += kLanes) {
+    Floats value = load_floats(table + j);
+    if constexpr (!kFirst) value += load_floats(row + j);
+    const Ints off = (Ints)(load_floats(mask_row + j) < 0.0f);
+    store_floats(row + j, choose_lanes(off, never, value));
+  }
+}
+
+// The start of a block's scores: nothing, the mask, or biases and mask.
 class ScoreStart {
  public:
-  explicit ScoreStart(const AttentionScores& p) : p_(p) {}
+  explicit ScoreStart(const AttentionScores& p) : p_(p), table_(p) {}
+
+  void allocate(Arena& arena) {
+    table_.allocate(arena);
+    made_row_ = arena.floats(table_.given() && !table_.kept() ? table_.stride() : 0);
+  }
+
+  // Whether rows of biases are made, for which the caller has room.
+  static bool makes_rows(const AttentionScores& p) { return p.bias.given || p.table.given; }
 
   // Keys [first, first + count) of image b, head h; mask_row has room for them, padded.
   void set_block(float* mask_row, int64_t b, int64_t h, int64_t first, int64_t count) {
@@ -187,13 +150,14 @@ class ScoreStart {
     h_ = h;
     first_ = first;
     count_ = count;
+    table_.set_head(h);
     const uint8_t* allowed = mask_of(p_.key_mask, b);
     fill_mask_row(allowed == nullptr ? nullptr : allowed + first, count, padded_columns(count),
                   mask_row_);
   }
 
   template <int kStride, typename E>
-  void set_rows(ScoreTile<E>& tile, int64_t query, int64_t rows) const {
+  void set_rows(ScoreTile<E>& tile, int64_t query, int64_t rows) {
     tile.tail_start = mask_row_ + count_ / kPanel * kPanel;
     const Rows start = rows_of(query, rows, 0, count_, tile.scores, kStride);
     tile.start = start.first;
@@ -206,18 +170,27 @@ class ScoreStart {
   };
 
   // The start of some queries' scores, `keys` of them from `key` of the block on, padded to whole
-  // registers. Bias rows are put into `room`, room_stride apart.
+  // registers. Rows that are made are put into `room`, room_stride apart.
   Rows rows_of(int64_t query, int64_t rows, int64_t key, int64_t keys, float* room,
-               int64_t room_stride) const {
-    if (!p_.bias.given) return {p_.key_mask.given ? mask_row_ + key : nullptr, 0};
-    const int64_t offset = b_ * p_.bias.stride_batch + h_ * p_.bias.stride_head +
-                           query * p_.bias.stride_query + first_ + key;
-    with_float_type(p_.bias.dtype, [&](auto type) {
-      using T = decltype(type);
-      fill_bias_rows(static_cast<const T*>(p_.bias.data) + offset, p_.bias.stride_query, rows, keys,
-                     mask_row_ + key, room, room_stride);
-      return Status{};
-    });
+               int64_t room_stride) {
+    if (p_.bias.given) {
+      const int64_t offset = b_ % p_.bias.windows * p_.bias.stride_batch +
+                             h_ * p_.bias.stride_head + query * p_.bias.stride_query + first_ + key;
+      (void)with_float_type(p_.bias.dtype, [&](auto type) {
+        using T = decltype(type);
+        fill_bias_rows(static_cast<const T*>(p_.bias.data) + offset, p_.bias.stride_query, rows,
+                       keys, mask_row_ + key, room, room_stride);
+        return Status{};
+      });
+      if (table_.given()) add_table<false>(query, rows, key, keys, room, room_stride);
+      return {room, room_stride};
+    }
+    if (!table_.given()) return {p_.key_mask.given ? mask_row_ + key : nullptr, 0};
+    if (table_.kept() && !p_.key_mask.given) {
+      for (int64_t i = 0; i < rows; ++i) table_.row(query + i);
+      return {table_.row(query) + first_ + key, table_.stride()};
+    }
+    add_table<true>(query, rows, key, keys, room, room_stride);
     return {room, room_stride};
   }
 
@@ -225,7 +198,23 @@ class ScoreStart {
   const float* mask_row(int64_t key) const { return mask_row_ + key; }
 
  private:
+  template <bool kFirst>
+  void add_table(int64_t query, int64_t rows, int64_t key, int64_t keys, float* room,
+                 int64_t room_stride) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const float* row = made_row_;
+      if (table_.kept()) {
+        row = table_.row(query + i) + first_ + key;
+      } else {
+        table_.fill(query + i, first_ + key, keys, made_row_);
+      }
+      add_table_row<kFirst>(row, keys, mask_row_ + key, room + i * room_stride);
+    }
+  }
+
   const AttentionScores& p_;
+  TableRows table_;
+  float* made_row_ = nullptr;
   float* mask_row_ = nullptr;
   int64_t b_ = 0;
   int64_t h_ = 0;

@@ -7,20 +7,20 @@
 
 namespace mimkernels::MIMKERNELS_ISA {
 
-constexpr int64_t kBlockKeys = 512;
-constexpr int kStride = kBlockKeys + 16;
+constexpr int64_t kMapKeys = 512;
+constexpr int kMapStride = kMapKeys + 16;
 
 // The scores of a few rows against one block of keys.
 template <typename T>
 class ScoreRows {
  public:
-  explicit ScoreRows(const AttentionScores& scores)
-      : s_(scores), blocks_(scores.keys, kBlockKeys) {}
+  explicit ScoreRows(const AttentionScores& scores) : s_(scores), blocks_(scores.keys, kMapKeys) {}
 
   void allocate(Arena& arena) {
     keys_ = arena.floats(blocks_.size * s_.dim);
     query_ = arena.floats(kRowTile * kDimStride);
     mask_row_ = arena.floats(blocks_.size + kPanel);
+    start_.allocate(arena);
   }
 
   void set_block(int64_t b, int64_t h, int64_t block) {
@@ -34,7 +34,7 @@ class ScoreRows {
     start_.set_block(mask_row_, b, h, first, blocks_.length(block));
   }
 
-  // scores: [rows, padded keys], kStride apart.
+  // scores: [rows, padded keys], kMapStride apart.
   void compute(int64_t row, int64_t rows, float* scores) {
     copy_rows(head_at<T>(s_.q, b_, h_, row), s_.q.stride_token, rows, s_.dim, scale_.rows, query_);
     ScoreTile<float> tile;
@@ -45,8 +45,8 @@ class ScoreRows {
     tile.keys = blocks_.length(block_);
     tile.scale = scale_.products;
     tile.scores = scores;
-    start_.template set_rows<kStride>(tile, row, rows);
-    with_row_count(rows, [&](auto n) { score_rows<kStride, false, n.value>(tile); });
+    start_.template set_rows<kMapStride>(tile, row, rows);
+    with_row_count(rows, [&](auto n) { score_rows<kMapStride, false, n.value>(tile); });
   }
 
   const KeyBlocks& blocks() const { return blocks_; }
@@ -146,7 +146,7 @@ class LowWorker {
         for (int64_t i = row; i < row + rows; ++i) needed = needed || large(i);
         if (!needed) continue;
         rows_.compute(first + row, rows, scores_);
-        for (int64_t i = 0; i < rows; ++i) add_row(row + i, scores_ + i * kStride);
+        for (int64_t i = 0; i < rows; ++i) add_row(row + i, scores_ + i * kMapStride);
       }
     }
     for (int64_t i = 0; i < count; ++i) {
@@ -174,7 +174,7 @@ class LowWorker {
 
   void allocate() {
     rows_.allocate(arena_);
-    scores_ = arena_.floats(kRowTile * kStride);
+    scores_ = arena_.floats(kRowTile * kMapStride);
     tops_ = arena_.floats(kTaskRows);
     sums_ = arena_.floats(kTaskRows);
   }

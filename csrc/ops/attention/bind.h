@@ -66,14 +66,13 @@ struct ValueInputs {
 };
 
 template <typename Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k,
-                                                         const Tensor& v, OptionalTensor bias,
-                                                         OptionalTensor key_mask, double scale,
-                                                         int64_t num_prefix,
-                                                         OptionalTensor positions, int64_t stats) {
-  const Device device(q);
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd(
+    const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor bias,
+    OptionalTensor bias_table, OptionalTensor bias_index, OptionalTensor key_mask, double scale,
+    int64_t num_prefix, OptionalTensor positions, int64_t stats) {
+  Device device(q);
   AttentionFwdParams params;
-  const ScoreInputs<Device> inputs(device, q, k, bias, key_mask, scale);
+  const ScoreInputs<Device> inputs(device, q, k, bias, bias_table, bias_index, key_mask, scale);
   const ValueInputs<Device> values(params, inputs, v, num_prefix, positions);
   const AttentionScores& s = params.scores;
   const int64_t planes = count_planes(stats);
@@ -125,14 +124,15 @@ Tensor attention_coef(OptionalTensor dlse_any, const Tensor& rows_any, OptionalT
 }
 
 template <typename Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     const Tensor& dout_any, const Tensor& q, const Tensor& k, const Tensor& v,
     const Tensor& out_any, const Tensor& lse_any, const Tensor& lse_low_any, OptionalTensor bias,
-    OptionalTensor key_mask, double scale, int64_t num_prefix, OptionalTensor positions,
-    OptionalTensor coef_any, bool need_bias, bool packed) {
-  const Device device(q);
+    OptionalTensor bias_table, OptionalTensor bias_index, OptionalTensor key_mask, double scale,
+    int64_t num_prefix, OptionalTensor positions, OptionalTensor coef_any, bool need_bias,
+    bool need_table, bool packed) {
+  Device device(q);
   AttentionBwdParams params;
-  const ScoreInputs<Device> inputs(device, q, k, bias, key_mask, scale);
+  const ScoreInputs<Device> inputs(device, q, k, bias, bias_table, bias_index, key_mask, scale);
   const ValueInputs<Device> values(params, inputs, v, num_prefix, positions);
   const AttentionScores& s = params.scores;
   const ScalarType type = inputs.type();
@@ -148,6 +148,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     params.coef = floats(*coef);
   }
   require(!need_bias || inputs.bias.has_value(), "need_bias has a bias");
+  require(!need_table || inputs.bias_table.has_value(), "need_table has a bias_table");
   require(!packed || s.queries == s.keys, "packed gradients have as many queries as keys");
   params.out = view_tokens(out);
   params.dout = view_tokens(dout);
@@ -158,9 +159,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
                      : device.empty({s.batch, s.queries, s.heads, s.dim}, type);
   Tensor dk = empty_if(device, !packed, {s.batch, s.keys, s.heads, s.dim}, type);
   Tensor dv = empty_if(device, !packed, {s.batch, s.keys, s.heads, s.dim}, type);
-  Tensor dbias = need_bias ? device.empty({s.bias.batch, s.bias.heads, s.queries, s.keys},
+  Tensor dbias = need_bias ? device.empty({s.bias.windows, s.bias.heads, s.queries, s.keys},
                                           inputs.bias->scalar_type())
                            : device.empty({0}, type);
+  Tensor dtable = need_table
+                      ? device.empty({s.table.entries, s.heads}, inputs.bias_table->scalar_type())
+                      : device.empty({0}, type);
   const int64_t width = s.heads * s.dim;
   const int64_t part_bytes = width * static_cast<int64_t>(dq.element_size());
   char* const first = static_cast<char*>(dq.data_ptr());
@@ -169,8 +173,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
   params.dk = packed ? first + part_bytes : dk.data_ptr();
   params.dv = packed ? first + 2 * part_bytes : dv.data_ptr();
   params.dbias = output_ptr(need_bias, dbias);
+  params.dtable = output_ptr(need_table, dtable);
   device.run(params);
-  return {dq, dk, dv, dbias};
+  return {dq, dk, dv, dbias, dtable};
 }
 
 }  // namespace mimkernels::binding

@@ -6,7 +6,7 @@
 // in:       q, k, v, out, dout by strides, features contiguous; lse and lse_low [B, H, Nq]; coef
 //           [6, B, H, Nq] or none
 // out:      dq [B, Nq, H, D], dk and dv [B, Nk, H, D], apart or the parts of [B, N, 3, H, D]; dbias
-//           like bias; every element written
+//           like bias, dtable like table; every element written
 // numerics: everything in fp32, rounded once; delta is the sum of P dP where one block of keys
 //           holds them all. Where bf16 has a dot product of its own, P and dS are rounded to bf16
 //           for it, and where it has tiles (cpu_bwd_tiles.h)
@@ -14,7 +14,8 @@
 //           and dP a few rows at a time, dq from them, then dk and dv for the whole block of rows
 // order:    a head belongs to one task, its sums run over rows in order; few heads are split into
 //           chunks of rows, by shape alone, whose dk and dv are added in order; so is dbias, head
-//           by head
+//           by head, and dtable, from parts by groups of images and chunks of rows
+#include "cpu/attention/delta.h"
 #include "cpu/kernels.h"
 #include "ops/attention/cpu_bwd_rows.h"
 #include "ops/attention/cpu_bwd_tiles.h"
@@ -24,9 +25,10 @@ namespace {
 
 constexpr int kStride = kBlockKeys + 16;  // between score rows; an odd number of cache lines
 constexpr int64_t kBlockTiles = 72 / kRowTile;
-constexpr int64_t kLeastRows = 128;  // of a head that are worth a task
-constexpr int64_t kTasks = 8;        // wanted: every further one costs a copy of dk and dv
-constexpr int64_t kLeastGroups = 8;  // of heads with a bias of their own that make good tasks
+constexpr int64_t kLeastRows = 128;    // of a head that are worth a task
+constexpr int64_t kTasks = 8;          // wanted: every further one costs a copy of dk and dv
+constexpr int64_t kLeastGroups = 8;    // of heads with a bias of their own that make good tasks
+constexpr int64_t kTableGroups = 128;  // of heads that share a table: each has a part of dtable
 
 // A row of weights, rounded.
 MIMKERNELS_INLINE void round_weights(bf16* dst, const float* src, int64_t padded) {
@@ -45,7 +47,9 @@ class Worker : PassWorker<T> {
   static constexpr int64_t kBlockRows = kBlockTiles * kRowTile;
 
   Worker(const AttentionBwdParams& params, const Pass& pass)
-      : Base(params, pass), tiles_(s_.queries), columns_(padded_columns(s_.dim)) {}
+      : Base(params, pass, most_rows(params, pass)),
+        tiles_(s_.queries),
+        columns_(padded_columns(s_.dim)) {}
 
   bool reserve() {
     allocate();
@@ -60,16 +64,19 @@ class Worker : PassWorker<T> {
     const int64_t begin = tiles_.tiles * chunk / pass_.chunks;
     const int64_t end = tiles_.tiles * (chunk + 1) / pass_.chunks;
     first_row_ = tiles_.first(begin);
-    Base::visit_heads(task, [&](int64_t) {
+    Base::visit_heads(task, first_row_, tiles_.first(end), [&](int64_t) {
       for (int64_t block = 0; block < blocks_.blocks; ++block) visit_block(block, begin, end);
     });
-    Base::round_bias(first_row_, tiles_.first(end));
   }
 
  private:
+  static int64_t most_rows(const AttentionBwdParams& params, const Pass& pass) {
+    return ceil_div(params.scores.queries, pass.chunks) + 2 * kRowTile;
+  }
+
   void allocate() {
     const int64_t block = blocks_.size;
-    const int64_t chunk_rows = ceil_div(s_.queries, pass_.chunks) + 2 * kRowTile;
+    const int64_t chunk_rows = most_rows(p_, pass_);
     keys_ = arena_.template take<E>(block * s_.dim);
     values_ = arena_.template take<E>(block * s_.dim);
     key_rows_ = arena_.template take<E>(pass_.grads ? block * columns_ : 0);
@@ -311,6 +318,25 @@ void add_parts(const AttentionBwdParams& p, const Pass& pass, ParallelFor parall
                });
 }
 
+// dtable as the sum of its parts, in order.
+MIMKERNELS_INLINE Status add_table_parts(const AttentionBwdParams& p, const Pass& pass) {
+  const AttentionScores& s = p.scores;
+  const int64_t parts = pass.groups.group_batch * pass.chunks;
+  return with_float_type(s.table.dtype, [&](auto type) {
+    auto* const out = static_cast<decltype(type)*>(p.dtable);
+    for (int64_t t = 0; t < s.table.entries; ++t) {
+      for (int64_t h = 0; h < s.heads; ++h) {
+        double sum = 0.0;
+        for (int64_t part = 0; part < parts; ++part) {
+          sum += pass.table_parts[(part * s.heads + h) * s.table.entries + t];
+        }
+        put_columns(out + t * s.heads + h, splat(static_cast<float>(sum)), 1);
+      }
+    }
+    return Status{};
+  });
+}
+
 // Of gradients of no score. Packed, which takes as many queries as keys, they are empty themselves.
 template <typename T>
 void write_zeros(const AttentionBwdParams& p) {
@@ -319,43 +345,70 @@ void write_zeros(const AttentionBwdParams& p) {
   memset(p.dq, 0, row * static_cast<size_t>(s.queries));
   memset(p.dk, 0, row * static_cast<size_t>(s.keys));
   memset(p.dv, 0, row * static_cast<size_t>(s.keys));
-  if (p.dbias == nullptr) return;
-  const size_t size = s.bias.dtype == DType::kFloat32 ? sizeof(float) : sizeof(T);
-  memset(p.dbias, 0, static_cast<size_t>(s.bias.batch * s.bias.heads * s.queries * s.keys) * size);
+  const auto clear = [](void* dst, DType dtype, int64_t count) {
+    const size_t size = dtype == DType::kFloat32 ? sizeof(float) : sizeof(T);
+    if (dst != nullptr) memset(dst, 0, static_cast<size_t>(count) * size);
+  };
+  clear(p.dbias, s.bias.dtype, s.bias.windows * s.bias.heads * s.queries * s.keys);
+  clear(p.dtable, s.table.dtype, s.table.entries * s.heads);
 }
 
 template <typename T>
 Status run_backward(const AttentionBwdParams& p, ParallelFor parallel_for) {
   const AttentionScores& s = p.scores;
+  const Status good = check_table(s);
+  if (!good.ok()) return good;
   const int64_t heads = s.batch * s.heads;
   if (heads * s.queries * s.keys == 0) {
     write_zeros<T>(p);
     return Status{};
   }
   const HeadGroups alone{s.batch, s.heads, s.batch, s.heads};
-  const HeadGroups sharing{s.batch, s.heads, s.bias.batch, s.bias.heads};
-  const bool sums_bias = p.dbias != nullptr && sharing.members() > 1;
+  const HeadGroups sharing{s.batch, s.heads, s.bias.windows, s.bias.heads};
+  const HeadGroups of_table{s.batch, s.heads, min_of(s.batch, ceil_div(kTableGroups, s.heads)),
+                            s.heads};
+  const bool sums_bias = p.dbias != nullptr && sharing.shared();
   Scratch<float> bias_sums(
       sums_bias && s.bias.dtype != DType::kFloat32 ? sharing.count() * s.queries : 0, s.keys);
   if (bias_sums.failed()) return out_of_memory();
   // Heads that share a bias are one task, in order. Where that leaves too few tasks, dbias gets a
-  // pass of its own, which recomputes dS and splits the rows instead.
-  const bool together = p.dbias != nullptr && (!sums_bias || sharing.count() >= kLeastGroups);
+  // pass of its own, which recomputes dS and splits the rows instead; so it does beside a table,
+  // whose groups are of one head, if heads share the bias.
+  const bool together = p.dbias != nullptr && (!sums_bias || sharing.count() >= kLeastGroups) &&
+                        (p.dtable == nullptr || sharing.group_heads == s.heads);
   Pass main;
   main.bias = together;
-  main.groups = together ? sharing : alone;
+  main.table = p.dtable != nullptr;
+  main.groups = together ? sharing : s.table.given ? of_table : alone;
   main.chunks = row_chunks(main.groups.count(), s.queries, kLeastRows, kTasks);
   main.bias_sums = sums_bias && s.bias.dtype != DType::kFloat32 ? bias_sums.get() : nullptr;
   Scratch<float> parts(main.chunks > 1 ? 2 * main.chunks * heads * s.keys : 0, s.dim);
   if (parts.failed()) return out_of_memory();
   main.parts = parts.get();
+  Scratch<float> table_parts(main.table ? main.groups.group_batch * main.chunks * s.heads : 0,
+                             s.table.entries);
+  if (table_parts.failed()) return out_of_memory();
+  main.table_parts = table_parts.get();
+  const bool coarse = main.table && !std::is_same_v<T, float> && s.keys > kBlockKeys;
+  Scratch<float> delta(coarse ? heads * s.queries : 0);
+  if (delta.failed()) return out_of_memory();
+  if (coarse) {
+    const Status summed = sum_delta<T>(p, delta.get(), parallel_for);
+    if (!summed.ok()) return summed;
+    main.delta = delta.get();
+  }
   const Status status = run_pass<T>(p, main, parallel_for);
   if (!status.ok()) return status;
   if (main.chunks > 1) add_parts<T>(p, main, parallel_for);
+  if (main.table) {
+    const Status added = add_table_parts(p, main);
+    if (!added.ok()) return added;
+  }
   if (p.dbias == nullptr || together) return Status{};
   Pass bias = main;
   bias.grads = false;
   bias.bias = true;
+  bias.table = false;
   bias.groups = sharing;
   bias.chunks = max_of(1, ceil_div(s.queries, WorkerOf<T>::kBlockRows));
   return run_pass<T>(p, bias, parallel_for);

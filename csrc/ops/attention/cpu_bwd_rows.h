@@ -107,17 +107,21 @@ MIMKERNELS_INLINE void put_bias_row(T* dst, const float* src, int64_t count, boo
 
 // ---- tasks ----
 
-// Which heads share a row of dbias: those of one group, which are visited in order.
+// Which heads share a row of dbias: those of one group, which are visited in order. Image b is in
+// group b % group_batch.
 struct HeadGroups {
   int64_t batch = 0;
   int64_t heads = 0;
-  int64_t group_batch = 0;  // 1 or batch
+  int64_t group_batch = 0;  // from 1 to batch
   int64_t group_heads = 0;  // 1 or heads
 
   int64_t count() const { return group_batch * group_heads; }
-  int64_t members() const { return (batch / group_batch) * (heads / group_heads); }
+  bool shared() const { return group_batch < batch || group_heads < heads; }
+  int64_t members(int64_t group) const {
+    return ceil_div(batch - group / group_heads, group_batch) * (heads / group_heads);
+  }
   int64_t image(int64_t group, int64_t member) const {
-    return group_batch == 1 ? member / (heads / group_heads) : group / group_heads;
+    return group / group_heads + member / (heads / group_heads) * group_batch;
   }
   int64_t head(int64_t group, int64_t member) const {
     return group_heads == 1 ? member % heads : group % group_heads;
@@ -128,35 +132,44 @@ struct HeadGroups {
 struct Pass {
   bool grads = true;  // dq, dk, dv
   bool bias = false;
+  bool table = false;  // groups are of one head then
   HeadGroups groups;
   int64_t chunks = 1;
   float* parts =
       nullptr;  // [2, chunks, B, H, Nk, D]: dk and dv of each chunk, if there are several
-  float* bias_sums = nullptr;  // [groups, Nq, Nk] where dbias is 16-bit and sums over heads
+  float* bias_sums = nullptr;    // [groups, Nq, Nk] where dbias is 16-bit and sums over heads
+  const float* delta = nullptr;  // [B, H, Nq] where out is too coarse for it
+  float* table_parts = nullptr;  // [group_batch, chunks, H, T]
 };
 
 // What a thread of a pass keeps, but for its products: the head that it is at, that head's rows.
 template <typename T>
 class PassWorker {
  protected:
-  PassWorker(const AttentionBwdParams& params, const Pass& pass, int64_t panel = kPanel)
+  // A chunk has at most most_rows rows.
+  PassWorker(const AttentionBwdParams& params, const Pass& pass, int64_t most_rows,
+             int64_t panel = kPanel)
       : p_(params),
         s_(params.scores),
         pass_(pass),
         blocks_(s_.keys, kBlockKeys, panel),
-        distances_(params.positions, s_.keys, params.num_prefix, 1) {}
+        distances_(params.positions, s_.keys, params.num_prefix, 1),
+        table_(s_, pass.table, most_rows) {}
 
   void allocate_rows() {
     mask_row_ = arena_.floats(blocks_.size + kPanel);
+    start_.allocate(arena_);
     distances_.allocate(arena_);
+    table_.allocate(arena_);
   }
 
-  // Calls visit() at each head of a task, in order.
+  // Calls visit() at each head of a task, in order; it has rows [begin, end) of each.
   template <typename Visit>
-  void visit_heads(int64_t task, const Visit& visit) {
+  void visit_heads(int64_t task, int64_t begin, int64_t end, const Visit& visit) {
     group_ = task / pass_.chunks;
     chunk_ = task % pass_.chunks;
-    const int64_t members = pass_.groups.members();
+    const int64_t members = pass_.groups.members(group_);
+    if (pass_.table) table_.open(begin, end - begin);
     for (int64_t member = 0; member < members; ++member) {
       b_ = pass_.groups.image(group_, member);
       h_ = pass_.groups.head(group_, member);
@@ -164,6 +177,11 @@ class PassWorker {
       distances_.set_image(b_);
       visit(member);
     }
+    if (pass_.table) {
+      const int64_t part = group_ / s_.heads * pass_.chunks + chunk_;
+      table_.close(pass_.table_parts + (part * s_.heads + h_) * s_.table.entries);
+    }
+    round_bias(begin, end);
   }
 
   // P and t of one row of scores and dP, dS being P (t - rest) + P own at the row's own key.
@@ -188,8 +206,9 @@ class PassWorker {
     scores.lse_low = p_.lse_low[index];
     // P dP are summed about delta as out has it: rounding is relative to what is left, and that P
     // sums to 1 only nearly costs nothing.
-    scores.centre =
-        dot_row(head_at<T>(p_.dout, b_, h_, row), head_at<T>(p_.out, b_, h_, row), s_.dim);
+    scores.centre = pass_.delta != nullptr ? pass_.delta[index]
+                                           : dot_row(head_at<T>(p_.dout, b_, h_, row),
+                                                     head_at<T>(p_.out, b_, h_, row), s_.dim);
     RowEnd end;
     if (!p_.has_coef) {
       end.rest = probability_row<kStart, false, false>(scores, {});
@@ -212,7 +231,7 @@ class PassWorker {
     return end;
   }
 
-  // dS in t's place, and in dbias.
+  // dS in t's place, in dbias and dtable.
   MIMKERNELS_INLINE void end_row(int64_t row, int64_t block, const float* s, float* ds,
                                  const RowEnd& end) {
     const int64_t first = blocks_.first(block);
@@ -220,6 +239,7 @@ class PassWorker {
     gradient_row(s, ds, padded_columns(count), end.rest);
     if (end.own != 0.0f) ds[row - first] += s[row - first] * end.own;
     if (pass_.bias) put_bias(row, first, count, ds);
+    if (pass_.table) table_.add(row, first, count, ds);
   }
 
   // Where a token's gradient goes.
@@ -234,19 +254,13 @@ class PassWorker {
   }
   int64_t part_distance() const { return pass_.chunks * s_.batch * s_.heads * s_.keys * s_.dim; }
 
-  // Rows of dbias that were summed over heads, rounded.
-  void round_bias(int64_t begin, int64_t end) {
-    if (!pass_.bias || pass_.bias_sums == nullptr) return;
-    const int64_t at = (group_ * s_.queries + begin) * s_.keys;
-    round_acc<false>(static_cast<T*>(p_.dbias) + at, pass_.bias_sums + at, (end - begin) * s_.keys);
-  }
-
   const AttentionBwdParams& p_;
   const AttentionScores& s_;
   const Pass& pass_;
   KeyBlocks blocks_;
   Distances distances_;
   ScoreStart start_{s_};
+  TableSums table_;
   Arena arena_;
   int64_t b_ = 0;
   int64_t h_ = 0;
@@ -256,6 +270,13 @@ class PassWorker {
   float* mask_row_ = nullptr;
 
  private:
+  // Rows of dbias that were summed over heads, rounded.
+  void round_bias(int64_t begin, int64_t end) {
+    if (!pass_.bias || pass_.bias_sums == nullptr) return;
+    const int64_t at = (group_ * s_.queries + begin) * s_.keys;
+    round_acc<false>(static_cast<T*>(p_.dbias) + at, pass_.bias_sums + at, (end - begin) * s_.keys);
+  }
+
   void put_bias(int64_t row, int64_t first, int64_t count, const float* ds) {
     const int64_t at = (group_ * s_.queries + row) * s_.keys + first;
     if (pass_.bias_sums != nullptr) {

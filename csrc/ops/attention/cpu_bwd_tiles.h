@@ -151,9 +151,9 @@ class TileBackward : PassWorker<bf16> {
   static constexpr int64_t kBlockRows = 64;  // enough for a task that computes dbias alone
 
   TileBackward(const AttentionBwdParams& params, const Pass& pass)
-      : PassWorker(params, pass, kTileDepth),
+      : PassWorker(params, pass, most_steps(params, pass) * kTileDepth, kTileDepth),
         steps_(ceil_div(s_.queries, kTileDepth)),
-        chunk_steps_(ceil_div(steps_, pass.chunks)),
+        chunk_steps_(most_steps(params, pass)),
         block_rows_(min_of(chunk_steps_, kBlockSteps) * kTileDepth),
         dim_tiles_(ceil_div(s_.dim, kTileColumns)),
         depth_(ceil_div(s_.dim, kTileDepth) * kTileDepth),
@@ -183,14 +183,17 @@ class TileBackward : PassWorker<bf16> {
     const int64_t begin = steps_ * chunk / pass_.chunks;
     const int64_t end = steps_ * (chunk + 1) / pass_.chunks;
     first_row_ = begin * kTileDepth;
-    visit_heads(task, [&](int64_t member) {
+    visit_heads(task, first_row_, min_of(end * kTileDepth, s_.queries), [&](int64_t member) {
       set_next_head(member);
       for (int64_t block = 0; block < blocks_.blocks; ++block) visit_block(block, begin, end);
     });
-    round_bias(first_row_, min_of(end * kTileDepth, s_.queries));
   }
 
  private:
+  static int64_t most_steps(const AttentionBwdParams& params, const Pass& pass) {
+    return ceil_div(ceil_div(params.scores.queries, kTileDepth), pass.chunks);
+  }
+
   static constexpr int64_t kBlockSteps = 8;  // whose P and dS are kept for dk and dv
 
   int64_t column_size() const { return dim_tiles_ * kTileRows * block_rows_; }
@@ -215,7 +218,7 @@ class TileBackward : PassWorker<bf16> {
     dq_ = arena_.floats(grads * dq_rows * dq_stride_);
     dk_ = arena_.floats(grads * dim_tiles_ * kTileRows * score_stride_);
     dv_ = arena_.floats(grads * dim_tiles_ * kTileRows * score_stride_);
-    bias_row_ = arena_.floats(s_.bias.given ? keys + kPanel : 0);
+    bias_row_ = arena_.floats(ScoreStart::makes_rows(s_) ? keys + kPanel : 0);
     allocate_rows();
   }
 
@@ -296,7 +299,7 @@ class TileBackward : PassWorker<bf16> {
     float* const s = scores_ + i * score_stride_;
     float* const ds = products_ + i * score_stride_;
     RowEnd ends[2];
-    bool plain = !pass_.bias && pass_.grads;
+    bool plain = !pass_.bias && !pass_.table && pass_.grads;
     for (int64_t k = 0; k < there; ++k) {
       const int64_t query = row + i + k;
       ends[k] = begin_row<true>(query, block, s + k * score_stride_, ds + k * score_stride_,
@@ -321,9 +324,9 @@ class TileBackward : PassWorker<bf16> {
     }
   }
 
-  // What a query's products are added to: the mask, or bias and mask.
-  const float* start_of(int64_t query, int64_t count) const {
-    if (!s_.bias.given) return start_.mask_row(0);
+  // What a query's products are added to: the mask, or biases and mask.
+  const float* start_of(int64_t query, int64_t count) {
+    if (!ScoreStart::makes_rows(s_)) return start_.mask_row(0);
     return start_.rows_of(query, 1, 0, count, bias_row_, 0).first;
   }
 
@@ -439,7 +442,7 @@ class TileBackward : PassWorker<bf16> {
     const HeadGroups& groups = pass_.groups;
     int64_t group = group_;
     next_b_ = -1;
-    if (++member == groups.members()) {
+    if (++member == groups.members(group)) {
       if (pass_.chunks > 1 || ++group == groups.count()) return;
       member = 0;
     }

@@ -1,6 +1,7 @@
-// out = softmax(S) v, lse, and the row statistics asked for, S = scale * q k^T + bias.
+// out = softmax(S) v, lse, and the row statistics asked for, S = scale * q k^T + biases.
 //
-// in:       q, k, v by strides, features contiguous, fp32, bf16 or fp16; bias, key mask, positions
+// in:       q, k, v by strides, features contiguous, fp32, bf16 or fp16; bias, bias table and its
+//           index, key mask, positions
 // out:      out [B, Nq, H, D]; lse [B, H, Nq] and statistics in fp32; every element written once
 // numerics: everything in fp32; scores and statistics are taken relative to the row's maximum, so
 //           that entropies lose nothing to cancellation. Where bf16 has a dot product of its own, P
@@ -38,11 +39,12 @@ class Worker {
         s_(params.scores),
         tiles_(s_.queries),
         blocks_(s_.keys, kBlockKeys),
-        chunks_(row_chunks(s_.batch * s_.heads, s_.queries, kLeastRows, kTasks)),
+        order_(s_),
+        chunks_(row_chunks(order_.count(), s_.queries, kLeastRows, kTasks)),
         task_rows_(ceil_div(s_.queries, chunks_) + 2 * kRowTile),
         softmax_(params, task_rows_) {}
 
-  int64_t tasks() const { return s_.batch * s_.heads * chunks_; }
+  int64_t tasks() const { return order_.count() * chunks_; }
 
   bool reserve() {
     allocate();
@@ -54,13 +56,12 @@ class Worker {
   void run(int64_t task) {
     const int64_t head = task / chunks_;
     const int64_t chunk = task % chunks_;
-    b_ = head / s_.heads;
-    h_ = head % s_.heads;
+    b_ = order_.image(head);
+    h_ = order_.head(head);
     const int64_t next = head + 1;
-    next_b_ = blocks_.blocks == 1 && chunk + 1 == chunks_ && next < s_.batch * s_.heads
-                  ? next / s_.heads
-                  : -1;
-    next_h_ = next % s_.heads;
+    const bool ahead = blocks_.blocks == 1 && chunk + 1 == chunks_ && next < order_.count();
+    next_b_ = ahead ? order_.image(next) : -1;
+    next_h_ = order_.head(next);
     const int64_t begin = tiles_.tiles * chunk / chunks_;
     const int64_t end = tiles_.tiles * (chunk + 1) / chunks_;
     first_row_ = tiles_.first(begin);
@@ -85,6 +86,7 @@ class Worker {
     result_ = arena_.floats((blocks_.blocks > 1 ? task_rows_ : kRowTile) * kDimStride);
     maxima_ = arena_.floats(kRowTile * kLanes);
     mask_row_ = arena_.floats(block + kPanel);
+    start_.allocate(arena_);
     softmax_.allocate(arena_);
   }
 
@@ -179,6 +181,7 @@ class Worker {
   const AttentionScores& s_;
   RowTiles tiles_;
   KeyBlocks blocks_;
+  HeadOrder order_;
   int64_t chunks_;
   int64_t task_rows_;
   RowSoftmax<E, kStride, kStride, false> softmax_;
@@ -224,6 +227,8 @@ void write_empty(const AttentionFwdParams& p) {
 
 Status attention_fwd(const AttentionFwdParams& params, ParallelFor parallel_for) {
   const AttentionScores& s = params.scores;
+  const Status status = check_table(s);
+  if (!status.ok()) return status;
   return with_float_type(s.dtype, [&](auto type) {
     using T = decltype(type);
     if (s.batch * s.heads * s.queries == 0) return Status{};

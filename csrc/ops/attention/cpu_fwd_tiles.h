@@ -39,10 +39,11 @@ class TileForward {
         groups_(ceil_div(s_.queries, kQueries)),
         blocks_(s_.keys, kBlockKeys, kTileDepth),
         steps_(ceil_div(s_.dim, kTileDepth)),
-        chunks_(min_of(row_chunks(s_.batch * s_.heads, s_.queries, kLeastRows, kTasks), groups_)),
+        order_(s_),
+        chunks_(min_of(row_chunks(order_.count(), s_.queries, kLeastRows, kTasks), groups_)),
         softmax_(params, ceil_div(groups_, chunks_) * kQueries) {}
 
-  int64_t tasks() const { return s_.batch * s_.heads * chunks_; }
+  int64_t tasks() const { return order_.count() * chunks_; }
 
   bool reserve() {
     allocate();
@@ -56,13 +57,12 @@ class TileForward {
   void run(int64_t task) {
     const int64_t head = task / chunks_;
     const int64_t chunk = task % chunks_;
-    b_ = head / s_.heads;
-    h_ = head % s_.heads;
+    b_ = order_.image(head);
+    h_ = order_.head(head);
     const int64_t next = head + 1;
-    next_b_ = blocks_.blocks == 1 && chunk + 1 == chunks_ && next < s_.batch * s_.heads
-                  ? next / s_.heads
-                  : -1;
-    next_h_ = next % s_.heads;
+    const bool ahead = blocks_.blocks == 1 && chunk + 1 == chunks_ && next < order_.count();
+    next_b_ = ahead ? order_.image(next) : -1;
+    next_h_ = order_.head(next);
     if (packed_head_ != head) pack();
     packed_head_ = head;
     const int64_t first = groups_ * chunk / chunks_ * kQueries;
@@ -82,9 +82,10 @@ class TileForward {
     scores_ = arena_.floats(kQueries * kScoreStride);
     weights_ = arena_.take<bf16>(kQueries * kWeightStride);
     result_ = arena_.floats(kQueries * kResultStride);
-    bias_ = arena_.floats(s_.bias.given ? kQueries * kColumns : 0);
+    bias_ = arena_.floats(ScoreStart::makes_rows(s_) ? kQueries * kColumns : 0);
     maxima_ = arena_.floats(kQueries * kLanes);
     mask_row_ = arena_.floats(padded_columns(s_.keys));
+    start_.allocate(arena_);
     softmax_.allocate(arena_);
   }
 
@@ -238,6 +239,7 @@ class TileForward {
   int64_t groups_;  // of kQueries
   KeyBlocks blocks_;
   int64_t steps_;  // of tiles that hold the features
+  HeadOrder order_;
   int64_t chunks_;
   RowSoftmax<bf16, kScoreStride, kWeightStride, true> softmax_;
   ScoreStart start_{s_};

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(256, 1)
   const int first_key = block % tiling.key_blocks * tiling.groups * kStrip;
   const int first_query = block / tiling.key_blocks % tiling.row_blocks * tiling.strips * kStrip;
   const int kept = block / tiling.key_blocks / tiling.row_blocks;  // image and head of dbias
-  const int shared_images = s.bias.batch == 1 ? static_cast<int>(s.batch) : 1;
+  const int shared_images = s.bias.windows == 1 ? static_cast<int>(s.batch) : 1;
   const int shared_heads = bias_heads == 1 ? heads : 1;
   const int members = shared_images * shared_heads;
   const int row = first_query + warp % tiling.strips * kStrip;
@@ -119,7 +119,7 @@ cudaError_t launch_dbias(const AttentionBwdParams& p, const float* delta, cudaSt
   const BiasTiling tiling = bias_tiling(s.queries, s.keys, static_cast<int>(s.dim), sizeof(T));
   const BiasAligned aligned = {aligned_rows(s.q, sizeof(T)), aligned_rows(s.k, sizeof(T)),
                                aligned_rows(p.v, sizeof(T)), aligned_rows(p.dout, sizeof(T))};
-  const int64_t blocks = s.bias.batch * s.bias.heads * tiling.row_blocks * tiling.key_blocks;
+  const int64_t blocks = s.bias.windows * s.bias.heads * tiling.row_blocks * tiling.key_blocks;
   if (blocks == 0) {
     return cudaSuccess;
   }
@@ -134,7 +134,7 @@ cudaError_t attention_bwd(const AttentionBwdParams& p, float* delta, cudaStream_
   const AttentionScores& s = p.scores;
   // An fp32 bias beside 16-bit rows has its gradient from the delta that the others are summed for.
   const bool shares_bias =
-      s.bias.batch != s.batch || s.bias.heads != s.heads || s.bias.dtype != s.dtype;
+      s.bias.windows != s.batch || s.bias.heads != s.heads || s.bias.dtype != s.dtype;
   return with_float_type(s.dtype, [&](auto type) {
     using T = decltype(type);
     cudaError_t error = cudaSuccess;

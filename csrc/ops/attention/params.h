@@ -77,6 +77,7 @@ struct AttentionBwdParams {
   void* dk = nullptr;              // [B, Nk, H, D]
   void* dv = nullptr;              // [B, Nk, H, D]
   void* dbias = nullptr;           // as bias, contiguous, or null
+  void* dtable = nullptr;          // [T, H] as table, contiguous, or null
 };
 
 }  // namespace mimkernels

@@ -1,7 +1,7 @@
 // head_divergence: how the heads of an image differ in what they attend to, without the N x N
 // matrix.
 //
-// in:       q, k by strides, features contiguous; lse [B, H, Nq]; bias, key mask
+// in:       q, k by strides, features contiguous; lse [B, H, Nq]; biases, key mask
 // out:      [B, H, H] = mean over queries of KL(P^h || P^g) over the keys that both heads see; fp32,
 //           every element written once
 // numerics: fp32, totals over queries in fp64; sums run in order
@@ -116,23 +116,24 @@ class DivergenceWorker {
     const AttentionScores& s = p_.scores;
     const int64_t top = tiles.first(begin);
     const int64_t rows = tiles.first(end) - top;
-    const int64_t head_stride = kSpanRows * kStride;
+    const int64_t head_stride = kSpanRows * kMapStride;
     // Only a bias can hide a key from one head and not from another.
-    const bool hides = s.bias.given;
+    const bool hides = s.bias.given || s.table.given;
     const Floats least = splat(hides ? -kInfinity : kLowest);
     for (int64_t h = 0; h < s.heads; ++h) {
       rows_.set_block(b, h, block);
       for (int64_t tile = begin; tile < end; ++tile) {
         const int64_t row = tiles.first(tile);
         const int64_t count = tiles.first(tile + 1) - row;
-        float* p = weights_ + h * head_stride + (row - top) * kStride;
-        float* logs = logs_ + h * head_stride + (row - top) * kStride;
+        float* p = weights_ + h * head_stride + (row - top) * kMapStride;
+        float* logs = logs_ + h * head_stride + (row - top) * kMapStride;
         rows_.compute(row, count, p);
         for (int64_t i = 0; i < count; ++i) {
           for (int64_t j = 0; j < rows_.columns(); j += kLanes) {
-            const Floats x = log_p(load_floats(p + i * kStride + j), row_logs_, rows_.at(row + i));
-            store_floats(logs + i * kStride + j, max_or_second(least, x));
-            store_floats(p + i * kStride + j, exp_lanes(x));
+            const Floats x =
+                log_p(load_floats(p + i * kMapStride + j), row_logs_, rows_.at(row + i));
+            store_floats(logs + i * kMapStride + j, max_or_second(least, x));
+            store_floats(p + i * kMapStride + j, exp_lanes(x));
           }
         }
       }
@@ -141,8 +142,8 @@ class DivergenceWorker {
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t c = 0; c < cells; ++c) sums_[c] = 0.0f;
       const auto cross = hides ? cross_heads<true> : cross_heads<false>;
-      cross(weights_ + i * kStride, logs_ + i * kStride, head_stride, rows_.columns(), s.heads,
-            sums_);
+      cross(weights_ + i * kMapStride, logs_ + i * kMapStride, head_stride, rows_.columns(),
+            s.heads, sums_);
       // KL(h || g) = sum P^h log P^h - sum P^h log P^g: nearly equal sums, subtracted before they
       // grow.
       for (int64_t h = 0; h < s.heads; ++h) {
@@ -156,8 +157,8 @@ class DivergenceWorker {
   void allocate() {
     const AttentionScores& s = p_.scores;
     rows_.allocate(arena_);
-    weights_ = arena_.floats(s.heads * kSpanRows * kStride);
-    logs_ = arena_.floats(s.heads * kSpanRows * kStride);
+    weights_ = arena_.floats(s.heads * kSpanRows * kMapStride);
+    logs_ = arena_.floats(s.heads * kSpanRows * kMapStride);
     sums_ = arena_.floats(s.heads * s.heads);
     totals_ = reinterpret_cast<double*>(arena_.floats(2 * s.heads * s.heads));
   }
@@ -176,6 +177,8 @@ class DivergenceWorker {
 
 Status head_divergence_fwd(const HeadDivergenceParams& params, ParallelFor parallel_for) {
   const AttentionScores& s = params.scores;
+  const Status status = check_table(s);
+  if (!status.ok()) return status;
   return with_float_type(s.dtype, [&](auto type) {
     using T = decltype(type);
     return with_row_logs<T>(s, params.lse, parallel_for, [&](const RowLogs& logs) {

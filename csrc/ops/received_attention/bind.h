@@ -8,9 +8,10 @@ namespace mimkernels::binding {
 
 template <typename Device>
 Tensor received_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& lse_any,
-                              OptionalTensor bias, OptionalTensor key_mask, double scale) {
-  const Device device(q);
-  const ScoreInputs<Device> inputs(device, q, k, bias, key_mask, scale);
+                              OptionalTensor bias, OptionalTensor bias_table,
+                              OptionalTensor bias_index, OptionalTensor key_mask, double scale) {
+  Device device(q);
+  const ScoreInputs<Device> inputs(device, q, k, bias, bias_table, bias_index, key_mask, scale);
   const AttentionScores& s = inputs.scores;
   const Tensor lse = inputs.take_lse(lse_any, "lse");
   ReceivedAttentionParams params;

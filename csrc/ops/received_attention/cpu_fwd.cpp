@@ -1,6 +1,6 @@
 // received_attention: the attention that every key receives, without the N x N matrix.
 //
-// in:       q, k by strides, features contiguous; lse [B, H, Nq]; bias, key mask
+// in:       q, k by strides, features contiguous; lse [B, H, Nq]; biases, key mask
 // out:      [B, H, Nk] = mean over queries of P_ij; fp32, every element written once
 // numerics: fp32, sums over queries compensated and in order
 // cost:     one pass over the scores, and another over those of rows whose lse is large
@@ -50,7 +50,7 @@ class ReceivedWorker {
         Floats excess = load_floats(excess_ + j);
         for (int64_t i = 0; i < rows; ++i) {
           const Floats p =
-              exp_lanes(log_p(load_floats(scores_ + i * kStride + j), logs_, rows_.at(row + i)));
+              exp_lanes(log_p(load_floats(scores_ + i * kMapStride + j), logs_, rows_.at(row + i)));
           const Floats part = p - excess;
           const Floats next = sum + part;
           excess = (next - sum) - part;
@@ -68,9 +68,9 @@ class ReceivedWorker {
  private:
   void allocate() {
     rows_.allocate(arena_);
-    scores_ = arena_.floats(kRowTile * kStride);
-    sums_ = arena_.floats(kStride);
-    excess_ = arena_.floats(kStride);
+    scores_ = arena_.floats(kRowTile * kMapStride);
+    sums_ = arena_.floats(kMapStride);
+    excess_ = arena_.floats(kMapStride);
   }
 
   const ReceivedAttentionParams& p_;
@@ -86,11 +86,13 @@ class ReceivedWorker {
 
 Status received_attention_fwd(const ReceivedAttentionParams& params, ParallelFor parallel_for) {
   const AttentionScores& s = params.scores;
+  const Status status = check_table(s);
+  if (!status.ok()) return status;
   return with_float_type(s.dtype, [&](auto type) {
     using T = decltype(type);
     if (s.keys == 0) return Status{};
     return with_row_logs<T>(s, params.lse, parallel_for, [&](const RowLogs& logs) {
-      const int64_t tasks = s.batch * s.heads * KeyBlocks(s.keys, kBlockKeys).blocks;
+      const int64_t tasks = s.batch * s.heads * KeyBlocks(s.keys, kMapKeys).blocks;
       return run_tasks<ReceivedWorker<T>>(ReceivedTasks{params, logs}, tasks, parallel_for);
     });
   });

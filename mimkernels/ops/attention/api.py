@@ -11,7 +11,7 @@ from mimkernels.ops import _checks
 from mimkernels.ops._autograd import Context, Run
 from mimkernels.ops._memo import by_signature
 from mimkernels.ops.attention import reference
-from mimkernels.ops.attention.spec import SPEC, STATISTICS, gradients, parts, save
+from mimkernels.ops.attention.spec import SPEC, STATISTICS, TABLE, WINDOWS, gradients, parts, save
 
 
 class AttentionOutput(NamedTuple):
@@ -30,6 +30,8 @@ class AttentionOutput(NamedTuple):
 
 # By the reference: out, lse and the statistics by name; by kernels: out, lse, lse_low and rows of statistics.
 _Outputs = tuple[Tensor, Tensor, dict[str, Tensor]] | tuple[Tensor, Tensor, Tensor, Tensor]
+# bias, bias_table, bias_index and key_mask.
+_ScoreTensors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 # scale, num_prefix, what the backend knows the asked statistics by, and where each is in the rows of a kernel.
 _Options = tuple[float, int, int | tuple[str, ...], dict[str, int]]
 
@@ -40,6 +42,8 @@ def attention(
     v: Tensor,
     *,
     bias: Tensor | None = None,
+    bias_table: Tensor | None = None,
+    bias_index: Tensor | None = None,
     key_mask: Tensor | None = None,
     scale: float | None = None,
     num_prefix: int = 0,
@@ -49,8 +53,8 @@ def attention(
 ) -> AttentionOutput:
     """Exact attention that captures per-head row statistics; the attention matrix never exists in memory.
 
-    With ``S = scale * q k^T + bias`` and ``P = softmax(S)``, the statistics of query i are, over keys j and over the
-    patch keys T (``j >= num_prefix``) with mass ``M_i``:
+    With ``S = scale * q k^T + bias + bias_table[bias_index]`` and ``P = softmax(S)``, the statistics of query i are,
+    over keys j and over the patch keys T (``j >= num_prefix``) with mass ``M_i``:
 
     - ``entropy``: ``-sum_j P_ij log P_ij``, nats
     - ``prefix_mass``: ``sum of P_ij over prefix keys``
@@ -61,7 +65,8 @@ def attention(
     - ``peak``: ``max_j P_ij``, detached
     - ``patch_mass``: ``M_i``
 
-    Gradients flow through ``out``, ``lse`` and every statistic but ``peak`` to ``q``, ``k``, ``v`` and ``bias``.
+    Gradients flow through ``out``, ``lse`` and every statistic but ``peak`` to ``q``, ``k``, ``v``, ``bias``
+    and ``bias_table``.
 
     Where a CPU multiplies bf16 itself (AVX-512, AMX), its products take subnormal numbers (below 2^-126) for 0, in the
     inputs, their gradients and ``P``.
@@ -70,7 +75,11 @@ def attention(
         q: ``[B, H, Nq, D]`` fp32, fp16 or bf16 (fp64 on the reference); any strides, such as views of a packed
             projection. D a multiple of 8, at most 128, for the kernels.
         k, v: ``[B, H, Nk, D]``.
-        bias: added to the scores, ``[H or 1, Nq, Nk]`` or ``[B or 1, H or 1, Nq, Nk]``; dtype of ``q`` or fp32.
+        bias: added to the scores, ``[H or 1, Nq, Nk]`` or ``[W, H or 1, Nq, Nk]``, W a divisor of B: image b takes
+            row ``b % W``, as the windows of Swin's shift mask do. Dtype of ``q`` or fp32.
+        bias_table: ``[T, H]``, also added to the scores: ``bias_table[bias_index[i, j], h]``, the relative position
+            bias of BEiT and Swin, which is never made as ``[H, Nq, Nk]``. Dtype of ``q`` or fp32.
+        bias_index: ``[Nq, Nk]`` int64 (or int32), each in ``[0, T)``; given with ``bias_table``.
         key_mask: ``[B, Nk]`` bool, True = may be attended. A query that may attend nothing gets zeros; if it
             holds NaN, zeros or NaN, depending on the backend.
         scale: of the scores; ``D ** -0.5`` if None.
@@ -87,13 +96,14 @@ def attention(
         ValueError: shapes or devices disagree, an unknown statistic, ``distance`` without ``positions``, or
             ``self_mass`` or ``distance`` of cross-attention.
         TypeError: a dtype that the op does not take.
+        IndexError: ``bias_index`` is out of range (checked on CPU).
         NotImplementedError: no backend takes these inputs; lists each backend's reasons.
 
     Source: online softmax as in FlashAttention, arXiv:2205.14135; the statistics' sources are in ``mimkernels.heads``.
     """
-    tensors = (q, k, v, bias, key_mask, positions)
-    run, (*qkv, bias, key_mask, positions), options = _checked(tensors, scale, num_prefix, stats or None, backend)
-    return _attend(run, qkv, bias, key_mask, positions, *options)
+    tensors = (q, k, v, bias, bias_table, bias_index, key_mask, positions)
+    run, (*others, positions), options = _checked(tensors, scale, num_prefix, stats or None, backend)
+    return _attend(run, others, positions, *options)
 
 
 @by_signature
@@ -102,6 +112,8 @@ def _checked(
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
+    bias_table: Tensor | None,
+    bias_index: Tensor | None,
     key_mask: Tensor | None,
     positions: Tensor | None,
     scale: float | None,
@@ -109,15 +121,18 @@ def _checked(
     stats: Sequence[str] | None,
     backend: str,
 ) -> tuple[
-    Callable[..., _Outputs], tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], _Options
+    Callable[..., _Outputs],
+    tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    _Options,
 ]:
     op = "attention"
     _check_qk(op, q, k)
     _check_same_kind(op, "v", v, q)
     if v.shape != k.shape:
         raise ValueError(f"{op}: v {_checks.shape(v)} and k {_checks.shape(k)} must have the same shape")
-    others, options, name = _check_options(op, q, k, bias, key_mask, positions, scale, num_prefix, stats, backend)
-    run = SPEC.runner(name, reference.attention, _checks.needs_grad(q, k, v, bias))
+    others = (bias, bias_table, bias_index, key_mask, positions)
+    others, options, name = _check_options(op, q, k, *others, scale, num_prefix, stats, backend)
+    run = SPEC.runner(name, reference.attention, _checks.needs_grad(q, k, v, bias, bias_table))
     return run, (_checks.rows(q), _checks.rows(k), _checks.rows(v), *others), options
 
 
@@ -125,6 +140,8 @@ def attention_qkvpacked(
     qkv: Tensor,
     *,
     bias: Tensor | None = None,
+    bias_table: Tensor | None = None,
+    bias_index: Tensor | None = None,
     key_mask: Tensor | None = None,
     scale: float | None = None,
     num_prefix: int = 0,
@@ -141,38 +158,47 @@ def attention_qkvpacked(
         qkv: ``[B, N, 3, H, D]``: q, k and v of every token, as ``nn.Linear(C, 3 * H * D)`` makes them. fp32, fp16 or
             bf16 (fp64 on the reference); any strides with a contiguous last dim, others are copied. Its gradient is
             contiguous (on the reference, as autograd makes it).
-        bias, key_mask, scale, num_prefix, positions, stats, backend: as of ``attention``, with Nq = Nk = N.
+        bias, bias_table, bias_index, key_mask, scale, num_prefix, positions, stats, backend: as of ``attention``, with
+            Nq = Nk = N.
 
     Returns:
         ``AttentionOutput(out, lse, stats)``.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as ``attention``; ValueError if ``qkv`` does not hold three parts.
+        ValueError, TypeError, IndexError, NotImplementedError: as ``attention``; ValueError if ``qkv`` does not hold
+            three parts.
     """
-    tensors = (qkv, bias, key_mask, positions)
-    run, (qkv, bias, key_mask, positions), options = _checked_packed(tensors, scale, num_prefix, stats or None, backend)
-    return _attend(run, (qkv,), bias, key_mask, positions, *options)
+    tensors = (qkv, bias, bias_table, bias_index, key_mask, positions)
+    run, (*others, positions), options = _checked_packed(tensors, scale, num_prefix, stats or None, backend)
+    return _attend(run, others, positions, *options)
 
 
 @by_signature
 def _checked_packed(
     qkv: Tensor,
     bias: Tensor | None,
+    bias_table: Tensor | None,
+    bias_index: Tensor | None,
     key_mask: Tensor | None,
     positions: Tensor | None,
     scale: float | None,
     num_prefix: int,
     stats: Sequence[str] | None,
     backend: str,
-) -> tuple[Callable[..., _Outputs], tuple[Tensor, Tensor | None, Tensor | None, Tensor | None], _Options]:
+) -> tuple[
+    Callable[..., _Outputs],
+    tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    _Options,
+]:
     op = "attention_qkvpacked"
     _checks.has_rank(op, "qkv", qkv, 5)
     _checks.is_float(op, "qkv", qkv)
     if qkv.shape[2] != 3:
         raise ValueError(f"{op}: qkv {_checks.shape(qkv)} must be [B, N, 3, H, D]")
     q, k, _ = parts(qkv)
-    others, options, name = _check_options(op, q, k, bias, key_mask, positions, scale, num_prefix, stats, backend)
-    tracked = _checks.needs_grad(qkv, bias)
+    others = (bias, bias_table, bias_index, key_mask, positions)
+    others, options, name = _check_options(op, q, k, *others, scale, num_prefix, stats, backend)
+    tracked = _checks.needs_grad(qkv, bias, bias_table)
     ops = SPEC.plain_ops(name) if tracked else None
     if ops is None:
         run = partial(_unpacked, SPEC.runner(name, reference.attention, tracked))
@@ -187,17 +213,16 @@ def _unpacked(run: Run, qkv: Tensor, *options: Any) -> Any:
 
 def _attend(
     run: Callable[..., _Outputs],
-    qkv: Sequence[Tensor],
-    bias: Tensor | None,
-    key_mask: Tensor | None,
+    tensors: Sequence[Tensor | None],
     positions: Tensor | None,
     scale: float,
     num_prefix: int,
     asked: int | tuple[str, ...],
     planes: dict[str, int],
 ) -> AttentionOutput:
-    """``asked`` is what the backend knows the statistics by, ``planes`` where each is in the rows of a kernel."""
-    outputs = run(*qkv, bias, key_mask, scale, num_prefix, positions, asked)
+    """``tensors`` are those before the scale; ``asked`` is what the backend knows the statistics by, ``planes`` where
+    each is in the rows of a kernel."""
+    outputs = run(*tensors, scale, num_prefix, positions, asked)
     if len(outputs) == 3:  # of the reference
         return AttentionOutput(*outputs)
     out, lse, _, rows = outputs
@@ -224,17 +249,45 @@ class _Packed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         found = gradients(ctx, *ctx.ops, *grads)
-        *_, need_qkv, need_bias, _, _, _, _, _ = ctx.needs_input_grad
-        return *(None,) * 3, found["q"] if need_qkv else None, found["bias"] if need_bias else None, *(None,) * 5
+        wanted = zip(("q", "bias", "bias_table"), ctx.needs_input_grad[3:6], strict=True)
+        return *(None,) * 3, *(found[name] if needed else None for name, needed in wanted), *(None,) * 6
 
 
 def checked_scores(
-    op: str, q: Tensor, k: Tensor, bias: Tensor | None, key_mask: Tensor | None, scale: float | None
-) -> tuple[Tensor | None, Tensor | None, float]:
-    """Checks of the ops that need scores alone; bias, key_mask and scale as kernels take them."""
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    bias_table: Tensor | None,
+    bias_index: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float | None,
+) -> tuple[_ScoreTensors, float, tuple[str, ...]]:
+    """Checks of the ops that need scores alone: bias, bias_table, bias_index and key_mask and the scale as kernels take
+    them, and the options in use that not every backend takes."""
     _check_qk(op, q, k)
     scale = _checks.head_scale(op, scale, q.shape[3])
-    return _check_bias(op, bias, q, k), _check_key_mask(op, key_mask, k), scale
+    tensors = _check_score_tensors(op, q, k, bias, bias_table, bias_index, key_mask)
+    return tensors, scale, _options_in_use(q, *tensors[:2])
+
+
+def _check_score_tensors(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    bias_table: Tensor | None,
+    bias_index: Tensor | None,
+    key_mask: Tensor | None,
+) -> _ScoreTensors:
+    bias = _check_bias(op, bias, q, k)
+    bias_table, bias_index = _check_table(op, bias_table, bias_index, q, k)
+    return bias, bias_table, bias_index, _check_key_mask(op, key_mask, k)
+
+
+def _options_in_use(q: Tensor, bias: Tensor | None, bias_table: Tensor | None) -> tuple[str, ...]:
+    windows = bias is not None and bias.shape[0] not in (1, q.shape[0])
+    return (*((WINDOWS,) if windows else ()), *((TABLE,) if bias_table is not None else ()))
 
 
 def checked_lse(op: str, lse: Tensor, q: Tensor) -> Tensor:
@@ -252,24 +305,26 @@ def _check_options(
     q: Tensor,
     k: Tensor,
     bias: Tensor | None,
+    bias_table: Tensor | None,
+    bias_index: Tensor | None,
     key_mask: Tensor | None,
     positions: Tensor | None,
     scale: float | None,
     num_prefix: int,
     stats: Sequence[str] | None,
     backend: str,
-) -> tuple[tuple[Tensor | None, Tensor | None, Tensor | None], _Options, str]:
+) -> tuple[tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None], _Options, str]:
     """Of both ops: the tensors beside q, k and v, the other options of what runs, and the backend's name."""
     (_, _, length, dim), keys = q.shape, k.shape[2]
     planes, bits = _asked(op, stats, length, keys)
     _checks.prefix_count(op, num_prefix, keys, "keys")
     scale = _checks.head_scale(op, scale, dim)
-    bias = _check_bias(op, bias, q, k)
-    key_mask = _check_key_mask(op, key_mask, k)
+    scored = _check_score_tensors(op, q, k, bias, bias_table, bias_index, key_mask)
     positions = _check_positions(op, positions, "distance" in planes, num_prefix, q)
-    name = SPEC.resolve(backend, q.device.type, q.dtype, head_dim=dim)
+    used = _options_in_use(q, *scored[:2])
+    name = SPEC.resolve(backend, q.device.type, q.dtype, options=used, head_dim=dim)
     asked = tuple(planes) if name == "reference" else bits
-    return (bias, key_mask, positions), (scale, num_prefix, asked, planes), name
+    return (*scored, positions), (scale, num_prefix, asked, planes), name
 
 
 def _check_qk(op: str, q: Tensor, k: Tensor) -> None:
@@ -330,7 +385,7 @@ def _check_positions(op: str, positions: Tensor | None, needed: bool, num_prefix
 
 
 def _check_bias(op: str, bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """The bias as 4-D, each leading size 1 or full, in the dtype of q or fp32."""
+    """The bias as 4-D, of one head or of all, in the dtype of q or fp32."""
     if bias is None:
         return None
     _checks.has_rank(op, "bias", bias, 3, 4)
@@ -339,13 +394,44 @@ def _check_bias(op: str, bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | 
     if bias.dim() == 3:
         bias = bias.unsqueeze(0)
     batch, heads, length, _ = q.shape
-    wanted = ((1, batch), (1, heads), (length,), (k.shape[2],))
-    if any(size not in allowed for size, allowed in zip(bias.shape, wanted, strict=True)):
+    windows = bias.shape[0]
+    wanted = ((1, heads), (length,), (k.shape[2],))
+    if any(size not in allowed for size, allowed in zip(bias.shape[1:], wanted, strict=True)):
         raise ValueError(
-            f"{op}: bias {_checks.shape(bias)} must be [B or 1, H or 1, Nq, Nk] for q {_checks.shape(q)} and "
+            f"{op}: bias {_checks.shape(bias)} must be [W, H or 1, Nq, Nk] for q {_checks.shape(q)} and "
             f"k {_checks.shape(k)}"
         )
+    if windows not in (1, batch) and (windows == 0 or batch % windows):
+        raise ValueError(
+            f"{op}: bias {_checks.shape(bias)} has {windows} windows, which do not divide the {batch} images of q "
+            f"{_checks.shape(q)}"
+        )
     return _checks.rows(bias if bias.dtype in (q.dtype, torch.float32) else bias.to(q.dtype))
+
+
+def _check_table(
+    op: str, bias_table: Tensor | None, bias_index: Tensor | None, q: Tensor, k: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """The table in the dtype of q or fp32 and the index as int64, or None twice."""
+    if bias_table is None and bias_index is None:
+        return None, None
+    if bias_table is None or bias_index is None:
+        given, missing = ("bias_table", "bias_index") if bias_index is None else ("bias_index", "bias_table")
+        raise ValueError(f"{op}: {given} is given but {missing} is None; give both or neither")
+    _checks.has_rank(op, "bias_table", bias_table, 2)
+    _checks.is_float(op, "bias_table", bias_table)
+    _checks.same_device(op, "bias_table", bias_table, "q", q)
+    if bias_table.shape[1] != q.shape[1]:
+        raise ValueError(f"{op}: bias_table {_checks.shape(bias_table)} must be [T, H] for q {_checks.shape(q)}")
+    bias_index = _checks.token_ids(op, "bias_index", bias_index, (2,), "q", q)
+    if bias_index.shape[0] != q.shape[2] or bias_index.shape[1] != k.shape[2]:
+        raise ValueError(
+            f"{op}: bias_index {_checks.shape(bias_index)} must be [Nq, Nk] for q {_checks.shape(q)} and "
+            f"k {_checks.shape(k)}"
+        )
+    if bias_table.dtype not in (q.dtype, torch.float32):
+        bias_table = bias_table.to(q.dtype)
+    return _checks.rows(bias_table), bias_index
 
 
 def _check_key_mask(op: str, key_mask: Tensor | None, k: Tensor) -> Tensor | None:

@@ -18,6 +18,8 @@ def attention(
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
+    bias_table: Tensor | None,
+    bias_index: Tensor | None,
     key_mask: Tensor | None,
     scale: float,
     num_prefix: int,
@@ -25,7 +27,8 @@ def attention(
     stats: Iterable[str],
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Materialised attention: out ``[B, H, Nq, D]``, lse ``[B, H, Nq]`` and the asked statistics."""
-    s = scores(q, k, bias, key_mask, scale)  # [B, H, Nq, Nk], at least fp32
+    check_index("attention", bias_table, bias_index)
+    s = scores(q, k, bias, bias_table, bias_index, key_mask, scale)  # [B, H, Nq, Nk], at least fp32
     x, top = below_maximum(s)
     log_p, log_sum = log_softmax(x)
     p = log_p.exp()
@@ -36,16 +39,40 @@ def attention(
     return out, lse, made
 
 
-def scores(q: Tensor, k: Tensor, bias: Tensor | None, key_mask: Tensor | None, scale: float) -> Tensor:
-    """``scale * q k^T + bias``, -inf on masked keys."""
+def check_index(op: str, bias_table: Tensor | None, bias_index: Tensor | None) -> None:
+    """Refuse a bias_index that is out of range of its table, on CPU tensors."""
+    if bias_table is not None and bias_index is not None:
+        _checks.in_range(op, "bias_index", bias_index, bias_table.shape[0])
+
+
+def scores(
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    bias_table: Tensor | None,
+    bias_index: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """``scale * q k^T + bias + bias_table[bias_index]``, -inf on masked keys."""
     wide = torch.promote_types(q.dtype, torch.float32)
     with _checks.without_autocast(q):  # which would round the product to half precision
         s = (q.to(wide) @ k.to(wide).transpose(-2, -1)) * scale
+    if bias_table is not None and bias_index is not None:
+        s = s + bias_table.to(wide)[bias_index].permute(2, 0, 1)  # [H, Nq, Nk], whose gradient is summed in wide
     if bias is not None:
-        s = s + bias
+        s = add_windows(s, bias)
     if key_mask is not None:
         s = s.masked_fill(~key_mask[:, None, None, :], float("-inf"))
     return s
+
+
+def add_windows(s: Tensor, bias: Tensor) -> Tensor:
+    """Scores ``[B, H, Nq, Nk]`` plus a bias ``[W, H or 1, Nq, Nk]``, whose row ``b % W`` image b takes."""
+    batch, windows = s.shape[0], bias.shape[0]
+    if windows in (1, batch):
+        return s + bias
+    return (s.unflatten(0, (batch // windows, windows)) + bias).flatten(0, 1)
 
 
 def below_maximum(s: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,10 @@ from mimkernels.ops._autograd import Context, Gradient, Run
 from mimkernels.ops._registry import ANY_FLOAT, Impl, OpSpec, register
 
 STATISTICS = ("entropy", "prefix_mass", "self_mass", "distance", "patch_entropy", "peak", "patch_mass")
+# Options of the scores that not every backend takes, by the names that a refusal gives them.
+WINDOWS = "a bias of windows"
+TABLE = "bias_table"
+SCORE_OPTIONS = (WINDOWS, TABLE)
 
 
 def _fwd(
@@ -15,6 +21,8 @@ def _fwd(
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
+    bias_table: Tensor | None,
+    bias_index: Tensor | None,
     key_mask: Tensor | None,
     scale: float,
     num_prefix: int,
@@ -43,16 +51,20 @@ def _bwd(
     lse: Tensor,
     lse_low: Tensor,
     bias: Tensor | None,
+    bias_table: Tensor | None,
+    bias_index: Tensor | None,
     key_mask: Tensor | None,
     scale: float,
     num_prefix: int,
     positions: Tensor | None,
     coef: Tensor | None,
     need_bias: bool,
+    need_table: bool,
     packed: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dbias = bias.new_empty(bias.shape) if bias is not None and need_bias else q.new_empty((0,))
-    return *new_gradients(q, k, packed), dbias
+    dtable = bias_table.new_empty(bias_table.shape) if bias_table is not None and need_table else q.new_empty((0,))
+    return *new_gradients(q, k, packed), dbias, dtable
 
 
 def new_gradients(q: Tensor, k: Tensor, packed: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,14 +83,14 @@ def parts(qkv: Tensor) -> tuple[Tensor, ...]:
 
 def save(
     ctx: Context,
-    inputs: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, float, int, Tensor | None, int],
+    inputs: tuple[Any, ...],
     outputs: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> None:
-    """Keep what ``gradients`` needs; q, k and v may be one packed tensor and twice None."""
-    q, k, v, bias, key_mask, scale, num_prefix, positions, stats = inputs
+    """Keep what ``gradients`` needs of the inputs of the schema; q, k and v may be one packed tensor and twice None."""
+    q, k, v, bias, bias_table, bias_index, key_mask, scale, num_prefix, positions, stats = inputs
     out, lse, lse_low, rows = outputs
     ctx.mark_non_differentiable(lse_low)
-    ctx.save_for_backward(q, k, v, out, lse, lse_low, bias, key_mask, positions, rows)
+    ctx.save_for_backward(q, k, v, out, lse, lse_low, bias, bias_table, bias_index, key_mask, positions, rows)
     ctx.options = (scale, num_prefix, stats)
     ctx.set_materialize_grads(False)
 
@@ -87,19 +99,22 @@ def gradients(
     ctx: Context, coef: Run, bwd: Run, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None, drows: Tensor | None
 ) -> dict[str, Tensor | None]:
     """By name; packed, the one of all three is that of q."""
-    q, k, v, out, lse, lse_low, bias, key_mask, positions, rows = ctx.saved_tensors
+    q, k, v, out, lse, lse_low, bias, bias_table, bias_index, key_mask, positions, rows = ctx.saved_tensors
     scale, num_prefix, stats = ctx.options
     packed = k is None
     if packed:
         q, k, v = parts(q)
     dout = torch.zeros_like(out) if dout is None else _checks.rows(dout)
     by_score = None if dlse is None and drows is None else coef(dlse, rows, drows, stats)
-    need_bias = bias is not None and ctx.needs_input_grad[-6]
-    options = (bias, key_mask, scale, num_prefix, positions if drows is not None else None)
-    dq, dk, dv, dbias = bwd(dout, q, k, v, out, lse, lse_low, *options, by_score, need_bias, packed)
+    need_bias = bias is not None and ctx.needs_input_grad[-8]
+    need_table = bias_table is not None and ctx.needs_input_grad[-7]
+    options = (bias, bias_table, bias_index, key_mask, scale, num_prefix, positions if drows is not None else None)
+    needs = (need_bias, need_table, packed)
+    dq, dk, dv, dbias, dtable = bwd(dout, q, k, v, out, lse, lse_low, *options, by_score, *needs)
+    found = {"q": dq, "bias": dbias, "bias_table": dtable}
     if packed:
-        return {"q": dq, "bias": dbias}
-    return {"q": dq.transpose(1, 2), "k": dk.transpose(1, 2), "v": dv.transpose(1, 2), "bias": dbias}
+        return found
+    return {**found, "q": dq.transpose(1, 2), "k": dk.transpose(1, 2), "v": dv.transpose(1, 2)}
 
 
 SPEC = register(
@@ -108,18 +123,20 @@ SPEC = register(
         schemas={
             # out, lse, lse_low, statistics. lse_low is what rounding took from lse, log N of a row whose scores are all
             # -1e9, say: P = exp((S - lse) - lse_low).
-            "attention_fwd": "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? key_mask, float scale, "
-            "SymInt num_prefix, Tensor? positions, int stats) -> (Tensor, Tensor, Tensor, Tensor)",
+            "attention_fwd": "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? bias_table, Tensor? bias_index, "
+            "Tensor? key_mask, float scale, SymInt num_prefix, Tensor? positions, int stats) "
+            "-> (Tensor, Tensor, Tensor, Tensor)",
             "attention_coef": "(Tensor? dlse, Tensor rows, Tensor? drows, int stats) -> Tensor",
             "attention_bwd": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-            "Tensor lse_low, Tensor? bias, Tensor? key_mask, float scale, SymInt num_prefix, Tensor? positions, "
-            "Tensor? coef, bool need_bias, bool packed) -> (Tensor, Tensor, Tensor, Tensor)",
+            "Tensor lse_low, Tensor? bias, Tensor? bias_table, Tensor? bias_index, Tensor? key_mask, float scale, "
+            "SymInt num_prefix, Tensor? positions, Tensor? coef, bool need_bias, bool need_table, bool packed) "
+            "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         },
         fakes={"attention_fwd": _fwd, "attention_coef": _coef, "attention_bwd": _bwd},
         gradient=Gradient(save, gradients),
         impls=(
-            Impl("triton", limits={"head_dim": 128}, multiples={"head_dim": 8}),
-            Impl("cuda", limits={"head_dim": 128}, multiples={"head_dim": 8}),
+            Impl("triton", limits={"head_dim": 128}, multiples={"head_dim": 8}, without=SCORE_OPTIONS),
+            Impl("cuda", limits={"head_dim": 128}, multiples={"head_dim": 8}, without=SCORE_OPTIONS),
             Impl("cpu", limits={"head_dim": 128}, multiples={"head_dim": 8}),
             Impl("reference", ANY_FLOAT),
         ),

@@ -31,6 +31,7 @@ from mimkernels.ops.attention.triton_blocks import (
     position_strides,
     power,
     precision_name,
+    refuse_options,
     store_rows,
     strides,
 )
@@ -377,12 +378,15 @@ def attention_fwd(
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
+    bias_table: Tensor | None,
+    bias_index: Tensor | None,
     key_mask: Tensor | None,
     scale: float,
     num_prefix: int,
     positions: Tensor | None,
     stats: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    refuse_options("attention", q, bias, bias_table)
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]
     out = q.new_empty((batch, queries, heads, dim))
@@ -441,14 +445,18 @@ def attention_bwd(
     lse: Tensor,
     lse_low: Tensor,
     bias: Tensor | None,
+    bias_table: Tensor | None,
+    bias_index: Tensor | None,
     key_mask: Tensor | None,
     scale: float,
     num_prefix: int,
     positions: Tensor | None,
     coef: Tensor | None,
     need_bias: bool,
+    need_table: bool,
     packed: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    refuse_options("attention", q, bias, bias_table)
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]
     made = new_gradients(q, k, packed)
@@ -525,4 +533,4 @@ def attention_bwd(
         programs = row_blocks * key_blocks * bias.shape[0] * kept_heads
         blocks = (row_blocks, key_blocks, batch if bias.shape[0] == 1 else 1, kept_heads)
         run(attention_dbias_kernel, programs, (q, k, v, dout, lse, lse_low, delta, *given, dbias), blocks, dq_config)
-    return *made, dbias
+    return *made, dbias, q.new_empty((0,))

@@ -16,6 +16,8 @@ def attention_rows(
     rows: Tensor | Sequence[int],
     *,
     bias: Tensor | None = None,
+    bias_table: Tensor | None = None,
+    bias_index: Tensor | None = None,
     key_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
@@ -27,20 +29,20 @@ def attention_rows(
         q: ``[B, H, Nq, D]`` fp32, fp16 or bf16 (fp64 on the reference).
         k: ``[B, H, Nk, D]``.
         rows: R query indices in ``[0, Nq)``, a sequence or an int64 ``[R]`` tensor.
-        bias, key_mask, scale: as in ``attention``.
+        bias, bias_table, bias_index, key_mask, scale: as in ``attention``.
 
     Returns:
-        ``[B, H, R, Nk]`` fp32 attention probabilities. Gradients reach ``q``, ``k`` and ``bias``.
+        ``[B, H, R, Nk]`` fp32 attention probabilities. Gradients reach ``q``, ``k``, ``bias`` and ``bias_table``.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices disagree; the message shows both sides.
-        IndexError: a row is out of range (checked on CPU).
+        IndexError: a row, or ``bias_index``, is out of range (checked on CPU).
 
     Source: [cls] attention maps as in DINO, arXiv:2104.14294; Beyond-[cls], arXiv:2412.03215.
     """
-    bias, key_mask, scale = checked_scores("attention_rows", q, k, bias, key_mask, scale)
+    others, scale, _ = checked_scores("attention_rows", q, k, bias, bias_table, bias_index, key_mask, scale)
     if not isinstance(rows, Tensor):
         rows = [_checks.integer("attention_rows", "a row", row) for row in rows]
         rows = torch.tensor(rows, dtype=torch.int64, device=q.device)
     rows = _checks.token_ids("attention_rows", "rows", rows, (1,), "q", q)
-    return reference.attention_rows(q, k, rows, bias, key_mask, scale)
+    return reference.attention_rows(q, k, rows, *others, scale)

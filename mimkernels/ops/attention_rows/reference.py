@@ -11,10 +11,14 @@ def attention_rows(
     k: Tensor,
     rows: Tensor,
     bias: Tensor | None,
+    bias_table: Tensor | None,
+    bias_index: Tensor | None,
     key_mask: Tensor | None,
     scale: float,
 ) -> Tensor:
     _checks.in_range("attention_rows", "rows", rows, q.shape[2])
+    reference.check_index("attention_rows", bias_table, bias_index)
     some = None if bias is None else bias[:, :, rows]
-    s = reference.scores(q[:, :, rows], k, some, key_mask, scale)  # [B, H, R, Nk]
+    index = None if bias_index is None else bias_index[rows]
+    s = reference.scores(q[:, :, rows], k, some, bias_table, index, key_mask, scale)  # [B, H, R, Nk]
     return reference.probabilities(s)

@@ -17,6 +17,8 @@ def head_divergence(
     lse: Tensor,
     *,
     bias: Tensor | None = None,
+    bias_table: Tensor | None = None,
+    bias_index: Tensor | None = None,
     key_mask: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
@@ -26,31 +28,41 @@ def head_divergence(
     Args:
         q: ``[B, H, Nq, D]`` fp32, fp16 or bf16 (fp64 on the reference).
         k: ``[B, H, Nk, D]``.
-        lse: ``[B, H, Nq]`` from ``attention`` with the same ``bias``, ``key_mask`` and ``scale``.
-        bias, key_mask, scale, backend: as in ``attention``. A key that the bias hides (-inf) from one of two
-            heads, which would make their divergence infinite, is left out of its sum, which may then be below 0.
+        lse: ``[B, H, Nq]`` from ``attention`` with the same bias, ``key_mask`` and ``scale``.
+        bias, bias_table, bias_index, key_mask, scale, backend: as in ``attention``. A key that the bias hides (-inf)
+            from one of two heads, which would make their divergence infinite, is left out of its sum, which may then
+            be below 0.
 
     Returns:
         ``[B, H, H]`` fp32: entry (h, g) is ``KL(P^h || P^g)``, 0 on the diagonal. Carries no gradient.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices disagree; the message shows both sides.
+        IndexError: ``bias_index`` is out of range (checked on CPU).
         NotImplementedError: no backend takes these inputs; lists each backend's reasons.
 
     Source: the head diversity of "Revealing the Dark Secrets of Masked Image Modeling", arXiv:2205.13543.
     """
-    run, tensors, options = _checked((q, k, lse, bias, key_mask), scale, backend)
+    run, tensors, options = _checked((q, k, lse, bias, bias_table, bias_index, key_mask), scale, backend)
     return run(*tensors, *options)
 
 
 @by_signature
 def _checked(
-    q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, key_mask: Tensor | None, scale: float | None, backend: str
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    bias_table: Tensor | None,
+    bias_index: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float | None,
+    backend: str,
 ) -> tuple[Callable[..., Tensor], tuple[Tensor | None, ...], tuple[float]]:
-    bias, key_mask, scale = checked_scores("head_divergence", q, k, bias, key_mask, scale)
+    others, scale, used = checked_scores("head_divergence", q, k, bias, bias_table, bias_index, key_mask, scale)
     lse = checked_lse("head_divergence", lse, q)
-    name = SPEC.resolve(backend, q.device.type, q.dtype, head_dim=q.shape[3])
+    name = SPEC.resolve(backend, q.device.type, q.dtype, options=used, head_dim=q.shape[3])
     run = SPEC.runner(name, reference.head_divergence, False)
-    tensors = (_checks.rows(q), _checks.rows(k), lse, bias, key_mask)
+    tensors = (_checks.rows(q), _checks.rows(k), lse, *others)
     # Nothing here has a gradient.
     return run, tuple(None if tensor is None else tensor.detach() for tensor in tensors), (scale,)

@@ -8,14 +8,23 @@ from mimkernels.ops.attention import reference
 
 
 def head_divergence(
-    q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, key_mask: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    bias_table: Tensor | None,
+    bias_index: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
 ) -> Tensor:
+    reference.check_index("head_divergence", bias_table, bias_index)
     batch, heads, length, _ = q.shape
     total = torch.zeros(batch, heads, heads, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     for first in range(0, length, reference.ROWS):
         block = slice(first, first + reference.ROWS)
         some = None if bias is None else bias[:, :, block]
-        s = reference.scores(q[:, :, block], k, some, key_mask, scale)  # [B, H, rows, Nk]
+        index = None if bias_index is None else bias_index[block]
+        s = reference.scores(q[:, :, block], k, some, bias_table, index, key_mask, scale)  # [B, H, rows, Nk]
         log_p = reference.log_probabilities(s, lse[:, :, block])
         seen = (log_p != float("-inf")).to(s.dtype).flatten(2)
         p = log_p.exp().flatten(2)

@@ -4,9 +4,19 @@ import torch
 from torch import Tensor
 
 from mimkernels.ops._registry import ANY_FLOAT, Impl, OpSpec, register
+from mimkernels.ops.attention.spec import SCORE_OPTIONS
 
 
-def _fwd(q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, key_mask: Tensor | None, scale: float) -> Tensor:
+def _fwd(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    bias_table: Tensor | None,
+    bias_index: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
+) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[1], q.shape[1]), dtype=torch.float32)
 
 
@@ -14,13 +24,13 @@ SPEC = register(
     OpSpec(
         name="head_divergence",
         schemas={
-            "head_divergence_fwd": "(Tensor q, Tensor k, Tensor lse, Tensor? bias, Tensor? key_mask, float scale) "
-            "-> Tensor"
+            "head_divergence_fwd": "(Tensor q, Tensor k, Tensor lse, Tensor? bias, Tensor? bias_table, "
+            "Tensor? bias_index, Tensor? key_mask, float scale) -> Tensor"
         },
         fakes={"head_divergence_fwd": _fwd},
         impls=(
-            Impl("triton", limits={"head_dim": 128}, multiples={"head_dim": 8}),
-            Impl("cuda", limits={"head_dim": 128}, multiples={"head_dim": 8}),
+            Impl("triton", limits={"head_dim": 128}, multiples={"head_dim": 8}, without=SCORE_OPTIONS),
+            Impl("cuda", limits={"head_dim": 128}, multiples={"head_dim": 8}, without=SCORE_OPTIONS),
             Impl("cpu", limits={"head_dim": 128}, multiples={"head_dim": 8}),
             Impl("reference", ANY_FLOAT),
         ),

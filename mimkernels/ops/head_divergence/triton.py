@@ -21,6 +21,7 @@ from mimkernels.ops.attention.triton_blocks import (
     load_levels,
     power,
     precision_name,
+    refuse_options,
     strides,
 )
 from mimkernels.ops.attention.triton_low import lse_low
@@ -159,8 +160,16 @@ def head_divergence_kernel(
 
 
 def head_divergence_fwd(
-    q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, key_mask: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    bias_table: Tensor | None,
+    bias_index: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
 ) -> Tensor:
+    refuse_options("head_divergence", q, bias, bias_table)
     batch, heads, queries, dim = q.shape
     out = q.new_empty((batch, heads, heads), dtype=torch.float32)
     if queries == 0:

@@ -17,6 +17,8 @@ def received_attention(
     lse: Tensor,
     *,
     bias: Tensor | None = None,
+    bias_table: Tensor | None = None,
+    bias_index: Tensor | None = None,
     key_mask: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
@@ -28,30 +30,39 @@ def received_attention(
     Args:
         q: ``[B, H, Nq, D]`` fp32, fp16 or bf16 (fp64 on the reference).
         k: ``[B, H, Nk, D]``.
-        lse: ``[B, H, Nq]`` from ``attention`` with the same ``bias``, ``key_mask`` and ``scale``.
-        bias, key_mask, scale, backend: as in ``attention``.
+        lse: ``[B, H, Nq]`` from ``attention`` with the same bias, ``key_mask`` and ``scale``.
+        bias, bias_table, bias_index, key_mask, scale, backend: as in ``attention``.
 
     Returns:
         ``[B, H, Nk]`` fp32, each row summing to 1 (less where a query may attend nothing). Carries no gradient.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices disagree; the message shows both sides.
+        IndexError: ``bias_index`` is out of range (checked on CPU).
         NotImplementedError: no backend takes these inputs; lists each backend's reasons.
 
     Source: column means of the attention matrix, as in NMI (arXiv:2305.00729) and AttMask (arXiv:2203.12719).
     """
-    run, tensors, options = _checked((q, k, lse, bias, key_mask), scale, backend)
+    run, tensors, options = _checked((q, k, lse, bias, bias_table, bias_index, key_mask), scale, backend)
     return run(*tensors, *options)
 
 
 @by_signature
 def _checked(
-    q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, key_mask: Tensor | None, scale: float | None, backend: str
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    bias_table: Tensor | None,
+    bias_index: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float | None,
+    backend: str,
 ) -> tuple[Callable[..., Tensor], tuple[Tensor | None, ...], tuple[float]]:
-    bias, key_mask, scale = checked_scores("received_attention", q, k, bias, key_mask, scale)
+    others, scale, used = checked_scores("received_attention", q, k, bias, bias_table, bias_index, key_mask, scale)
     lse = checked_lse("received_attention", lse, q)
-    name = SPEC.resolve(backend, q.device.type, q.dtype, head_dim=q.shape[3])
+    name = SPEC.resolve(backend, q.device.type, q.dtype, options=used, head_dim=q.shape[3])
     run = SPEC.runner(name, reference.received_attention, False)
-    tensors = (_checks.rows(q), _checks.rows(k), lse, bias, key_mask)
+    tensors = (_checks.rows(q), _checks.rows(k), lse, *others)
     # Nothing here has a gradient.
     return run, tuple(None if tensor is None else tensor.detach() for tensor in tensors), (scale,)

@@ -22,6 +22,7 @@ from mimkernels.ops.attention.triton_blocks import (
     locate,
     power,
     precision_name,
+    refuse_options,
     strides,
 )
 from mimkernels.ops.attention.triton_low import lse_low
@@ -109,8 +110,16 @@ def received_attention_kernel(
 
 
 def received_attention_fwd(
-    q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, key_mask: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    bias_table: Tensor | None,
+    bias_index: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
 ) -> Tensor:
+    refuse_options("received_attention", q, bias, bias_table)
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]
     out = q.new_empty((batch, heads, keys), dtype=torch.float32)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import torch
 
 import mimkernels
+from mimkernels.ops.attention.spec import TABLE, WINDOWS
 from mimkernels.testing import Case, doubled
 
 RICH = "mae"
 SPOILED = "q"
 PER_IMAGE = ("q", "k", "v", "key_mask")
 MATRIX_PRODUCTS = True
+NO_OPCHECK = ("windows-of-no-images",)  # views of no images
 STATISTICS = ("entropy", "prefix_mass", "self_mass", "distance", "patch_entropy", "peak", "patch_mass")
 
 
 def attention(batch, heads, length, dim, *, keys=None, bias=None, mask=False, prefix=0, stats=(), **options):
-    """``positions``: "shared" or "per-image"; ``logits``: the size of the scores; ``hidden``: -inf in the bias."""
+    """``positions``: "shared" or "per-image"; ``logits``: the size of the scores; ``hidden``: -inf in the bias;
+    ``table``: its entries; ``rows``: each for a whole row."""
 
     def make(generator):
         nk = length if keys is None else keys
@@ -24,6 +27,11 @@ def attention(batch, heads, length, dim, *, keys=None, bias=None, mask=False, pr
         q, k, v = packed.permute(2, 0, 3, 1, 4)
         inputs = {"q": q[:, :, :length] * options.get("logits", 1.0), "k": k[:, :, :nk], "v": v[:, :, :nk]}
         inputs["bias"] = None if bias is None else torch.randn(bias, generator=generator)
+        if "table" in options:
+            inputs["bias_table"] = torch.randn(options["table"], heads, generator=generator)
+            inputs["bias_index"] = torch.randint(max(1, options["table"]), (length, nk), generator=generator)
+            if options.get("rows"):  # all of a row are one entry but the first: their gradients nearly cancel
+                inputs["bias_index"][:, 1:] = torch.arange(length)[:, None] % options["table"]
         if options.get("hidden"):
             inputs["bias"].masked_fill_(torch.rand(bias, generator=generator) < 0.3, float("-inf"))
         inputs["key_mask"] = torch.rand(batch, nk, generator=generator) < 0.7 if mask else None
@@ -38,10 +46,12 @@ def attention(batch, heads, length, dim, *, keys=None, bias=None, mask=False, pr
 
 
 def companion(batch, heads, length, dim, **options):
+    of_attention = ("stats", "num_prefix", "positions")
+
     def make(generator):
         inputs = attention(batch, heads, length, dim, **options)(generator)
-        kept = {name: inputs[name] for name in ("q", "k", "bias", "key_mask")}
-        exact = {name: value for name, value in inputs.items() if name not in ("stats", "num_prefix", "positions")}
+        kept = {name: value for name, value in inputs.items() if name not in ("v", *of_attention)}
+        exact = {name: value for name, value in inputs.items() if name not in of_attention}
         kept["lse"] = mimkernels.attention(**doubled(exact), backend="reference").lse
         return kept
 
@@ -59,8 +69,17 @@ def companion_cases(op: str) -> list[Case]:
         "no-images": companion(0, 2, 5, 16),
         "no-queries": companion(1, 2, 0, 16, keys=8, bias=(2, 0, 8)),
         "empty-bias-and-mask": companion(2, 2, 5, 16, keys=0, bias=(2, 5, 0), mask=True),
+        "windows": companion(6, 2, 21, 16, bias=(3, 2, 21, 21)),
+        "table": companion(2, 2, 21, 16, table=30),
+        "table-and-windows": companion(4, 2, 9, 16, table=30, bias=(2, 1, 9, 9), hidden=True),
+        "empty-table": companion(2, 2, 5, 16, keys=0, table=0),
     }
-    return [Case(op, label, make) for label, make in inputs.items()]
+    return [Case(op, label, make, options=score_options(label)) for label, make in inputs.items()]
+
+
+def score_options(label: str) -> tuple[str, ...]:
+    """The options in use that not every backend takes."""
+    return (*((TABLE,) if "table" in label else ()), *((WINDOWS,) if "windows" in label else ()))
 
 
 INPUTS = {
@@ -86,6 +105,27 @@ INPUTS = {
     "empty-positions-per-image": attention(2, 1, 3, 8, prefix=3, stats=("distance",), positions="per-image"),
     "empty-positions-long": attention(1, 1, 600, 8, prefix=600, stats=("distance",)),
     "empty-bias-and-mask": attention(2, 2, 5, 16, keys=0, bias=(2, 5, 0), mask=True, stats=("entropy",)),
+    "windows": attention(6, 3, 18, 16, bias=(3, 3, 18, 18), stats=("entropy",)),
+    "windows-shared-by-heads": attention(8, 3, 18, 16, bias=(2, 1, 18, 18), prefix=1, stats=STATISTICS),
+    "windows-with-mask": attention(4, 2, 19, 16, bias=(2, 1, 19, 19), mask=True),
+    "windows-of-no-images": attention(0, 2, 5, 16, bias=(2, 1, 5, 5)),
+    "windows-many": attention(20, 1, 5, 8, bias=(10, 1, 5, 5)),
+    "table": attention(2, 3, 18, 16, table=35, prefix=1, stats=STATISTICS),
+    "table-cross": attention(2, 2, 9, 16, keys=23, table=7),
+    "table-with-mask": attention(3, 2, 19, 16, table=20, mask=True, stats=("entropy",)),
+    "table-of-one-image": attention(1, 2, 150, 16, table=299),
+    "table-many-images": attention(70, 3, 9, 16, table=25),
+    "table-and-bias": attention(2, 2, 17, 24, table=40, bias=(2, 17, 17)),
+    "table-and-bias-shared-by-heads": attention(9, 2, 17, 24, table=40, bias=(9, 1, 17, 17)),
+    "table-and-windows": attention(
+        6, 2, 16, 16, table=49, bias=(3, 1, 16, 16), hidden=True, prefix=1, stats=STATISTICS
+    ),
+    "table-and-windows-per-head": attention(8, 4, 16, 16, table=49, bias=(4, 4, 16, 16)),
+    "table-two-blocks-of-keys": attention(1, 2, 40, 16, keys=600, table=99),
+    "table-too-large-to-keep": attention(1, 1, 740, 8, table=1001),
+    "table-of-whole-rows": attention(2, 2, 9, 16, keys=400, table=9, rows=True),
+    "table-of-no-scores": attention(2, 2, 5, 16, keys=0, table=9),
+    "empty-table": attention(2, 2, 5, 16, keys=0, table=0),
     "bias-of-no-queries": attention(1, 2, 0, 16, keys=8, bias=(1, 0, 8), mask=True, stats=("entropy",)),
 }
 for stat in STATISTICS:
@@ -94,4 +134,5 @@ for length in (1, 2, 49, 64, 197, 256, 257, 1025):
     INPUTS[f"length-{length}"] = attention(1, 1 if length > 64 else 2, length, 16, stats=("entropy", "self_mass"))
 for dim in (8, 64, 72, 80, 88, 96, 128):
     INPUTS[f"dim-{dim}"] = attention(1, 1, 17, dim, stats=("entropy", "peak"))
-CASES = [Case("attention", label, make, ("q", "k", "v", "bias")) for label, make in INPUTS.items()]
+GRADS = ("q", "k", "v", "bias", "bias_table")
+CASES = [Case("attention", label, make, GRADS, options=score_options(label)) for label, make in INPUTS.items()]

@@ -16,7 +16,9 @@ LOGITS = 300.0  # times a normal number: about the largest scores that leave mor
 def _bias(draw: Draw, batch: int, heads: int, queries: int, keys: int):
     shape = (draw.of(1, heads), queries, keys)
     if draw.chance(0.5):
-        shape = (draw.of(1, batch), *shape)
+        # Where all backends take windows, small ones draw them, too.
+        windows = [] if draw.small else [count for count in range(2, batch) if batch % count == 0]
+        shape = (draw.of(1, batch, *windows), *shape)
     kind = draw.of("values", "values", "hides", "hides rows", "minimum", "minimum rows")
     if kind == "values":
         return draw.values(*shape, most=LOGITS, wild=())
@@ -32,9 +34,17 @@ def _bias(draw: Draw, batch: int, heads: int, queries: int, keys: int):
     return make
 
 
+def _table(draw: Draw, heads: int, queries: int, keys: int) -> dict:
+    entries = draw.of(1, 3, 17, 64, 200) if queries * keys else draw.of(0, 0, 5)
+    return {
+        "bias_table": draw.values(entries, heads, most=LOGITS, wild=()),
+        "bias_index": draw.ids(queries, keys, tokens=entries),
+    }
+
+
 def scores(draw: Draw, cross: bool):
     """Sizes, and the arguments that all ops of attention share."""
-    batch, heads = draw.of(0, 1, 1, 1, 2, 2, 3), draw.of(1, 1, 2, 2, 3, 4)
+    batch, heads = draw.of(0, 1, 1, 1, 2, 2, 3, 4, 6), draw.of(1, 1, 2, 2, 3, 4)
     queries = draw.tokens()
     keys = draw.tokens() if cross else queries
     dim = draw.of(*HEAD_DIMS)
@@ -45,6 +55,8 @@ def scores(draw: Draw, cross: bool):
         "key_mask": draw.mask(batch, keys) if draw.chance(0.35) else None,
         "scale": draw.of(None, None, None, 0.3, 1.0, -0.2, 0.0),
     }
+    if not draw.small and draw.chance(0.35):  # small ones draw it, too, where all backends take it
+        arguments |= _table(draw, heads, queries, keys)
     return (batch, heads, queries, keys, dim), arguments
 
 
@@ -69,6 +81,11 @@ def statistics(draw: Draw, batch: int, tokens: int, keys: int):
     return {"num_prefix": num_prefix, "positions": positions, "stats": tuple(wanted)}
 
 
+def wide_biases(draw: Draw) -> tuple[str, ...]:
+    """Which biases are fp32 beside half-precision others."""
+    return (*draw.wide_parameter("bias"), *draw.wide_parameter("bias_table"))
+
+
 def nan_of(options: dict) -> tuple[float, ...]:
     """NaN, where no key is hidden: whether a hidden key's reaches the output is nobody's promise."""
     return () if options["key_mask"] else (math.nan,)
@@ -85,7 +102,7 @@ def companion(draw: Draw) -> dict:
         exact = doubled({name: value for name, value in inputs.items() if name != "lse"})
         return {"lse": mimkernels.attention(**exact, v=exact["k"], backend="reference").lse.float()}
 
-    return draw.case({**tensors, "lse": None, **options}, parameters=draw.wide_parameter("bias"), after=lse)
+    return draw.case({**tensors, "lse": None, **options}, parameters=wide_biases(draw), after=lse)
 
 
 def configuration(draw: Draw) -> dict:
@@ -97,7 +114,7 @@ def configuration(draw: Draw) -> dict:
         "v": draw.values(batch, heads, keys, dim, wild=wild),
     }
     options |= statistics(draw, batch, queries, keys)
-    parameters = ("positions", *draw.wide_parameter("bias"))
+    parameters = ("positions", *wide_biases(draw))
     # With one key P is 1, whatever its score: gradients that are 0 here come out as the rounding of a difference.
-    names = ("q", "k", "v", "bias") if keys != 1 else ("v",)
+    names = ("q", "k", "v", "bias", "bias_table") if keys != 1 else ("v",)
     return draw.case({**tensors, **options}, draw.some(*names), parameters=parameters)

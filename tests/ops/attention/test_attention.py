@@ -246,7 +246,7 @@ X = torch.randn(2, 2, 6, 8)
             "self_mass needs self-attention, got 3 queries and 6",
         ),
         ({"num_prefix": 7}, ValueError, "num_prefix is 7 but there are 6 keys"),
-        ({"bias": X[0, :, :5, :6]}, ValueError, r"bias \[1, 2, 5, 6\] must be \[B or 1, H or 1, Nq, Nk\]"),
+        ({"bias": X[0, :, :5, :6]}, ValueError, r"bias \[1, 2, 5, 6\] must be \[W, H or 1, Nq, Nk\]"),
         ({"key_mask": torch.ones(2, 6)}, TypeError, "key_mask must be bool"),
         (
             {"key_mask": torch.ones(2, 5).bool()},
@@ -274,7 +274,7 @@ QKV = torch.randn(2, 6, 3, 2, 8)
         ({"stats": ("distance",)}, ValueError, "the statistic 'distance' needs positions, got None"),
         ({"stats": ("distance",), "positions": torch.rand(5, 2)}, ValueError, r"positions \[5, 2\] must be"),
         ({"num_prefix": 7}, ValueError, "num_prefix is 7 but there are 6 keys"),
-        ({"bias": torch.rand(2, 5, 6)}, ValueError, r"bias \[1, 2, 5, 6\] must be \[B or 1, H or 1, Nq, Nk\]"),
+        ({"bias": torch.rand(2, 5, 6)}, ValueError, r"bias \[1, 2, 5, 6\] must be \[W, H or 1, Nq, Nk\]"),
         ({"key_mask": torch.ones(2, 6)}, TypeError, "key_mask must be bool"),
     ],
 )

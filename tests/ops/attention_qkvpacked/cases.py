@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mimkernels.testing import Case
-from tests.ops.attention.cases import STATISTICS, attention
+from tests.ops.attention.cases import STATISTICS, attention, score_options
 
 RICH = "plain"
 SPOILED = "qkv"
@@ -31,7 +31,12 @@ INPUTS = {
     "empty-positions": attention_qkvpacked(2, 2, 5, 8, prefix=5, stats=("distance", "entropy")),
     "empty-bias-and-mask": attention_qkvpacked(2, 2, 0, 16, bias=(2, 0, 0), mask=True, stats=("distance",)),
     "odd": attention_qkvpacked(3, 5, 9, 24, stats=("entropy",)),
+    "table-and-windows": attention_qkvpacked(6, 2, 16, 16, table=49, bias=(3, 1, 16, 16), stats=("entropy",)),
+    "empty-table": attention_qkvpacked(2, 2, 0, 16, table=0),
     "length-257": attention_qkvpacked(1, 1, 257, 16),
     "dim-128": attention_qkvpacked(1, 2, 33, 128),
 }
-CASES = [Case("attention_qkvpacked", label, make, ("qkv", "bias")) for label, make in INPUTS.items()]
+CASES = [
+    Case("attention_qkvpacked", label, make, ("qkv", "bias", "bias_table"), options=score_options(label))
+    for label, make in INPUTS.items()
+]

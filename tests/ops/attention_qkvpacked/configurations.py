@@ -1,15 +1,15 @@
 """Random configurations of attention_qkvpacked."""
 
 from tests.configurations import Draw
-from tests.ops.attention.configurations import nan_of, scores, statistics
+from tests.ops.attention.configurations import nan_of, scores, statistics, wide_biases
 
 
 def configuration(draw: Draw) -> dict:
     (batch, heads, tokens, _, dim), options = scores(draw, cross=False)
     options |= statistics(draw, batch, tokens, tokens)
-    parameters = ("positions", *draw.wide_parameter("bias"))
+    parameters = ("positions", *wide_biases(draw))
     arguments = {
         "qkv": draw.values(batch, tokens, 3, heads, dim, most=5.0, flat=False, wild=nan_of(options)),
         **options,
     }
-    return draw.case(arguments, draw.some("qkv", "bias") if tokens != 1 else (), parameters=parameters)
+    return draw.case(arguments, draw.some("qkv", "bias", "bias_table") if tokens != 1 else (), parameters=parameters)

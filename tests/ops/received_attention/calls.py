@@ -4,4 +4,12 @@ import torch
 
 Q = torch.randn(1, 2, 6, 8)
 
-CALL = {"q": Q, "k": Q.clone(), "lse": torch.randn(1, 2, 6), "bias": torch.randn(1, 6, 6), "scale": 1.0}
+CALL = {
+    "q": Q,
+    "k": Q.clone(),
+    "lse": torch.randn(1, 2, 6),
+    "bias": torch.randn(1, 6, 6),
+    "bias_table": torch.randn(9, 2),
+    "bias_index": torch.arange(36).view(6, 6) % 9,
+    "scale": 1.0,
+}
