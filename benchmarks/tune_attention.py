@@ -81,15 +81,15 @@ def calls(kernel: str, precision: str, dim: int, tokens: int, extra: bool) -> Ca
         bias = torch.randn(1, heads, tokens, tokens, device="cuda", dtype=dtype) if kernel == "masked" else None
         key_mask = torch.ones(batch, tokens, dtype=torch.bool, device="cuda") if kernel == "masked" else None
         return lambda: attention.attention_fwd(
-            q, k, v, bias, None, None, key_mask, scale, 1, positions, 127 if extra else 0
+            q, k, v, bias, None, None, key_mask, None, scale, 1, positions, 127 if extra else 0
         )
-    out, lse, low, _ = attention.attention_fwd(q, k, v, None, None, None, None, scale, 1, None, 0)
+    out, lse, low, _ = attention.attention_fwd(q, k, v, *[None] * 5, scale, 1, None, 0)
     if kernel == "companion":
-        return lambda: received.received_attention_fwd(q, k, lse, None, None, None, None, scale)
+        return lambda: received.received_attention_fwd(q, k, lse, *[None] * 5, scale)
     coef = torch.randn(6, *lse.shape, device="cuda") if extra else None
     dout = torch.randn_like(out)
     return lambda: attention.attention_bwd(
-        dout, q, k, v, out, lse, low, None, None, None, None, scale, 1, positions, coef, False, False, False
+        dout, q, k, v, out, lse, low, *[None] * 5, scale, 1, positions, coef, *[False] * 4
     )
 
 

@@ -43,6 +43,17 @@ struct ScoreTable {
   Ids index;
 };
 
+// Of cosine attention: q . k is multiplied by a factor of its row and one of its column,
+// exp(min(logit_scale, ln 100)) / max(|q|, 1e-12) and 1 / max(|k|, 1e-12).
+struct ScoreCosine {
+  const float* logit_scale = nullptr;  // [H]
+  bool given = false;
+  // What kernels make of them.
+  const float* rows = nullptr;     // [B, H, Nq], times the scale
+  const float* columns = nullptr;  // [B, H, Nk], column_stride apart
+  int64_t column_stride = 0;
+};
+
 // fp32 [B or 1, N - first, dims], the last dim contiguous: row i is where token first + i lies, and
 // no earlier token lies anywhere. stride_batch is 0 where all images share them.
 struct Positions {
@@ -54,7 +65,8 @@ struct Positions {
   int dims = 0;
 };
 
-// The scores S = scale * q k^T + bias + table[index], -inf on keys that key_mask switches off.
+// The scores S = scale * q k^T + bias + table[index], -inf on keys that key_mask switches off; q k^T
+// are cosines times their factor where those are asked for.
 struct AttentionScores {
   DType dtype = DType::kFloat32;
   int64_t batch = 0;
@@ -67,6 +79,7 @@ struct AttentionScores {
   HeadRows k;
   ScoreBias bias;
   ScoreTable table;
+  ScoreCosine cosine;
   BoolMask key_mask;  // [B, Nk]
 };
 

@@ -78,7 +78,8 @@ constexpr ScalarType scalar_type_of() {
 class OnCuda {
  public:
   static constexpr const char* kDevice = MIMKERNELS_CUDA_OVERLOAD;
-  static constexpr bool kTakesScoreOptions = false;  // biases of windows and tables of them
+  static constexpr bool kTakesScoreOptions =
+      false;  // biases of windows, tables of them, logit_scale
 
   explicit OnCuda(const Tensor& first) : first_(first) {}
   // For a call that may have no tensor.

@@ -26,12 +26,13 @@ struct ScoreInputs {
   OptionalTensor bias_table;
   OptionalTensor bias_index;
   OptionalTensor key_mask;
+  OptionalTensor logit_scale;
   AttentionScores scores;
 
   ScoreInputs(Device& device, const Tensor& q_any, const Tensor& k_any,
               const OptionalTensor& bias_any, const OptionalTensor& bias_table_any,
               const OptionalTensor& bias_index_any, const OptionalTensor& key_mask_any,
-              double scale)
+              const OptionalTensor& logit_scale_any, double scale)
       : device(device),
         q(take(device, q_any, "q", {kAnySize, kAnySize, kAnySize, kAnySize})),
         k(take(device, k_any, "k", {q.size(0), q.size(1), kAnySize, q.size(3)}, type())) {
@@ -51,6 +52,7 @@ struct ScoreInputs {
     key_mask =
         take(device, key_mask_any, "key_mask", {scores.batch, scores.keys}, ScalarType::Bool);
     scores.key_mask = view_mask(key_mask);
+    take_cosine(logit_scale_any);
   }
 
   ScalarType type() const { return q.scalar_type(); }
@@ -104,6 +106,16 @@ struct ScoreInputs {
     view.stride_entry = bias_table->stride(0);
     view.index = view_ids(*bias_index);
     device.check_ids(Device::kOp, "bias_index", *bias_index, view.entries, false);
+  }
+
+  // fp32 [H].
+  void take_cosine(const OptionalTensor& logit_scale_any) {
+    if (!logit_scale_any.has_value()) return;
+    require(Device::kTakesScoreOptions, "no logit_scale on this device");
+    logit_scale =
+        take_contiguous(device, *logit_scale_any, "logit_scale", {scores.heads}, ScalarType::Float);
+    scores.cosine.given = true;
+    scores.cosine.logit_scale = floats(*logit_scale);
   }
 };
 

@@ -57,7 +57,7 @@ def launches(kernel: str, arch: int, precision: str, dim: int, length: int, extr
         for op in ("received_attention", "head_divergence"):
             module = importlib.import_module(f"mimkernels.ops.{op}.triton")
             with recorded_launches(arch, module) as some:
-                getattr(module, f"{op}_fwd")(q, k, lse, None, None, None, None, scale)
+                getattr(module, f"{op}_fwd")(q, k, lse, *[None] * 5, scale)
             found += some[:2]
         return found
     module = importlib.import_module("mimkernels.ops.attention.triton")
@@ -72,7 +72,7 @@ def launches(kernel: str, arch: int, precision: str, dim: int, length: int, extr
         bias, coef = torch.empty(1, 1, tokens, tokens, dtype=dtype), torch.empty(6, 1, 2, tokens)
         with recorded_launches(arch, module) as found:
             module.attention_bwd(
-                out, q, k, v, out, *(lse, lse, bias, None, None, None, scale, 1, positions, coef, True, False, False)
+                out, q, k, v, out, *(lse, lse, bias, *[None] * 4, scale, 1, positions, coef, True, *[False] * 3)
             )
         return found[-1:]
     with recorded_launches(arch, module) as found:
@@ -80,13 +80,11 @@ def launches(kernel: str, arch: int, precision: str, dim: int, length: int, extr
             bias = torch.empty(1, 2, tokens, tokens, dtype=dtype) if kernel == "masked" else None
             key_mask = torch.empty(1, tokens, dtype=torch.bool) if kernel == "masked" else None
             module.attention_fwd(
-                *(q, k, v, bias, None, None, key_mask, scale, 1, positions, ALL_STATISTICS if extra else 0)
+                *(q, k, v, bias, None, None, key_mask, None, scale, 1, positions, ALL_STATISTICS if extra else 0)
             )
         else:
             coef = torch.empty(6, 1, 2, tokens) if extra else None
-            module.attention_bwd(
-                out, q, k, v, out, *(lse, lse, None, None, None, None, scale, 1, positions, coef, False, False, False)
-            )
+            module.attention_bwd(out, q, k, v, out, *(lse, lse, *[None] * 5, scale, 1, positions, coef, *[False] * 4))
     forward = "attention_fwd_kernel"
     name = {"forward": forward, "masked": forward, "fused": "attention_bwd_kernel"}.get(
         kernel, f"attention_{kernel}_kernel"

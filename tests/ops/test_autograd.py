@@ -150,7 +150,7 @@ def test_raw_ops_are_differentiated():
     raw = ops.fill_mask_tokens_fwd.cpu(x, MASK.bool(), token)
     agree(gradients(raw, [x, token]), gradients(mk.fill_mask_tokens(x, MASK, token), [x, token]))
     q = torch.randn(2, 1, 2, 6, 8, requires_grad=True)
-    raw = vmap(lambda q: ops.attention_fwd.cpu(q, q, q, None, None, None, None, 0.5, 0, None, 0)[0])(q)
+    raw = vmap(lambda q: ops.attention_fwd.cpu(q, q, q, None, None, None, None, None, 0.5, 0, None, 0)[0])(q)
     agree(gradients(raw, q), gradients(torch.stack([mk.attention(t, t, t, scale=0.5).out for t in q]), q))
     torch.library.opcheck(ops.fill_mask_tokens_fwd.cpu, (x, MASK.bool(), token))
 
@@ -162,9 +162,9 @@ def test_a_raw_op_says_what_gets_no_gradient():
     positions = torch.rand(4, 2, requires_grad=True)
     stats = 1 << 3  # distance
     with pytest.raises(NotImplementedError, match="positions gets no gradient"):
-        ops.attention_fwd.cpu(q, q, q, None, None, None, None, 1.0, 0, positions, stats)[0].sum().backward()
-    assert not ops.received_attention_fwd.cpu(q, q, lse, None, None, None, None, 1.0).requires_grad
-    assert not ops.head_divergence_fwd.cpu(q, q, lse, None, None, None, None, 1.0).requires_grad
+        ops.attention_fwd.cpu(q, q, q, None, None, None, None, None, 1.0, 0, positions, stats)[0].sum().backward()
+    assert not ops.received_attention_fwd.cpu(q, q, lse, None, None, None, None, None, 1.0).requires_grad
+    assert not ops.head_divergence_fwd.cpu(q, q, lse, None, None, None, None, None, 1.0).requires_grad
 
 
 def test_masks_carry_no_gradient():

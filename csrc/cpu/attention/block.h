@@ -76,6 +76,14 @@ MIMKERNELS_INLINE const T* head_at(const HeadRows& rows, int64_t b, int64_t h, i
          token * rows.stride_token;
 }
 
+template <typename T>
+MIMKERNELS_INLINE float dot_row(const T* a, const T* b, int64_t dim) {
+  Floats sum = {};
+  for (int64_t c = 0; c < dim; c += kLanes)
+    sum = mul_add(load_columns(a + c, dim - c), load_columns(b + c, dim - c), sum);
+  return add_lanes(sum);
+}
+
 // Asks for rows of features that will be needed soon: they lie too far apart for the hardware to
 // guess.
 template <typename T>
@@ -162,6 +170,19 @@ class ScoreStart {
     const Rows start = rows_of(query, rows, 0, count_, tile.scores, kStride);
     tile.start = start.first;
     tile.start_stride = start.stride;
+    if (!p_.cosine.given) return;
+    tile.row_factors = row_factors(query);
+    tile.column_factors = column_factors(0);
+  }
+
+  // row *= the factors of cosine attention of a query and `keys` keys of the block from `key` on,
+  // whole registers of it.
+  void apply_factors(int64_t query, int64_t key, int64_t keys, float* row) const {
+    const Floats factor = splat(*row_factors(query));
+    const float* const columns = column_factors(key);
+    for (int64_t j = 0; j < keys; j += kLanes) {
+      store_floats(row + j, load_floats(row + j) * factor * load_floats(columns + j));
+    }
   }
 
   struct Rows {
@@ -198,6 +219,13 @@ class ScoreStart {
   const float* mask_row(int64_t key) const { return mask_row_ + key; }
 
  private:
+  const float* row_factors(int64_t query) const {
+    return p_.cosine.rows + (b_ * p_.heads + h_) * p_.queries + query;
+  }
+  const float* column_factors(int64_t key) const {
+    return p_.cosine.columns + (b_ * p_.heads + h_) * p_.cosine.column_stride + first_ + key;
+  }
+
   template <bool kFirst>
   void add_table(int64_t query, int64_t rows, int64_t key, int64_t keys, float* room,
                  int64_t room_stride) {

@@ -86,6 +86,7 @@ MIMKERNELS_INLINE Status sum_delta(const AttentionBwdParams& p, float* delta,
   products.k = p.v;
   products.bias = ScoreBias{};
   products.table = ScoreTable{};
+  products.cosine = ScoreCosine{};
   products.key_mask = BoolMask{};
   const DeltaParams params{p.scores, products, RowLogs{p.lse, p.lse_low}, delta};
   return run_tasks<DeltaWorker<T>>(params, p.scores.batch * p.scores.heads, parallel_for);

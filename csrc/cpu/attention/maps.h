@@ -3,7 +3,7 @@
 // a few rows at a time and keep nothing N x N.
 #pragma once
 
-#include "cpu/attention/block.h"
+#include "cpu/attention/cosine.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 

@@ -220,8 +220,10 @@ struct ScoreTile {
   int64_t dim = 0;
   int64_t run = 0;  // how many products are summed at a time, at most dim
   int64_t keys = 0;
-  float scale = 1.0f;            // of the products
-  const float* start = nullptr;  // added to the scores of all panels, or null
+  float scale = 1.0f;                     // of the products
+  const float* row_factors = nullptr;     // of the products, [rows] and [keys], or both null
+  const float* column_factors = nullptr;  // padded to whole registers
+  const float* start = nullptr;           // added to the scores of all panels, or null
   int64_t start_stride = 0;
   const float* tail_start = nullptr;  // where start is null: one row, added to a partial last panel
   float* scores = nullptr;            // [rows, padded keys], kStride apart
@@ -244,7 +246,15 @@ MIMKERNELS_INLINE void score_panel(const ScoreTile<E>& t, const E* panel, int64_
              min_of(t.dim - c, t.run) / kStep);
     add_tile(acc, sums, kWidth);
   }
-  // Scale and start come last: rounding errors stay those of the product alone.
+  // Factors, scale and start come last: rounding errors stay those of the product alone.
+  if (t.column_factors != nullptr) {
+    MIMKERNELS_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      const Floats column = load_floats(t.column_factors + first + v * kLanes);
+      MIMKERNELS_UNROLL
+      for (int r = 0; r < kRows; ++r) acc[r][v] = acc[r][v] * splat(t.row_factors[r]) * column;
+    }
+  }
   if (start != nullptr) {
     const Floats scale = splat(t.scale);
     MIMKERNELS_UNROLL
@@ -274,7 +284,7 @@ MIMKERNELS_INLINE void score_panel(const ScoreTile<E>& t, const E* panel, int64_
   }
 }
 
-// scores = scale * rows * keys^T (+ start), and each lane's maximum; NaN never wins a maximum.
+// scores = factors * scale * rows * keys^T (+ start), and each lane's maximum; NaN never wins a maximum.
 template <int kStride, bool kMaxima, int kRows, typename E>
 void score_rows(const ScoreTile<E>& t) {
   if constexpr (kMaxima) {

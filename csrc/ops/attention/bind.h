@@ -68,11 +68,13 @@ struct ValueInputs {
 template <typename Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd(
     const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor bias,
-    OptionalTensor bias_table, OptionalTensor bias_index, OptionalTensor key_mask, double scale,
-    int64_t num_prefix, OptionalTensor positions, int64_t stats) {
+    OptionalTensor bias_table, OptionalTensor bias_index, OptionalTensor key_mask,
+    OptionalTensor logit_scale, double scale, int64_t num_prefix, OptionalTensor positions,
+    int64_t stats) {
   Device device(q);
   AttentionFwdParams params;
-  const ScoreInputs<Device> inputs(device, q, k, bias, bias_table, bias_index, key_mask, scale);
+  const ScoreInputs<Device> inputs(device, q, k, bias, bias_table, bias_index, key_mask,
+                                   logit_scale, scale);
   const ValueInputs<Device> values(params, inputs, v, num_prefix, positions);
   const AttentionScores& s = params.scores;
   const int64_t planes = count_planes(stats);
@@ -124,15 +126,16 @@ Tensor attention_coef(OptionalTensor dlse_any, const Tensor& rows_any, OptionalT
 }
 
 template <typename Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     const Tensor& dout_any, const Tensor& q, const Tensor& k, const Tensor& v,
     const Tensor& out_any, const Tensor& lse_any, const Tensor& lse_low_any, OptionalTensor bias,
-    OptionalTensor bias_table, OptionalTensor bias_index, OptionalTensor key_mask, double scale,
-    int64_t num_prefix, OptionalTensor positions, OptionalTensor coef_any, bool need_bias,
-    bool need_table, bool packed) {
+    OptionalTensor bias_table, OptionalTensor bias_index, OptionalTensor key_mask,
+    OptionalTensor logit_scale, double scale, int64_t num_prefix, OptionalTensor positions,
+    OptionalTensor coef_any, bool need_bias, bool need_table, bool need_logit_scale, bool packed) {
   Device device(q);
   AttentionBwdParams params;
-  const ScoreInputs<Device> inputs(device, q, k, bias, bias_table, bias_index, key_mask, scale);
+  const ScoreInputs<Device> inputs(device, q, k, bias, bias_table, bias_index, key_mask,
+                                   logit_scale, scale);
   const ValueInputs<Device> values(params, inputs, v, num_prefix, positions);
   const AttentionScores& s = params.scores;
   const ScalarType type = inputs.type();
@@ -149,6 +152,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   }
   require(!need_bias || inputs.bias.has_value(), "need_bias has a bias");
   require(!need_table || inputs.bias_table.has_value(), "need_table has a bias_table");
+  require(!need_logit_scale || s.cosine.given, "need_logit_scale has a logit_scale");
   require(!packed || s.queries == s.keys, "packed gradients have as many queries as keys");
   params.out = view_tokens(out);
   params.dout = view_tokens(dout);
@@ -165,6 +169,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   Tensor dtable = need_table
                       ? device.empty({s.table.entries, s.heads}, inputs.bias_table->scalar_type())
                       : device.empty({0}, type);
+  Tensor dlogit_scale = device.empty({need_logit_scale ? s.heads : 0}, ScalarType::Float);
   const int64_t width = s.heads * s.dim;
   const int64_t part_bytes = width * static_cast<int64_t>(dq.element_size());
   char* const first = static_cast<char*>(dq.data_ptr());
@@ -174,8 +179,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   params.dv = packed ? first + 2 * part_bytes : dv.data_ptr();
   params.dbias = output_ptr(need_bias, dbias);
   params.dtable = output_ptr(need_table, dtable);
+  params.dlogit_scale = static_cast<float*>(output_ptr(need_logit_scale, dlogit_scale));
   device.run(params);
-  return {dq, dk, dv, dbias, dtable};
+  return {dq, dk, dv, dbias, dtable, dlogit_scale};
 }
 
 }  // namespace mimkernels::binding

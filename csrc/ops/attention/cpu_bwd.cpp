@@ -1,12 +1,14 @@
 // Gradients of attention, its lse and its row statistics, from lse, without the N x N matrix:
 //   L = (S - lse) - lse_low,  P = exp(L),  dP = dout v^T,  delta = dout . out,
 //   dS = P * (dP - delta + c(j) + a(j) L + [i = j] s + w d),  dq = scale dS k,  dk = scale dS^T q,
-//   dv = P^T dout,  dbias = dS summed over the dims that bias broadcasts over.
+//   dv = P^T dout,  dbias = dS summed over the dims that bias broadcasts over;
+// of cosine attention, with f = exp(min(logit_scale, ln 100)) / |q| and g = 1 / |k|:
+//   G = f dS g,  x = G k,  dq = x - q (q . x) / |q|^2,  dlogit_scale = sum of q . x,  dk alike.
 //
 // in:       q, k, v, out, dout by strides, features contiguous; lse and lse_low [B, H, Nq]; coef
 //           [6, B, H, Nq] or none
 // out:      dq [B, Nq, H, D], dk and dv [B, Nk, H, D], apart or the parts of [B, N, 3, H, D]; dbias
-//           like bias, dtable like table; every element written
+//           like bias, dtable like table, dlogit_scale [H]; every element written
 // numerics: everything in fp32, rounded once; delta is the sum of P dP where one block of keys
 //           holds them all. Where bf16 has a dot product of its own, P and dS are rounded to bf16
 //           for it, and where it has tiles (cpu_bwd_tiles.h)
@@ -14,7 +16,7 @@
 //           and dP a few rows at a time, dq from them, then dk and dv for the whole block of rows
 // order:    a head belongs to one task, its sums run over rows in order; few heads are split into
 //           chunks of rows, by shape alone, whose dk and dv are added in order; so is dbias, head
-//           by head, and dtable, from parts by groups of images and chunks of rows
+//           by head, and dtable, from parts by groups of images and chunks of rows, and dlogit_scale
 #include "cpu/attention/delta.h"
 #include "cpu/kernels.h"
 #include "ops/attention/cpu_bwd_rows.h"
@@ -220,7 +222,7 @@ class Worker : PassWorker<T> {
     T* out = Base::gradient_at(p_.dq, s_.queries, row);
     const bool last = block + 1 == blocks_.blocks;
     const auto finish = [&](int r, int64_t c, Floats value) MIMKERNELS_LAMBDA_INLINE {
-      if (last) {
+      if (last && !s_.cosine.given) {
         put_columns(out + r * out_stride + c, value * splat(s_.scale), s_.dim - c);
       } else {
         store_floats(dq + r * kDimStride + c, value);
@@ -233,6 +235,8 @@ class Worker : PassWorker<T> {
         weigh_panels<kStride, false, n.value>(weights, key_rows_, count, s_.dim, dq, finish);
       }
     });
+    if (!last || !s_.cosine.given) return;
+    for (int64_t i = 0; i < rows; ++i) Base::write_query(row + i, dq + i * kDimStride);
   }
 
   void write_keys(int64_t first, int64_t count) {
@@ -240,7 +244,11 @@ class Worker : PassWorker<T> {
       T* dk = Base::gradient_at(p_.dk, s_.keys, first);
       T* dv = Base::gradient_at(p_.dv, s_.keys, first);
       for (int64_t j = 0; j < count; ++j) {
-        write_row(dk + j * p_.stride_grad, dk_ + j * columns_, s_.dim, scale_.products);
+        if (s_.cosine.given) {
+          Base::write_key(first + j, dk_ + j * columns_);
+        } else {
+          write_row(dk + j * p_.stride_grad, dk_ + j * columns_, s_.dim, scale_.products);
+        }
         write_row(dv + j * p_.stride_grad, dv_ + j * columns_, s_.dim, 1.0f);
       }
       return;
@@ -312,8 +320,12 @@ void add_parts(const AttentionBwdParams& p, const Pass& pass, ParallelFor parall
                    T* out = static_cast<T*>(which == 0 ? p.dk : p.dv);
                    const int64_t b = head / s.heads;
                    const int64_t h = head % s.heads;
-                   round_acc<false>(out + (b * s.keys + key) * p.stride_grad + h * s.dim, sum,
-                                    s.dim);
+                   out += (b * s.keys + key) * p.stride_grad + h * s.dim;
+                   if (which == 0 && s.cosine.given) {
+                     write_tangent(out, sum, head_at<T>(s.k, b, h, key), s.dim);
+                   } else {
+                     round_acc<false>(out, sum, s.dim);
+                   }
                  }
                });
 }
@@ -337,6 +349,19 @@ MIMKERNELS_INLINE Status add_table_parts(const AttentionBwdParams& p, const Pass
   });
 }
 
+// dlogit_scale as the sum of its parts, in order; 0 where the scale is at its largest.
+MIMKERNELS_INLINE void add_scale_parts(const AttentionBwdParams& p, const Pass& pass) {
+  const AttentionScores& s = p.scores;
+  for (int64_t h = 0; h < s.heads; ++h) {
+    double sum = 0.0;
+    for (int64_t part = 0; part < pass.chunks * s.batch; ++part) {
+      sum += pass.scale_parts[part * s.heads + h];
+    }
+    const bool capped = s.cosine.logit_scale[h] > kLargestLogitScale;
+    p.dlogit_scale[h] = capped ? 0.0f : static_cast<float>(sum);
+  }
+}
+
 // Of gradients of no score. Packed, which takes as many queries as keys, they are empty themselves.
 template <typename T>
 void write_zeros(const AttentionBwdParams& p) {
@@ -351,6 +376,7 @@ void write_zeros(const AttentionBwdParams& p) {
   };
   clear(p.dbias, s.bias.dtype, s.bias.windows * s.bias.heads * s.queries * s.keys);
   clear(p.dtable, s.table.dtype, s.table.entries * s.heads);
+  clear(p.dlogit_scale, DType::kFloat32, s.heads);
 }
 
 template <typename T>
@@ -389,6 +415,9 @@ Status run_backward(const AttentionBwdParams& p, ParallelFor parallel_for) {
                              s.table.entries);
   if (table_parts.failed()) return out_of_memory();
   main.table_parts = table_parts.get();
+  Scratch<double> scale_parts(p.dlogit_scale != nullptr ? main.chunks * heads : 0);
+  if (scale_parts.failed()) return out_of_memory();
+  if (p.dlogit_scale != nullptr) main.scale_parts = scale_parts.get();
   const bool coarse = main.table && !std::is_same_v<T, float> && s.keys > kBlockKeys;
   Scratch<float> delta(coarse ? heads * s.queries : 0);
   if (delta.failed()) return out_of_memory();
@@ -404,11 +433,13 @@ Status run_backward(const AttentionBwdParams& p, ParallelFor parallel_for) {
     const Status added = add_table_parts(p, main);
     if (!added.ok()) return added;
   }
+  if (p.dlogit_scale != nullptr) add_scale_parts(p, main);
   if (p.dbias == nullptr || together) return Status{};
   Pass bias = main;
   bias.grads = false;
   bias.bias = true;
   bias.table = false;
+  bias.scale_parts = nullptr;
   bias.groups = sharing;
   bias.chunks = max_of(1, ceil_div(s.queries, WorkerOf<T>::kBlockRows));
   return run_pass<T>(p, bias, parallel_for);
@@ -418,7 +449,10 @@ Status run_backward(const AttentionBwdParams& p, ParallelFor parallel_for) {
 
 Status attention_bwd(const AttentionBwdParams& params, ParallelFor parallel_for) {
   return with_float_type(params.scores.dtype, [&](auto type) {
-    return run_backward<decltype(type)>(params, parallel_for);
+    using T = decltype(type);
+    return with_factors<T>(params, parallel_for, [&](const AttentionBwdParams& p) {
+      return run_backward<T>(p, parallel_for);
+    });
   });
 }
 

@@ -2,7 +2,7 @@
 // a task has, the softmax's gradient of one row, the gradient of the bias.
 #pragma once
 
-#include "cpu/attention/block.h"
+#include "cpu/attention/cosine.h"
 #include "ops/attention/params.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
@@ -81,14 +81,6 @@ MIMKERNELS_INLINE void gradient_row(const float* p, float* t, int64_t padded, fl
   }
 }
 
-template <typename T>
-MIMKERNELS_INLINE float dot_row(const T* a, const T* b, int64_t dim) {
-  Floats sum = {};
-  for (int64_t c = 0; c < dim; c += kLanes)
-    sum = mul_add(load_columns(a + c, dim - c), load_columns(b + c, dim - c), sum);
-  return add_lanes(sum);
-}
-
 // dst (+)= src for one row of dbias.
 template <typename T>
 MIMKERNELS_INLINE void put_bias_row(T* dst, const float* src, int64_t count, bool add) {
@@ -137,9 +129,10 @@ struct Pass {
   int64_t chunks = 1;
   float* parts =
       nullptr;  // [2, chunks, B, H, Nk, D]: dk and dv of each chunk, if there are several
-  float* bias_sums = nullptr;    // [groups, Nq, Nk] where dbias is 16-bit and sums over heads
-  const float* delta = nullptr;  // [B, H, Nq] where out is too coarse for it
-  float* table_parts = nullptr;  // [group_batch, chunks, H, T]
+  float* bias_sums = nullptr;     // [groups, Nq, Nk] where dbias is 16-bit and sums over heads
+  const float* delta = nullptr;   // [B, H, Nq] where out is too coarse for it
+  float* table_parts = nullptr;   // [group_batch, chunks, H, T]
+  double* scale_parts = nullptr;  // [chunks, B, H]: sums of q . dq before it is made a tangent
 };
 
 // What a thread of a pass keeps, but for its products: the head that it is at, that head's rows.
@@ -174,8 +167,12 @@ class PassWorker {
       b_ = pass_.groups.image(group_, member);
       h_ = pass_.groups.head(group_, member);
       opens_bias_ = member == 0;
+      scale_sum_ = 0.0;
       distances_.set_image(b_);
       visit(member);
+      if (pass_.scale_parts != nullptr) {
+        pass_.scale_parts[(chunk_ * s_.batch + b_) * s_.heads + h_] = scale_sum_;
+      }
     }
     if (pass_.table) {
       const int64_t part = group_ / s_.heads * pass_.chunks + chunk_;
@@ -231,7 +228,8 @@ class PassWorker {
     return end;
   }
 
-  // dS in t's place, in dbias and dtable.
+  // dS in t's place, in dbias and dtable; with the factors of cosine attention, as dq and dk take
+  // it.
   MIMKERNELS_INLINE void end_row(int64_t row, int64_t block, const float* s, float* ds,
                                  const RowEnd& end) {
     const int64_t first = blocks_.first(block);
@@ -240,6 +238,19 @@ class PassWorker {
     if (end.own != 0.0f) ds[row - first] += s[row - first] * end.own;
     if (pass_.bias) put_bias(row, first, count, ds);
     if (pass_.table) table_.add(row, first, count, ds);
+    if (s_.cosine.given) start_.apply_factors(row, 0, count, ds);
+  }
+
+  // dq of a row of cosine attention.
+  void write_query(int64_t row, const float* grad) {
+    T* const out = gradient_at(p_.dq, s_.queries, row);
+    scale_sum_ += write_tangent(out, grad, head_at<T>(s_.q, b_, h_, row), s_.dim);
+  }
+
+  // The same of dk.
+  void write_key(int64_t key, const float* grad) {
+    T* const out = gradient_at(p_.dk, s_.keys, key);
+    write_tangent(out, grad, head_at<T>(s_.k, b_, h_, key), s_.dim);
   }
 
   // Where a token's gradient goes.
@@ -267,6 +278,7 @@ class PassWorker {
   int64_t group_ = 0;
   int64_t chunk_ = 0;
   bool opens_bias_ = true;
+  double scale_sum_ = 0.0;
   float* mask_row_ = nullptr;
 
  private:

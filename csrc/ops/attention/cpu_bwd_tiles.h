@@ -299,9 +299,10 @@ class TileBackward : PassWorker<bf16> {
     float* const s = scores_ + i * score_stride_;
     float* const ds = products_ + i * score_stride_;
     RowEnd ends[2];
-    bool plain = !pass_.bias && !pass_.table && pass_.grads;
+    bool plain = !pass_.bias && !pass_.table && !s_.cosine.given && pass_.grads;
     for (int64_t k = 0; k < there; ++k) {
       const int64_t query = row + i + k;
+      if (s_.cosine.given) start_.apply_factors(query, 0, count, s + k * score_stride_);
       ends[k] = begin_row<true>(query, block, s + k * score_stride_, ds + k * score_stride_,
                                 start_of(query, count), s_.scale);
       plain = plain && ends[k].own == 0.0f;
@@ -393,7 +394,12 @@ class TileBackward : PassWorker<bf16> {
     if (block + 1 < blocks_.blocks) return;
     bf16* const out = gradient_at(p_.dq, s_.queries, row);
     for (int64_t i = 0; i < rows; ++i) {
-      round_row(out + i * p_.stride_grad, product.c + i * dq_stride_, s_.dim, s_.scale);
+      const float* const grad = product.c + i * dq_stride_;
+      if (s_.cosine.given) {
+        write_query(row + i, grad);
+      } else {
+        round_row(out + i * p_.stride_grad, grad, s_.dim, s_.scale);
+      }
     }
   }
 
@@ -418,8 +424,12 @@ class TileBackward : PassWorker<bf16> {
 
   void write_keys(int64_t first, int64_t count) {
     if (pass_.chunks == 1) {
-      write_transposed(dk_, score_stride_, count, s_.dim, s_.scale,
-                       gradient_at(p_.dk, s_.keys, first), p_.stride_grad);
+      if (s_.cosine.given) {
+        write_tangents(first, count);
+      } else {
+        write_transposed(dk_, score_stride_, count, s_.dim, s_.scale,
+                         gradient_at(p_.dk, s_.keys, first), p_.stride_grad);
+      }
       write_transposed(dv_, score_stride_, count, s_.dim, 1.0f, gradient_at(p_.dv, s_.keys, first),
                        p_.stride_grad);
       return;
@@ -427,6 +437,16 @@ class TileBackward : PassWorker<bf16> {
     float* const dk = part_at(first);
     write_transposed(dk_, score_stride_, count, s_.dim, s_.scale, dk, s_.dim);
     write_transposed(dv_, score_stride_, count, s_.dim, 1.0f, dk + part_distance(), s_.dim);
+  }
+
+  // dk of cosine attention.
+  void write_tangents(int64_t first, int64_t count) {
+    alignas(64) float rows[kSquare * kDimStride];
+    for (int64_t j = 0; j < count; j += kSquare) {
+      const int64_t n = min_of(count - j, kSquare);
+      write_transposed(dk_ + j, score_stride_, n, s_.dim, 1.0f, rows, kDimStride);
+      for (int64_t i = 0; i < n; ++i) write_key(first + j + i, rows + i * kDimStride);
+    }
   }
 
   // ---- prefetching ----

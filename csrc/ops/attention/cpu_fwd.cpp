@@ -1,4 +1,5 @@
-// out = softmax(S) v, lse, and the row statistics asked for, S = scale * q k^T + biases.
+// out = softmax(S) v, lse, and the row statistics asked for, S = scale * q k^T + biases; or, with
+// logit_scale, exp(min(logit_scale, ln 100)) cos(q, k) + biases.
 //
 // in:       q, k, v by strides, features contiguous, fp32, bf16 or fp16; bias, bias table and its
 //           index, key mask, positions
@@ -11,6 +12,7 @@
 //           rescaled from block to block
 // order:    a row's sums depend on its keys alone: the same bits for any number of threads, and the
 //           same out and lse whichever statistics are asked for
+#include "cpu/attention/cosine.h"
 #include "cpu/kernels.h"
 #include "ops/attention/cpu_fwd_rows.h"
 #include "ops/attention/cpu_fwd_tiles.h"
@@ -236,18 +238,20 @@ Status attention_fwd(const AttentionFwdParams& params, ParallelFor parallel_for)
       write_empty<T>(params);
       return Status{};
     }
-    using Chosen = WorkerOf<T>;
-    const int64_t tasks = Chosen(params).tasks();
-    int failures = 0;
-    run_parallel(parallel_for, tasks, 1, [&](int64_t begin, int64_t end) {
-      Chosen worker(params);
-      if (!worker.reserve()) {
-        __atomic_store_n(&failures, 1, __ATOMIC_RELAXED);
-        return;
-      }
-      for (int64_t task = begin; task < end; ++task) worker.run(task);
+    return with_factors<T>(params, parallel_for, [&](const AttentionFwdParams& p) {
+      using Chosen = WorkerOf<T>;
+      const int64_t tasks = Chosen(p).tasks();
+      int failures = 0;
+      run_parallel(parallel_for, tasks, 1, [&](int64_t begin, int64_t end) {
+        Chosen worker(p);
+        if (!worker.reserve()) {
+          __atomic_store_n(&failures, 1, __ATOMIC_RELAXED);
+          return;
+        }
+        for (int64_t task = begin; task < end; ++task) worker.run(task);
+      });
+      return failures != 0 ? out_of_memory() : Status{};
     });
-    return failures != 0 ? out_of_memory() : Status{};
   });
 }
 

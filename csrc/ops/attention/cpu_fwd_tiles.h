@@ -163,6 +163,9 @@ class TileForward {
   // scores = scale * products (+ start), kColumns of them from `at` on.
   void finish_scores(int64_t row, int64_t rows, int64_t first, int64_t count, int64_t at) {
     const int64_t keys = min_of(kColumns, count - at);
+    for (int64_t i = 0; s_.cosine.given && i < rows; ++i) {
+      start_.apply_factors(row + i, first + at, keys, scores_ + i * kScoreStride + at);
+    }
     ScoreStart::Rows start = start_.rows_of(row, rows, first + at, keys, bias_, kColumns);
     // The last register holds keys that are not there.
     if (start.first == nullptr && keys % kLanes != 0) start.first = start_.mask_row(first + at);

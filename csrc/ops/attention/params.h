@@ -78,6 +78,7 @@ struct AttentionBwdParams {
   void* dv = nullptr;              // [B, Nk, H, D]
   void* dbias = nullptr;           // as bias, contiguous, or null
   void* dtable = nullptr;          // [T, H] as table, contiguous, or null
+  float* dlogit_scale = nullptr;   // [H], or null
 };
 
 }  // namespace mimkernels

@@ -9,9 +9,11 @@ namespace mimkernels::binding {
 template <typename Device>
 Tensor head_divergence_fwd(const Tensor& q, const Tensor& k, const Tensor& lse_any,
                            OptionalTensor bias, OptionalTensor bias_table,
-                           OptionalTensor bias_index, OptionalTensor key_mask, double scale) {
+                           OptionalTensor bias_index, OptionalTensor key_mask,
+                           OptionalTensor logit_scale, double scale) {
   Device device(q);
-  const ScoreInputs<Device> inputs(device, q, k, bias, bias_table, bias_index, key_mask, scale);
+  const ScoreInputs<Device> inputs(device, q, k, bias, bias_table, bias_index, key_mask,
+                                   logit_scale, scale);
   const AttentionScores& s = inputs.scores;
   const Tensor lse = inputs.take_lse(lse_any, "lse");
   HeadDivergenceParams params;

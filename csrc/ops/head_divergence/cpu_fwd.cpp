@@ -181,8 +181,10 @@ Status head_divergence_fwd(const HeadDivergenceParams& params, ParallelFor paral
   if (!status.ok()) return status;
   return with_float_type(s.dtype, [&](auto type) {
     using T = decltype(type);
-    return with_row_logs<T>(s, params.lse, parallel_for, [&](const RowLogs& logs) {
-      return run_tasks<DivergenceWorker<T>>(DivergenceTasks{params, logs}, s.batch, parallel_for);
+    return with_factors<T>(params, parallel_for, [&](const HeadDivergenceParams& p) {
+      return with_row_logs<T>(p.scores, p.lse, parallel_for, [&](const RowLogs& logs) {
+        return run_tasks<DivergenceWorker<T>>(DivergenceTasks{p, logs}, s.batch, parallel_for);
+      });
     });
   });
 }

@@ -91,9 +91,11 @@ Status received_attention_fwd(const ReceivedAttentionParams& params, ParallelFor
   return with_float_type(s.dtype, [&](auto type) {
     using T = decltype(type);
     if (s.keys == 0) return Status{};
-    return with_row_logs<T>(s, params.lse, parallel_for, [&](const RowLogs& logs) {
-      const int64_t tasks = s.batch * s.heads * KeyBlocks(s.keys, kMapKeys).blocks;
-      return run_tasks<ReceivedWorker<T>>(ReceivedTasks{params, logs}, tasks, parallel_for);
+    return with_factors<T>(params, parallel_for, [&](const ReceivedAttentionParams& p) {
+      return with_row_logs<T>(p.scores, p.lse, parallel_for, [&](const RowLogs& logs) {
+        const int64_t tasks = s.batch * s.heads * KeyBlocks(s.keys, kMapKeys).blocks;
+        return run_tasks<ReceivedWorker<T>>(ReceivedTasks{p, logs}, tasks, parallel_for);
+      });
     });
   });
 }

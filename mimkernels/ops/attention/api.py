@@ -11,7 +11,7 @@ from mimkernels.ops import _checks
 from mimkernels.ops._autograd import Context, Run
 from mimkernels.ops._memo import by_signature
 from mimkernels.ops.attention import reference
-from mimkernels.ops.attention.spec import SPEC, STATISTICS, TABLE, WINDOWS, gradients, parts, save
+from mimkernels.ops.attention.spec import COSINE, SPEC, STATISTICS, TABLE, WINDOWS, gradients, parts, save
 
 
 class AttentionOutput(NamedTuple):
@@ -30,8 +30,8 @@ class AttentionOutput(NamedTuple):
 
 # By the reference: out, lse and the statistics by name; by kernels: out, lse, lse_low and rows of statistics.
 _Outputs = tuple[Tensor, Tensor, dict[str, Tensor]] | tuple[Tensor, Tensor, Tensor, Tensor]
-# bias, bias_table, bias_index and key_mask.
-_ScoreTensors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+# bias, bias_table, bias_index, key_mask and logit_scale.
+_ScoreTensors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 # scale, num_prefix, what the backend knows the asked statistics by, and where each is in the rows of a kernel.
 _Options = tuple[float, int, int | tuple[str, ...], dict[str, int]]
 
@@ -45,6 +45,7 @@ def attention(
     bias_table: Tensor | None = None,
     bias_index: Tensor | None = None,
     key_mask: Tensor | None = None,
+    logit_scale: Tensor | None = None,
     scale: float | None = None,
     num_prefix: int = 0,
     positions: Tensor | None = None,
@@ -65,8 +66,8 @@ def attention(
     - ``peak``: ``max_j P_ij``, detached
     - ``patch_mass``: ``M_i``
 
-    Gradients flow through ``out``, ``lse`` and every statistic but ``peak`` to ``q``, ``k``, ``v``, ``bias``
-    and ``bias_table``.
+    Gradients flow through ``out``, ``lse`` and every statistic but ``peak`` to ``q``, ``k``, ``v``, ``bias``,
+    ``bias_table`` and ``logit_scale``.
 
     Where a CPU multiplies bf16 itself (AVX-512, AMX), its products take subnormal numbers (below 2^-126) for 0, in the
     inputs, their gradients and ``P``.
@@ -82,6 +83,9 @@ def attention(
         bias_index: ``[Nq, Nk]`` int64 (or int32), each in ``[0, T)``; given with ``bias_table``.
         key_mask: ``[B, Nk]`` bool, True = may be attended. A query that may attend nothing gets zeros; if it
             holds NaN, zeros or NaN, depending on the backend.
+        logit_scale: ``[H]``, of cosine attention, as in Swin V2: ``S = exp(min(logit_scale, ln 100)) * cos(q, k)`` plus
+            the biases, where ``cos(q, k)`` is the product of ``q / max(|q|, 1e-12)`` and ``k / max(|k|, 1e-12)``. In
+            place of ``scale``.
         scale: of the scores; ``D ** -0.5`` if None.
         num_prefix: P, how many leading tokens ([cls], registers) are not patches.
         positions: patch coordinates ``[N - P, d]`` or ``[B, N - P, d]`` (or with N rows, whose first P are ignored),
@@ -101,7 +105,7 @@ def attention(
 
     Source: online softmax as in FlashAttention, arXiv:2205.14135; the statistics' sources are in ``mimkernels.heads``.
     """
-    tensors = (q, k, v, bias, bias_table, bias_index, key_mask, positions)
+    tensors = (q, k, v, bias, bias_table, bias_index, key_mask, logit_scale, positions)
     run, (*others, positions), options = _checked(tensors, scale, num_prefix, stats or None, backend)
     return _attend(run, others, positions, *options)
 
@@ -115,6 +119,7 @@ def _checked(
     bias_table: Tensor | None,
     bias_index: Tensor | None,
     key_mask: Tensor | None,
+    logit_scale: Tensor | None,
     positions: Tensor | None,
     scale: float | None,
     num_prefix: int,
@@ -122,7 +127,7 @@ def _checked(
     backend: str,
 ) -> tuple[
     Callable[..., _Outputs],
-    tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    tuple[Tensor | None, ...],
     _Options,
 ]:
     op = "attention"
@@ -130,9 +135,9 @@ def _checked(
     _check_same_kind(op, "v", v, q)
     if v.shape != k.shape:
         raise ValueError(f"{op}: v {_checks.shape(v)} and k {_checks.shape(k)} must have the same shape")
-    others = (bias, bias_table, bias_index, key_mask, positions)
+    others = (bias, bias_table, bias_index, key_mask, logit_scale, positions)
     others, options, name = _check_options(op, q, k, *others, scale, num_prefix, stats, backend)
-    run = SPEC.runner(name, reference.attention, _checks.needs_grad(q, k, v, bias, bias_table))
+    run = SPEC.runner(name, reference.attention, _checks.needs_grad(q, k, v, bias, bias_table, logit_scale))
     return run, (_checks.rows(q), _checks.rows(k), _checks.rows(v), *others), options
 
 
@@ -143,6 +148,7 @@ def attention_qkvpacked(
     bias_table: Tensor | None = None,
     bias_index: Tensor | None = None,
     key_mask: Tensor | None = None,
+    logit_scale: Tensor | None = None,
     scale: float | None = None,
     num_prefix: int = 0,
     positions: Tensor | None = None,
@@ -158,8 +164,8 @@ def attention_qkvpacked(
         qkv: ``[B, N, 3, H, D]``: q, k and v of every token, as ``nn.Linear(C, 3 * H * D)`` makes them. fp32, fp16 or
             bf16 (fp64 on the reference); any strides with a contiguous last dim, others are copied. Its gradient is
             contiguous (on the reference, as autograd makes it).
-        bias, bias_table, bias_index, key_mask, scale, num_prefix, positions, stats, backend: as of ``attention``, with
-            Nq = Nk = N.
+        bias, bias_table, bias_index, key_mask, logit_scale, scale, num_prefix, positions, stats, backend: as of
+            ``attention``, with Nq = Nk = N.
 
     Returns:
         ``AttentionOutput(out, lse, stats)``.
@@ -168,7 +174,7 @@ def attention_qkvpacked(
         ValueError, TypeError, IndexError, NotImplementedError: as ``attention``; ValueError if ``qkv`` does not hold
             three parts.
     """
-    tensors = (qkv, bias, bias_table, bias_index, key_mask, positions)
+    tensors = (qkv, bias, bias_table, bias_index, key_mask, logit_scale, positions)
     run, (*others, positions), options = _checked_packed(tensors, scale, num_prefix, stats or None, backend)
     return _attend(run, others, positions, *options)
 
@@ -180,6 +186,7 @@ def _checked_packed(
     bias_table: Tensor | None,
     bias_index: Tensor | None,
     key_mask: Tensor | None,
+    logit_scale: Tensor | None,
     positions: Tensor | None,
     scale: float | None,
     num_prefix: int,
@@ -187,7 +194,7 @@ def _checked_packed(
     backend: str,
 ) -> tuple[
     Callable[..., _Outputs],
-    tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    tuple[Tensor | None, ...],
     _Options,
 ]:
     op = "attention_qkvpacked"
@@ -196,9 +203,9 @@ def _checked_packed(
     if qkv.shape[2] != 3:
         raise ValueError(f"{op}: qkv {_checks.shape(qkv)} must be [B, N, 3, H, D]")
     q, k, _ = parts(qkv)
-    others = (bias, bias_table, bias_index, key_mask, positions)
+    others = (bias, bias_table, bias_index, key_mask, logit_scale, positions)
     others, options, name = _check_options(op, q, k, *others, scale, num_prefix, stats, backend)
-    tracked = _checks.needs_grad(qkv, bias, bias_table)
+    tracked = _checks.needs_grad(qkv, bias, bias_table, logit_scale)
     ops = SPEC.plain_ops(name) if tracked else None
     if ops is None:
         run = partial(_unpacked, SPEC.runner(name, reference.attention, tracked))
@@ -249,8 +256,9 @@ class _Packed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         found = gradients(ctx, *ctx.ops, *grads)
-        wanted = zip(("q", "bias", "bias_table"), ctx.needs_input_grad[3:6], strict=True)
-        return *(None,) * 3, *(found[name] if needed else None for name, needed in wanted), *(None,) * 6
+        inputs = ("q", "bias", "bias_table", None, None, "logit_scale", None, None, None, None)
+        wanted = zip(inputs, ctx.needs_input_grad[3:], strict=True)
+        return *(None,) * 3, *(found[name] if needed and name else None for name, needed in wanted)
 
 
 def checked_scores(
@@ -261,14 +269,15 @@ def checked_scores(
     bias_table: Tensor | None,
     bias_index: Tensor | None,
     key_mask: Tensor | None,
+    logit_scale: Tensor | None,
     scale: float | None,
 ) -> tuple[_ScoreTensors, float, tuple[str, ...]]:
-    """Checks of the ops that need scores alone: bias, bias_table, bias_index and key_mask and the scale as kernels take
-    them, and the options in use that not every backend takes."""
+    """Checks of the ops that need scores alone: the tensors beside q and k and the scale as kernels take them, and the
+    options in use that not every backend takes."""
     _check_qk(op, q, k)
-    scale = _checks.head_scale(op, scale, q.shape[3])
-    tensors = _check_score_tensors(op, q, k, bias, bias_table, bias_index, key_mask)
-    return tensors, scale, _options_in_use(q, *tensors[:2])
+    scale = _check_scale(op, scale, logit_scale, q)
+    tensors = _check_score_tensors(op, q, k, bias, bias_table, bias_index, key_mask, logit_scale)
+    return tensors, scale, _options_in_use(q, *tensors)
 
 
 def _check_score_tensors(
@@ -279,15 +288,24 @@ def _check_score_tensors(
     bias_table: Tensor | None,
     bias_index: Tensor | None,
     key_mask: Tensor | None,
+    logit_scale: Tensor | None,
 ) -> _ScoreTensors:
     bias = _check_bias(op, bias, q, k)
     bias_table, bias_index = _check_table(op, bias_table, bias_index, q, k)
-    return bias, bias_table, bias_index, _check_key_mask(op, key_mask, k)
+    return bias, bias_table, bias_index, _check_key_mask(op, key_mask, k), _check_logit_scale(op, logit_scale, q)
 
 
-def _options_in_use(q: Tensor, bias: Tensor | None, bias_table: Tensor | None) -> tuple[str, ...]:
+def _options_in_use(
+    q: Tensor,
+    bias: Tensor | None,
+    bias_table: Tensor | None,
+    bias_index: Tensor | None,
+    key_mask: Tensor | None,
+    logit_scale: Tensor | None,
+) -> tuple[str, ...]:
     windows = bias is not None and bias.shape[0] not in (1, q.shape[0])
-    return (*((WINDOWS,) if windows else ()), *((TABLE,) if bias_table is not None else ()))
+    used = {WINDOWS: windows, TABLE: bias_table is not None, COSINE: logit_scale is not None}
+    return tuple(name for name, given in used.items() if given)
 
 
 def checked_lse(op: str, lse: Tensor, q: Tensor) -> Tensor:
@@ -308,20 +326,21 @@ def _check_options(
     bias_table: Tensor | None,
     bias_index: Tensor | None,
     key_mask: Tensor | None,
+    logit_scale: Tensor | None,
     positions: Tensor | None,
     scale: float | None,
     num_prefix: int,
     stats: Sequence[str] | None,
     backend: str,
-) -> tuple[tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None], _Options, str]:
+) -> tuple[tuple[Tensor | None, ...], _Options, str]:
     """Of both ops: the tensors beside q, k and v, the other options of what runs, and the backend's name."""
     (_, _, length, dim), keys = q.shape, k.shape[2]
     planes, bits = _asked(op, stats, length, keys)
     _checks.prefix_count(op, num_prefix, keys, "keys")
-    scale = _checks.head_scale(op, scale, dim)
-    scored = _check_score_tensors(op, q, k, bias, bias_table, bias_index, key_mask)
+    scale = _check_scale(op, scale, logit_scale, q)
+    scored = _check_score_tensors(op, q, k, bias, bias_table, bias_index, key_mask, logit_scale)
     positions = _check_positions(op, positions, "distance" in planes, num_prefix, q)
-    used = _options_in_use(q, *scored[:2])
+    used = _options_in_use(q, *scored)
     name = SPEC.resolve(backend, q.device.type, q.dtype, options=used, head_dim=dim)
     asked = tuple(planes) if name == "reference" else bits
     return (*scored, positions), (scale, num_prefix, asked, planes), name
@@ -444,3 +463,24 @@ def _check_key_mask(op: str, key_mask: Tensor | None, k: Tensor) -> Tensor | Non
     if key_mask.shape[0] != k.shape[0] or key_mask.shape[1] != k.shape[2]:
         raise ValueError(f"{op}: key_mask {_checks.shape(key_mask)} must be [B, Nk] for k {_checks.shape(k)}")
     return _checks.rows(key_mask)
+
+
+def _check_scale(op: str, scale: float | None, logit_scale: Tensor | None, q: Tensor) -> float:
+    """What multiplies the products of q and k, or the cosines beside ``logit_scale``."""
+    if logit_scale is None:
+        return _checks.head_scale(op, scale, q.shape[3])
+    if scale is not None:
+        raise ValueError(f"{op}: scale {scale} and logit_scale are both given; logit_scale is the scale of the cosines")
+    return 1.0
+
+
+def _check_logit_scale(op: str, logit_scale: Tensor | None, q: Tensor) -> Tensor | None:
+    """``[H]`` in fp32 (or fp64)."""
+    if logit_scale is None:
+        return None
+    _checks.has_rank(op, "logit_scale", logit_scale, 1)
+    _checks.is_float(op, "logit_scale", logit_scale)
+    _checks.same_device(op, "logit_scale", logit_scale, "q", q)
+    if logit_scale.shape[0] != q.shape[1]:
+        raise ValueError(f"{op}: logit_scale {_checks.shape(logit_scale)} must be [H] for q {_checks.shape(q)}")
+    return _checks.rows(logit_scale.to(torch.promote_types(q.dtype, torch.float32)))

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from mimkernels.ops import _checks
 
 # As in csrc/ops/attention/params.h.
 LEAST_PATCH_MASS = 1e-30  # of a row that has a patch entropy
 LARGE_LSE = 16.0  # whose rounding is found again
+LARGEST_LOGIT_SCALE = math.log(100.0)
 ROWS = 256  # queries that the companions take at a time, so that memory stays linear in N
 
 
@@ -21,6 +24,7 @@ def attention(
     bias_table: Tensor | None,
     bias_index: Tensor | None,
     key_mask: Tensor | None,
+    logit_scale: Tensor | None,
     scale: float,
     num_prefix: int,
     positions: Tensor | None,
@@ -28,7 +32,7 @@ def attention(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Materialised attention: out ``[B, H, Nq, D]``, lse ``[B, H, Nq]`` and the asked statistics."""
     check_index("attention", bias_table, bias_index)
-    s = scores(q, k, bias, bias_table, bias_index, key_mask, scale)  # [B, H, Nq, Nk], at least fp32
+    s = scores(q, k, bias, bias_table, bias_index, key_mask, logit_scale, scale)  # [B, H, Nq, Nk], at least fp32
     x, top = below_maximum(s)
     log_p, log_sum = log_softmax(x)
     p = log_p.exp()
@@ -52,12 +56,18 @@ def scores(
     bias_table: Tensor | None,
     bias_index: Tensor | None,
     key_mask: Tensor | None,
+    logit_scale: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """``scale * q k^T + bias + bias_table[bias_index]``, -inf on masked keys."""
+    """``scale * q k^T + bias + bias_table[bias_index]``, -inf on masked keys; q and k as cosine attention takes them
+    if ``logit_scale`` is given."""
     wide = torch.promote_types(q.dtype, torch.float32)
     with _checks.without_autocast(q):  # which would round the product to half precision
-        s = (q.to(wide) @ k.to(wide).transpose(-2, -1)) * scale
+        if logit_scale is None:
+            s = (q.to(wide) @ k.to(wide).transpose(-2, -1)) * scale
+        else:
+            cosines = normalize(q.to(wide), dim=-1) @ normalize(k.to(wide), dim=-1).transpose(-2, -1)
+            s = cosines * (logit_scale.clamp(max=LARGEST_LOGIT_SCALE).exp()[:, None, None] * scale)
     if bias_table is not None and bias_index is not None:
         s = s + bias_table.to(wide)[bias_index].permute(2, 0, 1)  # [H, Nq, Nk], whose gradient is summed in wide
     if bias is not None:

@@ -13,7 +13,8 @@ STATISTICS = ("entropy", "prefix_mass", "self_mass", "distance", "patch_entropy"
 # Options of the scores that not every backend takes, by the names that a refusal gives them.
 WINDOWS = "a bias of windows"
 TABLE = "bias_table"
-SCORE_OPTIONS = (WINDOWS, TABLE)
+COSINE = "logit_scale"
+SCORE_OPTIONS = (WINDOWS, TABLE, COSINE)
 
 
 def _fwd(
@@ -24,6 +25,7 @@ def _fwd(
     bias_table: Tensor | None,
     bias_index: Tensor | None,
     key_mask: Tensor | None,
+    logit_scale: Tensor | None,
     scale: float,
     num_prefix: int,
     positions: Tensor | None,
@@ -54,17 +56,21 @@ def _bwd(
     bias_table: Tensor | None,
     bias_index: Tensor | None,
     key_mask: Tensor | None,
+    logit_scale: Tensor | None,
     scale: float,
     num_prefix: int,
     positions: Tensor | None,
     coef: Tensor | None,
     need_bias: bool,
     need_table: bool,
+    need_logit_scale: bool,
     packed: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dbias = bias.new_empty(bias.shape) if bias is not None and need_bias else q.new_empty((0,))
     dtable = bias_table.new_empty(bias_table.shape) if bias_table is not None and need_table else q.new_empty((0,))
-    return *new_gradients(q, k, packed), dbias, dtable
+    needs = logit_scale is not None and need_logit_scale
+    dlogit_scale = q.new_empty((q.shape[1] if needs else 0,), dtype=torch.float32)
+    return *new_gradients(q, k, packed), dbias, dtable, dlogit_scale
 
 
 def new_gradients(q: Tensor, k: Tensor, packed: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,10 +93,11 @@ def save(
     outputs: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> None:
     """Keep what ``gradients`` needs of the inputs of the schema; q, k and v may be one packed tensor and twice None."""
-    q, k, v, bias, bias_table, bias_index, key_mask, scale, num_prefix, positions, stats = inputs
+    q, k, v, bias, bias_table, bias_index, key_mask, logit_scale, scale, num_prefix, positions, stats = inputs
     out, lse, lse_low, rows = outputs
     ctx.mark_non_differentiable(lse_low)
-    ctx.save_for_backward(q, k, v, out, lse, lse_low, bias, bias_table, bias_index, key_mask, positions, rows)
+    scored = (bias, bias_table, bias_index, key_mask, logit_scale)
+    ctx.save_for_backward(q, k, v, out, lse, lse_low, *scored, positions, rows)
     ctx.options = (scale, num_prefix, stats)
     ctx.set_materialize_grads(False)
 
@@ -99,19 +106,21 @@ def gradients(
     ctx: Context, coef: Run, bwd: Run, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None, drows: Tensor | None
 ) -> dict[str, Tensor | None]:
     """By name; packed, the one of all three is that of q."""
-    q, k, v, out, lse, lse_low, bias, bias_table, bias_index, key_mask, positions, rows = ctx.saved_tensors
+    q, k, v, out, lse, lse_low, *scored, positions, rows = ctx.saved_tensors
+    bias, bias_table, *_, logit_scale = scored
     scale, num_prefix, stats = ctx.options
     packed = k is None
     if packed:
         q, k, v = parts(q)
     dout = torch.zeros_like(out) if dout is None else _checks.rows(dout)
     by_score = None if dlse is None and drows is None else coef(dlse, rows, drows, stats)
-    need_bias = bias is not None and ctx.needs_input_grad[-8]
-    need_table = bias_table is not None and ctx.needs_input_grad[-7]
-    options = (bias, bias_table, bias_index, key_mask, scale, num_prefix, positions if drows is not None else None)
-    needs = (need_bias, need_table, packed)
-    dq, dk, dv, dbias, dtable = bwd(dout, q, k, v, out, lse, lse_low, *options, by_score, *needs)
-    found = {"q": dq, "bias": dbias, "bias_table": dtable}
+    need_bias = bias is not None and ctx.needs_input_grad[-9]
+    need_table = bias_table is not None and ctx.needs_input_grad[-8]
+    need_logit_scale = logit_scale is not None and ctx.needs_input_grad[-5]
+    options = (*scored, scale, num_prefix, positions if drows is not None else None)
+    needs = (need_bias, need_table, need_logit_scale, packed)
+    dq, dk, dv, *others = bwd(dout, q, k, v, out, lse, lse_low, *options, by_score, *needs)
+    found = {"q": dq, **dict(zip(("bias", "bias_table", "logit_scale"), others, strict=True))}
     if packed:
         return found
     return {**found, "q": dq.transpose(1, 2), "k": dk.transpose(1, 2), "v": dv.transpose(1, 2)}
@@ -124,13 +133,13 @@ SPEC = register(
             # out, lse, lse_low, statistics. lse_low is what rounding took from lse, log N of a row whose scores are all
             # -1e9, say: P = exp((S - lse) - lse_low).
             "attention_fwd": "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? bias_table, Tensor? bias_index, "
-            "Tensor? key_mask, float scale, SymInt num_prefix, Tensor? positions, int stats) "
+            "Tensor? key_mask, Tensor? logit_scale, float scale, SymInt num_prefix, Tensor? positions, int stats) "
             "-> (Tensor, Tensor, Tensor, Tensor)",
             "attention_coef": "(Tensor? dlse, Tensor rows, Tensor? drows, int stats) -> Tensor",
             "attention_bwd": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-            "Tensor lse_low, Tensor? bias, Tensor? bias_table, Tensor? bias_index, Tensor? key_mask, float scale, "
-            "SymInt num_prefix, Tensor? positions, Tensor? coef, bool need_bias, bool need_table, bool packed) "
-            "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+            "Tensor lse_low, Tensor? bias, Tensor? bias_table, Tensor? bias_index, Tensor? key_mask, "
+            "Tensor? logit_scale, float scale, SymInt num_prefix, Tensor? positions, Tensor? coef, bool need_bias, "
+            "bool need_table, bool need_logit_scale, bool packed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         },
         fakes={"attention_fwd": _fwd, "attention_coef": _coef, "attention_bwd": _bwd},
         gradient=Gradient(save, gradients),

@@ -381,12 +381,13 @@ def attention_fwd(
     bias_table: Tensor | None,
     bias_index: Tensor | None,
     key_mask: Tensor | None,
+    logit_scale: Tensor | None,
     scale: float,
     num_prefix: int,
     positions: Tensor | None,
     stats: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    refuse_options("attention", q, bias, bias_table)
+    refuse_options("attention", q, bias, bias_table, logit_scale)
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]
     out = q.new_empty((batch, queries, heads, dim))
@@ -448,15 +449,17 @@ def attention_bwd(
     bias_table: Tensor | None,
     bias_index: Tensor | None,
     key_mask: Tensor | None,
+    logit_scale: Tensor | None,
     scale: float,
     num_prefix: int,
     positions: Tensor | None,
     coef: Tensor | None,
     need_bias: bool,
     need_table: bool,
+    need_logit_scale: bool,
     packed: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    refuse_options("attention", q, bias, bias_table)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    refuse_options("attention", q, bias, bias_table, logit_scale)
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]
     made = new_gradients(q, k, packed)
@@ -533,4 +536,4 @@ def attention_bwd(
         programs = row_blocks * key_blocks * bias.shape[0] * kept_heads
         blocks = (row_blocks, key_blocks, batch if bias.shape[0] == 1 else 1, kept_heads)
         run(attention_dbias_kernel, programs, (q, k, v, dout, lse, lse_low, delta, *given, dbias), blocks, dq_config)
-    return *made, dbias, q.new_empty((0,))
+    return *made, dbias, q.new_empty((0,)), q.new_empty((0,), dtype=torch.float32)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mimkernels.ops._triton import INTERPRETED, narrow
-from mimkernels.ops.attention.spec import TABLE, WINDOWS
+from mimkernels.ops.attention.spec import COSINE, TABLE, WINDOWS
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -270,10 +270,14 @@ def strides(*tensors: Tensor) -> tuple[int, list[int]]:
     return unit, [stride // unit for stride in found]
 
 
-def refuse_options(op: str, q: Tensor, bias: Tensor | None, bias_table: Tensor | None) -> None:
+def refuse_options(
+    op: str, q: Tensor, bias: Tensor | None, bias_table: Tensor | None, logit_scale: Tensor | None
+) -> None:
     """For direct calls of a torch op: refuse the scores that the kernels do not compute."""
     if bias_table is not None:
         raise NotImplementedError(f"{op}: triton does not take {TABLE}")
+    if logit_scale is not None:
+        raise NotImplementedError(f"{op}: triton does not take {COSINE}")
     if bias is not None and bias.shape[0] not in (1, q.shape[0]):
         raise NotImplementedError(f"{op}: triton does not take {WINDOWS}")
 

@@ -19,6 +19,7 @@ def attention_rows(
     bias_table: Tensor | None = None,
     bias_index: Tensor | None = None,
     key_mask: Tensor | None = None,
+    logit_scale: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """The attention maps of chosen queries, such as [cls]; only those rows are computed.
@@ -29,10 +30,11 @@ def attention_rows(
         q: ``[B, H, Nq, D]`` fp32, fp16 or bf16 (fp64 on the reference).
         k: ``[B, H, Nk, D]``.
         rows: R query indices in ``[0, Nq)``, a sequence or an int64 ``[R]`` tensor.
-        bias, bias_table, bias_index, key_mask, scale: as in ``attention``.
+        bias, bias_table, bias_index, key_mask, logit_scale, scale: as in ``attention``.
 
     Returns:
-        ``[B, H, R, Nk]`` fp32 attention probabilities. Gradients reach ``q``, ``k``, ``bias`` and ``bias_table``.
+        ``[B, H, R, Nk]`` fp32 attention probabilities. Gradients reach ``q``, ``k``, ``bias``,
+        ``bias_table`` and ``logit_scale``.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices disagree; the message shows both sides.
@@ -40,7 +42,8 @@ def attention_rows(
 
     Source: [cls] attention maps as in DINO, arXiv:2104.14294; Beyond-[cls], arXiv:2412.03215.
     """
-    others, scale, _ = checked_scores("attention_rows", q, k, bias, bias_table, bias_index, key_mask, scale)
+    scored = (bias, bias_table, bias_index, key_mask, logit_scale)
+    others, scale, _ = checked_scores("attention_rows", q, k, *scored, scale)
     if not isinstance(rows, Tensor):
         rows = [_checks.integer("attention_rows", "a row", row) for row in rows]
         rows = torch.tensor(rows, dtype=torch.int64, device=q.device)

@@ -20,6 +20,7 @@ def head_divergence(
     bias_table: Tensor | None = None,
     bias_index: Tensor | None = None,
     key_mask: Tensor | None = None,
+    logit_scale: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -28,10 +29,10 @@ def head_divergence(
     Args:
         q: ``[B, H, Nq, D]`` fp32, fp16 or bf16 (fp64 on the reference).
         k: ``[B, H, Nk, D]``.
-        lse: ``[B, H, Nq]`` from ``attention`` with the same bias, ``key_mask`` and ``scale``.
-        bias, bias_table, bias_index, key_mask, scale, backend: as in ``attention``. A key that the bias hides (-inf)
-            from one of two heads, which would make their divergence infinite, is left out of its sum, which may then
-            be below 0.
+        lse: ``[B, H, Nq]`` from ``attention`` with the same biases, ``key_mask``, ``logit_scale`` and ``scale``.
+        bias, bias_table, bias_index, key_mask, logit_scale, scale, backend: as in ``attention``. A key that the bias
+            hides (-inf) from one of two heads, which would make their divergence infinite, is left out of its sum,
+            which may then be below 0.
 
     Returns:
         ``[B, H, H]`` fp32: entry (h, g) is ``KL(P^h || P^g)``, 0 on the diagonal. Carries no gradient.
@@ -43,7 +44,7 @@ def head_divergence(
 
     Source: the head diversity of "Revealing the Dark Secrets of Masked Image Modeling", arXiv:2205.13543.
     """
-    run, tensors, options = _checked((q, k, lse, bias, bias_table, bias_index, key_mask), scale, backend)
+    run, tensors, options = _checked((q, k, lse, bias, bias_table, bias_index, key_mask, logit_scale), scale, backend)
     return run(*tensors, *options)
 
 
@@ -56,10 +57,12 @@ def _checked(
     bias_table: Tensor | None,
     bias_index: Tensor | None,
     key_mask: Tensor | None,
+    logit_scale: Tensor | None,
     scale: float | None,
     backend: str,
 ) -> tuple[Callable[..., Tensor], tuple[Tensor | None, ...], tuple[float]]:
-    others, scale, used = checked_scores("head_divergence", q, k, bias, bias_table, bias_index, key_mask, scale)
+    scored = (bias, bias_table, bias_index, key_mask, logit_scale)
+    others, scale, used = checked_scores("head_divergence", q, k, *scored, scale)
     lse = checked_lse("head_divergence", lse, q)
     name = SPEC.resolve(backend, q.device.type, q.dtype, options=used, head_dim=q.shape[3])
     run = SPEC.runner(name, reference.head_divergence, False)

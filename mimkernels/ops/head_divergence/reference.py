@@ -15,6 +15,7 @@ def head_divergence(
     bias_table: Tensor | None,
     bias_index: Tensor | None,
     key_mask: Tensor | None,
+    logit_scale: Tensor | None,
     scale: float,
 ) -> Tensor:
     reference.check_index("head_divergence", bias_table, bias_index)
@@ -24,7 +25,9 @@ def head_divergence(
         block = slice(first, first + reference.ROWS)
         some = None if bias is None else bias[:, :, block]
         index = None if bias_index is None else bias_index[block]
-        s = reference.scores(q[:, :, block], k, some, bias_table, index, key_mask, scale)  # [B, H, rows, Nk]
+        s = reference.scores(
+            q[:, :, block], k, some, bias_table, index, key_mask, logit_scale, scale
+        )  # [B, H, rows, Nk]
         log_p = reference.log_probabilities(s, lse[:, :, block])
         seen = (log_p != float("-inf")).to(s.dtype).flatten(2)
         p = log_p.exp().flatten(2)

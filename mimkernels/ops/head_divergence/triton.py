@@ -167,9 +167,10 @@ def head_divergence_fwd(
     bias_table: Tensor | None,
     bias_index: Tensor | None,
     key_mask: Tensor | None,
+    logit_scale: Tensor | None,
     scale: float,
 ) -> Tensor:
-    refuse_options("head_divergence", q, bias, bias_table)
+    refuse_options("head_divergence", q, bias, bias_table, logit_scale)
     batch, heads, queries, dim = q.shape
     out = q.new_empty((batch, heads, heads), dtype=torch.float32)
     if queries == 0:

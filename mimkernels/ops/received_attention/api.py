@@ -20,6 +20,7 @@ def received_attention(
     bias_table: Tensor | None = None,
     bias_index: Tensor | None = None,
     key_mask: Tensor | None = None,
+    logit_scale: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -30,8 +31,8 @@ def received_attention(
     Args:
         q: ``[B, H, Nq, D]`` fp32, fp16 or bf16 (fp64 on the reference).
         k: ``[B, H, Nk, D]``.
-        lse: ``[B, H, Nq]`` from ``attention`` with the same bias, ``key_mask`` and ``scale``.
-        bias, bias_table, bias_index, key_mask, scale, backend: as in ``attention``.
+        lse: ``[B, H, Nq]`` from ``attention`` with the same biases, ``key_mask``, ``logit_scale`` and ``scale``.
+        bias, bias_table, bias_index, key_mask, logit_scale, scale, backend: as in ``attention``.
 
     Returns:
         ``[B, H, Nk]`` fp32, each row summing to 1 (less where a query may attend nothing). Carries no gradient.
@@ -43,7 +44,7 @@ def received_attention(
 
     Source: column means of the attention matrix, as in NMI (arXiv:2305.00729) and AttMask (arXiv:2203.12719).
     """
-    run, tensors, options = _checked((q, k, lse, bias, bias_table, bias_index, key_mask), scale, backend)
+    run, tensors, options = _checked((q, k, lse, bias, bias_table, bias_index, key_mask, logit_scale), scale, backend)
     return run(*tensors, *options)
 
 
@@ -56,10 +57,12 @@ def _checked(
     bias_table: Tensor | None,
     bias_index: Tensor | None,
     key_mask: Tensor | None,
+    logit_scale: Tensor | None,
     scale: float | None,
     backend: str,
 ) -> tuple[Callable[..., Tensor], tuple[Tensor | None, ...], tuple[float]]:
-    others, scale, used = checked_scores("received_attention", q, k, bias, bias_table, bias_index, key_mask, scale)
+    scored = (bias, bias_table, bias_index, key_mask, logit_scale)
+    others, scale, used = checked_scores("received_attention", q, k, *scored, scale)
     lse = checked_lse("received_attention", lse, q)
     name = SPEC.resolve(backend, q.device.type, q.dtype, options=used, head_dim=q.shape[3])
     run = SPEC.runner(name, reference.received_attention, False)

@@ -14,6 +14,7 @@ def received_attention(
     bias_table: Tensor | None,
     bias_index: Tensor | None,
     key_mask: Tensor | None,
+    logit_scale: Tensor | None,
     scale: float,
 ) -> Tensor:
     reference.check_index("received_attention", bias_table, bias_index)
@@ -22,6 +23,6 @@ def received_attention(
         block = slice(first, first + reference.ROWS)
         some = None if bias is None else bias[:, :, block]
         index = None if bias_index is None else bias_index[block]
-        s = reference.scores(q[:, :, block], k, some, bias_table, index, key_mask, scale)
+        s = reference.scores(q[:, :, block], k, some, bias_table, index, key_mask, logit_scale, scale)
         total = total + reference.log_probabilities(s, lse[:, :, block]).exp().sum(2)
     return total / q.shape[2]

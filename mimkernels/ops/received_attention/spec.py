@@ -15,6 +15,7 @@ def _fwd(
     bias_table: Tensor | None,
     bias_index: Tensor | None,
     key_mask: Tensor | None,
+    logit_scale: Tensor | None,
     scale: float,
 ) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[1], k.shape[2]), dtype=torch.float32)
@@ -25,7 +26,7 @@ SPEC = register(
         name="received_attention",
         schemas={
             "received_attention_fwd": "(Tensor q, Tensor k, Tensor lse, Tensor? bias, Tensor? bias_table, "
-            "Tensor? bias_index, Tensor? key_mask, float scale) -> Tensor"
+            "Tensor? bias_index, Tensor? key_mask, Tensor? logit_scale, float scale) -> Tensor"
         },
         fakes={"received_attention_fwd": _fwd},
         impls=(

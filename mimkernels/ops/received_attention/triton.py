@@ -117,9 +117,10 @@ def received_attention_fwd(
     bias_table: Tensor | None,
     bias_index: Tensor | None,
     key_mask: Tensor | None,
+    logit_scale: Tensor | None,
     scale: float,
 ) -> Tensor:
-    refuse_options("received_attention", q, bias, bias_table)
+    refuse_options("received_attention", q, bias, bias_table, logit_scale)
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]
     out = q.new_empty((batch, heads, keys), dtype=torch.float32)

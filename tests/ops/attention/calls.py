@@ -2,7 +2,7 @@
 
 import torch
 
-from mimkernels.ops.attention.spec import TABLE
+from mimkernels.ops.attention.spec import COSINE, TABLE
 
 Q = torch.randn(1, 2, 6, 8)
 OPTIONS = {
@@ -10,6 +10,7 @@ OPTIONS = {
     "bias_table": torch.randn(9, 2),
     "bias_index": torch.arange(36).view(6, 6) % 9,
     "key_mask": torch.ones(1, 6).bool(),
+    "logit_scale": None,
     "scale": 1.0,
     "num_prefix": 1,
     "positions": torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0], [2.0, 0.0]]),
@@ -18,8 +19,13 @@ OPTIONS = {
 
 CALL = {"q": Q, "k": Q.clone(), "v": Q.clone(), **OPTIONS}
 NO_TABLE = {"bias_table": None, "bias_index": None}
-VARIANTS = {"attention": {"key_mask": None, **NO_TABLE}, "attention_table": {"key_mask": None}}
-OPTIONS_IN_USE = {"attention_table": (TABLE,)}
+COSINE_ALONE = {"logit_scale": torch.tensor([2.0, 3.0]), "scale": None, "key_mask": None, **NO_TABLE}
+VARIANTS = {
+    "attention": {"key_mask": None, **NO_TABLE},
+    "attention_table": {"key_mask": None},
+    "attention_cosine": COSINE_ALONE,
+}
+OPTIONS_IN_USE = {"attention_table": (TABLE,), "attention_cosine": (COSINE,)}
 LEAST = {"q": Q, "k": Q, "v": Q}
 _TABLE = {"bias_table": OPTIONS["bias_table"], "bias_index": OPTIONS["bias_index"]}
 _FOUR = {name: torch.randn(4, 2, 6, 8) for name in "qkv"}
@@ -36,5 +42,9 @@ REFUSED = [
     ({**_TABLE, "bias_index": torch.zeros(6, 6)}, TypeError, "bias_index must be int64 or int32"),
     ({**_TABLE, "bias_index": torch.full((6, 6), 9)}, IndexError, r"bias_index.*9.*\[0, 9\)"),
     ({**_TABLE, "bias_index": torch.full((6, 6), -1)}, IndexError, r"bias_index.*-1.*\[0, 9\)"),
+    ({"logit_scale": torch.randn(3)}, ValueError, r"logit_scale \[3\] must be \[H\] for q \[1, 2, 6, 8\]"),
+    ({"logit_scale": torch.randn(2, 1, 1)}, ValueError, r"logit_scale"),
+    ({"logit_scale": torch.ones(2).int()}, TypeError, "logit_scale must be a floating-point"),
+    ({"logit_scale": torch.randn(2), "scale": 0.5}, ValueError, "scale 0.5 and logit_scale are both given"),
     ({"scale": torch.tensor(1.0, requires_grad=True)}, TypeError, "scale gets no gradient"),
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import mimkernels
-from mimkernels.ops.attention.spec import TABLE, WINDOWS
+from mimkernels.ops.attention.spec import COSINE, TABLE, WINDOWS
 from mimkernels.testing import Case, doubled
 
 RICH = "mae"
@@ -18,7 +18,7 @@ STATISTICS = ("entropy", "prefix_mass", "self_mass", "distance", "patch_entropy"
 
 def attention(batch, heads, length, dim, *, keys=None, bias=None, mask=False, prefix=0, stats=(), **options):
     """``positions``: "shared" or "per-image"; ``logits``: the size of the scores; ``hidden``: -inf in the bias;
-    ``table``: its entries; ``rows``: each for a whole row."""
+    ``table``: its entries; ``rows``: each for a whole row; ``cosine``: with a logit_scale, whose last is capped."""
 
     def make(generator):
         nk = length if keys is None else keys
@@ -32,6 +32,8 @@ def attention(batch, heads, length, dim, *, keys=None, bias=None, mask=False, pr
             inputs["bias_index"] = torch.randint(max(1, options["table"]), (length, nk), generator=generator)
             if options.get("rows"):  # all of a row are one entry but the first: their gradients nearly cancel
                 inputs["bias_index"][:, 1:] = torch.arange(length)[:, None] % options["table"]
+        if options.get("cosine"):
+            inputs["logit_scale"] = torch.linspace(1.0, 5.0, heads)
         if options.get("hidden"):
             inputs["bias"].masked_fill_(torch.rand(bias, generator=generator) < 0.3, float("-inf"))
         inputs["key_mask"] = torch.rand(batch, nk, generator=generator) < 0.7 if mask else None
@@ -73,13 +75,19 @@ def companion_cases(op: str) -> list[Case]:
         "table": companion(2, 2, 21, 16, table=30),
         "table-and-windows": companion(4, 2, 9, 16, table=30, bias=(2, 1, 9, 9), hidden=True),
         "empty-table": companion(2, 2, 5, 16, keys=0, table=0),
+        "cosine": companion(2, 3, 50, 32, cosine=True),
+        "cosine-with-mask": companion(2, 2, 21, 16, mask=True, bias=(2, 21, 21), cosine=True),
+        "cosine-long": companion(1, 2, 530, 16, cosine=True),
+        "cosine-table-and-windows": companion(4, 2, 9, 16, table=30, bias=(2, 1, 9, 9), cosine=True),
+        "cosine-of-no-heads": companion(2, 0, 5, 16, cosine=True),
     }
     return [Case(op, label, make, options=score_options(label)) for label, make in inputs.items()]
 
 
 def score_options(label: str) -> tuple[str, ...]:
     """The options in use that not every backend takes."""
-    return (*((TABLE,) if "table" in label else ()), *((WINDOWS,) if "windows" in label else ()))
+    words = {"windows": WINDOWS, "table": TABLE, "cosine": COSINE}
+    return tuple(option for word, option in words.items() if word in label)
 
 
 INPUTS = {
@@ -126,6 +134,23 @@ INPUTS = {
     "table-of-whole-rows": attention(2, 2, 9, 16, keys=400, table=9, rows=True),
     "table-of-no-scores": attention(2, 2, 5, 16, keys=0, table=9),
     "empty-table": attention(2, 2, 5, 16, keys=0, table=0),
+    "cosine": attention(2, 3, 50, 32, cosine=True, prefix=1, stats=STATISTICS),
+    "cosine-everything": attention(
+        3, 2, 21, 24, bias=(3, 2, 21, 21), mask=True, prefix=2, stats=STATISTICS, positions="per-image", cosine=True
+    ),
+    "cosine-cross": attention(2, 2, 9, 16, keys=23, cosine=True),
+    "cosine-table-and-windows": attention(
+        6, 2, 16, 16, table=49, bias=(3, 1, 16, 16), hidden=True, prefix=1, stats=STATISTICS, cosine=True
+    ),
+    "cosine-bias-shared": attention(9, 3, 18, 16, bias=(1, 1, 18, 18), cosine=True),
+    "cosine-two-blocks-of-keys": attention(1, 2, 40, 16, keys=600, cosine=True),
+    "cosine-table-two-blocks-of-keys": attention(1, 2, 40, 16, keys=600, table=99, cosine=True),
+    "cosine-one-image": attention(1, 2, 300, 16, cosine=True),
+    "cosine-few-queries": attention(2, 2, 3, 40, keys=21, cosine=True),
+    "cosine-dim-88": attention(1, 2, 17, 88, cosine=True),
+    "cosine-of-no-keys": attention(2, 2, 5, 16, keys=0, cosine=True),
+    "cosine-of-no-queries": attention(2, 2, 0, 16, keys=5, cosine=True),
+    "cosine-of-no-heads": attention(2, 0, 5, 16, cosine=True),
     "bias-of-no-queries": attention(1, 2, 0, 16, keys=8, bias=(1, 0, 8), mask=True, stats=("entropy",)),
 }
 for stat in STATISTICS:
@@ -134,5 +159,5 @@ for length in (1, 2, 49, 64, 197, 256, 257, 1025):
     INPUTS[f"length-{length}"] = attention(1, 1 if length > 64 else 2, length, 16, stats=("entropy", "self_mass"))
 for dim in (8, 64, 72, 80, 88, 96, 128):
     INPUTS[f"dim-{dim}"] = attention(1, 1, 17, dim, stats=("entropy", "peak"))
-GRADS = ("q", "k", "v", "bias", "bias_table")
+GRADS = ("q", "k", "v", "bias", "bias_table", "logit_scale")
 CASES = [Case("attention", label, make, GRADS, options=score_options(label)) for label, make in INPUTS.items()]

@@ -57,6 +57,8 @@ def scores(draw: Draw, cross: bool):
     }
     if not draw.small and draw.chance(0.35):  # small ones draw it, too, where all backends take it
         arguments |= _table(draw, heads, queries, keys)
+    if not draw.small and draw.chance(0.25):
+        arguments |= {"scale": None, "logit_scale": draw.values(heads, most=3.0, wild=())}
     return (batch, heads, queries, keys, dim), arguments
 
 
@@ -83,7 +85,7 @@ def statistics(draw: Draw, batch: int, tokens: int, keys: int):
 
 def wide_biases(draw: Draw) -> tuple[str, ...]:
     """Which biases are fp32 beside half-precision others."""
-    return (*draw.wide_parameter("bias"), *draw.wide_parameter("bias_table"))
+    return tuple(name for bias in ("bias", "bias_table", "logit_scale") for name in draw.wide_parameter(bias))
 
 
 def nan_of(options: dict) -> tuple[float, ...]:
@@ -116,5 +118,5 @@ def configuration(draw: Draw) -> dict:
     options |= statistics(draw, batch, queries, keys)
     parameters = ("positions", *wide_biases(draw))
     # With one key P is 1, whatever its score: gradients that are 0 here come out as the rounding of a difference.
-    names = ("q", "k", "v", "bias", "bias_table") if keys != 1 else ("v",)
+    names = ("q", "k", "v", "bias", "bias_table", "logit_scale") if keys != 1 else ("v",)
     return draw.case({**tensors, **options}, draw.some(*names), parameters=parameters)

@@ -165,12 +165,15 @@ def test_a_backend_without_them_says_so_by_name(op, backend):
             call(*given, **table)
         with pytest.raises(NotImplementedError, match=f"{backend}: does not take a bias of windows"):
             call(*given, bias=randn(2, 1, 9, 9))
+        with pytest.raises(NotImplementedError, match=f"{backend}: does not take logit_scale"):
+            call(*given, logit_scale=randn(2))
     raw = getattr(torch.ops.mimkernels, f"{op}_fwd")
     raw = getattr(raw, backend.replace("-", "_"))
     rest = (1.0, 0, None, 0) if op == "attention" else (1.0,)
-    for scored in ((None, *table.values()), (randn(2, 1, 9, 9), None, None)):
-        with pytest.raises((NotImplementedError, ValueError), match="bias"):
-            raw(*given, *scored, None, *rest)
+    scale = randn(2)
+    for scored in ((None, *table.values(), None, None), (randn(2, 1, 9, 9), *[None] * 4), (*[None] * 4, scale)):
+        with pytest.raises((NotImplementedError, ValueError), match="bias|logit_scale"):
+            raw(*given, *scored, *rest)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="kernels of GPUs check indices in debug mode alone")
@@ -178,11 +181,11 @@ def test_a_raw_op_refuses_a_wild_index_forward_and_backward():
     q = randn(2, 2, 4, 8)
     table, index = randn(3, 2), torch.zeros(4, 4).long()
     index[2, 1] = 3
-    given = (None, table, index, None, 1.0, 0, None)
+    given = (None, table, index, None, None, 1.0, 0, None)
     with pytest.raises(IndexError, match=r"bias_index\[2, 1\] = 3 is out of range \[0, 3\)"):
         torch.ops.mimkernels.attention_fwd.cpu(q, q, q, *given, 0)
     rows = q.transpose(1, 2).contiguous()
     with pytest.raises(IndexError, match=r"bias_index\[2, 1\] = 3"):
         torch.ops.mimkernels.attention_bwd.cpu(
-            rows, q, q, q, rows, q[..., 0], q[..., 0], *given, None, False, True, False
+            rows, q, q, q, rows, q[..., 0], q[..., 0], *given, None, False, True, False, False
         )

@@ -33,10 +33,12 @@ INPUTS = {
     "odd": attention_qkvpacked(3, 5, 9, 24, stats=("entropy",)),
     "table-and-windows": attention_qkvpacked(6, 2, 16, 16, table=49, bias=(3, 1, 16, 16), stats=("entropy",)),
     "empty-table": attention_qkvpacked(2, 2, 0, 16, table=0),
+    "cosine-table-and-windows": attention_qkvpacked(6, 2, 16, 16, table=49, bias=(3, 1, 16, 16), cosine=True),
+    "cosine-of-no-heads": attention_qkvpacked(2, 0, 5, 16, cosine=True),
     "length-257": attention_qkvpacked(1, 1, 257, 16),
     "dim-128": attention_qkvpacked(1, 2, 33, 128),
 }
 CASES = [
-    Case("attention_qkvpacked", label, make, ("qkv", "bias", "bias_table"), options=score_options(label))
+    Case("attention_qkvpacked", label, make, ("qkv", "bias", "bias_table", "logit_scale"), options=score_options(label))
     for label, make in INPUTS.items()
 ]

@@ -12,4 +12,5 @@ def configuration(draw: Draw) -> dict:
         "qkv": draw.values(batch, tokens, 3, heads, dim, most=5.0, flat=False, wild=nan_of(options)),
         **options,
     }
-    return draw.case(arguments, draw.some("qkv", "bias", "bias_table") if tokens != 1 else (), parameters=parameters)
+    names = ("qkv", "bias", "bias_table", "logit_scale") if tokens != 1 else ()
+    return draw.case(arguments, draw.some(*names), parameters=parameters)

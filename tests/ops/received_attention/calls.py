@@ -11,5 +11,6 @@ CALL = {
     "bias": torch.randn(1, 6, 6),
     "bias_table": torch.randn(9, 2),
     "bias_index": torch.arange(36).view(6, 6) % 9,
+    "logit_scale": None,
     "scale": 1.0,
 }
