@@ -6,12 +6,20 @@
 
 namespace mimkernels::MIMKERNELS_ISA {
 
-constexpr float kLargestLogitScale = 4.605170185988091f;  // ln 100
-constexpr float kLeastNorm = 1e-12f;
+constexpr double kLargestLogitScale = 4.605170185988091;  // ln 100
+constexpr double kLeastNorm = 1e-12;
 
+// max(|x|, 1e-12). In double, as the factors are: an error of theirs is that of a whole row.
 template <typename T>
-MIMKERNELS_INLINE float norm_row(const T* x, int64_t dim) {
-  const float norm = root(splat(dot_row(x, x, dim)))[0];
+MIMKERNELS_INLINE double norm_row(const T* x, int64_t dim) {
+  double squares[kLanes] = {};
+  for (int64_t c = 0; c < dim; c += kLanes) {
+    const Floats value = load_columns(x + c, dim - c);
+    add_lanes<kLanes>(squares, value * value);
+  }
+  double square = 0.0;
+  for (int i = 0; i < kLanes; ++i) square += squares[i];
+  const double norm = __builtin_sqrt(square);
   return norm < kLeastNorm ? kLeastNorm : norm;
 }
 
@@ -20,16 +28,16 @@ MIMKERNELS_INLINE float norm_row(const T* x, int64_t dim) {
 template <typename T>
 MIMKERNELS_INLINE void fill_factors(const AttentionScores& s, int64_t b, int64_t h, float* rows,
                                     float* columns) {
-  const float given = s.cosine.logit_scale[h];
-  const float capped = given > kLargestLogitScale ? kLargestLogitScale : given;
-  const float scale = s.scale * exp_lanes(splat(capped))[0];
+  const double given = s.cosine.logit_scale[h];
+  const double capped = given > kLargestLogitScale ? kLargestLogitScale : given;
+  const double scale = s.scale * __builtin_exp(capped);
   for (int64_t i = 0; i < s.queries; ++i) {
-    rows[i] = scale / norm_row(head_at<T>(s.q, b, h, i), s.dim);
+    rows[i] = static_cast<float>(scale / norm_row(head_at<T>(s.q, b, h, i), s.dim));
   }
   const uint8_t* const allowed = mask_of(s.key_mask, b);
   for (int64_t j = 0; j < s.keys; ++j) {
     const bool there = allowed == nullptr || allowed[j] != 0;
-    columns[j] = there ? 1.0f / norm_row(head_at<T>(s.k, b, h, j), s.dim) : 0.0f;
+    columns[j] = there ? static_cast<float>(1.0 / norm_row(head_at<T>(s.k, b, h, j), s.dim)) : 0.0f;
   }
   for (int64_t j = s.keys; j < padded_columns(s.keys); ++j) columns[j] = 0.0f;
 }
@@ -70,7 +78,7 @@ MIMKERNELS_INLINE float write_tangent(T* dst, const float* grad, const T* x, int
     sum = mul_add(load_columns(x + c, dim - c), load_columns(grad + c, dim - c), sum);
   }
   const float along = add_lanes(sum);
-  const bool counts = !(square < kLeastNorm * kLeastNorm);
+  const bool counts = !(square < static_cast<float>(kLeastNorm * kLeastNorm));
   const Floats part = splat(counts ? along / square : 0.0f);
   for (int64_t c = 0; c < dim; c += kLanes) {
     const Floats value = load_floats(grad + c) - part * load_columns(x + c, dim - c);

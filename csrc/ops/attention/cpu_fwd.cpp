@@ -60,10 +60,7 @@ class Worker {
     const int64_t chunk = task % chunks_;
     b_ = order_.image(head);
     h_ = order_.head(head);
-    const int64_t next = head + 1;
-    const bool ahead = blocks_.blocks == 1 && chunk + 1 == chunks_ && next < order_.count();
-    next_b_ = ahead ? order_.image(next) : -1;
-    next_h_ = order_.head(next);
+    next_.set(order_, head, blocks_.blocks == 1 && chunk + 1 == chunks_);
     const int64_t begin = tiles_.tiles * chunk / chunks_;
     const int64_t end = tiles_.tiles * (chunk + 1) / chunks_;
     first_row_ = tiles_.first(begin);
@@ -127,8 +124,8 @@ class Worker {
     T* out = static_cast<T*>(p_.out) + ((b_ * s_.queries + row) * s_.heads + h_) * s_.dim;
     const bool last = block + 1 == blocks_.blocks;
     if (last) prefetch_rows(out, out_stride, rows, s_.dim);
-    prefetch_next(s_.q, row, rows);
-    prefetch_next(s_.k, row, rows);
+    next_.prefetch(s_.q, row, rows);
+    next_.prefetch(s_.k, row, rows);
     if (row + 2 * rows <= s_.queries) {
       prefetch_rows(head_at<T>(s_.q, b_, h_, row + rows), s_.q.stride_token, rows, s_.dim);
     }
@@ -136,7 +133,7 @@ class Worker {
 
     float scale[kRowTile];
     softmax_.visit({row, rows, blocks_.first(block), count, scores_, weights(), maxima_}, scale);
-    prefetch_next(p_.v, row, rows);
+    next_.prefetch(p_.v, row, rows);
     float* result = result_ + (blocks_.blocks > 1 ? (row - first_row_) * kDimStride : 0);
     if (block > 0) {
       for (int64_t i = 0; i < rows; ++i) {
@@ -173,17 +170,12 @@ class Worker {
     }
   }
 
-  // The next head's tokens, a few at a time while this head is computed.
-  void prefetch_next(const HeadRows& tokens, int64_t row, int64_t rows) const {
-    if (next_b_ < 0 || row + rows > s_.keys) return;
-    prefetch_rows(head_at<T>(tokens, next_b_, next_h_, row), tokens.stride_token, rows, s_.dim);
-  }
-
   const AttentionFwdParams& p_;
   const AttentionScores& s_;
   RowTiles tiles_;
   KeyBlocks blocks_;
   HeadOrder order_;
+  NextHead<T> next_{s_};
   int64_t chunks_;
   int64_t task_rows_;
   RowSoftmax<E, kStride, kStride, false> softmax_;
@@ -193,8 +185,6 @@ class Worker {
   Visit packed_;
   int64_t b_ = 0;
   int64_t h_ = 0;
-  int64_t next_b_ = -1;  // -1: none, or too long to be kept
-  int64_t next_h_ = 0;
   int64_t first_row_ = 0;
   E* keys_ = nullptr;
   E* values_ = nullptr;

@@ -11,6 +11,32 @@ constexpr int64_t kBlockKeys = 512;
 constexpr int64_t kLeastRows = 64;  // of a head that are worth a task
 constexpr int64_t kTasks = 64;      // wanted
 
+// The head that a thread turns to next: its tokens are asked for, a few at a time, while another is
+// computed.
+template <typename T>
+class NextHead {
+ public:
+  explicit NextHead(const AttentionScores& s) : s_(s) {}
+
+  // What follows head `at`; none unless `ahead`.
+  void set(const HeadOrder& order, int64_t at, bool ahead) {
+    there_ = ahead && at + 1 < order.count();
+    b_ = order.image(at + 1);
+    h_ = order.head(at + 1);
+  }
+
+  void prefetch(const HeadRows& tokens, int64_t row, int64_t rows) const {
+    if (!there_ || row + rows > s_.keys) return;
+    prefetch_rows(head_at<T>(tokens, b_, h_, row), tokens.stride_token, rows, s_.dim);
+  }
+
+ private:
+  const AttentionScores& s_;
+  bool there_ = false;
+  int64_t b_ = 0;
+  int64_t h_ = 0;
+};
+
 // One number per row while its keys are visited, all relative to the maximum so far.
 enum RowField { kTop, kSum, kExpected, kPatchSum, kPatchExpected, kPrefixSum, kFar, kOwn, kFields };
 

@@ -59,10 +59,7 @@ class TileForward {
     const int64_t chunk = task % chunks_;
     b_ = order_.image(head);
     h_ = order_.head(head);
-    const int64_t next = head + 1;
-    const bool ahead = blocks_.blocks == 1 && chunk + 1 == chunks_ && next < order_.count();
-    next_b_ = ahead ? order_.image(next) : -1;
-    next_h_ = order_.head(next);
+    next_.set(order_, head, blocks_.blocks == 1 && chunk + 1 == chunks_);
     if (packed_head_ != head) pack();
     packed_head_ = head;
     const int64_t first = groups_ * chunk / chunks_ * kQueries;
@@ -104,12 +101,12 @@ class TileForward {
       const int64_t first = blocks_.first(block);
       const int64_t count = blocks_.length(block);
       if (block == 0) {
-        prefetch_next(s_.q, row, rows);
-        prefetch_next(s_.k, row, rows);
+        next_.prefetch(s_.q, row, rows);
+        next_.prefetch(s_.k, row, rows);
       }
       score_rows(row, rows, first, count);
       if (block == 0) {
-        prefetch_next(p_.v, row, rows);
+        next_.prefetch(p_.v, row, rows);
         prefetch_rows(out, out_stride, rows, s_.dim);
         const int64_t more = min_of(kQueries, s_.queries - row - rows);
         prefetch_rows(head_at<bf16>(s_.q, b_, h_, row + rows), s_.q.stride_token, more, s_.dim);
@@ -230,12 +227,6 @@ class TileForward {
     multiply_all_tiles<true>(product, row_tiles, column_tiles);
   }
 
-  // The next head's tokens, a few at a time while this head is computed.
-  void prefetch_next(const HeadRows& tokens, int64_t row, int64_t rows) const {
-    if (next_b_ < 0 || row + rows > s_.keys) return;
-    prefetch_rows(head_at<bf16>(tokens, next_b_, next_h_, row), tokens.stride_token, rows, s_.dim);
-  }
-
   TilesInUse tiles_in_use_;
   const AttentionFwdParams& p_;
   const AttentionScores& s_;
@@ -243,6 +234,7 @@ class TileForward {
   KeyBlocks blocks_;
   int64_t steps_;  // of tiles that hold the features
   HeadOrder order_;
+  NextHead<bf16> next_{s_};
   int64_t chunks_;
   RowSoftmax<bf16, kScoreStride, kWeightStride, true> softmax_;
   ScoreStart start_{s_};
@@ -250,8 +242,6 @@ class TileForward {
   int64_t packed_head_ = -1;
   int64_t b_ = 0;
   int64_t h_ = 0;
-  int64_t next_b_ = -1;  // -1: none, or too long to be kept
-  int64_t next_h_ = 0;
   bf16* keys_ = nullptr;
   bf16* values_ = nullptr;
   bf16* query_ = nullptr;

@@ -135,8 +135,8 @@ def _checked(
     _check_same_kind(op, "v", v, q)
     if v.shape != k.shape:
         raise ValueError(f"{op}: v {_checks.shape(v)} and k {_checks.shape(k)} must have the same shape")
-    others = (bias, bias_table, bias_index, key_mask, logit_scale, positions)
-    others, options, name = _check_options(op, q, k, *others, scale, num_prefix, stats, backend)
+    given = (bias, bias_table, bias_index, key_mask, logit_scale, positions)
+    others, options, name = _check_options(op, q, k, *given, scale, num_prefix, stats, backend)
     run = SPEC.runner(name, reference.attention, _checks.needs_grad(q, k, v, bias, bias_table, logit_scale))
     return run, (_checks.rows(q), _checks.rows(k), _checks.rows(v), *others), options
 
@@ -203,8 +203,8 @@ def _checked_packed(
     if qkv.shape[2] != 3:
         raise ValueError(f"{op}: qkv {_checks.shape(qkv)} must be [B, N, 3, H, D]")
     q, k, _ = parts(qkv)
-    others = (bias, bias_table, bias_index, key_mask, logit_scale, positions)
-    others, options, name = _check_options(op, q, k, *others, scale, num_prefix, stats, backend)
+    given = (bias, bias_table, bias_index, key_mask, logit_scale, positions)
+    others, options, name = _check_options(op, q, k, *given, scale, num_prefix, stats, backend)
     tracked = _checks.needs_grad(qkv, bias, bias_table, logit_scale)
     ops = SPEC.plain_ops(name) if tracked else None
     if ops is None:

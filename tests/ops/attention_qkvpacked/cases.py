@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mimkernels.testing import Case
-from tests.ops.attention.cases import STATISTICS, attention, score_options
+from tests.ops.attention.cases import STATISTICS, attention, case
 
 RICH = "plain"
 SPOILED = "qkv"
@@ -38,7 +37,5 @@ INPUTS = {
     "length-257": attention_qkvpacked(1, 1, 257, 16),
     "dim-128": attention_qkvpacked(1, 2, 33, 128),
 }
-CASES = [
-    Case("attention_qkvpacked", label, make, ("qkv", "bias", "bias_table", "logit_scale"), options=score_options(label))
-    for label, make in INPUTS.items()
-]
+GRADS = ("qkv", "bias", "bias_table", "logit_scale")
+CASES = [case("attention_qkvpacked", label, make, GRADS) for label, make in INPUTS.items()]
