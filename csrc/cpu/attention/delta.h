@@ -2,7 +2,7 @@
 //
 // They are also dout . out, but out is rounded: by as much, all of a row's dS are off together. That
 // is less than their own rounding, unless many of a row are summed, as a table of relative positions
-// sums those of [cls].
+// sums those of [cls], or meet large factors, as those of cosines do.
 #pragma once
 
 #include "cpu/attention/maps.h"
