@@ -6,16 +6,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from markupsafe import Markup
 from PIL import Image
+from torch import Tensor
 
 from mimkernels._palette import ACCENT, CHART, LINE, SERIES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+PICTURE_SIDE = 128  # pixels that small images are enlarged to, at least
 
-def png_address(image: torch.Tensor) -> str:
+
+def png_address(image: Tensor) -> str:
     """A ``[3 or 1, H, W]`` image in [0, 1] as a ``data:`` address, at its own resolution."""
     pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
@@ -26,6 +30,30 @@ def png_address(image: torch.Tensor) -> str:
 def data_address(png: bytes) -> str:
     """The content of a PNG file as a ``data:`` address."""
     return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def overlay(image: Tensor, weights: Tensor) -> Tensor:
+    """`image` ``[3, S, S]`` in [0, 1] under the colours of `weights` ``[rows, columns]``; enlarged, RGB."""
+    import matplotlib
+
+    image = enlarged(image)
+    scaled = weights.float() / weights.max().clamp(min=torch.finfo(torch.float32).tiny)
+    scaled = F.interpolate(scaled[None, None], size=image.shape[-2:], mode="nearest")[0, 0]
+    colours = torch.from_numpy(matplotlib.colormaps["viridis"](scaled.numpy())[..., :3]).permute(2, 0, 1).float()
+    grey = image.mean(0, keepdim=True)
+    return 0.45 * grey + 0.55 * colours
+
+
+def as_colour(image: Tensor) -> Tensor:
+    """An image, uint8 ``[1 or 3, S, S]`` to ``[3, S, S]`` in [0, 1]."""
+    return (image.float() / 255).expand(3, -1, -1)
+
+
+def enlarged(image: Tensor) -> Tensor:
+    """An image ``[C, S, S]`` of at least ``PICTURE_SIDE`` pixels a side, every pixel a square."""
+    # Whole multiples keep the pixels of small images square and equal.
+    times = max(1, -(-PICTURE_SIDE // image.shape[-1]))
+    return image.repeat_interleave(times, 1).repeat_interleave(times, 2)
 
 
 def smoothed(values: np.ndarray, width: int) -> np.ndarray:

@@ -1,17 +1,13 @@
-"""Images with labels for probing: the split into training and test images, and how they are read."""
+"""Images with labels for probing: the split into training and test images."""
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from mimkernels.commands.probe.config import ProbeConfig
-from mimkernels.data.batches import AUGMENT, UNREADABLE, Augmentation, derived_seed, reason_of, start_worker
+from mimkernels.data.labelled import LabelledImages
 from mimkernels.data.pixels import Decoder
 from mimkernels.data.sources import (
     FolderSource,
@@ -24,29 +20,6 @@ from mimkernels.data.sources import (
 )
 
 _TEST_FOLDERS = ("val", "validation", "valid", "test")
-
-
-@dataclass
-class LabelledImages:
-    """Some images of a source, with their class numbers."""
-
-    source: Source
-    indices: np.ndarray  # [n] numbers of the images in the source
-    targets: torch.Tensor  # [n] int64
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def label(self, position: int) -> str:
-        return self.source.label(int(self.indices[position]))
-
-    def without(self, positions: Sequence[int]) -> "LabelledImages":
-        keep = np.setdiff1d(np.arange(len(self)), np.asarray(positions, dtype=int))
-        return LabelledImages(self.source, self.indices[keep], self.targets[torch.from_numpy(keep)])
-
-    def fingerprint(self) -> str:
-        chosen = hashlib.sha256(self.indices.astype("<i8").tobytes() + self.targets.numpy().astype("<i8").tobytes())
-        return f"{self.source.fingerprint()}/{len(self)}/{chosen.hexdigest()[:16]}"
 
 
 class Split(NamedTuple):
@@ -115,51 +88,3 @@ def _held_out(source: Source, targets: torch.Tensor, share: float) -> np.ndarray
     if not chosen.any():
         raise ValueError(f"{source.name!r} has one image per class: none can be held out for the test")
     return chosen
-
-
-class ProbeBatch(NamedTuple):
-    """Readable images of a batch, their positions in the split, and what could not be read."""
-
-    images: torch.Tensor | None  # [B, C, H, W] uint8; None if there are none
-    positions: torch.Tensor  # [B] int64
-    broken: list[tuple[int, str]]  # (position, reason)
-
-
-class ProbeImages(Dataset):
-    """Images by (epoch, position), augmented or not."""
-
-    def __init__(self, images: LabelledImages, augmentation: Augmentation, seed: int, augment: bool) -> None:
-        self.images, self.augmentation, self.seed, self.augment = images, augmentation, seed, augment
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor | None, int, str]:
-        epoch, position = key
-        try:
-            image = self.images.source.read(int(self.images.indices[position]))
-            if self.augment:
-                return self.augmentation(image, derived_seed(self.seed, AUGMENT, epoch, position)), position, ""
-            return self.augmentation.plain(image), position, ""
-        except UNREADABLE as e:
-            return None, position, reason_of(e)
-
-
-def collate_probe(samples: list[tuple[torch.Tensor | None, int, str]]) -> ProbeBatch:
-    read = [(image, position) for image, position, _ in samples if image is not None]
-    broken = [(position, reason) for image, position, reason in samples if image is None]
-    positions = torch.tensor([position for _, position in read], dtype=torch.int64)
-    return ProbeBatch(torch.stack([image for image, _ in read]) if read else None, positions, broken)
-
-
-def in_order(images: ProbeImages, batch_size: int, workers: int, pin_memory: bool) -> DataLoader:
-    """Every image once, in order, the last batch shorter."""
-    return DataLoader(
-        images,
-        batch_size=batch_size,
-        sampler=[(0, position) for position in range(len(images))],
-        collate_fn=collate_probe,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        worker_init_fn=start_worker,
-    )

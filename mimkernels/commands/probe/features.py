@@ -10,9 +10,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from mimkernels.commands.probe.data import LabelledImages, ProbeImages, in_order
-from mimkernels.commands.probe.encoder import FrozenEncoder
+from mimkernels.data.labelled import EncoderImages, LabelledImages, in_order
 from mimkernels.engine.command import TrainingError
+from mimkernels.engine.encoder import FrozenEncoder
 from mimkernels.engine.progress import Progress, count, duration
 from mimkernels.nn import Pooling
 
@@ -64,7 +64,7 @@ class Extractor:
         self.seconds += time.perf_counter() - began
         return Encoded(positions, targets.to(images.device), encoded.tokens, encoded.cls_attention, {})
 
-    def batches(self, images: ProbeImages, what: str, with_attention: bool) -> Iterator[Encoded]:
+    def batches(self, images: EncoderImages, what: str, with_attention: bool) -> Iterator[Encoded]:
         """Every readable image once, in order; TrainingError if there is none."""
         loader = in_order(images, self.batch_size, self.workers, self.accelerator.device.type == "cuda")
         began = noted = time.perf_counter()
@@ -89,7 +89,7 @@ class Extractor:
                 raise TrainingError(text + reason)
             warnings.warn(f"{text}{reason}; they are left out", stacklevel=2)
 
-    def features(self, images: ProbeImages, poolings: dict[str, Pooling], keep_tokens: bool, what: str) -> Features:
+    def features(self, images: EncoderImages, poolings: dict[str, Pooling], keep_tokens: bool, what: str) -> Features:
         """Pooled vectors of `poolings`, and the tokens if they are to be kept."""
         pooled: dict[str, list[Tensor]] = {label: [] for label in poolings}
         tokens: Tensor | None = None

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-import torch
-import torch.nn.functional as F
 from markupsafe import Markup
 from torch import Tensor
 
@@ -16,11 +14,10 @@ from mimkernels._palette import ACCENT, CHART, INK, LINE
 from mimkernels.commands.probe.config import ProbeConfig
 from mimkernels.commands.probe.results import PoolingResult, count_tested
 from mimkernels.engine import tables
-from mimkernels.engine.figures import png_address, svg
+from mimkernels.engine.figures import as_colour, enlarged, overlay, png_address, svg
 from mimkernels.engine.page import write_page
 from mimkernels.engine.progress import duration
 
-_PICTURE_SIDE = 128
 _QUERIES_SHOWN, _QUERY_IMAGES = 8, 3
 
 
@@ -86,8 +83,8 @@ class ProbeReport:
         """Test images, and below each where every pooling looks."""
         if self.pictures is None:
             return None
-        images = [_colour(image) for image in self.pictures.images]
-        rows = [("image", [png_address(_enlarged(image)) for image in images])]
+        images = [as_colour(image) for image in self.pictures.images]
+        rows = [("image", [png_address(enlarged(image)) for image in images])]
         rows += [
             (label, [png_address(overlay(image, weights[i].mean(0))) for i, image in enumerate(images)])
             for label, weights in self.pictures.weights.items()
@@ -106,7 +103,7 @@ class ProbeReport:
         shown = range(min(_QUERIES_SHOWN, most.shape[1]))
         chosen = list(zip(pictures.classes, pictures.images, most, strict=True))[:_QUERY_IMAGES]
         rows = [
-            (name, [png_address(overlay(_colour(image), by_query[query])) for query in shown])
+            (name, [png_address(overlay(as_colour(image), by_query[query])) for query in shown])
             for name, image, by_query in chosen
         ]
         return PictureTable([f"query {query + 1}" for query in shown], rows, label, most.shape[1])
@@ -170,29 +167,6 @@ def _percent(value: float | None) -> str:
 
 def _seconds(value: float) -> str:
     return f"{value:.1f} s" if value < 100 else duration(value)
-
-
-def overlay(image: Tensor, weights: Tensor) -> Tensor:
-    """`image` ``[3, S, S]`` in [0, 1] under the colours of `weights` ``[rows, columns]``; enlarged, RGB."""
-    import matplotlib
-
-    image = _enlarged(image)
-    scaled = weights.float() / weights.max().clamp(min=torch.finfo(torch.float32).tiny)
-    scaled = F.interpolate(scaled[None, None], size=image.shape[-2:], mode="nearest")[0, 0]
-    colours = torch.from_numpy(matplotlib.colormaps["viridis"](scaled.numpy())[..., :3]).permute(2, 0, 1).float()
-    grey = image.mean(0, keepdim=True)
-    return 0.45 * grey + 0.55 * colours
-
-
-def _colour(image: Tensor) -> Tensor:
-    """uint8 ``[1 or 3, S, S]`` to ``[3, S, S]`` in [0, 1]."""
-    return (image.float() / 255).expand(3, -1, -1)
-
-
-def _enlarged(image: Tensor) -> Tensor:
-    # Whole multiples keep the pixels of small images square and equal.
-    times = max(1, -(-_PICTURE_SIDE // image.shape[-1]))
-    return image.repeat_interleave(times, 1).repeat_interleave(times, 2)
 
 
 def accuracy_chart(results: Sequence[PoolingResult]) -> Markup:

@@ -13,8 +13,7 @@ from typing import Any, TextIO
 import torch
 
 from mimkernels.commands.probe.config import PoolingChoice, ProbeConfig, parse_poolings
-from mimkernels.commands.probe.data import ProbeImages, collate_probe, open_split
-from mimkernels.commands.probe.encoder import load_encoder
+from mimkernels.commands.probe.data import open_split
 from mimkernels.commands.probe.features import Encoded, Extractor, Features
 from mimkernels.commands.probe.report import ProbePictures, ProbeReport, print_results, write_report
 from mimkernels.commands.probe.results import PoolingResult, count_tested
@@ -26,16 +25,18 @@ from mimkernels.commands.probe.train import (
     accuracies,
     build_optimizer,
     knn_accuracy,
-    logistic_accuracy,
 )
 from mimkernels.data.batches import Augmentation, BatchPlan, make_loader
+from mimkernels.data.labelled import EncoderImages, collate_images
 from mimkernels.engine import files
 from mimkernels.engine.checkpoint import are_tensors
 from mimkernels.engine.command import TrainingError
+from mimkernels.engine.encoder import load_encoder
 from mimkernels.engine.environment import start_accelerator, versions
 from mimkernels.engine.hardware import default_workers, device_name
 from mimkernels.engine.lock import folder_lock
 from mimkernels.engine.progress import Progress, duration
+from mimkernels.engine.readout import logistic_accuracy
 from mimkernels.engine.settings import is_of_type
 from mimkernels.models.checkpoint import check_by_name, read_file
 from mimkernels.nn import build_pooling
@@ -239,7 +240,7 @@ class ProbeRun:
             for keys in plan.batches(0, first_step, last_step):
                 yield train.batch(torch.tensor([position for _, position in keys]), self.accelerator.device)
             return
-        images = ProbeImages(train.images, self.augmentation, self.config.seed, self.config.augment)
+        images = EncoderImages(train.images, self.augmentation, self.config.seed, self.config.augment)
         loader = make_loader(
             images,
             plan,
@@ -248,7 +249,7 @@ class ProbeRun:
             last_step=last_step,
             workers=self._workers(),
             pin_memory=self.accelerator.device.type == "cuda",
-            collate_fn=collate_probe,
+            collate_fn=collate_images,
         )
         with_attention = self.config.augment and any(p.pooling.needs_cls_attention for p in self.probes.values())
         for batch in loader:
@@ -325,8 +326,8 @@ class ProbeRun:
                 part.reset_running_stats()
         return Probe(pooling, len(self.split.classes))
 
-    def _images(self, part: str) -> ProbeImages:
-        return ProbeImages(getattr(self.split, part), self.augmentation, self.config.seed, False)
+    def _images(self, part: str) -> EncoderImages:
+        return EncoderImages(getattr(self.split, part), self.augmentation, self.config.seed, False)
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for results to be comparable: recipe, encoder, data."""

@@ -184,7 +184,7 @@ def test_a_preset_comes_before_the_defaults_and_after_what_is_given(tmp_path, mo
 
 def test_the_exported_weights_alone_are_probed_as_the_run_is(simmim, tmp_path):
     from mimkernels.commands.probe.config import ProbeConfig
-    from mimkernels.commands.probe.encoder import load_encoder
+    from mimkernels.engine.encoder import load_encoder
 
     pretrain(simmim("beit"))
     whole = load_encoder(ProbeConfig(model=str(tmp_path / "run")))

@@ -12,10 +12,10 @@ from PIL import Image
 
 from mimkernels.commands.pretrain.run import pretrain
 from mimkernels.commands.probe.config import ProbeConfig
-from mimkernels.commands.probe.encoder import load_encoder
 from mimkernels.commands.probe.run import ProbeRun, probe
 from mimkernels.commands.probe.train import ProbeTrainer
 from mimkernels.engine.command import TrainingError
+from mimkernels.engine.encoder import load_encoder
 from mimkernels.models import MAE
 
 

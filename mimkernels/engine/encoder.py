@@ -1,16 +1,15 @@
-"""The frozen encoder of a probe: from a run, a checkpoint or timm's name to tokens."""
+"""A frozen encoder: from a run, a checkpoint or timm's name to tokens. For every command that only reads features."""
 
 import difflib
 import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from mimkernels.commands.probe.config import ProbeConfig
 from mimkernels.engine.checkpoint import CheckpointFolder, check_content, is_checkpoint, whole_beside
 from mimkernels.engine.settings import is_of_type, read_settings
 from mimkernels.heads import record_heads
@@ -35,6 +34,25 @@ _NEEDED = (
     ("patch_embed.proj.weight", 4, "it is not timm's or MAE's Vision Transformer"),
     ("pos_embed", 3, "its positions are of another kind (rotary, relative, or computed)"),
 )
+
+
+class EncoderChoice(Protocol):
+    """Which encoder a command shall load, as its settings say.
+
+    Attributes:
+        model: a run folder, a checkpoint or a timm name.
+        arch, model_kwargs: timm name and arguments of a published checkpoint's encoder.
+        pretrained: load the published weights of a timm name.
+        img_size: image side in pixels; None for the encoder's own.
+        final_norm: tokens after the encoder's last norm.
+    """
+
+    model: str
+    arch: str | None
+    model_kwargs: dict
+    pretrained: bool
+    img_size: int | None
+    final_norm: bool
 
 
 class Tokens(NamedTuple):
@@ -149,27 +167,27 @@ class FrozenEncoder(nn.Module):
         return (side, side) if side * side == patches else None
 
 
-def load_encoder(config: ProbeConfig) -> FrozenEncoder:
+def load_encoder(choice: EncoderChoice) -> FrozenEncoder:
     """The encoder that ``--model`` names.
 
     Raises:
         ValueError: there is no such run, checkpoint or timm model, or it gives no tokens.
     """
-    path = Path(config.model)
+    path = Path(choice.model)
     if path.is_dir():
         newest = CheckpointFolder(path / "checkpoints", 1).latest()
         found = newest or next((path / name for name in _EXPORTED if (path / name).is_file()), None)
         if found is None:
-            raise ValueError(f"{config.model!r} holds no run: neither checkpoints/ nor {' nor '.join(_EXPORTED)}")
-        return _from_file(config, found)
+            raise ValueError(f"{choice.model!r} holds no run: neither checkpoints/ nor {' nor '.join(_EXPORTED)}")
+        return _from_file(choice, found)
     if path.is_file():
-        return _from_file(config, path)
-    if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".tar") or "/" in config.model.removeprefix("hf-hub:"):
-        raise ValueError(f"model {config.model!r} does not exist (looked for {path.absolute()})")
-    return _from_timm(config)
+        return _from_file(choice, path)
+    if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".tar") or "/" in choice.model.removeprefix("hf-hub:"):
+        raise ValueError(f"model {choice.model!r} does not exist (looked for {path.absolute()})")
+    return _from_timm(choice)
 
 
-def _from_file(config: ProbeConfig, path: Path) -> FrozenEncoder:
+def _from_file(choice: EncoderChoice, path: Path) -> FrozenEncoder:
     try:
         content = read_file(path)
     except DamagedFileError as e:
@@ -177,17 +195,17 @@ def _from_file(config: ProbeConfig, path: Path) -> FrozenEncoder:
         raise ValueError(f"{e}; whole beside it, as --model: {whole}" if whole else str(e)) from None
     if is_checkpoint(content):
         check_content(content, str(path))
-        return _from_run(config, path, path, content["config"], content["model"])
+        return _from_run(choice, path, path, content["config"], content["model"])
     weights = weights_of(content, repr(str(path)))
     beside = path.parent / "config.json"
-    if config.arch is not None or not beside.is_file():
-        return _from_published(config, path, weights)
+    if choice.arch is not None or not beside.is_file():
+        return _from_published(choice, path, weights)
     # Exported by a run, whose settings lie beside it.
-    return _from_run(config, path, beside, read_settings(beside), weights, published=True)
+    return _from_run(choice, path, beside, read_settings(beside), weights, published=True)
 
 
 def _from_run(
-    config: ProbeConfig,
+    choice: EncoderChoice,
     path: Path,
     settings_path: Path,
     settings: dict[str, Any],
@@ -199,7 +217,7 @@ def _from_run(
 
     `published`: the weights have their published names, not those of the model.
     """
-    _not_with(config, "a checkpoint of `mimkernels pretrain`", "arch", "model_kwargs", "img_size")
+    _not_with(choice, "a checkpoint of `mimkernels pretrain`", "arch", "model_kwargs", "img_size")
     pixel_range = settings.get("pixel_range", "auto")
     if not is_of_type(pixel_range, str):
         raise ValueError(f"{str(settings_path)!r}: setting 'pixel_range' must be str, got {pixel_range!r}")
@@ -217,18 +235,18 @@ def _from_run(
     assert model.mean is not None and model.std is not None
     return FrozenEncoder(
         model.encoder,
-        f"{method} {name} of {config.model}",
+        f"{method} {name} of {choice.model}",
         f"{method} {name}{f' ({arguments})' if arguments else ''} from {path}",
         img_size=settings["img_size"],
         in_chans=settings["in_chans"],
         mean=model.mean,
         std=model.std,
-        final_norm=config.final_norm,
+        final_norm=choice.final_norm,
         pixel_range=pixel_range,
     )
 
 
-def _from_published(config: ProbeConfig, path: Path, weights: dict[str, Tensor]) -> FrozenEncoder:
+def _from_published(choice: EncoderChoice, path: Path, weights: dict[str, Tensor]) -> FrozenEncoder:
     from mimkernels.nn.encoder import create_encoder
 
     weights = {name.removeprefix("encoder."): tensor for name, tensor in weights.items()}
@@ -236,15 +254,15 @@ def _from_published(config: ProbeConfig, path: Path, weights: dict[str, Tensor])
     projection, positions = (_required(weights, *needed, path) for needed in _NEEDED)
     width, channels, patch = projection.shape[0], projection.shape[1], projection.shape[2]
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    name = config.arch or _BY_SHAPE.get((width, depth))
+    name = choice.arch or _BY_SHAPE.get((width, depth))
     if name is None:
         raise ValueError(
             f"{str(path)!r} is {width} wide with {depth} blocks, which is no published size: name its timm model with "
             "--arch (and --model-kwargs)"
         )
     side = math.isqrt(positions.shape[1] - ("cls_token" in weights))
-    size = config.img_size or side * patch
-    encoder = create_encoder(name, img_size=size, in_chans=channels, patch_size=patch, **config.model_kwargs)
+    size = choice.img_size or side * patch
+    encoder = create_encoder(name, img_size=size, in_chans=channels, patch_size=patch, **choice.model_kwargs)
     copy_by_name(encoder.state_dict(), weights, title=f"{name}, {size} x {size} pixels")
     if channels != 3:
         raise ValueError(f"{str(path)!r} takes images of {channels} channels, published checkpoints take 3")
@@ -257,7 +275,7 @@ def _from_published(config: ProbeConfig, path: Path, weights: dict[str, Tensor])
         in_chans=channels,
         mean=mean,
         std=std,
-        final_norm=config.final_norm,
+        final_norm=choice.final_norm,
     )
 
 
@@ -270,40 +288,40 @@ def _required(weights: dict[str, Tensor], name: str, axes: int, without: str, pa
     return weight
 
 
-def _from_timm(config: ProbeConfig) -> FrozenEncoder:
+def _from_timm(choice: EncoderChoice) -> FrozenEncoder:
     import timm
 
-    _not_with(config, "a timm name", "arch")
-    base = config.model.partition(".")[0]
-    if ":" not in config.model and not timm.is_model(base):
+    _not_with(choice, "a timm name", "arch")
+    base = choice.model.partition(".")[0]
+    if ":" not in choice.model and not timm.is_model(base):
         close = difflib.get_close_matches(base, timm.list_models(), n=3, cutoff=0.5)
         raise ValueError(
-            f"model {config.model!r} is neither a file, nor a folder, nor a timm model"
+            f"model {choice.model!r} is neither a file, nor a folder, nor a timm model"
             + (f"; close names: {', '.join(close)}" if close else "")
         )
-    check_sizes(config.model_kwargs)
-    size: dict[str, Any] = {} if config.img_size is None else {"img_size": config.img_size}
+    check_sizes(choice.model_kwargs)
+    size: dict[str, Any] = {} if choice.img_size is None else {"img_size": choice.img_size}
     try:
         model = timm.create_model(
-            config.model, pretrained=config.pretrained, num_classes=0, **size, **config.model_kwargs
+            choice.model, pretrained=choice.pretrained, num_classes=0, **size, **choice.model_kwargs
         )
     except Exception as e:  # timm, the hub and the network each have their own
-        hint = "; --no-pretrained probes random weights" if config.pretrained else ""
-        raise ValueError(f"timm cannot build {config.model!r}: {str(e).partition(chr(10))[0]}{hint}") from e
+        hint = "; --no-pretrained takes random weights" if choice.pretrained else ""
+        raise ValueError(f"timm cannot build {choice.model!r}: {str(e).partition(chr(10))[0]}{hint}") from e
     expected = timm.data.resolve_model_data_config(model)
     return FrozenEncoder(
         model,
-        config.model,
-        config.model + ("" if config.pretrained else " with random weights"),
-        img_size=config.img_size or expected["input_size"][-1],
+        choice.model,
+        choice.model + ("" if choice.pretrained else " with random weights"),
+        img_size=choice.img_size or expected["input_size"][-1],
         in_chans=expected["input_size"][0],
         mean=expected["mean"],
         std=expected["std"],
-        final_norm=config.final_norm,
+        final_norm=choice.final_norm,
     )
 
 
-def _not_with(config: ProbeConfig, what: str, *names: str) -> None:
-    given = [name for name in names if getattr(config, name)]
+def _not_with(choice: EncoderChoice, what: str, *names: str) -> None:
+    given = [name for name in names if getattr(choice, name)]
     if given:
-        raise ValueError(f"{given[0]} cannot be given with {what}: {getattr(config, given[0])!r}")
+        raise ValueError(f"{given[0]} cannot be given with {what}: {getattr(choice, given[0])!r}")
