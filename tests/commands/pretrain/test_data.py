@@ -4,11 +4,11 @@ import pytest
 
 from mimkernels.commands.pretrain.run import Run, pretrain
 from mimkernels.commands.probe.config import ProbeConfig
-from mimkernels.commands.probe.encoder import load_encoder
 from mimkernels.commands.probe.run import probe
 from mimkernels.data.sources import DigitsSource
 from mimkernels.data.statistics import measure_statistics
 from mimkernels.engine.checkpoint import load
+from mimkernels.engine.encoder import load_encoder
 from tests.commands.pretrain.test_run import losses, stop_after
 from tests.data.test_fashion_mnist import write_set
 
