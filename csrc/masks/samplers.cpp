@@ -41,11 +41,12 @@ struct Grid {
 // Sets `count` of the cells that are `from` to 1 - from, every subset as likely as any other.
 void flip_some(Stream& stream, uint8_t* cells, int64_t tokens, uint8_t from, int count,
                std::vector<int>& ids) {
-  ids.clear();
-  for (int64_t i = 0; i < tokens; ++i) {
-    if (cells[i] == from) ids.push_back(static_cast<int>(i));
+  ids.resize(static_cast<size_t>(tokens));
+  int available = 0;
+  for (int64_t i = 0; i < tokens; ++i) {  // always written, counted where it fits: no branch
+    ids[available] = static_cast<int>(i);
+    available += cells[i] == from;
   }
-  const int available = static_cast<int>(ids.size());
   for (int k = 0; k < count; ++k) {
     std::swap(ids[k], ids[k + stream.below(available - k)]);
     cells[ids[k]] = static_cast<uint8_t>(1 - from);
@@ -200,11 +201,14 @@ void thin(const Batch& batch, int64_t tokens, int count, Purpose purpose, uint8_
 void ids(const uint8_t* mask, int64_t rows, int64_t tokens, int64_t* order, int64_t* restore,
          int64_t* zeros) {
   for (int64_t i = 0; i < rows; ++i, mask += tokens, order += tokens, restore += tokens) {
-    int64_t next[2] = {0, std::count(mask, mask + tokens, uint8_t{0})};
-    zeros[i] = next[1];
+    const int64_t first_one = std::count(mask, mask + tokens, uint8_t{0});
+    zeros[i] = first_one;
+    int64_t ones = 0;
     for (int64_t n = 0; n < tokens; ++n) {
-      restore[n] = next[mask[n]]++;
-      order[restore[n]] = n;
+      const int64_t place = mask[n] ? first_one + ones : n - ones;
+      ones += mask[n];
+      restore[n] = place;
+      order[place] = n;
     }
   }
 }

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -17,6 +18,7 @@ from mimkernels.models.architecture import check_sizes
 from mimkernels.models.build import PIXEL_STATISTICS, build_model
 from mimkernels.models.checkpoint import DamagedFileError, copy_by_name, read_file, weights_of
 from mimkernels.nn import cls_attention, use_mimkernels_attention, use_mimkernels_block, use_mimkernels_mlp
+from mimkernels.nn.beit import use_mimkernels_beit_attention
 
 # Published MAE encoders by width and depth; the number of heads cannot be read off the weights.
 _BY_SHAPE = {
@@ -27,7 +29,8 @@ _BY_SHAPE = {
     (1280, 32): "vit_huge_patch14_224",
 }
 _EXPORTED = ("mae_checkpoint.pth", "simmim_checkpoint.pth", "supervised_checkpoint.pth")  # by `mimkernels pretrain`
-_DECODER = ("mask_token", "decoder_", "head.")
+_DECODER = ("mask_token", "decoder_", "decoder.", "head.")
+_RELATIVE = re.compile(r"relative_position_bias_table$|\.cpb_mlp\.")
 
 # Weights whose shapes tell the size of a published encoder: name, axes, what is missing without it.
 _NEEDED = (
@@ -63,12 +66,12 @@ class Tokens(NamedTuple):
 
 
 class FrozenEncoder(nn.Module):
-    """A Vision Transformer without gradients, from uint8 images to tokens.
+    """A Vision or Swin Transformer without gradients, from uint8 images to tokens.
 
     Attributes:
         name, title: for people, short and whole.
         dim, num_tokens, num_prefix: D, N and P of the tokens.
-        grid: rows and columns of patches, or None if they form no grid.
+        grid: rows and columns of patch tokens, or None if they form no grid.
         pixel_range: what images of more than 8 bits were converted with in its pre-training; see ``Decoder``.
     """
 
@@ -101,8 +104,10 @@ class FrozenEncoder(nn.Module):
         self.register_buffer("_shift", 255 * torch.tensor(mean).view(-1, 1, 1))
         self.register_buffer("_scale", 1 / (255 * torch.tensor(std).view(-1, 1, 1)))
         self.num_prefix = int(getattr(model, "num_prefix_tokens", 0))
+        self._map_size: tuple[int, int] | None = None  # of encoders that give maps
         self.has_cls_token = self.num_prefix > 0 and getattr(model, "cls_token", None) is not None
         use_mimkernels_attention(model, required=False)
+        use_mimkernels_beit_attention(model)
         use_mimkernels_mlp(model, required=False)
         use_mimkernels_block(model, required=False)
         try:
@@ -126,12 +131,12 @@ class FrozenEncoder(nn.Module):
         last = heads[-1]
         return Tokens(tokens, cls_attention(last.q, last.k, **last.options))
 
-    def check_attention(self, pooling: str) -> None:
-        """Raise ValueError unless the last block's attention can be had, which `pooling` needs."""
+    def check_attention(self, what: str) -> None:
+        """Raise ValueError unless the last block's attention can be had, which `what` needs."""
         try:
             record_heads(self._last_block())
         except ValueError as e:
-            raise ValueError(f"pooling {pooling!r} needs the attention of the last block of {self.title}: {e}") from e
+            raise ValueError(f"{what} needs the attention of the last block of {self.title}: {e}") from e
 
     def fingerprint(self) -> str:
         """Changes with the weights and with what is done to the pixels."""
@@ -143,11 +148,14 @@ class FrozenEncoder(nn.Module):
     def _tokens(self, pixels: Tensor) -> Tensor:
         model: Any = self.model  # of timm
         tokens = model.forward_features(pixels)
+        if isinstance(tokens, Tensor) and tokens.dim() == 4 and getattr(model, "output_fmt", None) == "NHWC":
+            self._map_size = (tokens.shape[1], tokens.shape[2])
+            tokens = tokens.flatten(1, 2)  # Swin's maps: patch tokens, row by row
         if not isinstance(tokens, Tensor) or tokens.dim() != 3:
             shape = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
             raise ValueError(
-                f"{self.title} gives {shape}, not tokens [B, N, D]; probe a Vision Transformer, such as "
-                "'vit_base_patch16_224.mae'"
+                f"{self.title} gives {shape}, not tokens [B, N, D] or [B, H, W, D]; probe a Vision Transformer or a "
+                "Swin Transformer, such as 'vit_base_patch16_224.mae'"
             )
         if self.final_norm and getattr(model, "fc_norm", None) is not None:
             tokens = model.fc_norm(tokens)  # where timm has the last norm behind the pooling
@@ -160,6 +168,8 @@ class FrozenEncoder(nn.Module):
         return blocks[-1]
 
     def _grid(self, patches: int) -> tuple[int, int] | None:
+        if self._map_size is not None:
+            return self._map_size
         grid = tuple(getattr(getattr(self.model, "patch_embed", None), "grid_size", None) or ())
         side = math.isqrt(patches)
         if len(grid) == 2 and math.prod(grid) == patches:
@@ -249,6 +259,8 @@ def _from_run(
 def _from_published(choice: EncoderChoice, path: Path, weights: dict[str, Tensor]) -> FrozenEncoder:
     from mimkernels.nn.encoder import create_encoder
 
+    if any(_RELATIVE.search(name) for name in weights):
+        return _from_published_simmim(choice, path, weights)
     weights = {name.removeprefix("encoder."): tensor for name, tensor in weights.items()}
     weights = {name: tensor for name, tensor in weights.items() if not name.startswith(_DECODER)}
     projection, positions = (_required(weights, *needed, path) for needed in _NEEDED)
@@ -273,6 +285,35 @@ def _from_published(choice: EncoderChoice, path: Path, weights: dict[str, Tensor
         f"{name} from {path}",
         img_size=size,
         in_chans=channels,
+        mean=mean,
+        std=std,
+        final_norm=choice.final_norm,
+    )
+
+
+def _from_published_simmim(choice: EncoderChoice, path: Path, weights: dict[str, Tensor]) -> FrozenEncoder:
+    """The encoder of a checkpoint with relative positions: of SimMIM, or a Swin, Swin V2 or BEiT alone."""
+    from mimkernels.models.masked_encoders import create_masked_encoder, family_of
+    from mimkernels.models.simmim_names import load_published
+    from mimkernels.nn.encoder import timm_image_size
+
+    if choice.arch is None:
+        raise ValueError(
+            f"{str(path)!r} has relative positions, as Swin, Swin V2, BEiT and SimMIM: name its timm model with --arch "
+            "(and what differs from it with --img-size and --model-kwargs, such as window_size)"
+        )
+    size = choice.img_size or timm_image_size(choice.arch)
+    encoder: Any = create_masked_encoder(choice.arch, img_size=size, **choice.model_kwargs)
+    own = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
+    title = f"{choice.arch}, {size} x {size} pixels"
+    load_published(weights, own, encoder, family_of(encoder).stride(encoder), title=title)
+    mean, std = PIXEL_STATISTICS[3]
+    return FrozenEncoder(
+        encoder,
+        choice.arch,
+        f"{choice.arch} from {path}",
+        img_size=size,
+        in_chans=3,
         mean=mean,
         std=std,
         final_norm=choice.final_norm,

@@ -37,11 +37,13 @@ class CheckpointReport(NamedTuple):
         loaded: names that were copied into the model.
         missing: names the checkpoint does not hold; the model keeps its own values there.
         left: names in the checkpoint that no weight of the model has, such as those of a head.
+        resized: what was of another window, each with the windows of both sides.
     """
 
     loaded: tuple[str, ...]
     missing: tuple[str, ...]
     left: tuple[str, ...] = ()
+    resized: tuple[str, ...] = ()
 
 
 def read_file(path: str | os.PathLike) -> Any:

@@ -9,16 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from mimkernels.models.base import WEIGHT_KWARGS, ImageModel, check_computed_by
-from mimkernels.models.checkpoint import CheckpointReport, check_by_name, read_weights
+from mimkernels.models.checkpoint import CheckpointReport, read_weights
 from mimkernels.models.masked_encoders import create_masked_encoder, family_of
 from mimkernels.models.pictures import Pictures, pictures_of
-from mimkernels.models.simmim_names import (
-    check_windows,
-    from_published,
-    published_buffers,
-    split_published,
-    to_published,
-)
+from mimkernels.models.simmim_names import load_published, published_buffers, to_published
 from mimkernels.models.targets import local_norm, parse_target
 from mimkernels.nn import embed_visible, use_mimkernels_mlp
 from mimkernels.ops import fill_mask_tokens, masked_patch_loss, random_mask
@@ -297,36 +291,27 @@ class SimMIM(ImageModel):
         Args:
             source: a file or dict, ``{"model": {...}}`` or the names themselves: a published SimMIM checkpoint, or
                 one of Swin, Swin V2 or BEiT, which is the encoder alone. Of the settings in it, no code is run.
+                Tables of relative positions of other windows, or of another resolution, are resized as published. Of
+                Swin V2, whose are computed, coordinates are scaled by the checkpoint's windows where it holds them, as
+                published files do; of others give ``pretrained_window_sizes``.
 
         Returns:
             The published names that were loaded, as missing those of decoder and mask token where there is only an
-            encoder, and as left those that no weight of the model has: heads, and what follows from the architecture.
+            encoder, as left those that no weight of the model has (heads, and what follows from the architecture), and
+            as resized what was of another window.
 
         Raises:
-            ValueError: another architecture or window (lists names and shapes of both sides), or not a file of tensors.
+            ValueError: another architecture (lists names and shapes of both sides), a window that cannot be resized, or
+                not a file of tensors.
         """
-        content = read_weights(source)
-        check_windows(content, self.encoder, self.encoder_stride)
-        weights, left = split_published(content, self.encoder_stride)
-        encoder_only = not any(name.startswith("decoder.") for name in weights)
         config = self.config or {}
-        blocks = len(self.blocks)
         title = (
-            f"{config.get('name', type(self.encoder).__name__)}, {blocks} blocks, "
+            f"{config.get('name', type(self.encoder).__name__)}, {len(self.blocks)} blocks, "
             f"{self.encoder.num_features} features per output token, {_by(self.grid_size)} patches, stride "
             f"{_by(self.encoder_stride)}"
         )
-        own = self.state_dict()
-        published = to_published(own, self.encoder_stride)
-
-        def optional(name: str) -> bool:
-            return encoder_only and (name.startswith("decoder.") or name == "encoder.mask_token")
-
-        missing = check_by_name(published, weights, title=title, optional=optional)
-        with torch.no_grad():
-            for name, tensor in from_published(weights, self.encoder_stride).items():
-                own[name].copy_(tensor)
-        return CheckpointReport(tuple(name for name in published if name in weights), tuple(missing), tuple(left))
+        weights, stride = read_weights(source), self.encoder_stride
+        return load_published(weights, self.state_dict(), self.encoder, stride, title=title, config=self.config)
 
     def simmim_state_dict(self) -> dict[str, Tensor]:
         """The weights under their published names and in their published layout, with what is published besides.

@@ -1,12 +1,16 @@
-"""SimMIM's weights under their published names and in their published layout, and back."""
+"""SimMIM's weights under their published names and in their published layout, and back; published files into models."""
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["check_windows", "from_published", "published_buffers", "split_published", "to_published"]
+from mimkernels.models.checkpoint import CheckpointReport, check_by_name
+from mimkernels.models.windows import FormerWindows, resize_tables
+
+__all__ = ["from_published", "load_published", "published_buffers", "split_published", "to_published"]
 
 # What published modules save though it follows from the architecture.
 _DERIVED = ("relative_position_index", "relative_coords_table", "attn_mask")
@@ -50,8 +54,10 @@ def published_buffers(encoder: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def split_published(weights: Mapping[str, Tensor], stride: tuple[int, int]) -> tuple[dict[str, Tensor], list[str]]:
-    """Weights of a file by their published names, and the names in the file that no weight of ours has.
+def split_published(
+    weights: Mapping[str, Tensor], stride: tuple[int, int]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights of a file by their published names, and what else is in it: that no weight of ours has.
 
     Takes the published names, with and without ``encoder.``, those of ``SimMIM.state_dict()``, and for Swin those of
     timm, whose stages begin with the merging of patches that the published ones end with.
@@ -66,34 +72,55 @@ def split_published(weights: Mapping[str, Tensor], stride: tuple[int, int]) -> t
         stages = {int(match[1]) for name in named if (match := _DOWNSAMPLE.match(name))}
         if stages and 0 not in stages:
             named = {_moved_stage(name, -1): tensor for name, tensor in named.items()}
-    left = [name for name in named if name.startswith(_HEADS) or name.rpartition(".")[2] in _DERIVED]
+    left = {
+        name: tensor for name, tensor in named.items() if name.startswith(_HEADS) or name.rpartition(".")[2] in _DERIVED
+    }
     return {name: tensor for name, tensor in named.items() if name not in left}, left
 
 
-def check_windows(weights: Mapping[str, Tensor], encoder: nn.Module, stride: tuple[int, int]) -> None:
-    """Raise ValueError if what a file holds besides weights shows that it is of another window; shows both sides.
+def load_published(
+    weights: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    encoder: nn.Module,
+    stride: tuple[int, int],
+    *,
+    title: str,
+    config: dict[str, Any] | None = None,
+) -> CheckpointReport:
+    """Copy published weights by name, windows resized as published; all of them or none.
+
+    Args:
+        weights: the checkpoint's.
+        own: what is written to: the tensors of ``SimMIM``, or of its encoder alone, each name after ``encoder.``.
+        encoder: the timm model that `own` is of.
+        stride: pixels per output token.
+        title: what the model is, for the refusal.
+        config: settings that the model is built anew from, to which former windows of Swin V2 are added.
 
     Raises:
-        ValueError: names the buffer, the window of the checkpoint and the model's.
+        ValueError: as ``SimMIM.load_checkpoint``.
     """
-    buffers = published_buffers(encoder)
-    prefix = "" if any(name.startswith("encoder.") for name in weights) else "encoder."
-    for name, tensor in weights.items():
-        ours = buffers.get(f"{prefix}{name}")
-        if ours is None or name.endswith("attn_mask") or tensor.shape == ours.shape:
-            continue
-        windows = tuple(_window_of(name, shape.shape) for shape in (tensor, ours))
-        raise ValueError(
-            f"the checkpoint is of another window: {windows[0]} in the checkpoint, {windows[1]} in the model ({name}: "
-            f"{list(tensor.shape)} and {list(ours.shape)}); nothing was loaded. Build the model with that window_size"
-        )
+    weights, left = split_published(weights, stride)
+    if "decoder.weight" not in own:
+        left |= {name: weights.pop(name) for name in list(weights) if _beyond_encoder(name)}
+    encoder_only = not any(_is_decoder(name) for name in weights)
+    weights, resized = resize_tables(weights, encoder)
+    former = FormerWindows(left, encoder)
+    published = to_published(own, stride)
+    missing = check_by_name(
+        published, weights, title=title, optional=lambda name: encoder_only and _beyond_encoder(name)
+    )
+    with torch.no_grad():
+        for name, tensor in from_published(weights, stride).items():
+            own[name].copy_(tensor)
+    resized += former.told()
+    former.apply(config)
+    loaded = tuple(name for name in published if name in weights)
+    return CheckpointReport(loaded, tuple(missing), tuple(left), tuple(resized))
 
 
-def _window_of(name: str, shape: torch.Size) -> str:
-    if name.endswith("relative_coords_table") and len(shape) == 4:
-        return f"{(shape[1] + 1) // 2} x {(shape[2] + 1) // 2} tokens"
-    side = round(shape[0] ** 0.5) if len(shape) else 0
-    return f"{side} x {side} tokens" if side * side == shape[0] else f"{shape[0]} tokens"
+def _beyond_encoder(name: str) -> bool:
+    return _is_decoder(name) or name == "encoder.mask_token"
 
 
 def _moved_stage(name: str, by: int) -> str:

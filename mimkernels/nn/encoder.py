@@ -35,6 +35,7 @@ __all__ = [
     "positions_and_prefix",
     "resample_positions",
     "run_blocks",
+    "timm_image_size",
     "timm_module",
     "visible_features",
 ]
@@ -99,6 +100,12 @@ def timm_module(name: str, pattern: str) -> str | None:
         raise ValueError(f"timm has no model {name!r}; close names: {', '.join(close) or 'none'}")
     module: str = timm.model_entrypoint(base).__module__
     return module
+
+
+def timm_image_size(name: str) -> int:
+    """Pixels per side of the images that the timm model `name` was trained on; 224 where timm does not say."""
+    settings = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    return settings.input_size[-1] if settings is not None and settings.input_size else 224
 
 
 def build_timm(

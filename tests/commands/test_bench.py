@@ -254,6 +254,48 @@ def test_the_published_step_is_ours():
         assert set(parts) == set(KINDS) and all(parts[kind] > 0 for kind in KINDS)
 
 
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("beit_base_patch16_224", {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}),
+        ("swin_base_patch4_window7_224", {"img_size": 64, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2),
+                                          "window_size": 8}),
+    ],
+)  # fmt: skip
+def test_the_published_step_of_simmim_is_ours(model, options):
+    from mimkernels.commands.bench.cases.simmim import simmim_case
+    from mimkernels.commands.bench.cases.step import KINDS, Step
+
+    case = simmim_case(Step(model, batch=2), mask_unit=16, **options)
+    case.check()
+    first = [case.versions[name]() for name in ("ours", "plain")]
+    assert all(loss.isfinite() for loss in first)
+    details = case.details()
+    assert details["images"] == 2 and set(details["breakdown_ms"]["plain"]) == set(KINDS)
+
+
+def test_the_published_masks_of_simmim_are_whole_units():
+    from mimkernels.commands.bench.cases.simmim import PublishedSimMIM
+    from mimkernels.models import SimMIM
+
+    small = {"img_size": 64, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "mask_unit": 16}
+    mask = PublishedSimMIM(SimMIM.from_timm("beit_base_patch16_224", **small)).draw_mask(3)
+    units = mask.unflatten(2, (4, 2)).unflatten(1, (4, 2))  # [B, rows, 2, columns, 2]
+    assert mask.shape == (3, 8, 8) and (units == units[:, :, :1, :, :1]).all()
+    assert units[:, :, 0, :, 0].sum((1, 2)).tolist() == [10, 10, 10]
+
+
+def test_window_attention_is_timms():
+    from mimkernels.commands.bench.cases.step import Step
+    from mimkernels.commands.bench.cases.windows import Stage, window_case
+
+    for kind in ("Swin", "Swin V2"):
+        for shifted in (False, True):
+            case = window_case(kind, Stage(side=8, dim=16, heads=2, window=4), shifted, Step("", batch=2))
+            case.check()
+            assert case.details() == {"images": 2} and ("shifted" in case.name) == shifted
+
+
 def test_peak_memory_counts_what_is_held_at_once():
     from mimkernels.commands.bench.memory import peak_bytes
 

@@ -43,11 +43,15 @@ def _by_size(cases: Callable[..., Iterator[Benchmark]]) -> Callable[..., Iterato
 
 
 def _steps(options: argparse.Namespace, dtype: torch.dtype, device: str) -> Iterator[Benchmark]:
-    from mimkernels.commands.bench.cases.step import Step, step_cases  # timm
+    from mimkernels.commands.bench.cases.simmim import MODELS, simmim_case  # timm
+    from mimkernels.commands.bench.cases.step import Step, step_cases
 
-    for model in options.model or (f"vit_{size}_patch16_224" for size in ("small", "base", "large")):
-        batch = options.batch or (8 if device == "cpu" else 256)
-        yield from step_cases(Step(model, batch, dtype, device, options.compile_step))
+    for model in options.model or (*(f"vit_{size}_patch16_224" for size in ("small", "base", "large")), *MODELS):
+        step = Step(model, options.batch or (8 if device == "cpu" else 256), dtype, device, options.compile_step)
+        if model.startswith("vit_"):
+            yield from step_cases(step)
+        else:
+            yield simmim_case(step)
 
 
 def _models(options: argparse.Namespace, dtype: torch.dtype, device: str) -> Iterator[Benchmark]:
@@ -56,6 +60,12 @@ def _models(options: argparse.Namespace, dtype: torch.dtype, device: str) -> Ite
 
     for model in options.model or ("vit_base_patch16_224",):
         yield from model_cases(Step(model, options.batch or (8 if device == "cpu" else 128), dtype, device))
+
+
+def _windows(options: argparse.Namespace, dtype: torch.dtype, device: str) -> Iterator[Benchmark]:
+    from mimkernels.commands.bench.cases.windows import window_cases  # timm
+
+    yield from window_cases(options.batch or (8 if device == "cpu" else 128), dtype, device)
 
 
 def _memory_line(timing: Timing) -> str:
@@ -140,7 +150,7 @@ GROUPS = {
         _attention_line,
     ),
     "step": Group(
-        "a training step of MAE against the published code's",
+        "a training step of MAE (ViT) and SimMIM (others) against the published code's",
         f"{'ours':>9}  {'plain':>8} {'images/s':>9} {'plain':>9}",
         _steps,
         _step_line,
@@ -150,6 +160,12 @@ GROUPS = {
         f"{'ours':>9}  {'stock':>8} {'images/s':>9} {'stock':>9}",
         _models,
         _step_line,
+    ),
+    "windows": Group(
+        "timm's window attention under mimkernels.accelerate, against itself",
+        f"{'ours':>10} {'stock':>8}  peak memory",
+        _windows,
+        _scaling_line,
     ),
     "calls": Group(
         "cost of a call on tiny inputs, beside a native op",
@@ -176,7 +192,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group", nargs="+", default=list(GROUPS), choices=GROUPS, help="tables (default: all)")
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES)
     parser.add_argument("--batch", type=int, help="images (default 64; a step: 8, on a GPU 256)")
-    parser.add_argument("--model", nargs="+", help="timm names (default: a step of ViT-S, B and L; models: ViT-B)")
+    parser.add_argument("--model", nargs="+", help="timm names (default: a step of MAE with ViT-S, B and L, of "
+                        "SimMIM with BEiT-B and Swin-B; models: ViT-B)")  # fmt: skip
     parser.add_argument("--only", help="run the cases whose name contains this; nothing is saved without --output")
     parser.add_argument("--seconds", type=float, default=4.0, help="measuring time per case (default 4)")
     parser.add_argument("--no-compile", action="store_true", help="leave the torch.compile baseline out")

@@ -11,7 +11,7 @@ MEMORY, ATTENTION, STEP, MODELS, CALLS = (
     ("gathering", "pooling", "mlp", "norm"),
     ("attention",),
     ("step",),
-    ("models",),
+    ("models", "windows"),
     ("calls",),
 )
 

@@ -305,6 +305,13 @@ class ProbeRun:
 
     def _build(self, choice: PoolingChoice) -> Probe:
         encoder = self.encoder
+        if not encoder.has_cls_token:
+            as_if = build_pooling(choice.name, encoder.dim, max(encoder.num_prefix, 1), **choice.options)
+            if as_if.needs_cls_token or as_if.needs_cls_attention:
+                raise ValueError(
+                    f"pooling {choice.label!r} needs a [cls] token, which {encoder.title} has not; take others, such "
+                    "as --pooling mean,abmilp,ep"
+                )
         # A seed of its own for every pooling: the company that it is trained in changes nothing.
         digest = hashlib.sha256(choice.label.encode()).digest()
         torch.manual_seed((self.config.seed << 32) ^ int.from_bytes(digest[:4], "little"))
@@ -315,9 +322,7 @@ class ProbeRun:
             options["positions"] = encoder.grid
         pooling = build_pooling(choice.name, encoder.dim, encoder.num_prefix, **options)
         if pooling.needs_cls_attention:
-            encoder.check_attention(choice.label)
-        if (pooling.needs_cls_token or pooling.needs_cls_attention) and not encoder.has_cls_token:
-            raise ValueError(f"pooling {choice.label!r} needs a [cls] token, which {encoder.title} has not")
+            encoder.check_attention(f"pooling {choice.label!r}")
         # What only the tokens tell, such as the size of the grid, is refused now as well.
         rows = torch.full((2, 1, encoder.num_tokens), 1 / encoder.num_tokens)
         pooling(torch.randn(2, encoder.num_tokens, encoder.dim), cls_attention=rows)

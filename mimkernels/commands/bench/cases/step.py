@@ -212,10 +212,11 @@ _NAMES = (
     ("loss", ("masked_patch_loss",)),
     (
         "token movement",
-        ("gather", "scatter", "index", "restore_tokens", "random_mask", "mask_from_noise", "patchify", "sort", "cat"),
+        ("gather", "scatter", "index", "restore_tokens", "fill_mask_tokens", "random_mask", "mask_from_noise",
+         "patchify", "sort", "cat"),
     ),
     ("GEMM", ("addmm", "::mm", "bmm", "baddbmm", "matmul", "linear", "convolution", "gemm", "cutlass", "nvjet")),
-)
+)  # fmt: skip
 
 
 def kind_of(operation: str) -> str:
