@@ -11,7 +11,9 @@ from mimkernels.engine.settings import DEVICES, PRECISIONS, Settings, require, s
 # Those of mimkernels.data.masks for images; to be shown without torch.
 MASKINGS = (
     "random", "unit", "block", "block_exact", "inverse_block", "dinov2", "ibot", "multiblock", "uniform",
+    "attention_guided",
 )  # fmt: skip
+EMA = "ema"  # a teacher
 SCHEDULES = ("cosine", "step")
 MEASURED = ("auto", "imagenet", "data")  # of pixel_stats, where it has no numbers
 LOSSES = ("l1", "mse", "smooth-l1")
@@ -24,8 +26,8 @@ ARCHITECTURE_FIELDS = (
 # ... and with another value of these the stream of batches would be another one.
 STREAM_FIELDS = (
     "data", "val_split", "max_pixels", "pixel_range", "pixel_stats", "seed", "crop_scale", "hflip", "masking",
-    "mask_ratio", "masking_kwargs", "norm_pix_loss", "mask_unit", "target", "loss", "label_smoothing", "mixup",
-    "cutmix",
+    "mask_ratio", "masking_kwargs", "norm_pix_loss", "mask_unit", "target", "loss", "teacher", "teacher_momentum",
+    "label_smoothing", "mixup", "cutmix",
 )  # fmt: skip
 
 
@@ -52,6 +54,11 @@ class PretrainConfig(Settings):
         default_factory=dict,
         metadata={"help": "options of --masking, such as min_patches=16 aspect=[0.5,2]", "group": "model"},
     )
+    teacher: str = setting(
+        EMA, "whose [cls] attention --masking attention_guided follows: ema, the moving average of what is trained, "
+        "or a run folder, checkpoint or timm name, which stays as it is", "model", metavar="ema|MODEL",
+    )  # fmt: skip
+    teacher_momentum: float = setting(0.996, "share that the moving average keeps at every step", "model")
 
     decoder_dim: int = setting(512, "decoder width", "MAE")
     decoder_depth: int = setting(8, "decoder blocks", "MAE")
@@ -223,6 +230,13 @@ class PretrainConfig(Settings):
         require(self.masking in MASKINGS, "masking", self.masking, f"one of {', '.join(MASKINGS)}")
         ratio = self.mask_ratio
         require(ratio is None or 0 < ratio < 1, "mask_ratio", ratio, "between 0 and 1, both excluded")
+        momentum = self.teacher_momentum
+        require(0 <= momentum < 1, "teacher_momentum", momentum, "at least 0 and below 1")
+        if self.masking != "attention_guided" and (self.teacher != EMA or momentum != 0.996):
+            raise ValueError(
+                f"teacher and teacher_momentum are for masking 'attention_guided', got teacher {self.teacher!r}, "
+                f"momentum {momentum} and masking {self.masking!r}"
+            )
         require(self.loss in LOSSES, "loss", self.loss, f"one of {', '.join(LOSSES)}")
         require(self.schedule in SCHEDULES, "schedule", self.schedule, f"one of {', '.join(SCHEDULES)}")
         step = self.step_epoch

@@ -145,7 +145,7 @@ class Trainer:
             seed = derived_seed(config.seed, _MIX, piece)
             inputs, arguments = self.method.call(config, images, targets, seed=seed, training=True)
             if self.masking is not None:
-                arguments |= self.masking.arguments(config.batch_size, piece)
+                arguments |= self.masking.arguments(inputs, piece)
                 if "mask" in arguments and self.method.sees_all:
                     arguments["mask"] = arguments["mask"].to(accelerator.device, non_blocking=True)
             if config.compile and "offset" in arguments:
@@ -176,6 +176,8 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.method.after_step(self._plain, scheduled, at)
+        if self.masking is not None:
+            self.masking.follow()
         self.step += 1
         recorded = self.heads.collect()
         if recorded is not None and self.history is not None:
@@ -306,7 +308,7 @@ class Trainer:
         model_state, optimizer_state = state_of(self.model, self.optimizer)
         if self.accelerator.is_main_process:
             self._require_finite_weights(model_state)
-            scaler = self.accelerator.scaler
+            scaler, teacher = self.accelerator.scaler, None if self.masking is None else self.masking.state()
             path = self.checkpoints.save(
                 {
                     **self.about,
@@ -316,6 +318,7 @@ class Trainer:
                     "model": model_state,
                     "optimizer": optimizer_state,
                     "scaler": scaler.state_dict() if scaler is not None else None,
+                    **({"teacher": teacher} if teacher is not None else {}),
                 },
                 final=final,
             )

@@ -128,7 +128,10 @@ class Run:
         self.heads = HeadWatch(config, getattr(self.model.encoder, "num_prefix_tokens", 0))
         if self.heads.names or self.heads.weights:
             attention_layers(self.model.encoder)  # refuses a model whose heads cannot be recorded
-        self.masking = Masking(config, self.model.grid_size) if method.masks else None
+        self.masking = Masking(config, self.model) if method.masks else None
+        follows = self.masking is not None and self.masking.state() is not None
+        if follows and self.accelerator.distributed_type.value == "FSDP":
+            raise ValueError("the moving average of sharded weights is not kept: give --teacher a run, or train by DDP")
         self.augmentation = Augmentation(
             config.img_size,
             config.in_chans,
@@ -302,6 +305,8 @@ class Run:
             load_state(model, optimizer.optimizer, self.start.pop("model"), self.start.pop("optimizer"))
             if self.start["scaler"] is not None and self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(self.start["scaler"])
+            if self.masking is not None:
+                self.masking.load(self.start.pop("teacher", None))
         return model, optimizer
 
     def _open_folder(self, first_step: int) -> History:
@@ -392,8 +397,9 @@ class Run:
             assert self.masking is not None
             batch, _ = picture_batch(self.held_out or self.source, self.augmentation, config.pictures)
             if len(batch):
-                mask = self.masking.for_held_out(len(batch))
-                original, masked, predicted = model.reconstruct(batch.to(device), mask=mask, seed=config.seed)
+                batch = batch.to(device)
+                mask = self.masking.for_held_out(batch)
+                original, masked, predicted = model.reconstruct(batch, mask=mask, seed=config.seed)
                 pictures = (original.cpu(), masked.cpu(), predicted.cpu())
         return Report(
             config=config,

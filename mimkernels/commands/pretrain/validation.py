@@ -78,12 +78,10 @@ class Validation:
         self._masks: Tensor | None = None  # [draws, n, h, w] bool
         self._drawn: dict[str, Any] = {}
         if masking is not None:
-            drawn = [
-                masking.sampler.sample(count, _SEED, _OFFSET + draw, device="cpu").mask
-                if masking.sampler is not None
-                else self.method.draw_masks(model, count, _SEED, _OFFSET + draw)
-                for draw in range(config.val_masks)
-            ]
+            drawn = []
+            for draw in range(config.val_masks):
+                mask = masking.unguided(count, _SEED, _OFFSET + draw)
+                drawn.append(self.method.draw_masks(model, count, _SEED, _OFFSET + draw) if mask is None else mask)
             self._masks = torch.stack(drawn)
             self._drawn = dict(self.method.drawn_arguments) if masking.sampler is None else {}
             if not self._masks.any():

@@ -1,0 +1,111 @@
+"""The teacher whose [cls] attention ``--masking attention_guided`` follows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mimkernels.commands.pretrain.config import EMA, PretrainConfig
+from mimkernels.engine.encoder import FrozenEncoder, load_encoder
+from mimkernels.models.checkpoint import copy_by_name
+
+__all__ = ["Teacher"]
+
+
+@dataclass
+class _Choice:
+    """What ``load_encoder`` is asked for."""
+
+    model: str
+    img_size: int | None
+    arch: str | None = None
+    model_kwargs: dict = field(default_factory=dict)
+    pretrained: bool = True
+    final_norm: bool = True
+
+
+class Teacher:
+    """An encoder without gradients, the moving average of the trained one or a given one that stays as it is.
+
+    Args:
+        config: ``teacher``, ``teacher_momentum`` and the size of the images are read.
+        model: what is trained, with an ``encoder`` of timm and the mean and deviation of its pixels.
+
+    Raises:
+        ValueError: there is no such teacher, it has no [cls] token, or it sees other patches; shows both sides.
+    """
+
+    def __init__(self, config: PretrainConfig, model: Any) -> None:
+        self.momentum = config.teacher_momentum
+        self._student = None
+        if config.teacher == EMA:
+            self._student = model.encoder
+            title = f"the encoder {config.model}"
+            self.encoder = FrozenEncoder(
+                copy.deepcopy(model.encoder),
+                "moving average",
+                title,
+                img_size=config.img_size,
+                in_chans=config.in_chans,
+                mean=model.mean,
+                std=model.std,
+            )
+        else:
+            # A file knows the size of its images, a name of timm's takes any.
+            size = None if Path(config.teacher).exists() else config.img_size
+            self.encoder = load_encoder(_Choice(config.teacher, size))
+            title = self.encoder.title
+        self._check(title, config, model.grid_size)
+
+    @property
+    def told(self) -> str:
+        """The teacher in words."""
+        return "the encoder's moving average" if self._student is not None else self.encoder.title
+
+    def scores(self, images: Tensor) -> Tensor:
+        """``[B, N]`` fp32: the last block's [cls] attention to the patches of uint8 `images`, mean over heads."""
+        self.encoder.to(images.device)
+        attention = self.encoder(images, with_attention=True).cls_attention  # [B, H, P + N]
+        assert attention is not None
+        return attention[..., self.encoder.num_prefix :].mean(1)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Move by a step of the average, where the teacher is one."""
+        if self._student is not None:
+            ours: list[Tensor] = list(self.encoder.model.parameters())
+            theirs: list[Tensor] = list(self._student.parameters())
+            self.encoder.to(theirs[0].device)
+            torch._foreach_lerp_(ours, theirs, 1 - self.momentum)
+
+    def state(self) -> dict[str, Tensor] | None:
+        """What a checkpoint keeps; None of a teacher that stays as it is."""
+        return None if self._student is None else dict(self.encoder.model.state_dict())
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor] | None) -> None:
+        """Continue from what a checkpoint keeps; where it has none, from what is trained."""
+        if self._student is not None:
+            given = self._student.state_dict() if state is None else state
+            copy_by_name(self.encoder.model.state_dict(), given, title="the teacher")
+
+    def _check(self, title: str, config: PretrainConfig, grid: tuple[int, int]) -> None:
+        encoder = self.encoder
+        if not encoder.has_cls_token:
+            raise ValueError(
+                f"masking {config.masking!r} follows the attention of a [cls] token, which {title} has not"
+            )
+        encoder.check_attention(f"masking {config.masking!r}")
+        for what, theirs, ours in (
+            ("image sides", encoder.img_size, config.img_size),
+            ("image channels", encoder.in_chans, config.in_chans),
+            ("patches", encoder.grid, tuple(grid)),
+        ):
+            if theirs != ours:
+                raise ValueError(f"teacher {config.teacher!r} has {what} {theirs}, the model {ours}; they must agree")
