@@ -377,7 +377,8 @@ class SimMIM(ImageModel):
         if not 0 < masked < count:
             raise ValueError(
                 f"mask_ratio must lie between 0 and 1 and leave some of the {count} units of {self.mask_unit} pixels "
-                f"visible and some masked, got {self.mask_ratio}" + (f" ({masked} masked)" if masked else "")
+                f"visible and some masked, got {self.mask_ratio}"
+                + (f" ({masked} masked); take a smaller mask_unit or mask_ratio" if masked else "")
             )
         return (rows, columns), masked
 

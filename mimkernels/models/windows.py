@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ def resize_tables(weights: Mapping[str, Tensor], encoder: nn.Module) -> tuple[di
     resized, told = dict(weights), []
     for name, module in _with(encoder, _TABLE):
         table, ours, window = weights.get(f"{name}.{_TABLE}"), getattr(module, _TABLE), _pair(module.window_size)
-        if table is None or table.dim() != 2 or len(table) == len(ours) or table.shape[1] != ours.shape[1]:
+        if not _is_plain(table, 2) or len(table) == len(ours) or table.shape[1] != ours.shape[1]:
             continue  # what else differs is for the check of names and shapes
         extra = len(ours) - math.prod(2 * side - 1 for side in window)
         rows = math.isqrt(max(len(table) - extra, 0))
@@ -68,7 +68,7 @@ class FormerWindows:
         self._windows: list[tuple[str, Any, _Window]] = []
         for name, module in _with(encoder, _COORDINATES):
             table = buffers.get(f"{name}.{_COORDINATES}")
-            if table is None or table.dim() != 4 or table.shape[-1] != 2:
+            if not _is_plain(table, 4) or table.shape[-1] != 2 or not table.numel():
                 continue
             former = _scaled_by(table)
             if former != _scaled_by(getattr(module, _COORDINATES)):
@@ -96,6 +96,17 @@ def _with(encoder: nn.Module, tensor: str) -> Iterator[tuple[str, Any]]:
             yield f"encoder.{name}", module
 
 
+def _is_plain(table: Tensor | None, axes: int) -> TypeGuard[Tensor]:
+    """Whether a checkpoint has such a table, with values that can be read."""
+    return (
+        table is not None
+        and table.dim() == axes
+        and table.is_floating_point()
+        and table.layout == torch.strided
+        and not table.is_meta
+    )
+
+
 def _coordinates(window: _Window, scaled_by: _Window) -> Tensor:
     """``[1, 2h - 1, 2w - 1, 2]``: ``sign(c) log2(8 |c| / (s - 1) + 1) / 3`` of relative positions c, windows s."""
     axes = [
@@ -111,8 +122,9 @@ def _scaled_by(table: Tensor) -> _Window:
     window = []
     for axis in (0, 1):
         reach = (table.shape[1 + axis] - 1) // 2
-        farthest = 8 ** float(table[..., axis].max()) - 1
-        window.append(round(1 + 8 * reach / farthest) if farthest > 0 else reach + 1)
+        farthest = float(table[..., axis].max())
+        # Outside of these bounds no window makes such coordinates, and nothing is told by them.
+        window.append(round(1 + 8 * reach / (8**farthest - 1)) if 1e-3 < farthest < 8 else reach + 1)
     return window[0], window[1]
 
 

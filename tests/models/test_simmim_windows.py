@@ -159,3 +159,20 @@ def test_a_table_keeps_its_dtype():
     weights = {name: tensor.half() for name, tensor in build("swin").simmim_state_dict().items()}
     resized, told = resize_tables(weights, build("swin", window_size=8).encoder)
     assert len(told) == 4 and {tensor.dtype for tensor in resized.values()} == {torch.float16}
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-30, 1e3, float("inf"), float("nan")])
+def test_coordinates_that_no_window_makes_tell_nothing(value):
+    weights = build("swinv2").simmim_state_dict()
+    for name, tensor in weights.items():
+        if name.endswith("relative_coords_table"):
+            weights[name] = torch.full_like(tensor, value)
+    assert build("swinv2").load_checkpoint(weights).resized == ()
+
+
+def test_tables_that_hold_no_values_are_refused():
+    name = "encoder.layers.0.blocks.0.attn.relative_position_bias_table"
+    weights = build("swin").simmim_state_dict()
+    for odd in (weights[name].to_sparse(), weights[name].to("meta"), weights[name].long()):
+        with pytest.raises(ValueError, match=rf"(?s)nothing was loaded.*{name}"):
+            build("swin", window_size=8).load_checkpoint({**weights, name: odd})
