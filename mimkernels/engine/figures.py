@@ -102,6 +102,7 @@ def loss_curve(entries: list[dict[str, float]], steps_per_epoch: int) -> Markup:
         top.annotate(
             f"{loss[-1]:.4g}", (epoch[-1], loss[-1]), xytext=(0, 9 if above else -16), textcoords="offset points",
             ha="right", color=ACCENT, fontweight="bold",
+            bbox={"facecolor": top.get_facecolor(), "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )  # fmt: skip
         if len(val_loss):
             top.plot(val_epoch, val_loss, color=SERIES[1], linewidth=1.8, marker="o", markersize=3.5)

@@ -101,6 +101,11 @@ class SimMIM(ImageModel):
         self.mask_unit, self.mask_ratio = mask_unit, mask_ratio
         self.target, self.loss = target, loss
         self._target = parse_target(target)
+        if self._target.norm_pix and self.in_chans * math.prod(self.encoder_stride) == 1:
+            raise ValueError(
+                "target patch-norm divides by the deviation of what an output token predicts, here a single value, "
+                "which has none; take larger patches, or another target"
+            )
         self._check_unit()
         self._units(self.grid_size)
         self._set_pixel_statistics(mean, std)

@@ -338,6 +338,11 @@ def test_a_copy_computes_the_same():
         ("vit", {"mask_ratio": 0.0}, r"mask_ratio must lie between 0 and 1.*4 units of 16 pixels.*got 0.0"),
         ("vit", {"mask_ratio": 1.0}, r"mask_ratio must lie between 0 and 1.*got 1.0"),
         ("vit", {"mask_ratio": 0.9}, r"leave some of the 4 units of 16 pixels visible.*got 0.9 \(4 masked\)"),
+        (
+            "vit",
+            {"img_size": 8, "patch_size": 1, "in_chans": 1, "mask_unit": 1, "target": "patch-norm"},
+            r"patch-norm divides by the deviation of .* a single value",
+        ),
         ("swin", {"window_size": 3}, r"windows of 3 x 3 tokens do not divide the 8 x 8 tokens"),
         ("swinv2", {"window_size": 3}, r"windows of 3 x 3 tokens do not divide the 8 x 8 tokens"),
         ("swin", {"img_size": 36}, r"stride of 8 x 8 pixels does not divide images of 36 x 36"),
