@@ -82,7 +82,7 @@ def add_windows(s: Tensor, bias: Tensor) -> Tensor:
     batch, windows = s.shape[0], bias.shape[0]
     if windows in (1, batch):
         return s + bias
-    return (s.unflatten(0, (batch // windows, windows)) + bias).flatten(0, 1)
+    return (s.reshape(batch // windows, windows, *s.shape[1:]) + bias).flatten(0, 1)
 
 
 def below_maximum(s: Tensor) -> tuple[Tensor, Tensor]:
