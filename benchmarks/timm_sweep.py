@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from mimkernels.heads import capture
 from mimkernels.integrations._reroute import calls_sdpa
 from mimkernels.integrations.timm import accelerate
+from mimkernels.nn.relative import RELATIVE
 
 ROOT = Path(__file__).resolve().parent.parent
 JSON, TABLE = ROOT / "benchmarks" / "results" / "timm.json", ROOT / "docs" / "TIMM.md"
@@ -81,7 +82,7 @@ def _short(model: str, *depths: int, timed: int = 224) -> Variant:
     return Variant(model, 64, timed, {"depths": depths})
 
 
-# By module of timm.models: together they have every class that calls SDPA.
+# By module of timm.models: together they have every class that calls SDPA, and those that are written anew without it.
 FAMILIES: dict[str, tuple[Variant | LayerVariant, ...]] = {
     "beit": (_two("beit_base_patch16_224"), _two("beitv2_base_patch16_224", use_shared_rel_pos_bias=True)),
     "byobnet": (Variant("resnet50_clip"),),
@@ -125,6 +126,7 @@ FAMILIES: dict[str, tuple[Variant | LayerVariant, ...]] = {
     "pvt_v2": (Variant("pvt_v2_b0"),),
     "qwen3_vit": (_two("qwen3_vit_88m", timed=256),),
     "swin_transformer": (_short("swin_tiny_patch4_window7_224", 2, 2, 2, 2),),
+    "swin_transformer_v2": (_short("swinv2_tiny_window8_256", 2, 2, 2, 2, timed=256),),
     "tiny_vit": (Variant("tiny_vit_5m_224"),),
     "twins": (_short("twins_svt_small", 2, 2, 2, 2), _short("twins_pcpvt_small", 1, 1, 1, 1)),
     "visformer": (Variant("visformer_tiny"),),
@@ -196,7 +198,8 @@ def examine(family: str, variant: Variant | LayerVariant, seconds: float = 4.0) 
     ours = copy.deepcopy(stock)
     report = accelerate(ours)
     row = Row(family, variant.model, variant.size)
-    calling = Counter(type(part).__name__ for part in stock.modules() if calls_sdpa(type(part).forward))
+    kinds = (type(part) for part in stock.modules())
+    calling = Counter(kind.__name__ for kind in kinds if kind in RELATIVE or calls_sdpa(kind.forward))
     row.layers, row.classes = calling.total(), ", ".join(f"{count} {name}" for name, count in calling.items())
     # The table counts layers of attention; MLPs and blocks are accelerated beside them.
     others = {name for name, part in stock.named_modules() if isinstance(part, (layers.Mlp, Block))}
@@ -336,14 +339,17 @@ def table(rows: Sequence[Row], others: Sequence[tuple[str, str]], machine: str) 
         f"Written by `python -m benchmarks timm-sweep` with timm {timm.__version__} and torch "
         f"{torch.__version__.partition('+')[0]} on {machine}. One row for each family of timm that calls",
         "`F.scaled_dot_product_attention` and for each class that does, with random weights, before and after",
-        "`mimkernels.accelerate(model)`.",
+        "`mimkernels.accelerate(model)`. Swin V2, which makes its matrix itself, is written anew like Swin and BEiT:",
+        "biases are read from tables of relative positions, masks of windows added once for all images, and cosines",
+        "are taken in the kernel.",
         "",
-        "- *taken*: layers that run on `mimkernels.attention`, of those that call SDPA.",
+        "- *taken*: layers that run on `mimkernels.attention`, of those that call SDPA or are written anew.",
         "- *output*, *gradient*: relative errors (norms over all outputs, all gradients) against the stock model in",
         "  fp64, accelerated / stock, both in fp32.",
         "- *captured*: attention layers whose entropy was captured and lies within its bounds.",
         "- *time*: of a forward pass in fp32 on one CPU thread, accelerated as a share of stock (below 1 is faster);",
         "  medians, in turns, one image (layers: eight). On a busy machine, two runs differ by up to 0.05.",
+        "  Empty: not timed.",
         "",
         "| family | model | classes | taken | output | gradient | captured | time | at | remarks |",
         "|---|---|---|---|---|---|---|---|---|---|",

@@ -4,11 +4,13 @@ from mimkernels.heads.capture import capture
 from mimkernels.heads.cka import CKA, unbiased_hsic
 from mimkernels.heads.derived import (
     eps_patch_entropy,
+    normalized_entropy,
     normalized_mutual_information,
     patch_head_divergence,
     patch_nmi,
     per_head_divergence,
     query_mean,
+    region_entropy,
     renormalized_distance,
 )
 from mimkernels.heads.plots import plot_cka, plot_heads, plot_overview
@@ -37,6 +39,7 @@ __all__ = [
     "RecordedHeads",
     "capture",
     "eps_patch_entropy",
+    "normalized_entropy",
     "normalized_mutual_information",
     "parse_regularizers",
     "patch_grid_positions",
@@ -48,6 +51,7 @@ __all__ = [
     "plot_overview",
     "query_mean",
     "record_heads",
+    "region_entropy",
     "regularization_loss",
     "renormalized_distance",
     "required_stats",

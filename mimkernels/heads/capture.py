@@ -265,7 +265,11 @@ def _cannot_have(name: str, queries: int, keys: int, num_prefix: int) -> str:
         return "no queries"
     if queries != keys:
         per_token = {"self_mass", "distance"} & set(QUANTITIES[name].row_stats)
-        if per_token or name in ("nmi", "patch_head_divergence") or name.startswith(("cls_", "pos_")):
+        if (
+            per_token
+            or name in ("nmi", "normalized_entropy", "patch_head_divergence")
+            or name.startswith(("cls_", "pos_"))
+        ):
             return f"cross-attention: {queries} queries, {keys} keys"
     elif num_prefix >= keys:
         return f"no patch tokens: {keys} tokens, {num_prefix} of them prefix"

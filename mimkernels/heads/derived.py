@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,14 +12,18 @@ from mimkernels.ops import attention_rows, head_divergence, received_attention
 
 __all__ = [
     "eps_patch_entropy",
+    "normalized_entropy",
     "normalized_mutual_information",
     "patch_head_divergence",
     "patch_nmi",
     "per_head_divergence",
     "query_mean",
+    "region_entropy",
     "renormalized_distance",
 ]
 
+# A bias up to which a key is hidden: timm's masks of windows are -100, which leaves nothing of a probability in fp32.
+HIDDEN = -50.0
 ROWS = 128  # queries at a time where probabilities are made, so that memory stays linear in N
 
 
@@ -55,7 +60,49 @@ def renormalized_distance(distance: Tensor, patch_mass: Tensor) -> Tensor:
     return torch.where(patch_mass > 0, distance / torch.where(patch_mass > 0, patch_mass, 1.0), 0.0)
 
 
-def normalized_mutual_information(received: Tensor, entropy: Tensor) -> Tensor:
+def normalized_entropy(entropy: Tensor, bias: Tensor | None = None, key_mask: Tensor | None = None) -> Tensor:
+    """Entropies as a share of the largest that there could be, ``H_i / log n_i``, which compare between layers.
+
+    Args:
+        entropy: ``[B, H, N]`` of self-attention, nats.
+        bias, key_mask: as given to ``attention``. Keys that they hide from a query, such as those that the mask of
+            Swin's shifted windows cuts off, are not among its n_i.
+
+    Returns:
+        ``[B, H, N]``; 0 where ``n_i`` is below 2.
+    """
+    batch, _, tokens = entropy.shape
+    counts = entropy.new_full((1, 1, 1), tokens)
+    if bias is not None:
+        allowed = (bias if bias.dim() == 4 else bias[None]) > HIDDEN  # [W, H or 1, N, N]
+        if key_mask is not None:
+            allowed = allowed.repeat(batch // len(allowed), 1, 1, 1) & key_mask[:, None, None, :]
+        counts = allowed.sum(-1).to(entropy.dtype)  # [W, H or 1, N]
+        counts = counts.repeat(batch // len(counts), 1, 1)
+    elif key_mask is not None:
+        counts = key_mask.sum(-1).to(entropy.dtype)[:, None, None]
+    return torch.where(counts > 1, entropy / counts.clamp(min=2).log(), 0.0)
+
+
+def region_entropy(bias: Tensor) -> Tensor:
+    """How much of its key a query knows by a mask alone, ``[W, H or 1]`` nats: ``log N - mean_i log n_i``.
+
+    Args:
+        bias: ``[W, H or 1, N, N]`` or ``[H or 1, N, N]``.
+
+    Returns:
+        the entropy of the region that a query is in, where the bias cuts the tokens into regions that do not see each
+        other, as the mask of Swin's shifted windows does; 0 where it hides none, or others.
+    """
+    allowed = (bias if bias.dim() == 4 else bias[None]) > HIDDEN
+    counts = allowed.sum(-1)
+    first = allowed.byte().argmax(-1)  # of the keys that a query sees: the region's name
+    regions = (allowed == (first[..., None] == first[..., None, :])).all(-1).all(-1) & (counts > 0).all(-1)
+    entropy = math.log(max(1, bias.shape[-1])) - counts.clamp(min=1).double().log().mean(-1)
+    return torch.where(regions, entropy.clamp(min=0.0), 0.0)
+
+
+def normalized_mutual_information(received: Tensor, entropy: Tensor, regions: Tensor | None = None) -> Tensor:
     """Mutual information between queries and keys, normalised: 0 if all queries attend alike, 1 for a permutation.
 
     With ``p(q) = 1/N`` and ``p_k`` the column means: ``I = H(p_k) - mean_i H_i``, ``NMI = I / sqrt(log N * H(p_k))``.
@@ -63,6 +110,8 @@ def normalized_mutual_information(received: Tensor, entropy: Tensor) -> Tensor:
     Args:
         received: ``[B, H, N]`` column means of the attention, from ``received_attention``.
         entropy: ``[B, H, Nq]`` entropies of its rows, nats.
+        regions: ``[B, H or 1]`` from ``region_entropy``: what a mask alone tells is taken from I, from ``log N`` and
+            from ``H(p_k)``, so that the information is that within a region.
 
     Returns:
         ``[B, H]``; 0 where ``H(p_k)`` or ``log N`` is 0.
@@ -70,10 +119,11 @@ def normalized_mutual_information(received: Tensor, entropy: Tensor) -> Tensor:
     Source: Park et al. 2023, arXiv:2305.00729, which adds 1e-8 to every weight first.
     """
     received, entropy = received.double(), entropy.double()  # a difference of near equals in collapsed heads
-    key_entropy = torch.special.entr(received).sum(-1)
+    by_mask = 0.0 if regions is None else regions.double()
+    key_entropy = torch.special.entr(received).sum(-1) - by_mask
     information = (key_entropy - entropy.mean(-1)).clamp(min=0.0)
     # H(p_k) that is rounding alone would divide rounding by rounding.
-    norm = math.log(max(1, entropy.shape[-1])) * key_entropy
+    norm = (math.log(max(1, entropy.shape[-1])) - by_mask) * key_entropy
     return torch.where(norm > 1e-9, information / norm.clamp(min=1e-9).sqrt(), 0.0)
 
 
@@ -89,16 +139,18 @@ def _patches_only(
     patch_mass: Tensor,
     num_prefix: int,
     bias: Tensor | None,
+    bias_table: Tensor | None,
+    bias_index: Tensor | None,
     key_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
     """The inputs of a companion op for ``A[P:, P:]`` with rows renormalised; views, no copies."""
-    return (
-        q[:, :, num_prefix:],
-        k[:, :, num_prefix:],
-        patch_lse(lse, patch_mass)[:, :, num_prefix:],
-        None if bias is None else bias[..., num_prefix:, num_prefix:],
-        None if key_mask is None else key_mask[:, num_prefix:],
-    )
+    tensors = q[:, :, num_prefix:], k[:, :, num_prefix:], patch_lse(lse, patch_mass)[:, :, num_prefix:]
+    return tensors, {
+        "bias": None if bias is None else bias[..., num_prefix:, num_prefix:],
+        "bias_table": bias_table,
+        "bias_index": None if bias_index is None else bias_index[num_prefix:, num_prefix:],
+        "key_mask": None if key_mask is None else key_mask[:, num_prefix:],
+    }
 
 
 def patch_nmi(
@@ -110,7 +162,10 @@ def patch_nmi(
     num_prefix: int = 0,
     *,
     bias: Tensor | None = None,
+    bias_table: Tensor | None = None,
+    bias_index: Tensor | None = None,
     key_mask: Tensor | None = None,
+    logit_scale: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -120,16 +175,21 @@ def patch_nmi(
         q, k: ``[B, H, N, D]``.
         lse, patch_entropy, patch_mass: ``[B, H, N]`` from ``attention`` with the same arguments.
         num_prefix: leading tokens that are no patches; dropped as queries and as keys.
-        bias, key_mask, scale, backend: as in ``attention``.
+            What a bias that cuts the tokens into regions tells by itself does not count; see ``region_entropy``.
+        bias, bias_table, bias_index, key_mask, logit_scale, scale, backend: as in ``attention``.
 
     Returns:
         ``[B, H]``, from 0 (every query attends alike) to 1 (a permutation).
 
     Source: Park et al. 2023, arXiv:2305.00729, which adds 1e-8 to every weight first.
     """
-    q, k, lse, bias, key_mask = _patches_only(q, k, lse, patch_mass, num_prefix, bias, key_mask)
-    received = received_attention(q, k, lse, bias=bias, key_mask=key_mask, scale=scale, backend=backend)
-    return normalized_mutual_information(received, patch_entropy[..., num_prefix:])
+    tensors, options = _patches_only(q, k, lse, patch_mass, num_prefix, bias, bias_table, bias_index, key_mask)
+    received = received_attention(*tensors, **options, logit_scale=logit_scale, scale=scale, backend=backend)
+    cut, regions = options["bias"], None
+    if cut is not None:
+        regions = region_entropy(cut)
+        regions = regions.repeat(len(q) // len(regions), 1)
+    return normalized_mutual_information(received, patch_entropy[..., num_prefix:], regions)
 
 
 def patch_head_divergence(
@@ -140,7 +200,10 @@ def patch_head_divergence(
     num_prefix: int = 0,
     *,
     bias: Tensor | None = None,
+    bias_table: Tensor | None = None,
+    bias_index: Tensor | None = None,
     key_mask: Tensor | None = None,
+    logit_scale: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -151,8 +214,8 @@ def patch_head_divergence(
     Returns:
         ``[B, H, H]`` in nats, entry (h, g) is ``KL(P^h || P^g)``.
     """
-    q, k, lse, bias, key_mask = _patches_only(q, k, lse, patch_mass, num_prefix, bias, key_mask)
-    return head_divergence(q, k, lse, bias=bias, key_mask=key_mask, scale=scale, backend=backend)
+    tensors, options = _patches_only(q, k, lse, patch_mass, num_prefix, bias, bias_table, bias_index, key_mask)
+    return head_divergence(*tensors, **options, logit_scale=logit_scale, scale=scale, backend=backend)
 
 
 def per_head_divergence(divergence: Tensor, *, symmetrize: bool = False) -> Tensor:
@@ -181,7 +244,10 @@ def eps_patch_entropy(
     *,
     eps: float = 1e-6,
     bias: Tensor | None = None,
+    bias_table: Tensor | None = None,
+    bias_index: Tensor | None = None,
     key_mask: Tensor | None = None,
+    logit_scale: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """Patch entropy exactly as Beyond-[cls] prints it: ``w = A_ij / (M_i + eps)``, ``-sum_j w log(w + eps)``.
@@ -190,7 +256,7 @@ def eps_patch_entropy(
         q, k: ``[B, H, N, D]``.
         num_prefix: leading tokens that are no patches; left out of the sums.
         eps: in the denominator and inside the logarithm.
-        bias, key_mask, scale: as in ``attention``.
+        bias, bias_table, bias_index, key_mask, logit_scale, scale: as in ``attention``.
 
     Returns:
         ``[B, H, N]`` nats, of every query. Made from blocks of attention rows: memory linear in N, time that of a
@@ -201,7 +267,17 @@ def eps_patch_entropy(
     entropies = []
     for first in range(0, q.shape[2], ROWS):
         rows = torch.arange(first, min(first + ROWS, q.shape[2]), device=q.device)
-        a = attention_rows(q, k, rows, bias=bias, key_mask=key_mask, scale=scale)
+        a = attention_rows(
+            q,
+            k,
+            rows,
+            bias=bias,
+            bias_table=bias_table,
+            bias_index=bias_index,
+            key_mask=key_mask,
+            logit_scale=logit_scale,
+            scale=scale,
+        )
         entropies.append(_eps_entropy(a[..., num_prefix:], eps))
     return torch.cat(entropies, dim=-1)
 

@@ -1,16 +1,22 @@
-"""Modules with a plain and a fused branch of attention take the fused one, and compiled ones none, for a while."""
+"""Modules with a plain and a fused branch of attention take the fused one, and compiled ones none, for a while.
+
+Of timm's BEiT, Swin and Swin V2, ours stands in for the time: it reads their biases from tables.
+"""
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
+
+from mimkernels.nn._classes import STANDS_IN, become, change_back
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -58,7 +64,12 @@ def fused_attention(model: nn.Module) -> Iterator[None]:
 
         # torch.nn.MultiheadAttention and TransformerEncoderLayer have a kernel of their own in eval mode.
         stack.enter_context(sharing("fast path", _without_fast_path))
+        kinds = _kinds_of_timm()
         for module in model.modules():
+            key, ours = (id(module), "class"), kinds.get(type(module))
+            with _lock:
+                if ours is not None or key in _shared:
+                    stack.enter_context(sharing(key, partial(_as, module, ours or type(module))))
             change(module, "fused_attn", getattr(module, "fused_attn", None) is False, True)  # timm
             config = getattr(module, "config", None)
             # transformers; who asks for maps in the configuration, needs the branch that makes them.
@@ -95,6 +106,26 @@ def _without_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _kinds_of_timm() -> Mapping[Any, type[nn.Module]]:
+    """timm's attention whose masks or matrices its own code makes, and ours in its place."""
+    if "timm.models" not in sys.modules:
+        return {}
+    from mimkernels.nn.relative import RELATIVE  # needs timm, which this does not
+
+    return RELATIVE
+
+
+@contextmanager
+def _as(module: nn.Module, ours: type[nn.Module]) -> Iterator[None]:
+    become(module, ours)
+    module.__dict__[STANDS_IN] = True
+    try:
+        yield
+    finally:
+        del module.__dict__[STANDS_IN]
+        change_back(module)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mimkernels.heads.calls import named_parts
 from mimkernels.nn.sdpa import Patches
+from mimkernels.nn.windows import pair, windows_of
 
 # Parameters that put one token (or as many as they have rows) in front of the patches.
 PREFIX_PARAMETERS = (
@@ -78,6 +79,9 @@ class Layouts:
         if given is not None:
             certain = prefix = given
         seen, count = self._seen.get(name) if name is not None else None, tokens - prefix
+        cut = _in_windows(modules, batch, tokens, None if seen is None else seen.patches) if prefix == 0 else None
+        if cut is not None:
+            return Place(0, cut)
         if seen is not None and count in seen.chosen:
             ids = seen.chosen[count]
             if ids is not None:
@@ -312,10 +316,38 @@ def _innermost(name: str | None, parts: Mapping[str, Any]) -> str | None:
 def window_of(modules: Iterable[nn.Module], tokens: int) -> tuple[int, int] | None:
     """The window that attention runs in, if a calling module (innermost first) has one of that many tokens."""
     for module in modules:
-        window = _pair(getattr(module, "window_size", None))
+        window = pair(getattr(module, "window_size", None))
         if window is not None and math.prod(window) == tokens:
             return window
     return None
+
+
+def _in_windows(modules: Iterable[nn.Module], batch: int, tokens: int, seen: Patches | None) -> Patches | None:
+    """The windows of the image's grid that a block of Swin (of modules, innermost first) runs attention in, if any."""
+    windows = next((found for found in map(windows_of, modules) if found is not None), None)
+    if windows is None or math.prod(windows.size) != tokens:
+        return None
+    grids = {windows.grid: None} if seen is None else _merged(seen)
+    # The grid that the block was built for, unless the images were of another size.
+    for grid in sorted(grids, key=lambda grid: grid != windows.grid):
+        here = windows._replace(grid=grid)
+        if batch == here.number * seen.batch if seen is not None else batch % here.number == 0:
+            ids = here.ids().repeat(batch // here.number, 1)
+            return Patches(batch // here.number, here.padded, grids[grid], ids)
+    return None
+
+
+def _merged(seen: Patches) -> dict[tuple[int, int], tuple[int, ...] | None]:
+    """The grids that patches have after merging two by two, none or more times, with their pixels."""
+    if len(seen.grid) != 2:
+        return {}
+    (rows, columns), size = seen.grid, seen.patch_size
+    grids: dict[tuple[int, int], tuple[int, ...] | None] = {(rows, columns): size}
+    while (rows, columns) != (1, 1):
+        rows, columns = -(-rows // 2), -(-columns // 2)
+        size = None if size is None else tuple(2 * pixels for pixels in size)
+        grids[rows, columns] = size
+    return grids
 
 
 def shown_grid(grid: Sequence[int]) -> str:
@@ -345,7 +377,7 @@ def _of_torchvision(module: nn.Module) -> Part | None:
 
 
 def _of_transformers(module: nn.Module, config: Any) -> Part | None:
-    patch = _pair(getattr(config, "patch_size", None))
+    patch = pair(getattr(config, "patch_size", None))
     embed = next((part for part in _convolutions_of(module) if tuple(part.kernel_size[-2:]) == patch), None)
     if embed is None:
         return None  # as a decoder: its tokens come from the model that it is in
@@ -365,11 +397,3 @@ def _prefix_tokens(module: nn.Module) -> int:
         if isinstance(token, Tensor):
             count += token.shape[-2] if token.dim() > 1 else 1
     return count
-
-
-def _pair(value: Any) -> tuple[int, int] | None:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value, value
-    if isinstance(value, Sequence) and len(value) == 2 and all(isinstance(size, int) for size in value):
-        return value[0], value[1]
-    return None

@@ -59,6 +59,14 @@ QUANTITIES: dict[str, Quantity] = {
         Quantity(
             "patch_entropy", "attention entropy over patches", "entropy of P_ij / M_i", "nats", ("patch_entropy",)
         ),
+        Quantity(
+            "normalized_entropy",
+            "attention entropy, normalised",
+            "H_i / log n_i, n_i the keys that no mask hides from query i; 0 where that is one",
+            "",
+            ("entropy",),
+            ("k",),
+        ),
         Quantity("prefix_mass", "mass on prefix tokens", "1 - M_i: the [cls] mass", "", ("prefix_mass",)),
         Quantity("patch_mass", "mass on patches", "M_i", "", ("patch_mass",)),
         Quantity("self_mass", "attention to oneself", "P_ii", "", ("self_mass",)),
@@ -74,7 +82,8 @@ QUANTITIES: dict[str, Quantity] = {
         Quantity(
             "nmi",
             "normalised mutual information",
-            "(H(p_k) - mean_i H_i) / sqrt(log N H(p_k)), patch queries and keys, rows P_ij / M_i",
+            "(H(p_k) - mean_i H_i) / sqrt(log N H(p_k)), patch queries and keys, rows P_ij / M_i; within the regions "
+            "that a mask cuts windows into",
             "",
             _ENTROPY,
             _QK,

@@ -12,6 +12,7 @@ from mimkernels.heads.calls import named_parts, unwrapped
 from mimkernels.heads.plots import plot_heads, plot_overview
 from mimkernels.heads.statistics import HeadStatistics
 from mimkernels.nn.recorder import LayerHeads, LayerRecorder
+from mimkernels.nn.windows import window_positions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -162,13 +163,17 @@ def record_heads(
     A context manager for models with attention by ``use_mimkernels_attention``, also compiled ones; ``capture`` takes
     any other. Statistics come out of the attention pass itself and carry gradients, so that they can be terms of the
     loss. Nothing stays behind in the model. Gradient checkpointing must be non-reentrant (timm's and torch's default);
-    two passes with different positions may then not wait for their backward passes at once, which is refused.
+    two passes with different positions may then not wait for their backward passes at once, which is refused. Of
+    layers in windows (Swin), every window counts as an image: rows are ``[B * nW, H, N]``, the windows of an image one
+    after the other.
 
     Args:
         model: with attention by ``use_mimkernels_attention``; or several modules, such as its blocks.
         stats: row statistics of ``attention`` to record.
         num_prefix: P, leading tokens ([cls], registers) that are no patches.
-        positions: patch coordinates ``[N - P, d]`` or ``[B, N - P, d]``, for ``distance``; as in ``attention``.
+        positions: patch coordinates ``[N - P, d]`` or ``[B, N - P, d]``, for ``distance``; as in ``attention``. None:
+            of timm's Swin, rows and columns in the layer's own grid; shifted windows are rolled back, and what their
+            mask cuts from each other is as far apart as in the image.
         keep: what else to keep, of "q", "k", "lse", "output"; such as ``HeadStatistics.inputs``. The companion ops
             need q, k and lse.
 
@@ -192,6 +197,7 @@ def record_heads(
         if not isinstance(module, nn.Module):
             raise TypeError(f"record_heads takes a module or several, got {type(module).__name__}")
     layers = attention_layers(*modules)
+    places = window_positions(modules, layers) if positions is None and "distance" in stats else positions
     names: dict[nn.Module, str] = {}
     for number, module in enumerate(map(unwrapped, modules)):
         for name, part in named_parts(module):
@@ -199,7 +205,7 @@ def record_heads(
                 name = f"{number}.{name}" if name else str(number)
             names.setdefault(part, name or type(part).__name__)
     return _HeadRecording(
-        layers, stats, names=[names[layer] for layer in layers], num_prefix=num_prefix, positions=positions, keep=keep
+        layers, stats, names=[names[layer] for layer in layers], num_prefix=num_prefix, positions=places, keep=keep
     )
 
 

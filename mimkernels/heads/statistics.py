@@ -145,7 +145,10 @@ class HeadStatistics:
         k: Tensor | None = None,
         lse: Tensor | None = None,
         bias: Tensor | None = None,
+        bias_table: Tensor | None = None,
+        bias_index: Tensor | None = None,
         key_mask: Tensor | None = None,
+        logit_scale: Tensor | None = None,
         scale: float | None = None,
         tokens: Tensor | None = None,
         output: Tensor | None = None,
@@ -158,7 +161,8 @@ class HeadStatistics:
             stats: what ``attention`` returned, or only its statistics, each ``[B, H, N]``.
             q, k: ``[B, H, N, D]``, for mutual information, head divergences and ``exact_eps``.
             lse: ``[B, H, N]``; taken from ``stats`` if that is the whole output of ``attention``.
-            bias, key_mask, scale: as given to ``attention``; needed wherever q and k are.
+            bias, bias_table, bias_index, key_mask, logit_scale, scale: as given to ``attention``; needed wherever q and
+                k are.
             tokens: ``[B, N, D]`` the block's input, for token magnitudes.
             output: ``[B, N, D]`` attention's output after the projection, before LayerScale, for its magnitudes.
             backend: of the companion ops.
@@ -177,12 +181,18 @@ class HeadStatistics:
         self._check_given(stats, given)
         rows = {name: stats[name].detach() for name in self.row_stats}
         heads = self._check_shapes(layer, rows, given)
-        options = {"bias": bias, "key_mask": key_mask, "scale": scale, "backend": backend}
+        scores: dict[str, Any] = {
+            "bias": bias,
+            "bias_table": bias_table,
+            "bias_index": bias_index,
+            "key_mask": key_mask,
+            "logit_scale": logit_scale,
+            "scale": scale,
+        }
+        options = {**scores, "backend": backend}
         if self.exact_eps and {"cls_pos_entropy", "pos_pos_entropy"} & set(self.names):
             assert q is not None and k is not None
-            rows["eps_patch_entropy"] = derived.eps_patch_entropy(
-                q, k, self.num_prefix, eps=self.eps, bias=bias, key_mask=key_mask, scale=scale
-            )
+            rows["eps_patch_entropy"] = derived.eps_patch_entropy(q, k, self.num_prefix, eps=self.eps, **scores)
         # Everything side by side, [B, columns]: one pass of float64 sums for all quantities.
         columns = torch.cat([self._values(name, rows, given, options) for name in self.names], dim=1).double()
         sums = torch.stack((columns.sum(0), columns.square().sum(0)))
@@ -200,6 +210,9 @@ class HeadStatistics:
             return derived.beyond_cls_rows(name, rows, self.num_prefix, self.eps)
         if name == "renormalized_distance":
             row = derived.renormalized_distance(rows["distance"], rows["patch_mass"])
+            return derived.query_mean(row, self.num_prefix, exclude_prefix=self.exclude_prefix)
+        if name == "normalized_entropy":
+            row = derived.normalized_entropy(rows["entropy"], options["bias"], options["key_mask"])
             return derived.query_mean(row, self.num_prefix, exclude_prefix=self.exclude_prefix)
         if name == "nmi":
             return derived.patch_nmi(q, k, lse, rows["patch_entropy"], rows["patch_mass"], self.num_prefix, **options)

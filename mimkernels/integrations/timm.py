@@ -42,6 +42,7 @@ from mimkernels.nn._classes import (
     shows_its_matrix,
 )
 from mimkernels.nn.encoder import check_patch_embed, visible_features
+from mimkernels.nn.relative import RELATIVE, head_dim
 from mimkernels.nn.sdpa import is_for_pytorch
 from mimkernels.nn.sdpa.measured import reasons
 from mimkernels.nn.sdpa.stand_in import kernels_refuse, stand_in
@@ -212,7 +213,7 @@ def _check_devices(model: nn.Module) -> None:
 
 def _take_attention(module: nn.Module, tokens: int | None) -> Change | None:
     kind = type(module)
-    if not calls_sdpa(kind.forward, module):
+    if kind not in RELATIVE and not calls_sdpa(kind.forward, module):
         return _other_attention(module)
     reason = _reason_against(module) or _change_class(module)
     if reason is not None:
@@ -257,16 +258,18 @@ def _other_attention(module: nn.Module) -> Change | None:
 
 def _reason_against(module: nn.Module) -> str | None:
     """What is known before any call; the rest is decided call by call."""
-    dim = getattr(module, "head_dim", None)
+    own = RELATIVE.get(type(module))
+    dim = getattr(module, "head_dim", None) if own is None else head_dim(module)
     parameter = next(module.parameters(), None)
     if isinstance(dim, int) and parameter is not None:
-        missing = kernels_refuse(parameter.device.type, torch.float32, dim)
+        missing = kernels_refuse(parameter.device.type, torch.float32, dim, () if own is None else own.uses)
         if missing is not None:
             return missing
-    if getattr(module, "fused_attn", True) is not False:
+    if getattr(module, "fused_attn", own is None) is not False:  # Swin V2 has none, and computes its matrix
         return None
     scale = getattr(module, "scale", None)
-    if type(module) is not TimmAttention and isinstance(dim, int) and isinstance(scale, float) and scale != dim**-0.5:
+    rewritten = type(module) is not TimmAttention and own is None
+    if rewritten and isinstance(dim, int) and isinstance(scale, float) and scale != dim**-0.5:
         return f"its scale, {scale:g}, counts in its plain branch only"
     return shows_its_matrix(module)
 
@@ -354,7 +357,8 @@ def _change_class(module: nn.Module) -> str | None:
 
 @functools.cache
 def _accelerated(kind: Any) -> type[nn.Module]:
-    written_here: type[nn.Module] | None = {TimmAttention: Attention, TimmMlp: Mlp, TimmBlock: Block}.get(kind)
+    known = {TimmAttention: Attention, TimmMlp: Mlp, TimmBlock: Block, **RELATIVE}
+    written_here: type[nn.Module] | None = known.get(kind)
     if written_here is not None:
         return written_here
     methods: dict[str, Any] = {}
@@ -424,4 +428,4 @@ def _features_of_kept_patches(kind: Any) -> Callable[..., Tensor]:
 
 
 def _is_accelerated(module: nn.Module) -> bool:
-    return MARK in module.__dict__ or isinstance(module, (Attention, Block, Mlp))
+    return MARK in module.__dict__ or isinstance(module, (Attention, Block, Mlp, *RELATIVE.values()))

@@ -28,6 +28,7 @@ class ImageModel(nn.Module):
     """
 
     encoder: Any  # of timm; its attributes depend on the family
+    _family: Any  # of ``masked_encoders``, where the model takes several
     patch_size: tuple[int, int]
     in_chans: int
     _pixel_mean: Tensor | None
@@ -109,10 +110,8 @@ class ImageModel(nn.Module):
             yield None
             return
         layers = attention_layers(self.encoder)
-        rows, columns = self._grid(images)
-        places = torch.arange(rows * columns, device=images.device)
-        positions = torch.stack((places // columns, places % columns), dim=-1).float()
-        prefix = self.encoder.num_prefix_tokens
+        positions = self._family.positions(self.encoder, layers, self._grid(images), images.device)
+        prefix = getattr(self.encoder, "num_prefix_tokens", 0)
         with LayerRecorder(layers, head_stats, num_prefix=prefix, positions=positions) as heads:
             yield heads
 

@@ -12,8 +12,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mimkernels.nn import use_mimkernels_attention
-from mimkernels.nn.beit import use_mimkernels_beit_attention
+from mimkernels.nn._classes import is_heard
 from mimkernels.nn.encoder import (
     build_timm,
     check_encoder,
@@ -24,6 +23,8 @@ from mimkernels.nn.encoder import (
     run_blocks,
     timm_module,
 )
+from mimkernels.nn.relative import BeitAttention, BiasTable
+from mimkernels.nn.windows import window_positions
 
 __all__ = ["FAMILIES", "Family", "create_masked_encoder", "family_of"]
 
@@ -74,8 +75,12 @@ class Family:
         return cls.features(encoder, x, grid)[:, getattr(encoder, "num_prefix_tokens", 0) :]
 
     @staticmethod
-    def use_mimkernels_attention(encoder: nn.Module) -> None:
-        """Let the blocks compute attention with our kernels, where there are some for this kind."""
+    def positions(
+        encoder: nn.Module, layers: Sequence[nn.Module], grid: tuple[int, int], device: torch.device
+    ) -> Tensor | list[Tensor | None]:
+        """Rows and columns of the tokens that attend to each other, for distances: of all layers, or of each."""
+        places = torch.arange(math.prod(grid), device=device)
+        return torch.stack((places // grid[1], places % grid[1]), dim=-1).float()
 
 
 class ViT(Family):
@@ -109,10 +114,6 @@ class ViT(Family):
         tokens: Tensor = encoder.fc_norm(run_blocks(encoder, x))
         return tokens
 
-    @staticmethod
-    def use_mimkernels_attention(encoder: nn.Module) -> None:
-        use_mimkernels_attention(encoder, required=False)
-
 
 class BEiT(Family):
     """BEiT's Vision Transformer with a relative position bias, that all blocks share: the ViT of SimMIM."""
@@ -140,7 +141,7 @@ class BEiT(Family):
         if encoder.pos_embed is not None:
             x = x + encoder.pos_embed
         x = encoder.pos_drop(x)
-        bias = encoder.rel_pos_bias() if encoder.rel_pos_bias is not None else None  # [H, 1 + N, 1 + N]
+        bias = _shared_bias(encoder)
         for block in encoder.blocks:
             if encoder.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, shared_rel_pos_bias=bias)
@@ -148,10 +149,6 @@ class BEiT(Family):
                 x = block(x, shared_rel_pos_bias=bias)
         tokens: Tensor = encoder.fc_norm(encoder.norm(x))
         return tokens
-
-    @staticmethod
-    def use_mimkernels_attention(encoder: nn.Module) -> None:
-        use_mimkernels_beit_attention(encoder)
 
 
 class Swin(Family):
@@ -197,6 +194,12 @@ class Swin(Family):
     def features(encoder: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
         x = encoder.norm(encoder.layers(x.unflatten(1, grid)))  # [B, h', w', D']
         return x.flatten(1, 2)
+
+    @staticmethod
+    def positions(
+        encoder: nn.Module, layers: Sequence[nn.Module], grid: tuple[int, int], device: torch.device
+    ) -> list[Tensor | None]:
+        return window_positions((encoder,), layers)
 
 
 class SwinV2(Swin):
@@ -279,6 +282,17 @@ def _init_transformer(encoder: Any) -> None:
         for number, block in enumerate(encoder.blocks, 1):
             for weight in (block.attn.proj.weight, block.mlp.fc2.weight):
                 weight.div_(math.sqrt(2 * number))
+
+
+def _shared_bias(encoder: Any) -> Tensor | BiasTable | None:
+    """BEiT's bias of all blocks: its table, where our layers read that, or ``[H, 1 + N, 1 + N]``."""
+    shared = encoder.rel_pos_bias
+    if shared is None:
+        return None
+    if is_heard(shared) or not all(isinstance(block.attn, BeitAttention) for block in encoder.blocks):
+        expanded: Tensor = shared()
+        return expanded
+    return BiasTable(shared.relative_position_bias_table, shared.relative_position_index)
 
 
 def _trunc_normal(tensor: Tensor, std: float = 0.02) -> None:

@@ -14,7 +14,7 @@ from mimkernels.models.masked_encoders import create_masked_encoder, family_of
 from mimkernels.models.pictures import Pictures, pictures_of
 from mimkernels.models.simmim_names import load_published, published_buffers, to_published
 from mimkernels.models.targets import local_norm, parse_target
-from mimkernels.nn import embed_visible, use_mimkernels_mlp
+from mimkernels.nn import embed_visible, use_mimkernels_attention, use_mimkernels_mlp
 from mimkernels.ops import fill_mask_tokens, masked_patch_loss, random_mask
 
 __all__ = ["SimMIM", "SimMIMOutput"]
@@ -60,8 +60,8 @@ class SimMIM(ImageModel):
         loss: "l1", "mse" or "smooth-l1".
         mean, std: per channel, for pixels in [0, 1]: images are normalised inside the kernels. uint8 images
             need both. None: images come as the encoder wants them.
-        attention: "mimkernels" lets the blocks of ViT and BEiT compute attention with ``mimkernels.attention``, in
-            place; windows of Swin stay timm's. "timm" leaves all as they are. Weights and results are the same.
+        attention: "mimkernels" lets the blocks compute attention with ``mimkernels.attention``, in place; "timm"
+            leaves them as they are. Weights and results are the same.
         mlp: "mimkernels" lets the MLPs compute with ``mimkernels.bias_gelu``; likewise.
 
     Example::
@@ -115,7 +115,7 @@ class SimMIM(ImageModel):
         # Initialised as the published convolution: both draw from +-1 / sqrt(inputs).
         self.decoder = nn.Linear(timm_encoder.num_features, self.in_chans * math.prod(self.encoder_stride))
         if attention == "mimkernels":
-            self._family.use_mimkernels_attention(encoder)
+            use_mimkernels_attention(encoder, required=False)
         if mlp == "mimkernels":
             use_mimkernels_mlp(encoder, required=False)
 
@@ -211,7 +211,8 @@ class SimMIM(ImageModel):
                 tensor on the images' device is read without waiting for it.
             full_prediction: return the prediction.
             head_stats: statistics of ``mimkernels.attention`` to return for every encoder block, over all patches;
-                distances are in patches. They carry gradients: terms of them can be added to the loss.
+                distances are in patches. Of Swin, a window counts as an image, and its tokens as patches. They carry
+                gradients: terms of them can be added to the loss.
             whole_outputs: the given `mask` hides all or nothing of what an output token predicts, as those of
                 ``draw_mask`` do; nobody looks whether it does.
 

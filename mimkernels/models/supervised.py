@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mimkernels.models.base import WEIGHT_KWARGS, ImageModel, check_computed_by
 from mimkernels.models.checkpoint import CheckpointReport, copy_by_name, read_weights
 from mimkernels.models.masked_encoders import create_masked_encoder, family_of
-from mimkernels.nn import embed_visible, use_mimkernels_block, use_mimkernels_mlp
+from mimkernels.nn import embed_visible, use_mimkernels_attention, use_mimkernels_block, use_mimkernels_mlp
 
 __all__ = ["Supervised", "SupervisedOutput"]
 
@@ -88,7 +88,7 @@ class Supervised(ImageModel):
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
         if attention == "mimkernels":
-            self._family.use_mimkernels_attention(encoder)
+            use_mimkernels_attention(encoder, required=False)
         if mlp == "mimkernels":
             use_mimkernels_mlp(encoder, required=False)
         if block == "mimkernels":

@@ -1,8 +1,8 @@
 """A change of class: modules become modules of a subclass of what they were, in place, and back.
 
 For layers whose forward is written anew, because more changes than one call: timm's ``Attention`` (the packed
-projection is read and its gradient written as one; heads are recorded), ``Mlp`` and ``Block``, and timm's patch
-dropout.
+projection is read and its gradient written as one; heads are recorded) and that of BEiT, Swin and Swin V2 (biases are
+read from tables), ``Mlp`` and ``Block``, and timm's patch dropout.
 Parameters, buffers, hooks and state-dict names stay, for the object stays; ``torch.compile``, copies and pickles see an
 ordinary class. The two other ways change the call of ``F.scaled_dot_product_attention`` alone: rewriting
 (``mimkernels.integrations._reroute``), for forwards that are not written here, whose classes are changed by this module
@@ -15,14 +15,17 @@ from __future__ import annotations
 import warnings
 from typing import Any, TypeVar
 
+import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+from torch.nn.attention.bias import CausalBias
 
-from mimkernels.nn.sdpa import TORCH_SDPA
+from mimkernels.nn.sdpa import TORCH_SDPA, has_own_rules
 
 Ours = TypeVar("Ours", bound=nn.Module)
 
+STANDS_IN = "_stands_in"  # in the __dict__ of every module that `capture` changed for its time
 MARK = "_before_acceleration"  # in the __dict__ of every module that `accelerate` changed: its class
 
 
@@ -109,6 +112,23 @@ def shows_its_matrix(module: nn.Module) -> str | None:
             if type(part) not in (nn.Dropout, nn.Identity, nn.Softmax):
                 return f"its {name}, a {type(part).__name__}, reads the attention matrix"
     return None
+
+
+def why_original(module: Any, x: Tensor, attn_mask: Tensor | None) -> str | None:
+    """Why a call of a timm attention layer must run timm's own code, whatever ``fused_attn`` says; None if not."""
+    if module.training and module.attn_drop.p > 0:
+        return f"attention dropout (attn_drop = {module.attn_drop.p}): set it to 0, or the model to eval()"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace, which records PyTorch's own operations"
+    for tensor in (x, attn_mask):
+        if has_own_rules(tensor) and type(tensor) is not CausalBias:
+            return f"the rules of its own that a {type(tensor).__name__} computes by"
+    return "another function in the place of F.scaled_dot_product_attention" if sdpa_is_replaced() else None
+
+
+def state_without_recorder(module: nn.Module) -> dict[str, Any]:
+    """As ``__getstate__`` of a layer that can record: a copy made inside ``record_heads`` does not record."""
+    return {name: value for name, value in module.__dict__.items() if name not in ("_recorder", STANDS_IN)}
 
 
 def is_heard(module: nn.Module) -> bool:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import CausalBias
 
 try:
     from timm.layers import Attention as TimmAttention
@@ -16,9 +15,16 @@ except ImportError as error:
         f"mimkernels.nn.attention needs timm, which cannot be imported ({error}); pip install 'mimkernels[train]'"
     ) from error
 
-from mimkernels.nn._classes import change_class, fused_attn, prepare_scriptable, sdpa_is_replaced
+from mimkernels.nn._classes import (
+    change_class,
+    fused_attn,
+    prepare_scriptable,
+    state_without_recorder,
+    why_original,
+)
 from mimkernels.nn.recorder import recorder_of
-from mimkernels.nn.sdpa import AttentionCall, Recorder, as_bias, attend, compute_dtype, has_own_rules
+from mimkernels.nn.relative import RELATIVE
+from mimkernels.nn.sdpa import AttentionCall, Recorder, as_bias, attend, compute_dtype
 from mimkernels.nn.sdpa.measured import why_torch
 
 __all__ = ["Attention", "attention_layers", "use_mimkernels_attention"]
@@ -40,6 +46,7 @@ class Attention(TimmAttention):
     """
 
     __prepare_scriptable__ = prepare_scriptable
+    __getstate__ = state_without_recorder
     fused_attn = fused_attn  # type: ignore[misc] # final for TorchScript, which gets timm's class
     _recorder: Recorder | None = None  # by which this layer's heads are recorded, inside `record_heads` only
     _refused: ClassVar[set[str]] = set()  # why calls went to PyTorch that might have run here, for `accelerate`
@@ -47,7 +54,7 @@ class Attention(TimmAttention):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """``[B, N, C]`` to ``[B, N, C']``; arguments as timm's. A query that may attend to nothing gets zeros."""
         recorder = recorder_of(self)
-        reason = self._reason_against(x, attn_mask)
+        reason = why_original(self, x, attn_mask)
         if reason is not None and recorder is not None:
             raise RuntimeError(f"heads cannot be recorded under {reason}")
         if reason is not None or not (self.fused_attn or recorder is not None):
@@ -83,27 +90,17 @@ class Attention(TimmAttention):
         projected: Tensor = self.proj_drop(y)
         return projected
 
-    def _reason_against(self, x: Tensor, attn_mask: Tensor | None) -> str | None:
-        """Why this call must run timm's own code, whatever ``fused_attn`` says; None if it need not."""
-        if self.training and self.attn_drop.p > 0:
-            return f"attention dropout (attn_drop = {self.attn_drop.p}): set it to 0, or the model to eval()"
-        if torch.jit.is_tracing():
-            return "torch.jit.trace, which records PyTorch's own operations"
-        for tensor in (x, attn_mask):
-            if has_own_rules(tensor) and type(tensor) is not CausalBias:
-                return f"the rules of its own that a {type(tensor).__name__} computes by"
-        return "another function in the place of F.scaled_dot_product_attention" if sdpa_is_replaced() else None
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy made inside `record_heads` does not record.
-        return {name: value for name, value in self.__dict__.items() if name != "_recorder"}
+# timm's classes and ours.
+_KINDS: dict[type[nn.Module], type[nn.Module]] = {TimmAttention: Attention, **RELATIVE}
 
 
-def use_mimkernels_attention(module: nn.Module, *, required: bool = True) -> list[Attention]:
-    """Let every timm ``Attention`` in `module`, or `module` itself, compute with ``mimkernels.attention``, in place.
+def use_mimkernels_attention(module: nn.Module, *, required: bool = True) -> list[nn.Module]:
+    """Let timm's attention layers in `module`, or `module` itself, compute with ``mimkernels.attention``, in place.
 
-    Parameters, buffers, hooks, modes and state-dict names stay; only the layers' class changes. Subclasses of timm's
-    Attention and other kinds (rotary, differential, windowed, ...) are left as they are.
+    Taken are timm's ``Attention``, BEiT's, and the ``WindowAttention`` of Swin and of Swin V2. Parameters, buffers,
+    hooks, modes and state-dict names stay; only the layers' class changes. Subclasses of these and other kinds (rotary,
+    differential, ...) are left as they are.
 
     Args:
         module: any model.
@@ -113,11 +110,16 @@ def use_mimkernels_attention(module: nn.Module, *, required: bool = True) -> lis
         the layers that now do, in the model's order, with those that did before.
 
     Raises:
-        ValueError: there is no timm Attention in the model; lists what there is.
+        ValueError: there is none in the model; lists what there is.
     """
-    layers = change_class(module, TimmAttention, Attention)
+    for plain, ours in _KINDS.items():
+        change_class(module, plain, ours)
+    layers = [part for part in module.modules() if isinstance(part, tuple(_KINDS.values()))]
     if required and not layers:
-        raise ValueError(f"{type(module).__name__} has no timm.layers.Attention{_other_kinds(module)}")
+        raise ValueError(
+            f"{type(module).__name__} has no timm.layers.Attention, nor that of BEiT, Swin or Swin V2"
+            f"{_other_kinds(module)}"
+        )
     return layers
 
 
@@ -129,7 +131,7 @@ def attention_layers(*modules: nn.Module) -> list[nn.Module]:
     """
     layers = [layer for module in modules for layer in module.modules() if hasattr(type(layer), "_recorder")]
     if not layers:
-        if any(isinstance(layer, TimmAttention) for module in modules for layer in module.modules()):
+        if any(isinstance(layer, tuple(_KINDS)) for module in modules for layer in module.modules()):
             raise ValueError("the model's attention cannot record; call use_mimkernels_attention(model) first")
         raise ValueError(f"there is no attention layer that can record{_other_kinds(*modules)}")
     return list(dict.fromkeys(layers))

@@ -29,6 +29,7 @@ from mimkernels.ops.attention.spec import STATISTICS
 __all__ = ["HeadRecorder", "LayerHeads", "LayerRecorder", "recorder_of"]
 
 KEPT = ("q", "k", "lse", "output")
+_SCORES = ("bias", "bias_table", "bias_index", "key_mask", "logit_scale")  # what scores are made of besides q and k
 
 
 @dataclass(eq=False)
@@ -43,11 +44,12 @@ class LayerHeads:
         num_prefix: leading keys that are no patches.
         missing: quantities that this layer cannot have, with the reason.
         notes: what to know about the numbers.
-        scale: of the scores, in the last call.
+        scale: of the scores, in the last call; None of cosine attention.
         q, k: ``[B, H, N, D]`` as given to attention, if kept; else None.
         lse: ``[B, H, N]`` fp32, if kept; else None.
         output: ``[B, N, C]`` after the output projection, before its dropout, if kept; else None.
-        bias, key_mask: of the scores, as given to attention, if q or k are kept; mostly None.
+        bias, bias_table, bias_index, key_mask, logit_scale: of the scores, as given to attention, if q or k are kept;
+            mostly None.
         has_run: a call was seen; False of a layer that a recorder waits for.
 
     Example::
@@ -70,6 +72,9 @@ class LayerHeads:
     output: Tensor | None = None
     bias: Tensor | None = None
     key_mask: Tensor | None = None
+    bias_table: Tensor | None = None
+    bias_index: Tensor | None = None
+    logit_scale: Tensor | None = None
     has_run: bool = True
     _rows: list[dict[str, Tensor]] = field(default_factory=list, repr=False)
 
@@ -99,7 +104,7 @@ class LayerHeads:
     @property
     def options(self) -> dict[str, Any]:
         """What the companion ops and ``HeadStatistics.update`` need besides q, k and lse."""
-        return {"bias": self.bias, "key_mask": self.key_mask, "scale": self.scale}
+        return {name: getattr(self, name) for name in (*_SCORES, "scale")}
 
     def describe(self) -> dict[str, Any]:
         """Everything but tensors, as plain Python."""
@@ -142,7 +147,8 @@ class HeadRecorder:
         if "lse" in keep:
             layer.lse = output.lse
         if "q" in keep or "k" in keep:
-            layer.bias, layer.key_mask = call.bias, call.key_mask
+            for name in _SCORES:
+                setattr(layer, name, getattr(call, name))
         return rows
 
 
@@ -152,7 +158,8 @@ class LayerRecorder:
     Args:
         layers: modules that hand ``recorder_of(self)`` to ``attend``.
         names: of the layers; their numbers if None.
-        stats, num_prefix, positions: as of ``attention``.
+        stats, num_prefix: as of ``attention``.
+        positions: as of ``attention``, or those of every layer: of windows ``[W, N, d]``, W a divisor of the batch.
         keep: as of ``HeadRecorder``.
 
     Raises:
@@ -168,7 +175,7 @@ class LayerRecorder:
         *,
         names: Sequence[str] | None = None,
         num_prefix: int = 0,
-        positions: Tensor | None = None,
+        positions: Tensor | Sequence[Tensor | None] | None = None,
         keep: Sequence[str] = (),
     ) -> None:
         for argument, given, known in (("stats", stats, STATISTICS), ("keep", keep, KEPT)):
@@ -177,14 +184,19 @@ class LayerRecorder:
             unknown = [item for item in given if item not in known]
             if unknown:
                 raise ValueError(f"unknown {unknown[0]!r} in {argument}; known: {', '.join(known)}")
-        if "distance" in stats and positions is None:
+        places = [positions] * len(layers) if positions is None or isinstance(positions, Tensor) else list(positions)
+        if "distance" in stats and any(place is None for place in places):
             raise ValueError("the statistic 'distance' needs positions, got None")
         recorder = HeadRecorder(keep)
-        request = StatisticsRequest(tuple(dict.fromkeys(stats)), num_prefix, positions)
+        wanted = tuple(dict.fromkeys(stats))
+        requests = {id(place): StatisticsRequest(wanted, num_prefix, place) for place in places}
         if names is None:
             names = [str(index) for index in range(len(layers))]
         self._layers: list[Any] = list(layers)  # modules with a `_recorder`
-        self._slots = [_Slot(recorder, request, name, index) for index, name in enumerate(names)]
+        self._slots = [
+            _Slot(recorder, requests[id(place)], name, index)
+            for index, (name, place) in enumerate(zip(names, places, strict=True))
+        ]
         self._with_grad = False
 
     @property

@@ -10,6 +10,7 @@ from benchmarks.timm_sweep import FAMILIES, JSON, TABLE, examine, other_families
 
 QUICK = (
     *("beit", "cait", "deit", "eva", "fastvit", "lowformer", "maxxvit", "mobilevit", "pit", "swin_transformer"),
+    "swin_transformer_v2",
     *("tiny_vit", "vision_transformer", "vision_transformer_relpos", "vision_transformer_sam", "xcit", "timm.layers"),
 )
 # Left to PyTorch: head dims that the kernels do not take.

@@ -357,15 +357,18 @@ def test_a_part_that_runs_without_images_is_asked_for():
     assert captured(lambda model: model.blocks[0](m.tokens()), model, num_prefix=1, positions=(4, 4))[0].keys == 17
 
 
-def test_merged_windows_have_no_pixels_that_are_known():
+def test_merged_windows_have_the_pixels_of_their_stage():
     """Swin's patches are 4 pixels wide in the first stage, 8 in the second."""
     model = m.swin()
-    first = captured(lambda model: model(m.images()), model, ["distance"], unit="pixel", layers="layers.0")
-    patches = captured(lambda model: model(m.images()), model, ["distance"], layers="layers.0")
-    for name, layer in first.items():
-        torch.testing.assert_close(layer.stats["distance"], 4 * patches[name].stats["distance"], rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="pixels of 4 x 4 patches need the patch size, which is not known"):
-        captured(lambda model: model(m.images()), model, ["distance"], unit="pixel")
+    heads = {
+        unit: captured(lambda model: model(m.images()), model, ["distance"], unit=unit)
+        for unit in ("pixel", "patch", "unit")
+    }
+    for name, layer in heads["patch"].items():
+        pixels, side = {"0": (4, 8), "1": (8, 4)}[name.split(".")[1]]
+        for unit, factor in (("pixel", pixels), ("unit", 1 / (side - 1))):  # 1 is from the first patch to the last
+            wanted = factor * layer.stats["distance"]
+            torch.testing.assert_close(heads[unit][name].stats["distance"], wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_a_window_of_as_many_tokens_is_none_where_there_are_prefix_tokens():

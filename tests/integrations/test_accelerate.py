@@ -41,6 +41,11 @@ def swin(**kwargs):
     return made("swin_tiny_patch4_window7_224", **{**sizes, **kwargs})
 
 
+def swin_v2(**kwargs):
+    sizes = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": (2, 1), "num_heads": (2, 2)}
+    return made("swinv2_tiny_window8_256", **{**sizes, **kwargs})
+
+
 def images(batch=2, size=32):
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(3))
 
@@ -90,7 +95,9 @@ MODELS = {
     "rope": (lambda: vit("vit_small_patch16_rope_mixed_224"), 2),
     "beit": (lambda: vit("beit_base_patch16_224"), 2),
     "relpos": (lambda: vit("vit_relpos_small_patch16_224"), 2),
+    "beit_shared": (lambda: vit("beit_base_patch16_224", use_shared_rel_pos_bias=True, use_rel_pos_bias=False), 2),
     "swin": (swin, 3),
+    "swin_v2": (swin_v2, 3),
     "attention_pool": (lambda: vit("vit_base_patch16_siglip_224"), 3),
 }
 
@@ -122,7 +129,7 @@ def test_nothing_else_changes():
     assert model.train().blocks[0].attn.training and not model.eval().blocks[0].attn.training
 
 
-@pytest.mark.parametrize("build", [swin, lambda: vit("eva02_tiny_patch14_224", patch_drop_rate=0.5), vit])
+@pytest.mark.parametrize("build", [swin, swin_v2, lambda: vit("eva02_tiny_patch14_224", patch_drop_rate=0.5), vit])
 def test_restore_is_exact(build):
     model = build()
     for part in model.modules():

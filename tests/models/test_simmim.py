@@ -10,6 +10,7 @@ from torch import nn
 pytest.importorskip("timm")
 import timm
 
+import mimkernels
 from mimkernels.models import SimMIM
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "mask_unit": 16}
@@ -252,10 +253,27 @@ def test_head_statistics_of_every_block_with_gradients(name):
     assert model.encoder.blocks[0].attn.qkv.weight.grad.any()
 
 
-@pytest.mark.parametrize("name", ["swin", "swinv2"])
-def test_heads_in_windows_say_that_they_cannot_be_recorded(name):
+@pytest.mark.parametrize("name", ["swin, shifted in both stages", "swinv2, shifted in both stages"])
+def test_head_statistics_of_windows_are_those_of_capture(name):
     model = build(name)
-    with pytest.raises(ValueError, match="no attention layer that can record.*WindowAttention"):
+    images = batch(model)
+    out = model(images, head_stats=("entropy", "distance"))
+    # Windows of 4 x 4 tokens: 16 per image in the first stage, 4 in the second.
+    assert [stats["entropy"].shape for stats in out.head_stats] == [(48, 2, 16)] * 2 + [(12, 4, 16)] * 2
+    sum(stats["entropy"].mean() for stats in out.head_stats).backward()
+    for stage in model.encoder.layers:
+        assert all(block.attn.qkv.weight.grad.any() for block in stage.blocks)
+    with mimkernels.capture(model, ["entropy", "distance"]) as heads:
+        model(images)
+    for stats, layer in zip(out.head_stats, heads.values(), strict=True):
+        for name, rows in stats.items():
+            torch.testing.assert_close(rows, layer.stats[name])
+
+
+@pytest.mark.parametrize("name", ["swin", "swinv2"])
+def test_heads_of_timm_s_windows_cannot_be_recorded(name):
+    model = build(name, attention="timm")
+    with pytest.raises(ValueError, match="the model's attention cannot record"):
         model(batch(model), head_stats=("entropy",))
 
 

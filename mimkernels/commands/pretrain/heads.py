@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mimkernels.commands.pretrain.config import PretrainConfig
@@ -101,8 +100,8 @@ def layer_means(seen: HeadStatistics) -> dict[str, float]:
     """``name/layer_01`` and so on: the mean over heads of every quantity and layer."""
     made = {}
     for name in seen.names:
-        per_layer = torch.as_tensor(seen.mean(name)).mean(dim=1).tolist()
-        made.update({f"{name}/layer_{number:02d}": value for number, value in enumerate(per_layer, 1)})
+        per_layer = enumerate(seen.layer_mean(name).tolist(), 1)
+        made.update({f"{name}/layer_{number:02d}": value for number, value in per_layer})
     return made
 
 

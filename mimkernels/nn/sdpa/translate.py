@@ -65,11 +65,13 @@ class AttentionCall(NamedTuple):
 
     Attributes:
         q, k, v: ``[B, H, N, D]`` in the dtype of the computation; views wherever possible.
-        bias: ``[B or 1, H or 1, Nq, Nk]`` or None.
+        bias: ``[W, H or 1, Nq, Nk]``, W a divisor of B, or None.
         key_mask: ``[B, Nk]`` bool or None.
-        scale: of the scores.
+        scale: of the scores; None of cosine attention.
         leading: sizes before ``[Nq, D]`` of the call's own output.
         packed: ``[B, N, 3, H, D]`` if q, k and v are its three parts and it shall get their gradient as one.
+        bias_table, bias_index: ``[T, H]`` and ``[Nq, Nk]``, or None twice.
+        logit_scale: ``[H]`` of cosine attention, or None.
     """
 
     q: Tensor
@@ -77,17 +79,33 @@ class AttentionCall(NamedTuple):
     v: Tensor
     bias: Tensor | None
     key_mask: Tensor | None
-    scale: float
+    scale: float | None
     leading: tuple[int, ...]
     packed: Tensor | None = None
+    bias_table: Tensor | None = None
+    bias_index: Tensor | None = None
+    logit_scale: Tensor | None = None
 
     @property
     def options(self) -> dict[str, Any]:
         """What ``attention`` and its companion ops need besides q, k and v."""
-        return {"bias": self.bias, "key_mask": self.key_mask, "scale": self.scale}
+        names = ("bias", "bias_table", "bias_index", "key_mask", "logit_scale", "scale")
+        return {name: getattr(self, name) for name in names}
 
     def compute(self, **options: Any) -> AttentionOutput:
-        """``attention`` of q, k and v with ``num_prefix``, ``positions`` and ``stats`` as given."""
+        """``attention`` of q, k and v with ``num_prefix``, ``positions`` and ``stats`` as given.
+
+        Positions ``[W, N, d]`` are of windows, as a bias: image b takes row ``b % W``.
+
+        Raises:
+            ValueError: there are as many windows as do not divide the images.
+        """
+        positions, batch = options.get("positions"), len(self.q)
+        if positions is not None and positions.dim() == 3 and len(positions) not in (0, 1, batch):
+            times, rest = divmod(batch, len(positions))
+            if rest:
+                raise ValueError(f"positions of {len(positions)} windows, which do not divide the {batch} of a layer")
+            options["positions"] = positions.repeat(times, 1, 1)
         if self.packed is None:
             return attention(self.q, self.k, self.v, **self.options, **options)
         return attention_qkvpacked(self.packed, **self.options, **options)

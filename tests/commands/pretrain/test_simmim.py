@@ -1,6 +1,7 @@
 """``pretrain --method simmim``: every kind of encoder learns digits, and all that a run of MAE can is there."""
 
 import json
+import math
 import shutil
 import signal
 
@@ -14,6 +15,7 @@ from mimkernels.commands.pretrain.presets import PRESETS
 from mimkernels.commands.pretrain.run import Run, pretrain
 from mimkernels.engine.checkpoint import load
 from mimkernels.engine.progress import Progress
+from mimkernels.heads import HeadStatistics
 from mimkernels.models import SimMIM
 from mimkernels.models.build import build_model
 
@@ -101,10 +103,16 @@ def test_heads_are_recorded_and_regularised(simmim, tmp_path):
     assert [entry["step"] for entry in entries] == [1, 2, 4]
 
 
-def test_heads_in_windows_are_refused_before_anything_is_written(simmim, tmp_path):
-    with pytest.raises(ValueError, match="no attention layer that can record.*WindowAttention"):
-        pretrain(simmim("swin", head_stats="entropy"))
-    assert not (tmp_path / "run" / "config.json").exists()
+@pytest.mark.parametrize("encoder", ["swin", "swinv2"])
+def test_heads_in_windows_are_recorded_and_regularised(simmim, tmp_path, encoder):
+    stages = {"model_kwargs": {**WINDOWS, "num_heads": [2, 4]}}
+    pretrain(simmim(encoder, head_stats="entropy,distance", head_stats_every=2, regularize={"entropy": 1e-2}, **stages))
+    entries = [json.loads(line) for line in (tmp_path / "run" / "heads.jsonl").read_text().splitlines()]
+    seen = HeadStatistics.from_dict(entries[-1]["heads"])
+    assert [len(row[row.isfinite()]) for row in seen.mean("entropy")] == [2, 4, 4]
+    assert 0 < seen.layer_mean("entropy").min() and seen.layer_mean("entropy").max() <= math.log(16) + 1e-4
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert "NaN" not in json.dumps(metrics)
 
 
 @pytest.mark.parametrize("published", [False, True])
