@@ -151,6 +151,7 @@ class Run:
                 model=self.model,
                 targets=self._held_out_targets() if method.labelled else None,
             )
+            self.validation.require_readable()
         processes = self.accelerator.num_processes
         self.plan = BatchPlan(len(self.source), config.batch_size, config.accum_steps, processes, config.seed)
         require_readable(self.images)

@@ -96,6 +96,19 @@ class Validation:
         """Masks per image; 0 where there are none."""
         return 0 if self._masks is None else len(self._masks)
 
+    def require_readable(self) -> None:
+        """Raise ValueError, naming the first image and the reason, if none of the images can be read."""
+        reasons = []
+        for index in self.positions:
+            try:
+                self.source.read(index)
+                return
+            except UNREADABLE as e:
+                reasons.append(f"{self.source.label(index)}: {reason_of(e)}")
+        raise ValueError(
+            f"none of the {len(self)} images of {self.source.name!r} to validate on can be read; the first, {reasons[0]}"
+        )
+
     def told(self) -> str:
         """Images and masks in words."""
         masks = f", {self.masks} mask{'s' if self.masks > 1 else ''} each" if self.masks else ""

@@ -132,6 +132,10 @@ def test_images_to_validate_on_are_a_folder_or_a_share(checked, tmp_path):
     assert run.validation.targets == [1] * 10 and len(run.source) == 20
     with pytest.warns(UserWarning, match=r"cannot read .*val/b/3.png, validation goes without it"):
         assert run.validation.measure(run.model.eval(), CPU)["loss"] > 0
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "0.png").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"none of the 1 images of .*broken' to validate on can be read.*0.png"):
+        checked(**data, val_data=str(tmp_path / "broken"))
     run = checked(**data, val_split=0.25)
     assert (len(run.source), len(run.held_out)) == (15, 5)
     assert checked(**data, val_data="digits").validation.told() == "297 images of digits, 4 masks each"
