@@ -106,7 +106,8 @@ class Validation:
             except UNREADABLE as e:
                 reasons.append(f"{self.source.label(index)}: {reason_of(e)}")
         raise ValueError(
-            f"none of the {len(self)} images of {self.source.name!r} to validate on can be read; the first, {reasons[0]}"
+            f"none of the {len(self)} images of {self.source.name!r} to validate on can be read; the first, "
+            f"{reasons[0]}"
         )
 
     def told(self) -> str:
