@@ -191,7 +191,7 @@ class Draw:
 
 
 def images_and_patches(draw: Draw):
-    """Patch and image sizes, and how the pixels are normalised."""
+    """Images, tokens, pixels of a patch, the grid of patches, and arguments: images, patches, normalisation."""
     patch = [draw.of(1, 2, 3, 4, 4, 5, 8) for _ in range(2)]
     if draw.chance(0.2):
         patch = [draw.of(8, 14, 16, 16)] * 2
@@ -215,7 +215,7 @@ def images_and_patches(draw: Draw):
     )
     given = patch[0] if len(set(patch)) == 1 and draw.chance(0.7) else tuple(patch)
     pixels, tokens = channels * math.prod(patch), math.prod(grid)
-    return size[0], tokens, pixels, {"images": images, "patch_size": given, "mean": mean, "std": std}
+    return size[0], tokens, pixels, grid, {"images": images, "patch_size": given, "mean": mean, "std": std}
 
 
 def tokens_to_pool(draw: Draw):

@@ -54,7 +54,7 @@ def every_output(dtype):
         outputs += [rows, OPS.patchify_gather_bwd.cpu(rows, some, *sizes, scale, dtype)]
         pred, mask = draw(4, 20, channels * patch * patch), torch.rand(4, 20, generator=g) < 0.7
         for kind, norm, last, mean in ((0, True, True, True), (1, False, False, False), (2, True, True, False)):
-            options = (1, patch, patch, scale, shift, norm, kind, 0.5, last, mean)
+            options = (1, patch, patch, scale, shift, norm, kind, 0.5, last, mean, 0)
             loss = OPS.masked_patch_loss_fwd.cpu(pred, images, None, mask, *options)
             up = torch.rand(loss.shape, generator=g)
             outputs += [loss, OPS.masked_patch_loss_bwd.cpu(up, pred, images, None, mask, *options)]
@@ -171,7 +171,7 @@ def test_large_images_equal_plain_torch(dtype):
     back = OPS.patchify_gather_fwd.cpu(sparse, None, 1, 16, 16, None, None, dtype)
     assert torch.equal(back, patches.masked_fill(removed.bool()[..., None], 0))
     pred = torch.zeros(30, 400, 768, dtype=dtype)
-    options = (1, 16, 16, None, None, False, 0, 1.0, False, False)
+    options = (1, 16, 16, None, None, False, 0, 1.0, False, False, 0)
     dpred = OPS.masked_patch_loss_bwd.cpu(torch.full((30, 400), -384.0), pred, images, None, removed == 1, *options)
     assert torch.equal(dpred, patches.masked_fill(removed[..., None] == 0, 0))
 
@@ -231,7 +231,7 @@ def test_ids_out_of_range_are_named():
     images, ids = torch.zeros(2, 3, 1, 8, 8), torch.tensor([[0, 3], [4, 0]])
     with pytest.raises(IndexError, match=r"patchify_gather: ids\[0, 1, 0\] = 4 is out of range \[0, 4\)"):
         OPS.patchify_gather_fwd.cpu(images, ids[None], 1, 4, 4, None, None, torch.float32)
-    options = (1, 4, 4, None, None, False, 0, 1.0, True, True)
+    options = (1, 4, 4, None, None, False, 0, 1.0, True, True, 0)
     with pytest.raises(IndexError, match=r"masked_patch_loss: ids\[1, 0\] = 4 is out of range \[0, 4\)"):
         OPS.masked_patch_loss_fwd.cpu(torch.zeros(2, 2, 48), images, ids, None, *options)
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mimkernels.models.targets import local_statistics
+from mimkernels.ops.masked_patch_loss.reference import box_statistics
 
 __all__ = ["Pictures", "pictures_of"]
 
@@ -61,8 +61,8 @@ def pictures_of(
         values = values * spread.unsqueeze(3) + target.mean(dim=2, keepdim=True).unsqueeze(3)
     predicted = _unpatchify(values, patch_size, grid)
     if local_norm is not None:
-        average, deviation = local_statistics((pixels - shift) / scale, local_norm)
-        predicted = predicted * deviation + average
+        average, variance = box_statistics(((pixels - shift) / scale).double(), local_norm)
+        predicted = predicted * (variance + 1e-6).sqrt().float() + average.float()
     predicted = predicted * scale + shift
     blank = shift if mean is not None else torch.full_like(shift, 0.5)
 

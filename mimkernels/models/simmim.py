@@ -13,7 +13,7 @@ from mimkernels.models.checkpoint import CheckpointReport, read_weights
 from mimkernels.models.masked_encoders import create_masked_encoder, family_of
 from mimkernels.models.pictures import Pictures, pictures_of
 from mimkernels.models.simmim_names import load_published, published_buffers, to_published
-from mimkernels.models.targets import local_norm, parse_target
+from mimkernels.models.targets import parse_target
 from mimkernels.nn import embed_visible, use_mimkernels_attention, use_mimkernels_mlp
 from mimkernels.ops import fill_mask_tokens, masked_patch_loss, random_mask
 
@@ -52,8 +52,9 @@ class SimMIM(ImageModel):
 
     Args:
         encoder: a timm model without head, with the weights it is to start from.
-        mask_unit: side in pixels of the squares that are masked whole: a multiple of what an output token predicts
-            (the patch; for Swin, whose stages merge patches, 32 pixels as a rule) that divides the image.
+        mask_unit: side in pixels of the squares that are masked whole: a multiple of the patch (of Swin 4 pixels as a
+            rule) that divides the image. Of what an output token predicts (of Swin 32 x 32 pixels as a rule) it may
+            hide a part: then that part counts.
         mask_ratio: share of the units that are masked, rounded up.
         target: "pixels"; "patch-norm": each output token's pixels minus their mean over their deviation, as MAE;
             "local-norm:K": each pixel by mean and deviation of the K x K pixels around it (published for Swin V2: 47).
@@ -198,7 +199,6 @@ class SimMIM(ImageModel):
         offset: int | Tensor = 0,
         full_prediction: bool = False,
         head_stats: Sequence[str] = (),
-        whole_outputs: bool = False,
     ) -> SimMIMOutput:
         """Mask, encode, predict all pixels, compare the masked ones.
 
@@ -213,25 +213,18 @@ class SimMIM(ImageModel):
             head_stats: statistics of ``mimkernels.attention`` to return for every encoder block, over all patches;
                 distances are in patches. Of Swin, a window counts as an image, and its tokens as patches. They carry
                 gradients: terms of them can be added to the loss.
-            whole_outputs: the given `mask` hides all or nothing of what an output token predicts, as those of
-                ``draw_mask`` do; nobody looks whether it does.
 
         Raises:
             ValueError, TypeError: images or mask do not fit the model; the message shows both sides. Or the encoder's
                 attention cannot record statistics.
         """
-        whole = True  # the mask hides all or nothing of what an output token predicts
         if mask is None:
             mask = self.draw_mask(images, seed=seed, offset=offset)
+            whole = not any(self.mask_unit % step for step in self.encoder_stride)
         else:
             self._check_mask(images, mask)
             # A given mask may hide single patches; to look whether it does would wait for the device.
-            whole = whole_outputs or self.encoder_stride == self.patch_size
-            if self._target.norm_pix and not whole:
-                raise ValueError(
-                    f"target patch-norm normalises {_by(self.encoder_stride)} pixels, of which a mask on patches of "
-                    f"{_by(self.patch_size)} may hide a part; leave mask to the model, or take another target"
-                )
+            whole = self.encoder_stride == self.patch_size
         with self._recorded(images, head_stats) as heads:
             latent = self.encode(images, mask)
         pred = self.decoder(latent)  # [B, L, E]
@@ -257,17 +250,17 @@ class SimMIM(ImageModel):
         return self._family.run(self.encoder, x, self._grid(images))
 
     @torch.no_grad()
-    def loss_of_mean(self, images: Tensor, mask: Tensor, colour: Tensor, *, whole_outputs: bool = False) -> Tensor:
+    def loss_of_mean(self, images: Tensor, mask: Tensor, colour: Tensor) -> Tensor:
         """The loss of predicting the mean everywhere, that of its neighbourhood where the target has one.
 
         Args:
-            images, mask, whole_outputs: as of ``forward``.
+            images, mask: as of ``forward``.
             colour: ``[C]`` in [0, 1], the mean colour of the data.
         """
         tokens = math.prod(side // step for side, step in zip(images.shape[2:], self.encoder_stride, strict=True))
         normalised = self._target.norm_pix or self._target.local_norm is not None
         pred = self._constant(None if normalised else colour, images, tokens, self.encoder_stride)
-        return self._loss(pred, images, mask, whole_outputs or self.encoder_stride == self.patch_size)
+        return self._loss(pred, images, mask, self.encoder_stride == self.patch_size)
 
     @torch.no_grad()
     def reconstruct(
@@ -333,44 +326,25 @@ class SimMIM(ImageModel):
     def _loss(self, pred: Tensor, images: Tensor, mask: Tensor, whole: bool) -> Tensor:
         """The loss; `whole` where the mask hides all or nothing of what an output token predicts."""
         rows, columns = (step // side for step, side in zip(self.encoder_stride, self.patch_size, strict=True))
-        size = self.encoder_stride
-        if whole:
-            mask = mask[:, ::rows, ::columns]
-        else:
-            pred, size = self._on_patches(pred, images), self.patch_size
-        mean, std = self._pixel_mean, self._pixel_std
-        if self._target.local_norm is not None:
-            images, mean, std = local_norm(images, self._target.local_norm, mean, std), None, None
         return masked_patch_loss(
             pred,
             images,
-            mask=mask.flatten(1),
-            patch_size=size,
+            mask=mask[:, ::rows, ::columns].flatten(1) if whole else mask,
+            patch_size=self.encoder_stride,
             norm_pix=self._target.norm_pix,
+            local_norm=self._target.local_norm,
             kind=_LOSSES[self.loss],
-            mean=mean,
-            std=std,
+            mean=self._pixel_mean,
+            std=self._pixel_std,
         )
 
-    def _on_patches(self, pred: Tensor, images: Tensor) -> Tensor:
-        """Predicted pixels of output tokens ``[B, L, E]`` as those of the patches ``[B, N, E']``."""
-        (height, width), (rows, columns) = self.patch_size, self._grid(images)
-        down, right = self.encoder_stride[0] // height, self.encoder_stride[1] // width
-        cut = pred.reshape(len(pred), rows // down, columns // right, down, height, right, width * self.in_chans)
-        return cut.permute(0, 1, 3, 2, 5, 4, 6).reshape(len(pred), rows * columns, -1)
-
     def _check_unit(self) -> None:
-        """Raise ValueError unless units consist of whole output tokens and images of whole units."""
+        """Raise ValueError unless units consist of whole patches and images of whole units."""
         unit, sizes = self.mask_unit, self.encoder.patch_embed.img_size
         if not isinstance(unit, int) or unit < 1 or any(unit % side for side in self.patch_size):
             raise ValueError(f"mask_unit must be a multiple of the patch size {_by(self.patch_size)}, got {unit}")
         if any(size % unit for size in sizes):
             raise ValueError(f"mask_unit {unit} does not divide images of {_by(sizes)} pixels")
-        if any(unit % step for step in self.encoder_stride):
-            raise ValueError(
-                f"mask_unit {unit} is finer than an output token, which predicts {_by(self.encoder_stride)} pixels, or "
-                f"no multiple of it; take a multiple of {_by(self.encoder_stride)}"
-            )
 
     def _units(self, grid: tuple[int, int]) -> tuple[tuple[int, int], int]:
         """Rows and columns of units in a grid of patches, and how many of them are masked, rounded as published."""

@@ -2,6 +2,8 @@
 #pragma once
 
 #include "cpu/patches.h"
+#include "ops/masked_patch_loss/cpu_cells.h"
+#include "ops/masked_patch_loss/cpu_local.h"
 #include "ops/masked_patch_loss/params.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
@@ -89,10 +91,12 @@ class TargetReader {
 
   explicit TargetReader(const MaskedPatchLossParams& p)
       : p_(p),
+        strip_(p),
+        images_(p.local_norm > 0 ? strip_.view() : p.images),
         layout_(layout_of(p.grid)),
-        pixel_bytes_(p.images.dtype == DType::kUInt8     ? 1
-                     : p.images.dtype == DType::kFloat32 ? 4
-                                                         : 2),
+        pixel_bytes_(images_.dtype == DType::kUInt8     ? 1
+                     : images_.dtype == DType::kFloat32 ? 4
+                                                        : 2),
         lines_per_run_(ceil_div(p.grid.patch_w * pixel_bytes_, 64)),
         lines_(p.grid.channels * p.grid.patch_t * p.grid.patch_h * lines_per_run_),
         planes_(layout_.elements + kPadding),
@@ -101,19 +105,32 @@ class TargetReader {
     if (!failed()) find_lines();
   }
 
-  bool failed() const { return planes_.failed() || tile_.failed() || places_.failed(); }
+  bool failed() const {
+    return strip_.failed() || planes_.failed() || tile_.failed() || places_.failed();
+  }
   int64_t elements() const { return layout_.elements; }
+
+  // With local_norm, patches are visited strip by strip: here begins row `row` of all rows of
+  // patches of image b. Nothing is computed before one of its patches is visited.
+  void open_strip(int64_t b, int64_t row) {
+    strip_image_ = b;
+    strip_row_ = row;
+  }
 
   // Reads pred's patch i (of B * L) and asks for patch `next` and its predictions on the way,
   // unless that is negative. Then body(at, target, sum, whole, n) for its elements [at, at + n), n
   // = 16 if `whole` is true; `sum` counts 0, 1, 2, 0, ...
   template <typename T, typename Body>
   MIMKERNELS_INLINE void visit(int64_t i, int64_t next, const Body& body) {
+    if (strip_row_ >= 0) {
+      strip_.fill(strip_image_, strip_row_);
+      strip_row_ = -1;
+    }
     const int64_t place = i == next_ ? next_place_ : place_of(i);
     next_ = next;
     if (next >= 0) {
       next_place_ = place_of(next);
-      upcoming_.open(static_cast<const char*>(p_.images.data) + pixel_bytes_ * next_place_,
+      upcoming_.open(static_cast<const char*>(images_.data) + pixel_bytes_ * next_place_,
                      places_.get(), lines_);
     }
     const int64_t row = next < 0 ? i : next;
@@ -140,7 +157,8 @@ class TargetReader {
     const int64_t b = i / p_.length;
     const int64_t j = i % p_.length;
     const int64_t n = p_.mask.given ? j : p_.ids.data[b * p_.ids.stride1 + j];
-    return patch_place(p_.images, p_.grid, layout_, b, n);
+    if (p_.local_norm > 0) return n % layout_.grid_w * p_.grid.patch_w;
+    return patch_place(images_, p_.grid, layout_, b, n);
   }
 
   void find_lines() {
@@ -149,7 +167,7 @@ class TargetReader {
       for (int64_t t = 0; t < p_.grid.patch_t; ++t) {
         for (int64_t h = 0; h < p_.grid.patch_h; ++h) {
           const int64_t run =
-              c * p_.images.stride_channel + t * p_.images.stride_frame + h * p_.images.stride_row;
+              c * images_.stride_channel + t * images_.stride_frame + h * images_.stride_row;
           for (int64_t l = 0; l < lines_per_run_; ++l) *place++ = run * pixel_bytes_ + 64 * l;
         }
       }
@@ -157,7 +175,7 @@ class TargetReader {
   }
 
   void read(int64_t place) {
-    switch (p_.images.dtype) {
+    switch (images_.dtype) {
       case DType::kFloat32:
         return read_as<float>(place);
       case DType::kBFloat16:
@@ -172,10 +190,10 @@ class TargetReader {
   // Planes first, as they lie in memory.
   template <typename Src>
   __attribute__((noinline)) void read_as(int64_t place) {
-    const Src* patch = static_cast<const Src*>(p_.images.data) + place;
+    const Src* patch = static_cast<const Src*>(images_.data) + place;
     UpcomingLines upcoming = upcoming_;
     int64_t run = 0;
-    read_patch<false>(planes_.get(), patch, p_.images, p_.grid,
+    read_patch<false>(planes_.get(), patch, images_, p_.grid,
                       [&](int64_t) MIMKERNELS_LAMBDA_INLINE {
                         // Half of them where statistics() asks for the rest.
                         if (!p_.norm_pix || run % 2 == 0) upcoming.ask();
@@ -281,6 +299,8 @@ class TargetReader {
   }
 
   const MaskedPatchLossParams& p_;
+  LocalStrip strip_;
+  const Images& images_;  // whose patches are read: those of the call, or the strip
   PatchLayout layout_;
   int64_t pixel_bytes_;
   int64_t lines_per_run_;
@@ -291,25 +311,69 @@ class TargetReader {
   UpcomingLines upcoming_;
   int64_t next_ = -1;  // the patch that was asked for, and its place
   int64_t next_place_ = 0;
+  int64_t strip_image_ = 0;
+  int64_t strip_row_ = -1;  // of the strip that is to be filled
 };
 
-MIMKERNELS_INLINE bool counts(const MaskedPatchLossParams& p, int64_t i) {
-  return !p.mask.given || p.mask.data[i / p.length * p.mask.stride0 + i % p.length] != 0;
+// What a pass over the patches is divided into: single patches, or with local_norm strips, rows of
+// patches of all frames of all images.
+MIMKERNELS_INLINE int64_t count_parts(const MaskedPatchLossParams& p) {
+  if (p.local_norm == 0) return p.grid.batch * p.length;
+  const PatchLayout layout = layout_of(p.grid);
+  return p.grid.batch * layout.grid_t * layout.grid_h;
 }
 
-// counted(i, next) for every patch in [begin, end) that counts, `next` the one after it or -1;
-// skipped(i) for the others.
+// Patches of pred that are visited one after the other: of [begin, end), or of those the ones that
+// lie in row `row` of all rows of patches.
+struct PatchSpan {
+  int64_t begin = 0;
+  int64_t end = 0;
+  int64_t row = -1;
+};
+
+MIMKERNELS_INLINE PatchSpan strip_span(const MaskedPatchLossParams& p, int64_t b, int64_t row) {
+  const int64_t columns = p.grid.width / p.grid.patch_w;
+  const int64_t first = b * p.length;
+  // Ids may name the patches of a row anywhere.
+  if (!p.mask.given) return {first, first + p.length, row};
+  return {first + row * columns, first + (row + 1) * columns, row};
+}
+
+MIMKERNELS_INLINE bool counts(const MaskedPatchLossParams& p, int64_t i, const PatchSpan& span) {
+  if (has_cells(p)) return count_cells(p, i) > 0;
+  const int64_t b = i / p.length;
+  const int64_t j = i % p.length;
+  if (p.mask.given) return p.mask.data[b * p.mask.stride0 + j] != 0;
+  return span.row < 0 ||
+         p.ids.data[b * p.ids.stride1 + j] / (p.grid.width / p.grid.patch_w) == span.row;
+}
+
+// counted(i, next) for every patch that counts in the parts [begin, end), `next` the one after it
+// or -1; skipped(i) for those that the mask leaves out.
 template <typename Counted, typename Skipped>
-MIMKERNELS_INLINE void for_each_patch(const MaskedPatchLossParams& p, int64_t begin, int64_t end,
-                                      const Counted& counted, const Skipped& skipped) {
-  const auto find = [&](int64_t i) {
-    for (; i < end && !counts(p, i); ++i) skipped(i);
-    return i;
-  };
-  for (int64_t i = find(begin); i < end;) {
-    const int64_t next = find(i + 1);
-    counted(i, next < end ? next : -1);
-    i = next;
+MIMKERNELS_INLINE void for_each_patch(const MaskedPatchLossParams& p, TargetReader& reader,
+                                      int64_t begin, int64_t end, const Counted& counted,
+                                      const Skipped& skipped) {
+  const PatchLayout layout = layout_of(p.grid);
+  const int64_t strips = layout.grid_t * layout.grid_h;  // of an image
+  for (int64_t part = begin; part < end; ++part) {
+    PatchSpan span = {begin, end, -1};
+    if (p.local_norm > 0) {
+      span = strip_span(p, part / strips, part % strips);
+      reader.open_strip(part / strips, part % strips);
+    }
+    const auto find = [&](int64_t i) {
+      for (; i < span.end && !counts(p, i, span); ++i) {
+        if (p.mask.given) skipped(i);
+      }
+      return i;
+    };
+    for (int64_t i = find(span.begin); i < span.end;) {
+      const int64_t next = find(i + 1);
+      counted(i, next < span.end ? next : -1);
+      i = next;
+    }
+    if (p.local_norm == 0) return;
   }
 }
 
@@ -318,9 +382,14 @@ MIMKERNELS_INLINE const T* pred_row(const MaskedPatchLossParams& p, int64_t i) {
   return row_at<T>(p.pred, i / p.length, i % p.length);
 }
 
-MIMKERNELS_INLINE int64_t count_patches(const MaskedPatchLossParams& p) {
+// What a mean is taken over: patches, or cells of a finer mask.
+MIMKERNELS_INLINE int64_t count_units(const MaskedPatchLossParams& p) {
   if (!p.mask.given) return p.grid.batch * p.length;
   int64_t count = 0;
+  if (has_cells(p)) {
+    for (int64_t i = 0; i < p.grid.batch * p.length; ++i) count += count_cells(p, i);
+    return count;
+  }
   for (int64_t b = 0; b < p.grid.batch; ++b) {
     const uint8_t* mask = p.mask.data + b * p.mask.stride0;
     for (int64_t j = 0; j < p.length; ++j) count += mask[j] != 0;

@@ -1,12 +1,14 @@
 // loss[b, j] = mean over the elements of kind(pred[b, j, :] - target), 0 where mask is false; or
-// the sum of those over the number of patches counted.
+// the sum of those over the number of patches counted. Of a finer mask, over the elements of its
+// true cells.
 //
 // in:       pred [B, L, E] by strides, last dim contiguous; images [B, C, T, H, W] by strides, W
 //           contiguous; ids int64 [B, L] or mask bool [B, L]
 // out:      fp32 [B, L], or one fp32 number
 // numerics: target, statistics (two passes, unbiased variance + 1e-6) and sums in fp32, 32 and 48
-//           lanes, fixed order; the sum over patches in double
-// cost:     pred and the pixels of counted patches read once; the target of one patch lives in L1
+//           lanes, fixed order; the sum over patches in double, those of boxes of pixels too
+// cost:     pred and the pixels of counted patches read once; the target of one patch lives in L1.
+//           With local_norm, rows of pixels about four times, for the strip of a row of patches
 #include "cpu/kernels.h"
 #include "ops/masked_patch_loss/cpu.h"
 
@@ -26,26 +28,31 @@ MIMKERNELS_INLINE Pack16 element_loss(const Pack16& d, const Pack16& beta) {
   }
 }
 
-template <typename T, LossKind kKind>
+template <typename T, LossKind kKind, bool kCells>
 bool loss_range(const MaskedPatchLossParams& p, float* losses, int64_t begin, int64_t end) {
   TargetReader reader(p);
-  if (reader.failed()) return false;
+  CountedElements elements(p);
+  if (reader.failed() || elements.failed()) return false;
   const Pack16 beta = broadcast<16>(p.beta);
   for_each_patch(
-      p, begin, end,
+      p, reader, begin, end,
       [&](int64_t i, int64_t next) {
         const T* const pred = pred_row<T>(p, i);
         Pack16 sums[TargetReader::kSums];
         for (Pack16& sum : sums) sum = broadcast<16>(0.0f);
+        if constexpr (kCells) elements.read(i);
         reader.visit<T>(i, next,
                         [&](int64_t at, const Pack16& target, int s, auto whole, int64_t n)
                             MIMKERNELS_LAMBDA_INLINE {
                               constexpr bool kWhole = decltype(whole)::value;
                               const Pack16 d = load_columns<16, kWhole>(pred + at, n) - target;
-                              const Pack16 loss = element_loss<kKind>(d, beta);
+                              Pack16 loss = element_loss<kKind>(d, beta);
+                              if constexpr (kCells) loss = elements.only_counted(at, loss);
                               sums[s] = sums[s] + (kWhole ? loss : keep_first(loss, n));
                             });
-        losses[i] = sum_lanes(sums[0] + sums[1] + sums[2]) / static_cast<float>(reader.elements());
+        int64_t count = reader.elements();
+        if constexpr (kCells) count = (p.mean ? 1 : count_cells(p, i)) * cell_elements(p);
+        losses[i] = sum_lanes(sums[0] + sums[1] + sums[2]) / static_cast<float>(count);
       },
       [&](int64_t i) { losses[i] = 0.0f; });
   return true;
@@ -77,18 +84,20 @@ Status masked_patch_loss_fwd(const MaskedPatchLossParams& p, ParallelFor paralle
   status = with_float_type(p.dtype, [&](auto pred) {
     using T = decltype(pred);
     const int64_t bytes = layout_of(p.grid).elements * static_cast<int64_t>(sizeof(T) + 4);
+    const int64_t grain = p.local_norm > 0 ? 1 : grain_for(bytes);
     with_kind(p, [&](auto kind) {
-      run_parallel(parallel_for, patches, grain_for(bytes), [&](int64_t begin, int64_t end) {
-        if (!loss_range<T, decltype(kind)::value>(p, losses, begin, end)) {
-          __atomic_store_n(&failures, 1, __ATOMIC_RELAXED);
-        }
+      constexpr LossKind kKind = decltype(kind)::value;
+      run_parallel(parallel_for, count_parts(p), grain, [&](int64_t begin, int64_t end) {
+        const bool good = has_cells(p) ? loss_range<T, kKind, true>(p, losses, begin, end)
+                                       : loss_range<T, kKind, false>(p, losses, begin, end);
+        if (!good) __atomic_store_n(&failures, 1, __ATOMIC_RELAXED);
       });
     });
     return Status{};
   });
   if (!status.ok()) return status;
   if (failures != 0) return out_of_memory();
-  if (p.mean) p.loss[0] = mean_loss(losses, patches, count_patches(p));
+  if (p.mean) p.loss[0] = mean_loss(losses, patches, count_units(p));
   return Status{};
 }
 

@@ -22,6 +22,12 @@ constexpr int64_t kSharedMost = 96 * 1024;
 // For the sums of the warps, when the tiles are done with.
 constexpr int kSharedLeast = 2 * kThreads / kWarp * static_cast<int>(sizeof(double));
 
+// Pixels that a warp normalises by their boxes at a time, rows and columns, and the columns whose
+// sums it keeps beside them: one a lane.
+constexpr int kBoxRows = 4;
+constexpr int kBoxColumns = 16;
+constexpr int kColumnSums = 2 * kBoxRows * kWarp;
+
 // A run of pixels of a patch: where it lies from the patch's start, its place in the target.
 struct PixelRun {
   int64_t offset;
@@ -34,16 +40,19 @@ struct LossBlock {
   PatchLayout layout;
   int elements = 0;
   int run = 1;   // pixels of a run, kQuad or 1
-  int runs = 0;  // in the table; 0: neither table nor tiles
-  int tile = 0;  // floats of a tile
+  int runs = 0;  // in the table; 0: none
+  int tile = 0;  // floats of a tile; 0: no tiles
   int warps = 1;
-  int step = 1;  // between neighbouring pixels in the target
+  int step = 1;     // between neighbouring pixels in the target
+  int columns = 0;  // doubles of a warp for sums of columns, behind the tiles
   int64_t patches = 0;
 
   int threads() const { return warps * kWarp; }
+  int warp_bytes() const {
+    return tile * static_cast<int>(sizeof(float)) + columns * static_cast<int>(sizeof(double));
+  }
   int shared_bytes() const {
-    const int used =
-        runs * static_cast<int>(sizeof(PixelRun)) + warps * tile * static_cast<int>(sizeof(float));
+    const int used = runs * static_cast<int>(sizeof(PixelRun)) + warps * warp_bytes();
     return used < kSharedLeast ? kSharedLeast : used;
   }
 };
@@ -55,15 +64,18 @@ inline LossBlock loss_block(const MaskedPatchLossParams& p) {
   block.patches = p.grid.batch * p.length;
   block.step = p.channels_last ? static_cast<int>(p.grid.channels) : 1;
   block.run = runs_aligned(p.images, p.grid, element_size(p.images.dtype), kQuad) ? kQuad : 1;
-  const int64_t table = ceil_div(block.elements, block.run) * int64_t{sizeof(PixelRun)};
-  const int64_t tile = ceil_div(block.elements, kQuad) * kQuad;
-  const int64_t tile_bytes = tile * int64_t{sizeof(float)};
   constexpr int kWarps = kThreads / kWarp;
   block.warps = kWarps;
-  if (table + tile_bytes <= kSharedMost) {
-    block.runs = block.elements / block.run;
+  const bool local = p.local_norm > 0;  // its pixels are not read run by run
+  const int64_t table = local ? 0 : ceil_div(block.elements, block.run) * int64_t{sizeof(PixelRun)};
+  const int64_t tile = ceil_div(block.elements, kQuad) * kQuad;
+  const int64_t warp_bytes =
+      tile * int64_t{sizeof(float)} + (local ? kColumnSums * int64_t{sizeof(double)} : 0);
+  if (table + warp_bytes <= kSharedMost) {
+    block.runs = local ? 0 : block.elements / block.run;
     block.tile = static_cast<int>(tile);
-    const int64_t warps = (kSharedWanted - table) / (tile_bytes > 0 ? tile_bytes : 1);
+    block.columns = local ? kColumnSums : 0;
+    const int64_t warps = (kSharedWanted - table) / (warp_bytes > 0 ? warp_bytes : 1);
     block.warps = static_cast<int>(warps < 1 ? 1 : warps < kWarps ? warps : kWarps);
   }
   return block;
@@ -254,7 +266,7 @@ __device__ __forceinline__ PatchTarget read_target(const MaskedPatchLossParams& 
                                                    const LossBlock& block, const PixelRun* runs,
                                                    float* tile, int64_t b, int64_t n) {
   const int64_t start = patch_offset(p.images, block.layout, b, n);
-  PatchTarget target = {p.images, block, block.runs > 0 ? tile : nullptr, start};
+  PatchTarget target = {p.images, block, block.tile > 0 ? tile : nullptr, start};
   float sum = 0.0f;
   if (target.tile != nullptr) {
     __syncwarp();  // the patch before this one has been read
@@ -339,7 +351,7 @@ __device__ __forceinline__ int64_t counted_patch(const MaskedPatchLossParams& p,
 
 // Whether pred and, if given, dpred are accessed 16 bytes at a time.
 inline bool pred_aligned(const MaskedPatchLossParams& p, const LossBlock& block) {
-  return block.runs > 0 && rows_aligned(p.pred, block.elements, p.dtype) &&
+  return block.tile > 0 && rows_aligned(p.pred, block.elements, p.dtype) &&
          rows_aligned({p.dpred, 0, 0}, block.elements, p.dtype);
 }
 

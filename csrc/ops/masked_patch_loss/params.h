@@ -14,8 +14,14 @@ struct MaskedPatchLossParams {
   Rows pred;                      // [B, L, E]
   int64_t length = 0;             // L
   Ids ids;                        // [B, L] with stride0 = 0, or, given instead:
-  BoolMask mask;                  // [B, L = N], true = counted
+  // [B, L = N], true = counted; or, finer than the patches, [B, gh * cells_h, gw * cells_w] for a
+  // grid of gh x gw patches, its rows mask_stride_row apart.
+  BoolMask mask;
+  int64_t mask_stride_row = 0;
+  int64_t cells_h = 0;  // of each patch; 0: the mask has one value per patch
+  int64_t cells_w = 0;
   bool norm_pix = false;
+  int64_t local_norm = 0;  // side of the box that normalises each pixel, odd, or 0
   LossKind kind = LossKind::kMse;
   float beta = 1.0f;
   bool channels_last = true;

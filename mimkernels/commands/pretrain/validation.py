@@ -76,14 +76,12 @@ class Validation:
         count = min(config.val_images, len(source))
         self.positions = [number * len(source) // count for number in range(count)]
         self._masks: Tensor | None = None  # [draws, n, h, w] bool
-        self._drawn: dict[str, Any] = {}
         if masking is not None:
             drawn = []
             for draw in range(config.val_masks):
                 mask = masking.unguided(count, _SEED, _OFFSET + draw)
                 drawn.append(self.method.draw_masks(model, count, _SEED, _OFFSET + draw) if mask is None else mask)
             self._masks = torch.stack(drawn)
-            self._drawn = dict(self.method.drawn_arguments) if masking.sampler is None else {}
             if not self._masks.any():
                 raise ValueError(f"masking {masking.name!r} masks none of {count} validation images")
         self._parts: dict[int, _Part | None] = {}
@@ -198,7 +196,7 @@ class Validation:
         targets = None if part.targets is None else part.targets.to(device)
         images, arguments = self.method.call(self.config, images, targets, seed=_SEED, training=False)
         if mask is not None:
-            arguments |= {"mask": mask.to(device) if self.method.sees_all else mask, **self._drawn}
+            arguments["mask"] = mask.to(device) if self.method.sees_all else mask
         return images, arguments, weight
 
     def _black(self) -> _Part:

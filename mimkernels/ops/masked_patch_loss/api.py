@@ -8,7 +8,7 @@ from torch import Tensor
 from mimkernels.ops import _checks
 from mimkernels.ops._memo import by_signature
 from mimkernels.ops.masked_patch_loss import reference
-from mimkernels.ops.masked_patch_loss.spec import KINDS, SPEC
+from mimkernels.ops.masked_patch_loss.spec import KINDS, LOCAL_PATCH, SPEC
 
 
 def masked_patch_loss(
@@ -19,6 +19,7 @@ def masked_patch_loss(
     mask: Tensor | None = None,
     patch_size: int | Sequence[int],
     norm_pix: bool = False,
+    local_norm: int | None = None,
     kind: str = "mse",
     beta: float = 1.0,
     layout: str = "channels_last",
@@ -34,21 +35,25 @@ def masked_patch_loss(
         images: ``[B, C, H, W]`` or ``[B, C, T, H, W]``, uint8 or floating point. They get no gradient.
         ids: ``[B, L]`` int64 or int32: ``pred`` holds these patches only (usually ``ids_masked``), all counted.
         mask: ``[B, N]`` bool, integer or float, nonzero = counted: ``pred`` holds all N patches. Exactly one of
-            ``ids`` and ``mask``.
+            ``ids`` and ``mask``. Of 4-D images also ``[B, rows, columns]``, finer than the patches: each patch is
+            divided into equally many cells, and of a patch the pixels of its nonzero cells count.
         patch_size: pixels per patch side, or ``(height, width)``, or ``(frames, height, width)`` for 5-D images.
         norm_pix: targets of each patch minus their mean, over ``sqrt(unbiased variance + 1e-6)``.
+        local_norm: odd; targets are each pixel minus the mean, over ``sqrt(unbiased variance + 1e-6)``, of the box of
+            that many pixels a side around it, in its channel and frame. Only pixels inside the image enter. Not
+            together with norm_pix.
         kind: ``"mse"``, ``"l1"`` or ``"smooth_l1"``.
         beta: where smooth L1 turns from square to linear.
         layout: order of a patch's pixels in ``pred``: ``"channels_last"`` (T, H, W, C) as in MAE, or
             ``"channels_first"`` (C, T, H, W) as from a convolution (SimMIM).
         mean, std: C floats each, for pixels in [0, 1]: targets are ``(pixel - mean) / std``. uint8 pixels are
             divided by 255 first and need both.
-        reduction: ``"mean"`` over the counted patches, or ``"none"``.
+        reduction: ``"mean"`` over what is counted, patches or, of a finer mask, pixels; or ``"none"``.
         backend: ``"auto"`` or a name from ``mimkernels info``. A named backend never falls back.
 
     Returns:
-        fp32 scalar (NaN if no patch is counted); with ``reduction="none"`` fp32 ``[B, L]``, each patch's mean over
-        its pixels, 0 where not counted; fp64 for fp64 ``pred``. The gradient reaches ``pred``.
+        fp32 scalar (NaN if nothing is counted); with ``reduction="none"`` fp32 ``[B, L]``, each patch's mean over
+        its counted pixels, 0 where none is; fp64 for fp64 ``pred``. The gradient reaches ``pred``.
 
     Raises:
         ValueError: shapes, devices or normalisation disagree, or the patch does not divide the image.
@@ -56,9 +61,10 @@ def masked_patch_loss(
         IndexError: an id is out of range (checked on CPU; on CUDA only with ``MIMKERNELS_DEBUG=1``, to avoid a sync).
         NotImplementedError: no backend takes these inputs; lists each backend's reasons.
 
-    Source: ``forward_loss`` of MAE, arXiv:2111.06377; L1 as in SimMIM, arXiv:2111.09886.
+    Source: ``forward_loss`` of MAE, arXiv:2111.06377; L1 as in SimMIM, arXiv:2111.09886; ``local_norm`` is
+    ``norm_targets`` of Swin Transformer V2, arXiv:2111.09883, there with 47.
     """
-    target = (patch_size, norm_pix, kind, beta, layout, mean, std, reduction)
+    target = (patch_size, norm_pix, local_norm, kind, beta, layout, mean, std, reduction)
     run, tensors, options = _checked((pred, images, ids, mask), *target, backend)
     return run(*tensors, *options)
 
@@ -71,6 +77,7 @@ def _checked(
     mask: Tensor | None,
     patch_size: int | Sequence[int],
     norm_pix: bool,
+    local_norm: int | None,
     kind: str,
     beta: float,
     layout: str,
@@ -107,7 +114,9 @@ def _checked(
                 f"{op}: with mask, pred {_checks.shape(pred)} must hold all {tokens} patches of images "
                 f"{_checks.shape(images)}, got {pred.shape[1]}; give ids for a part of them"
             )
-        mask = _checks.token_mask(op, mask, "pred", pred)
+        mask = (
+            _cell_mask(op, mask, pred, images, patch) if _is_fine(mask) else _checks.token_mask(op, mask, "pred", pred)
+        )
     if kind not in KINDS:
         raise ValueError(f"{op}: kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if layout not in ("channels_last", "channels_first"):
@@ -115,9 +124,48 @@ def _checked(
     if reduction not in ("mean", "none"):
         raise ValueError(f"{op}: reduction must be 'mean' or 'none', got {reduction!r}")
     norm_pix, beta = _checks.boolean(op, "norm_pix", norm_pix), _checks.positive(op, "beta", beta)
-    options = (*patch, scale, shift, norm_pix, KINDS.index(kind), beta, layout == "channels_last", reduction == "mean")
+    box = _box(op, local_norm, norm_pix)
+    options = (*patch, scale, shift, norm_pix, KINDS.index(kind), beta, layout == "channels_last", reduction == "mean",
+               box)  # fmt: skip
     # A kernel takes no fp64 on either side.
     dtype = pred.dtype if images.dtype != torch.float64 else torch.float64
-    name = SPEC.resolve(backend, pred.device.type, dtype)
+    sizes = {LOCAL_PATCH: pixels} if box else {}
+    name = SPEC.resolve(backend, pred.device.type, dtype, **sizes)
     run = SPEC.runner(name, reference.masked_patch_loss, _checks.needs_grad(pred))
     return run, (_checks.rows(pred), _checks.rows(images.detach()), ids, mask), options
+
+
+def _is_fine(mask: object) -> bool:
+    return isinstance(mask, Tensor) and mask.dim() == 3
+
+
+def _cell_mask(op: str, mask: Tensor, pred: Tensor, images: Tensor, patch: tuple[int, int, int]) -> Tensor:
+    """A checked mask ``[B, rows, columns]`` as bool."""
+    _checks.is_tensor(op, "mask", mask)
+    _checks.is_real(op, "mask", mask)
+    _checks.same_device(op, "mask", mask, "pred", pred)
+    _checks.same_size(op, "mask", mask, 0, "images", images, 0)
+    if images.dim() != 4:
+        raise ValueError(f"{op}: mask {_checks.shape(mask)} needs images of 4 dimensions, got {_checks.shape(images)}")
+    for axis, name, side in ((1, "rows", patch[1]), (2, "columns", patch[2])):
+        cells, length = mask.shape[axis], images.shape[axis + 1]
+        patches = length // side
+        fits = cells % patches == 0 and cells >= patches and side % (cells // patches) == 0 if patches else cells == 0
+        if not fits:
+            raise ValueError(
+                f"{op}: mask {_checks.shape(mask)} has {cells} {name}; images {_checks.shape(images)} have {patches} "
+                f"of patches, each of {side} pixels, which {name} of the mask must divide evenly"
+            )
+    return _checks.rows(mask if mask.dtype == torch.bool else mask != 0)
+
+
+def _box(op: str, local_norm: int | None, norm_pix: bool) -> int:
+    """The side of the box, 0 for none."""
+    if local_norm is None:
+        return 0
+    side = int(_checks.integer(op, "local_norm", local_norm))
+    if side < 3 or side % 2 == 0:
+        raise ValueError(f"{op}: local_norm must be an odd number of pixels of at least 3, got {side}")
+    if norm_pix:
+        raise ValueError(f"{op}: norm_pix normalises targets by their patch and local_norm {side} by a box; give one")
+    return side

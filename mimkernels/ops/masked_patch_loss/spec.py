@@ -10,8 +10,13 @@ from mimkernels.ops._registry import ANY_FLOAT, Impl, OpSpec, register
 KINDS = ("mse", "l1", "smooth_l1")
 _TARGET = (
     "Tensor pred, Tensor images, Tensor? ids, Tensor? mask, SymInt patch_t, SymInt patch_h, SymInt patch_w, "
-    "Tensor? scale, Tensor? shift, bool norm_pix, int kind, float beta, bool channels_last, bool mean"
+    "Tensor? scale, Tensor? shift, bool norm_pix, int kind, float beta, bool channels_last, bool mean, "
+    "int local_norm"
 )
+
+# In shared memory, with the sums of columns beside it.
+LOCAL_PATCH = "elements of a patch with local_norm"
+_MOST_LOCAL = {LOCAL_PATCH: 24064}
 
 
 def _fwd(
@@ -29,6 +34,7 @@ def _fwd(
     beta: float,
     channels_last: bool,
     mean: bool,
+    local_norm: int,
 ) -> Tensor:
     return pred.new_empty(() if mean else pred.shape[:2], dtype=torch.float32)
 
@@ -62,6 +68,6 @@ SPEC = register(
         },
         fakes={"masked_patch_loss_fwd": _fwd, "masked_patch_loss_bwd": _bwd},
         gradient=Gradient(_save, _gradients),
-        impls=(Impl("triton"), Impl("cuda"), Impl("cpu"), Impl("reference", ANY_FLOAT)),
+        impls=(Impl("triton"), Impl("cuda", limits=_MOST_LOCAL), Impl("cpu"), Impl("reference", ANY_FLOAT)),
     )
 )

@@ -8,102 +8,29 @@ import triton.language as tl
 from torch import Tensor
 
 from mimkernels.ops import _checks, _triton
-from mimkernels.ops._triton import narrow, patch_offset, pixel_offset, valid_id, widen
+from mimkernels.ops._triton import narrow, patch_offset, widen
+from mimkernels.ops.masked_patch_loss.reference import pixels_that_count
+from mimkernels.ops.masked_patch_loss.triton_local import (
+    masked_patch_loss_local_bwd_kernel,
+    masked_patch_loss_local_fwd_kernel,
+)
+from mimkernels.ops.masked_patch_loss.triton_target import (
+    block_statistics,
+    chunked_statistics,
+    element_loss,
+    element_slope,
+    elements_that_count,
+    is_counted,
+    load_target,
+    share_of_patch,
+)
 
 # A patch of up to MAX_BLOCK pixels stays in registers; a larger one is read once per pass, CHUNK pixels at a time.
 MAX_BLOCK, CHUNK = 4096, 2048
 # The mean over patches: one program up to MEAN_BLOCK of them, at most MEAN_PROGRAMS and a second launch above.
 MEAN_BLOCK, MEAN_PROGRAMS = 8192, 64
-
-MSE, L1 = tl.constexpr(0), tl.constexpr(1)
-
-
-@triton.jit
-def load_target(
-    patch_ptr,
-    scale_ptr,
-    shift_ptr,
-    stride_c,
-    stride_t,
-    stride_h,
-    e,
-    CHANNELS: tl.constexpr,
-    PT: tl.constexpr,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-):
-    # Pixels e of the patch that starts at patch_ptr, times scale plus shift, in fp32; zeros beyond the patch.
-    offset, channel = pixel_offset(e, stride_c, stride_t, stride_h, CHANNELS, PT, PH, PW, CHANNELS_LAST)
-    inside = e < CHANNELS * PT * PH * PW
-    value = widen(tl.load(patch_ptr + offset, mask=inside, other=0.0))
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr + channel, mask=inside, other=0.0)
-        value = value * scale + tl.load(shift_ptr + channel, mask=inside, other=0.0)
-    return value
-
-
-@triton.jit
-def inverse_deviation(sum_squares, PIXELS: tl.constexpr):
-    # 1 / sqrt(unbiased variance + 1e-6); a single pixel has no unbiased variance: NaN, as in torch.
-    if PIXELS == 1:
-        return sum_squares * float("nan")
-    else:
-        return tl.math.div_rn(1.0 + sum_squares * 0.0, tl.sqrt_rn(sum_squares / (PIXELS - 1) + 1e-6))
-
-
-@triton.jit
-def block_statistics(value, e, PIXELS: tl.constexpr):
-    # (mean, 1 / deviation) of a patch that one block holds.
-    mean = tl.sum(value, axis=0) / PIXELS
-    deviation = tl.where(e < PIXELS, value - mean, 0.0)
-    return mean, inverse_deviation(tl.sum(deviation * deviation, axis=0), PIXELS)
-
-
-@triton.jit
-def chunked_statistics(
-    patch_ptr,
-    scale_ptr,
-    shift_ptr,
-    stride_c,
-    stride_t,
-    stride_h,
-    CHANNELS: tl.constexpr,
-    PT: tl.constexpr,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    # (mean, 1 / deviation) of a larger patch, in two passes over its pixels.
-    PIXELS: tl.constexpr = CHANNELS * PT * PH * PW
-    acc = tl.zeros([BLOCK_E], dtype=tl.float32)
-    for first in range(0, PIXELS, BLOCK_E):
-        e = first + tl.arange(0, BLOCK_E)
-        value = load_target(
-            *(patch_ptr, scale_ptr, shift_ptr, stride_c, stride_t, stride_h, e), CHANNELS, PT, PH, PW, CHANNELS_LAST
-        )
-        acc += tl.where(e < PIXELS, value, 0.0)
-    mean = tl.sum(acc, axis=0) / PIXELS
-    acc = tl.zeros([BLOCK_E], dtype=tl.float32)
-    for first in range(0, PIXELS, BLOCK_E):
-        e = first + tl.arange(0, BLOCK_E)
-        value = load_target(
-            *(patch_ptr, scale_ptr, shift_ptr, stride_c, stride_t, stride_h, e), CHANNELS, PT, PH, PW, CHANNELS_LAST
-        )
-        deviation = tl.where(e < PIXELS, value - mean, 0.0)
-        acc += deviation * deviation
-    return mean, inverse_deviation(tl.sum(acc, axis=0), PIXELS)
-
-
-@triton.jit
-def is_counted(ids_ptr, mask_ptr, image, row, patches, ids_stride, mask_stride):
-    # (whether this row of pred has a loss, its patch). An id outside [0, N) has none.
-    if ids_ptr is not None:
-        patch = valid_id(tl.load(ids_ptr + image * ids_stride + row), patches)
-        return patch >= 0, patch
-    else:
-        return tl.load(mask_ptr + image * mask_stride + row) != 0, row
+# Of a patch whose pixels are normalised by boxes: rows and columns at a time, and columns of sums beside them.
+LOCAL_Y, LOCAL_X, LOCAL_W, LOCAL_WARPS = 4, 16, 64, 4
 
 
 @triton.jit
@@ -115,6 +42,7 @@ def masked_patch_loss_fwd_kernel(
     scale_ptr,
     shift_ptr,
     loss_ptr,
+    cells_ptr,
     rows,
     patches,
     grid_h,
@@ -127,6 +55,7 @@ def masked_patch_loss_fwd_kernel(
     stride_h,
     ids_stride,
     mask_stride,
+    mask_row,
     beta,
     CHANNELS: tl.constexpr,
     PT: tl.constexpr,
@@ -136,12 +65,17 @@ def masked_patch_loss_fwd_kernel(
     NORM_PIX: tl.constexpr,
     KIND: tl.constexpr,
     UNCOUNTED: tl.constexpr,
+    CELLS_H: tl.constexpr,
+    CELLS_W: tl.constexpr,
+    BLOCK_CELLS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     # grid:     B * L; a program owns one row of pred, whose target it builds in registers
     # in:       pred [B, L, E], images [B, C, T, H, W], ids int64 [B, L] or mask bool [B, N = L], by stride, last
     #           stride 1; scale and shift fp32 [C] or None; E padded to the block, or read in chunks
-    # out:      loss fp32 [B, L] contiguous, UNCOUNTED where the patch has none; every element written once
+    #           With CELLS_H, mask bool [B, gh * CELLS_H, gw * CELLS_W] by stride
+    # out:      loss fp32 [B, L] contiguous, UNCOUNTED where the patch has none; with cells int32 [B, L], the true ones
+    #           of each patch, the loss of one of them times their number; every element written once
     # numerics: fp32; variance about the mean, unbiased, in a second pass over registers; sums by a tree
     # bounds:   the pixel tail is masked; offsets are int64
     # cost:     counted rows of pred and their pixels read once; with NORM_PIX, pixels thrice if E > BLOCK_E
@@ -149,7 +83,8 @@ def masked_patch_loss_fwd_kernel(
     pid = tl.program_id(0)
     image = (pid // rows).to(tl.int64)
     row = pid % rows
-    counted, patch = is_counted(ids_ptr, mask_ptr, image, row, patches, ids_stride, mask_stride)
+    place = (image, row, patches, grid_w, ids_stride, mask_stride, mask_row)
+    counted, patch, cells = is_counted(ids_ptr, mask_ptr, *place, CELLS_H, CELLS_W, BLOCK_CELLS)
     loss = tl.full([], UNCOUNTED, tl.float32)
     if counted:
         pred_row = pred_ptr + image * pred_stride_b + row.to(tl.int64) * pred_stride_l
@@ -167,16 +102,15 @@ def masked_patch_loss_fwd_kernel(
                 if PIXELS <= BLOCK_E:
                     mean, inverse = block_statistics(target, e, PIXELS)
                 target = (target - mean) * inverse
-            diff = tl.where(e < PIXELS, value - target, 0.0)
-            size = tl.abs(diff)
-            if KIND == MSE:
-                total += diff * diff
-            elif KIND == L1:
-                total += size
-            else:
-                total += tl.where(size < beta, 0.5 * diff * diff / beta, size - 0.5 * beta)
-        loss = tl.sum(total, axis=0) / PIXELS
+            counts = elements_that_count(
+                *(mask_ptr, image, row, e, grid_w, mask_stride, mask_row),
+                *(CHANNELS, PT, PH, PW, CHANNELS_LAST, CELLS_H, CELLS_W),
+            )
+            total += element_loss(tl.where(counts, value - target, 0.0), beta, KIND)
+        loss = share_of_patch(tl.sum(total, axis=0), cells, cells_ptr is not None, PIXELS, CELLS_H, CELLS_W)
     tl.store(loss_ptr + pid, loss)
+    if cells_ptr is not None:
+        tl.store(cells_ptr + pid, cells)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -205,6 +139,7 @@ def masked_patch_loss_bwd_kernel(
     stride_h,
     ids_stride,
     mask_stride,
+    mask_row,
     beta,
     CHANNELS: tl.constexpr,
     PT: tl.constexpr,
@@ -213,6 +148,9 @@ def masked_patch_loss_bwd_kernel(
     CHANNELS_LAST: tl.constexpr,
     NORM_PIX: tl.constexpr,
     KIND: tl.constexpr,
+    CELLS_H: tl.constexpr,
+    CELLS_W: tl.constexpr,
+    BLOCK_CELLS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     # grid:     B * L; a program owns one row of dpred
@@ -226,14 +164,15 @@ def masked_patch_loss_bwd_kernel(
     pid = tl.program_id(0)
     image = (pid // rows).to(tl.int64)
     row = pid % rows
-    counted, patch = is_counted(ids_ptr, mask_ptr, image, row, patches, ids_stride, mask_stride)
+    place = (image, row, patches, grid_w, ids_stride, mask_stride, mask_row)
+    counted, patch, cells = is_counted(ids_ptr, mask_ptr, *place, CELLS_H, CELLS_W, BLOCK_CELLS)
     out = dpred_ptr + pid.to(tl.int64) * PIXELS
     if counted:
         divisor = count.to(tl.float32)
         if count_ptr is not None:
             divisor = tl.load(count_ptr).to(tl.float32)
         grad = tl.load(grad_ptr + image * grad_stride_b + row.to(tl.int64) * grad_stride_l)
-        grad = tl.math.div_rn(grad, divisor) / PIXELS
+        grad = share_of_patch(tl.math.div_rn(grad, divisor), cells, count_ptr is not None, PIXELS, CELLS_H, CELLS_W)
         pred_row = pred_ptr + image * pred_stride_b + row.to(tl.int64) * pred_stride_l
         patch_ptr = images_ptr + image * stride_b
         patch_ptr += patch_offset(patch, grid_h, grid_w, stride_t, stride_h, PT, PH, PW)
@@ -248,16 +187,14 @@ def masked_patch_loss_bwd_kernel(
                 if PIXELS <= BLOCK_E:
                     mean, inverse = block_statistics(target, e, PIXELS)
                 target = (target - mean) * inverse
-            diff = value - target
-            # A NaN difference has sign 0, as in torch.
-            sign = tl.where(diff > 0, 1.0, tl.where(diff < 0, -1.0, 0.0))
-            if KIND == MSE:
-                slope = 2.0 * diff
-            elif KIND == L1:
-                slope = sign
-            else:
-                slope = tl.where(tl.abs(diff) >= beta, sign, diff / beta)
-            tl.store(out + e, narrow(grad * slope, dpred_ptr.dtype.element_ty), mask=e < PIXELS)
+            slope = grad * element_slope(value - target, beta, KIND)
+            if CELLS_H > 0:
+                counts = elements_that_count(
+                    *(mask_ptr, image, row, e, grid_w, mask_stride, mask_row),
+                    *(CHANNELS, PT, PH, PW, CHANNELS_LAST, CELLS_H, CELLS_W),
+                )
+                slope = tl.where(counts, slope, 0.0)
+            tl.store(out + e, narrow(slope, dpred_ptr.dtype.element_ty), mask=e < PIXELS)
     else:
         for first in range(0, PIXELS, BLOCK_E):
             e = first + tl.arange(0, BLOCK_E)
@@ -336,35 +273,42 @@ def masked_patch_loss_fwd(
     beta: float,
     channels_last: bool,
     mean: bool,
+    local_norm: int,
 ) -> Tensor:
     images = _checks.as_video(images)
     batch, rows, pixels = pred.shape
     grid_h, grid_w, patches = _grid(images, ids, patch_t, patch_h, patch_w)
+    cell_sizes, mask_row = _cells(mask, grid_h, grid_w)
     loss = pred.new_empty((batch, rows), dtype=torch.float32)  # [B, L]
     if pred.numel() == 0:
         # No patches, or patches without pixels, whose mean is NaN.
         loss.fill_(float("nan"))
-        return loss.new_full((), float("nan")) if mean else loss if mask is None else loss.masked_fill_(~mask, 0.0)
-    block_e, warps = _block(pixels)
+        if mean:
+            return loss.new_full((), float("nan"))
+        if mask is not None and mask.dim() == 3:
+            mask = pixels_that_count(mask, images, (patch_t, patch_h, patch_w)).flatten(2).any(2)
+        return loss if mask is None else loss.masked_fill_(~mask, 0.0)
+    cells = None if not cell_sizes[0] else torch.empty_like(loss, dtype=torch.int32)  # the true ones of each patch
+    target, tiles, warps = _target(images, patch_h, patch_w, pixels, norm_pix, local_norm)
     _triton.launch(
-        masked_patch_loss_fwd_kernel,
+        masked_patch_loss_local_fwd_kernel if local_norm else masked_patch_loss_fwd_kernel,
         batch * rows,
         pred,
-        *(pred, images, ids, mask, scale, shift, loss),
+        *(pred, images, ids, mask, scale, shift, loss, cells if mean else None),
         *(rows, patches, grid_h, grid_w, pred.stride(0), pred.stride(1)),
-        *(*images.stride()[:4], _stride(ids), _stride(mask), beta),
+        *(*images.stride()[:4], _stride(ids), _stride(mask), mask_row, *target, beta),
         CHANNELS=images.shape[1],
         PT=patch_t,
         PH=patch_h,
         PW=patch_w,
         CHANNELS_LAST=channels_last,
-        NORM_PIX=norm_pix,
         KIND=kind,
-        UNCOUNTED=-1.0 if mean and mask is not None else 0.0,
-        BLOCK_E=block_e,
+        UNCOUNTED=-1.0 if mean and mask is not None and cells is None else 0.0,
+        **_cell_blocks(cell_sizes),
+        **tiles,
         num_warps=warps,
     )
-    return _mean(loss) if mean else loss
+    return _mean(loss, cells) if mean else loss
 
 
 def masked_patch_loss_bwd(
@@ -383,34 +327,38 @@ def masked_patch_loss_bwd(
     beta: float,
     channels_last: bool,
     mean: bool,
+    local_norm: int,
 ) -> Tensor:
     images = _checks.as_video(images)
     batch, rows, pixels = pred.shape
     grid_h, grid_w, patches = _grid(images, ids, patch_t, patch_h, patch_w)
+    cell_sizes, mask_row = _cells(mask, grid_h, grid_w)
     dpred = pred.new_empty(pred.shape)  # [B, L, E]
     if dpred.numel() == 0:
         return dpred
     count = None
     if mean and mask is not None:
         count = torch.empty((), dtype=torch.int32, device=pred.device)
-        _triton.launch(count_kernel, 1, mask, mask, count, batch, rows, mask.stride(0), BLOCK=MEAN_BLOCK, num_warps=8)
-    block_e, warps = _block(pixels)
+        flat = mask.flatten(1)
+        sizes = (batch, flat.shape[1], flat.stride(0))
+        _triton.launch(count_kernel, 1, mask, flat, count, *sizes, BLOCK=MEAN_BLOCK, num_warps=8)
+    target, tiles, warps = _target(images, patch_h, patch_w, pixels, norm_pix, local_norm)
     _triton.launch(
-        masked_patch_loss_bwd_kernel,
+        masked_patch_loss_local_bwd_kernel if local_norm else masked_patch_loss_bwd_kernel,
         batch * rows,
         pred,
         *(grad, count, pred, images, ids, mask, scale, shift, dpred),
         *(batch * rows if mean else 1, rows, patches, grid_h, grid_w),
         *((0, 0) if mean else grad.stride()),
-        *(pred.stride(0), pred.stride(1), *images.stride()[:4], _stride(ids), _stride(mask), beta),
+        *(pred.stride(0), pred.stride(1), *images.stride()[:4], _stride(ids), _stride(mask), mask_row, *target, beta),
         CHANNELS=images.shape[1],
         PT=patch_t,
         PH=patch_h,
         PW=patch_w,
         CHANNELS_LAST=channels_last,
-        NORM_PIX=norm_pix,
         KIND=kind,
-        BLOCK_E=block_e,
+        **_cell_blocks(cell_sizes),
+        **tiles,
         num_warps=warps,
     )
     return dpred
@@ -425,28 +373,51 @@ def _grid(images: Tensor, ids: Tensor | None, patch_t: int, patch_h: int, patch_
     return grid_h, grid_w, patches
 
 
-def _block(pixels: int) -> tuple[int, int]:
+def _cells(mask: Tensor | None, grid_h: int, grid_w: int) -> tuple[tuple[int, int], int]:
+    """Rows and columns of a finer mask's cells in a patch, (0, 0) of another, and how far its rows are apart."""
+    if mask is None or mask.dim() == 2:
+        return (0, 0), 0
+    return (mask.shape[1] // max(grid_h, 1), mask.shape[2] // max(grid_w, 1)), mask.stride(1)
+
+
+def _cell_blocks(cells: tuple[int, int]) -> dict[str, int]:
+    return {
+        "CELLS_H": cells[0],
+        "CELLS_W": cells[1],
+        "BLOCK_CELLS": triton.next_power_of_2(max(1, cells[0] * cells[1])),
+    }
+
+
+def _target(
+    images: Tensor, patch_h: int, patch_w: int, pixels: int, norm_pix: bool, local_norm: int
+) -> tuple[tuple[int, ...], dict[str, object], int]:
+    """(Arguments, constants, warps) of a kernel that follow from how targets are normalised."""
+    if local_norm:
+        reach = min(local_norm // 2, max(images.shape[3:]))
+        block_y, block_x = (
+            min(most, triton.next_power_of_2(side)) for most, side in ((LOCAL_Y, patch_h), (LOCAL_X, patch_w))
+        )
+        return (reach,), {"BLOCK_Y": block_y, "BLOCK_X": block_x, "BLOCK_W": LOCAL_W}, LOCAL_WARPS
     block = max(32, triton.next_power_of_2(pixels)) if pixels <= MAX_BLOCK else CHUNK
-    return block, min(8, max(1, block // 256))
+    return (), {"NORM_PIX": norm_pix, "BLOCK_E": block}, min(8, max(1, block // 256))
 
 
 def _stride(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.stride(0)
 
 
-def _mean(loss: Tensor) -> Tensor:
-    """Mean of the losses that are not negative."""
+def _mean(loss: Tensor, counts: Tensor | None) -> Tensor:
+    """Mean of the losses that are not negative; or their sum over that of `counts`, those of each."""
     length = loss.numel()
     out = loss.new_empty(())
-    counts = None
     if length > MEAN_BLOCK:
         blocks = triton.cdiv(triton.cdiv(length, MEAN_PROGRAMS), 1024)
         programs = triton.cdiv(length, blocks * 1024)
         partial = loss.new_empty(programs)
-        counts = torch.empty(programs, dtype=torch.int32, device=loss.device)
-        args: tuple[object, ...] = (loss, None, partial, counts, length, blocks * 1024)
+        partial_counts = torch.empty(programs, dtype=torch.int32, device=loss.device)
+        args: tuple[object, ...] = (loss, counts, partial, partial_counts, length, blocks * 1024)
         _triton.launch(patch_mean_kernel, programs, loss, *args, FINAL=False, BLOCK=1024)
-        loss, length = partial, programs
+        loss, counts, length = partial, partial_counts, programs
     block = max(128, triton.next_power_of_2(length))
     args = (loss, counts, out, None, length, length)
     warps = min(8, block // 128)

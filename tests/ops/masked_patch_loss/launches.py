@@ -8,7 +8,7 @@ def both(op, images=U8, dtype=BF16, side=16, ids=True, norm=True, kind=0, channe
     pixels, scale = 3 * side * side, meta(3, dtype=FP32) if images == U8 else None
     ids, mask = (meta(64, rows, dtype=I64), None) if ids else (None, meta(64, rows, dtype=BOOL))
     target = (meta(64, 3, 1, 14 * side, 14 * side, dtype=images), ids, mask, 1, side, side, scale, scale)
-    arguments = (meta(64, rows, pixels, dtype=dtype), *target, norm, kind, 1.0, channels_last, True)
+    arguments = (meta(64, rows, pixels, dtype=dtype), *target, norm, kind, 1.0, channels_last, True, 0)
     op.masked_patch_loss_fwd(*arguments)
     op.masked_patch_loss_bwd(meta(dtype=FP32), *arguments)
 

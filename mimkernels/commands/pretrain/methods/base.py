@@ -55,7 +55,6 @@ class Method:
         mask_ratio, beta2, blr, weight_decay, clip_grad, warmup_share: where the settings name none; the last is the
             share of the epochs in which the learning rate rises.
         blind: what the best answer is that looks at no image, whose loss ``blind_loss`` gives.
-        drawn_arguments: of the model's call, for masks that ``draw_masks`` gave.
         ops: whose backends the report names.
         exported: file of the weights under their published names.
         sees_all: whether the encoder has a token for every patch, masked or not.
@@ -73,7 +72,6 @@ class Method:
     clip_grad: ClassVar[float | None] = None
     warmup_share: ClassVar[float] = 0.05  # as MAE: 40 of 800
     blind: ClassVar[str] = ""
-    drawn_arguments: ClassVar[Mapping[str, Any]] = {}
     ops: ClassVar[tuple[str, ...]]
     exported: ClassVar[str]
     sees_all: ClassVar[bool]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from mimkernels.commands.pretrain.methods.base import MASK_OPTIONS, Method
 
@@ -25,7 +25,6 @@ class SimMIM(Method):
     exported = "simmim_checkpoint.pth"
     sees_all = True
     blind = "predicting the mean"
-    drawn_arguments: ClassVar[dict[str, Any]] = {"whole_outputs": True}
 
     # Parameters without decay in the published code; registers, which it has not, as the other tokens.
     _UNDECAYED = ("mask_token", "cls_token", "reg_token", "pos_embed")
@@ -45,8 +44,7 @@ class SimMIM(Method):
 
     @staticmethod
     def blind_loss(model: Any, images: Pixels, arguments: Mapping[str, Any], means: Means) -> Tensor | None:
-        whole = arguments.get("whole_outputs", False)
-        loss: Tensor = model.loss_of_mean(images, arguments["mask"], means.colour, whole_outputs=whole)
+        loss: Tensor = model.loss_of_mean(images, arguments["mask"], means.colour)
         return loss
 
     @staticmethod
