@@ -48,14 +48,14 @@ INPUTS = {
     "channels-first": masked_patch_loss((2, 3, 12, 8), 4, None, layout="channels_first", norm_pix=True),
     "uint8": masked_patch_loss((2, 3, 16, 16), 8, 3, uint8=True, normalise=True, norm_pix=True),
     "video": masked_patch_loss((2, 3, 4, 8, 8), (2, 4, 4), 5, norm_pix=True),
-    "local-norm": masked_patch_loss((2, 3, 16, 24), 8, None, local_norm=5),
-    "local-norm-wide": masked_patch_loss((2, 3, 12, 20), 4, 7, local_norm=47, uint8=True, normalise=True, kind="l1"),
-    "local-norm-odd": masked_patch_loss((2, 2, 9, 25), (3, 5), 11, local_norm=3, kind="smooth_l1", reduction="none"),
-    "local-norm-video": masked_patch_loss((2, 3, 4, 8, 8), (2, 4, 4), 5, local_norm=7, layout="channels_first"),
+    "local-norm": masked_patch_loss((1, 3, 8, 24), 8, None, local_norm=5),
+    "local-norm-wide": masked_patch_loss((2, 1, 8, 12), 4, 3, local_norm=47, uint8=True, normalise=True, kind="l1"),
+    "local-norm-odd": masked_patch_loss((1, 2, 9, 25), (3, 5), 5, local_norm=3, kind="smooth_l1", reduction="none"),
+    "local-norm-video": masked_patch_loss((1, 2, 4, 4, 8), (2, 4, 4), 3, local_norm=7, layout="channels_first"),
     "cells": masked_patch_loss((3, 3, 16, 24), 8, None, cells=(2, 4), kind="l1"),
     "cells-per-patch": masked_patch_loss((2, 3, 16, 16), 8, None, cells=(4, 1), norm_pix=True, reduction="none"),
     "cells-local-norm": masked_patch_loss(
-        (2, 2, 18, 30), (6, 10), None, cells=(3, 5), layout="channels_first", kind="smooth_l1", local_norm=9
+        (1, 2, 6, 36), (6, 18), None, cells=(3, 6), layout="channels_first", kind="smooth_l1", local_norm=9
     ),
     "no-images": masked_patch_loss((0, 3, 8, 8), 4, 2),
     "empty-ids": masked_patch_loss((2, 3, 8, 8), 4, 0),

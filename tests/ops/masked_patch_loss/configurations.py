@@ -20,6 +20,8 @@ def configuration(draw: Draw) -> dict:
             mask, shape = draw.mask(batch, math.prod(shape)), (batch, *shape)
         arguments["mask"] = lambda g: mask(g).reshape(shape or (batch, tokens)).to(dtype)
     norm = draw.of("none", "patch", "patch", "box")
+    if norm == "box" and draw.small and tokens * pixels > 600:
+        norm = "none"  # minutes where a box is many steps of an interpreter
     arguments |= {
         "pred": draw.values(batch, rows, pixels),
         "norm_pix": norm == "patch",

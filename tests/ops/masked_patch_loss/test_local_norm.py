@@ -27,19 +27,19 @@ def targets(images, size, backend, patch=(1, 1), **options):
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(images.shape)
 
 
-@pytest.mark.parametrize("value", [0.0, 0.3, -1000.7])
+@pytest.mark.parametrize("value", [0.3, -1000.7])
 def test_a_constant_image_has_targets_of_zero(value, backend, device):
     images = torch.full((1, 2, 6, 10), value, device=device)
     assert not targets(images, 5, backend, (3, 5)).any()
 
 
 def test_a_box_wider_than_the_image_takes_the_whole_image(backend, device):
-    images = torch.rand(2, 3, 6, 9, generator=torch.Generator().manual_seed(0)).to(device)
+    images = torch.rand(1, 2, 4, 9, generator=torch.Generator().manual_seed(0)).to(device)
     exact = images.double()
     deviation = (exact.var((2, 3), keepdim=True) + 1e-6).sqrt()
     wanted = ((exact - exact.mean((2, 3), keepdim=True)) / deviation).float()
-    for size in (19, 1001, 2**40 + 1):
-        torch.testing.assert_close(targets(images, size, backend, (2, 3)), wanted, atol=1e-6, rtol=1e-6)
+    for size in (17, 2**40 + 1):
+        torch.testing.assert_close(targets(images, size, backend, (4, 3)), wanted, atol=1e-6, rtol=1e-6)
 
 
 def test_pixels_of_the_corner_edge_and_middle_by_hand(backend, device):
