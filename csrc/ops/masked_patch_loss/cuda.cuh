@@ -261,14 +261,15 @@ struct PatchTarget {
   }
 };
 
-// The target of patch n of image b, by a whole warp.
+// The target of patch n of image b, by a whole warp. `filled`: the tile holds it already.
 __device__ __forceinline__ PatchTarget read_target(const MaskedPatchLossParams& p,
                                                    const LossBlock& block, const PixelRun* runs,
-                                                   float* tile, int64_t b, int64_t n) {
+                                                   float* tile, int64_t b, int64_t n,
+                                                   bool filled = false) {
   const int64_t start = patch_offset(p.images, block.layout, b, n);
   PatchTarget target = {p.images, block, block.tile > 0 ? tile : nullptr, start};
   float sum = 0.0f;
-  if (target.tile != nullptr) {
+  if (target.tile != nullptr && !filled) {
     __syncwarp();  // the patch before this one has been read
     switch (p.images.dtype) {
       case DType::kFloat32:

@@ -200,28 +200,28 @@ __device__ __forceinline__ PatchTarget read_pixel_target(const MaskedPatchLossPa
                                                          int64_t b, int64_t n) {
   const int warp = threadIdx.x / kWarp;
   float* const tile = tiles + int64_t{warp} * block.tile;
-  if (p.local_norm == 0) {
-    return read_target(p, block, runs, tile, b, n);
+  const bool local = p.local_norm > 0;
+  if (local) {
+    double* const columns =
+        reinterpret_cast<double*>(tiles + int64_t{block.warps} * block.tile) + warp * block.columns;
+    __syncwarp();  // the patch before this one has been read
+    switch (p.images.dtype) {
+      case DType::kFloat32:
+        fill_local_tile<float>(tile, columns, p, block, b, n);
+        break;
+      case DType::kBFloat16:
+        fill_local_tile<__nv_bfloat16>(tile, columns, p, block, b, n);
+        break;
+      case DType::kFloat16:
+        fill_local_tile<__half>(tile, columns, p, block, b, n);
+        break;
+      case DType::kUInt8:
+        fill_local_tile<uint8_t>(tile, columns, p, block, b, n);
+        break;
+    }
+    __syncwarp();
   }
-  double* const columns =
-      reinterpret_cast<double*>(tiles + int64_t{block.warps} * block.tile) + warp * block.columns;
-  __syncwarp();  // the patch before this one has been read
-  switch (p.images.dtype) {
-    case DType::kFloat32:
-      fill_local_tile<float>(tile, columns, p, block, b, n);
-      break;
-    case DType::kBFloat16:
-      fill_local_tile<__nv_bfloat16>(tile, columns, p, block, b, n);
-      break;
-    case DType::kFloat16:
-      fill_local_tile<__half>(tile, columns, p, block, b, n);
-      break;
-    case DType::kUInt8:
-      fill_local_tile<uint8_t>(tile, columns, p, block, b, n);
-      break;
-  }
-  __syncwarp();
-  return {p.images, block, tile, 0};
+  return read_target(p, block, runs, tile, b, n, local);
 }
 
 // counted_patch and its cells: n is -1 where none of them counts.

@@ -30,7 +30,7 @@ MAX_BLOCK, CHUNK = 4096, 2048
 # The mean over patches: one program up to MEAN_BLOCK of them, at most MEAN_PROGRAMS and a second launch above.
 MEAN_BLOCK, MEAN_PROGRAMS = 8192, 64
 # Of a patch whose pixels are normalised by boxes: rows and columns at a time, and columns of sums beside them.
-LOCAL_Y, LOCAL_X, LOCAL_W, LOCAL_WARPS = 4, 16, 64, 4
+LOCAL_Y, LOCAL_X, LOCAL_W, LOCAL_WARPS = 4, 16, 32, 4
 
 
 @triton.jit
@@ -337,11 +337,11 @@ def masked_patch_loss_bwd(
     if dpred.numel() == 0:
         return dpred
     count = None
-    if mean and mask is not None:
+    if mean and mask is not None and mask.dim() == 3:  # many more than patches
+        count = mask.sum(dtype=torch.int32)
+    elif mean and mask is not None:
         count = torch.empty((), dtype=torch.int32, device=pred.device)
-        flat = mask.flatten(1)
-        sizes = (batch, flat.shape[1], flat.stride(0))
-        _triton.launch(count_kernel, 1, mask, flat, count, *sizes, BLOCK=MEAN_BLOCK, num_warps=8)
+        _triton.launch(count_kernel, 1, mask, mask, count, batch, rows, mask.stride(0), BLOCK=MEAN_BLOCK, num_warps=8)
     target, tiles, warps = _target(images, patch_h, patch_w, pixels, norm_pix, local_norm)
     _triton.launch(
         masked_patch_loss_local_bwd_kernel if local_norm else masked_patch_loss_bwd_kernel,
@@ -397,7 +397,8 @@ def _target(
         block_y, block_x = (
             min(most, triton.next_power_of_2(side)) for most, side in ((LOCAL_Y, patch_h), (LOCAL_X, patch_w))
         )
-        return (reach,), {"BLOCK_Y": block_y, "BLOCK_X": block_x, "BLOCK_W": LOCAL_W}, LOCAL_WARPS
+        blocks = {"BLOCK_Y": block_y, "BLOCK_X": block_x, "BLOCK_W": LOCAL_W}
+        return (reach,), {**blocks, "maxnreg": _triton.SUM_REGISTERS}, LOCAL_WARPS
     block = max(32, triton.next_power_of_2(pixels)) if pixels <= MAX_BLOCK else CHUNK
     return (), {"NORM_PIX": norm_pix, "BLOCK_E": block}, min(8, max(1, block // 256))
 
