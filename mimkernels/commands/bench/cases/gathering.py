@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -35,7 +36,8 @@ class Size:
 
 
 def gathering_cases(size: Size, dtype: torch.dtype, device: str, compiled: bool = True) -> Iterator[Benchmark]:
-    for make in (mask_and_gather, gather, restore, fill, loss, loss_of_masked, embed_visible, patchify, patchify_uint8):
+    losses = (loss, loss_of_masked, loss_by_neighbourhood)
+    for make in (mask_and_gather, gather, restore, fill, *losses, embed_visible, patchify, patchify_uint8):
         benchmark = make(size, dtype, device)
         if compiled:
             torch._dynamo.reset()
@@ -186,6 +188,25 @@ def loss_of_masked(size: Size, dtype: torch.dtype, device: str) -> Benchmark:
     return case("masked_patch_loss of masked patches, forward + backward", size, ours, plain, moved)
 
 
+def loss_by_neighbourhood(size: Size, dtype: torch.dtype, device: str) -> Benchmark:
+    if device == "cpu":
+        size = replace(size, batch=min(size.batch, 4))  # of which the plain version takes seconds
+    images = torch.rand(size.batch, 3, size.side, size.side, device=device)
+    mask = mk.random_mask(size.batch, size.tokens, size.keep, 0, device=device).mask
+    pred = torch.randn(size.batch, size.tokens, 3 * size.patch**2, device=device).to(dtype).requires_grad_()
+
+    def plain():
+        error = (pred - patch_pixels(published_norm_targets(images, 47), size.patch)) ** 2
+        return _backward((error.mean(dim=-1) * mask).sum() / mask.sum(), pred)
+
+    def ours():
+        return _backward(mk.masked_patch_loss(pred, images, mask=mask, patch_size=size.patch, local_norm=47), pred)
+
+    masked = size.batch * (size.tokens - size.keep) * pred.shape[2]
+    moved = 2 * masked * (pred.element_size() + 4) + pred.numel() * pred.element_size()
+    return case("masked_patch_loss, local_norm 47, forward + backward", size, ours, plain, moved, tolerance=1e-5)
+
+
 def embed_visible(size: Size, dtype: torch.dtype, device: str) -> Benchmark:
     images = torch.rand(size.batch, 3, size.side, size.side, device=device).to(dtype)
     conv = torch.nn.Conv2d(3, size.dim, size.patch, size.patch, device=device, dtype=dtype)
@@ -301,3 +322,12 @@ def normalised(target: torch.Tensor) -> torch.Tensor:
 def published_loss(images: torch.Tensor, pred: torch.Tensor, mask: torch.Tensor, patch: int) -> torch.Tensor:
     per_patch = ((pred - normalised(patch_pixels(images, patch))) ** 2).mean(dim=-1)
     return (per_patch * mask).sum() / mask.sum()
+
+
+def published_norm_targets(images: torch.Tensor, size: int) -> torch.Tensor:
+    pooled = partial(F.avg_pool2d, kernel_size=size, stride=1, padding=size // 2)
+    mean = pooled(images, count_include_pad=False)
+    square = pooled(images**2, count_include_pad=False)
+    count = pooled(torch.ones_like(images), count_include_pad=True) * size**2
+    var = torch.clamp((square - mean**2) * (count / (count - 1)), min=0.0)
+    return (images - mean) / (var + 1.0e-6) ** 0.5
