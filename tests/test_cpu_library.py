@@ -58,6 +58,14 @@ def every_output(dtype):
             loss = OPS.masked_patch_loss_fwd.cpu(pred, images, None, mask, *options)
             up = torch.rand(loss.shape, generator=g)
             outputs += [loss, OPS.masked_patch_loss_bwd.cpu(up, pred, images, None, mask, *options)]
+            # Boxes around pixels; ids, which name the patches of a row anywhere, and columns of pixels that count.
+            options = (1, patch, patch, scale, shift, False, kind, 0.5, last, mean, 7)
+            columns = torch.rand(4, 5, 2 * patch, generator=g) < 0.7
+            for source, ids, counted in ((images, some[0], None), (images[:, :, 0], None, columns)):
+                rows = pred[:, : 6 if counted is None else 10]
+                loss = OPS.masked_patch_loss_fwd.cpu(rows, source, ids, counted, *options)
+                up = torch.rand(loss.shape, generator=g)
+                outputs += [loss, OPS.masked_patch_loss_bwd.cpu(up, rows, source, ids, counted, *options)]
     return outputs
 
 

@@ -116,3 +116,22 @@ def test_a_finer_mask_of_whole_patches_is_the_mask_of_patches(backend, device):
     options = {"patch_size": 4, "norm_pix": True, "backend": backend}
     whole, fine = (mimkernels.masked_patch_loss(pred, images, mask=m, **options) for m in (mask, cells))
     torch.testing.assert_close(fine, whole)
+
+
+def test_one_graph_for_all_shapes(backend, device):
+    def both(pred, images, mask, cells):
+        options = {"patch_size": 4, "backend": backend}
+        whole = mimkernels.masked_patch_loss(pred, images, mask=mask, local_norm=5, **options)
+        return whole + mimkernels.masked_patch_loss(pred, images, mask=cells, kind="l1", **options)
+
+    compiled = torch.compile(both, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch, rows, columns in ((2, 1, 2), (1, 2, 3)):
+        generator = torch.Generator().manual_seed(batch)
+        pred = torch.randn(batch, rows * columns, 16, generator=generator).to(device).requires_grad_()
+        images = torch.rand(batch, 1, 4 * rows, 4 * columns, generator=generator).to(device)
+        mask = torch.rand(batch, rows * columns, generator=generator).to(device) < 0.9
+        cells = torch.rand(batch, 2 * rows, 4 * columns, generator=generator).to(device) < 0.5
+        losses = [run(pred, images, mask, cells) for run in (compiled, both)]
+        slopes = [torch.autograd.grad(loss, pred)[0] for loss in losses]
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*slopes)
