@@ -350,14 +350,18 @@ def _from_timm(choice: EncoderChoice) -> FrozenEncoder:
         hint = "; --no-pretrained takes random weights" if choice.pretrained else ""
         raise ValueError(f"timm cannot build {choice.model!r}: {str(e).partition(chr(10))[0]}{hint}") from e
     expected = timm.data.resolve_model_data_config(model)
+    in_chans = choice.model_kwargs.get("in_chans", expected["input_size"][0])
+    mean, std = expected["mean"], expected["std"]
+    if len(mean) != in_chans and in_chans in PIXEL_STATISTICS:
+        mean, std = PIXEL_STATISTICS[in_chans]
     return FrozenEncoder(
         model,
         choice.model,
         choice.model + ("" if choice.pretrained else " with random weights"),
         img_size=choice.img_size or expected["input_size"][-1],
-        in_chans=expected["input_size"][0],
-        mean=expected["mean"],
-        std=expected["std"],
+        in_chans=in_chans,
+        mean=mean,
+        std=std,
         final_norm=choice.final_norm,
     )
 

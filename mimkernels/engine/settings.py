@@ -70,31 +70,40 @@ def require(condition: bool, name: str, value: Any, wanted: str) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser, kind: type[Settings]) -> None:
-    """One option per field. Defaults are left out of the namespace, so that it holds what the user gave and no more."""
+    """One option per field. Defaults are left out of the namespace, so that it holds what the user gave and no more.
+
+    The metadata of a field may hold ``short``, a second name of its option, ``positional=True`` for a list that is
+    given without an option, and ``nargs`` for a list of fixed length.
+    """
     groups: dict[str, argparse._ArgumentGroup] = {}
     for f in fields(kind):
         meta = f.metadata
         group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
-        option = "--" + f.name.replace("_", "-")
-        default = f.default if f.default_factory is MISSING else f.default_factory()
+        options = ["--" + f.name.replace("_", "-"), *filter(None, [meta.get("short")])]
+        default: Any = f.default if f.default_factory is MISSING else f.default_factory()
         scalar, optional = _scalar_type(f.type)
         text = meta["help"]
-        if not optional and scalar is not dict and default != "":
+        if not optional and scalar is not dict and default not in ("", []):
             text += f" (default: {('yes' if default else 'no') if scalar is bool else default})"
         common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
-        if scalar is dict:
-            group.add_argument(option, nargs="+", type=_pair, metavar="NAME=VALUE", **common)
+        kind = typing.get_origin(scalar) or scalar
+        if kind is list:
+            names = [f.name] if meta.get("positional") else options
+            group.add_argument(*names, nargs=meta.get("nargs", "*"), metavar=meta["metavar"], **common)
+        elif scalar is dict:
+            group.add_argument(*options, nargs="+", type=_pair, metavar="NAME=VALUE", **common)
         elif scalar is bool:
-            group.add_argument(option, action=argparse.BooleanOptionalAction, **common)
+            group.add_argument(*options, action=argparse.BooleanOptionalAction, **common)
         else:
             metavar = None if "choices" in meta else meta.get("metavar", {int: "N", float: "X", str: "NAME"}[scalar])
-            group.add_argument(option, type=scalar, choices=meta.get("choices"), metavar=metavar, **common)
+            group.add_argument(*options, type=scalar, choices=meta.get("choices"), metavar=metavar, **common)
 
 
 def given_arguments(args: argparse.Namespace, kind: type[Settings]) -> dict[str, Any]:
     """The settings that were given on the command line."""
     given = {f.name: getattr(args, f.name) for f in fields(kind) if hasattr(args, f.name)}
-    return {name: dict(value) if isinstance(value, list) else value for name, value in given.items()}
+    dicts = {f.name for f in fields(kind) if f.type is dict}
+    return {name: dict(value) if name in dicts else value for name, value in given.items()}
 
 
 def is_of_type(value: Any, annotation: Any) -> bool:

@@ -1,7 +1,7 @@
 """What heads do: recorded or captured, as statistics over a data set with published settings, CKA, plots, losses."""
 
 from mimkernels.heads.capture import capture
-from mimkernels.heads.cka import CKA, unbiased_hsic
+from mimkernels.heads.cka import CKA, gram_matrices, unbiased_hsic
 from mimkernels.heads.derived import (
     eps_patch_entropy,
     normalized_entropy,
@@ -39,6 +39,7 @@ __all__ = [
     "RecordedHeads",
     "capture",
     "eps_patch_entropy",
+    "gram_matrices",
     "normalized_entropy",
     "normalized_mutual_information",
     "parse_regularizers",

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["CKA", "unbiased_hsic"]
+__all__ = ["CKA", "gram_matrices", "unbiased_hsic"]
 
 TOKENS = ("all", "cls", "patch")
 
@@ -41,6 +41,52 @@ def unbiased_hsic(k: Tensor, l: Tensor) -> Tensor:
     trace = k.flatten(1) @ l.flatten(1).T
     sums = torch.outer(k_rows.sum(1), l_rows.sum(1)) / ((n - 1) * (n - 2))
     return (trace + sums - 2 * (k_rows @ l_rows.T) / (n - 2)) / (n * (n - 3))
+
+
+def gram_matrices(
+    features: Sequence[Tensor],
+    *,
+    tokens: str = "all",
+    num_prefix: int = 1,
+    rescale: bool = False,
+    name: str = "features",
+) -> Tensor:
+    """Gram matrices of centred features, one for each layer, for ``CKA.update_grams``.
+
+    Args:
+        features: ``[B, D]`` or ``[B, N, D]`` of each layer, B at least 4.
+        tokens, num_prefix, rescale: as of ``CKA``.
+        name: of the features, in messages.
+
+    Returns:
+        ``[layers, B, B]`` float64.
+
+    Raises:
+        ValueError: fewer than 4 images, other shapes, or layers of different images.
+    """
+    if isinstance(features, Tensor) or not features:
+        raise ValueError(f"{name} must be a sequence of [B, D] or [B, N, D] features, one per layer")
+    grams: list[Tensor] = []
+    for x in features:
+        if x.dim() == 3:
+            first = num_prefix if tokens == "patch" else 0
+            x = x[:, :1] if tokens == "cls" else x[:, first:]
+        elif x.dim() != 2:
+            raise ValueError(f"features must be [B, D] or [B, N, D], got {list(x.shape)}")
+        if x.shape[0] < 4:
+            raise ValueError(f"CKA needs at least 4 images in a batch, got {x.shape[0]}")
+        x = x.detach().flatten(1)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if grams and len(x) != len(grams[0]):
+            raise ValueError(f"layers of {name} have {len(grams[0])} and {len(x)} images")
+        # Unbiased HSIC does not change with the features' mean; without it, float32 products keep their digits.
+        centred = x - x.mean(0)
+        gram = (centred @ centred.T).double()
+        if rescale:
+            plain = (x @ x.T).double()
+            gram = gram / (plain.max() - plain.min())
+        grams.append(gram)
+    return torch.stack(grams)
 
 
 class CKA:
@@ -90,7 +136,20 @@ class CKA:
             ValueError: fewer than 4 images, or batches or layer counts that disagree.
         """
         k = self._grams("x", x)
-        l = k if y is None else self._grams("y", y)
+        self.update_grams(k, None if y is None else self._grams("y", y))
+
+    @torch.no_grad()
+    def update_grams(self, k: Tensor, l: Tensor | None = None) -> None:
+        """Add one batch by its Gram matrices, which are small enough to be kept: models then need not run together.
+
+        Args:
+            k: ``[layers, B, B]`` from ``gram_matrices``.
+            l: those of the same images by another model; ``k`` itself if None.
+
+        Raises:
+            ValueError: fewer than 4 images, or batches or layer counts that disagree.
+        """
+        l = k if l is None else l
         if k.shape[1] != l.shape[1]:
             raise ValueError(f"x has {k.shape[1]} images and y has {l.shape[1]}; both must be of the same images")
         sums = (
@@ -109,30 +168,7 @@ class CKA:
         self.batches += 1
 
     def _grams(self, name: str, features: Sequence[Tensor]) -> Tensor:
-        """``[layers, B, B]`` Gram matrices of centred features."""
-        if isinstance(features, Tensor) or not features:
-            raise ValueError(f"{name} must be a sequence of [B, D] or [B, N, D] features, one per layer")
-        grams: list[Tensor] = []
-        for x in features:
-            if x.dim() == 3:
-                first = self.num_prefix if self.tokens == "patch" else 0
-                x = x[:, :1] if self.tokens == "cls" else x[:, first:]
-            elif x.dim() != 2:
-                raise ValueError(f"features must be [B, D] or [B, N, D], got {list(x.shape)}")
-            if x.shape[0] < 4:
-                raise ValueError(f"CKA needs at least 4 images in a batch, got {x.shape[0]}")
-            x = x.detach().flatten(1)
-            x = x.to(torch.promote_types(x.dtype, torch.float32))
-            if grams and len(x) != len(grams[0]):
-                raise ValueError(f"layers of {name} have {len(grams[0])} and {len(x)} images")
-            # Unbiased HSIC does not change with the features' mean; without it, float32 products keep their digits.
-            centred = x - x.mean(0)
-            gram = (centred @ centred.T).double()
-            if self.rescale:
-                plain = (x @ x.T).double()
-                gram = gram / (plain.max() - plain.min())
-            grams.append(gram)
-        return torch.stack(grams)
+        return gram_matrices(features, tokens=self.tokens, num_prefix=self.num_prefix, rescale=self.rescale, name=name)
 
     def merge(self, other: CKA) -> CKA:
         """Add what ``other`` recorded; returns this object.

@@ -423,6 +423,11 @@ class HeadStatistics:
         """
         return torch.stack([self.layer_mean(name) for name in BEYOND_CLS], dim=1)
 
+    @staticmethod
+    def is_per_head(name: str) -> bool:
+        """Whether a layer has one number of this quantity for every head, not one alone."""
+        return find_quantity(name).per_head
+
     def unit_of(self, name: str) -> str:
         """The unit of a quantity, for people: "nats", "pixels", ..., or "" for a pure number."""
         unit = find_quantity(name).unit

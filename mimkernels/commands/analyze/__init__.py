@@ -1,0 +1,1 @@
+"""``mimkernels analyze``: what the heads and tokens of several models do, side by side."""

@@ -1,0 +1,142 @@
+"""Settings of an analysis, and the models that its arguments name."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mimkernels.data import MAX_PIXELS
+from mimkernels.engine.settings import DEVICES, PRECISIONS, Settings, require, setting
+
+UNITS = ("pixel", "patch", "unit")
+X_AXES = ("layer", "depth")
+SPLITS = ("test", "train")
+
+_NAME = re.compile(r"([\w .+@-]+)=(.+)", re.DOTALL)
+_OPTION = re.compile(r":([A-Za-z_]\w*)=([^:/]*)$")
+
+
+@dataclass
+class AnalyzeConfig(Settings):
+    """Everything that an analysis depends on."""
+
+    models: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "run folder or checkpoint of `mimkernels pretrain`, a published MAE checkpoint, or a timm name; "
+            "NAME=MODEL names it, and several runs of one name are its seeds; options follow colons: arch, img_size, "
+            "pretrained, and timm's own, as in small=vit_tiny_patch16_224:img_size=32:depth=6",
+            "group": "models", "positional": True, "nargs": "+", "metavar": "MODEL",
+        },
+    )  # fmt: skip
+    compare: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "names of two models, such as before and after fine-tuning: also draw what differs, layer by layer",
+            "group": "models", "nargs": 2, "metavar": ("BEFORE", "AFTER"),
+        },
+    )  # fmt: skip
+
+    data: str = setting("digits", "digits (embedded), a folder of images, or torchvision:NAME", "data",
+                        metavar="DATA")  # fmt: skip
+    data_root: str = setting("data", "where torchvision sets are kept or downloaded to", "data", metavar="DIR")
+    split: str = setting("test", "images of the set's test part, if it has one, or of its training part", "data",
+                         choices=SPLITS)  # fmt: skip
+    images: int = setting(1000, "number of images, spread evenly over the set", "data")
+    max_pixels: int = setting(MAX_PIXELS, "refuse image files of more pixels, before they are decoded", "data")
+    pixel_range: str = setting("auto", "values that become black and white in grey images of more than 8 bits", "data",
+                               metavar="LOW,HIGH")  # fmt: skip
+    workers: int | None = setting(None, "data-loading processes; 0 for none (default: by the cores)", "data")
+
+    unit: str = setting("pixel", "of attention distances; unit: sides of the image", "figures", choices=UNITS)
+    x: str = setting("layer", "horizontal axis: number of the layer, or its relative depth from 0 to 1", "figures",
+                     choices=X_AXES)  # fmt: skip
+
+    batch_size: int = setting(64, "images at a time; CKA is an average over these batches", "execution")
+    device: str = setting("auto", "where to compute", "execution", choices=DEVICES)
+    precision: str = setting("fp32", "of the encoders; auto takes bf16 where it is fast", "execution",
+                             choices=PRECISIONS)  # fmt: skip
+    output: str = setting("runs/analysis", "output folder; what it holds of a model is not computed again", "output",
+                          metavar="DIR", short="-o")  # fmt: skip
+    title: str = setting("", "title of the report", "output")
+
+    def check(self) -> None:
+        """Raise ValueError for values that cannot work, before anything is read or written."""
+        from mimkernels.data.pixels import Decoder
+
+        if not self.models:
+            raise ValueError("models are missing: name at least one run folder, checkpoint or timm model")
+        require(self.images >= 4, "images", self.images, "at least 4 (CKA compares images with each other)")
+        require(self.batch_size >= 4, "batch_size", self.batch_size, "at least 4 (CKA compares images of a batch)")
+        require(self.workers is None or self.workers >= 0, "workers", self.workers, "0 or more")
+        choices = (("split", SPLITS), ("unit", UNITS), ("x", X_AXES), ("device", DEVICES), ("precision", PRECISIONS))
+        for name, known in choices:
+            require(getattr(self, name) in known, name, getattr(self, name), f"one of {', '.join(known)}")
+        Decoder.from_settings(self.max_pixels, self.pixel_range)
+        names = [choice.name for choice in parse_models(self.models)]
+        require(len(self.compare) in (0, 2), "compare", self.compare, "two names of models")
+        for name in self.compare:
+            require(name in names, "compare", repr(name), f"a name of a model: {', '.join(dict.fromkeys(names))}")
+
+
+@dataclass
+class ModelChoice:
+    """One model that is analysed: what ``load_encoder`` needs, and its name in figures."""
+
+    name: str
+    model: str
+    arch: str | None = None
+    model_kwargs: dict = field(default_factory=dict)
+    pretrained: bool = True
+    img_size: int | None = None
+    final_norm: bool = True
+
+
+def parse_models(texts: list[str]) -> list[ModelChoice]:
+    """``NAME=MODEL:OPTION=VALUE`` of every model, in order.
+
+    Raises:
+        ValueError: an option of another type, or two models that have one name which nobody gave them.
+    """
+    choices: list[ModelChoice] = []
+    named: list[bool] = []
+    for text in texts:
+        match = None if Path(text).exists() else _NAME.fullmatch(text)
+        given, model = (match[1].strip(), match[2]) if match else (None, text)
+        options: dict[str, Any] = {}
+        while not Path(model).exists() and (option := _OPTION.search(model)):
+            options = {option[1]: _value(option[2]), **options}
+            model = model[: option.start()]
+        choice = ModelChoice(given or _name_of(model), model, options.pop("arch", None))
+        choice.pretrained = options.pop("pretrained", True)
+        choice.img_size = options.pop("img_size", None)
+        choice.model_kwargs = options
+        require(isinstance(choice.pretrained, bool), f"pretrained of {text!r}", choice.pretrained, "true or false")
+        size = choice.img_size
+        require(size is None or (type(size) is int and size >= 1), f"img_size of {text!r}", size, "at least 1")
+        same = [other for other, known in zip(choices, named, strict=True) if other.name == choice.name and not known]
+        if same or (given is None and choice.name in [other.name for other in choices]):
+            raise ValueError(
+                f"two models are called {choice.name!r}: name them, as in a={same[0].model if same else model} "
+                f"b={model}; one name for both, if they are runs of one model"
+            )
+        choices.append(choice)
+        named.append(given is not None)
+    return choices
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _name_of(model: str) -> str:
+    path = Path(model)
+    if path.is_file() and path.parent.name == "checkpoints":
+        return path.parent.parent.name or model
+    if path.is_dir():
+        return path.resolve().name
+    return path.stem if path.is_file() else model

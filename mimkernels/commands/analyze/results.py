@@ -1,0 +1,69 @@
+"""What one pass of a model over the images gives, and where it is kept."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mimkernels.engine import files
+from mimkernels.heads import HeadStatistics
+from mimkernels.models.checkpoint import read_file
+
+FORMAT = 1
+
+
+@dataclass
+class Measured:
+    """What one model does on the images.
+
+    Attributes:
+        facts: sizes of the model, by name.
+        heads: statistics of its attention layers, as ``HeadStatistics.to_dict`` gives them.
+        grams: ``[states, B, B]`` Gram matrices of the patch tokens of every batch, before the first block and after
+            every block; for CKA with other models.
+        notes: what could not be measured, and why.
+    """
+
+    facts: dict[str, Any]
+    heads: dict[str, Any]
+    grams: list[Tensor] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def statistics(self) -> HeadStatistics:
+        return HeadStatistics.from_dict(self.heads)
+
+
+@dataclass
+class Model:
+    """A model of the report: its name, and what each of its runs (seeds) does."""
+
+    name: str
+    runs: list[Measured]
+
+
+def key_of(*parts: Any) -> str:
+    """The name under which a pass is kept: a hash of everything that its numbers depend on."""
+    return hashlib.sha256(json.dumps([FORMAT, *parts], sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def save(path: Path, measured: Measured) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.save(path, {"format": FORMAT, **asdict(measured)})
+
+
+def load(path: Path) -> Measured | None:
+    """What ``save`` wrote; None if there is nothing, or it cannot be read."""
+    if not path.is_file():
+        return None
+    try:
+        content = read_file(path)
+    except (ValueError, OSError):
+        return None
+    names = [item.name for item in fields(Measured)]
+    if not isinstance(content, dict) or content.get("format") != FORMAT or not set(names) <= content.keys():
+        return None
+    return Measured(**{name: content[name] for name in names})

@@ -1,0 +1,174 @@
+"""One analysis from its settings to its page. Everything is checked before the first file is written."""
+
+import contextlib
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+
+from mimkernels.commands.analyze import results
+from mimkernels.commands.analyze.config import AnalyzeConfig, ModelChoice, parse_models
+from mimkernels.commands.analyze.measure import HEAD_QUANTITIES, measure
+from mimkernels.commands.analyze.report import AnalysisReport, write_report
+from mimkernels.commands.analyze.results import Measured, Model
+from mimkernels.data.labelled import LabelledImages
+from mimkernels.data.pixels import Decoder
+from mimkernels.data.sources import DigitsSource, open_held_out, open_source
+from mimkernels.engine import files
+from mimkernels.engine.command import TrainingError
+from mimkernels.engine.encoder import FrozenEncoder, load_encoder
+from mimkernels.engine.environment import start_accelerator, versions
+from mimkernels.engine.hardware import default_workers, device_name
+from mimkernels.engine.lock import folder_lock
+from mimkernels.engine.progress import Progress, duration
+
+
+@dataclass
+class AnalysisResult:
+    """What an analysis found."""
+
+    models: list[Model]
+    report: Path
+    numbers: dict[str, Any]  # as --json prints them
+    measured: int  # models that ran; the others were kept from before
+
+
+def analyze(config: AnalyzeConfig, *, overwrite: bool = False, stream: TextIO | None = None) -> AnalysisResult:
+    """Check everything, then analyse; the arguments are those of ``AnalyzeRun``.
+
+    Raises:
+        ValueError: a setting, the data or a model does not fit; nothing has been written.
+        TrainingError: no image can be read, out of memory, disk full.
+    """
+    return AnalyzeRun(config, overwrite=overwrite, stream=stream).execute()
+
+
+class AnalyzeRun:
+    """An analysis that has been checked and is ready to start.
+
+    Args:
+        config: what to analyse.
+        overwrite: run every model anew.
+        stream: where progress goes (default: standard output, or standard error with `as_json`).
+        as_json: print every number to standard output.
+    """
+
+    def __init__(
+        self, config: AnalyzeConfig, *, overwrite: bool = False, stream: TextIO | None = None, as_json: bool = False
+    ) -> None:
+        config.check()
+        self.config, self.overwrite, self.as_json = config, overwrite, as_json
+        self.output = Path(config.output)
+        files.check_writable(self.output)
+        self.accelerator, self.precision, self.precision_reason = start_accelerator(config.device, config.precision)
+        self.choices = parse_models(config.models)
+        self.images = _open_images(config)
+        # One at a time is held later; here each shows that it can be loaded.
+        self.keys = [self._key(choice, _load(choice)) for choice in self.choices]
+        stream = stream or (sys.stderr if as_json else sys.stdout)
+        self.progress = Progress(total_steps=1, steps_per_epoch=1, quiet=False, stream=stream)
+        with contextlib.ExitStack() as held:
+            held.enter_context(folder_lock(self.output))
+            self._held = held.pop_all()
+
+    def execute(self) -> AnalysisResult:
+        """Run each model that is not kept from before, and write the page and the numbers."""
+        with self._held:
+            try:
+                return self._execute()
+            except torch.OutOfMemoryError as e:
+                device = device_name(self.accelerator.device)
+                raise TrainingError(f"out of memory on {device}: lower --batch-size ({str(e).splitlines()[0]})") from e
+            except OSError as e:
+                raise TrainingError(files.refusal(e, self.output)) from e
+
+    def _execute(self) -> AnalysisResult:
+        files.sweep(self.output, self.output / "models")
+        models: dict[str, Model] = {}
+        ran = 0
+        for choice, key in zip(self.choices, self.keys, strict=True):
+            path = self.output / "models" / f"{key}.pt"
+            measured = None if self.overwrite else results.load(path)
+            if measured is None:
+                measured = self._measure(choice)
+                results.save(path, measured)
+                ran += 1
+            else:
+                self.progress.note(f"{choice.name}: kept from {path}")
+            models.setdefault(choice.name, Model(choice.name, [])).runs.append(measured)
+        report = AnalysisReport(self.config, list(models.values()), self._facts(), versions())
+        page = write_report(self.output / "report.html", report)
+        numbers = report.numbers
+        text = json.dumps(numbers, indent=1)
+        files.write_text(self.output / "numbers.json", text + "\n")
+        files.write_text(self.output / "config.json", self.config.to_json())
+        for finding in report.findings:
+            self.progress.note(f"- {finding}")
+        self.progress.note(f"report: {page}")
+        if self.as_json:
+            print(text)
+        return AnalysisResult(report.models, page, numbers, ran)
+
+    def _measure(self, choice: ModelChoice) -> Measured:
+        encoder = _load(choice)
+        began = noted = time.perf_counter()
+
+        def note(text: str) -> None:
+            nonlocal noted
+            if time.perf_counter() - noted > 10:
+                noted = time.perf_counter()
+                self.progress.note(f"{choice.name}: {text}")
+
+        measured = measure(encoder, self.images, self.config, self.accelerator, self._workers(), note)
+        seconds = time.perf_counter() - began
+        self.progress.note(f"{choice.name}: {measured.facts['images']:,} images in {duration(seconds)}")
+        return measured
+
+    def _key(self, choice: ModelChoice, encoder: FrozenEncoder) -> str:
+        heads = [int(part.num_heads) for part in encoder.modules() if isinstance(getattr(part, "num_heads", 0), int)
+                 and getattr(part, "num_heads", 0)]  # fmt: skip
+        config = self.config
+        options = (config.unit, config.batch_size, self.precision, config.pixel_range, HEAD_QUANTITIES)
+        model = (type(encoder.model).__name__, heads, encoder.fingerprint(), asdict(choice)["model_kwargs"])
+        return results.key_of(model, self.images.fingerprint(), options)
+
+    def _workers(self) -> int:
+        if self.config.workers is not None:
+            return self.config.workers
+        if self.accelerator.device.type == "cpu" and isinstance(self.images.source, DigitsSource):
+            return 0
+        return default_workers()
+
+    def _facts(self) -> dict[str, str]:
+        return {
+            "Data": f"{self.config.data}: {len(self.images):,} images of {len(self.images.source):,}",
+            "Device": device_name(self.accelerator.device),
+            "Precision": f"{self.precision} ({self.precision_reason})",
+        }
+
+
+def _load(choice: ModelChoice) -> FrozenEncoder:
+    """The encoder; random weights are the same ones every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return load_encoder(choice)
+
+
+def _open_images(config: AnalyzeConfig) -> LabelledImages:
+    """Images spread evenly over the part of the set that is wanted; class -1 where they have none."""
+    decoder = Decoder.from_settings(config.max_pixels, config.pixel_range)
+    held_out = open_held_out(config.data, config.data_root) if config.split == "test" else None
+    source = held_out or open_source(config.data, config.data_root, decoder)
+    try:
+        numbers, _ = source.targets()
+    except ValueError:
+        numbers = [-1] * len(source)
+    if len(source) < 4:
+        raise ValueError(f"{source.name!r} has {len(source)} images; CKA needs at least 4")
+    chosen = np.linspace(0, len(source) - 1, min(config.images, len(source))).round().astype(int)
+    return LabelledImages(source, chosen, torch.tensor(numbers, dtype=torch.int64)[torch.from_numpy(chosen)])

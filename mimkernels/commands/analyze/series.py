@@ -1,0 +1,85 @@
+"""What figures draw: for each model, values by layer with their spread over images and over runs."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mimkernels.commands.analyze.results import Model
+from mimkernels.heads import HeadStatistics
+
+
+@dataclass
+class Series:
+    """One quantity of one model.
+
+    Attributes:
+        name: of the model.
+        x: ``[L]`` where the layers lie on the horizontal axis.
+        runs: ``[S, L]`` mean over images and heads, of every run.
+        spread: ``[L]`` standard deviation over images, NaN where it is not known.
+        heads: ``[S, L, H]`` mean over images of every head, or None for what a layer has once.
+    """
+
+    name: str
+    x: Tensor
+    runs: Tensor
+    spread: Tensor
+    heads: Tensor | None = None
+
+    @property
+    def mean(self) -> Tensor:
+        """``[L]`` over runs."""
+        return self.runs.mean(0)
+
+
+def places(layers: int, x: str, first: int = 1) -> Tensor:
+    """Where layers lie on the horizontal axis: numbers from `first`, or relative depths."""
+    numbers = torch.arange(layers, dtype=torch.float64)
+    return numbers + first if x == "layer" else numbers / max(1, layers - 1)
+
+
+def series_of(
+    models: Sequence[Model], quantity: str, x: str = "layer", *, per_log_tokens: bool = False
+) -> list[Series]:
+    """One quantity of the heads of every model that has it.
+
+    Args:
+        per_log_tokens: divide by the logarithm of the number of tokens, so that models of other grids compare.
+    """
+    found = []
+    for model in models:
+        statistics = [run.statistics for run in model.runs]
+        if not all(quantity in seen.names for seen in statistics):
+            continue
+        scale = [1 / math.log(run.facts["tokens"]) if per_log_tokens else 1.0 for run in model.runs]
+        found.append(_series(model.name, statistics, quantity, scale, x, first=1))
+    return found
+
+
+def _series(
+    name: str, statistics: Sequence[HeadStatistics], quantity: str, scale: Sequence[float], x: str, first: int
+) -> Series:
+    means = [seen.mean(quantity) * factor for seen, factor in zip(statistics, scale, strict=True)]
+    spread = torch.stack([seen.std(quantity).nanmean(1) * f for seen, f in zip(statistics, scale, strict=True)])
+    runs = torch.stack([mean.nanmean(1) for mean in means])
+    per_head = statistics[0].is_per_head(quantity)
+    return Series(name, places(runs.shape[1], x, first), runs, spread.mean(0), torch.stack(means) if per_head else None)
+
+
+def limits(series: Sequence[Series], *, also: Sequence[float] = ()) -> tuple[float, float]:
+    """The vertical axis on which all of it is seen; from 0 unless that would flatten the differences."""
+    parts = [one.runs.flatten() for one in series]
+    parts += [one.heads.flatten() for one in series if one.heads is not None]
+    parts += [torch.cat((one.mean - one.spread, one.mean + one.spread)) for one in series]
+    values = torch.cat([*parts, torch.tensor([float(value) for value in also], dtype=torch.float64)])
+    values = values[values.isfinite()]
+    if not len(values):
+        return 0.0, 1.0
+    low, high = values.min().item(), values.max().item()
+    room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    if low >= 0 and low <= 0.6 * high:
+        return (-room / 2 if low < room else 0.0), high + room
+    return low - room, high + room

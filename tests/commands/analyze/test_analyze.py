@@ -1,0 +1,119 @@
+import io
+import json
+import math
+import re
+
+import pytest
+import torch
+
+from mimkernels.cli import main
+from mimkernels.commands.analyze import findings
+from mimkernels.commands.analyze.config import AnalyzeConfig, parse_models
+from mimkernels.commands.analyze.run import analyze
+from mimkernels.heads import HeadStatistics
+
+TIMM = "vit_tiny_patch16_224:pretrained=false:in_chans=1:img_size=16:patch_size=4:embed_dim=16:depth={}:num_heads=2"
+A, B = f"a={TIMM.format(3)}", f"b={TIMM.format(2)}"
+
+
+def settings(tmp_path, *models, **changes):
+    """An analysis of tiny models on a few digits."""
+    small = {"images": 24, "batch_size": 12, "device": "cpu", "workers": 0, "output": str(tmp_path / "out")}
+    return AnalyzeConfig(models=list(models), **{**small, **changes})
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Two models of different depths, analysed once for all tests: the result and what was printed."""
+    stream = io.StringIO()
+    folder = tmp_path_factory.mktemp("two")
+    return analyze(settings(folder, A, B), stream=stream), stream.getvalue(), folder / "out"
+
+
+def test_models_are_named_and_take_options():
+    mae, vit = parse_models(["mae=runs/a:arch=vit_base_patch16_224", TIMM.format(3)])
+    assert (mae.name, mae.model, mae.arch, mae.model_kwargs) == ("mae", "runs/a", "vit_base_patch16_224", {})
+    assert vit.name == vit.model == "vit_tiny_patch16_224" and vit.img_size == 16 and vit.pretrained is False
+    assert vit.model_kwargs == {"in_chans": 1, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2}
+    seeds = parse_models(["mae=a", "mae=b"])
+    assert [choice.name for choice in seeds] == ["mae", "mae"]
+    with pytest.raises(ValueError, match="two models are called 'c'"):
+        parse_models(["c", "c"])
+
+
+def test_a_path_that_exists_is_taken_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=b:c=1").mkdir()
+    (choice,) = parse_models(["a=b:c=1"])
+    assert choice.model == "a=b:c=1" and not choice.model_kwargs
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"models": []}, "models are missing"),
+        ({"images": 3}, "images must be at least 4"),
+        ({"compare": ["a", "c"]}, "compare must be a name of a model: a, b"),
+        ({"models": [A, "x=no_such_model"]}, "neither a file, nor a folder, nor a timm model"),
+        ({"data": "/nowhere"}, "does not exist"),
+    ],
+)
+def test_refusals_say_what_is_wrong_and_write_nothing(tmp_path, changes, told):
+    given = {"models": [A, B], **changes}
+    with pytest.raises(ValueError, match=told):
+        analyze(settings(tmp_path, *given.pop("models"), **given))
+    assert not (tmp_path / "out").exists()
+
+
+def test_findings_are_those_of_made_values():
+    assert findings.falls_below(torch.tensor([1.0, 3.0, 2.0, 0.9, 0.8])) == 4
+    assert findings.falls_below(torch.tensor([1.0, 3.0, 0.5, 1.1])) is None
+    assert findings.last_quarter(torch.arange(8.0)) == 6.5 and findings.last_quarter(torch.ones(1)) == 1
+    matrix = torch.tensor([[1.0, 0.2, 0.4], [0.2, 1.0, 0.6], [0.4, 0.6, 1.0]])
+    assert findings.off_diagonal(matrix) == pytest.approx(0.4)
+
+
+def test_every_number_is_in_the_json(two):
+    result, _, folder = two
+    numbers = json.loads((folder / "numbers.json").read_text())
+    assert numbers == result.numbers and [model["name"] for model in numbers["models"]] == ["a", "b"]
+    assert len(numbers["cka"]["a"]) == 4 and len(numbers["cka"]["b"]) == 3  # the input of the first block, too
+    assert len(numbers["cka"]["a | b"]) == 4 and len(numbers["cka"]["a | b"][0]) == 3
+    assert [numbers["cka"]["a"][i][i] for i in range(4)] == pytest.approx([1] * 4)
+    seen = HeadStatistics.from_dict(numbers["models"][0]["runs"][0]["heads"])
+    assert seen.layers == (0, 1, 2) and set(seen.images.values()) == {24}
+    # Untrained models attend nearly alike to all 17 tokens, 4 x 4 patches of 4 pixels and [cls].
+    assert seen.layer_mean("entropy").tolist() == pytest.approx([math.log(17)] * 3, abs=0.05)
+    y, x = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij")
+    places = 4 * torch.stack((y.flatten(), x.flatten()), 1)
+    distance = torch.cdist(places, places).sum().item() / 16 / 17
+    assert seen.layer_mean("distance").tolist() == pytest.approx([distance] * 3, rel=0.05)
+
+
+def test_the_page_needs_nothing_from_outside_and_shows_every_model(two):
+    _, printed, folder = two
+    page = (folder / "report.html").read_text()
+    assert not re.search(r"""(src|href)=["']?https?:|<link|@import""", page)
+    for text in ("Attention distance", "Difference between heads", "[cls] to itself", "uniform: log 16 = 2.77", "CKA"):
+        assert text in page
+    assert page.count("<svg") == 4 * 2 + 5 + 3  # heads of each model, [cls] and patches, CKA within and between
+    assert "Attention of the last quarter of the layers" in printed and "report.html" in printed
+
+
+def test_one_more_model_costs_one_pass_and_a_damaged_one_is_run_again(two, tmp_path):
+    result, _, folder = two
+    assert result.measured == 2
+    kept = sorted((folder / "models").iterdir())
+    assert len(kept) == 2
+    kept[0].write_bytes(kept[0].read_bytes()[:-100])
+    stream = io.StringIO()
+    again = analyze(settings(tmp_path, A, B, f"c={TIMM.format(1)}", output=str(folder)), stream=stream)
+    assert again.measured == 2 and len(re.findall("kept from", stream.getvalue())) == 1
+
+
+def test_json_alone_goes_to_standard_output(two, capsys):
+    result, _, folder = two
+    given = ["--images", "24", "--batch-size", "12", "--device", "cpu", "--workers", "0", "-o", str(folder), "--json"]
+    assert main(["analyze", A, B, *given]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["cka"] == result.numbers["cka"] and "report.html" in err
