@@ -26,6 +26,7 @@ from mimkernels.heads.presets import (
 from mimkernels.heads.record import LayerHeads, RecordedHeads, record_heads
 from mimkernels.heads.regularizers import parse_regularizers, regularization_loss
 from mimkernels.heads.statistics import HeadStatistics
+from mimkernels.heads.tokens import relative_log_amplitude, token_similarity
 
 __all__ = [
     "BEYOND_CLS",
@@ -54,7 +55,9 @@ __all__ = [
     "record_heads",
     "region_entropy",
     "regularization_loss",
+    "relative_log_amplitude",
     "renormalized_distance",
     "required_stats",
+    "token_similarity",
     "unbiased_hsic",
 ]

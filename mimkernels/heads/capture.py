@@ -43,6 +43,7 @@ def capture(
     differentiable: bool = False,
     unit: str | None = None,
     exclude_prefix: bool | None = None,
+    keep: Sequence[str] = (),
 ) -> Capture:
     """See what the heads of a model do; a context manager that gives ``RecordedHeads``.
 
@@ -73,6 +74,7 @@ def capture(
         accumulate: keep only sums over images, for whole data sets; else also every row, ``[B, H, N]``.
         differentiable: rows keep their gradients, so that they can be terms of a loss.
         unit, exclude_prefix: as of ``HeadStatistics``.
+        keep: what to keep of the last call of every layer, of "q", "k" and "lse", for the companion ops.
 
     Raises:
         ValueError: an unknown statistic, or a layout that must be given; inside, a layer whose tokens do not fit the
@@ -109,7 +111,9 @@ def capture(
         raise ValueError(f"{unseen[0]} is of tokens outside attention, which capture cannot see; use HeadStatistics")
     layouts = Layouts(model)
     places = _Places(model, layouts, wanted, positions, num_prefix)
-    return Capture(model, wanted, presets, layouts, places, Choice(layers), accumulate, differentiable)
+    if isinstance(keep, str) or not set(keep) <= {"q", "k", "lse"}:
+        raise ValueError(f"capture keeps of q, k, lse what it is told, as in keep=('q', 'k'), got {keep!r}")
+    return Capture(model, wanted, presets, layouts, places, Choice(layers), accumulate, differentiable, keep)
 
 
 class Capture(FunctionObserver):
@@ -125,6 +129,7 @@ class Capture(FunctionObserver):
         choice: Choice,
         accumulate: bool,
         differentiable: bool,
+        keep: Sequence[str] = (),
     ) -> None:
         self._model = model
         self._wanted = wanted
@@ -133,7 +138,7 @@ class Capture(FunctionObserver):
         self._places = places
         self._choice = choice
         self._differentiable = differentiable
-        self._recorder = HeadRecorder(rows=not accumulate, differentiable=differentiable)
+        self._recorder = HeadRecorder(keep, rows=not accumulate, differentiable=differentiable)
         self._heads = RecordedHeads()
         self._calls = Calls(model, self, layouts.left)
         self._open: ExitStack | None = None
@@ -235,7 +240,8 @@ class Capture(FunctionObserver):
         if not plan.names:
             return
         rows = self._recorder.write(layer, call, output)
-        self._group(plan).update(layer.index, rows, q=call.q, k=call.k, lse=output.lse, **call.options)
+        group = self._group(plan)
+        group.update(layer.index, rows, q=call.q, k=call.k, v=call.v, lse=output.lse, **call.options)
 
     def _group(self, plan: _Plan) -> HeadStatistics:
         # Of cross-attention's queries, none are known to be prefix tokens.
@@ -265,11 +271,8 @@ def _cannot_have(name: str, queries: int, keys: int, num_prefix: int) -> str:
         return "no queries"
     if queries != keys:
         per_token = {"self_mass", "distance"} & set(QUANTITIES[name].row_stats)
-        if (
-            per_token
-            or name in ("nmi", "normalized_entropy", "patch_head_divergence")
-            or name.startswith(("cls_", "pos_"))
-        ):
+        among = name in ("nmi", "normalized_entropy", "patch_head_divergence")
+        if per_token or among or name.startswith(("cls_", "pos_", "sink_")):
             return f"cross-attention: {queries} queries, {keys} keys"
     elif num_prefix >= keys:
         return f"no patch tokens: {keys} tokens, {num_prefix} of them prefix"

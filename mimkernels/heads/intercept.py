@@ -140,11 +140,13 @@ def _watch(note: str, arguments: SDPAArguments) -> None:
     if query.shape[-1] == 0:
         _show(None, f"{note}; no statistics of heads without dims")
         return
-    call = as_attention(arguments._replace(value=key))  # what v holds, no statistic asks
+    # Values of other shapes than the keys' fit no kernel; NaN, so that nothing is said of their norms.
+    value = arguments.value if arguments.value.shape == key.shape else torch.full_like(key, torch.nan)
+    call = as_attention(arguments._replace(value=value))
     dim = query.shape[-1]
     if dim < MOST_DIMS and dim % DIM_DIVISOR:  # filled up with zeros, which changes no score
-        q, k = (F.pad(tensor, (0, -dim % DIM_DIVISOR)) for tensor in (call.q, call.k))
-        call = call._replace(q=q, k=k, v=k)
+        q, k, v = (F.pad(tensor, (0, -dim % DIM_DIVISOR)) for tensor in (call.q, call.k, call.v))
+        call = call._replace(q=q, k=k, v=v)
     _show(call, note)
 
 

@@ -25,7 +25,8 @@ class Quantity:
             keys, M_i the sum of P_ij over T.
         unit: "nats", "" for a pure number, or "distance": the unit of the positions given to ``attention``.
         row_stats: names to ask of ``attention(..., stats=...)``.
-        inputs: what ``HeadStatistics.update`` needs besides: any of "q", "k", "lse", "tokens", "output".
+        inputs: what ``HeadStatistics.update`` needs besides: any of "q", "k", "v", "lse", "tokens",
+            "output".
         per_head: False where a layer has one number.
     """
 
@@ -116,6 +117,29 @@ QUANTITIES: dict[str, Quantity] = {
         Quantity("pos_magnitude", "norm of patch tokens", "|x_i|", inputs=("tokens",), per_head=False),
         Quantity("cls_output_magnitude", "norm of output, [cls]", "|y_0|", inputs=("output",), per_head=False),
         Quantity("pos_output_magnitude", "norm of output, patches", "|y_i|", inputs=("output",), per_head=False),
+        Quantity(
+            "token_similarity",
+            "similarity of patch tokens",
+            "mean cosine of x_i and x_j, i != j, both patches",
+            inputs=("tokens",),
+            per_head=False,
+        ),
+        Quantity(
+            "high_frequency",
+            "relative log amplitude of the highest frequency",
+            "log |F(pi, pi)| - log |F(0, 0)| of the map of patch tokens, mean over channels",
+            inputs=("tokens",),
+            per_head=False,
+        ),
+        Quantity("sink_attention", "attention on the sink", "max_j of mean_i P_ij; the sink is that j", inputs=_QK),
+        Quantity("sink_is_cls", "sink is [cls]", "1 where the sink is the first prefix token", inputs=_QK),
+        Quantity("sink_is_prefix", "sink is a prefix token", "1 where the sink is [cls] or a register", inputs=_QK),
+        Quantity(
+            "sink_value_norm",
+            "norm of the sink's value",
+            "|v_j| of the sink / mean_i |v_i|",
+            inputs=(*_QK, "v"),
+        ),
     )
 }
 

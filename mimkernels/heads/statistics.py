@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mimkernels.heads import derived
+from mimkernels.heads import derived, sinks
+from mimkernels.heads import tokens as token_maps
 from mimkernels.heads.presets import (
     BEYOND_CLS,
     QUANTITIES,
@@ -25,7 +26,7 @@ from mimkernels.heads.presets import (
     find_quantity,
     required_stats,
 )
-from mimkernels.ops import AttentionOutput, head_divergence
+from mimkernels.ops import AttentionOutput, head_divergence, received_attention
 
 __all__ = ["HeadStatistics"]
 
@@ -72,11 +73,12 @@ class HeadStatistics:
         symmetrize: head divergences are the mean of both directions.
         exact_eps: Beyond-[cls] entropies with the eps inside the logarithm, as published. Needs q, k and lse, and
             costs another pass of plain attention; without it they are within ``N * 1e-6`` nats.
+        grid: rows and columns of patches, for ``high_frequency``; a square one if None.
 
     Attributes:
         names: the recorded quantities, in order.
         row_stats: what to ask of ``attention(..., stats=...)``.
-        inputs: what ``update`` needs besides, of "q", "k", "lse", "tokens", "output".
+        inputs: what ``update`` needs besides, of "q", "k", "v", "lse", "tokens", "output".
 
     Raises:
         ValueError: an unknown preset, quantity or unit, or presets that contradict each other or the arguments.
@@ -101,6 +103,7 @@ class HeadStatistics:
         exclude_prefix: bool | None = None,
         symmetrize: bool = False,
         exact_eps: bool = False,
+        grid: Sequence[int] | None = None,
     ) -> None:
         chosen = [find_preset(item) for item in ((presets,) if isinstance(presets, str | Preset) else presets)]
         if isinstance(quantities, str):
@@ -115,6 +118,7 @@ class HeadStatistics:
         self.exclude_prefix: bool = _agreed("exclude_prefix", exclude_prefix, chosen, default=True)
         self.symmetrize = bool(symmetrize)
         self.exact_eps = bool(exact_eps)
+        self.grid = None if grid is None else (int(grid[0]), int(grid[1]))
         self.eps = next((preset.eps for preset in chosen if preset.eps), 1e-6)
         if self.num_prefix < 0:
             raise ValueError(f"num_prefix must not be negative, got {num_prefix}")
@@ -143,6 +147,7 @@ class HeadStatistics:
         *,
         q: Tensor | None = None,
         k: Tensor | None = None,
+        v: Tensor | None = None,
         lse: Tensor | None = None,
         bias: Tensor | None = None,
         bias_table: Tensor | None = None,
@@ -159,7 +164,8 @@ class HeadStatistics:
         Args:
             layer: its number, from 0.
             stats: what ``attention`` returned, or only its statistics, each ``[B, H, N]``.
-            q, k: ``[B, H, N, D]``, for mutual information, head divergences and ``exact_eps``.
+            q, k: ``[B, H, N, D]``, for mutual information, head divergences, sinks and ``exact_eps``.
+            v: ``[B, H, N, D]``, for the value of sinks.
             lse: ``[B, H, N]``; taken from ``stats`` if that is the whole output of ``attention``.
             bias, bias_table, bias_index, key_mask, logit_scale, scale: as given to ``attention``; needed wherever q and
                 k are.
@@ -177,7 +183,7 @@ class HeadStatistics:
         if isinstance(stats, AttentionOutput):
             lse = stats.lse if lse is None else lse
             stats = stats.stats
-        given = {"q": q, "k": k, "lse": lse, "tokens": tokens, "output": output}
+        given = {"q": q, "k": k, "v": v, "lse": lse, "tokens": tokens, "output": output}
         self._check_given(stats, given)
         rows = {name: stats[name].detach() for name in self.row_stats}
         heads = self._check_shapes(layer, rows, given)
@@ -221,6 +227,14 @@ class HeadStatistics:
         if name == "patch_head_divergence":
             between = derived.patch_head_divergence(q, k, lse, rows["patch_mass"], self.num_prefix, **options)
             return derived.per_head_divergence(between, symmetrize=self.symmetrize)
+        if name in sinks.SINKS:
+            if given.get("received") is None:  # once for all of them
+                given["received"] = received_attention(q, k, lse, **options)
+            return sinks.sink_of(name, given["received"], self.num_prefix, given["v"])
+        if name == "token_similarity":
+            return token_maps.token_similarity(given["tokens"].detach(), self.num_prefix)[:, None]
+        if name == "high_frequency":
+            return token_maps.relative_log_amplitude(given["tokens"].detach(), self.grid, self.num_prefix)[:, -1:]
         if name.endswith("_magnitude"):
             x = given["output" if "output" in name else "tokens"].detach()
             norms: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)  # [B, N]
@@ -253,7 +267,7 @@ class HeadStatistics:
             tensor = given[name]
             assert tensor is not None
             wide = name in ("tokens", "output")
-            if tensor.dim() != (4 if name in "qk" else 3):
+            if tensor.dim() != (4 if name in "qkv" else 3):
                 wanted = "[B, N, D]" if wide else "[B, H, N]" if name == "lse" else "[B, H, N, D]"
                 raise ValueError(f"{name} must be {wanted}, got {list(tensor.shape)}")
             if shape is None and not wide:
@@ -290,12 +304,13 @@ class HeadStatistics:
             "symmetrize": self.symmetrize,
             "exact_eps": self.exact_eps,
             "eps": self.eps,
+            "grid": None if self.grid is None else list(self.grid),
         }
 
     @classmethod
     def _from_settings(cls, settings: Mapping[str, Any]) -> HeadStatistics:
         options = ("quantities", "num_prefix", "unit", "exclude_prefix", "symmetrize", "exact_eps")
-        statistics = cls(**{key: settings[key] for key in options})
+        statistics = cls(**{key: settings[key] for key in options}, grid=settings.get("grid"))
         # Presets of the caller's own are known by their settings alone.
         statistics.presets, statistics.eps = tuple(settings["presets"]), settings["eps"]
         return statistics

@@ -1,0 +1,64 @@
+"""What tokens of an image are like among each other: how alike, and how fine the pattern over the image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["relative_log_amplitude", "token_similarity"]
+
+
+def token_similarity(tokens: Tensor, num_prefix: int = 0) -> Tensor:
+    """How alike the patch tokens of an image are: the mean cosine of all pairs of two different ones.
+
+    Args:
+        tokens: ``[B, N, D]``.
+        num_prefix: leading tokens that are no patches; left out.
+
+    Returns:
+        ``[B]`` fp32: 1 where all point one way, 0 for orthogonal ones; NaN for a single patch. Time and memory linear
+        in N: pairs are never made.
+
+    Source: the cosine similarity of tokens in arXiv:2305.00729.
+    """
+    x = tokens[:, num_prefix:].float()
+    count = x.shape[1]
+    unit = torch.nn.functional.normalize(x, dim=-1)
+    # The squared norm of the sum holds every ordered pair once, and every token with itself.
+    among = unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))
+    return among / (count * (count - 1)) if count > 1 else torch.full_like(among, math.nan)
+
+
+def relative_log_amplitude(tokens: Tensor, grid: Sequence[int] | None = None, num_prefix: int = 0) -> Tensor:
+    """The amplitudes of frequencies in the map of patch tokens, relative to that of frequency 0.
+
+    ``log(|F(f, f)| + 1e-6) - log(|F(0, 0)| + 1e-6)`` of the 2-D Fourier transform of every channel, mean over channels.
+
+    Args:
+        tokens: ``[B, N, D]``.
+        grid: rows and columns of patches; a square one if None.
+        num_prefix: leading tokens that are no patches; left out.
+
+    Returns:
+        ``[B, F]`` fp32, along the diagonal from frequency 0 (which is 0) to the highest, pi for an even side.
+
+    Raises:
+        ValueError: the patches do not fill the grid.
+
+    Source: arXiv:2305.00729 and arXiv:2202.06709, whose code adds 1e-6.
+    """
+    x = tokens[:, num_prefix:].float()
+    side = math.isqrt(x.shape[1])
+    rows, columns = (side, side) if grid is None else grid
+    if rows * columns != x.shape[1]:
+        raise ValueError(f"{x.shape[1]} patches do not fill a grid of {rows} x {columns}")
+    spectrum = torch.fft.fft2(x.unflatten(1, (rows, columns)), dim=(1, 2)).abs()
+    steps = min(rows, columns) // 2
+    # The same share of the highest frequency on both axes.
+    number = torch.arange(steps + 1, device=x.device)
+    diagonal = spectrum[:, number * (rows // 2) // max(1, steps), number * (columns // 2) // max(1, steps)]
+    amplitude = (diagonal + 1e-6).log().mean(-1)
+    return amplitude - amplitude[:, :1]
