@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _PANEL = (4.3, 3.3)
-_WIDE = (8.6, 4.0)
+_WIDE = (6.0, 3.5)
 
 
 def colour_of(names: Sequence[str]) -> dict[str, str]:
@@ -59,7 +59,7 @@ def lines(
     import matplotlib
 
     references = references or {}
-    y = limits(series, also=list(references.values()))
+    y = limits(series, heads=False, also=list(references.values()))
     with matplotlib.rc_context(CHART):
         axes = _axes(_WIDE)
         for text, value in references.items():
@@ -70,7 +70,7 @@ def lines(
             _line(axes, one, colours[one.name], colours[one.name])
         x = torch.cat([one.x for one in series]).unique()
         handles = [axes.plot([], [], color=colours[one.name], linewidth=2.4, label=one.name)[0] for one in series]
-        axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, labelcolor=INK)
+        axes.figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False, labelcolor=INK)
         return _finished(axes, label, x_label, x, y)
 
 

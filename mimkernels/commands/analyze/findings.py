@@ -7,7 +7,11 @@ import torch
 from torch import Tensor
 
 from mimkernels.commands.analyze.results import Model
-from mimkernels.commands.analyze.series import Series, series_of
+from mimkernels.commands.analyze.sections import change, kept_by_layer
+from mimkernels.commands.analyze.series import Series, accuracy_by_depth, series_of
+
+# Heads whose divergence is below are as good as equal: of how it falls, nothing is said.
+_ALIKE = 0.01  # nats
 
 
 def last_quarter(values: Tensor) -> float:
@@ -30,13 +34,18 @@ def off_diagonal(similarity: Tensor) -> float:
     return ((similarity.sum() - similarity.diagonal().sum()) / (count * (count - 1))).item()
 
 
-def find(models: Sequence[Model], similarities: Mapping[str, Tensor], unit: str) -> list[str]:
+def find(
+    models: Sequence[Model], similarities: Mapping[str, Tensor], unit: str, compare: Sequence[str] = ()
+) -> list[str]:
     """The sentences, in the order of the figures; nothing is said of what was not measured."""
     return [
         *_distance(models, unit),
         *_divergence(models),
         *_similarity(similarities),
         *_cls(models),
+        *_sinks(models),
+        *_tokens(models),
+        *_compared(models, similarities, unit, compare),
     ]
 
 
@@ -76,7 +85,9 @@ def _divergence(models: Sequence[Model]) -> list[str]:
             continue
         layer = falls_below(mean)
         most = f"{mean.max().item():.3g} nats in layer {int(mean.argmax()) + 1}"
-        if layer is None:
+        if mean.max() < _ALIKE:
+            parts.append(f"in {one.name} all heads attend alike (at most {most})")
+        elif layer is None:
             parts.append(f"in {one.name} no layer stays below a third of the largest ({most})")
         else:
             parts.append(f"in {one.name} it stays below a third of the largest ({most}) from layer {layer} on")
@@ -108,8 +119,7 @@ def _cls(models: Sequence[Model]) -> list[str]:
     if itself:
         shown = _each([f"{100 * last_quarter(one.mean):.0f} % in {one.name}" for one in itself])
         sentences.append(f"In the last quarter of the layers [cls] attends to itself with {shown} of its attention.")
-    uniform = {model.name: math.log(run.facts["tokens"] - run.facts["prefix"]) for model in models
-               for run in model.runs[:1]}  # fmt: skip
+    uniform = {model.name: math.log(model.runs[0].facts["tokens"] - model.runs[0].facts["prefix"]) for model in models}
     entropy = series_of(models, "cls_pos_entropy")
     if entropy:
         shown = _each([f"{100 * last_quarter(one.mean) / uniform[one.name]:.0f} % in {one.name}" for one in entropy])
@@ -117,4 +127,63 @@ def _cls(models: Sequence[Model]) -> list[str]:
             f"The entropy of [cls] over patches is {shown} of that of uniform attention in these layers (100 %: it "
             "looks at all patches alike)."
         )
+    return sentences
+
+
+def _sinks(models: Sequence[Model]) -> list[str]:
+    """A sentence for every model: the layer in which one token receives most attention."""
+    sentences = []
+    prefix = {one.name: one for one in series_of(models, "sink_is_prefix")}
+    norms = {one.name: one for one in series_of(models, "sink_value_norm")}
+    tokens = {model.name: model.runs[0].facts["tokens"] for model in models}
+    for one in series_of(models, "sink_attention"):
+        layer = int(one.mean.nan_to_num(-1).argmax())
+        share, of_prefix = one.mean[layer].item(), prefix[one.name].mean[layer].item()
+        sentences.append(
+            f"Strongest sinks of {one.name}, in layer {layer + 1}: one token receives {100 * share:.0f} % of a head's "
+            f"attention, {share * tokens[one.name]:.1f} times its share; it is a prefix token in {100 * of_prefix:.0f} % "
+            f"of heads and images; its value has {norms[one.name].mean[layer].item():.2f} times the mean norm."
+        )
+    return sentences
+
+
+def _tokens(models: Sequence[Model]) -> list[str]:
+    sentences = []
+    accuracy = accuracy_by_depth(models)
+    if accuracy:
+        parts = []
+        for one in accuracy:
+            best = int(one.mean.argmax())
+            last = f", {one.mean[-1].item():.0f} % after the last" if best < len(one.mean) - 1 else ", the last"
+            parts.append(f"{one.mean[best].item():.0f} % after layer {best} of {one.name}{last}")
+        sentences.append(f"A linear classifier on the mean patch token is right most often with {'; '.join(parts)}.")
+    similar = series_of(models, "token_similarity", part="states")
+    if similar:
+        shown = _each([f"{one.mean[-1].item():.2f} in {one.name}" for one in similar])
+        sentences.append(f"After the last block, two patches of one image have a cosine of {shown} on average.")
+    return sentences
+
+
+def _compared(
+    models: Sequence[Model], similarities: Mapping[str, Tensor], unit: str, compare: Sequence[str]
+) -> list[str]:
+    if not compare:
+        return []
+    before, after = compare
+    sentences = []
+    kept = kept_by_layer(similarities, before, after)
+    if kept is not None:
+        least = int(kept.nan_to_num(2).argmin())
+        sentences.append(
+            f"From {before} to {after}, layer {least} changes most (CKA {kept[least].item():.2f}); the last one keeps "
+            f"{kept[-1].item():.2f}."
+        )
+    for quantity, name, of in (("distance", "attention distance", unit), ("entropy", "entropy", "nats")):
+        moved = change(models, before, after, quantity, "heads")
+        if moved is not None:
+            layer = int(moved.mean.abs().argmax())
+            sentences.append(
+                f"From {before} to {after}, {name} changes by {moved.mean.mean().item():+.3g} {of} on average, most in "
+                f"layer {layer + 1} ({moved.mean[layer].item():+.3g})."
+            )
     return sentences

@@ -1,43 +1,69 @@
 """One pass of a frozen encoder over the images: statistics of its heads and tokens, nothing of size N x N."""
 
 import contextlib
-import warnings
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mimkernels.commands.analyze.config import AnalyzeConfig
+from mimkernels.commands.analyze.maps import attention_maps
 from mimkernels.commands.analyze.results import Measured
 from mimkernels.data.batches import Augmentation
 from mimkernels.data.labelled import EncoderImages, LabelledImages, in_order
 from mimkernels.engine.command import TrainingError
 from mimkernels.engine.encoder import FrozenEncoder
-from mimkernels.heads import BEYOND_CLS, capture, gram_matrices
+from mimkernels.engine.readout import logistic_accuracy
+from mimkernels.heads import BEYOND_CLS, HeadStatistics, capture, gram_matrices
+from mimkernels.heads.sinks import SINKS
 
 # Of every attention layer; layers without a [cls] token go without its quantities.
 HEAD_QUANTITIES = (
     "distance", "renormalized_distance", "entropy", "head_divergence", "nmi", "prefix_mass", "peak", *BEYOND_CLS,
+    *SINKS,
 )  # fmt: skip
+# Of tokens before the first block and after every block, and of attention's outputs.
+STATE_QUANTITIES = ("pos_magnitude", "cls_magnitude", "token_similarity", "high_frequency")
+OUTPUT_QUANTITIES = ("pos_output_magnitude", "cls_output_magnitude")
+_LEAST_PER_CLASS = 5
 _LEAST_FOR_CKA = 4
 
 
-class States:
-    """The tokens before the first block of a model and after every block, of the last batch."""
+class Tokens:
+    """What the tokens of a model are like, before its first block and after every block, batch by batch.
 
-    def __init__(self, model: nn.Module) -> None:
-        found: Any = getattr(model, "blocks", None)
-        self.blocks: list[nn.Module] = list(found) if found is not None else []
-        self.tokens: list[Tensor] = []
+    Attributes:
+        states, outputs: statistics of the tokens, and of the outputs of attention.
+        grams: Gram matrices of every batch.
+        features: of every batch ``[B, states, D]``, means over patches, if they are wanted.
+    """
+
+    def __init__(self, encoder: FrozenEncoder, with_features: bool) -> None:
+        self._num_prefix = encoder.num_prefix
+        found: Any = getattr(encoder.model, "blocks", None)
+        self._blocks: list[Any] = list(found) if found is not None else []
+        self._tokens: list[Tensor] = []
+        options: dict[str, Any] = {"num_prefix": encoder.num_prefix, "grid": encoder.grid}
+        names = [name for name in (*STATE_QUANTITIES, *OUTPUT_QUANTITIES)
+                 if (encoder.num_prefix or not name.startswith("cls_"))
+                 and (encoder.grid or name != "high_frequency")]  # fmt: skip
+        self.states = HeadStatistics(quantities=[name for name in names if name in STATE_QUANTITIES], **options)
+        self.outputs = HeadStatistics(quantities=[name for name in names if name in OUTPUT_QUANTITIES], **options)
+        self.grams: list[Tensor] = []
+        self.features: list[Tensor] = []
+        self._with_features = with_features
 
     @contextlib.contextmanager
     def followed(self) -> Iterator[None]:
-        if not self.blocks:
-            yield
-            return
-        handles: list[Any] = [self.blocks[0].register_forward_pre_hook(self._enter)]
-        handles += [block.register_forward_hook(self._leave) for block in self.blocks]
+        """Inside the block, the model is listened to."""
+        handles: list[Any] = [block.register_forward_hook(self._leave) for block in self._blocks]
+        handles += [block.register_forward_pre_hook(self._enter) for block in self._blocks[:1]]
+        for number, block in enumerate(self._blocks):
+            if isinstance(getattr(block, "attn", None), nn.Module):
+                handles.append(block.attn.register_forward_hook(functools.partial(self._attended, number)))
         try:
             yield
         finally:
@@ -45,16 +71,30 @@ class States:
                 handle.remove()
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.tokens = [args[0]]
+        self._tokens = [args[0]]
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if isinstance(output, Tensor) and output.dim() == 3:
-            self.tokens.append(output)
+            self._tokens.append(output)
 
-    @property
-    def whole(self) -> bool:
-        """Whether every block gave tokens ``[B, N, D]``."""
-        return bool(self.blocks) and len(self.tokens) == len(self.blocks) + 1
+    def _attended(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor) and output.dim() == 3:
+            self.outputs.update(number, {}, output=output)
+
+    def update(self) -> None:
+        """Take the batch that has run; blocks that give no tokens ``[B, N, D]`` are left alone."""
+        tokens, self._tokens = self._tokens, []
+        if not tokens or len(tokens) != len(self._blocks) + 1:
+            return
+        tokens = [state.float() for state in tokens]
+        for number, state in enumerate(tokens):
+            self.states.update(number, {}, tokens=state)
+        if len(tokens[0]) >= _LEAST_FOR_CKA:
+            grams = gram_matrices(tokens, tokens="patch", num_prefix=self._num_prefix)
+            self.grams.append(grams.float().cpu())
+        if self._with_features:
+            means = [state[:, self._num_prefix :].mean(1) for state in tokens]
+            self.features.append(torch.stack(means, 1).cpu())
 
 
 def measure(
@@ -72,15 +112,14 @@ def measure(
     """
     device = accelerator.device
     encoder.to(device)
-    states = States(encoder.model)
-    grams: list[Tensor] = []
+    tokens = Tokens(encoder, config.depth_probe)
     seen, broken = 0, []
+    read: list[Tensor] = []  # positions
     augmentation = Augmentation(encoder.img_size, encoder.in_chans, 1.0, False)
     loader = in_order(EncoderImages(images, augmentation, 0, False), config.batch_size, workers, device.type == "cuda")
     with (
-        warnings.catch_warnings(),
         capture(encoder.model, HEAD_QUANTITIES, unit=config.unit, accumulate=True) as heads,
-        states.followed(),
+        tokens.followed(),
     ):
         for batch in loader:
             broken += batch.broken
@@ -89,9 +128,8 @@ def measure(
             with accelerator.autocast():
                 encoder(batch.images.to(device, non_blocking=True))
             seen += len(batch.images)
-            if states.whole and len(batch.images) >= _LEAST_FOR_CKA:
-                features = [tokens.float() for tokens in states.tokens]
-                grams.append(gram_matrices(features, tokens="patch", num_prefix=encoder.num_prefix).float().cpu())
+            tokens.update()
+            read.append(batch.positions)
             note(f"{seen:,}/{len(images):,} images")
     notes = [f"{name} was not seen: {why}" for name, why in heads.missed.items()]
     if broken:
@@ -100,7 +138,7 @@ def measure(
         if not seen:
             raise TrainingError(text)
         notes.append(f"{text}; they are left out")
-    if not grams:
+    if not tokens.grams:
         notes.append("no CKA: its blocks give no tokens [B, N, D]")
     statistics = heads.statistics
     layers = [layer for layer in heads.values() if layer.index in statistics.layers]
@@ -119,4 +157,49 @@ def measure(
         "in_chans": encoder.in_chans,
         "images": seen,
     }
-    return Measured(facts, statistics.to_dict(), grams, notes)
+    accuracy, why = _accuracy_by_depth(tokens.features, images.targets[torch.cat(read)])
+    if why and config.depth_probe:
+        notes.append(f"no accuracy by depth: {why}")
+    return Measured(
+        facts,
+        statistics.to_dict(),
+        tokens.states.to_dict() if tokens.states.layers else None,
+        tokens.outputs.to_dict() if tokens.outputs.layers else None,
+        tokens.grams,
+        accuracy,
+        _maps(encoder, images, augmentation, config.viewer_images),
+        notes,
+    )
+
+
+def _accuracy_by_depth(features: list[Tensor], targets: Tensor) -> tuple[list[float], str]:
+    """Accuracy of logistic regression on the mean patch token of every state, and why there is none.
+
+    Fitted on seven tenths of the images, chosen at random by a fixed seed, and tested on the others.
+    """
+    if not features:
+        return [], "its blocks give no tokens [B, N, D]"
+    labels = targets.unique()
+    if int(labels[0]) < 0 or len(labels) < 2:
+        return [], "the images have no classes"
+    if len(targets) < _LEAST_PER_CLASS * len(labels):
+        return [], f"{len(targets)} images of {len(labels)} classes, {_LEAST_PER_CLASS} of each are needed"
+    vectors = torch.cat(features)  # [n, states, D]
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
+    fitted, tested = order.split([len(order) - 3 * len(order) // 10, 3 * len(order) // 10])
+    return [
+        logistic_accuracy(state[fitted], targets[fitted], state[tested], targets[tested]) for state in vectors.unbind(1)
+    ], ""
+
+
+def _maps(
+    encoder: FrozenEncoder, images: LabelledImages, augmentation: Augmentation, count: int
+) -> dict[str, Any] | None:
+    """Attention rows of a few images, spread evenly over all of them, for the viewer."""
+    if not count:
+        return None
+    source = EncoderImages(images, augmentation, 0, False)
+    positions = torch.linspace(0, len(images) - 1, min(count, len(images))).round().long().tolist()
+    shown = [image for image, _, _ in (source[(0, position)] for position in positions) if image is not None]
+    maps = attention_maps(encoder, torch.stack(shown)) if shown else None
+    return None if maps is None else vars(maps)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,28 @@ class Measured:
     Attributes:
         facts: sizes of the model, by name.
         heads: statistics of its attention layers, as ``HeadStatistics.to_dict`` gives them.
+        states, outputs: statistics of tokens before the first block and after every block, and of attention's outputs;
+            None where its blocks give no tokens.
         grams: ``[states, B, B]`` Gram matrices of the patch tokens of every batch, before the first block and after
             every block; for CKA with other models.
+        accuracy: of a linear classifier on every state; empty where images have no classes.
+        maps: attention rows of a few images, fields of ``Maps``.
         notes: what could not be measured, and why.
     """
 
     facts: dict[str, Any]
     heads: dict[str, Any]
+    states: dict[str, Any] | None = None
+    outputs: dict[str, Any] | None = None
     grams: list[Tensor] = field(default_factory=list)
+    accuracy: list[float] = field(default_factory=list)
+    maps: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
-    @property
-    def statistics(self) -> HeadStatistics:
-        return HeadStatistics.from_dict(self.heads)
+    def statistics(self, part: str = "heads") -> HeadStatistics | None:
+        """Those of "heads", "states" or "outputs"."""
+        kept = getattr(self, part)
+        return None if kept is None else HeadStatistics.from_dict(kept)
 
 
 @dataclass
@@ -52,7 +61,7 @@ def key_of(*parts: Any) -> str:
 
 def save(path: Path, measured: Measured) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.save(path, {"format": FORMAT, **asdict(measured)})
+    files.save(path, {"format": FORMAT, **vars(measured)})
 
 
 def load(path: Path) -> Measured | None:

@@ -13,7 +13,7 @@ import torch
 
 from mimkernels.commands.analyze import results
 from mimkernels.commands.analyze.config import AnalyzeConfig, ModelChoice, parse_models
-from mimkernels.commands.analyze.measure import HEAD_QUANTITIES, measure
+from mimkernels.commands.analyze.measure import HEAD_QUANTITIES, OUTPUT_QUANTITIES, STATE_QUANTITIES, measure
 from mimkernels.commands.analyze.report import AnalysisReport, write_report
 from mimkernels.commands.analyze.results import Measured, Model
 from mimkernels.data.labelled import LabelledImages
@@ -133,7 +133,9 @@ class AnalyzeRun:
         heads = [int(part.num_heads) for part in encoder.modules() if isinstance(getattr(part, "num_heads", 0), int)
                  and getattr(part, "num_heads", 0)]  # fmt: skip
         config = self.config
-        options = (config.unit, config.batch_size, self.precision, config.pixel_range, HEAD_QUANTITIES)
+        quantities = (HEAD_QUANTITIES, STATE_QUANTITIES, OUTPUT_QUANTITIES)
+        options = (config.unit, config.batch_size, self.precision, config.pixel_range, config.depth_probe)
+        options = (*options, config.viewer_images, quantities)
         model = (type(encoder.model).__name__, heads, encoder.fingerprint(), asdict(choice)["model_kwargs"])
         return results.key_of(model, self.images.fingerprint(), options)
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from mimkernels.commands.analyze.results import Model
-from mimkernels.heads import HeadStatistics
 
 
 @dataclass
@@ -42,37 +41,50 @@ def places(layers: int, x: str, first: int = 1) -> Tensor:
 
 
 def series_of(
-    models: Sequence[Model], quantity: str, x: str = "layer", *, per_log_tokens: bool = False
+    models: Sequence[Model],
+    quantity: str,
+    x: str = "layer",
+    *,
+    part: str = "heads",
+    per_log_tokens: bool = False,
 ) -> list[Series]:
-    """One quantity of the heads of every model that has it.
+    """One quantity of every model that has it.
 
     Args:
+        part: whose it is: of "heads" and attention's "outputs", layers are numbered from 1; of "states", 0 is the input
+            of the first block.
         per_log_tokens: divide by the logarithm of the number of tokens, so that models of other grids compare.
     """
     found = []
     for model in models:
-        statistics = [run.statistics for run in model.runs]
-        if not all(quantity in seen.names for seen in statistics):
+        statistics = [seen for run in model.runs if (seen := run.statistics(part)) and quantity in seen.names]
+        if len(statistics) < len(model.runs):
             continue
         scale = [1 / math.log(run.facts["tokens"]) if per_log_tokens else 1.0 for run in model.runs]
-        found.append(_series(model.name, statistics, quantity, scale, x, first=1))
+        means = [seen.mean(quantity) * factor for seen, factor in zip(statistics, scale, strict=True)]
+        spread = [seen.std(quantity).nanmean(1) * factor for seen, factor in zip(statistics, scale, strict=True)]
+        runs = torch.stack([mean.nanmean(1) for mean in means])
+        heads = torch.stack(means) if statistics[0].is_per_head(quantity) else None
+        first = 0 if part == "states" else 1
+        found.append(Series(model.name, places(runs.shape[1], x, first), runs, torch.stack(spread).mean(0), heads))
     return found
 
 
-def _series(
-    name: str, statistics: Sequence[HeadStatistics], quantity: str, scale: Sequence[float], x: str, first: int
-) -> Series:
-    means = [seen.mean(quantity) * factor for seen, factor in zip(statistics, scale, strict=True)]
-    spread = torch.stack([seen.std(quantity).nanmean(1) * f for seen, f in zip(statistics, scale, strict=True)])
-    runs = torch.stack([mean.nanmean(1) for mean in means])
-    per_head = statistics[0].is_per_head(quantity)
-    return Series(name, places(runs.shape[1], x, first), runs, spread.mean(0), torch.stack(means) if per_head else None)
+def accuracy_by_depth(models: Sequence[Model], x: str = "layer") -> list[Series]:
+    """Accuracy of a linear classifier, in percent, after every block."""
+    found = []
+    for model in models:
+        if all(run.accuracy for run in model.runs):
+            runs = 100 * torch.tensor([run.accuracy for run in model.runs], dtype=torch.float64)
+            spread = torch.full_like(runs[0], math.nan)
+            found.append(Series(model.name, places(runs.shape[1], x, 0), runs, spread))
+    return found
 
 
-def limits(series: Sequence[Series], *, also: Sequence[float] = ()) -> tuple[float, float]:
-    """The vertical axis on which all of it is seen; from 0 unless that would flatten the differences."""
+def limits(series: Sequence[Series], *, heads: bool = True, also: Sequence[float] = ()) -> tuple[float, float]:
+    """The vertical axis on which all of it is seen, single heads too; from 0 unless that would flatten the lines."""
     parts = [one.runs.flatten() for one in series]
-    parts += [one.heads.flatten() for one in series if one.heads is not None]
+    parts += [one.heads.flatten() for one in series if heads and one.heads is not None]
     parts += [torch.cat((one.mean - one.spread, one.mean + one.spread)) for one in series]
     values = torch.cat([*parts, torch.tensor([float(value) for value in also], dtype=torch.float64)])
     values = values[values.isfinite()]
