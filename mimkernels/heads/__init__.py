@@ -1,5 +1,6 @@
 """What heads do: recorded or captured, as statistics over a data set with published settings, CKA, plots, losses."""
 
+from mimkernels.heads.ablation import ablate, head_importance
 from mimkernels.heads.capture import capture
 from mimkernels.heads.cka import CKA, gram_matrices, unbiased_hsic
 from mimkernels.heads.derived import (
@@ -38,9 +39,11 @@ __all__ = [
     "Preset",
     "Quantity",
     "RecordedHeads",
+    "ablate",
     "capture",
     "eps_patch_entropy",
     "gram_matrices",
+    "head_importance",
     "normalized_entropy",
     "normalized_mutual_information",
     "parse_regularizers",

@@ -141,8 +141,8 @@ def _sinks(models: Sequence[Model]) -> list[str]:
         share, of_prefix = one.mean[layer].item(), prefix[one.name].mean[layer].item()
         sentences.append(
             f"Strongest sinks of {one.name}, in layer {layer + 1}: one token receives {100 * share:.0f} % of a head's "
-            f"attention, {share * tokens[one.name]:.1f} times its share; it is a prefix token in {100 * of_prefix:.0f} % "
-            f"of heads and images; its value has {norms[one.name].mean[layer].item():.2f} times the mean norm."
+            f"attention, {share * tokens[one.name]:.1f} times its share; it is a prefix token in {100 * of_prefix:.0f} "
+            f"% of heads and images; its value has {norms[one.name].mean[layer].item():.2f} times the mean norm."
         )
     return sentences
 

@@ -28,8 +28,9 @@ class Maps:
         queries: token numbers of the queries: all prefix tokens, then patches.
         stride: of those patches, along both axes of the grid.
         images: ``[I, C, S, S]`` uint8.
-        weights: ``[I, L, H, Q, N]`` uint8: 255 times attention divided by the row's maximum.
+        weights: ``[I, L, H, Q, N]`` uint8: 255 times attention to a patch divided by the row's maximum over patches.
         maxima: ``[I, L, H, Q]`` fp32 of the rows.
+        prefix: ``[I, L, H, Q, P]`` fp32 attention to prefix tokens.
     """
 
     layers: list[str]
@@ -40,11 +41,12 @@ class Maps:
     images: Tensor
     weights: Tensor
     maxima: Tensor
+    prefix: Tensor
 
     def row(self, image: int, layer: int, query: int) -> Tensor:
         """``[rows, columns]``: mean over heads of the attention that one query pays to patches."""
         weights = self.weights[image, layer, :, query].float() / 255 * self.maxima[image, layer, :, query, None]
-        return weights.mean(0)[self.num_prefix :].unflatten(0, tuple(self.grid))
+        return weights.mean(0).unflatten(0, tuple(self.grid))
 
     def query_at(self, row: int, column: int) -> int:
         """The place in ``queries`` of the stored patch next to one of the grid."""
@@ -53,7 +55,8 @@ class Maps:
 
     def for_page(self, name: str) -> dict[str, Any]:
         """What the viewer's script reads: sizes, and everything else as deflated base64."""
-        content = self.weights.contiguous().numpy().tobytes() + self.maxima.contiguous().numpy().tobytes()
+        parts = (self.weights, self.maxima, self.prefix)
+        content = b"".join(part.contiguous().numpy().tobytes() for part in parts)
         return {
             "name": name,
             "grid": self.grid,
@@ -100,13 +103,15 @@ def attention_maps(encoder: FrozenEncoder, images: Tensor) -> Maps | None:
     if not layers:
         return None
     queries, stride = queries_of(encoder.grid, encoder.num_prefix, len(images) * len(layers) * layers[0].heads * tokens)
-    weights, maxima = [], []
+    weights, maxima, prefix = [], [], []
     for layer in layers:
         assert layer.q is not None and layer.k is not None
         rows = attention_rows(layer.q, layer.k, queries, **layer.options).cpu()  # [I, H, Q, N]
-        highest = rows.amax(-1)
-        weights.append((255 * rows / highest.clamp(min=1e-30)[..., None]).round().to(torch.uint8))
+        patches = rows[..., encoder.num_prefix :]
+        highest = patches.amax(-1)
+        weights.append((255 * patches / highest.clamp(min=1e-30)[..., None]).round().to(torch.uint8))
         maxima.append(highest)
+        prefix.append(rows[..., : encoder.num_prefix])
     return Maps(
         [layer.name for layer in layers],
         list(encoder.grid),
@@ -116,4 +121,5 @@ def attention_maps(encoder: FrozenEncoder, images: Tensor) -> Maps | None:
         images.cpu(),
         torch.stack(weights, 1),
         torch.stack(maxima, 1),
+        torch.stack(prefix, 1),
     )

@@ -19,7 +19,9 @@
     const content = await new Response(stream).arrayBuffer();
     const count = model.shape.reduce((a, b) => a * b);
     model.weights = new Uint8Array(content, 0, count);
-    model.maxima = new Float32Array(content.slice(count));
+    const rows = count / model.shape[4];
+    model.maxima = new Float32Array(content.slice(count, count + 4 * rows));
+    model.toPrefix = new Float32Array(content.slice(count + 4 * rows));
     delete model.data;
   }
 
@@ -33,9 +35,13 @@
 
   // The row of the query that is stored next to the one pointed at.
   function row(layer, head) {
-    const model = models[state.model], [, layers, heads, queries, tokens] = model.shape;
+    const model = models[state.model], [, layers, heads, queries, patches] = model.shape;
     const number = ((state.image * layers + layer) * heads + head) * queries + state.query;
-    return { weights: model.weights.subarray(number * tokens, (number + 1) * tokens), most: model.maxima[number] };
+    return {
+      weights: model.weights.subarray(number * patches, (number + 1) * patches),
+      most: model.maxima[number],
+      toPrefix: model.toPrefix.subarray(number * model.prefix, (number + 1) * model.prefix).reduce((a, b) => a + b, 0),
+    };
   }
 
   // The patches of a row as a small picture, one pixel a patch.
@@ -44,7 +50,7 @@
     const small = Object.assign(document.createElement("canvas"), { width: columns, height: rows });
     const pixels = new ImageData(columns, rows);
     for (let i = 0; i < rows * columns; i++) {
-      pixels.data.set([...palette[weights[model.prefix + i]], alpha], 4 * i);
+      pixels.data.set([...palette[weights[i]], alpha], 4 * i);
     }
     small.getContext("2d").putImageData(pixels, 0, 0);
     return small;
@@ -79,7 +85,7 @@
         if (most > strongest.most) strongest = { most, layer, head };
       }
     }
-    const shown = state.map || strongest, { weights, most } = row(shown.layer, shown.head);
+    const shown = state.map || strongest, { weights, most, toPrefix } = row(shown.layer, shown.head);
     const over = picture.getContext("2d"), side = picture.width;
     over.imageSmoothingEnabled = false;
     over.globalAlpha = 1;
@@ -95,11 +101,11 @@
       over.strokeRect(patch.column * wide + 1, patch.row * high + 1, wide - 2, high - 2);
     }
     const who = patch ? `Patch in row ${patch.row + 1}, column ${patch.column + 1}` : `Prefix token ${state.query + 1}`;
-    const key = weights.indexOf(255), token = key - model.prefix;
-    const where = token < 0 ? (key === 0 ? "the first prefix token" : `prefix token ${key + 1}`)
-      : `row ${Math.floor(token / model.grid[1]) + 1}, column ${token % model.grid[1] + 1}`;
+    const key = weights.indexOf(255);
     text.textContent = `${who}: head ${shown.head + 1} of layer ${shown.layer + 1} gives ${(100 * most).toFixed(1)} % `
-      + `to ${where}` + (state.map ? "." : "; no head gives one token more.");
+      + `to row ${Math.floor(key / model.grid[1]) + 1}, column ${key % model.grid[1] + 1}`
+      + (state.map ? "" : " (no head gives one patch more)")
+      + (model.prefix ? `, ${(100 * toPrefix).toFixed(1)} % to prefix tokens.` : ".");
     for (const [number, thumb] of [...$("images").children].entries()) {
       thumb.setAttribute("aria-pressed", number === state.image);
     }

@@ -1,0 +1,135 @@
+"""Attention rows of the page: what is stored, and what a browser makes of it."""
+
+import html
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from mimkernels.commands.analyze import maps as maps_module
+from mimkernels.commands.analyze.config import AnalyzeConfig, parse_models
+from mimkernels.commands.analyze.maps import Maps, attention_maps, queries_of
+from mimkernels.commands.analyze.run import AnalyzeRun
+from mimkernels.engine.encoder import load_encoder
+from mimkernels.heads import record_heads
+from mimkernels.ops import attention_rows
+
+MODEL = "a=vit_tiny_patch16_224:pretrained=false:in_chans=1:img_size=16:patch_size=4:embed_dim=16:depth=2:num_heads=2"
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    torch.manual_seed(3)
+    encoder = load_encoder(parse_models([MODEL])[0])
+    for name, weight in encoder.model.named_parameters():  # heads that look somewhere
+        if name.endswith("qkv.weight"):
+            weight.normal_(std=0.5)
+    return encoder
+
+
+def test_stored_rows_are_those_of_attention(encoder):
+    images = torch.randint(0, 256, (3, 1, 16, 16), dtype=torch.uint8)
+    maps = attention_maps(encoder, images)
+    assert maps.grid == [4, 4] and maps.queries == list(range(17)) and maps.stride == 1
+    assert maps.weights.shape == (3, 2, 2, 17, 16) and maps.weights.dtype == torch.uint8
+    with record_heads(encoder.model, keep=("q", "k")) as heads:
+        encoder(images)
+    for layer in range(2):
+        rows = attention_rows(heads[layer].q, heads[layer].k, range(17), **heads[layer].options)
+        stored = maps.weights[:, layer].float() / 255 * maps.maxima[:, layer, ..., None]
+        assert ((stored - rows[..., 1:]).abs() <= 0.51 / 255 * maps.maxima[:, layer, ..., None]).all()
+        torch.testing.assert_close(maps.prefix[:, layer], rows[..., :1])
+    mean = rows[1, :, maps.query_at(2, 3), 1:].mean(0).view(4, 4)
+    torch.testing.assert_close(maps.row(1, 1, maps.query_at(2, 3)), mean, atol=2e-3, rtol=0)
+    assert maps.queries[maps.query_at(2, 3)] == 1 + 2 * 4 + 3
+
+
+def test_large_models_keep_the_rows_of_every_second_patch(monkeypatch):
+    monkeypatch.setattr(maps_module, "MOST_BYTES", 1000)
+    assert queries_of((4, 6), 1, 40) == (list(range(25)), 1)
+    queries, stride = queries_of((4, 6), 1, 100)
+    assert stride == 2 and queries == [0, 1, 3, 5, 13, 15, 17]
+    few = Maps([], [4, 6], 1, queries, stride, *(torch.zeros(0) for _ in range(4)))
+    assert [few.query_at(*at) for at in ((0, 0), (1, 1), (0, 2), (3, 5))] == [1, 1, 2, 6]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory, encoder):
+    """A page with the viewer, and the maps in it."""
+    folder = tmp_path_factory.mktemp("page")
+    config = AnalyzeConfig(
+        models=[MODEL], images=12, batch_size=12, viewer_images=3, device="cpu", workers=0, output=str(folder / "out")
+    )
+    result = AnalyzeRun(config).execute()
+    return result.report.read_text(), Maps(**result.models[0].runs[0].maps), folder
+
+
+def test_the_page_holds_the_viewer(page):
+    text, maps, _ = page
+    assert 'id="viewer-data"' in text and text.count("data:image/png") >= len(maps.images)
+    assert "Where a patch looks" in text
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium")
+def test_pointing_at_a_patch_shows_its_row_in_a_browser(page):
+    """The page's script is run; what it says of a patch and a head must be what was measured."""
+    text, maps, folder = page
+    acts = """
+    <script>
+    const wait = setInterval(() => {
+      const $ = id => document.getElementById("viewer-" + id);
+      if ($("text").textContent.startsWith("Decoding")) return;
+      clearInterval(wait);
+      const said = [$("text").textContent];
+      const point = (canvas, x, y) => {
+        const box = canvas.getBoundingClientRect();
+        canvas.dispatchEvent(new PointerEvent("pointermove", { clientX: box.left + x * box.width,
+          clientY: box.top + y * box.height, bubbles: true }));
+        said.push($("text").textContent);
+      };
+      $("images").children[2].click();
+      point($("picture"), 0.9, 0.3);   // row 2, column 4
+      point($("maps"), 0.9, 0.9);      // the last head of the last layer
+      $("maps").dispatchEvent(new PointerEvent("pointerleave"));
+      $("picture").dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowDown" }));
+      said.push($("text").textContent);
+      $("cls").click();
+      said.push($("text").textContent);
+      document.body.append(Object.assign(document.createElement("pre"), { id: "said", textContent: said.join("\\n") }));
+    }, 20);
+    </script></body>"""
+    path = folder / "acts.html"
+    path.write_text(text.replace("</body>", acts))
+    options = ["--headless", "--no-sandbox", "--virtual-time-budget=10000", f"--user-data-dir={folder}/profile"]
+    done = subprocess.run(
+        [BROWSER, *options, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=300, check=True
+    )
+    said = html.unescape(re.search(r'<pre id="said">(.*?)</pre>', done.stdout, re.S)[1]).split("\n")
+
+    def wanted(image, query, layer=None, head=None):
+        if layer is None:
+            layer, head = divmod(int(maps.maxima[image, :, :, query].argmax()), maps.maxima.shape[2])
+        row = maps.weights[image, layer, head, query].float()
+        to = divmod(int((row == 255).nonzero()[0]), 4)
+        most, prefix = (
+            maps.maxima[image, layer, head, query].item(),
+            maps.prefix[image, layer, head, query].sum().item(),
+        )
+        return (
+            f"head {head + 1} of layer {layer + 1} gives {100 * most:.1f} % to row {to[0] + 1}, column {to[1] + 1}",
+            f"{100 * prefix:.1f} % to prefix tokens",
+        )
+
+    steps = [
+        ("Patch in row 3, column 3", wanted(0, maps.query_at(2, 2))),
+        ("Patch in row 2, column 4", wanted(2, maps.query_at(1, 3))),
+        ("Patch in row 2, column 4", wanted(2, maps.query_at(1, 3), 1, 1)),
+        ("Patch in row 3, column 4", wanted(2, maps.query_at(2, 3))),
+        ("Prefix token 1", wanted(2, 0)),
+    ]
+    assert len(said) == len(steps)
+    for text, (who, parts) in zip(said, steps, strict=True):
+        assert text.startswith(who) and all(part in text for part in parts), (text, who, parts)
