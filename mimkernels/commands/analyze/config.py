@@ -55,6 +55,8 @@ class AnalyzeConfig(Settings):
 
     depth_probe: bool = setting(True, "fit a linear classifier on the tokens after every block, where images have "
                                 "classes", "figures")  # fmt: skip
+    importance: int = setting(0, "images on which every head is taken out once, to see what it is worth, a pass for "
+                              "each; 0 for none", "figures")  # fmt: skip
     viewer_images: int = setting(16, "images of the page on which attention can be looked at, 0 for none", "figures")
 
     batch_size: int = setting(64, "images at a time; CKA is an average over these batches", "execution")
@@ -73,6 +75,7 @@ class AnalyzeConfig(Settings):
             raise ValueError("models are missing: name at least one run folder, checkpoint or timm model")
         require(self.images >= 4, "images", self.images, "at least 4 (CKA compares images with each other)")
         require(self.batch_size >= 4, "batch_size", self.batch_size, "at least 4 (CKA compares images of a batch)")
+        require(self.importance >= 0, "importance", self.importance, "0 or more")
         require(self.viewer_images >= 0, "viewer_images", self.viewer_images, "0 or more")
         require(self.workers is None or self.workers >= 0, "workers", self.workers, "0 or more")
         choices = (("split", SPLITS), ("unit", UNITS), ("x", X_AXES), ("device", DEVICES), ("precision", PRECISIONS))

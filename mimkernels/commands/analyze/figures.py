@@ -77,7 +77,6 @@ def lines(
 def cka_maps(maps: Mapping[str, Tensor]) -> list[Markup]:
     """CKA between layers, ``[A, B]`` each by its title; the first layer at the lower left."""
     import matplotlib
-    from matplotlib.ticker import MaxNLocator
 
     drawn = []
     for title, similarity in maps.items():
@@ -87,16 +86,43 @@ def cka_maps(maps: Mapping[str, Tensor]) -> list[Markup]:
             first, _, second = title.partition(" | ")
             axes.set_xlabel(f"layer of {second or first}")
             axes.set_ylabel(f"layer of {first}")
-            for axis in (axes.xaxis, axes.yaxis):
-                axis.set_major_locator(MaxNLocator(integer=True))
-            axes.tick_params(length=0)
-            for spine in axes.spines.values():
-                spine.set_visible(False)
-            bar: Any = axes.figure.colorbar(image, ax=axes, label="CKA", shrink=0.9)
-            bar.outline.set_visible(False)
-            bar.ax.tick_params(length=0)
+            _drawn_map(axes, image, "CKA")
             drawn.append(svg(axes.figure))  # type: ignore[arg-type]
     return drawn
+
+
+def importance_maps(importance: Mapping[str, Tensor]) -> list[Markup]:
+    """What taking out a head changes, ``[L, H]`` of every model by its name, on one scale; layer 1 at the bottom."""
+    import matplotlib
+
+    highest = max(values.max().item() for values in importance.values()) or 1.0
+    drawn = []
+    for name, values in importance.items():
+        with matplotlib.rc_context(CHART):
+            axes = _axes((4.3, 3.7))
+            layers, heads = values.shape
+            extent = (0.5, heads + 0.5, 0.5, layers + 0.5)
+            image = axes.imshow(values.numpy(), origin="lower", cmap="magma", vmin=0, vmax=highest, aspect="auto",
+                                extent=extent)  # fmt: skip
+            axes.set_title(name, loc="left", fontweight="bold")
+            axes.set_xlabel("head")
+            axes.set_ylabel("layer")
+            _drawn_map(axes, image, "1 - cosine")
+            drawn.append(svg(axes.figure))  # type: ignore[arg-type]
+    return drawn
+
+
+def _drawn_map(axes: "Axes", image: Any, label: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    bar: Any = axes.figure.colorbar(image, ax=axes, label=label, shrink=0.9)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0)
 
 
 def _axes(size: tuple[float, float]) -> "Axes":

@@ -43,6 +43,7 @@ def find(
         *_divergence(models),
         *_similarity(similarities),
         *_cls(models),
+        *_importance(models),
         *_sinks(models),
         *_tokens(models),
         *_compared(models, similarities, unit, compare),
@@ -128,6 +129,22 @@ def _cls(models: Sequence[Model]) -> list[str]:
             "looks at all patches alike)."
         )
     return sentences
+
+
+def _importance(models: Sequence[Model]) -> list[str]:
+    parts = []
+    for model in models:
+        if model.runs[0].importance:
+            layer, head, change = max(
+                (
+                    (layer, head, value)
+                    for layer, heads in enumerate(model.runs[0].importance, 1)
+                    for head, value in enumerate(heads, 1)
+                ),
+                key=lambda item: item[2],
+            )
+            parts.append(f"head {head} of layer {layer} in {model.name} (1 - cosine {change:.2g})")
+    return [f"The last tokens change most without {_each(parts)}."] if parts else []
 
 
 def _sinks(models: Sequence[Model]) -> list[str]:

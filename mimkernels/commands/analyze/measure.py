@@ -17,7 +17,7 @@ from mimkernels.data.labelled import EncoderImages, LabelledImages, in_order
 from mimkernels.engine.command import TrainingError
 from mimkernels.engine.encoder import FrozenEncoder
 from mimkernels.engine.readout import logistic_accuracy
-from mimkernels.heads import BEYOND_CLS, HeadStatistics, capture, gram_matrices
+from mimkernels.heads import BEYOND_CLS, HeadStatistics, capture, gram_matrices, head_importance
 from mimkernels.heads.sinks import SINKS
 
 # Of every attention layer; layers without a [cls] token go without its quantities.
@@ -167,7 +167,8 @@ def measure(
         tokens.outputs.to_dict() if tokens.outputs.layers else None,
         tokens.grams,
         accuracy,
-        _maps(encoder, images, augmentation, config.viewer_images),
+        _importance(encoder, _some(images, augmentation, config.importance), config.batch_size),
+        _maps(encoder, _some(images, augmentation, config.viewer_images)),
         notes,
     )
 
@@ -192,14 +193,24 @@ def _accuracy_by_depth(features: list[Tensor], targets: Tensor) -> tuple[list[fl
     ], ""
 
 
-def _maps(
-    encoder: FrozenEncoder, images: LabelledImages, augmentation: Augmentation, count: int
-) -> dict[str, Any] | None:
-    """Attention rows of a few images, spread evenly over all of them, for the viewer."""
-    if not count:
-        return None
+def _some(images: LabelledImages, augmentation: Augmentation, count: int) -> Tensor | None:
+    """A few images ``[count, C, S, S]``, spread evenly over all of them; None if there is none."""
     source = EncoderImages(images, augmentation, 0, False)
     positions = torch.linspace(0, len(images) - 1, min(count, len(images))).round().long().tolist()
-    shown = [image for image, _, _ in (source[(0, position)] for position in positions) if image is not None]
-    maps = attention_maps(encoder, torch.stack(shown)) if shown else None
+    read = [image for image, _, _ in (source[(0, position)] for position in positions) if image is not None]
+    return torch.stack(read) if read else None
+
+
+def _maps(encoder: FrozenEncoder, images: Tensor | None) -> dict[str, Any] | None:
+    """Attention rows of a few images, for the viewer."""
+    maps = None if images is None else attention_maps(encoder, images)
     return None if maps is None else vars(maps)
+
+
+def _importance(encoder: FrozenEncoder, images: Tensor | None, batch_size: int) -> list[list[float]]:
+    """1 - cosine of the tokens with and without each head, mean over tokens and images."""
+    if images is None:
+        return []
+    batches = images.to(next(encoder.parameters()).device).split(batch_size)
+    importance = head_importance(encoder.model, lambda: torch.cat([encoder(batch).tokens for batch in batches]))
+    return [heads.tolist() for heads in importance.values()]

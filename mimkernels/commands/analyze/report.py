@@ -18,6 +18,7 @@ from mimkernels.commands.analyze.maps import Maps
 from mimkernels.commands.analyze.pictures import MarkedQueries, marked_queries
 from mimkernels.commands.analyze.results import Model
 from mimkernels.commands.analyze.sections import Drawer, Section
+from mimkernels.engine.command import TrainingError
 from mimkernels.engine.figures import as_colour, png_address
 from mimkernels.engine.page import write_page
 from mimkernels.heads import CKA
@@ -35,9 +36,12 @@ class AnalysisReport:
 
     def __post_init__(self) -> None:
         for model in self.models:
-            depths = sorted({run.facts["layers"] for run in model.runs})
-            if len(depths) > 1:
-                raise ValueError(f"runs of one name must have the same depth; {model.name!r} has {depths}")
+            sizes = sorted({(run.facts["layers"], run.facts["heads"]) for run in model.runs})
+            if len(sizes) > 1:
+                shown = " and ".join(f"{layers} layers of {heads} heads" for layers, heads in sizes)
+                raise TrainingError(
+                    f"runs of one name must be of one size; {model.name!r} has {shown}: name them apart"
+                )
 
     @property
     def title(self) -> str:
@@ -121,7 +125,7 @@ class AnalysisReport:
     @property
     def numbers(self) -> dict[str, Any]:
         """Every number of the page, for JSON: NaN is null."""
-        parts = ("facts", "notes", "heads", "states", "outputs", "accuracy")
+        parts = ("facts", "notes", "heads", "states", "outputs", "accuracy", "importance")
         models = [
             {"name": model.name, "runs": [{part: _plain(getattr(run, part)) for part in parts} for run in model.runs]}
             for model in self.models

@@ -27,6 +27,7 @@ class Measured:
         grams: ``[states, B, B]`` Gram matrices of the patch tokens of every batch, before the first block and after
             every block; for CKA with other models.
         accuracy: of a linear classifier on every state; empty where images have no classes.
+        importance: ``[layers][heads]`` change of the features without one head; empty where it was not asked for.
         maps: attention rows of a few images, fields of ``Maps``.
         notes: what could not be measured, and why.
     """
@@ -37,6 +38,7 @@ class Measured:
     outputs: dict[str, Any] | None = None
     grams: list[Tensor] = field(default_factory=list)
     accuracy: list[float] = field(default_factory=list)
+    importance: list[list[float]] = field(default_factory=list)
     maps: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 

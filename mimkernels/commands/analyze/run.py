@@ -135,7 +135,7 @@ class AnalyzeRun:
         config = self.config
         quantities = (HEAD_QUANTITIES, STATE_QUANTITIES, OUTPUT_QUANTITIES)
         options = (config.unit, config.batch_size, self.precision, config.pixel_range, config.depth_probe)
-        options = (*options, config.viewer_images, quantities)
+        options = (*options, config.importance, config.viewer_images, quantities)
         model = (type(encoder.model).__name__, heads, encoder.fingerprint(), asdict(choice)["model_kwargs"])
         return results.key_of(model, self.images.fingerprint(), options)
 

@@ -89,6 +89,9 @@ class Drawer:
                     + band, self._heads()),
             Section("[cls] and patches", "Means over heads and images, as in “Beyond [cls]”. " + band,
                     self._lines(_CLS, "heads"), True),
+            Section("Heads that matter", "How much the last tokens change if one head alone is taken out: 1 - cosine, mean "
+                    "over tokens and images. Dark heads do nothing that the others do not do as well.",
+                    self._importance()),
             Section("Attention sinks", "The sink of a head is the token that receives most attention of an image. "
                     "Means over heads and images. " + band, self._lines(_SINKS, "heads"), True),
             Section("Tokens", "After every block; 0 is the input of the first one. " + band,
@@ -142,6 +145,11 @@ class Drawer:
         series = accuracy_by_depth(self.models, self.x)
         text = "Of a linear classifier on the mean patch token, on three tenths of the images."
         return [self._figure(series, "accuracy (%)", "What a linear classifier reads", text, {})] if series else []
+
+    def _importance(self) -> list[Figure]:
+        by_name = {model.name: torch.tensor(model.runs[0].importance) for model in self.models
+                   if model.runs[0].importance and len(set(map(len, model.runs[0].importance))) == 1}  # fmt: skip
+        return [Figure("Change of the tokens without a head", "", figures.importance_maps(by_name))] if by_name else []
 
     def _cka(self, similarities: Mapping[str, Tensor]) -> list[Figure]:
         within = {name: matrix for name, matrix in similarities.items() if " | " not in name}

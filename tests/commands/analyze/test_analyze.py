@@ -10,6 +10,9 @@ from mimkernels.cli import main
 from mimkernels.commands.analyze import findings
 from mimkernels.commands.analyze.config import AnalyzeConfig, parse_models
 from mimkernels.commands.analyze.run import analyze
+from mimkernels.commands.analyze.sections import change
+from mimkernels.commands.analyze.series import series_of
+from mimkernels.engine.command import TrainingError
 from mimkernels.heads import HeadStatistics
 
 TIMM = "vit_tiny_patch16_224:pretrained=false:in_chans=1:img_size=16:patch_size=4:embed_dim=16:depth={}:num_heads=2"
@@ -96,7 +99,7 @@ def test_the_page_needs_nothing_from_outside_and_shows_every_model(two):
     assert not re.search(r"""(src|href)=["']?https?:|<link|@import""", page)
     for text in ("Attention distance", "Difference between heads", "[cls] to itself", "uniform: log 16 = 2.77", "CKA"):
         assert text in page
-    assert page.count("<svg") == 4 * 2 + 5 + 3  # heads of each model, [cls] and patches, CKA within and between
+    assert page.count("<svg") == 4 * 2 + 5 + 3 + 6 + 3  # heads of each model, [cls] and patches, sinks, tokens, CKA
     assert "Attention of the last quarter of the layers" in printed and "report.html" in printed
 
 
@@ -109,6 +112,47 @@ def test_one_more_model_costs_one_pass_and_a_damaged_one_is_run_again(two, tmp_p
     stream = io.StringIO()
     again = analyze(settings(tmp_path, A, B, f"c={TIMM.format(1)}", output=str(folder)), stream=stream)
     assert again.measured == 2 and len(re.findall("kept from", stream.getvalue())) == 1
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory):
+    """Two runs of one model beside another one of its depth, compared; digits of all classes, heads taken out."""
+    other = TIMM.format(2) + ":init_values=0.5"
+    config = settings(tmp_path_factory.mktemp("seeds"), f"a={TIMM.format(2)}", f"a={other}", f"b={other}:qkv_bias=false",
+                      images=60, compare=["a", "b"], importance=4, viewer_images=0)  # fmt: skip
+    return analyze(config, stream=io.StringIO())
+
+
+def test_runs_of_one_name_are_seeds(seeds):
+    assert [len(model.runs) for model in seeds.models] == [2, 1]
+    (a, b) = series_of(seeds.models, "distance")
+    assert a.runs.shape == (2, 2) and b.runs.shape == (1, 2) and a.heads.shape == (2, 2, 2)
+    wanted = [run.statistics().layer_mean("distance") for run in seeds.models[0].runs]
+    torch.testing.assert_close(a.mean, torch.stack(wanted).mean(0))
+    assert "Thin lines are single runs" in seeds.report.read_text()
+
+
+def test_two_models_are_compared(seeds):
+    page = seeds.report.read_text()
+    assert "From a to b" in page
+    moved = change(seeds.models, "a", "b", "entropy", "heads")
+    (a, b) = series_of(seeds.models, "entropy")
+    torch.testing.assert_close(moved.mean, b.mean - a.mean)
+    assert any(text.startswith("From a to b, layer") for text in seeds.numbers["findings"])
+
+
+def test_classes_are_read_after_every_block_and_heads_taken_out(seeds):
+    for model in seeds.numbers["models"]:
+        for run in model["runs"]:
+            assert len(run["accuracy"]) == 3 and all(0 <= value <= 1 for value in run["accuracy"])
+            assert [len(heads) for heads in run["importance"]] == [2, 2] and min(map(min, run["importance"])) > 0
+    assert "Heads that matter" in seeds.report.read_text() and "viewer-data" not in seeds.report.read_text()
+
+
+def test_runs_of_one_name_must_be_of_one_size(tmp_path):
+    config = settings(tmp_path, A, f"a={TIMM.format(2)}", images=8, viewer_images=0)
+    with pytest.raises(TrainingError, match="'a' has 2 layers of 2 heads and 3 layers of 2 heads: name them apart"):
+        analyze(config, stream=io.StringIO())
 
 
 def test_json_alone_goes_to_standard_output(two, capsys):
