@@ -89,8 +89,8 @@ class Drawer:
                     + band, self._heads()),
             Section("[cls] and patches", "Means over heads and images, as in “Beyond [cls]”. " + band,
                     self._lines(_CLS, "heads"), True),
-            Section("Heads that matter", "How much the last tokens change if one head alone is taken out: 1 - cosine, mean "
-                    "over tokens and images. Dark heads do nothing that the others do not do as well.",
+            Section("Heads that matter", "How much the last tokens change if one head alone is taken out: 1 - cosine, "
+                    "mean over tokens and images. Dark heads do nothing that the others do not do as well.",
                     self._importance()),
             Section("Attention sinks", "The sink of a head is the token that receives most attention of an image. "
                     "Means over heads and images. " + band, self._lines(_SINKS, "heads"), True),

@@ -118,8 +118,9 @@ def test_one_more_model_costs_one_pass_and_a_damaged_one_is_run_again(two, tmp_p
 def seeds(tmp_path_factory):
     """Two runs of one model beside another one of its depth, compared; digits of all classes, heads taken out."""
     other = TIMM.format(2) + ":init_values=0.5"
-    config = settings(tmp_path_factory.mktemp("seeds"), f"a={TIMM.format(2)}", f"a={other}", f"b={other}:qkv_bias=false",
-                      images=60, compare=["a", "b"], importance=4, viewer_images=0)  # fmt: skip
+    models = [f"a={TIMM.format(2)}", f"a={other}", f"b={other}:qkv_bias=false"]
+    changes = {"images": 60, "compare": ["a", "b"], "importance": 4, "viewer_images": 0}
+    config = settings(tmp_path_factory.mktemp("seeds"), *models, **changes)
     return analyze(config, stream=io.StringIO())
 
 
