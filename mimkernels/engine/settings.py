@@ -86,8 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser, kind: type[Settings]) -> None
         if not optional and scalar is not dict and default not in ("", []):
             text += f" (default: {('yes' if default else 'no') if scalar is bool else default})"
         common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
-        kind = typing.get_origin(scalar) or scalar
-        if kind is list:
+        if (typing.get_origin(scalar) or scalar) is list:
             names = [f.name] if meta.get("positional") else options
             group.add_argument(*names, nargs=meta.get("nargs", "*"), metavar=meta["metavar"], **common)
         elif scalar is dict:

@@ -30,6 +30,7 @@ def sink_of(name: str, received: Tensor, num_prefix: int, v: Tensor | None = Non
         return share
     if name == "sink_value_norm":
         assert v is not None
-        norms = torch.linalg.vector_norm(v.detach(), dim=-1, dtype=torch.float32)
-        return norms.gather(-1, token[..., None])[..., 0] / norms.mean(-1)
+        norms: Tensor = torch.linalg.vector_norm(v.detach(), dim=-1, dtype=torch.float32)
+        relative: Tensor = norms.gather(-1, token[..., None])[..., 0] / norms.mean(-1)
+        return relative
     return (token < (min(1, num_prefix) if name == "sink_is_cls" else num_prefix)).float()

@@ -60,5 +60,5 @@ def relative_log_amplitude(tokens: Tensor, grid: Sequence[int] | None = None, nu
     # The same share of the highest frequency on both axes.
     number = torch.arange(steps + 1, device=x.device)
     diagonal = spectrum[:, number * (rows // 2) // max(1, steps), number * (columns // 2) // max(1, steps)]
-    amplitude = (diagonal + 1e-6).log().mean(-1)
+    amplitude: Tensor = (diagonal + 1e-6).log().mean(-1)
     return amplitude - amplitude[:, :1]

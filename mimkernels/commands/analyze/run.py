@@ -4,7 +4,7 @@ import contextlib
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -130,13 +130,12 @@ class AnalyzeRun:
         return measured
 
     def _key(self, choice: ModelChoice, encoder: FrozenEncoder) -> str:
-        heads = [int(part.num_heads) for part in encoder.modules() if isinstance(getattr(part, "num_heads", 0), int)
-                 and getattr(part, "num_heads", 0)]  # fmt: skip
         config = self.config
+        heads = [getattr(part, "num_heads", None) for part in encoder.modules()]
         quantities = (HEAD_QUANTITIES, STATE_QUANTITIES, OUTPUT_QUANTITIES)
-        options = (config.unit, config.batch_size, self.precision, config.pixel_range, config.depth_probe)
-        options = (*options, config.importance, config.viewer_images, quantities)
-        model = (type(encoder.model).__name__, heads, encoder.fingerprint(), asdict(choice)["model_kwargs"])
+        options = (config.unit, config.batch_size, self.precision, config.pixel_range, config.depth_probe,
+                   config.importance, config.viewer_images, quantities)  # fmt: skip
+        model = (type(encoder.model).__name__, heads, encoder.fingerprint(), choice.model_kwargs)
         return results.key_of(model, self.images.fingerprint(), options)
 
     def _workers(self) -> int:

@@ -176,11 +176,9 @@ class Drawer:
             ("head_divergence", "divergence (nats)", "Difference between heads", "heads"),
             ("token_similarity", "mean cosine", "Similarity of patch tokens", "states"),
         ):
-            series = change(self.models, before, after, quantity, part)
-            if series is not None:
-                panel = figures.lines(
-                    [series], f"change of {label}", "layer", self.colours, references={"no change": 0}
-                )
+            moved = change(self.models, before, after, quantity, part)
+            if moved is not None:
+                panel = figures.lines([moved], f"change of {label}", "layer", self.colours, references={"no change": 0})
                 made.append(Figure(title, "", [panel]))
         text = f"{after} minus {before}, layer by layer, means over heads and images."
         return [Section(f"From {before} to {after}", text, made, True)] if made else []
