@@ -94,16 +94,18 @@ def cka_maps(maps: Mapping[str, Tensor]) -> list[Markup]:
 def importance_maps(importance: Mapping[str, Tensor]) -> list[Markup]:
     """What taking out a head changes, ``[L, H]`` of every model by its name, on one scale; layer 1 at the bottom."""
     import matplotlib
+    from matplotlib.colors import LogNorm
 
     highest = max(values.max().item() for values in importance.values()) or 1.0
+    # A few heads of early layers change far more than all others; three decades show those, too.
+    norm = LogNorm(highest / 1000, highest, clip=True)
     drawn = []
     for name, values in importance.items():
         with matplotlib.rc_context(CHART):
             axes = _axes((4.3, 3.7))
             layers, heads = values.shape
             extent = (0.5, heads + 0.5, 0.5, layers + 0.5)
-            image = axes.imshow(values.numpy(), origin="lower", cmap="magma", vmin=0, vmax=highest, aspect="auto",
-                                extent=extent)  # fmt: skip
+            image = axes.imshow(values.numpy(), origin="lower", cmap="magma", norm=norm, aspect="auto", extent=extent)
             axes.set_title(name, loc="left", fontweight="bold")
             axes.set_xlabel("head")
             axes.set_ylabel("layer")
@@ -135,7 +137,7 @@ def _axes(size: tuple[float, float]) -> "Axes":
 def _line(axes: "Axes", one: Series, band: str, colour: str) -> None:
     mean = one.mean
     if one.spread.isfinite().any():
-        axes.fill_between(one.x, mean - one.spread, mean + one.spread, color=band, alpha=0.13, linewidth=0, zorder=1)
+        axes.fill_between(one.x, *one.band, color=band, alpha=0.13, linewidth=0, zorder=1)
     if len(one.runs) > 1:
         for run in one.runs:
             axes.plot(one.x, run, color=band, linewidth=0.8, alpha=0.8, zorder=2)

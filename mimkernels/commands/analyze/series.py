@@ -9,6 +9,8 @@ from torch import Tensor
 
 from mimkernels.commands.analyze.results import Model
 
+_SIGNED = ("token_similarity", "high_frequency")
+
 
 @dataclass
 class Series:
@@ -20,6 +22,7 @@ class Series:
         runs: ``[S, L]`` mean over images and heads, of every run.
         spread: ``[L]`` standard deviation over images, NaN where it is not known.
         heads: ``[S, L, H]`` mean over images of every head, or None for what a layer has once.
+        signed: values below 0 are possible; else the band of the spread ends there.
     """
 
     name: str
@@ -27,6 +30,13 @@ class Series:
     runs: Tensor
     spread: Tensor
     heads: Tensor | None = None
+    signed: bool = False
+
+    @property
+    def band(self) -> tuple[Tensor, Tensor]:
+        """``[L]`` each: the mean less and plus the spread."""
+        lower = self.mean - self.spread
+        return (lower if self.signed else lower.clamp(min=0)), self.mean + self.spread
 
     @property
     def mean(self) -> Tensor:
@@ -66,7 +76,8 @@ def series_of(
         runs = torch.stack([mean.nanmean(1) for mean in means])
         heads = torch.stack(means) if statistics[0].is_per_head(quantity) else None
         first = 0 if part == "states" else 1
-        found.append(Series(model.name, places(runs.shape[1], x, first), runs, torch.stack(spread).mean(0), heads))
+        x_of_layers, mean_spread = places(runs.shape[1], x, first), torch.stack(spread).mean(0)
+        found.append(Series(model.name, x_of_layers, runs, mean_spread, heads, quantity in _SIGNED))
     return found
 
 
@@ -85,7 +96,7 @@ def limits(series: Sequence[Series], *, heads: bool = True, also: Sequence[float
     """The vertical axis on which all of it is seen, single heads too; from 0 unless that would flatten the lines."""
     parts = [one.runs.flatten() for one in series]
     parts += [one.heads.flatten() for one in series if heads and one.heads is not None]
-    parts += [torch.cat((one.mean - one.spread, one.mean + one.spread)) for one in series]
+    parts += [torch.cat(one.band) for one in series]
     values = torch.cat([*parts, torch.tensor([float(value) for value in also], dtype=torch.float64)])
     values = values[values.isfinite()]
     if not len(values):
