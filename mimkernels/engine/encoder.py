@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from mimkernels.engine.checkpoint import CheckpointFolder, check_content, is_checkpoint, whole_beside
+from mimkernels.engine.checkpoint import CheckpointFolder, are_tensors, check_content, is_checkpoint, whole_beside
 from mimkernels.engine.settings import is_of_type, read_settings
 from mimkernels.heads import record_heads
 from mimkernels.models.architecture import check_sizes
@@ -29,8 +29,13 @@ _BY_SHAPE = {
     (1280, 32): "vit_huge_patch14_224",
 }
 _EXPORTED = ("mae_checkpoint.pth", "simmim_checkpoint.pth", "supervised_checkpoint.pth")  # by `mimkernels pretrain`
-_DECODER = ("mask_token", "decoder_", "decoder.", "head.")
+_DECODER = ("mask_token", "masked_embed", "decoder_", "decoder.", "head.")
 _RELATIVE = re.compile(r"relative_position_bias_table$|\.cpb_mlp\.")
+
+# Where published training checkpoints keep the encoder that is evaluated: DINO and iBOT (teacher), I-JEPA
+# (target_encoder), MoCo v3 and others (state_dict); and what stands before the names of its weights.
+_PARTS = ("teacher", "target_encoder", "student", "state_dict")
+_PREFIXES = ("", "base_encoder.", "backbone.", "encoder.")
 
 # Weights whose shapes tell the size of a published encoder: name, axes, what is missing without it.
 _NEEDED = (
@@ -206,10 +211,11 @@ def _from_file(choice: EncoderChoice, path: Path) -> FrozenEncoder:
     if is_checkpoint(content):
         check_content(content, str(path))
         return _from_run(choice, path, path, content["config"], content["model"])
-    weights = weights_of(content, repr(str(path)))
+    part = _part_of(content)
+    weights = weights_of(content[part] if part else content, repr(str(path)))
     beside = path.parent / "config.json"
     if choice.arch is not None or not beside.is_file():
-        return _from_published(choice, path, weights)
+        return _from_published(choice, path, weights, part)
     # Exported by a run, whose settings lie beside it.
     return _from_run(choice, path, beside, read_settings(beside), weights, published=True)
 
@@ -256,12 +262,24 @@ def _from_run(
     )
 
 
-def _from_published(choice: EncoderChoice, path: Path, weights: dict[str, Tensor]) -> FrozenEncoder:
+def _part_of(content: Any) -> str:
+    """The part of a published checkpoint that holds the encoder; empty if that is all of it, or under ``model``."""
+    if not isinstance(content, dict) or isinstance(content.get("model"), dict):
+        return ""
+    return next((part for part in _PARTS if are_tensors(content.get(part))), "")
+
+
+def _from_published(choice: EncoderChoice, path: Path, weights: dict[str, Tensor], part: str = "") -> FrozenEncoder:
+    """The encoder in a published checkpoint, whose names are timm's behind a prefix.
+
+    `part`: of the file, that `weights` were in.
+    """
     from mimkernels.nn.encoder import create_encoder
 
     if any(_RELATIVE.search(name) for name in weights):
         return _from_published_simmim(choice, path, weights)
-    weights = {name.removeprefix("encoder."): tensor for name, tensor in weights.items()}
+    prefix = next((prefix for prefix in _PREFIXES if f"{prefix}{_NEEDED[0][0]}" in weights), "")
+    weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
     weights = {name: tensor for name, tensor in weights.items() if not name.startswith(_DECODER)}
     projection, positions = (_required(weights, *needed, path) for needed in _NEEDED)
     width, channels, patch = projection.shape[0], projection.shape[1], projection.shape[2]
@@ -274,7 +292,8 @@ def _from_published(choice: EncoderChoice, path: Path, weights: dict[str, Tensor
         )
     side = math.isqrt(positions.shape[1] - ("cls_token" in weights))
     size = choice.img_size or side * patch
-    encoder = create_encoder(name, img_size=size, in_chans=channels, patch_size=patch, **choice.model_kwargs)
+    kwargs = {**({} if "cls_token" in weights else {"class_token": False}), **choice.model_kwargs}
+    encoder = create_encoder(name, img_size=size, in_chans=channels, patch_size=patch, **kwargs)
     copy_by_name(encoder.state_dict(), weights, title=f"{name}, {size} x {size} pixels")
     if channels != 3:
         raise ValueError(f"{str(path)!r} takes images of {channels} channels, published checkpoints take 3")
@@ -282,7 +301,7 @@ def _from_published(choice: EncoderChoice, path: Path, weights: dict[str, Tensor
     return FrozenEncoder(
         encoder,
         name,
-        f"{name} from {path}",
+        f"{name} from {path}" + (f" ({part or prefix.rstrip('.')})" if part or prefix else ""),
         img_size=size,
         in_chans=channels,
         mean=mean,
