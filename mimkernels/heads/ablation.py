@@ -46,7 +46,7 @@ def ablate(model: nn.Module, heads: Mapping[str | int, Sequence[int]], *, by: st
 
     Example::
 
-        with mimkernels.heads.ablate(model, {"blocks.3.attn": [0, 2], 5: [1]}):
+        with mimkernels.heads.ablate(model, {"blocks.1.attn": [0, 2], 0: [1]}):
             features = model.forward_features(images)
 
     Source: Michel et al. 2019, arXiv:1905.10650 (zero).
