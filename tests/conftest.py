@@ -67,3 +67,12 @@ def device() -> str:
     from mimkernels.testing import DEVICE
 
     return DEVICE
+
+
+@pytest.fixture
+def fused_at_any_size(monkeypatch):
+    """timm's blocks are fused however few numbers a test gives them."""
+    pytest.importorskip("timm")
+    from mimkernels.nn import block
+
+    monkeypatch.setattr(block, "SMALL", 0)

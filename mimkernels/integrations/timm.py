@@ -62,7 +62,7 @@ class Change:
         kind: its class.
         became: what computes it now; "" where it was left alone.
         reason: why it was left alone, or when the change does not apply: with dropout in training, and where PyTorch's
-            attention was measured to be faster at the model's own number of tokens.
+            attention was measured to be faster at the model's own number of tokens, or timm's block with so few images.
     """
 
     name: str
@@ -177,12 +177,11 @@ def accelerate(
         elif isinstance(module, TimmMlp):
             change = _take_mlp(module) if mlp else None
         elif isinstance(module, TimmBlock) and not calls_sdpa(type(module).forward, module):
-            change = _take_block(module) if block else None
+            change = _take_block(module, _inside(tokens, vit, name)) if block else None
         elif isinstance(module, VisionTransformer):
             change = _take_patch_embed(module) if patch_embed and patch_drop else None
         elif pool if "pool" in type(module).__name__.lower() else attention:
-            inside = tokens is not None and name.startswith(f"{vit}." if vit else "")
-            change = _take_attention(module, tokens if inside else None)
+            change = _take_attention(module, _inside(tokens, vit, name))
         if change is not None:
             changes.append(Change(name, change.kind, change.became, change.reason))
     classes = dict.fromkeys(type(module) for module in model.modules() if hasattr(type(module), "_refused"))
@@ -229,6 +228,11 @@ def _tokens(model: VisionTransformer) -> int | None:
     """How many tokens the blocks see of images of the model's own size, all patches kept."""
     patches = getattr(model.patch_embed, "num_patches", None)
     return patches + model.num_prefix_tokens if isinstance(patches, int) else None
+
+
+def _inside(tokens: int | None, vit: str, name: str) -> int | None:
+    """The tokens that a part of a model sees, if it is within the Vision Transformer `vit`."""
+    return tokens if name.startswith(f"{vit}." if vit else "") else None
 
 
 def _left_to_torch(module: TimmAttention, tokens: int) -> list[str]:
@@ -289,13 +293,24 @@ def _take_mlp(module: TimmMlp) -> Change:
     return Change("", kind.__name__, "" if reason else "mimkernels.bias_gelu", reason or "")
 
 
-def _take_block(module: TimmBlock) -> Change:
+def _take_block(module: TimmBlock, tokens: int | None) -> Change:
     kind = type(module)
     reason = "a class of its own" if kind is not TimmBlock else fused_block.reason_against(module)
     if reason is not None:
         return Change("", kind.__name__, "", reason)
     reason = _change_class(module)
-    return Change("", kind.__name__, "" if reason else "mimkernels.add_layer_norm", reason or "")
+    if reason is not None:
+        return Change("", kind.__name__, "", reason)
+    return Change("", kind.__name__, "mimkernels.add_layer_norm", "" if tokens is None else _batches(module, tokens))
+
+
+def _batches(module: TimmBlock, tokens: int) -> str:
+    """For how few images a block runs timm's own code; empty where it never does."""
+    numbers = tokens * module.norm2.normalized_shape[0]
+    fewest, fewest_cast = (-(-count // numbers) for count in (fused_block.SMALL, fused_block.SMALL // 8))
+    if next(module.parameters()).device.type != "cpu" or fewest <= 1:
+        return ""
+    return f"timm's own is faster, and kept, for less than {fewest} images, under autocast {fewest_cast}"
 
 
 def _take_patch_drop(module: nn.Module) -> Change | None:

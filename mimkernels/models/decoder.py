@@ -4,8 +4,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor
 
 from mimkernels.nn import Block as FusedBlock
-from mimkernels.nn.block import add_normalised, normalised, reason_against
-from mimkernels.nn.sdpa import is_for_pytorch
+from mimkernels.nn.block import add_normalised, is_for_timm, normalised
 from mimkernels.ops import gather_tokens
 
 __all__ = ["DecoderBlock", "FusedDecoderBlock"]
@@ -32,7 +31,7 @@ class FusedDecoderBlock(FusedBlock, DecoderBlock):
 
     def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """As the decoder's."""
-        if is_for_pytorch(x) or reason_against(self) is not None:
+        if is_for_timm(self, x):
             return DecoderBlock.forward(self, x, ids)
         branch = self.attn(normalised(self.norm1, x, self.attn))
         if ids is None:

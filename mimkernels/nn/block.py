@@ -25,10 +25,15 @@ from mimkernels.nn.sdpa import compute_dtype, has_own_rules, is_for_pytorch
 from mimkernels.nn.sdpa.translate import autocasts
 from mimkernels.ops import add_layer_norm
 from mimkernels.ops._autograd import transformed
-from mimkernels.ops._registry import FLOATS, forced
+from mimkernels.ops._registry import FLOATS, backend_in_force, forced
 from mimkernels.ops.add_layer_norm.spec import SPEC
 
-__all__ = ["Block", "add_normalised", "normalised", "reason_against", "use_mimkernels_block"]
+__all__ = ["SMALL", "Block", "add_normalised", "is_for_timm", "normalised", "reason_against", "use_mimkernels_block"]
+
+# Numbers below which a CPU computes PyTorch's sum and norm faster than one pass of ours: what the pass saves is traffic
+# to memory, and small tensors stay in the cache, while the way to a kernel costs some 30 us more than to PyTorch's own.
+# A cast that the pass saves besides is traffic, too: the half counts for a norm with its cast, an eighth for all three.
+SMALL = 2**20
 
 
 class Block(TimmBlock):
@@ -38,8 +43,9 @@ class Block(TimmBlock):
     are ``mimkernels.add_layer_norm``, whose backward is one pass, too. Under autocast, both norms give what the linear
     layer after them would cast to. Attention and MLP are whatever they were.
 
-    What that cannot replace (see ``reason_against``), tensors with rules of their own (subclasses; torch.fx) and calls
-    for which there is no kernel run timm's own code, as does ``torch.jit.trace``; looked at anew in every call.
+    What that cannot replace (see ``reason_against``), tensors with rules of their own (subclasses; torch.fx), calls for
+    which there is no kernel and, unless a backend is named, streams of few numbers on CPUs (``SMALL``) run timm's own
+    code, as does ``torch.jit.trace``; looked at anew in every call.
     ``torch.jit.script`` gets timm's class.
 
     Made by ``use_mimkernels_block``, or built like timm's (``block_fn=Block`` of timm's models).
@@ -52,7 +58,7 @@ class Block(TimmBlock):
         # Arguments only where given: older releases of timm have no is_causal.
         causal: dict[str, Any] = {} if is_causal is False else {"is_causal": is_causal}
         out: Tensor
-        if is_for_pytorch(x) or reason_against(self) is not None:
+        if is_for_timm(self, x):
             out = super().forward(x, attn_mask=attn_mask, **causal)
             return out
         branch = self.attn(normalised(self.norm1, x, self.attn), attn_mask=attn_mask, **causal)
@@ -88,9 +94,15 @@ def reason_against(block: TimmBlock) -> str | None:
     return _reason(norm2=block.norm2, ls1=block.ls1, drop_path1=block.drop_path1)
 
 
+def is_for_timm(block: TimmBlock, x: Tensor) -> bool:
+    """Whether a block must, or had better, run timm's own code on this stream."""
+    # In the order of cost: small models feel every step.
+    return is_for_pytorch(x) or _is_small(x, cast=_autocasts(x)) or reason_against(block) is not None
+
+
 def normalised(norm: Any, x: Tensor, reader: nn.Module) -> Tensor:
     """``norm(x)``, under autocast in the dtype in which `reader`, which takes it, multiplies."""
-    if not autocasts(x.device.type) or _read_in(reader, x) in (None, torch.float32) or _reason(norm=norm) is not None:
+    if not _autocasts(x) or _read_in(reader, x) in (None, torch.float32) or _reason(norm=norm) is not None:
         out: Tensor = norm(x)
         return out
     return add_normalised(x, None, None, None, norm, reader)[1]
@@ -114,12 +126,13 @@ def add_normalised(
             nobody else sees them.
     """
     gamma = scale.gamma if isinstance(scale, LayerScale) else None
-    if not _fits(x, branch, gamma, norm):
+    # A norm is fp32 under autocast.
+    out_dtype = (_read_in(reader, x) or torch.float32) if _autocasts(x) else None
+    cast = out_dtype not in (None, torch.float32)
+    if _is_small(x, cast=cast, alone=branch is None) or not _fits(x, branch, gamma, norm):
         if branch is not None:
             x = x + drop(scale(branch))
         return x, norm(x)
-    # A norm is fp32 under autocast.
-    out_dtype = _read_in(reader, x) or (torch.float32 if autocasts(x.device.type) else None)
     return add_layer_norm(
         x,
         branch,
@@ -151,6 +164,16 @@ def _reason(**parts: Any) -> str | None:
     return None
 
 
+def _is_small(x: Tensor, *, cast: bool, alone: bool = False) -> bool:
+    """Whether PyTorch is faster with a stream (see ``SMALL``): its norm cast or not, alone or with a sum."""
+    fewest = SMALL // (2 if alone else 8) if cast else SMALL
+    return x.is_cpu and x.numel() < fewest and backend_in_force() == "auto"
+
+
+def _autocasts(x: Tensor) -> bool:
+    return autocasts(x.device.type)
+
+
 def _fits(x: Tensor, branch: Tensor | None, gamma: Tensor | None, norm: Any) -> bool:
     """Whether a kernel takes these tensors and gives what PyTorch would give, dtypes too."""
     if x.dim() < 2 or tuple(norm.normalized_shape) != x.shape[-1:]:
@@ -165,7 +188,7 @@ def _fits(x: Tensor, branch: Tensor | None, gamma: Tensor | None, norm: Any) -> 
     parameters = [value for value in (norm.weight, norm.bias, gamma) if value is not None]
     if any(has_own_rules(value) or value.device != x.device for value in parameters):
         return False
-    allowed = FLOATS if autocasts(x.device.type) else (dtype,)
+    allowed = FLOATS if _autocasts(x) else (dtype,)
     if any(value.dtype not in allowed for value in (norm.weight, norm.bias) if value is not None):
         return False
     return _has_kernel(x.device.type, dtype, x.shape[-1])  # without one, PyTorch's own code is as fast

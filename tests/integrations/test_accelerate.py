@@ -22,6 +22,8 @@ from mimkernels.integrations._reroute import calls_sdpa, rerouted  # noqa: E402
 from mimkernels.nn import Mlp, use_mimkernels_attention, use_mimkernels_block, use_mimkernels_mlp  # noqa: E402
 from tests.integrations.models import Seen  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("fused_at_any_size")
+
 
 def made(name, **kwargs):
     torch.manual_seed(0)
@@ -310,6 +312,16 @@ def test_blocks_are_taken_and_those_that_cannot_be_are_reported():
     assert mimkernels.restore(ours) == 1 and type(ours.blocks[0]) is Block
     (change,) = [change for change in mimkernels.accelerate(model, mlp=False) if change.name == "blocks.5"]
     assert change.became == "mimkernels.attention"  # as before: its forward calls SDPA
+
+
+@pytest.mark.parametrize(("small", "remark"), [
+    (5000, "timm's own is faster, and kept, for less than 10 images, under autocast 2"),
+    (544, ""),
+])  # fmt: skip
+def test_the_report_says_how_few_images_are_left_to_timm_s_block(small, remark, monkeypatch):
+    monkeypatch.setattr("mimkernels.nn.block.SMALL", small)
+    report = mimkernels.accelerate(vit(depth=1), attention=False, mlp=False)  # 17 tokens of 32 numbers
+    assert [(change.became, change.reason) for change in report] == [("mimkernels.add_layer_norm", remark)]
 
 
 def test_blocks_that_were_ours_before_stay_so():

@@ -372,6 +372,7 @@ def test_config_remembers_the_mlp():
 @pytest.mark.parametrize("options", [{}, {"init_values": 0.5, "drop_path_rate": 0.3}], ids=str)
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("full", [False, True])
+@pytest.mark.usefixtures("fused_at_any_size")
 def test_both_blocks_give_the_same_model(full, autocast, options):
     ours, timm_s = build(**options), build(block="timm", **options)
     for model, kinds in ((ours, (Block, FusedDecoderBlock)), (timm_s, (TimmBlock, DecoderBlock))):

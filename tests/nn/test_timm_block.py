@@ -14,10 +14,13 @@ from timm.layers import Mlp as TimmMlp
 from timm.models.vision_transformer import Block as TimmBlock
 
 from mimkernels.nn import Block, use_mimkernels_attention, use_mimkernels_block, use_mimkernels_mlp
+from mimkernels.nn import block as fused_block
 from mimkernels.nn.block import reason_against
 from mimkernels.ops import use_backend
 from mimkernels.testing import Watch
 from tests.nn.timm_layers import assert_same_as_timm, run
+
+pytestmark = pytest.mark.usefixtures("fused_at_any_size")
 
 
 def layer(**options):
@@ -103,6 +106,35 @@ def test_drop_path_drops_the_same_images(dtype, rate, scale_by_keep, calls):
     assert calls == ONCE
     calls.clear()
     torch.testing.assert_close(ours_of(plain).eval()(tokens()), plain.eval()(tokens()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_few_numbers_run_timm_s_code_unless_a_backend_is_named(autocast, calls, monkeypatch):
+    plain, x = layer(), tokens()
+    ours = ours_of(plain)
+
+    def made(module, small):
+        calls.clear()
+        monkeypatch.setattr(fused_block, "SMALL", small)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return module(x), len(calls)
+
+    bound = x.numel() * (8 if autocast else 1)
+    (fused, ops), (left, none) = made(ours, bound), made(ours, bound + 8)
+    assert ops == 1 and none == 0 and torch.equal(left, made(plain, 0)[0])
+    torch.testing.assert_close(fused, left, rtol=1e-5, atol=2e-2 if autocast else 1e-5)
+    with use_backend("cpu"):
+        assert made(ours, bound + 8)[1] == (2 if autocast else 1)
+
+
+def test_a_norm_with_its_cast_is_fused_from_half_the_bound(calls, monkeypatch):
+    ours, x = ours_of(layer()), tokens()
+    for most, names in ((2 * x.numel(), ONCE[:1] * 2), (2 * x.numel() + 2, ONCE[:1])):
+        calls.clear()
+        monkeypatch.setattr(fused_block, "SMALL", most)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            ours(x)
+        assert calls == names
 
 
 def hooked(name, register):
