@@ -20,6 +20,8 @@ from mimkernels.ops import bias_gelu
 
 __all__ = ["Mlp", "use_mimkernels_mlp"]
 
+_APPROXIMATIONS = {GELU: "none", GELUTanh: "tanh"}
+
 
 class Mlp(TimmMlp):
     """timm's ``Mlp`` with the first layer's bias and GELU in one pass: same parameters, same names, same results.
@@ -36,13 +38,15 @@ class Mlp(TimmMlp):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., C]`` to ``[..., C']``, as timm's."""
-        approximate = _approximation(self.act)
+        # The parts once: small models feel every step.
+        fc1, act = self.fc1, self.act
+        approximate = _approximation(act)
         out: Tensor
-        if approximate is None or reason_against(self) is not None or is_for_pytorch(x):
+        if approximate is None or _reason_against(fc1, act) is not None or is_for_pytorch(x):
             out = super().forward(x)  # type: ignore[no-untyped-call] # timm's, without annotations
             return out
-        hidden = F.linear(x, self.fc1.weight)  # [..., E]
-        bias = self.fc1.bias
+        hidden = F.linear(x, fc1.weight)  # [..., E]
+        bias = fc1.bias
         if bias is not None and bias.dtype not in (hidden.dtype, torch.float32):
             bias = bias.to(hidden.dtype)
         hidden = self.drop1(bias_gelu(hidden, bias, approximate=approximate))
@@ -74,14 +78,16 @@ def use_mimkernels_mlp(module: nn.Module, *, required: bool = True) -> list[Mlp]
 
 def reason_against(module: TimmMlp) -> str | None:
     """Why a timm ``Mlp`` must run timm's own code, or None: only what a plain linear layer and GELU do is replaced."""
-    for name in ("fc1", "act"):
-        part = getattr(module, name)
-        if is_heard(part):
-            return f"a hook or a forward of its own on {name}"
-    if type(module.fc1) is not nn.Linear:
-        return f"fc1 is {type(module.fc1).__name__}, not torch.nn.Linear"
-    if _approximation(module.act) is None:
-        return f"its activation is {type(module.act).__name__}, not GELU"
+    return _reason_against(module.fc1, module.act)
+
+
+def _reason_against(fc1: nn.Module, act: nn.Module) -> str | None:
+    if is_heard(fc1) or is_heard(act):
+        return f"a hook or a forward of its own on {'fc1' if is_heard(fc1) else 'act'}"
+    if type(fc1) is not nn.Linear:
+        return f"fc1 is {type(fc1).__name__}, not torch.nn.Linear"
+    if _approximation(act) is None:
+        return f"its activation is {type(act).__name__}, not GELU"
     return None
 
 
@@ -89,4 +95,4 @@ def _approximation(act: nn.Module) -> str | None:
     """As ``bias_gelu`` takes it; None for what is no GELU. Subclasses may compute anything."""
     if type(act) is nn.GELU:
         return act.approximate
-    return {GELU: "none", GELUTanh: "tanh"}.get(type(act))
+    return _APPROXIMATIONS.get(type(act))

@@ -50,11 +50,13 @@ class Kernel:
         dispatched: the torch op, right in every context.
         direct: the same for a plain call in which nothing needs a gradient.
         tracked: the same for a plain call in which something does.
+        inference: the same for a plain call in inference mode, which keeps autograd out itself.
     """
 
     dispatched: torch._ops.OpOverload
     direct: Run
     tracked: Run
+    inference: Run
 
     def backward(self, *args: Any) -> Any:
         """The op as backward calls it: directly unless that is to be differentiated again."""
@@ -92,7 +94,7 @@ def attach(
     torch.library.register_vmap(overload, _one_by_one(overload, fake), lib=library)
     if gradient is None:
         library.impl(overload, torch.library.fallthrough_kernel, "Autograd")
-        return Kernel(overload, run, run)
+        return Kernel(overload, run, run, run)
     names = [argument.name for argument in overload._schema.arguments]
     backward_ops = [other.backward for other in others]
 
@@ -140,7 +142,7 @@ def attach(
             return one_level.apply(*args)
 
     library.impl(overload, autograd, "Autograd")
-    return Kernel(overload, direct, function.apply)
+    return Kernel(overload, direct, function.apply, run)
 
 
 def refused(op: str) -> Gradient:

@@ -90,9 +90,8 @@ def by_signature(
 def _signature(tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """All that the checks look at; None where a tensor is of a subclass."""
     types = tuple(map(type, options))
-    if list in types:
-        options = tuple(tuple(option) if type(option) is list else option for option in options)
     if list in types or tuple in types:
+        options = tuple(tuple(option) if type(option) is list else option for option in options)
         for option in options:
             if type(option) is tuple:
                 types += tuple(map(type, option))

@@ -143,7 +143,9 @@ class OpSpec:
         kernel = self.kernels[backend][next(iter(self.schemas))]
         if _autograd.transformed():
             return kernel.dispatched
-        return kernel.tracked if tracked else kernel.direct
+        if tracked:
+            return kernel.tracked
+        return kernel.inference if torch.is_inference_mode_enabled() else kernel.direct
 
     def plain_ops(self, backend: str) -> tuple[Run, ...] | None:
         """What an autograd.Function that puts the ops of all schemas together calls, in their order.

@@ -292,7 +292,7 @@ def test_accelerate_tells_which_layers_stay_with_pytorch(table):
     type(model.blocks[0].attn)._refused.clear()
 
 
-def test_the_report_is_silent_where_ours_is_faster(table):
+def test_the_report_is_silent_where_ours_is_faster(table, fused_at_any_size):
     table(forward=[(16, 16, 0.5)])
     assert {change.reason for change in mimkernels.accelerate(vit())} == {""}
 

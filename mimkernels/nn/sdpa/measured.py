@@ -38,7 +38,17 @@ from mimkernels.ops._checks import needs_grad
 from mimkernels.ops._memo import MOST
 from mimkernels.ops._registry import backend_in_force
 
-__all__ = ["PASSES", "TABLE", "Measured", "Point", "checked", "instruction_set", "reasons", "why_torch"]
+__all__ = [
+    "PASSES",
+    "TABLE",
+    "Measured",
+    "Point",
+    "checked",
+    "instruction_set",
+    "reasons",
+    "why_torch",
+    "why_torch_packed",
+]
 
 TABLE = Path(__file__).with_name("measured.json")
 PASSES = ("forward", "training")  # without gradients, and with them: forward and backward
@@ -82,10 +92,23 @@ def why_torch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str | Non
     Returns:
         None if ours should; while compiling, where nobody is told, a reason without words.
     """
+    if q.is_nested or k.is_nested or q.dim() < 2 or k.dim() < 2:
+        return None
+    return _why(q, q.size(-2) * k.size(-2), q.size(-1), (q, k, v, mask))
+
+
+def why_torch_packed(qkv: Tensor) -> str | None:
+    """``why_torch`` of self-attention without a mask, by its packed projection ``[B, N, 3, H, D]``."""
+    tokens = qkv.size(1)
+    return _why(qkv, tokens * tokens, qkv.size(4), (qkv,))
+
+
+def _why(q: Tensor, scores: int, dim: int, tensors: tuple[Tensor | None, ...]) -> str | None:
+    """``why_torch`` by device and dtype of `q`, the product of both lengths and the head dim."""
     if is_compiling():
         passes = _slower(q.device.type, compute_dtype(q))
-        slower = None if passes is None else passes[needs_grad(q, k, v, mask)]
-        return "" if slower is not None and _is_slower(slower, q, k) and backend_in_force() == "auto" else None
+        slower = None if passes is None else passes[needs_grad(*tensors)]
+        return "" if slower is not None and _is_slower(slower, scores, dim) and backend_in_force() == "auto" else None
     # What follows costs as little as it can: small models feel every step.
     device = "cpu" if q.is_cpu else q.device.type
     dtype = compute_dtype(q) if torch._C._is_any_autocast_enabled() else q.dtype
@@ -94,22 +117,16 @@ def why_torch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str | Non
         passes = _slower(device, dtype)
     if passes is None:
         return None
-    try:
-        call = q.shape, k.shape, dtype, device
-    except RuntimeError:  # of nested tensors
-        return None
+    call = scores, dim, dtype, device
     lines = _decided.get(call)
     if lines is None:
-        lines = _BY_OURS
-        if min(q.dim(), k.dim()) >= 2:
-            scores, dim = q.shape[-2] * k.shape[-2], q.shape[-1]
-            lines = tuple(_line(device, dtype, kind, scores, dim) for kind in PASSES)
+        lines = tuple(_line(device, dtype, kind, scores, dim) for kind in PASSES)
         if len(_decided) >= MOST:
             _decided.clear()
         _decided[call] = lines = _BY_OURS if lines == _BY_OURS else lines
     if lines is _BY_OURS:
         return None
-    line = lines[needs_grad(q, k, v, mask)]
+    line = lines[needs_grad(*tensors)]
     if line is None or transformed() or backend_in_force() != "auto" or wants_statistics():
         return None
     return line
@@ -182,8 +199,8 @@ _Passes = tuple[_Slower, _Slower] | None
 # functools.cache would be seen through, and warned of, by torch.compile.
 _known: dict[tuple[str, torch.dtype], _Passes] = {}
 _UNKNOWN: Any = object()
-# By the sizes of q and k, dtype and device: why PyTorch's attention computes the call, by pass.
-_decided: dict[tuple[torch.Size, torch.Size, torch.dtype, str], tuple[str | None, ...]] = {}
+# By the product of both lengths, head dim, dtype and device: why PyTorch's attention computes the call, by pass.
+_decided: dict[tuple[int, int, torch.dtype, str], tuple[str | None, ...]] = {}
 _BY_OURS = (None, None)
 
 
@@ -195,10 +212,8 @@ def _slower(device: str, dtype: torch.dtype) -> _Passes:
     return _known[device, dtype]
 
 
-def _is_slower(slower: _Steps[_Steps[bool]], q: Tensor, k: Tensor) -> bool:
-    if q.dim() < 2 or k.dim() < 2:
-        return False
-    return _at(_at(slower, q.shape[-1] * q.shape[-1]), q.shape[-2] * k.shape[-2])
+def _is_slower(slower: _Steps[_Steps[bool]], scores: int, dim: int) -> bool:
+    return _at(_at(slower, dim * dim), scores)
 
 
 def _line(device: str, dtype: torch.dtype, kind: str, scores: int, head_dim: int) -> str | None:

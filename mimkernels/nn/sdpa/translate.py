@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -217,11 +218,18 @@ def tensors_with_own_rules(arguments: SDPAArguments) -> list[str]:
 
 def autocasts(device: str) -> bool:
     """Whether autocast is on for a type of device; meta tensors know none."""
-    return device != "meta" and torch.is_autocast_enabled(device)
+    return any_autocast() and device != "meta" and torch.is_autocast_enabled(device)
+
+
+def any_autocast() -> bool:
+    """Whether autocast may be on for any device; compiled code looks at its own."""
+    return is_compiling() or torch._C._is_any_autocast_enabled()
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """What PyTorch's matrix products compute such a tensor in: its own dtype, or autocast's, if its device has one."""
+    if not any_autocast():  # before any other look: small models feel every step
+        return tensor.dtype
     device = tensor.device.type
     if tensor.dtype == torch.float64 or not autocasts(device):
         return tensor.dtype

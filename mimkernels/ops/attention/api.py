@@ -106,8 +106,9 @@ def attention(
     Source: online softmax as in FlashAttention, arXiv:2205.14135; the statistics' sources are in ``mimkernels.heads``.
     """
     tensors = (q, k, v, bias, bias_table, bias_index, key_mask, logit_scale, positions)
-    run, (*others, positions), options = _checked(tensors, scale, num_prefix, stats or None, backend)
-    return _attend(run, others, positions, *options)
+    run, ready, (scale, num_prefix, asked, planes) = _checked(tensors, scale, num_prefix, stats or None, backend)
+    *others, positions = ready
+    return _named(run(*others, scale, num_prefix, positions, asked), planes)
 
 
 @by_signature
@@ -175,8 +176,9 @@ def attention_qkvpacked(
             three parts.
     """
     tensors = (qkv, bias, bias_table, bias_index, key_mask, logit_scale, positions)
-    run, (*others, positions), options = _checked_packed(tensors, scale, num_prefix, stats or None, backend)
-    return _attend(run, others, positions, *options)
+    run, ready, (scale, num_prefix, asked, planes) = _checked_packed(tensors, scale, num_prefix, stats or None, backend)
+    *others, positions = ready
+    return _named(run(*others, scale, num_prefix, positions, asked), planes)
 
 
 @by_signature
@@ -208,28 +210,21 @@ def _checked_packed(
     tracked = _checks.needs_grad(qkv, bias, bias_table, logit_scale)
     ops = SPEC.plain_ops(name) if tracked else None
     if ops is None:
-        run = partial(_unpacked, SPEC.runner(name, reference.attention, tracked))
+        run = _of_packed(SPEC.runner(name, reference.attention, tracked))
     else:
         run = partial(_Packed.apply, *ops)
     return run, (_checks.rows(qkv), *others), options
 
 
-def _unpacked(run: Run, qkv: Tensor, *options: Any) -> Any:
-    return run(*parts(qkv), *options)
+def _of_packed(run: Run) -> Run:
+    def unpacked(qkv: Tensor, *others: Any) -> Any:
+        return run(*parts(qkv), *others)
+
+    return unpacked
 
 
-def _attend(
-    run: Callable[..., _Outputs],
-    tensors: Sequence[Tensor | None],
-    positions: Tensor | None,
-    scale: float,
-    num_prefix: int,
-    asked: int | tuple[str, ...],
-    planes: dict[str, int],
-) -> AttentionOutput:
-    """``tensors`` are those before the scale; ``asked`` is what the backend knows the statistics by, ``planes`` where
-    each is in the rows of a kernel."""
-    outputs = run(*tensors, scale, num_prefix, positions, asked)
+def _named(outputs: _Outputs, planes: dict[str, int]) -> AttentionOutput:
+    """``planes`` says where each statistic is in the rows of a kernel."""
     if len(outputs) == 3:  # of the reference
         return AttentionOutput(*outputs)
     out, lse, _, rows = outputs
