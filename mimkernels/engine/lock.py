@@ -23,8 +23,8 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
     the file stays, unlocked, and is of no consequence. Where the file system knows no locks, a warning says so.
 
     Raises:
-        ValueError: a running process holds the folder; says its number, host and when it began.
-        OSError: the folder cannot be made, or the file not opened.
+        ValueError: a running process holds the folder (says its number, host and when it began), or it cannot be made.
+        OSError: the file cannot be opened.
     """
     folder = Path(folder)
     missing = [place for place in (folder.absolute(), *folder.absolute().parents) if not place.exists()]
@@ -48,7 +48,10 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
 def _acquire(folder: Path) -> int:
     path = folder / NAME
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise ValueError(f"output {str(folder)!r} cannot be made: {e.strerror or e}") from e
         try:
             # A link here would let a folder from elsewhere choose what is written to.
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)

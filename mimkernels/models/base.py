@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -52,6 +52,32 @@ class ImageModel(nn.Module):
         check_architecture(name, {key: config[key] for key in for_timm if key in config})
         check_sizes(config)
         model: Self = from_timm(**config)
+        return model
+
+    @classmethod
+    def _initialised(
+        cls,
+        encoder: nn.Module,
+        init: Callable[[Any], None],
+        name: str,
+        shape: dict[str, Any],
+        own: dict[str, Any],
+        timm_kwargs: dict[str, Any],
+    ) -> Self:
+        """What ``from_timm`` returns: around `encoder`, which `init` fills unless timm gave it weights.
+
+        Args:
+            name, shape, own, timm_kwargs: the arguments of ``from_timm``; `own` are those of the class, too.
+        """
+        weights = {key: timm_kwargs[key] for key in WEIGHT_KWARGS if key in timm_kwargs}
+        if not (weights.get("pretrained") or weights.get("checkpoint_path")):
+            init(encoder)
+        for key in ("mean", "std"):
+            own[key] = None if own[key] is None else [float(value) for value in own[key]]
+        build: Any = cls  # each subclass has its own arguments
+        model: Self = build(encoder, **own)
+        architecture = {key: value for key, value in timm_kwargs.items() if key not in WEIGHT_KWARGS}
+        model.config = {"name": name, **shape, **own, **architecture}
         return model
 
     @property
@@ -114,6 +140,14 @@ class ImageModel(nn.Module):
         prefix = getattr(self.encoder, "num_prefix_tokens", 0)
         with LayerRecorder(layers, head_stats, num_prefix=prefix, positions=positions) as heads:
             yield heads
+
+    def _check_mask(self, mask: Tensor, images: Tensor) -> None:
+        wanted = [len(images), *self._grid(images)]
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask must be a bool tensor {wanted}, True = masked, got {given}")
+        if list(mask.shape) != wanted:
+            raise ValueError(f"mask must be {wanted}, one value per image and patch, got {list(mask.shape)}")
 
     @contextlib.contextmanager
     def _in_eval_mode(self) -> Iterator[None]:

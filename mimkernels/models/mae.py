@@ -1,5 +1,6 @@
 """Masked autoencoders: reconstruct the masked patches from a few visible ones."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mimkernels.models.base import WEIGHT_KWARGS, ImageModel, check_computed_by
+from mimkernels.models.base import ImageModel, check_computed_by
 from mimkernels.models.checkpoint import CheckpointReport, copy_by_name, read_weights
 from mimkernels.models.decoder import DecoderBlock, FusedDecoderBlock
 from mimkernels.models.pictures import Pictures, pictures_of
@@ -183,25 +184,20 @@ class MAE(ImageModel):
             ValueError: the name is unknown, or the model or an argument is not supported; says what and why.
         """
         encoder = create_encoder(name, img_size=img_size, in_chans=in_chans, patch_size=patch_size, **timm_kwargs)
-        weights = {key: timm_kwargs.pop(key) for key in WEIGHT_KWARGS if key in timm_kwargs}
-        if not (weights.get("pretrained") or weights.get("checkpoint_path")):
-            init_encoder(encoder)
         own: dict[str, Any] = {
             "decoder_dim": decoder_dim,
             "decoder_depth": decoder_depth,
             "decoder_heads": decoder_heads,
             "mask_ratio": mask_ratio,
             "norm_pix_loss": norm_pix_loss,
-            "mean": None if mean is None else [float(value) for value in mean],
-            "std": None if std is None else [float(value) for value in std],
+            "mean": mean,
+            "std": std,
             "attention": attention,
             "mlp": mlp,
             "block": block,
         }
-        model = cls(encoder, **own)
         shape = {"img_size": img_size, "in_chans": in_chans, "patch_size": patch_size}
-        model.config = {"name": name, **shape, **own, **timm_kwargs}
-        return model
+        return cls._initialised(encoder, init_encoder, name, shape, own, timm_kwargs)
 
     def forward(
         self,
@@ -291,7 +287,7 @@ class MAE(ImageModel):
         if mask is not None:
             if noise is not None:
                 raise ValueError("give mask or noise, got both")
-            fewest, most = self._check_mask(mask, len(images), grid)
+            fewest, most = self._visible(mask, images)
             flat = mask.to(images.device, non_blocking=True).flatten(1).float()
             tokens = mask_from_noise(flat, most, order="sorted")._replace(mask=flat)  # visible ones first
             if fewest == most:
@@ -452,14 +448,10 @@ class MAE(ImageModel):
             )
         return keep
 
-    def _check_mask(self, mask: Tensor, batch: int, grid: tuple[int, int]) -> tuple[int, int]:
+    def _visible(self, mask: Tensor, images: Tensor) -> tuple[int, int]:
         """The least and the greatest number of visible patches of an image."""
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"mask must be a bool tensor, True = masked, got {got}")
-        patches = grid[0] * grid[1]
-        if tuple(mask.shape) != (batch, *grid):
-            raise ValueError(f"mask must be {[batch, *grid]}, one value per image and patch, got {list(mask.shape)}")
+        self._check_mask(mask, images)
+        batch, patches = len(mask), math.prod(mask.shape[1:])
         if batch == 0:
             return 1, 1
         counts: list[int] = (~mask).flatten(1).sum(1).tolist()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mimkernels.models.base import WEIGHT_KWARGS, ImageModel, check_computed_by
+from mimkernels.models.base import ImageModel, check_computed_by
 from mimkernels.models.checkpoint import CheckpointReport, read_weights
 from mimkernels.models.masked_encoders import create_masked_encoder, family_of
 from mimkernels.models.pictures import Pictures, pictures_of
@@ -157,23 +157,18 @@ class SimMIM(ImageModel):
         encoder = create_masked_encoder(
             name, img_size=img_size, in_chans=in_chans, patch_size=patch_size, **timm_kwargs
         )
-        weights = {key: timm_kwargs.pop(key) for key in WEIGHT_KWARGS if key in timm_kwargs}
-        if not (weights.get("pretrained") or weights.get("checkpoint_path")):
-            family_of(encoder).init(encoder)
         own: dict[str, Any] = {
             "mask_unit": mask_unit,
             "mask_ratio": mask_ratio,
             "target": target,
             "loss": loss,
-            "mean": None if mean is None else [float(value) for value in mean],
-            "std": None if std is None else [float(value) for value in std],
+            "mean": mean,
+            "std": std,
             "attention": attention,
             "mlp": mlp,
         }
-        model = cls(encoder, **own)
         shape = {"img_size": img_size, "in_chans": in_chans, "patch_size": patch_size}
-        model.config = {"name": name, **shape, **own, **timm_kwargs}
-        return model
+        return cls._initialised(encoder, family_of(encoder).init, name, shape, own, timm_kwargs)
 
     @property
     def dynamic_img_size(self) -> bool:
@@ -222,7 +217,10 @@ class SimMIM(ImageModel):
             mask = self.draw_mask(images, seed=seed, offset=offset)
             whole = not any(self.mask_unit % step for step in self.encoder_stride)
         else:
-            self._check_mask(images, mask)
+            self._check_images(images)
+            self._check_mask(mask, images)
+            if mask.device != images.device:  # to bring it there might wait for the device
+                raise ValueError(f"mask is on {mask.device} but images are on {images.device}")
             # A given mask may hide single patches; to look whether it does would wait for the device.
             whole = self.encoder_stride == self.patch_size
         with self._recorded(images, head_stats) as heads:
@@ -361,17 +359,6 @@ class SimMIM(ImageModel):
                 + (f" ({masked} masked); take a smaller mask_unit or mask_ratio" if masked else "")
             )
         return (rows, columns), masked
-
-    def _check_mask(self, images: Tensor, mask: Tensor) -> None:
-        self._check_images(images)
-        wanted = [images.shape[0], *self._grid(images)]
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"mask must be a bool tensor {wanted}, True = masked, got {given}")
-        if list(mask.shape) != wanted:
-            raise ValueError(f"mask must be {wanted}, one value per image and patch, got {list(mask.shape)}")
-        if mask.device != images.device:
-            raise ValueError(f"mask is on {mask.device} but images are on {images.device}")
 
 
 def _by(sizes: Sequence[int]) -> str:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mimkernels.models.base import WEIGHT_KWARGS, ImageModel, check_computed_by
+from mimkernels.models.base import ImageModel, check_computed_by
 from mimkernels.models.checkpoint import CheckpointReport, copy_by_name, read_weights
 from mimkernels.models.masked_encoders import create_masked_encoder, family_of
 from mimkernels.nn import embed_visible, use_mimkernels_attention, use_mimkernels_block, use_mimkernels_mlp
@@ -136,22 +136,22 @@ class Supervised(ImageModel):
             drop_path_rate=drop_path_rate,
             **timm_kwargs,
         )
-        weights = {key: timm_kwargs.pop(key) for key in WEIGHT_KWARGS if key in timm_kwargs}
-        if not (weights.get("pretrained") or weights.get("checkpoint_path")):
-            family_of(encoder).init(encoder)
         own: dict[str, Any] = {
             "num_classes": num_classes,
             "label_smoothing": label_smoothing,
-            "mean": None if mean is None else [float(value) for value in mean],
-            "std": None if std is None else [float(value) for value in std],
+            "mean": mean,
+            "std": std,
             "attention": attention,
             "mlp": mlp,
             "block": block,
         }
-        model = cls(encoder, **own)
-        shape = {"img_size": img_size, "in_chans": in_chans, "patch_size": patch_size}
-        model.config = {"name": name, **shape, "drop_path_rate": drop_path_rate, **own, **timm_kwargs}
-        return model
+        shape = {
+            "img_size": img_size,
+            "in_chans": in_chans,
+            "patch_size": patch_size,
+            "drop_path_rate": drop_path_rate,
+        }
+        return cls._initialised(encoder, family_of(encoder).init, name, shape, own, timm_kwargs)
 
     @property
     def dynamic_img_size(self) -> bool:

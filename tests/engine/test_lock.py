@@ -52,6 +52,14 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
     assert precious.read_text() == "content"
 
 
+def test_a_folder_that_cannot_be_made_is_named_with_the_reason(tmp_path):
+    (tmp_path / "file").touch()
+    place = str(tmp_path / "file" / "run")
+    with pytest.raises(ValueError, match=f"^output '{re.escape(place)}' cannot be made: Not a directory"):
+        with folder_lock(place):
+            pass
+
+
 def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch):
     def refuse(descriptor, operation):
         raise OSError(95, "Operation not supported")

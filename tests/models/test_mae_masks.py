@@ -108,8 +108,8 @@ def test_an_empty_batch():
 @pytest.mark.parametrize(
     "mask, error, message",
     [
-        (RAGGED.float(), TypeError, "mask must be a bool tensor, True = masked, got torch.float32"),
-        (RAGGED.tolist(), TypeError, "mask must be a bool tensor, True = masked, got list"),
+        (RAGGED.float(), TypeError, r"mask must be a bool tensor \[4, 4, 4\], True = masked, got torch.float32"),
+        (RAGGED.tolist(), TypeError, r"mask must be a bool tensor \[4, 4, 4\], True = masked, got list"),
         (RAGGED[:2], ValueError, r"mask must be \[4, 4, 4\], one value per image and patch, got \[2, 4, 4\]"),
         (RAGGED.flatten(1), ValueError, r"mask must be \[4, 4, 4\], .* got \[4, 16\]"),
         (RAGGED | RAGGED[2:3] | ~RAGGED[2:3], ValueError, "mask hides all of the 16 patches of image 0"),

@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from mimkernels.heads import record_heads
 from mimkernels.nn import Attention, use_mimkernels_attention
 from mimkernels.testing import Watch
+from tests.nn.timm_layers import assert_same_as_timm as assert_close_to_timm
+from tests.nn.timm_layers import run
 
 HEADS = 3
 
@@ -40,34 +42,11 @@ def tokens(batch=2, length=17, dim=48, seed=1):
     return torch.randn(batch, length, dim, generator=torch.Generator().manual_seed(seed))
 
 
-def run(module, x, **arguments):
-    """Output, and gradients of the input, of a mask that has one, and of all parameters."""
-    module = copy.deepcopy(module).to(x.dtype)
-    x = x.clone().requires_grad_()
-    mask = arguments.get("attn_mask")
-    if mask is not None and mask.is_floating_point():
-        arguments["attn_mask"] = mask = mask.detach().to(x.dtype, copy=True).requires_grad_()
-    out = module(x, **arguments)
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
-    out.backward(upstream)
-    made = {"out": out.detach(), "x": x.grad, **{name: p.grad for name, p in module.named_parameters()}}
-    if mask is not None and mask.requires_grad:
-        made["attn_mask"] = mask.grad
-    return made
-
-
 def assert_same_as_timm(plain_layer, x, **arguments):
     ours, plain = run(ours_of(plain_layer), x, **arguments), run(plain_layer, x, **arguments)
     exact = run(plain_layer, x.double(), **arguments)
-    assert ours.keys() == plain.keys() == exact.keys()
-    for name, value in ours.items():
-        assert value.dtype == plain[name].dtype and value.shape == plain[name].shape
-        allowed = 2 * (plain[name].double() - exact[name]).abs().max()
-        # What all keys share moves no softmax: the gradient of that bias is 0, and its error that of its terms.
-        terms = exact["q_norm.bias" if name == "k_norm.bias" else name]
-        allowed = allowed + 8 * torch.finfo(torch.float32).eps * terms.abs().max()
-        error = (value.double() - exact[name]).abs().max()
-        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+    # What all keys share moves no softmax: the gradient of that bias is 0, and its error that of its terms.
+    assert_close_to_timm(ours, plain, exact, terms={"k_norm.bias": "q_norm.bias"})
 
 
 NORMS = {"qk_norm": True, "norm_layer": nn.LayerNorm}

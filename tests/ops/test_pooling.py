@@ -32,6 +32,15 @@ def test_a_query_of_zeros_pools_the_mean(backend):
     close(weights, torch.full((3, 2, 13), 1 / 13, device=DEVICE))
 
 
+@pytest.mark.parametrize("op", ["query_pool", "weighted_pool"])
+def test_return_weights_is_true_or_false(op):
+    x = tokens(3, 13, 20)
+    other = {"query_pool": torch.zeros(2, 20), "weighted_pool": torch.zeros(3, 13)}[op].to(DEVICE)
+    for value, shown in (("x", "'x'"), (1, "1"), (None, "NoneType")):
+        with pytest.raises(TypeError, match=f"^{op}: return_weights must be a bool, got {shown}$"):
+            getattr(mk, op)(x, other, return_weights=value)
+
+
 def test_a_strong_query_picks_its_token(backend):
     x = torch.eye(7, device=DEVICE).expand(2, 7, 7)
     out, weights = mk.query_pool(x, 1000 * torch.eye(7, device=DEVICE), scale=1.0, return_weights=True, backend=backend)

@@ -237,7 +237,7 @@ class Trainer:
         self._window_began += time.perf_counter() - began  # the images per second are those of training
 
     def _log(self, stop_number: int) -> bool:
-        """Write a log entry; True where the processes agree to stop."""
+        """Write a log entry if one is due; True where the processes agree to stop."""
         losses, metrics, stop_asked = self._reduced_losses(stop_number)
         now = time.perf_counter()
         steps_per_second = len(losses) / (now - self._window_began)
@@ -254,7 +254,8 @@ class Trainer:
             "images_per_second": images_per_second,
             "seconds": self.seconds,
         }
-        if self.history is not None:
+        # Whoever resumes a run that was stopped between two entries finds those of a run that was not.
+        if self.history is not None and self._log_due(self.step):
             self.history.add(self.step, values)
         self.progress.update(
             self.step,

@@ -99,6 +99,7 @@ def query_pool(
     Source: AbMILP of depth 1 (arXiv:1802.04712, arXiv:2412.03215), attentive probes with a learned query (CAE, MAP),
     efficient probing (sliced values, arXiv:2506.10178).
     """
+    _checks.boolean("query_pool", "return_weights", return_weights)
     run, tensors, options = _checked((x, queries, values, mask), scale, num_prefix, sliced, backend)
     out, weights = run(*tensors, *options)
     return (out, weights) if return_weights else out

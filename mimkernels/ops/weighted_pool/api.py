@@ -85,6 +85,7 @@ def weighted_pool(
 
     Source: attention-based multiple instance learning, arXiv:1802.04712; poolings of arXiv:2412.03215.
     """
+    _checks.boolean("weighted_pool", "return_weights", return_weights)
     run, tensors, options = _checked((x, scores, mask), normalize, num_prefix, backend)
     out, weights = run(*tensors, *options)
     return (out, weights) if return_weights else out

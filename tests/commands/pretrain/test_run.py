@@ -74,6 +74,15 @@ def test_a_run_interrupted_in_the_middle_of_an_epoch_continues_with_the_same_bit
     assert len(losses(tmp_path / "whole")) == 10
 
 
+def test_a_stop_between_two_log_entries_leaves_none_of_its_own(tiny, tmp_path, monkeypatch):
+    config = tiny(epochs=1, log_every=2)
+    with monkeypatch.context() as patch:
+        stop_after(3, patch)
+        assert pretrain(config).step == 3
+    pretrain(config, resume="auto")
+    assert [entry["step"] for entry in read_entries(tmp_path / "run" / "metrics.jsonl")] == [2, 4, 5]
+
+
 def test_a_crash_after_the_checkpoint_loses_only_what_came_after_it(tiny, tmp_path, monkeypatch):
     config = tiny(epochs=2, save_every=0.4)
     whole = tiny(epochs=2, output=str(tmp_path / "whole"))
