@@ -306,7 +306,8 @@ def _take_block(module: TimmBlock, tokens: int | None) -> Change:
 
 def _batches(module: TimmBlock, tokens: int) -> str:
     """For how few images a block runs timm's own code; empty where it never does."""
-    numbers = tokens * module.norm2.normalized_shape[0]
+    norm: Any = module.norm2
+    numbers = tokens * norm.normalized_shape[0]
     fewest, fewest_cast = (-(-count // numbers) for count in (fused_block.SMALL, fused_block.SMALL // 8))
     if next(module.parameters()).device.type != "cpu" or fewest <= 1:
         return ""

@@ -15,6 +15,7 @@ from mimkernels.data.masks.strategy import (
     ASPECTS,
     Draw,
     Strategy,
+    Wanted,
     at_least,
     boolean,
     by,
@@ -44,17 +45,15 @@ class Block(Strategy):
 
     def __init__(
         self,
-        name: str,
-        grid: tuple[int, ...],
-        ratio: float | None,
-        count: int | None,
+        wanted: Wanted,
         *,
         min_patches: int | None = None,
         max_patches: int | None = None,
         aspect: Sequence[float] = _BEIT_ASPECT,
     ) -> None:
-        super().__init__(name, grid, ratio, count)
-        self.count = masked_count(name, grid, ratio, count, self.ratio)
+        super().__init__(wanted)
+        name, grid = wanted.name, wanted.grid
+        self.count = masked_count(wanted, self.ratio)
         least = min(max(1, self.tokens // 12), self.count) if min_patches is None else min_patches
         self.options = _rectangle_options(name, grid, self.count, least, max_patches, aspect)
         if least > self.count:
@@ -93,10 +92,7 @@ class DINOv2(Strategy):
 
     def __init__(
         self,
-        name: str,
-        grid: tuple[int, ...],
-        ratio: float | None,
-        count: int | None,
+        wanted: Wanted,
         *,
         share: float = 0.5,
         ratios: Sequence[float] = (0.1, 0.5),
@@ -104,8 +100,9 @@ class DINOv2(Strategy):
         max_patches: int | None = None,
         aspect: Sequence[float] = _BEIT_ASPECT,
     ) -> None:
-        super().__init__(name, grid, ratio, count)
-        no_share(name, ratio, count, "it spreads ratios=(low, high) over share of a batch")
+        super().__init__(wanted)
+        name, grid = wanted.name, wanted.grid
+        no_share(wanted, "it spreads ratios=(low, high) over share of a batch")
         if not is_number(share) or not 0 < share <= 1:
             raise ValueError(f"{name}: share must lie in (0, 1], got {share!r}")
         self.share = share
@@ -144,17 +141,15 @@ class IBOT(Strategy):
 
     def __init__(
         self,
-        name: str,
-        grid: tuple[int, ...],
-        ratio: float | None,
-        count: int | None,
+        wanted: Wanted,
         *,
         ratios: Sequence[Sequence[float]] = ((0.0, 0.0), (0.3, 0.2)),
         min_patches: int | None = None,
         aspect: Sequence[float] = _BEIT_ASPECT,
     ) -> None:
-        super().__init__(name, grid, ratio, count)
-        no_share(name, ratio, count, "every image draws one from ratios=((mean, spread), ...)")
+        super().__init__(wanted)
+        name, grid = wanted.name, wanted.grid
+        no_share(wanted, "every image draws one from ratios=((mean, spread), ...)")
         if not isinstance(ratios, Sequence) or not ratios:
             raise ValueError(f"{name}: ratios must be a list of (mean, spread), got {ratios!r}")
         for entry in ratios:
@@ -190,18 +185,16 @@ class InverseBlock(Strategy):
 
     def __init__(
         self,
-        name: str,
-        grid: tuple[int, ...],
-        ratio: float | None,
-        count: int | None,
+        wanted: Wanted,
         *,
         aspect: Sequence[float] = (0.5, 2.0),
         roll: bool = True,
         corner: str = "any",
         predict: float | None = None,
     ) -> None:
-        super().__init__(name, grid, ratio, count)
-        self.count = masked_count(name, grid, ratio, count, self.ratio)
+        super().__init__(wanted)
+        name, grid = wanted.name, wanted.grid
+        self.count = masked_count(wanted, self.ratio)
         visible = self.tokens - self.count
         low, high = in_range(name, "aspect", aspect, *ASPECTS)
         least, most = max(low, visible / grid[1] ** 2), min(high, grid[0] ** 2 / (visible + 1e-5))

@@ -17,6 +17,7 @@ from mimkernels.data.masks.strategy import (
     Draw,
     Range,
     Strategy,
+    Wanted,
     at_least,
     boolean,
     by,
@@ -50,10 +51,7 @@ class Multiblock(Strategy):
 
     def __init__(
         self,
-        name: str,
-        grid: tuple[int, ...],
-        ratio: float | None,
-        count: int | None,
+        wanted: Wanted,
         *,
         targets: int = 4,
         scale: Sequence[float] = (0.15, 0.2),
@@ -64,8 +62,9 @@ class Multiblock(Strategy):
         truncate: str = "random",
         last_row: bool = True,
     ) -> None:
-        super().__init__(name, grid, ratio, count)
-        no_share(name, ratio, count, "scale and context_scale say how much its blocks cover")
+        super().__init__(wanted)
+        name, grid = wanted.name, wanted.grid
+        no_share(wanted, "scale and context_scale say how much its blocks cover")
         self.targets = at_least(name, "targets", targets, 1)
         self.scale = in_range(name, "scale", scale, 0, 1)
         self.aspect = in_range(name, "aspect", aspect, *ASPECTS)
@@ -144,10 +143,7 @@ class Multiblock3d(Strategy):
 
     def __init__(
         self,
-        name: str,
-        grid: tuple[int, ...],
-        ratio: float | None,
-        count: int | None,
+        wanted: Wanted,
         *,
         blocks: int = 8,
         scale: Sequence[float] = (0.15, 0.15),
@@ -159,8 +155,9 @@ class Multiblock3d(Strategy):
         complement: str | None = None,
         inverse: bool = False,
     ) -> None:
-        super().__init__(name, grid, ratio, count)
-        no_share(name, ratio, count, "scale, temporal_scale and blocks say how much is masked")
+        super().__init__(wanted)
+        name, grid = wanted.name, wanted.grid
+        no_share(wanted, "scale, temporal_scale and blocks say how much is masked")
         self.blocks = at_least(name, "blocks", blocks, 1)
         self.scale = in_range(name, "scale", scale, 0, 1)
         self.temporal_scale = in_range(name, "temporal_scale", temporal_scale, 0, 1)

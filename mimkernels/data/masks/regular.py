@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mimkernels.data.masks.batch import MaskBatch, tokens_of
-from mimkernels.data.masks.strategy import Draw, Strategy, at_least, by, is_count, is_number, masked_count
+from mimkernels.data.masks.strategy import Draw, Strategy, Wanted, at_least, by, is_count, is_number, masked_count
 from mimkernels.ops import TokenMask, _token_mask, mask_from_noise, random_mask
 from mimkernels.ops.random_mask.reference import noise, philox4x32
 
@@ -21,9 +22,9 @@ class Random(Strategy):
     ratio = 0.75
     on_device = True
 
-    def __init__(self, name: str, grid: tuple[int, ...], ratio: float | None, count: int | None) -> None:
-        super().__init__(name, grid, ratio, count)
-        self.keep = self.tokens - masked_count(name, grid, ratio, count, self.ratio)
+    def __init__(self, wanted: Wanted) -> None:
+        super().__init__(wanted)
+        self.keep = self.tokens - masked_count(wanted, self.ratio)
 
     def draw(self, draw: Draw) -> MaskBatch:
         tokens = _random(draw, self.tokens, self.keep)
@@ -39,10 +40,9 @@ class Unit(Strategy):
     ratio = 0.6
     on_device = True
 
-    def __init__(
-        self, name: str, grid: tuple[int, ...], ratio: float | None, count: int | None, *, unit: int = 2
-    ) -> None:
-        super().__init__(name, grid, ratio, count)
+    def __init__(self, wanted: Wanted, *, unit: int = 2) -> None:
+        super().__init__(wanted)
+        name, grid, ratio, count = wanted.name, wanted.grid, wanted.ratio, wanted.count
         self.unit = at_least(name, "unit", unit, 1)
         if any(side % self.unit for side in grid):
             raise ValueError(f"{name}: a unit of {unit} x {unit} patches does not divide a grid of {by(grid)} patches")
@@ -53,7 +53,7 @@ class Unit(Strategy):
                 raise ValueError(
                     f"{name}: count {count} is no multiple of the {self.unit**2} patches of a unit of {unit} x {unit}"
                 )
-            masked = masked_count(name, self.cells, ratio, count // self.unit**2, None)
+            masked = masked_count(replace(wanted, grid=self.cells, count=count // self.unit**2), None)
         else:
             share = self.ratio if ratio is None else ratio
             if is_number(share) and 0 < share < 1:
@@ -64,7 +64,7 @@ class Unit(Strategy):
                         f"{by(grid)} patches; at most {(units - 1) / units:.3g} leaves one visible"
                     )
             else:
-                masked = masked_count(name, self.cells, share, count, None)
+                masked = masked_count(replace(wanted, grid=self.cells, ratio=share), None)
         self.keep = units - masked
 
     def draw(self, draw: Draw) -> MaskBatch:
@@ -79,8 +79,9 @@ class Uniform(Strategy):
     ratio = 0.75
     on_device = True
 
-    def __init__(self, name: str, grid: tuple[int, ...], ratio: float | None, count: int | None) -> None:
-        super().__init__(name, grid, ratio, count)
+    def __init__(self, wanted: Wanted) -> None:
+        super().__init__(wanted)
+        name, grid, ratio, count = wanted.name, wanted.grid, wanted.ratio, wanted.count
         if any(side % 2 for side in grid):
             raise ValueError(f"{name}: cells of 2 x 2 patches do not divide a grid of {by(grid)} patches")
         masked = self.tokens // 4 * 3
@@ -103,14 +104,15 @@ class Tube(Strategy):
     ratio = 0.9
     on_device = True
 
-    def __init__(self, name: str, grid: tuple[int, ...], ratio: float | None, count: int | None) -> None:
-        super().__init__(name, grid, ratio, count)
+    def __init__(self, wanted: Wanted) -> None:
+        super().__init__(wanted)
+        name, grid, count = wanted.name, wanted.grid, wanted.count
         frames, plane = grid[0], grid[1:]
         if count is not None and is_count(count):
             if count % frames:
                 raise ValueError(f"{name}: count {count} is no multiple of the {frames} frames of a grid of {by(grid)}")
             count = count // frames
-        self.keep = math.prod(plane) - masked_count(name, plane, ratio, count, self.ratio)
+        self.keep = math.prod(plane) - masked_count(replace(wanted, grid=plane, count=count), self.ratio)
 
     def draw(self, draw: Draw) -> MaskBatch:
         plane = _random(draw, math.prod(self.grid[1:]), self.keep).mask.bool().unflatten(1, self.grid[1:])
@@ -129,9 +131,9 @@ class AttentionGuided(Strategy):
     on_device = True
     needs_scores = True
 
-    def __init__(self, name: str, grid: tuple[int, ...], ratio: float | None, count: int | None) -> None:
-        super().__init__(name, grid, ratio, count)
-        self.keep = self.tokens - masked_count(name, grid, ratio, count, self.ratio)
+    def __init__(self, wanted: Wanted) -> None:
+        super().__init__(wanted)
+        self.keep = self.tokens - masked_count(wanted, self.ratio)
 
     def draw(self, draw: Draw) -> MaskBatch:
         assert draw.scores is not None

@@ -15,7 +15,7 @@ from mimkernels.data.masks.batch import MaskBatch
 from mimkernels.data.masks.blocks import IBOT, Block, BlockExact, DINOv2, InverseBlock
 from mimkernels.data.masks.multiblock import Multiblock, Multiblock3d
 from mimkernels.data.masks.regular import AttentionGuided, Random, Tube, Uniform, Unit
-from mimkernels.data.masks.strategy import Draw, Strategy, by, is_count
+from mimkernels.data.masks.strategy import Draw, Strategy, Wanted, by, is_count
 
 #: The strategies by name.
 STRATEGIES: dict[str, type[Strategy]] = {
@@ -93,7 +93,7 @@ class MaskSampler:
         if not is_count(stream) or stream < 0:
             raise ValueError(f"stream must be 0 or more, got {stream!r}")
         self.grid, self.strategy = tuple(int(side) for side in grid), strategy
-        self._strategy = kind(strategy, self.grid, ratio, count, **options)
+        self._strategy = kind(Wanted(strategy, self.grid, ratio, count), **options)
         self._stream = int(stream)
         self._backend = backend
         if not kind.on_device:

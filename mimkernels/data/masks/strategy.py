@@ -44,10 +44,20 @@ class Draw:
         return self.samples, self.seed, self.offset
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What every strategy is asked for: its name in messages, the grid, a share of masked patches or their number."""
+
+    name: str
+    grid: tuple[int, ...]
+    ratio: float | None
+    count: int | None
+
+
 class Strategy:
     """A way to choose masked patches on a grid.
 
-    Subclasses take the grid, ``ratio`` and ``count`` and options of their own by keyword, check them, and draw.
+    Subclasses take what is wanted and options of their own by keyword, check them, and draw.
     """
 
     dims: ClassVar[int] = 2  # of the grid
@@ -56,8 +66,8 @@ class Strategy:
     needs_scores: ClassVar[bool] = False
     ragged: ClassVar[bool] = False  # images of a batch may have different numbers of masked patches
 
-    def __init__(self, name: str, grid: tuple[int, ...], ratio: float | None, count: int | None) -> None:
-        self.name, self.grid, self.tokens = name, grid, math.prod(grid)
+    def __init__(self, wanted: Wanted) -> None:
+        self.name, self.grid, self.tokens = wanted.name, wanted.grid, math.prod(wanted.grid)
 
     def draw(self, draw: Draw) -> MaskBatch:
         raise NotImplementedError
@@ -67,10 +77,9 @@ def by(sizes: Sequence[int]) -> str:
     return " x ".join(map(str, sizes))
 
 
-def masked_count(
-    name: str, grid: tuple[int, ...], ratio: float | None, count: int | None, default: float | None
-) -> int:
-    """How many patches of `grid` to mask; of a ratio, what MAE's rounding leaves: ``N - int(N * (1 - ratio))``."""
+def masked_count(wanted: Wanted, default: float | None) -> int:
+    """How many patches of the grid to mask; of a ratio, what MAE's rounding leaves: ``N - int(N * (1 - ratio))``."""
+    name, grid, ratio, count = wanted.name, wanted.grid, wanted.ratio, wanted.count
     tokens = math.prod(grid)
     if ratio is not None and count is not None:
         raise ValueError(f"{name}: give ratio or count, got ratio {ratio} and count {count}")
@@ -89,11 +98,11 @@ def masked_count(
     return int(count)
 
 
-def no_share(name: str, ratio: float | None, count: int | None, instead: str) -> None:
+def no_share(wanted: Wanted, instead: str) -> None:
     """Refuse a ratio and a count where the strategy draws them."""
-    for what, value in (("ratio", ratio), ("count", count)):
+    for what, value in (("ratio", wanted.ratio), ("count", wanted.count)):
         if value is not None:
-            raise ValueError(f"{name} takes no {what} (got {value}): {instead}")
+            raise ValueError(f"{wanted.name} takes no {what} (got {value}): {instead}")
 
 
 def is_count(value: object) -> TypeGuard[int]:
