@@ -69,6 +69,24 @@ def test_output_and_gradients_are_timm_s(options, fused):
     assert_same_as_timm(plain, tokens())
 
 
+@pytest.mark.parametrize("name", ["q_norm", "k_norm"])
+def test_hooks_on_the_places_of_norms_see_and_change_what_passes(name):
+    plain = layer()
+    getattr(plain, name).register_forward_hook(lambda module, args, out: 2 * out)
+    changed = run(ours_of(plain), tokens())
+    assert not torch.allclose(changed["out"], run(ours_of(layer()), tokens())["out"])
+    torch.testing.assert_close(changed["out"], run(plain, tokens())["out"], rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_change_no_number():
+    ours, x = ours_of(layer()), tokens()
+    with torch.no_grad():
+        without = ours(x)
+    with torch.inference_mode():
+        assert torch.equal(ours(x), without)
+    assert torch.equal(ours(x), without)
+
+
 MASKS = {
     "keys": lambda: (torch.rand(2, 1, 1, 17) < 0.7).index_fill(3, torch.tensor([0]), True),
     "keys, one for all": lambda: (torch.rand(1, 1, 1, 17) < 0.7).index_fill(3, torch.tensor([0]), True),
