@@ -4,7 +4,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor
 
 from mimkernels.nn import Block as FusedBlock
-from mimkernels.nn.block import add_normalised, is_for_timm, normalised
+from mimkernels.nn.block import is_for_timm, normalised
 from mimkernels.ops import gather_tokens
 
 __all__ = ["DecoderBlock", "FusedDecoderBlock"]
@@ -33,10 +33,11 @@ class FusedDecoderBlock(FusedBlock, DecoderBlock):
         """As the decoder's."""
         if is_for_timm(self, x):
             return DecoderBlock.forward(self, x, ids)
-        branch = self.attn(normalised(self.norm1, x, self.attn))
+        return self.joined(*self.branches(normalised(self.norm1, x, self.attn), x, ids=ids))
+
+    def branches(self, inner: Tensor, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """As the block's, of the tokens `ids` only."""
         if ids is None:
-            x, inner = add_normalised(x, branch, self.ls1, self.drop_path1, self.norm2, self.mlp)
-        else:
-            x = gather_tokens(x + self.drop_path1(self.ls1(branch)), ids)
-            inner = normalised(self.norm2, x, self.mlp)
-        return x + self.drop_path2(self.ls2(self.mlp(inner)))
+            return super().branches(inner, x)
+        x = gather_tokens(x + self.drop_path1(self.ls1(self.attn(inner))), ids)
+        return x, self.mlp(normalised(self.norm2, x, self.mlp))

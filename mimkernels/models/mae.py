@@ -17,6 +17,7 @@ from mimkernels.models.pictures import Pictures, pictures_of
 from mimkernels.nn import sincos_positions_2d, use_mimkernels_attention, use_mimkernels_block, use_mimkernels_mlp
 from mimkernels.nn._classes import change_class
 from mimkernels.nn.attention import attention_layers
+from mimkernels.nn.block import run_blocks_in_a_row
 from mimkernels.nn.encoder import (
     check_encoder,
     create_encoder,
@@ -342,10 +343,14 @@ class MAE(ImageModel):
             x = torch.where(present[:, :, None], x, self.mask_token)
         x = restore_tokens(x, mask.ids_restore, self.mask_token, pos, prefix)  # [B, P + N, D]
         tell_patches(self, Patches(len(x), grid, self.encoder.patch_embed.patch_size))
-        for block in self.decoder_blocks[:-1]:
-            x = self._run(block, x)
+        *blocks, last = self.decoder_blocks
         ids = None if full else mask.ids_masked + prefix
-        x = self._run(self.decoder_blocks[-1], x, ids)
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            for block in blocks:
+                x = checkpoint(block, x, use_reentrant=False)
+            x = checkpoint(last, x, ids, use_reentrant=False)
+        else:
+            x = run_blocks_in_a_row([*((block, {}) for block in blocks), (last, {"ids": ids})], x)
         if full:
             x = x[:, prefix:]
         return self.decoder_pred(self.decoder_norm(x))
@@ -432,11 +437,6 @@ class MAE(ImageModel):
         """Recompute the blocks' activations in the backward pass, in encoder and decoder."""
         self.encoder.set_grad_checkpointing(enable)
         self.grad_checkpointing = enable
-
-    def _run(self, block: nn.Module, *args: Any) -> Tensor:
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
-        return block(*args)
 
     def _keep(self, patches: int) -> int:
         """How many of `patches` stay visible, rounded as published."""

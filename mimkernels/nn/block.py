@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
 try:
     from timm.layers import Attention as TimmAttention
@@ -28,7 +30,16 @@ from mimkernels.ops._autograd import transformed
 from mimkernels.ops._registry import FLOATS, backend_in_force, forced
 from mimkernels.ops.add_layer_norm.spec import SPEC
 
-__all__ = ["SMALL", "Block", "add_normalised", "is_for_timm", "normalised", "reason_against", "use_mimkernels_block"]
+__all__ = [
+    "SMALL",
+    "Block",
+    "add_normalised",
+    "is_for_timm",
+    "normalised",
+    "reason_against",
+    "run_blocks_in_a_row",
+    "use_mimkernels_block",
+]
 
 # Numbers below which a CPU computes PyTorch's sum and norm faster than one pass of ours: what the pass saves is traffic
 # to memory, and small tensors stay in the cache, while the way to a kernel costs some 30 us more than to PyTorch's own.
@@ -61,10 +72,51 @@ class Block(TimmBlock):
         if is_for_timm(self, x):
             out = super().forward(x, attn_mask=attn_mask, **causal)
             return out
-        branch = self.attn(normalised(self.norm1, x, self.attn), attn_mask=attn_mask, **causal)
-        x, inner = add_normalised(x, branch, self.ls1, self.drop_path1, self.norm2, self.mlp)
-        out = x + self.drop_path2(self.ls2(self.mlp(inner)))
+        return self.joined(*self.branches(normalised(self.norm1, x, self.attn), x, attn_mask=attn_mask, **causal))
+
+    def branches(self, inner: Tensor, x: Tensor, **masks: Any) -> tuple[Tensor, Tensor]:
+        """The stream with the attention branch in it, and the MLP's, for ``joined``, of a stream and its first norm."""
+        x, inner = add_normalised(x, self.attn(inner, **masks), self.ls1, self.drop_path1, self.norm2, self.mlp)
+        return x, self.mlp(inner)
+
+    def joined(self, x: Tensor, branch: Tensor) -> Tensor:
+        """The stream with the MLP branch in it."""
+        out: Tensor = x + self.drop_path2(self.ls2(branch))
         return out
+
+
+def run_blocks_in_a_row(calls: Iterable[tuple[nn.Module, dict[str, Any]]], x: Tensor) -> Tensor:
+    """Blocks, each with its keyword arguments, one after the other: between two, sum and next norm are one pass.
+
+    Wherever somebody sees a block whole, or its parts are not plain, and where timm's own code is faster, it runs as it
+    is called.
+    """
+    before: Any = None  # the block whose MLP branch has yet to join the stream
+    branch: Any = None
+    for called, options in calls:
+        block: Any = called
+        if _runs_in_parts(block, x):
+            if before is None:
+                inner = normalised(block.norm1, x, block.attn)
+            else:
+                x, inner = add_normalised(x, branch, before.ls2, before.drop_path2, block.norm1, block.attn)
+            x, branch = block.branches(inner, x, **options)
+            before = block
+        else:
+            x = block(x if before is None else before.joined(x, branch), **options)
+            before = None
+    return x if before is None else before.joined(x, branch)
+
+
+def _runs_in_parts(block: Any, x: Tensor) -> bool:
+    return (
+        "branches" in type(block).__dict__  # else a subclass, whose forward may be another
+        and not is_heard(block)
+        and not has_global_hooks()
+        and block._compiled_call_impl is None
+        and not is_for_timm(block, x)
+        and _reason(norm1=block.norm1, ls2=block.ls2, drop_path2=block.drop_path2) is None
+    )
 
 
 def use_mimkernels_block(module: nn.Module, *, required: bool = True) -> list[Block]:

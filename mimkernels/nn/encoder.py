@@ -20,6 +20,8 @@ except ImportError as error:
     ) from error
 
 from mimkernels.nn import embed_visible, sincos_positions_2d
+from mimkernels.nn._classes import is_heard
+from mimkernels.nn.block import run_blocks_in_a_row
 
 __all__ = [
     "build_timm",
@@ -228,6 +230,8 @@ def run_blocks(encoder: VisionTransformer, x: Tensor, present: Tensor | None = N
         x = _attending_to(encoder, x, present[:, None, None])
     elif encoder.grad_checkpointing and torch.is_grad_enabled():
         x = checkpoint_seq(encoder.blocks, x)
+    elif type(encoder.blocks) is nn.Sequential and not is_heard(encoder.blocks):
+        x = run_blocks_in_a_row([(block, {}) for block in encoder.blocks], x)
     else:
         x = encoder.blocks(x)
     features: Tensor = encoder.norm(x)
@@ -236,11 +240,10 @@ def run_blocks(encoder: VisionTransformer, x: Tensor, present: Tensor | None = N
 
 def _attending_to(encoder: VisionTransformer, x: Tensor, attn_mask: Tensor) -> Tensor:
     """The blocks, each with a mask: timm's way to run them in a row, which takes none, in a loop."""
+    if not (encoder.grad_checkpointing and torch.is_grad_enabled()):
+        return run_blocks_in_a_row([(block, {"attn_mask": attn_mask}) for block in encoder.blocks], x)
     for block in encoder.blocks:
-        if encoder.grad_checkpointing and torch.is_grad_enabled():
-            x = checkpoint(block, x, attn_mask=attn_mask, use_reentrant=False)
-        else:
-            x = block(x, attn_mask=attn_mask)
+        x = checkpoint(block, x, attn_mask=attn_mask, use_reentrant=False)
     return x
 
 

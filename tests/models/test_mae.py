@@ -1,5 +1,7 @@
 """MAE against the published algorithm, stated in plain PyTorch: same weights and noise, same numbers."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -391,14 +393,42 @@ def test_both_blocks_give_the_same_model(full, autocast, options):
         counts.append(len(reached.seen))
         made.append((out.loss.detach(), [p.grad for p in model.parameters() if p.requires_grad]))
     blocks = len(ours.encoder.blocks) + len(ours.decoder_blocks)
-    # Forward and backward of the second norms, and under autocast the first; the last one adds nothing without that.
-    assert counts == [2 * (2 * blocks if autocast else blocks - (not full)), 0]
+    # Forward and backward of all norms; those that add nothing only under autocast: the first of encoder and decoder,
+    # and the last, of the tokens that the loss reads.
+    assert counts == [2 * (2 * blocks - (0 if autocast else 2 + (not full))), 0]
     if not autocast:
         torch.testing.assert_close(*made, rtol=1e-4, atol=1e-6)
         return
     torch.testing.assert_close(made[0][0], made[1][0], rtol=1e-2, atol=1e-2)
     for got, wanted in zip(made[0][1], made[1][1], strict=True):
         assert (got - wanted).norm() <= 0.05 * wanted.norm() + 1e-4
+
+
+def fused_calls(model, images, noise):
+    with Watch(lambda op, args: "add_layer_norm_fwd" in op.name() or None) as reached:
+        loss = model(images, noise=noise).loss
+    loss.backward()
+    return len(reached.seen), loss.detach(), [p.grad for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("seen", ["hook on a block", "hook on its first norm", "hook on the blocks", "checkpointing"])
+@pytest.mark.usefixtures("fused_at_any_size")
+def test_blocks_that_somebody_sees_whole_run_whole(seen):
+    model, calls = build(), []
+    images, noise = batch(model)
+    count, *wanted = fused_calls(copy.deepcopy(model), images, noise)
+    joints = len(model.encoder.blocks) - 1
+    if seen == "checkpointing":
+        model.set_grad_checkpointing()
+        joints += len(model.decoder_blocks) - 1
+    else:
+        blocks = model.encoder.blocks
+        part = {"hook on a block": blocks[0], "hook on its first norm": blocks[1].norm1, "hook on the blocks": blocks}
+        part[seen].register_forward_hook(lambda module, args, out: calls.append(out.shape))
+        joints = joints if part[seen] is blocks else 1
+    whole, *made = fused_calls(model, images, noise)
+    assert whole == count - joints and len(calls) == (seen != "checkpointing")
+    torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_config_remembers_the_block():
