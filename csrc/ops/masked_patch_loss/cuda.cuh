@@ -24,7 +24,7 @@ constexpr int kSharedLeast = 2 * kThreads / kWarp * static_cast<int>(sizeof(doub
 
 // Pixels that a warp normalises by their boxes at a time, rows and columns, and the columns whose
 // sums it keeps beside them: one a lane.
-constexpr int kBoxRows = 4;
+constexpr int kBoxRows = 2;
 constexpr int kBoxColumns = 16;
 constexpr int kColumnSums = 2 * kBoxRows * kWarp;
 

@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 // in:       mask may be bool [B, gh * cells_h, gw * cells_w] by strides
 // out:      partial [blocks, 2]: the sum of the losses of true cells and their number
 // numerics: sums over boxes in fp64, of columns and then of these
-// cost:     with local_norm, of 4 x 16 pixels at a time those of their boxes; 2 KiB more a warp
+// cost:     with local_norm, of 2 x 16 pixels at a time those of their boxes; 1 KiB more a warp
 template <typename T, int VEC>
 __global__ void __launch_bounds__(kThreads, 2)
     masked_patch_loss_pixels_fwd_kernel(MaskedPatchLossParams p, LossBlock block, double* partial) {

@@ -16,7 +16,7 @@ _TARGET = (
 
 # In shared memory, with the sums of columns beside it.
 LOCAL_PATCH = "elements of a patch with local_norm"
-_MOST_LOCAL = {LOCAL_PATCH: 24064}
+_MOST_LOCAL = {LOCAL_PATCH: 24320}
 
 
 def _fwd(
