@@ -21,8 +21,6 @@ inline void torch_pool(int64_t begin, int64_t end, int64_t grain, RangeFn fn, vo
 class OnCpu {
  public:
   static constexpr const char* kDevice = "cpu";
-  static constexpr bool kTakesScoreOptions =
-      true;  // biases of windows, tables of them, logit_scale
 
   explicit OnCpu(const Tensor&) {}
   explicit OnCpu(const torch::stable::Device& device) {

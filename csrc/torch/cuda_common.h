@@ -78,8 +78,6 @@ constexpr ScalarType scalar_type_of() {
 class OnCuda {
  public:
   static constexpr const char* kDevice = MIMKERNELS_CUDA_OVERLOAD;
-  static constexpr bool kTakesScoreOptions =
-      false;  // biases of windows, tables of them, logit_scale
 
   explicit OnCuda(const Tensor& first) : first_(first) {}
   // For a call that may have no tensor.

@@ -70,10 +70,8 @@ struct ScoreInputs {
     if (!bias.has_value()) return;
     if (bias->scalar_type() != ScalarType::Float) check_dtype(*bias, "bias", type());
     const int64_t windows = bias->size(0);
-    require(windows == 1 || windows == scores.batch ||
-                (Device::kTakesScoreOptions && windows > 0 && scores.batch % windows == 0),
-            Device::kTakesScoreOptions ? "the windows of bias divide the images"
-                                       : "bias of 1 image or of all");
+    require(windows == 1 || windows == scores.batch || (windows > 0 && scores.batch % windows == 0),
+            "the windows of bias divide the images");
     require(bias->size(1) == 1 || bias->size(1) == scores.heads, "bias of 1 head or of all");
     ScoreBias& view = scores.bias;
     view.data = bias->data_ptr();
@@ -91,7 +89,6 @@ struct ScoreInputs {
                   const OptionalTensor& index_any) {
     require(table_any.has_value() == index_any.has_value(), "bias_table comes with bias_index");
     if (!table_any.has_value()) return;
-    require(Device::kTakesScoreOptions, "no bias_table on this device");
     bias_table = take(device, table_any, "bias_table", {kAnySize, scores.heads});
     if (bias_table->scalar_type() != ScalarType::Float) {
       check_dtype(*bias_table, "bias_table", type());
@@ -111,7 +108,6 @@ struct ScoreInputs {
   // fp32 [H].
   void take_cosine(const OptionalTensor& logit_scale_any) {
     if (!logit_scale_any.has_value()) return;
-    require(Device::kTakesScoreOptions, "no logit_scale on this device");
     logit_scale =
         take_contiguous(device, *logit_scale_any, "logit_scale", {scores.heads}, ScalarType::Float);
     scores.cosine.given = true;

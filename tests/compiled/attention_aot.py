@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 from mimkernels.ops import _triton
 from mimkernels.ops.attention import triton_configs
 
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bool: "i1"}
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.int64: "i64", torch.bool: "i1"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 ALL_STATISTICS = 127
 
@@ -68,6 +68,15 @@ def launches(kernel: str, arch: int, precision: str, dim: int, length: int, extr
                 lse, rows, rows, ALL_STATISTICS
             )
         return found
+    if kernel == "windows":  # Swin V2's cosine attention beside a shift mask and a table, forward and backward
+        given = (torch.empty(1, 1, tokens, tokens), torch.empty(99, 2), torch.zeros(tokens, tokens, dtype=torch.int64))
+        with recorded_launches(arch, module) as found:
+            module.attention_fwd(
+                *(q, k, v, *given, None, lse[0, :, 0], 1.0, 1, positions, ALL_STATISTICS if extra else 0)
+            )
+            needs = (False, True, True, False)
+            module.attention_bwd(out, q, k, v, out, *(lse, lse, *given, None, lse[0, :, 0], 1.0, 1, None, None, *needs))
+        return [launch for launch in found if launch[0].__name__ != "sum_partials_kernel"]
     if kernel == "dbias":  # of a bias that the heads share
         bias, coef = torch.empty(1, 1, tokens, tokens, dtype=dtype), torch.empty(6, 1, 2, tokens)
         with recorded_launches(arch, module) as found:

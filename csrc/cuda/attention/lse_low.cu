@@ -1,13 +1,13 @@
 #include "cuda/attention/lse_low.h"
 
-#include "cuda/attention/tile.cuh"
+#include "cuda/attention/scores.cuh"
 
 namespace mimkernels::cuda {
 namespace {
 
 // grid:     a warp owns a strip of 16 queries, strips of a head fastest, 4 warps a block
 // in:       q, k by stride, features contiguous; lse fp32 [B, H, Nq] contiguous; bias by stride (0
-//           where broadcast) and key mask, each or none
+//           where broadcast), table and index, key mask and factors, each or none
 // out:      low fp32 [B, H, Nq] = log of the sum over keys of exp(S - lse), 0 where lse is not
 //           large; contiguous, every element written once
 // numerics: fp32, relative to the row's maximum of S - lse
@@ -58,6 +58,7 @@ __global__ void __launch_bounds__(kLowWarps* kWarp)
       __syncwarp();
       float t[2][4];
       multiply_rows<T>(t, q_rows, k_rows, shape.stride, shape.steps);
+      make_cosines<false>(t, terms, first, first_key);
       subtract_lse<false>(t, load_terms<T, false>(terms, first, first_key), level, s.scale);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {

@@ -114,6 +114,34 @@ inline BiasTiling bias_tiling(int64_t queries, int64_t keys, int dim, int size) 
   return tiling;
 }
 
+// Sums of dS by [windows, heads, Nq, Nk], those of a bias or of one head each for a table: of the
+// images of a window, `per_group` at a time, so that there are blocks enough on a large device; a
+// constant, so that every device adds in the same order.
+constexpr int64_t kSumBlocks = 1024;
+
+struct ScoreSums {
+  int windows = 1;
+  int heads = 1;
+  int groups = 1;
+  int per_group = 0;
+  int64_t elements = 0;  // of a group
+  int64_t blocks = 0;    // of all
+
+  ScoreSums(const AttentionScores& s, int64_t of_windows, int64_t of_heads)
+      : windows(static_cast<int>(of_windows)), heads(static_cast<int>(of_heads)) {
+    const int size = s.dtype == DType::kFloat32 ? 4 : 2;
+    const BiasTiling tiling = bias_tiling(s.queries, s.keys, static_cast<int>(s.dim), size);
+    elements = of_windows * of_heads * s.queries * s.keys;
+    blocks = of_windows * of_heads * tiling.row_blocks * tiling.key_blocks;
+    const int64_t images = of_windows > 0 ? s.batch / of_windows : 0;
+    if (images == 0 || blocks == 0) return;
+    const int wanted = int_ceil_div(kSumBlocks, blocks);
+    per_group = int_ceil_div(images, wanted);
+    groups = int_ceil_div(images, per_group);
+    blocks *= groups;
+  }
+};
+
 // What rounding took from lse, for those below: a warp has 16 queries and 16 keys in shared memory.
 constexpr int kLowWarps = 4;
 constexpr int low_shared_bytes(int dim, int size) {

@@ -2,6 +2,6 @@
 #include "ops/attention/cuda.h"
 #include "torch/cuda_common.h"
 
-MIMKERNELS_BIND_CUDA(attention, fwd)
+MIMKERNELS_BIND_CUDA_WITH_WORKSPACE(attention, fwd)
 MIMKERNELS_BIND_CUDA(attention, coef)
 MIMKERNELS_BIND_CUDA_WITH_WORKSPACE(attention, bwd)

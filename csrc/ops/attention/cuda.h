@@ -4,20 +4,23 @@
 
 #include <cuda_runtime.h>
 
+#include "cuda/attention/cosine_factors.h"
 #include "ops/attention/params.h"
 
 namespace mimkernels::cuda {
 
-cudaError_t attention_fwd(const AttentionFwdParams& params, cudaStream_t stream);
+// `workspace` holds attention_fwd_workspace(params) floats.
+cudaError_t attention_fwd(const AttentionFwdParams& params, float* workspace, cudaStream_t stream);
+
+inline int64_t attention_fwd_workspace(const AttentionFwdParams& params) {
+  return cosine_factors_workspace(params.scores);
+}
 
 cudaError_t attention_coef(const AttentionCoefParams& params, cudaStream_t stream);
 
-// `delta` holds attention_bwd_workspace(params) floats.
-cudaError_t attention_bwd(const AttentionBwdParams& params, float* delta, cudaStream_t stream);
+// `workspace` holds attention_bwd_workspace(params) floats.
+cudaError_t attention_bwd(const AttentionBwdParams& params, float* workspace, cudaStream_t stream);
 
-// Floats of workspace that attention_bwd needs: one for every query of every head.
-inline int64_t attention_bwd_workspace(const AttentionBwdParams& params) {
-  return params.scores.batch * params.scores.heads * params.scores.queries;
-}
+int64_t attention_bwd_workspace(const AttentionBwdParams& params);
 
 }  // namespace mimkernels::cuda

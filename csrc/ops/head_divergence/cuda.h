@@ -12,9 +12,7 @@ namespace mimkernels::cuda {
 cudaError_t head_divergence_fwd(const HeadDivergenceParams& params, float* low,
                                 cudaStream_t stream);
 
-// Floats of workspace that head_divergence_fwd needs: one for every query of every head.
-inline int64_t head_divergence_fwd_workspace(const HeadDivergenceParams& params) {
-  return params.scores.batch * params.scores.heads * params.scores.queries;
-}
+// Floats of workspace that head_divergence_fwd needs: one for every query of every head, and those of cosines.
+int64_t head_divergence_fwd_workspace(const HeadDivergenceParams& params);
 
 }  // namespace mimkernels::cuda

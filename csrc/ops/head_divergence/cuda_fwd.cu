@@ -1,6 +1,7 @@
 // head_divergence from lse, without the N x N matrix.
+#include "cuda/attention/cosine_factors.h"
 #include "cuda/attention/lse_low.h"
-#include "cuda/attention/tile.cuh"
+#include "cuda/attention/scores.cuh"
 #include "ops/head_divergence/cuda.h"
 
 namespace mimkernels::cuda {
@@ -28,7 +29,7 @@ struct HeadPair {
 
 // grid:     B * cdiv(H, 4)^2; a block compares 4 heads with 4 others over all queries and keys
 // in:       q, k by stride, features contiguous; lse, lse_low fp32 [B, H, Nq] contiguous; bias by
-//           stride (0 where broadcast) and key mask, each or none
+//           stride (0 where broadcast), table and index, key mask and factors, each or none
 // out:      out fp32 [B, H, H] = mean over queries of sum over keys of P^h (log P^h - log P^g);
 //           contiguous, every element written once
 // numerics: fp32; logarithms are subtracted before they are weighted, so that equal heads give 0;
@@ -101,8 +102,8 @@ __global__ void __launch_bounds__(kDivergenceWarps* kWarp, 1)
     }
     if (head < heads) {
       const T* const rows = shared + step % 2 * slot;
-      const GroupTerms group =
-          load_terms<T, false>(HeadTerms(s, pair.image, head), first_query, first_key);
+      const HeadTerms terms(s, pair.image, head);
+      const GroupTerms group = load_terms<T, false>(terms, first_query, first_key);
       Level level[2];
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
@@ -112,6 +113,7 @@ __global__ void __launch_bounds__(kDivergenceWarps* kWarp, 1)
       float score[2][4];
       multiply_rows<T>(score, rows, rows + (kStrip + warp * kStrip) * shape.stride, shape.stride,
                        shape.steps);
+      make_cosines<false>(score, terms, first_query, first_key);
       subtract_lse<false>(score, group, level, s.scale);
       float* const own = words + step % kHeads * kWords * kWarp;
       unsigned seen = 0;
@@ -180,14 +182,23 @@ __global__ void __launch_bounds__(kDivergenceWarps* kWarp, 1)
 
 }  // namespace
 
-cudaError_t head_divergence_fwd(const HeadDivergenceParams& p, float* low, cudaStream_t stream) {
+int64_t head_divergence_fwd_workspace(const HeadDivergenceParams& p) {
+  return p.scores.batch * p.scores.heads * p.scores.queries + cosine_factors_workspace(p.scores);
+}
+
+cudaError_t head_divergence_fwd(const HeadDivergenceParams& given, float* low,
+                                cudaStream_t stream) {
+  HeadDivergenceParams p = given;
   const AttentionScores& s = p.scores;
   if (s.batch * s.heads == 0) {
     return cudaSuccess;
   }
   return with_float_type(s.dtype, [&](auto type) {
     using T = decltype(type);
-    const cudaError_t error = lse_low(s, p.lse, low, stream);
+    cudaError_t error = cosine_factors(p.scores, low + s.batch * s.heads * s.queries, stream);
+    if (error == cudaSuccess) {
+      error = lse_low(s, p.lse, low, stream);
+    }
     if (error != cudaSuccess) {
       return error;
     }

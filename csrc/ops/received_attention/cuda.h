@@ -12,9 +12,7 @@ namespace mimkernels::cuda {
 cudaError_t received_attention_fwd(const ReceivedAttentionParams& params, float* low,
                                    cudaStream_t stream);
 
-// Floats of workspace that received_attention_fwd needs: one for every query of every head.
-inline int64_t received_attention_fwd_workspace(const ReceivedAttentionParams& params) {
-  return params.scores.batch * params.scores.heads * params.scores.queries;
-}
+// Floats of workspace that received_attention_fwd needs: one for every query of every head, and those of cosines.
+int64_t received_attention_fwd_workspace(const ReceivedAttentionParams& params);
 
 }  // namespace mimkernels::cuda

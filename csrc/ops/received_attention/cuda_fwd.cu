@@ -1,6 +1,7 @@
 // received_attention from lse, without the N x N matrix.
+#include "cuda/attention/cosine_factors.h"
 #include "cuda/attention/lse_low.h"
-#include "cuda/attention/tile.cuh"
+#include "cuda/attention/scores.cuh"
 #include "ops/received_attention/cuda.h"
 
 namespace mimkernels::cuda {
@@ -8,7 +9,7 @@ namespace {
 
 // grid:     row blocks of 16 keys per warp, fastest, times B * H; short heads share a block
 // in:       q, k by stride, features contiguous; lse, lse_low fp32 [B, H, Nq] contiguous; bias by
-//           stride (0 where broadcast) and key mask, each or none
+//           stride (0 where broadcast), table and index, key mask and factors, each or none
 // out:      out fp32 [B, H, Nk] = mean over queries of P; contiguous, every element written once
 // numerics: fp32; P from lse and lse_low as in the backward of attention; a lane adds its queries
 //           in order, compensated
@@ -68,6 +69,7 @@ __global__ void __launch_bounds__(kReceivedWarps* kWarp, 1)
       float score[2][4];
       float exponent[2][4];
       multiply_rows<T>(score, strip, rows + j * kStrip * shape.stride, shape.stride, shape.steps);
+      make_cosines<true>(score, terms, place.first, first);
       make_probabilities<T, true>(score, exponent, group, level, s.scale);
       // Roundings of like rows all go one way, and would add up.
 #pragma unroll
@@ -97,15 +99,23 @@ __global__ void __launch_bounds__(kReceivedWarps* kWarp, 1)
 
 }  // namespace
 
-cudaError_t received_attention_fwd(const ReceivedAttentionParams& p, float* low,
+int64_t received_attention_fwd_workspace(const ReceivedAttentionParams& p) {
+  return p.scores.batch * p.scores.heads * p.scores.queries + cosine_factors_workspace(p.scores);
+}
+
+cudaError_t received_attention_fwd(const ReceivedAttentionParams& given, float* low,
                                    cudaStream_t stream) {
+  ReceivedAttentionParams p = given;
   const AttentionScores& s = p.scores;
   if (s.batch * s.heads * s.keys == 0) {
     return cudaSuccess;
   }
   return with_float_type(s.dtype, [&](auto type) {
     using T = decltype(type);
-    const cudaError_t error = lse_low(s, p.lse, low, stream);
+    cudaError_t error = cosine_factors(p.scores, low + s.batch * s.heads * s.queries, stream);
+    if (error == cudaSuccess) {
+      error = lse_low(s, p.lse, low, stream);
+    }
     if (error != cudaSuccess) {
       return error;
     }

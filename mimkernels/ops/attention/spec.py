@@ -144,8 +144,8 @@ SPEC = register(
         fakes={"attention_fwd": _fwd, "attention_coef": _coef, "attention_bwd": _bwd},
         gradient=Gradient(save, gradients),
         impls=(
-            Impl("triton", limits={"head_dim": 128}, multiples={"head_dim": 8}, without=SCORE_OPTIONS),
-            Impl("cuda", limits={"head_dim": 128}, multiples={"head_dim": 8}, without=SCORE_OPTIONS),
+            Impl("triton", limits={"head_dim": 128}, multiples={"head_dim": 8}),
+            Impl("cuda", limits={"head_dim": 128}, multiples={"head_dim": 8}),
             Impl("cpu", limits={"head_dim": 128}, multiples={"head_dim": 8}),
             Impl("reference", ANY_FLOAT),
         ),

@@ -13,30 +13,31 @@ from mimkernels.ops import _triton
 from mimkernels.ops.attention import triton_configs
 from mimkernels.ops.attention.reference import with_prefix_rows
 from mimkernels.ops.attention.spec import new_gradients
-from mimkernels.ops.attention.triton_bias_grad import attention_dbias_kernel
+from mimkernels.ops.attention.triton_bias_grad import attention_dbias_kernel, table_gradient
 from mimkernels.ops.attention.triton_blocks import (
     INTEGERS,
     LEAST_PATCH_MASS,
     LN2,
     LOG2E,
+    added_bias,
     architecture,
-    bias_block,
-    bias_strides,
     distance_block,
     dot_precision,
+    head_bias,
     head_split,
     load_point,
+    load_row,
     load_rows,
     masked_keys,
     position_strides,
     power,
     precision_name,
-    refuse_options,
     store_rows,
     strides,
 )
 from mimkernels.ops.attention.triton_bwd import attention_bwd_kernel, attention_dkv_kernel, attention_dq_kernel
 from mimkernels.ops.attention.triton_coef import attention_coef as attention_coef
+from mimkernels.ops.attention.triton_cosine import LARGEST_LOGIT_SCALE, cosines, given_scores
 
 ENTROPY = tl.constexpr(1)
 PREFIX_MASS = tl.constexpr(2)
@@ -74,7 +75,10 @@ def attend_block(
     x2,
     k_head,
     v_head,
-    bias_rows,
+    of_rows,
+    k_factor_row,
+    bias,
+    inside,
     mask_row,
     pos_image,
     start,
@@ -114,10 +118,12 @@ def attend_block(
         k1 = load_rows(k_block, left, k_stride_n, D0, D1, D, BLOCK_N, CHECK)
         score = tl.dot(q1, tl.trans(k1), score, input_precision=PRECISION)
     v0 = load_rows(v_block, left, v_stride_n, 0, D0, D, BLOCK_N, CHECK)
+    if k_factor_row is not None:
+        score = cosines(score, of_rows, load_row(k_factor_row, cols, cols < keys), False)
     if not FOLD:
         score = score * scale
-        if bias_rows is not None:
-            score += bias_block(bias_rows, cols, keys, CHECK)
+        if (bias[0] is not None) or (bias[1] is not None):
+            score += added_bias(bias, inside, cols, (cols < keys)[None, :], keys, False, CHECK)
     if CHECK or mask_row is not None:
         score = masked_keys(score, mask_row, cols, keys, CHECK)
     if asked(STATS, SELF_MASS) and CHECK:
@@ -180,6 +186,10 @@ def attention_fwd_kernel(
     k_ptr,
     v_ptr,
     bias_ptr,
+    table_ptr,
+    index_ptr,
+    q_factor_ptr,
+    k_factor_ptr,
     mask_ptr,
     pos_ptr,
     out_ptr,
@@ -206,6 +216,8 @@ def attention_fwd_kernel(
     bias_stride_b,
     bias_stride_h,
     bias_stride_n,
+    windows,
+    entries,
     mask_stride_b,
     pos_stride_b,
     pos_stride_n,
@@ -226,8 +238,9 @@ def attention_fwd_kernel(
 ):
     # grid:     cdiv(Nq, BLOCK_M) * B * H, row blocks fastest; a program owns BLOCK_M queries of one head and sees all
     #           keys
-    # in:       q [B, H, Nq, D], k, v [B, H, Nk, D] by stride in units of UNIT elements, last stride 1; bias [B, H,
-    #           Nq, Nk] by stride (0 where broadcast), key mask [B, Nk], positions fp32 [B, N, DIMS], each or None
+    # in:       q [B, H, Nq, D], k, v [B, H, Nk, D] by stride in units of UNIT elements, last stride 1; bias [W, H,
+    #           Nq, Nk] by stride (0 where broadcast), table [T, H] and index [Nq, Nk], key mask [B, Nk], positions
+    #           fp32 [B, N, DIMS], each or None
     # out:      out [B, Nq, H, D], lse and lse_low fp32 [B, H, Nq], rows fp32 [S, B, H, Nq] in the order of the bits
     #           of STATS; contiguous, every element written once
     # numerics: scores, maxima and sums in fp32; p = 2 ** ((score - maximum) * factor), rounded to the dtype of v,
@@ -253,9 +266,15 @@ def attention_fwd_kernel(
     q_block = q_head + first * q_stride_n
     # Rows beyond the last read the last one's bias and position.
     inside = tl.minimum(rows, queries - 1).to(tl.int64)
-    bias_rows = None
-    if bias_ptr is not None:
-        bias_rows = bias_ptr + (b * bias_stride_b + h * bias_stride_h + inside * bias_stride_n) * BIAS_UNIT
+    of_rows = None
+    k_factor_row = None
+    if q_factor_ptr is not None:
+        of_rows = load_row(q_factor_ptr, head.to(tl.int64) * queries + rows, some)
+        k_factor_row = k_factor_ptr + head.to(tl.int64) * keys
+    bias = head_bias(
+        bias_ptr, table_ptr, index_ptr, b, h, heads, windows, entries,
+        bias_stride_b, bias_stride_h, bias_stride_n, BIAS_UNIT,
+    )  # fmt: skip
     mask_row = None
     if mask_ptr is not None:
         mask_row = mask_ptr + b * mask_stride_b
@@ -282,7 +301,7 @@ def attention_fwd_kernel(
     if ONE_PASS:
         acc0, acc1, level, mass, mass_prefix, energy, energy_prefix, far, own = attend_block(
             acc0, acc1, level, mass, mass_prefix, energy, energy_prefix, far, own,
-            q0, q1, rows, x0, x1, x2, k_head, v_head, bias_rows, mask_row, pos_image,
+            q0, q1, rows, x0, x1, x2, k_head, v_head, of_rows, k_factor_row, bias, inside, mask_row, pos_image,
             0, keys, num_prefix, scale, factor, k_stride_n, v_stride_n, pos_stride_n,
             STATS, HAS_PREFIX, FOLD, EXACT, True, True, D, D0, D1, BLOCK_N, DIMS, PRECISION,
         )  # fmt: skip
@@ -303,7 +322,7 @@ def attention_fwd_kernel(
             block = i + tl.where(i >= own_first, own_blocks, 0)
             acc0, acc1, level, mass, mass_prefix, energy, energy_prefix, far, own = attend_block(
                 acc0, acc1, level, mass, mass_prefix, energy, energy_prefix, far, own,
-                q0, q1, rows, x0, x1, x2, k_head, v_head, bias_rows, mask_row, pos_image,
+                q0, q1, rows, x0, x1, x2, k_head, v_head, of_rows, k_factor_row, bias, inside, mask_row, pos_image,
                 block * BLOCK_N, keys, num_prefix, scale, factor, k_stride_n, v_stride_n, pos_stride_n,
                 STATS, HAS_PREFIX, FOLD, EXACT, False, False, D, D0, D1, BLOCK_N, DIMS, PRECISION,
             )  # fmt: skip
@@ -311,7 +330,7 @@ def attention_fwd_kernel(
             block = tl.where(i < special, i, tl.where(i < special + own_blocks, own_first + i - special, blocks - 1))
             acc0, acc1, level, mass, mass_prefix, energy, energy_prefix, far, own = attend_block(
                 acc0, acc1, level, mass, mass_prefix, energy, energy_prefix, far, own,
-                q0, q1, rows, x0, x1, x2, k_head, v_head, bias_rows, mask_row, pos_image,
+                q0, q1, rows, x0, x1, x2, k_head, v_head, of_rows, k_factor_row, bias, inside, mask_row, pos_image,
                 block * BLOCK_N, keys, num_prefix, scale, factor, k_stride_n, v_stride_n, pos_stride_n,
                 STATS, HAS_PREFIX, FOLD, EXACT, False, True, D, D0, D1, BLOCK_N, DIMS, PRECISION,
             )  # fmt: skip
@@ -387,7 +406,6 @@ def attention_fwd(
     positions: Tensor | None,
     stats: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    refuse_options("attention", q, bias, bias_table, logit_scale)
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]
     out = q.new_empty((batch, queries, heads, dim))
@@ -399,24 +417,27 @@ def attention_fwd(
     if positions is not None:
         positions = with_prefix_rows(positions, num_prefix, keys)
     d0, d1 = head_split(dim, q.dtype)
-    kernel = "forward" if bias is None and key_mask is None else "masked"
+    kernel = "forward" if bias is None and bias_table is None and key_mask is None else "masked"
     config = triton_configs.committed(
         kernel, architecture(q.device), precision_name(q.dtype), d0 + d1, keys, stats & ~PEAK.value > 0
     )
+    if bias_table is not None:
+        config = triton_configs.beside_table(config, d0 + d1)
     row_blocks = triton.cdiv(queries, config.block_m)
     unit, qkv_strides = strides(q, k, v)
-    bias_unit, of_bias = bias_strides(bias)
+    scored = given_scores("attention", q, k, bias, bias_table, bias_index, logit_scale, scale)
+    scale = scored.scale
     precision = dot_precision(q.dtype)
     exact = q.dtype == torch.float32 and precision == "ieee"
-    fold = bias is None and scale > 0
+    fold = bias is None and bias_table is None and scale > 0
     _triton.launch(
         attention_fwd_kernel,
         row_blocks * batch * heads,
         q,
-        *(q, k, v, bias, key_mask, positions, out, lse, low, rows),
+        *(q, k, v, *scored.tensors, key_mask, positions, out, lse, low, rows),
         *(scale, (scale if fold else 1.0) * (1.0 if exact else LOG2E.value)),
         *(heads, queries, keys, num_prefix, row_blocks, lse.numel()),
-        *(*qkv_strides, *of_bias, *position_strides(key_mask, positions)),
+        *(*qkv_strides, *scored.integers, *position_strides(key_mask, positions)),
         STATS=stats,
         HAS_PREFIX=num_prefix > 0,
         FOLD=fold,
@@ -427,7 +448,7 @@ def attention_fwd(
         D1=d1,
         DIMS=0 if positions is None else positions.shape[2],
         UNIT=unit,
-        BIAS_UNIT=bias_unit,
+        BIAS_UNIT=scored.unit,
         PRECISION=precision,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
@@ -459,7 +480,6 @@ def attention_bwd(
     need_logit_scale: bool,
     packed: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    refuse_options("attention", q, bias, bias_table, logit_scale)
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]
     made = new_gradients(q, k, packed)
@@ -472,15 +492,23 @@ def attention_bwd(
     target = (architecture(q.device), precision_name(q.dtype), d0 + d1, queries, coef is not None)
     dq_config, dkv_config = (triton_configs.committed(kernel, *target) for kernel in ("dq", "dkv"))
     unit, qkvg_strides = strides(q, k, v, dout)
-    bias_unit, of_bias = bias_strides(bias)
-    # The gradient of an fp32 bias is more exact than a 16-bit output lets delta be.
-    refine = bias is not None and need_bias and bias.dtype != q.dtype
+    scored = given_scores("attention", q, k, bias, bias_table, bias_index, logit_scale, scale)
+    scale = scored.scale
+    table = bias_table if need_table else None
+    # The gradient of an fp32 bias or table is more exact than a 16-bit output lets delta be.
+    refined = (bias if need_bias else None, table)
+    refine = logit_scale is not None or any(added is not None and added.dtype != q.dtype for added in refined)
     # Programs of the dQ kernel write the gradient of a bias that nothing shares, with the delta that they begin with;
     # another kernel sums a shared one.
     full_bias = bias is not None and need_bias and not refine and bias.shape[:2] == (batch, heads)
-    fused = None if full_bias else triton_configs.config("fused", *target)
-    delta = torch.empty_like(lse) if fused is None or need_bias else None
-    given = (coef, bias, key_mask, positions)
+    # The factors of cosines would carry the rounding of a 16-bit out into dq: delta is summed first.
+    twice = logit_scale is not None and q.dtype != torch.float32
+    fused = None if full_bias or twice else triton_configs.config("fused", *target)
+    if bias_table is not None:
+        dq_config, dkv_config = (triton_configs.beside_table(config, d0 + d1) for config in (dq_config, dkv_config))
+        fused = None if fused is None else triton_configs.beside_table(fused, d0 + d1)
+    delta = torch.empty_like(lse) if fused is None or need_bias or need_table or need_logit_scale else None
+    given = (coef, *scored.tensors, key_mask, positions)
     precision = dot_precision(q.dtype)
     exact = q.dtype == torch.float32 and precision == "ieee"
     sizes = (scale, heads, queries, keys, num_prefix)
@@ -491,12 +519,12 @@ def attention_bwd(
         "D1": d1,
         "DIMS": 0 if positions is None or coef is None else positions.shape[2],
         "UNIT": unit,
-        "BIAS_UNIT": bias_unit,
+        "BIAS_UNIT": scored.unit,
         "PRECISION": precision,
         "EXACT": exact,
         "REFINE": refine,
     }
-    all_strides = (*qkvg_strides, *of_bias, *position_strides(key_mask, positions))
+    all_strides = (*qkvg_strides, *scored.integers, *position_strides(key_mask, positions))
     plane = lse.numel()
 
     def run(
@@ -505,6 +533,7 @@ def attention_bwd(
         tensors: tuple[Tensor | None, ...],
         blocks: tuple[int, ...],
         config: triton_configs.Config,
+        **more: bool,
     ) -> None:
         if programs:
             _triton.launch(
@@ -513,6 +542,7 @@ def attention_bwd(
                 q,
                 *(*tensors, *sizes, *blocks, plane, *all_strides),
                 **options,
+                **more,
                 BLOCK_M=config.block_m,
                 BLOCK_N=config.block_n,
                 num_warps=config.warps,
@@ -525,15 +555,43 @@ def attention_bwd(
     else:
         row_blocks = triton.cdiv(queries, dq_config.block_m)
         tensors = (q, k, v, dout, out, lse, lse_low, *given, delta, dq, dbias if full_bias else None)
-        run(attention_dq_kernel, row_blocks * batch * heads, tensors, (row_blocks, grad_heads), dq_config)
+        for has_delta in (False, True) if twice else (False,):
+            blocks = (row_blocks, grad_heads)
+            run(attention_dq_kernel, row_blocks * batch * heads, tensors, blocks, dq_config, HAS_DELTA=has_delta)
         key_blocks = triton.cdiv(keys, dkv_config.block_n)
         tensors = (q, k, v, dout, lse, lse_low, delta, *given, dk, dv)
         run(attention_dkv_kernel, key_blocks * batch * heads, tensors, (key_blocks, grad_heads), dkv_config)
-    if bias is not None and need_bias and not full_bias:
-        row_blocks = triton.cdiv(queries, dq_config.block_m)
-        key_blocks = triton.cdiv(keys, dq_config.block_n)
-        kept_heads = bias.shape[1]
-        programs = row_blocks * key_blocks * bias.shape[0] * kept_heads
-        blocks = (row_blocks, key_blocks, batch if bias.shape[0] == 1 else 1, kept_heads)
-        run(attention_dbias_kernel, programs, (q, k, v, dout, lse, lse_low, delta, *given, dbias), blocks, dq_config)
-    return *made, dbias, q.new_empty((0,)), q.new_empty((0,), dtype=torch.float32)
+    row_blocks, key_blocks = triton.cdiv(queries, dq_config.block_m), triton.cdiv(keys, dq_config.block_n)
+
+    by_head = [1, heads]
+    owners = row_blocks * key_blocks * heads
+    groups, _ = _triton.batch_groups(max(1, batch), owners)
+    products = lse.new_empty((groups, heads, row_blocks * key_blocks)) if need_logit_scale else None
+
+    def sum_score_gradients(windows: int, kept_heads: int, like: Tensor | None) -> Tensor | None:
+        """Sums over the images and heads that share a bias [windows, kept_heads, Nq, Nk], in the dtype of ``like``; of
+        each head of all images the products, too."""
+        owners = row_blocks * key_blocks * windows * kept_heads
+        groups, per_group = _triton.batch_groups(max(1, batch // max(1, windows)), owners)
+        partial = summed = None
+        if like is not None:
+            partial, summed = _triton.partials(groups, (windows, kept_heads, queries, keys), like)
+        product = products if [windows, kept_heads] == by_head else None
+        tensors = (q, k, v, dout, lse, lse_low, delta, *given, partial, product)
+        blocks = (row_blocks, key_blocks, batch, per_group, windows, kept_heads)
+        run(attention_dbias_kernel, owners * groups, tensors, blocks, dq_config)
+        return _triton.sum_partials(partial, summed) if owners and summed is not None else summed
+
+    sums_bias = need_bias and bias is not None and not full_bias
+    if sums_bias:
+        dbias = sum_score_gradients(bias.shape[0], bias.shape[1], bias)
+    dtable = q.new_empty((0,))
+    if table is not None and bias_index is not None:
+        dtable = table_gradient(sum_score_gradients(*by_head, lse), bias_index, table)
+    dlogit_scale = lse.new_empty((0,))
+    if logit_scale is not None and products is not None:
+        if table is None and not (sums_bias and [*bias.shape[:2]] == by_head):
+            sum_score_gradients(*by_head, None)
+        # At its largest the scale is a constant.
+        dlogit_scale = torch.where(logit_scale > LARGEST_LOGIT_SCALE.value, 0.0, products.sum((0, 2)))
+    return *made, dbias, dtable, dlogit_scale

@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mimkernels.ops._triton import INTERPRETED, narrow
-from mimkernels.ops.attention.spec import COSINE, TABLE, WINDOWS
+from mimkernels.ops._triton import INTERPRETED, narrow, valid_id
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -31,7 +30,11 @@ INTEGERS = (
         "num_prefix",
         "row_blocks",
         "key_blocks",
-        "shared_images",
+        "images",
+        "per_group",
+        "windows",
+        "entries",
+        "kept_windows",
         "kept_heads",
         "grad_heads",
         "plane",
@@ -116,14 +119,48 @@ def store_rows(
 
 
 @triton.jit
-def bias_block(bias_rows, cols, keys, CHECK: tl.constexpr):
-    # The bias, fp32 [M, N]; 0 beyond the last key.
-    ptrs = bias_rows[:, None] + cols[None, :]
-    if CHECK:
-        value = tl.load(ptrs, mask=(cols < keys)[None, :], other=0.0)
-    else:
-        value = tl.load(ptrs)
-    return value.to(tl.float32)
+def head_bias(
+    bias_ptr,
+    table_ptr,
+    index_ptr,
+    b,
+    h,
+    heads,
+    windows,
+    entries,
+    bias_stride_b,
+    bias_stride_h,
+    bias_stride_n,
+    BIAS_UNIT: tl.constexpr,
+):
+    # What is added to the scores of head h of image b, which takes row b % windows of the bias: bias and table, each or
+    # None, where the head's [Nq, Nk] and its column of [T, H] begin in them, and what leads on from there.
+    place = (b % windows * bias_stride_b + h * bias_stride_h) * BIAS_UNIT
+    return bias_ptr, table_ptr, index_ptr, place, h, bias_stride_n.to(tl.int64) * BIAS_UNIT, heads, entries
+
+
+@triton.jit
+def added_bias(bias, rows, cols, here, keys, TRANSPOSED: tl.constexpr, CHECK: tl.constexpr):
+    # The sum, fp32 [queries, keys] or its transpose, of the bias and the table of a head_bias that has one of them; 0,
+    # with CHECK, where not `here`. Indices outside the table add 0.
+    bias_ptr, table_ptr, index_ptr, place, h, bias_stride_n, heads, entries = bias
+    value = 0.0
+    if bias_ptr is not None:
+        over_rows = bias_ptr + place + rows.to(tl.int64) * bias_stride_n
+        ptrs = along(over_rows, True, TRANSPOSED) + along(cols, False, TRANSPOSED)
+        if CHECK:
+            value = tl.load(ptrs, mask=here, other=0.0).to(tl.float32)
+        else:
+            value = tl.load(ptrs).to(tl.float32)
+    if table_ptr is not None:
+        over_rows = index_ptr + rows.to(tl.int64) * keys
+        ptrs = along(over_rows, True, TRANSPOSED) + along(cols, False, TRANSPOSED)
+        if CHECK:
+            entry = valid_id(tl.load(ptrs, mask=here, other=-1), entries)
+        else:
+            entry = valid_id(tl.load(ptrs), entries)
+        value += tl.load(table_ptr + h + entry.to(tl.int64) * heads, mask=entry >= 0, other=0.0).to(tl.float32)
+    return value
 
 
 @triton.jit
@@ -208,12 +245,11 @@ def exponents(
     cols,
     lse,
     low,
-    bias_head,
+    bias,
     mask_row,
     queries,
     keys,
     scale,
-    bias_stride_n,
     TRANSPOSED: tl.constexpr,
     CHECK: tl.constexpr,
     EXACT: tl.constexpr,
@@ -221,13 +257,11 @@ def exponents(
     # t of P = 2 ** t (e ** t if EXACT) from dots q k and the levels of load_levels; -inf where a key is masked or, with
     # CHECK, beyond the last. lse is subtracted from whole scores, of which it is one but for lse_low and the row's
     # spread: huge scores, as a bias of -1e9 makes them, leave differences that have lost nothing.
-    if bias_head is not None:
+    if (bias[0] is not None) or (bias[1] is not None):
         # Tails read no bias: without queries or keys there is none.
-        over_rows = rows.to(tl.int64) * bias_stride_n
-        ptrs = bias_head + along(over_rows, True, TRANSPOSED) + along(cols, False, TRANSPOSED)
         here = along(rows < queries, True, TRANSPOSED) & along(cols < keys, False, TRANSPOSED)
-        bias = tl.load(ptrs, mask=here, other=0.0).to(tl.float32)
-        t = tl.fma(score, scale, bias) - along(lse, True, TRANSPOSED)
+        added = added_bias(bias, rows, cols, here, keys, TRANSPOSED, True)
+        t = tl.fma(score, scale, added) - along(lse, True, TRANSPOSED)
     else:
         t = tl.fma(score, scale, -along(lse, True, TRANSPOSED))
     if EXACT:
@@ -266,27 +300,6 @@ def head_split(dim: int, dtype: torch.dtype, backward: bool = False) -> tuple[in
 def strides(*tensors: Tensor) -> tuple[int, list[int]]:
     """(unit, the three outer strides of each tensor in that unit)."""
     found = [tensor.stride(dim) for tensor in tensors for dim in range(3)]
-    unit = UNIT if all(stride % UNIT == 0 for stride in found) else 1
-    return unit, [stride // unit for stride in found]
-
-
-def refuse_options(
-    op: str, q: Tensor, bias: Tensor | None, bias_table: Tensor | None, logit_scale: Tensor | None
-) -> None:
-    """For direct calls of a torch op: refuse the scores that the kernels do not compute."""
-    if bias_table is not None:
-        raise NotImplementedError(f"{op}: triton does not take {TABLE}")
-    if logit_scale is not None:
-        raise NotImplementedError(f"{op}: triton does not take {COSINE}")
-    if bias is not None and bias.shape[0] not in (1, q.shape[0]):
-        raise NotImplementedError(f"{op}: triton does not take {WINDOWS}")
-
-
-def bias_strides(bias: Tensor | None) -> tuple[int, list[int]]:
-    """(unit, the three outer strides of the bias in that unit), 0 along dims of size 1."""
-    if bias is None:
-        return 1, [0, 0, 0]
-    found = [0 if bias.shape[dim] == 1 else bias.stride(dim) for dim in range(2)] + [bias.stride(2)]
     unit = UNIT if all(stride % UNIT == 0 for stride in found) else 1
     return unit, [stride // unit for stride in found]
 

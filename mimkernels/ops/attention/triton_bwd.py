@@ -8,140 +8,15 @@ import triton.language as tl
 from mimkernels.ops._triton import narrow
 from mimkernels.ops.attention.triton_blocks import (
     INTEGERS,
-    LN2,
-    along,
-    exponents,
+    head_bias,
     load_head,
     load_levels,
-    load_point,
     load_row,
-    load_rows,
     locate,
-    power,
     store_rows,
 )
-
-
-@triton.jit
-def load_coefficients(coef_ptr, place, plane, some, is_patch, unit, HAS_PREFIX: tl.constexpr, DIMS: tl.constexpr):
-    # (c_prefix, a_prefix, c_patch, a_patch, own, far) of some queries, as slopes on t = (S - lse - lse_low) / unit. far
-    # is 0 for prefix queries.
-    plane = plane.to(tl.int64)
-    c_patch = load_row(coef_ptr, place + 2 * plane, some)
-    a_patch = load_row(coef_ptr, place + 3 * plane, some) * unit
-    c_prefix = c_patch
-    a_prefix = a_patch
-    if HAS_PREFIX:
-        c_prefix = load_row(coef_ptr, place, some)
-        a_prefix = load_row(coef_ptr, place + plane, some) * unit
-    own = load_row(coef_ptr, place + 4 * plane, some)
-    far = own
-    if DIMS > 0:
-        far = load_row(coef_ptr, place + 5 * plane, some & is_patch)
-    return c_prefix, a_prefix, c_patch, a_patch, own, far
-
-
-@triton.jit
-def key_distances(x0, x1, x2, y0, y1, y2, cols, num_prefix, TRANSPOSED: tl.constexpr, DIMS: tl.constexpr):
-    # Distances between the queries' points x and the keys' points y, 0 on prefix keys.
-    difference = along(x0, True, TRANSPOSED) - along(y0, False, TRANSPOSED)
-    square = difference * difference
-    if DIMS > 1:
-        difference = along(x1, True, TRANSPOSED) - along(y1, False, TRANSPOSED)
-        square += difference * difference
-    if DIMS > 2:
-        difference = along(x2, True, TRANSPOSED) - along(y2, False, TRANSPOSED)
-        square += difference * difference
-    return tl.where(along(cols >= num_prefix, False, TRANSPOSED), tl.sqrt(square), 0.0)
-
-
-@triton.jit
-def score_gradient(
-    q0,
-    q1,
-    k0,
-    k1,
-    v0,
-    v1,
-    g0,
-    g1,
-    rows,
-    cols,
-    lse,
-    low,
-    delta,
-    some,
-    place,
-    plane,
-    coef_ptr,
-    bias_head,
-    mask_row,
-    pos_image,
-    queries,
-    keys,
-    num_prefix,
-    scale,
-    bias_stride_n,
-    pos_stride_n,
-    HAS_PREFIX: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    CHECK: tl.constexpr,
-    D1: tl.constexpr,
-    DIMS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    EXACT: tl.constexpr,
-):
-    # (P, dS, P (dP - delta)), fp32 [queries, keys], or the transposes [keys, queries]. CHECK: keys may lie beyond the
-    # last; their P is 0. EXACT: exponents are of base e, else of base 2.
-    if TRANSPOSED:
-        score = tl.dot(k0, tl.trans(q0), input_precision=PRECISION)
-        if D1 > 0:
-            score = tl.dot(k1, tl.trans(q1), score, input_precision=PRECISION)
-        dp = tl.dot(v0, tl.trans(g0), input_precision=PRECISION)
-        if D1 > 0:
-            dp = tl.dot(v1, tl.trans(g1), dp, input_precision=PRECISION)
-    else:
-        score = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
-        if D1 > 0:
-            score = tl.dot(q1, tl.trans(k1), score, input_precision=PRECISION)
-        dp = tl.dot(g0, tl.trans(v0), input_precision=PRECISION)
-        if D1 > 0:
-            dp = tl.dot(g1, tl.trans(v1), dp, input_precision=PRECISION)
-    t = exponents(
-        score, rows, cols, lse, low, bias_head, mask_row, queries, keys, scale, bias_stride_n, TRANSPOSED, CHECK, EXACT
-    )
-    # Coefficients are added to what is left of dp, which rounds less than dp or delta themselves.
-    dp -= along(delta, True, TRANSPOSED)
-    if coef_ptr is None:
-        p = power(t, EXACT)
-        of_out = p * dp
-        ds = of_out
-    else:
-        # A masked key's t is -inf; its product with p = 0 must be 0.
-        t = tl.maximum(t, -1000.0, propagate_nan=tl.PropagateNan.ALL)
-        p = power(t, EXACT)
-        c_prefix, a_prefix, c_patch, a_patch, own, far = load_coefficients(
-            coef_ptr, place, plane, some, rows >= num_prefix, 1.0 if EXACT else LN2, HAS_PREFIX, DIMS
-        )
-        c = along(c_patch, True, TRANSPOSED)
-        a = along(a_patch, True, TRANSPOSED)
-        if HAS_PREFIX:
-            in_prefix = along(cols < num_prefix, False, TRANSPOSED)
-            c = tl.where(in_prefix, along(c_prefix, True, TRANSPOSED), c)
-            a = tl.where(in_prefix, along(a_prefix, True, TRANSPOSED), a)
-        inner = dp + (c + a * t)
-        is_own = along(rows, True, TRANSPOSED) == along(cols, False, TRANSPOSED)
-        inner += tl.where(is_own, along(own, True, TRANSPOSED), 0.0)
-        if DIMS > 0:
-            inside = tl.minimum(rows, queries - 1).to(tl.int64)
-            x0, x1, x2 = load_point(pos_image + inside * pos_stride_n, DIMS)
-            inside = tl.minimum(cols, keys - 1).to(tl.int64)
-            y0, y1, y2 = load_point(pos_image + inside * pos_stride_n, DIMS)
-            d = key_distances(x0, x1, x2, y0, y1, y2, cols, num_prefix, TRANSPOSED, DIMS)
-            inner += along(far, True, TRANSPOSED) * d
-        ds = p * inner
-        of_out = p * dp
-    return p, ds, of_out
+from mimkernels.ops.attention.triton_cosine import factor_of, tangent
+from mimkernels.ops.attention.triton_gradient import score_gradient
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -155,6 +30,10 @@ def attention_dq_kernel(
     low_ptr,
     coef_ptr,
     bias_ptr,
+    table_ptr,
+    index_ptr,
+    q_factor_ptr,
+    k_factor_ptr,
     mask_ptr,
     pos_ptr,
     delta_ptr,
@@ -183,6 +62,8 @@ def attention_dq_kernel(
     bias_stride_b,
     bias_stride_h,
     bias_stride_n,
+    windows,
+    entries,
     mask_stride_b,
     pos_stride_b,
     pos_stride_n,
@@ -196,6 +77,7 @@ def attention_dq_kernel(
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
     REFINE: tl.constexpr,
+    HAS_DELTA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -205,7 +87,8 @@ def attention_dq_kernel(
     #           out [B, Nq, H, D], lse [B, H, Nq] and coef [6, B, H, Nq] or None contiguous; bias, key mask and
     #           positions as forward
     # out:      dq [B, Nq, H, D], or a part of [B, N, 3, H, D]: tokens are grad_heads * D apart; delta fp32 [B, H, Nq]
-    #           = sum of dout * out, or with REFINE what it is before out is rounded, sum of P * dP; dbias [B, H, Nq,
+    #           = sum of dout * out, or with REFINE what it is before out is rounded, sum of P * dP, and
+    #           with HAS_DELTA read; dbias [B, H, Nq,
     #           Nk], where given; contiguous, every element written once
     # numerics: as attention_fwd_kernel; P from lse, dS rounded to the dtype of k
     # bounds:   keys beyond the last have P = 0; query tails are masked; offsets are int64
@@ -220,15 +103,15 @@ def attention_dq_kernel(
     k_stride_n = k_stride_n.to(tl.int64) * UNIT
     v_stride_n = v_stride_n.to(tl.int64) * UNIT
     g_stride_n = g_stride_n.to(tl.int64) * UNIT
-    bias_stride_n = bias_stride_n.to(tl.int64) * BIAS_UNIT
     q_block = q_ptr + (b * q_stride_b + h * q_stride_h) * UNIT + first * q_stride_n
     k_head = k_ptr + (b * k_stride_b + h * k_stride_h) * UNIT
     v_head = v_ptr + (b * v_stride_b + h * v_stride_h) * UNIT
     g_block = g_ptr + (b * g_stride_b + h * g_stride_h) * UNIT + first * g_stride_n
     out_block = out_ptr + (b * queries + first) * out_stride_n + h * D
-    bias_head = None
-    if bias_ptr is not None:
-        bias_head = bias_ptr + (b * bias_stride_b + h * bias_stride_h) * BIAS_UNIT
+    bias = head_bias(
+        bias_ptr, table_ptr, index_ptr, b, h, heads, windows, entries,
+        bias_stride_b, bias_stride_h, bias_stride_n, BIAS_UNIT,
+    )  # fmt: skip
     mask_row = None
     if mask_ptr is not None:
         mask_row = mask_ptr + b * mask_stride_b
@@ -236,17 +119,19 @@ def attention_dq_kernel(
     if pos_ptr is not None:
         pos_image = pos_ptr + b * pos_stride_b
     lse, low = load_levels(lse_ptr, low_ptr, place, some, EXACT)
-    q0 = load_rows(q_block, left, q_stride_n, 0, D0, D, BLOCK_M, True)
-    g0 = load_rows(g_block, left, g_stride_n, 0, D0, D, BLOCK_M, True)
-    out0 = load_rows(out_block, left, out_stride_n, 0, D0, D, BLOCK_M, True)
-    delta = tl.sum(g0.to(tl.float32) * out0.to(tl.float32), axis=1)
-    q1 = q0
-    g1 = g0
-    if D1 > 0:
-        q1 = load_rows(q_block, left, q_stride_n, D0, D1, D, BLOCK_M, True)
-        g1 = load_rows(g_block, left, g_stride_n, D0, D1, D, BLOCK_M, True)
-        out1 = load_rows(out_block, left, out_stride_n, D0, D1, D, BLOCK_M, True)
-        delta += tl.sum(g1.to(tl.float32) * out1.to(tl.float32), axis=1)
+    q0, q1 = load_head(q_block, left, q_stride_n, D, D0, D1, BLOCK_M, True)
+    g0, g1 = load_head(g_block, left, g_stride_n, D, D0, D1, BLOCK_M, True)
+    if HAS_DELTA:
+        delta = load_row(delta_ptr, place, some)
+    else:
+        out0, out1 = load_head(out_block, left, out_stride_n, D, D0, D1, BLOCK_M, True)
+        delta = tl.sum(g0.to(tl.float32) * out0.to(tl.float32), axis=1)
+        if D1 > 0:
+            delta += tl.sum(g1.to(tl.float32) * out1.to(tl.float32), axis=1)
+    of_rows = None
+    if q_factor_ptr is not None:
+        of_rows = load_row(q_factor_ptr, place, some)
+    key_place = head.to(tl.int64) * keys
     error = tl.zeros([BLOCK_M], dtype=tl.float32)
     dq0 = tl.zeros([BLOCK_M, D0], dtype=tl.float32)
     dq1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 16], dtype=tl.float32)
@@ -255,25 +140,30 @@ def attention_dq_kernel(
     for block in tl.range(0, full):
         dq0, dq1, error = dq_step(
             dq0, dq1, error, q0, q1, g0, g1, rows, lse, low, delta, some, place, plane,
-            k_head, v_head, coef_ptr, bias_head, mask_row, pos_image, dbias_ptr,
+            k_head, v_head, coef_ptr, of_rows, k_factor_ptr, key_place, bias, mask_row, pos_image, dbias_ptr,
             block * BLOCK_N, queries, keys, num_prefix, scale,
-            k_stride_n, v_stride_n, bias_stride_n, pos_stride_n,
+            k_stride_n, v_stride_n, pos_stride_n,
             HAS_PREFIX, False, D, D0, D1, BLOCK_N, DIMS, PRECISION, EXACT, REFINE,
         )  # fmt: skip
     for block in tl.range(full, tl.cdiv(keys, BLOCK_N), num_stages=1):
         dq0, dq1, error = dq_step(
             dq0, dq1, error, q0, q1, g0, g1, rows, lse, low, delta, some, place, plane,
-            k_head, v_head, coef_ptr, bias_head, mask_row, pos_image, dbias_ptr,
+            k_head, v_head, coef_ptr, of_rows, k_factor_ptr, key_place, bias, mask_row, pos_image, dbias_ptr,
             block * BLOCK_N, queries, keys, num_prefix, scale,
-            k_stride_n, v_stride_n, bias_stride_n, pos_stride_n,
+            k_stride_n, v_stride_n, pos_stride_n,
             HAS_PREFIX, True, D, D0, D1, BLOCK_N, DIMS, PRECISION, EXACT, REFINE,
         )  # fmt: skip
-    tl.store(delta_ptr + place, delta + error, mask=some)
+    if not HAS_DELTA:
+        tl.store(delta_ptr + place, delta + error, mask=some)
     grad_stride_n = grad_heads.to(tl.int64) * D
     dq_block = dq_ptr + (b * queries + first) * grad_stride_n + h * D
-    store_rows(dq_block, dq0 * scale, left, grad_stride_n, 0, D0, D, BLOCK_M)
+    dq0 *= scale
+    dq1 *= scale
+    if q_factor_ptr is not None:
+        dq0, dq1 = tangent(dq0, dq1, q0, q1, of_rows, D1)
+    store_rows(dq_block, dq0, left, grad_stride_n, 0, D0, D, BLOCK_M)
     if D1 > 0:
-        store_rows(dq_block, dq1 * scale, left, grad_stride_n, D0, D1, D, BLOCK_M)
+        store_rows(dq_block, dq1, left, grad_stride_n, D0, D1, D, BLOCK_M)
 
 
 @triton.jit
@@ -295,7 +185,10 @@ def dq_step(
     k_head,
     v_head,
     coef_ptr,
-    bias_head,
+    of_rows,
+    k_factor_ptr,
+    key_place,
+    bias,
     mask_row,
     pos_image,
     dbias_ptr,
@@ -306,7 +199,6 @@ def dq_step(
     scale,
     k_stride_n,
     v_stride_n,
-    bias_stride_n,
     pos_stride_n,
     HAS_PREFIX: tl.constexpr,
     CHECK: tl.constexpr,
@@ -323,9 +215,12 @@ def dq_step(
     cols = start + tl.arange(0, BLOCK_N)
     k0, k1 = load_head(k_head + start * k_stride_n, keys - start, k_stride_n, D, D0, D1, BLOCK_N, CHECK)
     v0, v1 = load_head(v_head + start * v_stride_n, keys - start, v_stride_n, D, D0, D1, BLOCK_N, CHECK)
-    _, ds, of_out = score_gradient(
+    of_cols = None
+    if k_factor_ptr is not None:
+        of_cols = load_row(k_factor_ptr, key_place + cols, cols < keys)
+    _, ds, of_out, _score = score_gradient(
         q0, q1, k0, k1, v0, v1, g0, g1, rows, cols, lse, low, delta, some, place, plane,
-        coef_ptr, bias_head, mask_row, pos_image, queries, keys, num_prefix, scale, bias_stride_n, pos_stride_n,
+        coef_ptr, of_rows, of_cols, bias, mask_row, pos_image, queries, keys, num_prefix, scale, pos_stride_n,
         HAS_PREFIX, False, CHECK, D1, DIMS, PRECISION, EXACT,
     )  # fmt: skip
     if dbias_ptr is not None:
@@ -333,7 +228,7 @@ def dq_step(
         tl.store(target, narrow(ds, dbias_ptr.dtype.element_ty), mask=some[:, None] & (cols < keys)[None, :])
     if REFINE:
         error += tl.sum(of_out, axis=1)
-    ds = ds.to(k0.dtype)
+    ds = factor_of(ds, of_cols, k0.dtype, False, False)
     dq0 = tl.dot(ds, k0, dq0, input_precision=PRECISION)
     if D1 > 0:
         dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
@@ -351,6 +246,10 @@ def attention_dkv_kernel(
     delta_ptr,
     coef_ptr,
     bias_ptr,
+    table_ptr,
+    index_ptr,
+    q_factor_ptr,
+    k_factor_ptr,
     mask_ptr,
     pos_ptr,
     dk_ptr,
@@ -378,6 +277,8 @@ def attention_dkv_kernel(
     bias_stride_b,
     bias_stride_h,
     bias_stride_n,
+    windows,
+    entries,
     mask_stride_b,
     pos_stride_b,
     pos_stride_n,
@@ -410,14 +311,14 @@ def attention_dkv_kernel(
     k_stride_n = k_stride_n.to(tl.int64) * UNIT
     v_stride_n = v_stride_n.to(tl.int64) * UNIT
     g_stride_n = g_stride_n.to(tl.int64) * UNIT
-    bias_stride_n = bias_stride_n.to(tl.int64) * BIAS_UNIT
     q_head = q_ptr + (b * q_stride_b + h * q_stride_h) * UNIT
     k_block = k_ptr + (b * k_stride_b + h * k_stride_h) * UNIT + first * k_stride_n
     v_block = v_ptr + (b * v_stride_b + h * v_stride_h) * UNIT + first * v_stride_n
     g_head = g_ptr + (b * g_stride_b + h * g_stride_h) * UNIT
-    bias_head = None
-    if bias_ptr is not None:
-        bias_head = bias_ptr + (b * bias_stride_b + h * bias_stride_h) * BIAS_UNIT
+    bias = head_bias(
+        bias_ptr, table_ptr, index_ptr, b, h, heads, windows, entries,
+        bias_stride_b, bias_stride_h, bias_stride_n, BIAS_UNIT,
+    )  # fmt: skip
     mask_row = None
     if mask_ptr is not None:
         mask_row = mask_ptr + b * mask_stride_b
@@ -427,6 +328,9 @@ def attention_dkv_kernel(
     TRANSPOSED: tl.constexpr = not EXACT
     k0, k1 = load_head(k_block, left, k_stride_n, D, D0, D1, BLOCK_N, True)
     v0, v1 = load_head(v_block, left, v_stride_n, D, D0, D1, BLOCK_N, True)
+    of_cols = None
+    if k_factor_ptr is not None:
+        of_cols = load_row(k_factor_ptr, head.to(tl.int64) * keys + cols, cols < keys)
     dk0 = tl.zeros([BLOCK_N, D0], dtype=tl.float32)
     dv0 = tl.zeros([BLOCK_N, D0], dtype=tl.float32)
     dk1 = tl.zeros([BLOCK_N, D1 if D1 > 0 else 16], dtype=tl.float32)
@@ -440,13 +344,16 @@ def attention_dkv_kernel(
         g0, g1 = load_head(g_head + start * g_stride_n, queries - start, g_stride_n, D, D0, D1, BLOCK_M, True)
         lse, low = load_levels(lse_ptr, low_ptr, place, some, EXACT)
         delta = load_row(delta_ptr, place, some)
-        p, ds, _ = score_gradient(
+        of_rows = None
+        if q_factor_ptr is not None:
+            of_rows = load_row(q_factor_ptr, place, some)
+        p, ds, _, _score = score_gradient(
             q0, q1, k0, k1, v0, v1, g0, g1, rows, cols, lse, low, delta, some, place, plane,
-            coef_ptr, bias_head, mask_row, pos_image, queries, keys, num_prefix, scale, bias_stride_n, pos_stride_n,
+            coef_ptr, of_rows, of_cols, bias, mask_row, pos_image, queries, keys, num_prefix, scale, pos_stride_n,
             HAS_PREFIX, TRANSPOSED, False, D1, DIMS, PRECISION, EXACT,
         )  # fmt: skip
         p = p.to(g0.dtype)
-        ds = ds.to(q0.dtype)
+        ds = factor_of(ds, of_rows, q0.dtype, True, TRANSPOSED)
         if not TRANSPOSED:
             p = tl.trans(p)
             ds = tl.trans(ds)
@@ -456,10 +363,14 @@ def attention_dkv_kernel(
             dv1 = tl.dot(p, g1, dv1, input_precision=PRECISION)
             dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
     target = (b * keys + first) * grad_stride_n + h * D
-    store_rows(dk_ptr + target, dk0 * scale, left, grad_stride_n, 0, D0, D, BLOCK_N)
+    dk0 *= scale
+    dk1 *= scale
+    if k_factor_ptr is not None:
+        dk0, dk1 = tangent(dk0, dk1, k0, k1, of_cols, D1)
+    store_rows(dk_ptr + target, dk0, left, grad_stride_n, 0, D0, D, BLOCK_N)
     store_rows(dv_ptr + target, dv0, left, grad_stride_n, 0, D0, D, BLOCK_N)
     if D1 > 0:
-        store_rows(dk_ptr + target, dk1 * scale, left, grad_stride_n, D0, D1, D, BLOCK_N)
+        store_rows(dk_ptr + target, dk1, left, grad_stride_n, D0, D1, D, BLOCK_N)
         store_rows(dv_ptr + target, dv1, left, grad_stride_n, D0, D1, D, BLOCK_N)
 
 
@@ -474,6 +385,10 @@ def attention_bwd_kernel(
     low_ptr,
     coef_ptr,
     bias_ptr,
+    table_ptr,
+    index_ptr,
+    q_factor_ptr,
+    k_factor_ptr,
     mask_ptr,
     pos_ptr,
     delta_ptr,
@@ -502,6 +417,8 @@ def attention_bwd_kernel(
     bias_stride_b,
     bias_stride_h,
     bias_stride_n,
+    windows,
+    entries,
     mask_stride_b,
     pos_stride_b,
     pos_stride_n,
@@ -532,15 +449,15 @@ def attention_bwd_kernel(
     k_stride_n = k_stride_n.to(tl.int64) * UNIT
     v_stride_n = v_stride_n.to(tl.int64) * UNIT
     g_stride_n = g_stride_n.to(tl.int64) * UNIT
-    bias_stride_n = bias_stride_n.to(tl.int64) * BIAS_UNIT
     q_head = q_ptr + (b * q_stride_b + h * q_stride_h) * UNIT
     k_head = k_ptr + (b * k_stride_b + h * k_stride_h) * UNIT
     v_head = v_ptr + (b * v_stride_b + h * v_stride_h) * UNIT
     g_head = g_ptr + (b * g_stride_b + h * g_stride_h) * UNIT
     out_head = out_ptr + b * queries * out_stride_n + h * D
-    bias_head = None
-    if bias_ptr is not None:
-        bias_head = bias_ptr + (b * bias_stride_b + h * bias_stride_h) * BIAS_UNIT
+    bias = head_bias(
+        bias_ptr, table_ptr, index_ptr, b, h, heads, windows, entries,
+        bias_stride_b, bias_stride_h, bias_stride_n, BIAS_UNIT,
+    )  # fmt: skip
     mask_row = None
     if mask_ptr is not None:
         mask_row = mask_ptr + b * mask_stride_b
@@ -554,6 +471,10 @@ def attention_bwd_kernel(
     delta = tl.sum(g0.to(tl.float32) * out0.to(tl.float32), axis=1)
     if D1 > 0:
         delta += tl.sum(g1.to(tl.float32) * out1.to(tl.float32), axis=1)
+    of_rows = None
+    if q_factor_ptr is not None:
+        of_rows = load_row(q_factor_ptr, place, some)
+    key_place = head.to(tl.int64) * keys
     error = tl.zeros([BLOCK_M], dtype=tl.float32)
     dq0 = tl.zeros([BLOCK_M, D0], dtype=tl.float32)
     dq1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 16], dtype=tl.float32)
@@ -563,32 +484,44 @@ def attention_bwd_kernel(
         cols = start + tl.arange(0, BLOCK_N)
         k0, k1 = load_head(k_head + start * k_stride_n, left, k_stride_n, D, D0, D1, BLOCK_N, True)
         v0, v1 = load_head(v_head + start * v_stride_n, left, v_stride_n, D, D0, D1, BLOCK_N, True)
-        p, ds, of_out = score_gradient(
+        of_cols = None
+        if k_factor_ptr is not None:
+            of_cols = load_row(k_factor_ptr, key_place + cols, cols < keys)
+        p, ds, of_out, _score = score_gradient(
             q0, q1, k0, k1, v0, v1, g0, g1, rows, cols, lse, low, delta, some, place, plane,
-            coef_ptr, bias_head, mask_row, pos_image, queries, keys, num_prefix, scale, bias_stride_n, pos_stride_n,
+            coef_ptr, of_rows, of_cols, bias, mask_row, pos_image, queries, keys, num_prefix, scale, pos_stride_n,
             HAS_PREFIX, False, True, D1, DIMS, PRECISION, EXACT,
         )  # fmt: skip
         if REFINE:
             error += tl.sum(of_out, axis=1)
         p = tl.trans(p.to(g0.dtype))
-        ds = ds.to(q0.dtype)
         grad_stride_n = grad_heads.to(tl.int64) * D
         target = (b * keys + start) * grad_stride_n + h * D
         dv0 = tl.dot(p, g0, input_precision=PRECISION)
         store_rows(dv_ptr + target, dv0, left, grad_stride_n, 0, D0, D, BLOCK_N)
-        dk0 = tl.dot(tl.trans(ds), q0, input_precision=PRECISION)
-        store_rows(dk_ptr + target, dk0 * scale, left, grad_stride_n, 0, D0, D, BLOCK_N)
-        dq0 = tl.dot(ds, k0, dq0, input_precision=PRECISION)
+        for_keys = tl.trans(factor_of(ds, of_rows, q0.dtype, True, False))
+        for_queries = factor_of(ds, of_cols, k0.dtype, False, False)
+        dk0 = tl.dot(for_keys, q0, input_precision=PRECISION) * scale
+        dk1 = dk0
         if D1 > 0:
             dv1 = tl.dot(p, g1, input_precision=PRECISION)
             store_rows(dv_ptr + target, dv1, left, grad_stride_n, D0, D1, D, BLOCK_N)
-            dk1 = tl.dot(tl.trans(ds), q1, input_precision=PRECISION)
-            store_rows(dk_ptr + target, dk1 * scale, left, grad_stride_n, D0, D1, D, BLOCK_N)
-            dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
+            dk1 = tl.dot(for_keys, q1, input_precision=PRECISION) * scale
+        if k_factor_ptr is not None:
+            dk0, dk1 = tangent(dk0, dk1, k0, k1, of_cols, D1)
+        store_rows(dk_ptr + target, dk0, left, grad_stride_n, 0, D0, D, BLOCK_N)
+        dq0 = tl.dot(for_queries, k0, dq0, input_precision=PRECISION)
+        if D1 > 0:
+            store_rows(dk_ptr + target, dk1, left, grad_stride_n, D0, D1, D, BLOCK_N)
+            dq1 = tl.dot(for_queries, k1, dq1, input_precision=PRECISION)
     if delta_ptr is not None:
         tl.store(delta_ptr + place, delta + error, mask=some)
     grad_stride_n = grad_heads.to(tl.int64) * D
     dq_head = dq_ptr + b * queries * grad_stride_n + h * D
-    store_rows(dq_head, dq0 * scale, queries, grad_stride_n, 0, D0, D, BLOCK_M)
+    dq0 *= scale
+    dq1 *= scale
+    if q_factor_ptr is not None:
+        dq0, dq1 = tangent(dq0, dq1, q0, q1, of_rows, D1)
+    store_rows(dq_head, dq0, queries, grad_stride_n, 0, D0, D, BLOCK_M)
     if D1 > 0:
-        store_rows(dq_head, dq1 * scale, queries, grad_stride_n, D0, D1, D, BLOCK_M)
+        store_rows(dq_head, dq1, queries, grad_stride_n, D0, D1, D, BLOCK_M)

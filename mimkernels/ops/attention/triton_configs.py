@@ -58,6 +58,12 @@ def config(kernel: str, arch: int, precision: str, dim: int, length: int, extra:
     return None if found is None else Config(*TABLE[found])
 
 
+def beside_table(config: Config, dim: int) -> Config:
+    """The block sizes of a call with a table of biases, whose look-ups take registers of the scores'."""
+    warps = 8 if dim > 64 or config.block_m > 64 else config.warps
+    return Config(config.block_m, min(config.block_n, 32), warps, 1)
+
+
 def committed(kernel: str, arch: int, precision: str, dim: int, length: int, extra: bool) -> Config:
     """``config`` of a kernel that the table never leaves out."""
     found = config(kernel, arch, precision, dim, length, extra)

@@ -12,15 +12,17 @@ from mimkernels.ops.attention.triton_blocks import (
     INTEGERS,
     LARGE_LSE,
     architecture,
-    bias_strides,
     dot_precision,
     exponents,
+    head_bias,
     head_split,
     load_head,
+    load_row,
     locate,
     precision_name,
     strides,
 )
+from mimkernels.ops.attention.triton_cosine import GivenScores, cosines
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -29,6 +31,10 @@ def lse_low_kernel(
     k_ptr,
     lse_ptr,
     bias_ptr,
+    table_ptr,
+    index_ptr,
+    q_factor_ptr,
+    k_factor_ptr,
     mask_ptr,
     low_ptr,
     scale,
@@ -45,6 +51,8 @@ def lse_low_kernel(
     bias_stride_b,
     bias_stride_h,
     bias_stride_n,
+    windows,
+    entries,
     mask_stride_b,
     D: tl.constexpr,
     D0: tl.constexpr,
@@ -57,7 +65,8 @@ def lse_low_kernel(
 ):
     # grid:     cdiv(Nq, BLOCK_M) * B * H, row blocks fastest; a program owns BLOCK_M queries of one head
     # in:       q, k [B, H, N, D] by stride in units of UNIT elements, last stride 1; lse fp32 [B, H, Nq] contiguous;
-    #           bias [B, H, Nq, Nk] by stride (0 where broadcast) and key mask [B, Nk], each or None
+    #           bias [W, H, Nq, Nk] by stride (0 where broadcast), table [T, H] and index [Nq, Nk]
+    #           contiguous and key mask [B, Nk], each or None
     # out:      low fp32 [B, H, Nq]: log of the sum over keys of exp(S - lse), 0 where lse is not large; contiguous,
     #           every element written once
     # numerics: fp32, relative to the row's maximum of S - lse
@@ -71,16 +80,20 @@ def lse_low_kernel(
     low = tl.zeros([BLOCK_M], dtype=tl.float32)
     q_stride_n = q_stride_n.to(tl.int64) * UNIT
     k_stride_n = k_stride_n.to(tl.int64) * UNIT
-    bias_stride_n = bias_stride_n.to(tl.int64) * BIAS_UNIT
     if tl.max(large.to(tl.int32), axis=0) > 0:
         q_block = q_ptr + (b * q_stride_b + h * q_stride_h) * UNIT + first * q_stride_n
         k_head = k_ptr + (b * k_stride_b + h * k_stride_h) * UNIT
-        bias_head = None
-        if bias_ptr is not None:
-            bias_head = bias_ptr + (b * bias_stride_b + h * bias_stride_h) * BIAS_UNIT
+        bias = head_bias(
+            bias_ptr, table_ptr, index_ptr, b, h, heads, windows, entries,
+            bias_stride_b, bias_stride_h, bias_stride_n, BIAS_UNIT,
+        )  # fmt: skip
         mask_row = None
         if mask_ptr is not None:
             mask_row = mask_ptr + b * mask_stride_b
+        of_rows = None
+        of_cols = None
+        if q_factor_ptr is not None:
+            of_rows = load_row(q_factor_ptr, place, rows < queries)
         q0, q1 = load_head(q_block, queries - first, q_stride_n, D, D0, D1, BLOCK_M, True)
         level = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
         total = low
@@ -91,9 +104,10 @@ def lse_low_kernel(
             score = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
             if D1 > 0:
                 score = tl.dot(q1, tl.trans(k1), score, input_precision=PRECISION)
-            t = exponents(
-                score, rows, cols, lse, low, bias_head, mask_row, queries, keys, scale, bias_stride_n, False, True, True
-            )
+            if k_factor_ptr is not None:
+                of_cols = load_row(k_factor_ptr, head.to(tl.int64) * keys + cols, cols < keys)
+            score = cosines(score, of_rows, of_cols, False)
+            t = exponents(score, rows, cols, lse, low, bias, mask_row, queries, keys, scale, False, True, True)
             new_level = tl.maximum(level, tl.max(t, axis=1))
             base = tl.where(new_level == float("-inf"), 0.0, new_level)
             total = total * tl.exp(level - base) + tl.sum(tl.exp(t - base[:, None]), axis=1)
@@ -102,7 +116,7 @@ def lse_low_kernel(
     tl.store(low_ptr + place, low, mask=rows < queries)
 
 
-def lse_low(q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, key_mask: Tensor | None, scale: float) -> Tensor:
+def lse_low(q: Tensor, k: Tensor, lse: Tensor, given: GivenScores, key_mask: Tensor | None) -> Tensor:
     """What rounding took from contiguous ``lse`` ``[B, H, Nq]``; queries and heads are not empty."""
     batch, heads, queries, dim = q.shape
     low = lse.new_empty(lse.shape)
@@ -111,19 +125,18 @@ def lse_low(q: Tensor, k: Tensor, lse: Tensor, bias: Tensor | None, key_mask: Te
     config = triton_configs.committed("companion", *target)
     row_blocks = triton.cdiv(queries, config.block_m)
     unit, of_qk = strides(q, k)
-    bias_unit, of_bias = bias_strides(bias)
     _triton.launch(
         lse_low_kernel,
         row_blocks * batch * heads,
         q,
-        *(q, k, lse, bias, key_mask, low),
-        *(scale, heads, queries, k.shape[2], row_blocks),
-        *(*of_qk, *of_bias, 0 if key_mask is None else key_mask.stride(0)),
+        *(q, k, lse, *given.tensors, key_mask, low),
+        *(given.scale, heads, queries, k.shape[2], row_blocks),
+        *(*of_qk, *given.integers, 0 if key_mask is None else key_mask.stride(0)),
         D=dim,
         D0=d0,
         D1=d1,
         UNIT=unit,
-        BIAS_UNIT=bias_unit,
+        BIAS_UNIT=given.unit,
         PRECISION=dot_precision(q.dtype),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

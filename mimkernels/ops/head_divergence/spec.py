@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from mimkernels.ops._registry import ANY_FLOAT, Impl, OpSpec, register
-from mimkernels.ops.attention.spec import SCORE_OPTIONS
 
 
 def _fwd(
@@ -30,8 +29,8 @@ SPEC = register(
         },
         fakes={"head_divergence_fwd": _fwd},
         impls=(
-            Impl("triton", limits={"head_dim": 128}, multiples={"head_dim": 8}, without=SCORE_OPTIONS),
-            Impl("cuda", limits={"head_dim": 128}, multiples={"head_dim": 8}, without=SCORE_OPTIONS),
+            Impl("triton", limits={"head_dim": 128}, multiples={"head_dim": 8}),
+            Impl("cuda", limits={"head_dim": 128}, multiples={"head_dim": 8}),
             Impl("cpu", limits={"head_dim": 128}, multiples={"head_dim": 8}),
             Impl("reference", ANY_FLOAT),
         ),

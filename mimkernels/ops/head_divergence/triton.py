@@ -11,19 +11,20 @@ from mimkernels.ops import _triton
 from mimkernels.ops.attention import triton_configs
 from mimkernels.ops.attention.triton_blocks import (
     INTEGERS,
+    added_bias,
     allowed_keys,
     architecture,
-    bias_block,
-    bias_strides,
     dot_precision,
+    head_bias,
     head_split,
     load_head,
     load_levels,
+    load_row,
     power,
     precision_name,
-    refuse_options,
     strides,
 )
+from mimkernels.ops.attention.triton_cosine import cosines, given_scores
 from mimkernels.ops.attention.triton_low import lse_low
 
 
@@ -33,7 +34,10 @@ def log_probabilities(
     k_head,
     lse_row,
     low_row,
-    bias_rows,
+    q_factor_ptr,
+    k_factor_ptr,
+    head,
+    bias,
     rows,
     cols,
     allowed,
@@ -57,10 +61,14 @@ def log_probabilities(
     score = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
     if D1 > 0:
         score = tl.dot(q1, tl.trans(k1), score, input_precision=PRECISION)
+    if q_factor_ptr is not None:
+        of_rows = load_row(q_factor_ptr, head * queries + rows, rows < queries)
+        score = cosines(score, of_rows, load_row(k_factor_ptr, head * keys + cols, cols < keys), False)
     lse, low = load_levels(lse_row, low_row, rows, rows < queries, True)
-    if bias_rows is not None:
-        bias = bias_block(bias_rows, cols, keys, True)
-        log_p = tl.fma(score, scale, bias) - lse[:, None] - low[:, None]
+    if (bias[0] is not None) or (bias[1] is not None):
+        inside = tl.minimum(rows, queries - 1)
+        added = added_bias(bias, inside, cols, (cols < keys)[None, :], keys, False, True)
+        log_p = tl.fma(score, scale, added) - lse[:, None] - low[:, None]
     else:
         log_p = tl.fma(score, scale, -lse[:, None]) - low[:, None]
     seen = allowed & (log_p != float("-inf"))
@@ -74,6 +82,10 @@ def head_divergence_kernel(
     lse_ptr,
     low_ptr,
     bias_ptr,
+    table_ptr,
+    index_ptr,
+    q_factor_ptr,
+    k_factor_ptr,
     mask_ptr,
     out_ptr,
     scale,
@@ -91,6 +103,8 @@ def head_divergence_kernel(
     bias_stride_b,
     bias_stride_h,
     bias_stride_n,
+    windows,
+    entries,
     mask_stride_b,
     D: tl.constexpr,
     D0: tl.constexpr,
@@ -105,7 +119,8 @@ def head_divergence_kernel(
     # grid:     cdiv(Nq, BLOCK_M) * B * H, heads fastest; a program compares BLOCK_M queries of one head with all
     #           heads
     # in:       q, k [B, H, N, D] by stride in units of UNIT elements, last stride 1; lse, lse_low fp32 [B, H, Nq]
-    #           contiguous; bias [B, H, Nq, Nk] by stride (0 where broadcast) and key mask [B, Nk], each or None
+    #           contiguous; bias [W, H, Nq, Nk] by stride (0 where broadcast), table [T, H] and index [Nq, Nk]
+    #           contiguous and key mask [B, Nk], each or None
     # out:      out fp32 [row blocks, B, H, H] = sum of P^h (log P^h - log P^g) / Nq; contiguous, every element
     #           written once
     # numerics: fp32; logarithms are subtracted before they are weighted, so that equal heads give 0
@@ -117,7 +132,6 @@ def head_divergence_kernel(
     first = pid // heads % row_blocks * BLOCK_M
     b = (pid // heads // row_blocks).to(tl.int64)
     rows = first + tl.arange(0, BLOCK_M)
-    inside = tl.minimum(rows, queries - 1).to(tl.int64)
     others = tl.arange(0, BLOCK_H)
     q_stride_n = q_stride_n.to(tl.int64) * UNIT
     k_stride_n = k_stride_n.to(tl.int64) * UNIT
@@ -125,9 +139,10 @@ def head_divergence_kernel(
     k_image = k_ptr + b * k_stride_b * UNIT
     lse_image = lse_ptr + b * heads * queries
     low_image = low_ptr + b * heads * queries
-    bias_rows = None
-    if bias_ptr is not None:
-        bias_rows = bias_ptr + (b * bias_stride_b + h * bias_stride_h + inside * bias_stride_n) * BIAS_UNIT
+    bias = head_bias(
+        bias_ptr, table_ptr, index_ptr, b, h, heads, windows, entries,
+        bias_stride_b, bias_stride_h, bias_stride_n, BIAS_UNIT,
+    )  # fmt: skip
     mask_row = None
     if mask_ptr is not None:
         mask_row = mask_ptr + b * mask_stride_b
@@ -138,18 +153,21 @@ def head_divergence_kernel(
         allowed = (rows < queries)[:, None] & allowed_keys(mask_row, cols, keys)[None, :]
         log_p, seen = log_probabilities(
             q_image + h * q_stride_h * UNIT, k_image + h * k_stride_h * UNIT, lse_image + h * queries,
-            low_image + h * queries, bias_rows, rows, cols, allowed, queries, keys, first, start, scale,
+            low_image + h * queries, q_factor_ptr, k_factor_ptr, b * heads + h, bias, rows, cols, allowed,
+            queries, keys, first, start, scale,
             q_stride_n, k_stride_n, D, D0, D1, PRECISION, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         p = tl.where(seen, power(log_p, True), 0.0)
         for i in tl.range(0, heads):
             g = i + h * 0  # int64
-            other_rows = None
-            if bias_ptr is not None:
-                other_rows = bias_ptr + (b * bias_stride_b + g * bias_stride_h + inside * bias_stride_n) * BIAS_UNIT
+            other_bias = head_bias(
+                bias_ptr, table_ptr, index_ptr, b, g, heads, windows, entries,
+                bias_stride_b, bias_stride_h, bias_stride_n, BIAS_UNIT,
+            )  # fmt: skip
             log_other, other_seen = log_probabilities(
                 q_image + g * q_stride_h * UNIT, k_image + g * k_stride_h * UNIT, lse_image + g * queries,
-                low_image + g * queries, other_rows, rows, cols, allowed, queries, keys, first, start, scale,
+                low_image + g * queries, q_factor_ptr, k_factor_ptr, b * heads + g, other_bias, rows, cols, allowed,
+                queries, keys, first, start, scale,
                 q_stride_n, k_stride_n, D, D0, D1, PRECISION, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             row_sum = tl.sum(tl.where(other_seen, p * (log_p - log_other), 0.0), axis=1)
@@ -170,7 +188,6 @@ def head_divergence_fwd(
     logit_scale: Tensor | None,
     scale: float,
 ) -> Tensor:
-    refuse_options("head_divergence", q, bias, bias_table, logit_scale)
     batch, heads, queries, dim = q.shape
     out = q.new_empty((batch, heads, heads), dtype=torch.float32)
     if queries == 0:
@@ -183,20 +200,20 @@ def head_divergence_fwd(
     row_blocks = triton.cdiv(queries, config.block_m)
     partial, out = _triton.partials(row_blocks, (batch, heads, heads), out)
     unit, of_qk = strides(q, k)
-    bias_unit, of_bias = bias_strides(bias)
+    given = given_scores("head_divergence", q, k, bias, bias_table, bias_index, logit_scale, scale)
     lse = lse.contiguous()
     _triton.launch(
         head_divergence_kernel,
         row_blocks * batch * heads,
         q,
-        *(q, k, lse, lse_low(q, k, lse, bias, key_mask, scale), bias, key_mask, partial),
-        *(scale, heads, queries, k.shape[2], row_blocks, out.numel()),
-        *(*of_qk, *of_bias, 0 if key_mask is None else key_mask.stride(0)),
+        *(q, k, lse, lse_low(q, k, lse, given, key_mask), *given.tensors, key_mask, partial),
+        *(given.scale, heads, queries, k.shape[2], row_blocks, out.numel()),
+        *(*of_qk, *given.integers, 0 if key_mask is None else key_mask.stride(0)),
         D=dim,
         D0=d0,
         D1=d1,
         UNIT=unit,
-        BIAS_UNIT=bias_unit,
+        BIAS_UNIT=given.unit,
         PRECISION=dot_precision(q.dtype),
         BLOCK_H=max(16, triton.next_power_of_2(heads)),
         BLOCK_M=config.block_m,

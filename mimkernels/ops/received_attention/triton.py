@@ -13,18 +13,19 @@ from mimkernels.ops.attention import triton_configs
 from mimkernels.ops.attention.triton_blocks import (
     INTEGERS,
     architecture,
-    bias_strides,
     dot_precision,
     exponents,
+    head_bias,
     head_split,
     load_head,
     load_levels,
+    load_row,
     locate,
     power,
     precision_name,
-    refuse_options,
     strides,
 )
+from mimkernels.ops.attention.triton_cosine import cosines, given_scores
 from mimkernels.ops.attention.triton_low import lse_low
 
 
@@ -35,6 +36,10 @@ def received_attention_kernel(
     lse_ptr,
     low_ptr,
     bias_ptr,
+    table_ptr,
+    index_ptr,
+    q_factor_ptr,
+    k_factor_ptr,
     mask_ptr,
     out_ptr,
     scale,
@@ -51,6 +56,8 @@ def received_attention_kernel(
     bias_stride_b,
     bias_stride_h,
     bias_stride_n,
+    windows,
+    entries,
     mask_stride_b,
     D: tl.constexpr,
     D0: tl.constexpr,
@@ -65,7 +72,8 @@ def received_attention_kernel(
     # grid:     cdiv(Nk, BLOCK_N) * B * H, key blocks fastest; a program owns BLOCK_N keys of one head and sees all
     #           queries
     # in:       q, k [B, H, N, D] by stride in units of UNIT elements, last stride 1; lse, lse_low fp32 [B, H, Nq]
-    #           contiguous; bias [B, H, Nq, Nk] by stride (0 where broadcast) and key mask [B, Nk], each or None
+    #           contiguous; bias [W, H, Nq, Nk] by stride (0 where broadcast), table [T, H] and index [Nq, Nk]
+    #           contiguous and key mask [B, Nk], each or None
     # out:      out fp32 [B, H, Nk] = mean over queries of P; contiguous, every element written once
     # numerics: fp32; P from lse and lse_low as in the backward of attention; blocks of queries are added in order,
     #           compensated
@@ -75,16 +83,20 @@ def received_attention_kernel(
     cols = first + tl.arange(0, BLOCK_N)
     q_stride_n = q_stride_n.to(tl.int64) * UNIT
     k_stride_n = k_stride_n.to(tl.int64) * UNIT
-    bias_stride_n = bias_stride_n.to(tl.int64) * BIAS_UNIT
     q_head = q_ptr + (b * q_stride_b + h * q_stride_h) * UNIT
     k_block = k_ptr + (b * k_stride_b + h * k_stride_h) * UNIT + first * k_stride_n
-    bias_head = None
-    if bias_ptr is not None:
-        bias_head = bias_ptr + (b * bias_stride_b + h * bias_stride_h) * BIAS_UNIT
+    bias = head_bias(
+        bias_ptr, table_ptr, index_ptr, b, h, heads, windows, entries,
+        bias_stride_b, bias_stride_h, bias_stride_n, BIAS_UNIT,
+    )  # fmt: skip
     mask_row = None
     if mask_ptr is not None:
         mask_row = mask_ptr + b * mask_stride_b
     k0, k1 = load_head(k_block, keys - first, k_stride_n, D, D0, D1, BLOCK_N, True)
+    of_rows = None
+    of_cols = None
+    if k_factor_ptr is not None:
+        of_cols = load_row(k_factor_ptr, head.to(tl.int64) * keys + cols, cols < keys)
     total = tl.zeros([BLOCK_N], dtype=tl.float32)
     excess = tl.zeros([BLOCK_N], dtype=tl.float32)  # of total over the exact one
     for block in tl.range(0, tl.cdiv(queries, BLOCK_M)):
@@ -95,9 +107,10 @@ def received_attention_kernel(
         score = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
         if D1 > 0:
             score = tl.dot(q1, tl.trans(k1), score, input_precision=PRECISION)
-        t = exponents(
-            score, rows, cols, lse, low, bias_head, mask_row, queries, keys, scale, bias_stride_n, False, False, EXACT
-        )
+        if q_factor_ptr is not None:
+            of_rows = load_row(q_factor_ptr, head.to(tl.int64) * queries + rows, rows < queries)
+        score = cosines(score, of_rows, of_cols, False)
+        t = exponents(score, rows, cols, lse, low, bias, mask_row, queries, keys, scale, False, False, EXACT)
         p = power(t, EXACT)
         if INTERPRETED:
             p = p.to(tl.float64)  # whose sum of a block is a chain, and a tree on devices
@@ -120,7 +133,6 @@ def received_attention_fwd(
     logit_scale: Tensor | None,
     scale: float,
 ) -> Tensor:
-    refuse_options("received_attention", q, bias, bias_table, logit_scale)
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]
     out = q.new_empty((batch, heads, keys), dtype=torch.float32)
@@ -133,7 +145,7 @@ def received_attention_fwd(
     config = triton_configs.committed("companion", *target)
     key_blocks = triton.cdiv(keys, config.block_n)
     unit, of_qk = strides(q, k)
-    bias_unit, of_bias = bias_strides(bias)
+    given = given_scores("received_attention", q, k, bias, bias_table, bias_index, logit_scale, scale)
     precision = dot_precision(q.dtype)
     exact = q.dtype == torch.float32 and precision == "ieee"
     lse = lse.contiguous()
@@ -141,14 +153,14 @@ def received_attention_fwd(
         received_attention_kernel,
         key_blocks * batch * heads,
         q,
-        *(q, k, lse, lse_low(q, k, lse, bias, key_mask, scale), bias, key_mask, out),
-        *(scale, heads, queries, keys, key_blocks),
-        *(*of_qk, *of_bias, 0 if key_mask is None else key_mask.stride(0)),
+        *(q, k, lse, lse_low(q, k, lse, given, key_mask), *given.tensors, key_mask, out),
+        *(given.scale, heads, queries, keys, key_blocks),
+        *(*of_qk, *given.integers, 0 if key_mask is None else key_mask.stride(0)),
         D=dim,
         D0=d0,
         D1=d1,
         UNIT=unit,
-        BIAS_UNIT=bias_unit,
+        BIAS_UNIT=given.unit,
         PRECISION=precision,
         EXACT=exact,
         BLOCK_M=config.block_m,

@@ -157,3 +157,15 @@ def test_divergence_of_more_heads_than_a_block_compares(dtype):
     got = head_divergence(q, k, lse.float(), bias=bias, backend=BACKEND)
     torch.testing.assert_close(got, expected.float(), rtol=1e-4, atol=1e-5)
     assert got.diagonal(dim1=1, dim2=2).eq(0).all()
+
+
+def test_entries_outside_the_table_add_nothing():
+    q = torch.randn(2, 2, 20, 16, device=DEVICE)
+    table, index = torch.randn(3, 2, device=DEVICE), torch.arange(400, device=DEVICE).view(20, 20) % 6 - 1
+    padded = torch.nn.functional.pad(table, (0, 0, 1, 2))
+    raw = getattr(torch.ops.mimkernels.attention_fwd, BACKEND.replace("-", "_"))
+    given = (None, None, 1.0, 0, None, 0)
+    for wild, zeros in zip(
+        raw(q, q, q, None, table, index, *given), raw(q, q, q, None, padded, index + 1, *given), strict=True
+    ):
+        assert torch.equal(wild, zeros)

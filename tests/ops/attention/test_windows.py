@@ -12,7 +12,6 @@ from mimkernels import (
     head_divergence,
     received_attention,
     testing,
-    use_backend,
 )
 from mimkernels.ops.attention.spec import TABLE, WINDOWS
 from mimkernels.testing import DEVICE
@@ -151,29 +150,6 @@ def test_gradients_of_table_and_windows_are_the_same_for_any_number_of_threads()
         torch.set_num_threads(before)
     for grads in found[1:]:
         assert all(map(torch.equal, grads, found[0]))
-
-
-@pytest.mark.parametrize("op", ["attention", "received_attention", "head_divergence"])
-@pytest.mark.parametrize("backend", [name for name in HERE if name not in testing.backends("attention", (TABLE,))])
-def test_a_backend_without_them_says_so_by_name(op, backend):
-    q, k, v = tokens(4)
-    given = {"attention": (q, k, v)}.get(op, (q, k, q[..., 0]))
-    call = {"attention": attention, "received_attention": received_attention, "head_divergence": head_divergence}[op]
-    table = {"bias_table": randn(11, 2), "bias_index": torch.zeros(9, 9, device=DEVICE).long()}
-    with use_backend(backend):
-        with pytest.raises(NotImplementedError, match=f"{backend}: does not take bias_table"):
-            call(*given, **table)
-        with pytest.raises(NotImplementedError, match=f"{backend}: does not take a bias of windows"):
-            call(*given, bias=randn(2, 1, 9, 9))
-        with pytest.raises(NotImplementedError, match=f"{backend}: does not take logit_scale"):
-            call(*given, logit_scale=randn(2))
-    raw = getattr(torch.ops.mimkernels, f"{op}_fwd")
-    raw = getattr(raw, backend.replace("-", "_"))
-    rest = (1.0, 0, None, 0) if op == "attention" else (1.0,)
-    scale = randn(2)
-    for scored in ((None, *table.values(), None, None), (randn(2, 1, 9, 9), *[None] * 4), (*[None] * 4, scale)):
-        with pytest.raises((NotImplementedError, ValueError), match="bias|logit_scale"):
-            raw(*given, *scored, *rest)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="kernels of GPUs check indices in debug mode alone")

@@ -20,7 +20,8 @@ struct BwdAligned {
 struct BwdSides {
   bool queries = false;
   bool keys = false;
-  bool dbias = false;  // with the queries
+  bool dbias = false;      // with the queries
+  bool has_delta = false;  // of queries, else it is made
 };
 
 // dout . out of a lane's two queries of the strip, dout in shared memory.
@@ -60,7 +61,8 @@ __device__ __forceinline__ void strip_delta(float (&delta)[2], const T* dout, in
 // and dbias where nothing shares it) of queries, or dK and dV of keys.
 template <typename T, int DIM, bool KEYS>
 __device__ __forceinline__ void visit_side(const AttentionBwdParams& p, const StripTiling& tiling,
-                                           const BwdAligned& aligned, bool dbias, float* delta) {
+                                           const BwdAligned& aligned, const BwdSides& sides,
+                                           float* delta) {
   constexpr int kSteps = DIM / kStep<T>;
   constexpr int kStride = row_stride<T>(DIM);
   constexpr int kChunks = DIM / kChunk<T>;
@@ -120,13 +122,18 @@ __device__ __forceinline__ void visit_side(const AttentionBwdParams& p, const St
     }
     if constexpr (!KEYS) {
       if (tile == 0) {
-        const T* const out = head_at<T>(p.out, b, h, place.first);
-        strip_delta<T>(row_delta, strip1, kStride, out, p.out.stride_token,
-                       own_tokens - place.first, dim, aligned.out);
+        if (!sides.has_delta) {
+          const T* const out = head_at<T>(p.out, b, h, place.first);
+          strip_delta<T>(row_delta, strip1, kStride, out, p.out.stride_token,
+                         own_tokens - place.first, dim, aligned.out);
+        }
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
           const int query = query_token<KEYS>(place.first, 0, n);
           level[n] = load_level<T>(p.lse, p.lse_low, place.head, own_tokens, query);
+          if (sides.has_delta) {
+            row_delta[n] = query < own_tokens ? delta[place.head * s.queries + query] : 0.0f;
+          }
         }
       }
     }
@@ -150,13 +157,16 @@ __device__ __forceinline__ void visit_side(const AttentionBwdParams& p, const St
       float ds[2][4];
       multiply_rows<T>(score, strip0, rows0 + row, kStride, kSteps);
       multiply_rows<T>(ds, strip1, rows1 + row, kStride, kSteps);
+      make_cosines<KEYS>(score, terms, place.first, first);
       score_gradient<T, KEYS>(score, ds, delta_error, p, group, level, row_delta, positions,
                               place.head, place.first, first);
       if constexpr (KEYS) {
         add_weighted<T>(acc1, score, rows1 + row, kStride);
-      } else if (dbias) {
-        store_dbias<T>(p, place.head * s.queries * s.keys, place.first, first, ds);
+      } else if (sides.dbias) {
+        store_dbias<T>(p.dbias, s.bias.dtype == DType::kFloat32, s, place.head * s.queries * s.keys,
+                       place.first, first, ds);
       }
+      weigh_columns<T, KEYS>(ds, terms, place.first, first);
       add_weighted<T>(acc0, ds, rows0 + row, kStride);
     }
   }
@@ -167,7 +177,7 @@ __device__ __forceinline__ void visit_side(const AttentionBwdParams& p, const St
   if constexpr (!KEYS) {
     // With no keys there is no delta, nor any key to read it.
 #pragma unroll
-    for (int n = 0; n < 2 && tiling.tiles > 0; ++n) {
+    for (int n = 0; n < 2 && tiling.tiles > 0 && !sides.has_delta; ++n) {
       const float exact = row_delta[n] + add_quad(delta_error[n]);
       const int query = query_token<KEYS>(place.first, 0, n);
       if (lane % 4 == 0 && query < own_tokens) {
@@ -177,7 +187,13 @@ __device__ __forceinline__ void visit_side(const AttentionBwdParams& p, const St
   }
   const int64_t offset = (b * int64_t{own_tokens} + place.first) * p.stride_grad + h * s.dim;
   const int rows = own_tokens - place.first;
-  store_strip(acc0, s.scale, s.scale, strip0, kStride, static_cast<T*>(KEYS ? p.dk : p.dq) + offset,
+  float factor = static_cast<float>(s.scale);
+  if (s.cosine.given) {
+    const GroupFactors<KEYS> factors(terms, place.first, 0);
+    make_tangents<T>(acc0, strip0, kStride, factors.rows);
+    factor = 1.0f;
+  }
+  store_strip(acc0, factor, factor, strip0, kStride, static_cast<T*>(KEYS ? p.dk : p.dq) + offset,
               p.stride_grad, rows, dim);
   if constexpr (KEYS) {
     store_strip(acc1, 1.0f, 1.0f, strip1, kStride, static_cast<T*>(p.dv) + offset, p.stride_grad,
@@ -188,8 +204,8 @@ __device__ __forceinline__ void visit_side(const AttentionBwdParams& p, const St
 // grid:     row blocks of 16 tokens per warp, fastest, times B * H; short heads share a block. A
 //           launch does the strips of queries, those of keys, or of a head's both sides in turn
 // in:       q, k, v, out, dout by stride, features contiguous; lse, lse_low and coef contiguous,
-//           coef or none; bias by stride (0 where broadcast), key mask, positions fp32, each or
-//           none
+//           coef or none; bias by stride (0 where broadcast), table and index, factors of cosines,
+//           key mask, positions fp32, each or none
 // out:      dq [B, Nq, H, D], dk, dv [B, Nk, H, D], apart or the parts of [B, N, 3, H, D]; delta
 //           fp32 [B, H, Nq] = dout . out before out is rounded, which keys read; dbias where
 //           nothing shares it; contiguous, every element written once
@@ -204,13 +220,13 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp, backward_blocks(DIM, si
     attention_bwd_kernel(AttentionBwdParams p, StripTiling of_queries, StripTiling of_keys,
                          BwdSides sides, BwdAligned aligned, float* delta) {
   if (sides.queries) {
-    visit_side<T, DIM, false>(p, of_queries, aligned, sides.dbias, delta);
+    visit_side<T, DIM, false>(p, of_queries, aligned, sides, delta);
   }
   if (sides.queries && sides.keys) {
     __syncthreads();
   }
   if (sides.keys) {
-    visit_side<T, DIM, true>(p, of_keys, aligned, false, delta);
+    visit_side<T, DIM, true>(p, of_keys, aligned, sides, delta);
   }
 }
 
@@ -229,6 +245,14 @@ cudaError_t launch_attention_bwd(const AttentionBwdParams& p, bool dbias, float*
                   tiling.warps() * kWarp, tiling.shared_bytes, stream, p, of_queries, of_keys,
                   sides, aligned, delta);
   };
+  if (s.cosine.given && !kExact<T>) {
+    // The factors of cosines would carry the rounding of out into dq: delta is summed first.
+    cudaError_t error = run(of_queries, {true, false, false});
+    if (error == cudaSuccess) {
+      error = run(of_queries, {true, false, dbias, true});
+    }
+    return error != cudaSuccess ? error : run(of_keys, {false, true});
+  }
   // Where a block holds all strips of its heads on either side, one launch does both.
   if (of_queries.row_blocks == 1 && of_keys.row_blocks == 1 && of_queries.heads == of_keys.heads &&
       of_queries.strips == of_keys.strips && of_queries.shared_bytes == of_keys.shared_bytes) {

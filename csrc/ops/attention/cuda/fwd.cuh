@@ -2,7 +2,7 @@
 // compile in parallel.
 #pragma once
 
-#include "cuda/attention/tile.cuh"
+#include "cuda/attention/scores.cuh"
 #include "ops/attention/cuda.h"
 
 namespace mimkernels::cuda {
@@ -149,8 +149,8 @@ __device__ __forceinline__ void write_row(const AttentionFwdParams& p, const Row
 }
 
 // grid:     row blocks of 16 queries per warp, fastest, times B * H; short heads share a block
-// in:       q, k, v by stride, features contiguous; bias by stride (0 where broadcast), key mask,
-//           positions fp32, each or none
+// in:       q, k, v by stride, features contiguous; bias by stride (0 where broadcast), table
+//           and index, factors of cosines, key mask, positions fp32, each or none
 // out:      out [B, Nq, H, D], lse and lse_low fp32 [B, H, Nq], rows fp32 [S, B, H, Nq] in the
 //           order of the bits of stats; contiguous, every element written once
 // numerics: scores, maxima and sums in fp32; p = power((score - maximum) * factor), rounded to the
@@ -249,6 +249,7 @@ __global__ void __launch_bounds__(forward_warps(DIM, sizeof(T), STATS) * kWarp,
       } else {
         multiply_rows<T>(score[j], strip, rows, kStride, kSteps);
       }
+      make_cosines<false>(score[j], terms, place.first, first_key + j * kStrip);
       finish_scores(score[j], group, fold, checks, s.scale);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {

@@ -2,7 +2,7 @@
 //   L = (S - lse) - lse_low,  P = exp(L),  dS = P (dP - delta + c(j) + a(j) L + [i = j] s + w d)
 #pragma once
 
-#include "cuda/attention/tile.cuh"
+#include "cuda/attention/scores.cuh"
 
 namespace mimkernels::cuda {
 
@@ -98,15 +98,54 @@ __device__ __forceinline__ void score_gradient(float (&score)[2][4], float (&ds)
   }
 }
 
+// Gradients of the strip's rows of q or k, in shared memory, from products of dS, which take the
+// length in a row's `factor` for a constant: without what of them lies along the row, unless that is
+// too short to count.
+template <typename T, int TILES>
+__device__ __forceinline__ void make_tangents(float (&acc)[TILES][4], const T* strip, int stride,
+                                              const float (&factor)[2]) {
+  const T* const rows = strip + threadIdx.x % kWarp / 4 * stride;
+  const auto element = [&](int n, int e) {
+    return to_float(rows[e / 2 * 8 * stride + feature_of<T>(n) + e % 2]);
+  };
+  __syncwarp();
+  float square[2] = {};
+  float radial[2] = {};
+#pragma unroll
+  for (int n = 0; n < TILES; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float x = element(n, e);
+      acc[n][e] *= factor[e / 2];
+      square[e / 2] = fmaf(x, x, square[e / 2]);
+      radial[e / 2] = fmaf(x, acc[n][e], radial[e / 2]);
+    }
+  }
+  float part[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    square[half] = add_quad(square[half]);
+    radial[half] = add_quad(radial[half]);
+    const bool is_short = square[half] < kLeastLength * kLeastLength;
+    part[half] = is_short ? 0.0f : radial[half] / square[half];
+  }
+#pragma unroll
+  for (int n = 0; n < TILES; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      acc[n][e] = fmaf(-part[e / 2], element(n, e), acc[n][e]);
+    }
+  }
+}
+
 // Stores a lane's elements of dS where query and key exist; rows are queries.
 template <typename T>
-__device__ __forceinline__ void store_dbias(const AttentionBwdParams& p, int64_t first,
-                                            int first_row, int first_column,
+__device__ __forceinline__ void store_dbias(void* to, bool is_float, const AttentionScores& s,
+                                            int64_t first, int first_row, int first_column,
                                             const float (&ds)[2][4]) {
-  const AttentionScores& s = p.scores;
   const auto store = [&](auto type) {
     using Bias = decltype(type);
-    Bias* const dbias = static_cast<Bias*>(p.dbias) + first;
+    Bias* const dbias = static_cast<Bias*>(to) + first;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       int query, key;
@@ -116,7 +155,7 @@ __device__ __forceinline__ void store_dbias(const AttentionBwdParams& p, int64_t
       }
     }
   };
-  if (s.bias.dtype == DType::kFloat32) {
+  if (is_float) {
     store(float{});
   } else {
     store(T{});
