@@ -563,35 +563,36 @@ def attention_bwd(
         run(attention_dkv_kernel, key_blocks * batch * heads, tensors, (key_blocks, grad_heads), dkv_config)
     row_blocks, key_blocks = triton.cdiv(queries, dq_config.block_m), triton.cdiv(keys, dq_config.block_n)
 
-    by_head = [1, heads]
+    by_head = (1, heads)
     owners = row_blocks * key_blocks * heads
     groups, _ = _triton.batch_groups(max(1, batch), owners)
     products = lse.new_empty((groups, heads, row_blocks * key_blocks)) if need_logit_scale else None
 
-    def sum_score_gradients(windows: int, kept_heads: int, like: Tensor | None) -> Tensor | None:
+    def sum_score_gradients(windows: int, kept_heads: int, like: Tensor | None) -> Tensor:
         """Sums over the images and heads that share a bias [windows, kept_heads, Nq, Nk], in the dtype of ``like``; of
         each head of all images the products, too."""
         owners = row_blocks * key_blocks * windows * kept_heads
         groups, per_group = _triton.batch_groups(max(1, batch // max(1, windows)), owners)
-        partial = summed = None
+        partial, summed = None, lse.new_empty((0,))
         if like is not None:
             partial, summed = _triton.partials(groups, (windows, kept_heads, queries, keys), like)
-        product = products if [windows, kept_heads] == by_head else None
+        product = products if (windows, kept_heads) == by_head else None
         tensors = (q, k, v, dout, lse, lse_low, delta, *given, partial, product)
         blocks = (row_blocks, key_blocks, batch, per_group, windows, kept_heads)
         run(attention_dbias_kernel, owners * groups, tensors, blocks, dq_config)
-        return _triton.sum_partials(partial, summed) if owners and summed is not None else summed
+        return _triton.sum_partials(partial, summed) if owners else summed
 
-    sums_bias = need_bias and bias is not None and not full_bias
-    if sums_bias:
+    summed_by_head = table is not None
+    if bias is not None and need_bias and not full_bias:
         dbias = sum_score_gradients(bias.shape[0], bias.shape[1], bias)
+        summed_by_head = summed_by_head or bias.shape[:2] == by_head
     dtable = q.new_empty((0,))
     if table is not None and bias_index is not None:
-        dtable = table_gradient(sum_score_gradients(*by_head, lse), bias_index, table)
+        dtable = table_gradient(sum_score_gradients(1, heads, lse), bias_index, table)
     dlogit_scale = lse.new_empty((0,))
     if logit_scale is not None and products is not None:
-        if table is None and not (sums_bias and [*bias.shape[:2]] == by_head):
-            sum_score_gradients(*by_head, None)
+        if not summed_by_head:
+            sum_score_gradients(1, heads, None)
         # At its largest the scale is a constant.
         dlogit_scale = torch.where(logit_scale > LARGEST_LOGIT_SCALE.value, 0.0, products.sum((0, 2)))
     return *made, dbias, dtable, dlogit_scale
