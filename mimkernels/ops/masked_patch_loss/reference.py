@@ -88,7 +88,8 @@ def locally_normalised(images: Tensor, scale: Tensor | None, shift: Tensor | Non
     pixels = pixels.double()  # the squares cancel
     average, variance = box_statistics(pixels.movedim(2, 1).flatten(0, 1), size)
     average, variance = (each.unflatten(0, (-1, pixels.shape[2])).movedim(1, 2) for each in (average, variance))
-    return ((pixels - average) / (variance + 1e-6).sqrt()).to(images.dtype).reshape(images.shape)
+    normalised: Tensor = (pixels - average) / (variance + 1e-6).sqrt()
+    return normalised.to(images.dtype).reshape(images.shape)
 
 
 def box_statistics(pixels: Tensor, size: int) -> tuple[Tensor, Tensor]:
