@@ -267,7 +267,7 @@ __device__ __forceinline__ PatchTarget read_target(const MaskedPatchLossParams& 
                                                    float* tile, int64_t b, int64_t n,
                                                    bool filled = false) {
   const int64_t start = patch_offset(p.images, block.layout, b, n);
-  PatchTarget target = {p.images, block, block.tile > 0 ? tile : nullptr, start};
+  PatchTarget target = {p.images, block, filled || block.runs > 0 ? tile : nullptr, start};
   float sum = 0.0f;
   if (target.tile != nullptr && !filled) {
     __syncwarp();  // the patch before this one has been read
