@@ -18,7 +18,6 @@ from mimkernels.models.architecture import check_sizes
 from mimkernels.models.build import PIXEL_STATISTICS, build_model
 from mimkernels.models.checkpoint import DamagedFileError, copy_by_name, read_file, weights_of
 from mimkernels.nn import cls_attention, use_mimkernels_attention, use_mimkernels_block, use_mimkernels_mlp
-from mimkernels.nn.beit import use_mimkernels_beit_attention
 
 # Published MAE encoders by width and depth; the number of heads cannot be read off the weights.
 _BY_SHAPE = {
@@ -112,7 +111,6 @@ class FrozenEncoder(nn.Module):
         self._map_size: tuple[int, int] | None = None  # of encoders that give maps
         self.has_cls_token = self.num_prefix > 0 and getattr(model, "cls_token", None) is not None
         use_mimkernels_attention(model, required=False)
-        use_mimkernels_beit_attention(model)
         use_mimkernels_mlp(model, required=False)
         use_mimkernels_block(model, required=False)
         try:
