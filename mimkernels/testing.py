@@ -7,7 +7,7 @@ same dtype, plus one rounding band of the result.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +46,6 @@ class Case:
     dtypes: tuple[torch.dtype, ...] = field(default=(torch.float32, torch.bfloat16, torch.float16))
     parameters: tuple[str, ...] = ()  # inputs that stay fp32 whatever the dtype of the others, as under autocast
     draws: int = DRAWS
-    options: tuple[str, ...] = ()  # in use, of those that not every backend takes, as the op's spec names them
 
     def __str__(self) -> str:
         return f"{self.op}-{self.label}"
@@ -236,6 +235,6 @@ def spec(op: str) -> OpSpec:
     return SPECS[folder(op)]
 
 
-def backends(op: str, options: Sequence[str] = ()) -> list[str]:
-    """Names of the backends that the op has and that take these options, by priority."""
-    return [impl.backend for impl in spec(op).impls if not {*options} & {*impl.without}]
+def backends(op: str) -> list[str]:
+    """Names of the backends that the op has, by priority."""
+    return [impl.backend for impl in spec(op).impls]

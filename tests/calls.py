@@ -11,8 +11,6 @@ and, where they apply,
     good numbers for arguments that are tensors in ``CALL``;
 ``VARIANTS``
     changes of ``CALL`` by label, for tests that differentiate and trace the op (default: ``CALL`` itself);
-``OPTIONS_IN_USE``
-    by the label of a variant, the options in use that not every backend takes;
 ``LEAST``
     the arguments of a good call that gives only what is required;
 ``REFUSED``
@@ -25,7 +23,6 @@ import torch
 from torch import Tensor
 
 import mimkernels
-from mimkernels import testing
 from mimkernels.testing import named
 from tests.cases import ops_with, part_of, rich
 
@@ -38,12 +35,6 @@ VARIANTS = {
     for op in OPS
     for label, changes in getattr(part_of(op, "calls"), "VARIANTS", {op: {}}).items()
 }
-
-
-def backends(label: str) -> list[str]:
-    """The backends that take a variant."""
-    op, _ = VARIANTS[label]
-    return testing.backends(op, getattr(part_of(op, "calls"), "OPTIONS_IN_USE", {}).get(label, ()))
 
 
 def numbers(op: str) -> dict[str, float]:

@@ -1,7 +1,6 @@
 """Every op on every backend: the float64 oracle, gradients, determinism, opcheck, torch.compile."""
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -24,12 +23,12 @@ HALF = torch.float16  # the interpreter's bf16 products are wrong
 LONG = ("length-197", "length-256", "length-257", "length-1025", "empty-positions-long", "long")
 
 
-def backends(op: str, options: Sequence[str] = ()) -> list[str]:
-    return [name for name in testing.backends(op, options) if name in ON_DEVICE]
+def backends(op: str) -> list[str]:
+    return [name for name in testing.backends(op) if name in ON_DEVICE]
 
 
-def kernels(case: testing.Case) -> list[str]:
-    return [name for name in backends(case.op, case.options) if name != "reference"]
+def kernels(op: str) -> list[str]:
+    return [name for name in backends(op) if name != "reference"]
 
 
 def runs(case: testing.Case, backend: str) -> list[tuple[torch.dtype, str]]:
@@ -124,7 +123,7 @@ def test_every_optional_tensor_is_given_empty_somewhere(op):
     [
         pytest.param(case, backend, dtype, layout, id=f"{case}-{backend}-{str(dtype)[6:]}-{layout}")
         for case in CASES
-        for backend in kernels(case)
+        for backend in kernels(case.op)
         for dtype, layout in runs(case, backend)
     ],
 )
@@ -162,7 +161,7 @@ def test_reference_gradients_are_the_numerical_ones(case):
     [
         pytest.param(case, backend, id=f"{case}-{backend}")
         for case in CASES
-        for backend in kernels(case)
+        for backend in kernels(case.op)
         if backend == "cpu" or case in RICH_CASES  # shape functions are shared by the backends
         # opcheck itself stumbles over views of no images, and takes NaN for different from NaN.
         if case.label not in ("no-images", *stated(case.op, "NO_OPCHECK", ()))
@@ -184,7 +183,7 @@ def test_opcheck(case, backend):
     [
         pytest.param(case, backend, compiler, id=f"{case}-{backend}-{compiler}")
         for case in RICH_CASES
-        for backend in backends(case.op, case.options)
+        for backend in backends(case.op)
         for compiler in ("aot_eager", "inductor")
         if compiler == "aot_eager" or backend in ("cpu", "cuda") or DEVICE == "cuda"
     ],
@@ -237,7 +236,7 @@ def test_nan_and_infinity_reach_the_output(op, backend, value):
 
 @pytest.mark.parametrize(
     ("case", "backend"),
-    [pytest.param(c, b, id=f"{c}-{b}") for c in RICH_CASES for b in backends(c.op, c.options)],
+    [pytest.param(c, b, id=f"{c}-{b}") for c in RICH_CASES for b in backends(c.op)],
 )
 def test_autocast_changes_nothing(case, backend):
     inputs = case.inputs(HALF, DEVICE)

@@ -266,7 +266,7 @@ def _reason_against(module: nn.Module) -> str | None:
     dim = getattr(module, "head_dim", None) if own is None else head_dim(module)
     parameter = next(module.parameters(), None)
     if isinstance(dim, int) and parameter is not None:
-        missing = kernels_refuse(parameter.device.type, torch.float32, dim, () if own is None else own.uses)
+        missing = kernels_refuse(parameter.device.type, torch.float32, dim)
         if missing is not None:
             return missing
     if getattr(module, "fused_attn", own is None) is not False:  # Swin V2 has none, and computes its matrix

@@ -42,7 +42,6 @@ from mimkernels.nn.sdpa import (
 from mimkernels.nn.sdpa.observe import wants_statistics
 from mimkernels.nn.sdpa.stand_in import kernels_refuse
 from mimkernels.ops._registry import backend_in_force
-from mimkernels.ops.attention.spec import COSINE, TABLE, WINDOWS
 
 __all__ = ["RELATIVE", "BeitAttention", "BiasTable", "SwinAttention", "SwinV2Attention"]
 
@@ -68,7 +67,7 @@ class BeitAttention(TimmBeitAttention):
 
     The relative position bias is read from its table by the kernel, which sums the table's gradient, too; the bias
     ``[H, N, N]`` is not made. Made by ``use_mimkernels_attention``; timm's own code runs where it does in
-    ``Attention``, and where no kernel takes a table.
+    ``Attention``, and where no kernel takes the layer.
     """
 
     __prepare_scriptable__ = prepare_scriptable
@@ -76,7 +75,6 @@ class BeitAttention(TimmBeitAttention):
     fused_attn = fused_attn  # type: ignore[misc] # final for TorchScript, which gets timm's class
     _recorder: Recorder | None = None
     _refused: ClassVar[set[str]] = set()
-    uses: ClassVar[tuple[str, ...]] = (TABLE,)  # what kernels must take
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | BiasTable | None = None) -> Tensor:
         """``[B, N, C]`` to ``[B, N, C]``, as timm's; the shared bias is ``[H, N, N]``, ``[1, H, N, N]`` or a table."""
@@ -87,7 +85,7 @@ class BeitAttention(TimmBeitAttention):
             bias = shared.expanded() if isinstance(shared, BiasTable) else shared
             return TimmBeitAttention.forward(self, x, shared_rel_pos_bias=bias)
 
-        return _forward(self, x, tensor, None, by_timm, partial(self._call, x, shared))
+        return _forward(self, x, tensor, by_timm, partial(self._call, x, shared))
 
     def _call(self, x: Tensor, shared: Tensor | BiasTable | None) -> AttentionCall:
         table, bias = (shared, None) if isinstance(shared, BiasTable) else (None, shared)
@@ -107,7 +105,7 @@ class SwinAttention(TimmSwinAttention):
 
     The kernel reads the relative position bias from its table, whose gradient it sums, and the mask of shifted windows
     once for all images. Made by ``use_mimkernels_attention``; timm's own code runs where it does in ``Attention``, and
-    where no kernel takes a table or windows.
+    where no kernel takes the layer.
     """
 
     __prepare_scriptable__ = prepare_scriptable
@@ -115,12 +113,11 @@ class SwinAttention(TimmSwinAttention):
     fused_attn = fused_attn  # type: ignore[misc]
     _recorder: Recorder | None = None
     _refused: ClassVar[set[str]] = set()
-    uses: ClassVar[tuple[str, ...]] = (TABLE,)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """``[B * nW, N, C]`` to ``[B * nW, N, C]``; mask ``[nW, N, N]``, added to the scores, as timm's."""
         by_timm = partial(TimmSwinAttention.forward, self, x, mask=mask)
-        return _forward(self, x, mask, mask, by_timm, partial(self._call, x, mask))
+        return _forward(self, x, mask, by_timm, partial(self._call, x, mask))
 
     def _call(self, x: Tensor, mask: Tensor | None) -> AttentionCall:
         packed = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1)
@@ -142,12 +139,11 @@ class SwinV2Attention(TimmSwinV2Attention):
     __getstate__ = state_without_recorder
     _recorder: Recorder | None = None
     _refused: ClassVar[set[str]] = set()
-    uses: ClassVar[tuple[str, ...]] = (TABLE, COSINE)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """``[B * nW, N, C]`` to ``[B * nW, N, C]``; mask ``[nW, N, N]``, added to the scores, as timm's."""
         by_timm = partial(TimmSwinV2Attention.forward, self, x, mask=mask)
-        return _forward(self, x, mask, mask, by_timm, partial(self._call, x, mask))
+        return _forward(self, x, mask, by_timm, partial(self._call, x, mask))
 
     def _call(self, x: Tensor, mask: Tensor | None) -> AttentionCall:
         packed = _project(self, x)
@@ -228,7 +224,6 @@ def _forward(
     module: Any,
     x: Tensor,
     attn_mask: Tensor | None,
-    windows: Tensor | None,
     by_timm: Callable[[], Tensor],
     call: Callable[[], AttentionCall],
 ) -> Tensor:
@@ -236,14 +231,13 @@ def _forward(
 
     Args:
         attn_mask: what is added to the scores of all images or windows, as it was given.
-        windows: the mask of windows, if that is it.
         by_timm: timm's own code.
         call: the same attention by ours.
     """
     recorder = recorder_of(module)
     if recorder is None and STANDS_IN in module.__dict__ and keeps_tensors_elsewhere():
         return by_timm() if is_for_pytorch(x, attn_mask) else _watched(module, by_timm, call)
-    if _is_for_timm(module, recorder, x, attn_mask) or _no_kernel(module, x, recorder, windows):
+    if _is_for_timm(module, recorder, x, attn_mask) or _no_kernel(module, x, recorder):
         return by_timm()
     out = attend(call(), recorder=recorder).out
     y = module.proj(out.transpose(1, 2).flatten(2))  # of [B, N, H * D], a view
@@ -278,7 +272,7 @@ def head_dim(module: Any) -> int | None:
     return features // (3 * module.num_heads) if isinstance(features, int) else None
 
 
-def _no_kernel(module: Any, x: Tensor, recorder: object, mask: Tensor | None = None) -> bool:
+def _no_kernel(module: Any, x: Tensor, recorder: object) -> bool:
     """Whether timm's own code must compute this call, because no kernel does; for the report, why.
 
     Plain PyTorch would compute it for us, but no better than timm's code: that is for those who want statistics or have
@@ -286,8 +280,7 @@ def _no_kernel(module: Any, x: Tensor, recorder: object, mask: Tensor | None = N
     """
     if recorder is not None or backend_in_force() != "auto" or wants_statistics():
         return False
-    options = module.uses if mask is None or len(mask) in (1, len(x)) else (*module.uses, WINDOWS)
-    missing = kernels_refuse(x.device.type, compute_dtype(x), head_dim(module), options)
+    missing = kernels_refuse(x.device.type, compute_dtype(x), head_dim(module))
     if missing is None:
         return False
     if not torch.compiler.is_compiling():

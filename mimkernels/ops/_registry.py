@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -65,25 +65,14 @@ if _native.has_emulation():
 
 @dataclass(frozen=True)
 class Impl:
-    """One row of an op's table: a backend, the dtypes it takes, upper limits and divisors of named sizes.
-
-    ``without`` names the options of the op that it does not take.
-    """
+    """One row of an op's table: a backend, the dtypes it takes, upper limits and divisors of named sizes."""
 
     backend: str
     dtypes: tuple[torch.dtype, ...] = FLOATS
     limits: dict[str, int] = field(default_factory=dict)
     multiples: dict[str, int] = field(default_factory=dict)
-    without: tuple[str, ...] = ()
 
-    def reasons(
-        self,
-        device: str,
-        dtype: torch.dtype,
-        sizes: dict[str, int],
-        named: bool = False,
-        options: Iterable[str] = (),
-    ) -> list[str]:
+    def reasons(self, device: str, dtype: torch.dtype, sizes: dict[str, int], named: bool = False) -> list[str]:
         """Why this implementation does not take these inputs; empty if it does."""
         backend = BACKENDS[self.backend]
         found = []
@@ -105,7 +94,6 @@ class Impl:
         for name, divisor in self.multiples.items():
             if name in sizes and (sizes[name] % divisor or sizes[name] == 0):
                 found.append(f"takes {name} in multiples of {divisor}, got {sizes[name]}")
-        found += [f"does not take {option}" for option in options if option in self.without]
         return found
 
 
@@ -159,16 +147,13 @@ class OpSpec:
             return first.dispatched, *(other.dispatched for other in others)
         return None if _autograd.transformed() else (first.direct, *(other.backward for other in others))
 
-    def resolve(
-        self, backend: str, device: str, dtype: torch.dtype, *, options: Sequence[str] = (), **sizes: int
-    ) -> str:
+    def resolve(self, backend: str, device: str, dtype: torch.dtype, **sizes: int) -> str:
         """The name of the backend that runs this call.
 
         Args:
             backend: ``"auto"`` (then ``use_backend`` and ``MIMKERNELS_BACKEND`` decide) or a backend's name.
             device: device type of the inputs, such as ``"cuda"``.
             dtype: dtype of the main input.
-            options: those in use that not every row takes, by name.
             sizes: sizes that a row may limit, by name.
 
         Raises:
@@ -184,23 +169,20 @@ class OpSpec:
             named = impl.backend == wanted
             if not (named or wanted == "auto") or not BACKENDS[impl.backend].runs_on(device, named):
                 continue
-            if not impl.reasons(device, dtype, sizes, named, options):
+            if not impl.reasons(device, dtype, sizes, named):
                 return impl.backend
-        raise NotImplementedError(self.refusal(wanted, device, dtype, sizes, options))
+        raise NotImplementedError(self.refusal(wanted, device, dtype, sizes))
 
-    def refusal(
-        self, wanted: str, device: str, dtype: torch.dtype, sizes: dict[str, int], options: Sequence[str] = ()
-    ) -> str:
+    def refusal(self, wanted: str, device: str, dtype: torch.dtype, sizes: dict[str, int]) -> str:
         """The message of a refused call: the inputs, and every backend's reasons."""
-        named_sizes = (f"{k} {v}" for k, v in sizes.items())
-        given = ", ".join([f"device {device}", f"dtype {_words((dtype,))}", *named_sizes, *options])
+        given = ", ".join([f"device {device}", f"dtype {_words((dtype,))}", *(f"{k} {v}" for k, v in sizes.items())])
         lines = [f"{self.name}: backend {wanted!r} does not take these inputs ({given})."]
         rows = {impl.backend: impl for impl in self.impls}
         for name in BACKENDS:
             if name not in rows:
                 lines.append(f"  {name}: does not implement {self.name}")
             else:
-                why = rows[name].reasons(device, dtype, sizes, named=True, options=options)
+                why = rows[name].reasons(device, dtype, sizes, named=True)
                 lines.append(f"  {name}: {'; '.join(why) if why else 'takes them'}")
         return "\n".join(lines)
 

@@ -6,8 +6,9 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vjp, vmap
 
 import mimkernels as mk
+from mimkernels import testing
 from mimkernels.ops._registry import BACKENDS, backend_state
-from tests.calls import VARIANTS, backends, differentiated, tensors
+from tests.calls import VARIANTS, differentiated, tensors
 from tests.calls import function as on
 
 MODELS = 3
@@ -16,7 +17,7 @@ MASK = torch.tensor([[0, 1, 0, 1, 1, 0], [1, 1, 0, 0, 1, 0]])
 NATIVE = [name for name in ("cpu", "cuda-emulated") if name in BACKENDS and backend_state(name) is None]
 each_op = pytest.mark.parametrize("name", [label for label in VARIANTS if differentiated(label)])
 each_op_with_kernels = pytest.mark.parametrize(
-    "name", [label for label in VARIANTS if differentiated(label) and "cpu" in backends(label)]
+    "name", [label for label, (op, _) in VARIANTS.items() if differentiated(label) and "cpu" in testing.backends(op)]
 )
 
 
@@ -33,8 +34,8 @@ def agree(ours, exact):
     [
         (backend, label)
         for backend in NATIVE
-        for label in VARIANTS
-        if differentiated(label) and backend in backends(label)
+        for label, (op, _) in VARIANTS.items()
+        if differentiated(label) and backend in testing.backends(op)
     ],
 )
 def test_backward_after_vmap_is_backward_of_each(name, backend):

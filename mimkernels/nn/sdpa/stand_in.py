@@ -45,30 +45,25 @@ def sdpa(arguments: SDPAArguments, request: StatisticsRequest = NO_STATISTICS) -
 
 
 # functools.cache would be seen through, and warned of, by torch.compile.
-_known: dict[tuple[str, torch.dtype, int | None, tuple[str, ...]], str | None] = {}
+_known: dict[tuple[str, torch.dtype, int | None], str | None] = {}
 
 
-def kernels_refuse(
-    device: str, dtype: torch.dtype, head_dim: int | None = None, options: tuple[str, ...] = ()
-) -> str | None:
+def kernels_refuse(device: str, dtype: torch.dtype, head_dim: int | None = None) -> str | None:
     """Why no kernel of attention runs on this device, with this dtype and head dim, if it is known; None if one does.
 
     ``use_backend`` does not count here: it is obeyed in the call. Nor do reasons that come and go, as those of
     forward-mode gradients.
-
-    Args:
-        options: of the op, which not every kernel takes, by the names of ``mimkernels.ops.attention.spec``.
     """
-    if (device, dtype, head_dim, options) not in _known:
+    if (device, dtype, head_dim) not in _known:
         if forward_ad._current_level >= 0:
             return None
         rows = [impl for impl in SPEC.impls if impl.backend in ("triton", "cuda", "cpu")]
         here = [impl for impl in rows if not impl.reasons(device, dtype, {})] or rows
         sizes = {} if head_dim is None else {"head_dim": head_dim}
-        why = {impl.backend: impl.reasons(device, dtype, sizes, options=options) for impl in here}
+        why = {impl.backend: impl.reasons(device, dtype, sizes) for impl in here}
         reasons = [f"{name}: {', '.join(said)}" for name, said in why.items()]
-        _known[device, dtype, head_dim, options] = "; ".join(reasons) if all(why.values()) else None
-    return _known[device, dtype, head_dim, options]
+        _known[device, dtype, head_dim] = "; ".join(reasons) if all(why.values()) else None
+    return _known[device, dtype, head_dim]
 
 
 def stand_in(note: Callable[[list[str]], object] | None = None) -> Callable[..., Tensor]:

@@ -11,7 +11,7 @@ from mimkernels.ops import _checks
 from mimkernels.ops._autograd import Context, Run
 from mimkernels.ops._memo import by_signature
 from mimkernels.ops.attention import reference
-from mimkernels.ops.attention.spec import COSINE, SPEC, STATISTICS, TABLE, WINDOWS, gradients, parts, save
+from mimkernels.ops.attention.spec import SPEC, STATISTICS, gradients, parts, save
 
 
 class AttentionOutput(NamedTuple):
@@ -266,13 +266,12 @@ def checked_scores(
     key_mask: Tensor | None,
     logit_scale: Tensor | None,
     scale: float | None,
-) -> tuple[_ScoreTensors, float, tuple[str, ...]]:
-    """Checks of the ops that need scores alone: the tensors beside q and k and the scale as kernels take them, and the
-    options in use that not every backend takes."""
+) -> tuple[_ScoreTensors, float]:
+    """Checks of the ops that need scores alone: the tensors beside q and k and the scale as kernels take them."""
     _check_qk(op, q, k)
     scale = _check_scale(op, scale, logit_scale, q)
     tensors = _check_score_tensors(op, q, k, bias, bias_table, bias_index, key_mask, logit_scale)
-    return tensors, scale, _options_in_use(q, *tensors)
+    return tensors, scale
 
 
 def _check_score_tensors(
@@ -288,19 +287,6 @@ def _check_score_tensors(
     bias = _check_bias(op, bias, q, k)
     bias_table, bias_index = _check_table(op, bias_table, bias_index, q, k)
     return bias, bias_table, bias_index, _check_key_mask(op, key_mask, k), _check_logit_scale(op, logit_scale, q)
-
-
-def _options_in_use(
-    q: Tensor,
-    bias: Tensor | None,
-    bias_table: Tensor | None,
-    bias_index: Tensor | None,
-    key_mask: Tensor | None,
-    logit_scale: Tensor | None,
-) -> tuple[str, ...]:
-    windows = bias is not None and bias.shape[0] not in (1, q.shape[0])
-    used = {WINDOWS: windows, TABLE: bias_table is not None, COSINE: logit_scale is not None}
-    return tuple(name for name, given in used.items() if given)
 
 
 def checked_lse(op: str, lse: Tensor, q: Tensor) -> Tensor:
@@ -335,8 +321,7 @@ def _check_options(
     scale = _check_scale(op, scale, logit_scale, q)
     scored = _check_score_tensors(op, q, k, bias, bias_table, bias_index, key_mask, logit_scale)
     positions = _check_positions(op, positions, "distance" in planes, num_prefix, q)
-    used = _options_in_use(q, *scored)
-    name = SPEC.resolve(backend, q.device.type, q.dtype, options=used, head_dim=dim)
+    name = SPEC.resolve(backend, q.device.type, q.dtype, head_dim=dim)
     asked = tuple(planes) if name == "reference" else bits
     return (*scored, positions), (scale, num_prefix, asked, planes), name
 

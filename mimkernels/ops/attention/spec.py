@@ -10,11 +10,6 @@ from mimkernels.ops._autograd import Context, Gradient, Run
 from mimkernels.ops._registry import ANY_FLOAT, Impl, OpSpec, register
 
 STATISTICS = ("entropy", "prefix_mass", "self_mass", "distance", "patch_entropy", "peak", "patch_mass")
-# Options of the scores that not every backend takes, by the names that a refusal gives them.
-WINDOWS = "a bias of windows"
-TABLE = "bias_table"
-COSINE = "logit_scale"
-SCORE_OPTIONS = (WINDOWS, TABLE, COSINE)
 
 
 def _fwd(

@@ -43,7 +43,7 @@ def attention_rows(
     Source: [cls] attention maps as in DINO, arXiv:2104.14294; Beyond-[cls], arXiv:2412.03215.
     """
     scored = (bias, bias_table, bias_index, key_mask, logit_scale)
-    others, scale, _ = checked_scores("attention_rows", q, k, *scored, scale)
+    others, scale = checked_scores("attention_rows", q, k, *scored, scale)
     if not isinstance(rows, Tensor):
         rows = [_checks.integer("attention_rows", "a row", row) for row in rows]
         rows = torch.tensor(rows, dtype=torch.int64, device=q.device)

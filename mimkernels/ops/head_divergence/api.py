@@ -62,9 +62,9 @@ def _checked(
     backend: str,
 ) -> tuple[Callable[..., Tensor], tuple[Tensor | None, ...], tuple[float]]:
     scored = (bias, bias_table, bias_index, key_mask, logit_scale)
-    others, scale, used = checked_scores("head_divergence", q, k, *scored, scale)
+    others, scale = checked_scores("head_divergence", q, k, *scored, scale)
     lse = checked_lse("head_divergence", lse, q)
-    name = SPEC.resolve(backend, q.device.type, q.dtype, options=used, head_dim=q.shape[3])
+    name = SPEC.resolve(backend, q.device.type, q.dtype, head_dim=q.shape[3])
     run = SPEC.runner(name, reference.head_divergence, False)
     tensors = (_checks.rows(q), _checks.rows(k), lse, *others)
     # Nothing here has a gradient.

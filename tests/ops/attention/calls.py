@@ -2,8 +2,6 @@
 
 import torch
 
-from mimkernels.ops.attention.spec import COSINE, TABLE
-
 Q = torch.randn(1, 2, 6, 8)
 OPTIONS = {
     "bias": torch.randn(2, 6, 6),
@@ -25,7 +23,6 @@ VARIANTS = {
     "attention_table": {"key_mask": None},
     "attention_cosine": COSINE_ALONE,
 }
-OPTIONS_IN_USE = {"attention_table": (TABLE,), "attention_cosine": (COSINE,)}
 LEAST = {"q": Q, "k": Q, "v": Q}
 _TABLE = {"bias_table": OPTIONS["bias_table"], "bias_index": OPTIONS["bias_index"]}
 _FOUR = {name: torch.randn(4, 2, 6, 8) for name in "qkv"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 import mimkernels
-from mimkernels.ops.attention.spec import COSINE, TABLE, WINDOWS
 from mimkernels.testing import DRAWS, Case, doubled
 
 RICH = "mae"
@@ -85,11 +84,8 @@ def companion_cases(op: str) -> list[Case]:
 
 
 def case(op: str, label: str, make, grads: tuple[str, ...] = ()) -> Case:
-    """A case whose label names the options in use that not every backend takes."""
-    words = {"windows": WINDOWS, "table": TABLE, "cosine": COSINE}
-    options = tuple(option for word, option in words.items() if word in label)
     # Of scores up to 100, a few have all of the largest error: in which draw those are is luck.
-    return Case(op, label, make, grads, options=options, draws=3 * DRAWS if COSINE in options else DRAWS)
+    return Case(op, label, make, grads, draws=3 * DRAWS if "cosine" in label else DRAWS)
 
 
 INPUTS = {

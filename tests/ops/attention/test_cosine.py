@@ -7,18 +7,12 @@ import torch
 from timm.models.swin_transformer_v2 import WindowAttention
 from torch.nn.functional import normalize
 
-from mimkernels import attention, attention_qkvpacked, attention_rows, head_divergence, received_attention, testing
-from mimkernels.ops.attention.spec import COSINE, TABLE, WINDOWS
+from mimkernels import attention, attention_qkvpacked, attention_rows, head_divergence, received_attention
 from mimkernels.testing import DEVICE
-from tests.ops.attention.test_windows import HERE, gradients, randn, tokens
+from tests.ops.attention.test_windows import each_backend, gradients, randn, tokens
 
 
-def taking(*options):
-    names = [name for name in testing.backends("attention", (COSINE, *options)) if name in HERE]
-    return pytest.mark.parametrize("backend", names)
-
-
-@taking(WINDOWS)
+@each_backend
 @pytest.mark.parametrize("shifted", [False, True])
 def test_the_window_attention_of_swin_v2(backend, shifted):
     torch.manual_seed(0)
@@ -46,7 +40,7 @@ def test_the_window_attention_of_swin_v2(backend, shifted):
     assert found[0][:2].all()
 
 
-@taking(TABLE)
+@each_backend
 def test_is_attention_of_unit_vectors(backend):
     q, k, v = tokens(2)
     levels = torch.tensor([0.5, 6.0], device=DEVICE)
@@ -69,7 +63,7 @@ def test_is_attention_of_unit_vectors(backend):
     torch.testing.assert_close(maps, attention_rows(*units, [0, 4], **given, scale=1.0), rtol=1e-4, atol=1e-5)
 
 
-@taking()
+@each_backend
 def test_vectors_of_length_0_have_cosine_0(backend):
     q, k, v = tokens(1)
     q[:, :, 0] = 0.0
@@ -82,7 +76,7 @@ def test_vectors_of_length_0_have_cosine_0(backend):
         assert grad.isfinite().all()
 
 
-@taking()
+@each_backend
 def test_gradients_leave_the_lengths_of_rows_alone(backend):
     q, k, v = (tensor.requires_grad_() for tensor in tokens(2))
     out = attention(q, k, v, logit_scale=torch.tensor([2.0, 3.0], device=DEVICE), backend=backend).out

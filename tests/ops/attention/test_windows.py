@@ -13,15 +13,12 @@ from mimkernels import (
     received_attention,
     testing,
 )
-from mimkernels.ops.attention.spec import TABLE, WINDOWS
 from mimkernels.testing import DEVICE
 
 HERE = ("cpu", "triton", "cuda-emulated", "reference") if DEVICE == "cpu" else ("triton", "cuda", "reference")
 
 
-def taking(*options):
-    names = [name for name in testing.backends("attention", options) if name in HERE]
-    return pytest.mark.parametrize("backend", names)
+each_backend = pytest.mark.parametrize("backend", [name for name in testing.backends("attention") if name in HERE])
 
 
 def randn(*shape, seed=0):
@@ -36,7 +33,7 @@ def gradients(output, inputs):
     return torch.autograd.grad((output * torch.arange(output.shape[-1], device=DEVICE)).sum(), inputs)
 
 
-@taking(WINDOWS)
+@each_backend
 @pytest.mark.parametrize("heads", [1, 2])
 def test_image_b_takes_the_row_b_modulo_w(backend, heads):
     q, k, v = tokens(6)
@@ -55,7 +52,7 @@ def test_image_b_takes_the_row_b_modulo_w(backend, heads):
         assert torch.equal(a, b)
 
 
-@taking(TABLE)
+@each_backend
 @pytest.mark.parametrize("length", [9, 33])
 def test_a_table_is_the_bias_that_it_makes(backend, length):
     q, k, v = tokens(2, length=length)
@@ -78,7 +75,7 @@ def test_a_table_is_the_bias_that_it_makes(backend, length):
         assert torch.equal(a, b)
 
 
-@taking(TABLE, WINDOWS)
+@each_backend
 @pytest.mark.parametrize("shifted", [False, True])
 def test_the_window_attention_of_swin(backend, shifted):
     torch.manual_seed(0)
@@ -101,7 +98,7 @@ def test_the_window_attention_of_swin(backend, shifted):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-3)
 
 
-@taking(TABLE)
+@each_backend
 def test_the_attention_of_beit(backend):
     torch.manual_seed(0)
     layer = BeitAttention(32, num_heads=2, qkv_bias=True, window_size=(3, 4)).to(DEVICE)
@@ -118,7 +115,7 @@ def test_the_attention_of_beit(backend):
     torch.testing.assert_close(gradients(ours, table), gradients(expected, table), rtol=1e-3, atol=1e-3)
 
 
-@taking(TABLE, WINDOWS)
+@each_backend
 def test_compiles_in_one_graph_for_any_number_of_images(backend):
     torch._dynamo.reset()
     bias, table = randn(2, 1, 9, 9).requires_grad_(), randn(11, 2).requires_grad_()

@@ -2,7 +2,6 @@
 
 import torch
 
-from mimkernels.ops.attention.spec import COSINE, TABLE
 from tests.ops.attention.calls import COSINE_ALONE, NO_TABLE, OPTIONS
 
 CALL = {"qkv": torch.randn(1, 6, 3, 2, 8), **OPTIONS}
@@ -11,4 +10,3 @@ VARIANTS = {
     "attention_qkvpacked_table": {"key_mask": None},
     "attention_qkvpacked_cosine": COSINE_ALONE,
 }
-OPTIONS_IN_USE = {"attention_qkvpacked_table": (TABLE,), "attention_qkvpacked_cosine": (COSINE,)}
