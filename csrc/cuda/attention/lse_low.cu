@@ -14,8 +14,9 @@ namespace {
 // bounds:   keys beyond the last and masked keys count nothing, tails of queries are not stored
 // cost:     nothing but lse is read where no row of the strip is large, else k once per strip; the
 //           warp's queries and 16 keys in shared memory; no atomics, deterministic
+// Fewer blocks than shared memory has room for, where more would spill.
 template <typename T>
-__global__ void __launch_bounds__(kLowWarps* kWarp)
+__global__ void __launch_bounds__(kLowWarps* kWarp, sizeof(T) == 4 ? 5 : 6)
     lse_low_kernel(AttentionScores s, const float* lse, float* low, RowShape<T> shape,
                    bool q_aligned, bool k_aligned) {
   const int heads = static_cast<int>(s.heads);
