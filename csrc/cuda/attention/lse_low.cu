@@ -5,6 +5,10 @@
 namespace mimkernels::cuda {
 namespace {
 
+// Blocks of a multiprocessor: fewer than shared memory has room for, where more would spill.
+template <typename T>
+constexpr int kLowBlocks = sizeof(T) == 4 ? 5 : 6;
+
 // grid:     a warp owns a strip of 16 queries, strips of a head fastest, 4 warps a block
 // in:       q, k by stride, features contiguous; lse fp32 [B, H, Nq] contiguous; bias by stride (0
 //           where broadcast), table and index, key mask and factors, each or none
@@ -14,9 +18,8 @@ namespace {
 // bounds:   keys beyond the last and masked keys count nothing, tails of queries are not stored
 // cost:     nothing but lse is read where no row of the strip is large, else k once per strip; the
 //           warp's queries and 16 keys in shared memory; no atomics, deterministic
-// Fewer blocks than shared memory has room for, where more would spill.
 template <typename T>
-__global__ void __launch_bounds__(kLowWarps* kWarp, sizeof(T) == 4 ? 5 : 6)
+__global__ void __launch_bounds__(kLowWarps* kWarp, kLowBlocks<T>)
     lse_low_kernel(AttentionScores s, const float* lse, float* low, RowShape<T> shape,
                    bool q_aligned, bool k_aligned) {
   const int heads = static_cast<int>(s.heads);
