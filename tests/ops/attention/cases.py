@@ -84,8 +84,9 @@ def companion_cases(op: str) -> list[Case]:
 
 
 def case(op: str, label: str, make, grads: tuple[str, ...] = ()) -> Case:
-    # Of scores up to 100, a few have all of the largest error: in which draw those are is luck.
-    return Case(op, label, make, grads, draws=3 * DRAWS if "cosine" in label else DRAWS)
+    # Of scores up to 100 a few have all of the largest error, and in which draw those are is luck: of patch_entropy,
+    # the plain expression's was 2.2e-6 over 12 draws and 4.0e-6 over 24 to 64. Mean errors are alike on all backends.
+    return Case(op, label, make, grads, draws=6 * DRAWS if "cosine" in label else DRAWS)
 
 
 INPUTS = {
