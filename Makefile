@@ -32,7 +32,7 @@ demo: $(RUNNABLE) ## pre-train a small MAE on handwritten digits and write runs/
 
 # A process per core, with one thread each: most tests are too small for more.
 test: $(BUILT) $(TESTERS) ## run every test (ARGS="-k gather": some), the contract on every instruction set of this CPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 # libstdc++ as well: Python brings no exceptions of C++ for AddressSanitizer to intercept. The planted accesses of
 # test_emulation.py show that it is there and at work.

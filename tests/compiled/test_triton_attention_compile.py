@@ -18,8 +18,7 @@ pytest.importorskip("triton")
 from mimkernels.ops.attention import triton_configs
 from mimkernels.ops.attention.triton_table import TABLE
 from tests.compiled import triton_kernels
-
-pytestmark = pytest.mark.xdist_group("attention-compile")  # what is compiled once serves all of them
+from tests.once import once
 
 HERE = Path(__file__).parent
 # Bytes of shared memory per block. 80 is also what consumer GPUs of compute capability 8.6, 8.9 and 12.0 get.
@@ -62,7 +61,11 @@ def beside_the_table() -> list[tuple]:
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[tuple, list[dict]]:
+def compiled(tmp_path_factory) -> dict[tuple, list[dict]]:
+    return once(tmp_path_factory, "triton-attention-compile", compile_all)
+
+
+def compile_all() -> dict[tuple, list[dict]]:
     """What every entry takes, by entry."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), environment.get("PYTHONPATH", "")])

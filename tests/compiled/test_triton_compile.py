@@ -16,8 +16,7 @@ import torch
 
 from tests.compiled import triton_kernels
 from tests.launches import BF16, BOOL, FP16, FP32, I64, U8, launches
-
-pytestmark = pytest.mark.xdist_group("compile")  # what is compiled once serves all of them
+from tests.once import once
 
 ARCHITECTURES = (80, 90, 100)
 # 168 registers a thread leave room for 12 warps on a multiprocessor, enough loads in flight to fill its bandwidth.
@@ -88,7 +87,11 @@ def specialisation(kernel, args: tuple, options: dict) -> tuple[dict, dict, dict
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[int, dict[str, list[dict] | str]]:
+def compiled(tmp_path_factory) -> dict[int, dict[str, list[dict] | str]]:
+    return once(tmp_path_factory, "triton-compile", compile_all)
+
+
+def compile_all() -> dict[int, dict[str, list[dict] | str]]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     workers = {
