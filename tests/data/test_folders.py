@@ -43,7 +43,7 @@ def test_what_is_no_regular_file_is_a_broken_image_with_its_reason(tmp_path, mon
     source = FolderSource(folder)
     images = PretrainImages(source, Augmentation(16, 3, 1.0, False), seed=0)
     for index, name in enumerate(source.files):
-        pixels, broken = images[(0, index)]
+        pixels, broken, _ = images[(0, index)]
         assert pixels is not None
         assert dict(broken).get(index) == reasons.get(name), name
 

@@ -96,7 +96,7 @@
     const patch = patchOf(state.query);
     if (patch) {
       const wide = side / model.grid[1], high = picture.height / model.grid[0];
-      over.strokeStyle = "#d61f1a";
+      over.strokeStyle = getComputedStyle(document.documentElement).getPropertyValue("--mark");
       over.lineWidth = 2.5;
       over.strokeRect(patch.column * wide + 1, patch.row * high + 1, wide - 2, high - 2);
     }
