@@ -18,7 +18,7 @@ from mimkernels.commands.analyze.report import AnalysisReport, write_report
 from mimkernels.commands.analyze.results import Measured, Model
 from mimkernels.data.labelled import LabelledImages
 from mimkernels.data.pixels import Decoder
-from mimkernels.data.sources import DigitsSource, open_held_out, open_source
+from mimkernels.data.sources import open_held_out, open_source
 from mimkernels.engine import files
 from mimkernels.engine.command import TrainingError
 from mimkernels.engine.encoder import FrozenEncoder, load_encoder
@@ -141,7 +141,7 @@ class AnalyzeRun:
     def _workers(self) -> int:
         if self.config.workers is not None:
             return self.config.workers
-        if self.accelerator.device.type == "cpu" and isinstance(self.images.source, DigitsSource):
+        if self.accelerator.device.type == "cpu" and self.images.source.in_memory:
             return 0
         return default_workers()
 
