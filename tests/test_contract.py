@@ -21,7 +21,8 @@ RICH_CASES = [rich(op) for op in OPS]
 INTERPRETED = DEVICE == "cpu"  # what Triton is then, at a thousandth of the speed
 HALF = torch.float16  # the interpreter's bf16 products are wrong
 OF_CPU = ("table-too-large-to-keep",)  # beyond a limit that only the CPU's kernels have
-LONG = ("length-197", "length-256", "length-257", "length-1025", "empty-positions-long", "long")
+ONCE = ("length-197", "length-257", "table-many-images")  # interpreted, in one dtype
+LONG = (*ONCE, "length-256", "length-1025", "empty-positions-long", "long")
 
 
 def backends(op: str) -> list[str]:
@@ -53,7 +54,7 @@ def interpreted_runs(case: testing.Case) -> list[tuple[torch.dtype, str]]:
     products = stated(case.op, "MATRIX_PRODUCTS", False)
     dtypes = [dtype for dtype in case.dtypes if dtype != torch.bfloat16 or not products]
     if case.label in (*LONG, *OF_CPU):
-        return [(dtypes[0], "contiguous")] if case.label in ("length-197", "length-257") else []
+        return [(dtypes[0], "contiguous")] if case.label in ONCE else []
     if case in RICH_CASES:
         return [(dtype, "contiguous") for dtype in dtypes] + [(dtypes[0], "strided"), (dtypes[0], "permuted")]
     return [(dtype, "contiguous") for dtype in (dtypes if products else dtypes[:1])]

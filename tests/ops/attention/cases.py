@@ -76,7 +76,7 @@ def companion_cases(op: str) -> list[Case]:
         "empty-table": companion(2, 2, 5, 16, keys=0, table=0),
         "cosine": companion(2, 3, 50, 32, cosine=True),
         "cosine-with-mask": companion(2, 2, 21, 16, mask=True, bias=(2, 21, 21), cosine=True),
-        "cosine-long": companion(1, 2, 530, 16, cosine=True),
+        "cosine-long": companion(1, 2, 330, 16, cosine=True),
         "cosine-table-and-windows": companion(4, 2, 9, 16, table=30, bias=(2, 1, 9, 9), cosine=True),
         "cosine-of-no-heads": companion(2, 0, 5, 16, cosine=True),
     }
@@ -144,7 +144,7 @@ INPUTS = {
     "cosine-bias-shared": attention(9, 3, 18, 16, bias=(1, 1, 18, 18), cosine=True),
     "cosine-two-blocks-of-keys": attention(1, 2, 40, 16, keys=600, cosine=True),
     "cosine-table-two-blocks-of-keys": attention(1, 2, 40, 16, keys=600, table=99, cosine=True),
-    "cosine-one-image": attention(1, 2, 300, 16, cosine=True),
+    "cosine-one-image": attention(1, 2, 140, 16, cosine=True),
     "cosine-few-queries": attention(2, 2, 3, 40, keys=21, cosine=True),
     "cosine-dim-88": attention(1, 2, 17, 88, cosine=True),
     "cosine-of-no-keys": attention(2, 2, 5, 16, keys=0, cosine=True),
