@@ -59,6 +59,16 @@ def default_workers(processes: int = 1) -> int:
     return min(8, max(1, available_cores() // processes - 1))
 
 
+def loading_workers(wanted: int | None, device: str, in_memory: bool, processes: int = 1) -> int:
+    """Data-loading processes: `wanted`, or by default none where a CPU trains on images that are in memory.
+
+    There, a worker would take a core from the training threads.
+    """
+    if wanted is not None:
+        return wanted
+    return 0 if device == "cpu" and in_memory else default_workers(processes)
+
+
 def available_cores() -> int:
     """Cores this process may use: its affinity, or less where the container has a quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -23,7 +23,7 @@ from mimkernels.engine import files
 from mimkernels.engine.command import TrainingError
 from mimkernels.engine.encoder import FrozenEncoder, load_encoder
 from mimkernels.engine.environment import start_accelerator, versions
-from mimkernels.engine.hardware import default_workers, device_name
+from mimkernels.engine.hardware import device_name, loading_workers
 from mimkernels.engine.lock import folder_lock
 from mimkernels.engine.progress import Progress, duration
 
@@ -139,11 +139,7 @@ class AnalyzeRun:
         return results.key_of(model, self.images.fingerprint(), options)
 
     def _workers(self) -> int:
-        if self.config.workers is not None:
-            return self.config.workers
-        if self.accelerator.device.type == "cpu" and self.images.source.in_memory:
-            return 0
-        return default_workers()
+        return loading_workers(self.config.workers, self.accelerator.device.type, self.images.source.in_memory)
 
     def _facts(self) -> dict[str, str]:
         return {

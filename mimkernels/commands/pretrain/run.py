@@ -27,7 +27,7 @@ from mimkernels.engine import files
 from mimkernels.engine.checkpoint import FORMAT, CheckpointFolder
 from mimkernels.engine.command import TrainingError
 from mimkernels.engine.environment import start_accelerator, versions
-from mimkernels.engine.hardware import default_workers, device_name
+from mimkernels.engine.hardware import device_name, loading_workers
 from mimkernels.engine.lock import folder_lock
 from mimkernels.engine.progress import Progress, count, duration
 from mimkernels.engine.schedule import parameter_groups, scaled_learning_rate
@@ -376,11 +376,8 @@ class Run:
         return notes
 
     def _workers(self) -> int:
-        if self.config.workers is not None:
-            return self.config.workers
-        if self.accelerator.device.type == "cpu" and self.source.in_memory:
-            return 0  # they are in memory, and a worker would take a core from the training threads
-        return default_workers(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return loading_workers(self.config.workers, self.accelerator.device.type, self.source.in_memory, processes)
 
     def _finish(self, weights: dict[str, Any], history: History, facts: dict[str, str]) -> Report:
         """Export the weights and gather what the report shows; on the first process, with an unwrapped model."""

@@ -33,7 +33,7 @@ from mimkernels.engine.checkpoint import are_tensors
 from mimkernels.engine.command import TrainingError
 from mimkernels.engine.encoder import load_encoder
 from mimkernels.engine.environment import start_accelerator, versions
-from mimkernels.engine.hardware import default_workers, device_name
+from mimkernels.engine.hardware import device_name, loading_workers
 from mimkernels.engine.lock import folder_lock
 from mimkernels.engine.progress import Progress, duration
 from mimkernels.engine.readout import logistic_accuracy
@@ -423,11 +423,7 @@ class ProbeRun:
         return self.output / "probes" / f"{re.sub(r'[^A-Za-z0-9+=.-]+', '_', label)}.pt"
 
     def _workers(self) -> int:
-        if self.config.workers is not None:
-            return self.config.workers
-        if self.accelerator.device.type == "cpu" and self.split.train.source.in_memory:
-            return 0
-        return default_workers()
+        return loading_workers(self.config.workers, self.accelerator.device.type, self.split.train.source.in_memory)
 
     def _facts(self) -> dict[str, str]:
         config, split, encoder = self.config, self.split, self.encoder
