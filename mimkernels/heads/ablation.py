@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mimkernels.heads.calls import Calls, unwrapped
-from mimkernels.heads.fused import fused_attention, sharing, uncompiled, untraced
-from mimkernels.heads.intercept import FunctionObserver, Interception
-from mimkernels.nn.sdpa import AttentionCall, Patches, observing
+from mimkernels.heads.fused import untraced
+from mimkernels.heads.intercept import FunctionObserver, intercepted
+from mimkernels.nn.sdpa import AttentionCall, Patches
 from mimkernels.ops import AttentionOutput
 
 __all__ = ["Ablation", "ablate", "head_importance"]
@@ -75,13 +74,7 @@ class Ablation(FunctionObserver):
     def __enter__(self) -> dict[str, int]:
         if self._open is not None:
             raise RuntimeError("this ablation was used before; call ablate again")
-        with ExitStack() as stack:
-            stack.enter_context(uncompiled())
-            stack.enter_context(fused_attention(self._model))
-            stack.enter_context(self._calls.followed())
-            stack.enter_context(observing(self))
-            stack.enter_context(sharing(("calls of the thread", get_ident()), Interception))
-            self._open = stack.pop_all()
+        self._open = intercepted(self._model, self, self._calls.followed())
         return self._layers
 
     @untraced

@@ -11,21 +11,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
-from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mimkernels.heads.calls import Calls, Choice, LayerChoice, unwrapped
-from mimkernels.heads.fused import fused_attention, sharing, uncompiled, untraced
-from mimkernels.heads.intercept import FunctionObserver, Interception
+from mimkernels.heads.fused import untraced
+from mimkernels.heads.intercept import FunctionObserver, intercepted
 from mimkernels.heads.layout import LAYOUT_FUNCTIONS, Layouts, described, shown_grid
 from mimkernels.heads.presets import PRESETS, QUANTITIES, Preset, patch_grid_positions, required_stats
 from mimkernels.heads.record import RecordedHeads
 from mimkernels.heads.statistics import HeadStatistics
 from mimkernels.nn.recorder import HeadRecorder, LayerHeads
-from mimkernels.nn.sdpa import AttentionCall, Patches, StatisticsRequest, keeps_tensors_elsewhere, observing
+from mimkernels.nn.sdpa import AttentionCall, Patches, StatisticsRequest, keeps_tensors_elsewhere
 from mimkernels.ops import AttentionOutput
 
 __all__ = ["Capture", "capture"]
@@ -147,15 +146,7 @@ class Capture(FunctionObserver):
     def __enter__(self) -> RecordedHeads:
         if self._open is not None:
             raise RuntimeError("this capture was used before; call capture again")
-        with ExitStack() as stack:
-            # Compiled code would be traced anew with what is captured in it; it runs as it was written instead.
-            stack.enter_context(uncompiled())
-            stack.enter_context(fused_attention(self._model))
-            stack.enter_context(self._calls.followed())
-            stack.enter_context(observing(self))
-            # One for all captures of a thread: which of them a call concerns, the observers know.
-            stack.enter_context(sharing(("calls of the thread", get_ident()), Interception))
-            self._open = stack.pop_all()
+        self._open = intercepted(self._model, self, self._calls.followed())
         return self._heads
 
     @untraced

@@ -16,32 +16,35 @@ import inspect
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from threading import get_ident
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mimkernels.heads.fused import untraced
+from mimkernels.heads.fused import fused_attention, sharing, uncompiled, untraced
 from mimkernels.heads.layout import LAYOUT_FUNCTIONS
 from mimkernels.nn.sdpa import (
     DIM_DIVISOR,
     MOST_DIMS,
     AttentionCall,
+    Observer,
     SDPAArguments,
     as_attention,
     has_own_rules,
     is_recomputing,
     keeps_tensors_elsewhere,
     observers,
+    observing,
     refusals,
     sdpa,
     tensors_with_own_rules,
 )
 
-__all__ = ["FunctionObserver", "Interception"]
+__all__ = ["FunctionObserver", "Interception", "intercepted"]
 
 _NOTED = LAYOUT_FUNCTIONS.union((F.softmax, torch.softmax, Tensor.softmax))
 
@@ -57,6 +60,19 @@ class FunctionObserver(ABC):
     @abstractmethod
     def note(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
         """Look at what another function than attention gave: of ``LAYOUT_FUNCTIONS``, or a softmax."""
+
+
+def intercepted(model: nn.Module, observer: Observer, calls: AbstractContextManager[object]) -> ExitStack:
+    """Until what is returned is closed, `observer` computes or sees what `model` calls; `calls` follow its modules."""
+    with ExitStack() as stack:
+        # Compiled code would be traced anew with what is observed in it; it runs as it was written instead.
+        stack.enter_context(uncompiled())
+        stack.enter_context(fused_attention(model))
+        stack.enter_context(calls)
+        stack.enter_context(observing(observer))
+        # One for all observers of a thread: which of them a call concerns, they know.
+        stack.enter_context(sharing(("calls of the thread", get_ident()), Interception))
+        return stack.pop_all()
 
 
 class Interception(TorchFunctionMode):
