@@ -17,6 +17,74 @@ from mimkernels.ops.masked_patch_loss.triton_target import (
 
 
 @triton.jit
+def plane_of(image_ptr, scale_ptr, shift_ptr, plane, frame, stride_c, stride_t, PT: tl.constexpr):
+    # (where plane (c, t) of an image's patch starts, scale, shift of its channel).
+    c, t = plane // PT, plane % PT
+    plane_ptr = image_ptr + tl.cast(c, tl.int64) * stride_c
+    plane_ptr += tl.cast(frame + t, tl.int64) * stride_t
+    scale, shift = 1.0, 0.0
+    if scale_ptr is not None:
+        scale, shift = tl.load(scale_ptr + c), tl.load(shift_ptr + c)
+    return plane_ptr, scale, shift
+
+
+@triton.jit
+def tile_difference(
+    pred_row,
+    plane_ptr,
+    scale,
+    shift,
+    mask_ptr,
+    image,
+    row,
+    plane,
+    tile,
+    first_y,
+    first_x,
+    stride_h,
+    grid_h,
+    grid_w,
+    mask_stride,
+    mask_row,
+    reach,
+    SCALED: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PT: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    CELLS_H: tl.constexpr,
+    CELLS_W: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    # [BLOCK_Y, BLOCK_X] each, of one tile of a plane of a patch: (pred minus target, elements of the row of pred,
+    # whether they lie inside it, whether they count).
+    TILES_X: tl.constexpr = (PW + BLOCK_X - 1) // BLOCK_X
+    y = tile // TILES_X * BLOCK_Y + tl.arange(0, BLOCK_Y)
+    x = tile % TILES_X * BLOCK_X + tl.arange(0, BLOCK_X)
+    target = local_target(
+        *(plane_ptr, scale, shift, first_y + y, first_x + x),
+        *(first_y + tile // TILES_X * BLOCK_Y, first_x + tile % TILES_X * BLOCK_X),
+        *(stride_h, grid_h * PH, grid_w * PW, reach, SCALED, BLOCK_Y, BLOCK_X, BLOCK_W),
+    )
+    inside = (y < PH)[:, None] & (x < PW)[None, :]
+    if CHANNELS_LAST:
+        e = ((plane % PT * PH + y[:, None]) * PW + x[None, :]) * CHANNELS + plane // PT
+    else:
+        e = (plane * PH + y[:, None]) * PW + x[None, :]
+    value = widen(tl.load(pred_row + e, mask=inside, other=0.0))
+    counts = inside
+    if CELLS_H > 0:
+        counts = in_counted_cell(
+            *(mask_ptr, image, row, y[:, None], x[None, :], inside, grid_w, mask_stride, mask_row),
+            *(PH, PW, CELLS_H, CELLS_W),
+        )
+    return value - target, e, inside, counts
+
+
+@triton.jit
 def masked_patch_loss_local_fwd_kernel(
     pred_ptr,
     images_ptr,
@@ -72,38 +140,32 @@ def masked_patch_loss_local_fwd_kernel(
     loss = tl.full([], UNCOUNTED, tl.float32)
     if counted:
         total = tl.zeros([BLOCK_Y, BLOCK_X], dtype=tl.float32)
-        height, width = grid_h * PH, grid_w * PW
         first_y, first_x = patch // grid_w % grid_h * PH, patch % grid_w * PW
         frame = patch // grid_w // grid_h * PT
         pred_row = pred_ptr + image * pred_stride_b + row.to(tl.int64) * pred_stride_l
         for plane in range(CHANNELS * PT):
-            c, t = plane // PT, plane % PT
-            plane_ptr = images_ptr + image * stride_b + tl.cast(c, tl.int64) * stride_c
-            plane_ptr += tl.cast(frame + t, tl.int64) * stride_t
-            scale, shift = 1.0, 0.0
-            if scale_ptr is not None:
-                scale, shift = tl.load(scale_ptr + c), tl.load(shift_ptr + c)
+            plane_ptr, scale, shift = plane_of(
+                images_ptr + image * stride_b, scale_ptr, shift_ptr, plane, frame, stride_c, stride_t, PT
+            )
             for tile in range(TILES_Y * TILES_X):
-                y = tile // TILES_X * BLOCK_Y + tl.arange(0, BLOCK_Y)
-                x = tile % TILES_X * BLOCK_X + tl.arange(0, BLOCK_X)
-                target = local_target(
-                    *(plane_ptr, scale, shift, first_y + y, first_x + x),
-                    *(first_y + tile // TILES_X * BLOCK_Y, first_x + tile % TILES_X * BLOCK_X),
-                    *(stride_h, height, width, reach, scale_ptr is not None, BLOCK_Y, BLOCK_X, BLOCK_W),
+                difference, _, _, counts = tile_difference(
+                    *(pred_row, plane_ptr, scale, shift, mask_ptr, image, row, plane, tile, first_y, first_x, stride_h),
+                    *(
+                        grid_h,
+                        grid_w,
+                        mask_stride,
+                        mask_row,
+                        reach,
+                        scale_ptr is not None,
+                        CHANNELS,
+                        PT,
+                        PH,
+                        PW,
+                        CHANNELS_LAST,
+                    ),
+                    *(CELLS_H, CELLS_W, BLOCK_Y, BLOCK_X, BLOCK_W),
                 )
-                inside = (y < PH)[:, None] & (x < PW)[None, :]
-                if CHANNELS_LAST:
-                    e = ((t * PH + y[:, None]) * PW + x[None, :]) * CHANNELS + c
-                else:
-                    e = (plane * PH + y[:, None]) * PW + x[None, :]
-                value = widen(tl.load(pred_row + e, mask=inside, other=0.0))
-                counts = inside
-                if CELLS_H > 0:
-                    counts = in_counted_cell(
-                        *(mask_ptr, image, row, y[:, None], x[None, :], inside, grid_w, mask_stride, mask_row),
-                        *(PH, PW, CELLS_H, CELLS_W),
-                    )
-                total += element_loss(tl.where(counts, value - target, 0.0), beta, KIND)
+                total += element_loss(tl.where(counts, difference, 0.0), beta, KIND)
         loss = tl.sum(tl.sum(total, axis=1), axis=0)
         loss = share_of_patch(loss, cells, cells_ptr is not None, PIXELS, CELLS_H, CELLS_W)
     tl.store(loss_ptr + pid, loss)
@@ -174,38 +236,32 @@ def masked_patch_loss_local_bwd_kernel(
             divisor = tl.load(count_ptr).to(tl.float32)
         grad = tl.load(grad_ptr + image * grad_stride_b + row.to(tl.int64) * grad_stride_l)
         grad = share_of_patch(tl.math.div_rn(grad, divisor), cells, count_ptr is not None, PIXELS, CELLS_H, CELLS_W)
-        height, width = grid_h * PH, grid_w * PW
         first_y, first_x = patch // grid_w % grid_h * PH, patch % grid_w * PW
         frame = patch // grid_w // grid_h * PT
         pred_row = pred_ptr + image * pred_stride_b + row.to(tl.int64) * pred_stride_l
         for plane in range(CHANNELS * PT):
-            c, t = plane // PT, plane % PT
-            plane_ptr = images_ptr + image * stride_b + tl.cast(c, tl.int64) * stride_c
-            plane_ptr += tl.cast(frame + t, tl.int64) * stride_t
-            scale, shift = 1.0, 0.0
-            if scale_ptr is not None:
-                scale, shift = tl.load(scale_ptr + c), tl.load(shift_ptr + c)
+            plane_ptr, scale, shift = plane_of(
+                images_ptr + image * stride_b, scale_ptr, shift_ptr, plane, frame, stride_c, stride_t, PT
+            )
             for tile in range(TILES_Y * TILES_X):
-                y = tile // TILES_X * BLOCK_Y + tl.arange(0, BLOCK_Y)
-                x = tile % TILES_X * BLOCK_X + tl.arange(0, BLOCK_X)
-                target = local_target(
-                    *(plane_ptr, scale, shift, first_y + y, first_x + x),
-                    *(first_y + tile // TILES_X * BLOCK_Y, first_x + tile % TILES_X * BLOCK_X),
-                    *(stride_h, height, width, reach, scale_ptr is not None, BLOCK_Y, BLOCK_X, BLOCK_W),
+                difference, e, inside, counts = tile_difference(
+                    *(pred_row, plane_ptr, scale, shift, mask_ptr, image, row, plane, tile, first_y, first_x, stride_h),
+                    *(
+                        grid_h,
+                        grid_w,
+                        mask_stride,
+                        mask_row,
+                        reach,
+                        scale_ptr is not None,
+                        CHANNELS,
+                        PT,
+                        PH,
+                        PW,
+                        CHANNELS_LAST,
+                    ),
+                    *(CELLS_H, CELLS_W, BLOCK_Y, BLOCK_X, BLOCK_W),
                 )
-                inside = (y < PH)[:, None] & (x < PW)[None, :]
-                if CHANNELS_LAST:
-                    e = ((t * PH + y[:, None]) * PW + x[None, :]) * CHANNELS + c
-                else:
-                    e = (plane * PH + y[:, None]) * PW + x[None, :]
-                value = widen(tl.load(pred_row + e, mask=inside, other=0.0))
-                counts = inside
-                if CELLS_H > 0:
-                    counts = in_counted_cell(
-                        *(mask_ptr, image, row, y[:, None], x[None, :], inside, grid_w, mask_stride, mask_row),
-                        *(PH, PW, CELLS_H, CELLS_W),
-                    )
-                slope = tl.where(counts, grad * element_slope(value - target, beta, KIND), 0.0)
+                slope = tl.where(counts, grad * element_slope(difference, beta, KIND), 0.0)
                 tl.store(out + e, narrow(slope, dpred_ptr.dtype.element_ty), mask=inside)
     else:
         zeros = tl.zeros([BLOCK_Y * BLOCK_X], dtype=dpred_ptr.dtype.element_ty)
