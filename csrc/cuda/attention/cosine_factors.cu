@@ -35,15 +35,7 @@ __global__ void __launch_bounds__(kRowThreads)
     for (int chunk = lane; chunk * kChunk<T> < dim; chunk += kLanes) {
       const T* const from = row + chunk * kChunk<T>;
       T elements[kChunk<T>];
-      if (aligned) {
-        const uint4 word = *reinterpret_cast<const uint4*>(from);
-        memcpy(elements, &word, sizeof(word));
-      } else {
-#pragma unroll
-        for (int e = 0; e < kChunk<T>; ++e) {
-          elements[e] = from[e];
-        }
-      }
+      load_chunk(elements, from, aligned);
 #pragma unroll
       for (int e = 0; e < kChunk<T>; ++e) {
         const SquareSum<T> element = to_float(elements[e]);

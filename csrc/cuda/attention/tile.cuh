@@ -26,6 +26,20 @@ constexpr float kLargestHalf = 65504.0f;
 template <typename T>
 constexpr int kChunk = 16 / sizeof(T);
 
+// 16 bytes of a row's features: one load where they are `aligned`.
+template <typename T>
+__device__ __forceinline__ void load_chunk(T (&elements)[kChunk<T>], const T* from, bool aligned) {
+  if (aligned) {
+    const uint4 word = *reinterpret_cast<const uint4*>(from);
+    memcpy(elements, &word, sizeof(word));
+  } else {
+#pragma unroll
+    for (int e = 0; e < kChunk<T>; ++e) {
+      elements[e] = from[e];
+    }
+  }
+}
+
 // Elements of T that one product of fragments contracts: 32 bytes of each row.
 template <typename T>
 constexpr int kStep = 32 / sizeof(T);

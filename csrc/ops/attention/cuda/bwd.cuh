@@ -36,15 +36,7 @@ __device__ __forceinline__ void strip_delta(float (&delta)[2], const T* dout, in
     for (int chunk = lane % 2; chunk * kChunk<T> < dim; chunk += 2) {
       const T* const from = out + row * out_stride + chunk * kChunk<T>;
       T elements[kChunk<T>];
-      if (aligned) {
-        const uint4 word = *reinterpret_cast<const uint4*>(from);
-        memcpy(elements, &word, sizeof(word));
-      } else {
-#pragma unroll
-        for (int e = 0; e < kChunk<T>; ++e) {
-          elements[e] = from[e];
-        }
-      }
+      load_chunk(elements, from, aligned);
 #pragma unroll
       for (int e = 0; e < kChunk<T>; ++e) {
         sum =
