@@ -2,7 +2,7 @@
 
 Outputs, gradients, captured statistics and times of one model or more of each family; writes docs/TIMM.md.
 ``python -m benchmarks timm-sweep`` takes some minutes on one core; with ``--only swin_transformer beit`` it
-takes those families and writes nothing.
+renews the rows of those families, where the versions and the CPU are those of the others.
 """
 
 from __future__ import annotations
@@ -368,9 +368,19 @@ def table(rows: Sequence[Row], others: Sequence[tuple[str, str]], machine: str) 
     return "\n".join(lines) + "\n"
 
 
+def renewed(rows: Sequence[Row], versions: dict[str, str]) -> list[Row]:
+    """The rows on file with `rows` in the places of theirs."""
+    document = json.loads(JSON.read_text())
+    theirs = {name: document[name] for name in versions}
+    if theirs != versions:
+        raise SystemExit(f"the rows on file are of {theirs}, these would be of {versions}; renew all")
+    new = {(row.family, row.model): row for row in rows}
+    return [new.get((row["family"], row["model"])) or Row(**row) for row in document["families"]]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", metavar="FAMILY", help="these families; writes nothing")
+    parser.add_argument("--only", nargs="+", metavar="FAMILY", help="renews the rows of these families")
     parser.add_argument("--seconds", type=float, default=4.0, help="CPU time for timing each model; 0: no timing")
     asked = parser.parse_args()
     rows = []
@@ -386,15 +396,16 @@ def main() -> int:
                 f"{'; '.join([*row.left, *row.to_pytorch])}",
                 flush=True,
             )
+    machine = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    versions = {"timm": timm.__version__, "torch": torch.__version__, "cpu": machine}
+    if asked.only:
+        rows = renewed(rows, versions)
     others = list(other_families())
-    if not asked.only:
-        machine = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-        JSON.parent.mkdir(exist_ok=True)
-        versions = {"timm": timm.__version__, "torch": torch.__version__, "cpu": machine}
-        document = {**versions, "families": [asdict(row) for row in rows], "others": dict(others)}
-        JSON.write_text(json.dumps(document, indent=1) + "\n")
-        TABLE.parent.mkdir(exist_ok=True)
-        TABLE.write_text(table(rows, others, machine))
+    document = {**versions, "families": [asdict(row) for row in rows], "others": dict(others)}
+    JSON.parent.mkdir(exist_ok=True)
+    JSON.write_text(json.dumps(document, indent=1) + "\n")
+    TABLE.parent.mkdir(exist_ok=True)
+    TABLE.write_text(table(rows, others, machine))
     wrong = [row.model for row in rows if not row.equal] + [name for name, why in others if why.startswith("MISSED")]
     if wrong:
         print(f"wrong: {', '.join(wrong)}", file=sys.stderr)
