@@ -50,7 +50,7 @@ METHODS = {
             "norm_pix_loss": (bool,),
         },
     ),
-    "simmim": Recipe(SimMIM, {**_MASK_RATIO, "mask_unit": (int,), "target": (str,), "loss": (str,)}),
+    "simmim": Recipe(SimMIM, {**_MASK_RATIO, "mask_unit": (int, type(None)), "target": (str,), "loss": (str,)}),
     "supervised": Recipe(Supervised, {"num_classes": (int,), "label_smoothing": (float,)}),
 }
 

@@ -19,6 +19,7 @@ from mimkernels.ops import fill_mask_tokens, masked_patch_loss, random_mask
 
 __all__ = ["SimMIM", "SimMIMOutput"]
 
+_PUBLISHED_UNIT = 32  # pixels
 _LOSSES = {"l1": "l1", "mse": "mse", "smooth-l1": "smooth_l1"}
 
 
@@ -54,7 +55,8 @@ class SimMIM(ImageModel):
         encoder: a timm model without head, with the weights it is to start from.
         mask_unit: side in pixels of the squares that are masked whole: a multiple of the patch (of Swin 4 pixels as a
             rule) that divides the image. Of what an output token predicts (of Swin 32 x 32 pixels as a rule) it may
-            hide a part: then that part counts.
+            hide a part: then that part counts. None: 32 as published, where images are of several such squares, else
+            one patch.
         mask_ratio: share of the units that are masked, rounded up.
         target: "pixels"; "patch-norm": each output token's pixels minus their mean over their deviation, as MAE;
             "local-norm:K": each pixel by mean and deviation of the K x K pixels around it (published for Swin V2: 47).
@@ -78,7 +80,7 @@ class SimMIM(ImageModel):
         self,
         encoder: nn.Module,
         *,
-        mask_unit: int = 32,
+        mask_unit: int | None = None,
         mask_ratio: float = 0.6,
         target: str = "pixels",
         loss: str = "l1",
@@ -99,7 +101,8 @@ class SimMIM(ImageModel):
         self.grid_size: tuple[int, int] = tuple(embed.grid_size)
         self.encoder_stride = self._family.stride(encoder)
         self.in_chans = embed.proj.in_channels
-        self.mask_unit, self.mask_ratio = mask_unit, mask_ratio
+        self.mask_unit = self._published_unit() if mask_unit is None else mask_unit
+        self.mask_ratio = mask_ratio
         self.target, self.loss = target, loss
         self._target = parse_target(target)
         if self._target.norm_pix and self.in_chans * math.prod(self.encoder_stride) == 1:
@@ -128,7 +131,7 @@ class SimMIM(ImageModel):
         img_size: int | Sequence[int] = 224,
         in_chans: int = 3,
         patch_size: int | Sequence[int] | None = None,
-        mask_unit: int = 32,
+        mask_unit: int | None = None,
         mask_ratio: float = 0.6,
         target: str = "pixels",
         loss: str = "l1",
@@ -335,6 +338,15 @@ class SimMIM(ImageModel):
             mean=self._pixel_mean,
             std=self._pixel_std,
         )
+
+    def _published_unit(self) -> int:
+        """32 pixels, or one patch where 32 do not fit."""
+        sizes = self.encoder.patch_embed.img_size
+        fits = not any(_PUBLISHED_UNIT % side for side in self.patch_size) and not any(
+            size % _PUBLISHED_UNIT for size in sizes
+        )
+        several = math.prod(sizes) > _PUBLISHED_UNIT**2
+        return _PUBLISHED_UNIT if fits and several else math.lcm(*self.patch_size)
 
     def _check_unit(self) -> None:
         """Raise ValueError unless units consist of whole patches and images of whole units."""

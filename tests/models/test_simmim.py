@@ -121,6 +121,17 @@ def assert_gradients_agree(model, plain):
         torch.testing.assert_close(parameter.grad, expected, atol=2e-6, rtol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize(
+    ("img_size", "patch_size", "unit"), [(64, 16, 32), ((32, 96), 8, 32), (32, 8, 8), (48, 8, 8), (24, (4, 6), 12)]
+)
+def test_units_are_the_published_ones_where_they_fit(
+    img_size: int | tuple[int, int], patch_size: int | tuple[int, int], unit: int
+) -> None:
+    model = SimMIM.from_timm("vit_tiny_patch16_224", img_size=img_size, patch_size=patch_size, depth=1)
+    assert model.mask_unit == unit
+    assert SimMIM.from_config(model.config).mask_unit == unit
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_and_every_gradient_equal_the_plain_statement(name):
     model = build(name).eval()

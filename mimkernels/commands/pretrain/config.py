@@ -65,7 +65,10 @@ class PretrainConfig(Settings):
     decoder_heads: int = setting(16, "decoder attention heads", "MAE")
     norm_pix_loss: bool = setting(True, "normalise each target patch by its own mean and variance", "MAE")
 
-    mask_unit: int = setting(32, "side in pixels of the squares that are masked whole", "SimMIM")
+    mask_unit: int | None = setting(
+        None, "side in pixels of the squares that are masked whole (default: 32, or one patch where images are not of "
+        "several such squares)", "SimMIM",
+    )  # fmt: skip
     target: str = setting(
         "pixels", "what is predicted: pixels; patch-norm, normalised by mean and variance of what one output token "
         "predicts; or local-norm:K, by those of the K x K pixels around each", "SimMIM", metavar="TARGET",
@@ -210,11 +213,11 @@ class PretrainConfig(Settings):
             "decoder_heads",
             "batch_size",
             "accum_steps",
-            "mask_unit",
         ):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("epochs", "log_every", "keep_checkpoints", "head_stats_every", "val_images", "val_masks"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(self.mask_unit is None or self.mask_unit >= 1, "mask_unit", self.mask_unit, "at least 1")
         for name in ("workers", "pictures", "seed"):
             value = getattr(self, name)
             require(value is None or value >= 0, name, value, "0 or more")
