@@ -45,7 +45,7 @@ bench: $(RUNNABLE) ## time the ops against plain PyTorch
 	$(BIN)/mimkernels bench run $(ARGS)
 
 # Not through the environment above: a machine with a GPU often has its own torch, and no way to install another.
-gpu: ## on a machine with an NVIDIA GPU: build, test, sanitize, time (PYTHON=... with torch; ARGS=--dry-run without GPU)
+gpu: ## on a machine with an NVIDIA GPU: all that one is needed for, 450 s (PYTHON=... with torch; ARGS=--rehearse without GPU)
 	$(PYTHON) -m benchmarks gpu $(ARGS)
 
 # The types last: mypy reads those of every library that is imported. A user's file is checked as users check theirs.

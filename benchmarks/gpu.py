@@ -1,248 +1,239 @@
-"""Builds, tests, sanitizes and times on an NVIDIA GPU: ``python -m benchmarks gpu`` (``make gpu``).
+"""Learns everything about the kernels on an NVIDIA GPU in 450 seconds: ``python -m benchmarks gpu`` (``make gpu``).
 
-Builds the libraries in place, runs the contract tests on the device and every kernel once under compute-sanitizer, and
-times every benchmark case, Triton against CUDA C++. Nothing is installed: torch, triton, numpy, pytest, cmake and ninja
-must be there. Steps go on after a failure; each has its share of nine minutes. ``--dry-run`` builds what can be built
-without a GPU, and lists and checks all that would run.
+Stages run in their order, each in a process group of its own that is killed at its limit. Every finished case is a
+line of ``results.jsonl`` at once; ``log.txt`` has what was printed, ``rest.tar.gz`` profiles and the like, renewed
+after every stage; ``report.md`` is what the lines say. Nothing is installed, and nothing is built where the library
+loads: torch, triton, numpy and timm must be there.
+
+    python -m benchmarks gpu --output out              # all of it, at most 450 s
+    python -m benchmarks gpu --only contract attention # some stages
+    python -m benchmarks gpu --second --output out     # after a mend: 150 s, ours also under torch.compile
+    python -m benchmarks gpu --rehearse                # without a GPU: the emulated kernels in place of the device
+    python -m benchmarks gpu --read out/results.jsonl  # the report of a run
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import os
-import re
 import shutil
+import signal
 import subprocess
 import sys
+import tarfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 540  # in all
-TESTS = ("tests/test_contract.py", "tests/ops")
-SELECTED = "cuda or triton"
-SANITIZERS = ("memcheck", "racecheck")
-DTYPES = ("bfloat16", "float32")
+SECONDS = 450  # of a first run
+SECOND = 150  # of a second
+_GRACE = 3.0  # seconds between the request to end and the end
+_REHEARSED = 2.0  # times the limits: two cores import for longer than a GPU's host
 
 
-@dataclass
-class Step:
-    """One thing to do: what it runs, and the most seconds it may take."""
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run: what it is called, the most seconds it may take, and what it finds out."""
 
     name: str
-    command: list[str]
     seconds: int
-    environment: dict[str, str] = field(default_factory=dict)
+    words: str
 
 
-def steps(output: Path) -> list[Step]:
-    """What is run, in order; the sum of the time limits is ``SECONDS``."""
-    python = sys.executable
-    tests = [python, "-m", "pytest", "-q", "--no-header", "--maxfail=25", *TESTS, "-k", SELECTED]
-    if _has("xdist"):
-        tests += ["-n", str(min(8, os.cpu_count() or 1))]
-    planned = [
-        Step(
-            "build",
-            [python, "setup.py", "-q", "build_native", "--inplace"],
-            150,
-            {"MIMKERNELS_BUILD": "require", "MIMKERNELS_CMAKE_ARGS": _architecture_argument()},
-        ),
-        Step("tests", tests, 150),
-    ]
-    for tool in SANITIZERS:
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", python, "-m", "benchmarks", "gpu"]
-        planned.append(Step(f"sanitizer-{tool}", [*command, "--kernels-once"], 40))
-    bench = [python, "-m", "mimkernels", "bench", "run", "--seconds", "0.5", "--no-compile", "--output", str(output)]
-    groups = ["--group", "gathering", "pooling", "mlp", "norm", "attention"]
-    planned.append(Step("benchmarks", [*bench, "--backends", *groups, "--dtype", *DTYPES], 90))
-    step = ["--group", "calls", "step", "--model", "vit_base_patch16_224", "--compile-step", "--dtype", "bfloat16"]
-    planned.append(Step("whole-step", [*bench, *step], 70))
-    assert sum(step.seconds for step in planned) <= SECONDS
-    return planned
+FIRST = (
+    Stage("floors", 20, "versions, libraries that load, a copy, a matrix product"),
+    Stage("contract", 45, "what runs, and what is wrong by how much"),
+    Stage("attention", 75, "CUDA C++ against flash, cuDNN and efficient attention"),
+    Stage("memory", 40, "shares of a copy"),
+    Stage("triton", 110, "Triton or CUDA C++ first, by op and shape"),
+    Stage("step", 60, "a training step of MAE, and where its time goes"),
+    Stage("ncu", 40, "what limits attention, GELU and pooling"),
+    Stage("sanitizer", 60, "memory accesses and races of own kernels"),
+)
+AGAIN = (
+    Stage("floors", 15, "versions, libraries that load, a copy, a matrix product"),
+    Stage("contract", 30, "what runs, and what is wrong by how much"),
+    Stage("attention", 45, "CUDA C++ against flash, cuDNN and efficient attention"),
+    Stage("step-compiled", 60, "a training step under torch.compile"),
+)
+BUILD = Stage("build", 150, "the libraries, where those that came along do not load")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dry-run", action="store_true", help="build, list and check everything; run nothing on a GPU")
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "gpu", help="folder of logs, JSON and summary")
-    parser.add_argument("--kernels-once", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "gpu", help="folder of all results")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages: " + ", ".join(s.name for s in FIRST))
+    parser.add_argument("--second", action="store_true", help=f"the shorter run after a mend, {SECOND} s")
+    parser.add_argument("--rehearse", action="store_true", help="emulated kernels in place of a device, scaled limits")
+    parser.add_argument("--read", type=Path, metavar="RESULTS", help="print the report of a results.jsonl")
+    parser.add_argument("--stage", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.kernels_once:
-        return run_kernels_once()
-    options.output.mkdir(parents=True, exist_ok=True)
-    plan = steps(options.output)
-    return dry_run(plan) if options.dry_run else run(plan, options.output)
+    if options.read is not None:
+        from benchmarks.gpu_stages.reader import report
+        from benchmarks.gpu_stages.target import read
+
+        print(report(read(options.read)))
+        return 0
+    output = options.output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    if options.stage:
+        return run_stage(options.stage, output, rehearsal=options.rehearse)
+    planned = AGAIN if options.second else FIRST
+    if options.only:
+        unknown = set(options.only) - {stage.name for stage in planned}
+        if unknown:
+            parser.error(f"no stage {', '.join(sorted(unknown))}; there are {', '.join(s.name for s in planned)}")
+        planned = tuple(stage for stage in planned if stage.name in options.only)
+    return run(planned, output, seconds=SECOND if options.second else SECONDS, rehearsal=options.rehearse)
 
 
-def run(plan: list[Step], output: Path) -> int:
-    """Run the steps, one log each, and write ``summary.json`` and ``summary.txt``."""
-    import torch
+def run(planned: Sequence[Stage], output: Path, *, seconds: float, rehearsal: bool) -> int:
+    """Run the stages; 0 where all ended well within their limits."""
+    from benchmarks.gpu_stages.reader import report
+    from benchmarks.gpu_stages.target import Target, read
 
-    if not torch.cuda.is_available():
-        print("no CUDA device is visible to torch; --dry-run checks everything that needs none", file=sys.stderr)
-        return 2
-    began, results = time.monotonic(), []
-    for step in plan:
-        left = SECONDS - (time.monotonic() - began)
-        results.append(_run_step(step, output, min(step.seconds, left)))
-        _write_summary(results, output)
-    print((output / "summary.txt").read_text())
-    return 0 if all(result["rc"] == 0 for result in results) else 1
-
-
-def _run_step(step: Step, output: Path, seconds: float) -> dict:
-    print(f"==> {step.name} (at most {seconds:.0f} s)", flush=True)
-    start = time.monotonic()
-    log = output / f"{step.name}.log"
-    with log.open("w") as file:
-        try:
-            rc = subprocess.run(
-                step.command,
-                cwd=ROOT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **step.environment},
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                timeout=max(1.0, seconds),
-            ).returncode
-        except subprocess.TimeoutExpired:
-            rc = 124
-        except FileNotFoundError as error:
-            rc = 127
-            file.write(f"{error}\n")
-    tail = log.read_text(errors="replace").splitlines()[-12:]
-    print("\n".join(tail))
-    return {"step": step.name, "rc": rc, "seconds": round(time.monotonic() - start, 1), "tail": tail}
+    # Whoever ends this run ends its stages, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    target = Target(output, rehearsal)
+    for name in ("results.jsonl", "log.txt", "rest.tar.gz", "report.md"):
+        (output / name).unlink(missing_ok=True)
+    shutil.rmtree(target.rest, ignore_errors=True)
+    scale = _REHEARSED if rehearsal else 1.0
+    deadline = time.monotonic() + seconds * scale
+    todo = list(planned)
+    if not rehearsal and not _loads():
+        todo.insert(0, BUILD)
+        deadline += BUILD.seconds
+    wrong = []
+    for stage in todo:
+        limit = min(stage.seconds * scale, deadline - time.monotonic())
+        if limit < 1:
+            target.add("run", stage.name, state="not begun", s=0.0)
+            wrong.append(stage.name)
+            continue
+        print(f"==> {stage.name} (at most {limit:.0f} s): {stage.words}", flush=True)
+        status, taken = _in_group(_command(stage, output, rehearsal), limit, output / "log.txt", rehearsal)
+        state = {0: "ended well", None: "out of time"}.get(status, f"ended with {status}")
+        target.add("run", stage.name, state=state, s=round(taken, 1), limit=round(limit, 1))
+        print(f"    {state} after {taken:.0f} s", flush=True)
+        if status != 0:
+            wrong.append(stage.name)
+        _archive(target.rest, output / "rest.tar.gz")
+        _whole(output / "report.md", report(read(target.results)) + "\n")
+    shutil.rmtree(target.rest, ignore_errors=True)
+    print((output / "report.md").read_text())
+    return 1 if wrong else 0
 
 
-def _write_summary(results: list[dict], output: Path) -> None:
-    import torch
+def run_stage(name: str, output: Path, *, rehearsal: bool) -> int:
+    """What runs in a stage's own process."""
+    sys.path.insert(0, str(ROOT))  # for the contract's cases
+    from benchmarks.gpu_stages import attention, contract, floors, memory, profilers, step, triton
+    from benchmarks.gpu_stages.target import Target
 
-    about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    (output / "summary.json").write_text(json.dumps({"machine": about, "steps": results}, indent=1) + "\n")
-    lines = [f"{about['device']}, torch {about['torch']}"]
-    lines += [f"{r['step']:22} {_verdict(r['rc']):12} {r['seconds']:7.1f} s  {_count(r['tail'])}" for r in results]
-    (output / "summary.txt").write_text("\n".join(lines) + "\n")
-
-
-def _verdict(rc: int) -> str:
-    return {0: "passed", 124: "out of time", 127: "not found"}.get(rc, f"failed ({rc})")
-
-
-def _count(tail: list[str]) -> str:
-    """The line that counts: pytest's or the sanitizer's last one."""
-    counts = [line for line in tail if re.search(r"\d+ (passed|failed|error)|ERROR SUMMARY", line)]
-    return counts[-1].strip("= ") if counts else ""
-
-
-def dry_run(plan: list[Step]) -> int:
-    """Build, and check that each step has what it runs; nothing needs a GPU."""
-    checks: list[tuple[str, Callable[[], str]]] = [
-        ("build", lambda: _succeeds(plan[0])),
-        ("tests", _collected),
-        ("kernels", lambda: f"{len(kernel_cases())} cases of ops with a cuda row"),
-        ("benchmarks", _listed),
-        ("sanitizer", _sanitizer),
-    ]
-    for step in plan:
-        print(f"{step.name:22} at most {step.seconds:3} s   {' '.join(_readable(step.command))}")
-    failed = 0
-    for name, check in checks:
-        try:
-            print(f"{name:22} {check()}")
-        except (AssertionError, subprocess.CalledProcessError) as error:
-            failed += 1
-            print(f"{name:22} FAILED: {error}\n{getattr(error, 'stdout', '') or ''}")
-    return 1 if failed else 0
-
-
-def _readable(command: list[str]) -> list[str]:
-    return [Path(part).name if part == sys.executable else part for part in command]
-
-
-def _succeeds(step: Step) -> str:
-    environment = {**os.environ, **step.environment}
-    subprocess.run(
-        step.command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    built = json.loads((ROOT / "mimkernels" / "_lib" / "build.json").read_text())
-    assert (ROOT / "mimkernels" / "_lib" / "libmimkernels_cuda.so").exists(), f"no CUDA library: {built}"
-    return f"libraries built, CUDA for {built.get('cuda_architectures', '?')}"
-
-
-def _collected() -> str:
-    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", *TESTS, "-k", SELECTED]
-    collected = subprocess.run(
-        command, cwd=ROOT, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    return collected.stdout.strip().splitlines()[-1]
-
-
-def _listed() -> str:
-    import torch
-
-    from mimkernels.commands.bench.cases.attention import attention_cases
-    from mimkernels.commands.bench.cases.gathering import Size, gathering_cases
-    from mimkernels.commands.bench.cases.pooling import pooling_cases
-
-    names = [
-        case.name
-        for cases in (gathering_cases, pooling_cases)
-        for case in cases(Size(batch=1), torch.float32, "cpu", compiled=False)
-    ]
-    names += [f"{case.name}, {case.shape}" for case in attention_cases(torch.float32, "cpu")]
-    return f"{len(names)} cases in each of {', '.join(DTYPES)}"
-
-
-def _sanitizer() -> str:
-    path = shutil.which("compute-sanitizer")
-    return path or "compute-sanitizer is not on the PATH here (it comes with the CUDA toolkit)"
-
-
-def kernel_cases() -> list:
-    """One small case of every op that has CUDA kernels, per option that reaches other kernels."""
-    from mimkernels import testing
-    from tests.cases import cases
-
-    return [case for case in cases() if "cuda" in testing.backends(case.op) and _is_small(case)]
-
-
-def _is_small(case) -> bool:
-    import torch
-
-    sizes = [value.numel() for value in case.inputs(torch.float32).values() if isinstance(value, torch.Tensor)]
-    return max(sizes, default=0) < 20_000
-
-
-def run_kernels_once() -> int:
-    """Every CUDA kernel once, forward and backward, on small shapes: what compute-sanitizer watches."""
-    import torch
-
-    from mimkernels import testing
-
-    for case in kernel_cases():
-        for dtype in case.dtypes:
-            testing.run(case, case.inputs(dtype, "cuda"), "cuda")
-    torch.cuda.synchronize()
-    print(f"{len(kernel_cases())} cases ran")
+    target = Target(output, rehearsal)
+    name, _, part = name.partition(":")
+    if name == "triton-compile":
+        share, shares = map(int, part.split("/"))
+        triton.compile_share(target, share, shares)
+        return 0
+    {
+        "floors": floors.run,
+        "contract": contract.run,
+        "contract-worker": contract.work,
+        "attention": attention.run,
+        "memory": memory.run,
+        "triton": triton.run,
+        "step": step.run,
+        "step-compiled": lambda target: step.run(target, compiled=True),
+        "ncu": profilers.run_ncu,
+        "profiled": profilers.profiled,
+        "sanitizer": profilers.run_sanitizers,
+        "small": profilers.small_cases,
+    }[name](target)
     return 0
 
 
-def _has(module: str) -> bool:
-    import importlib.util
+def _command(stage: Stage, output: Path, rehearsal: bool) -> list[str]:
+    if stage is BUILD:
+        return [sys.executable, "setup.py", "-q", "build_native", "--inplace"]
+    command = [sys.executable, "-m", "benchmarks", "gpu", "--stage", stage.name, "--output", str(output)]
+    return [*command, "--rehearse"] if rehearsal else command
 
-    return importlib.util.find_spec(module) is not None
+
+def _in_group(command: list[str], limit: float, log: Path, rehearsal: bool) -> tuple[int | None, float]:
+    """Exit status, None where the limit came first, and the seconds; whatever it started is gone afterwards."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if rehearsal:
+        environment["TRITON_INTERPRET"] = "1"
+    else:
+        environment["MIMKERNELS_CMAKE_ARGS"] = _architecture() + " -DMIMKERNELS_EMULATION=OFF"
+    began = time.monotonic()
+    with log.open("a") as file:
+        file.write(f"==> {' '.join(command)}\n")
+        file.flush()
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            status: int | None = process.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            _end(process)
+    return status, time.monotonic() - began
 
 
-def _architecture_argument() -> str:
-    """Only the device's own architecture, so that the build takes a third of the time; all of them without a device."""
+def _end(process: subprocess.Popen) -> None:
+    """End the whole group, politely first."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=_GRACE)
+            if number == signal.SIGTERM and _group_is_gone(process.pid):
+                return
+
+
+def _group_is_gone(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def _archive(folder: Path, path: Path) -> None:
+    """All of a folder in one file, whole at every moment."""
+    partial = path.with_name(path.name + ".partial")
+    with tarfile.open(partial, "w:gz") as archive:
+        if folder.exists():
+            archive.add(folder, arcname="rest")
+    partial.replace(path)
+
+
+def _whole(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def _loads() -> bool:
+    """Whether the CUDA library that came along does; asked in a process of its own."""
+    code = "from mimkernels.ops._registry import backend_state; print(backend_state('cuda') or 'loads')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() == "loads"
+
+
+def _architecture() -> str:
+    """Only the device's own architecture, so that a build takes a third of the time."""
     import torch
 
     if not torch.cuda.is_available():
         return ""
     major, minor = torch.cuda.get_device_capability()
-    name = f"{major}{minor}" + ("a" if major == 9 else "")
-    return f"-DMIMKERNELS_CUDA_ARCHITECTURES={name}-real"
+    return f"-DMIMKERNELS_CUDA_ARCHITECTURES={major}{minor}{'a' if major == 9 else ''}-real"

@@ -29,6 +29,7 @@ from mimkernels.ops.received_attention import triton as received
 # What stands for a bucket of the table: lengths of ViTs on visible and on all patches, head dims of ViT-B, -H and -7B.
 TOKENS = {64: (50, 64), 128: (99,), 256: (197, 256), triton_configs.ANY: (577, 1025)}
 HEAD_DIMS = {64: (64,), 128: (80, 128)}
+DEVICE = "cuda"
 TOKENS_IN_ALL = 128 * 197 * 12  # tokens times heads of one call: enough to fill any GPU
 KERNELS = {
     "forward": "attention_fwd_kernel",
@@ -74,19 +75,19 @@ def calls(kernel: str, precision: str, dim: int, tokens: int, extra: bool) -> Ca
     heads = 12
     batch = max(1, TOKENS_IN_ALL // (tokens * heads))
     dtype = DTYPES[precision]
-    q, k, v = torch.randn(batch, tokens, 3, heads, dim, device="cuda", dtype=dtype).permute(2, 0, 3, 1, 4)
+    q, k, v = torch.randn(batch, tokens, 3, heads, dim, device=DEVICE, dtype=dtype).permute(2, 0, 3, 1, 4)
     scale = dim**-0.5
-    positions = torch.rand(1, tokens, 2, device="cuda") if extra else None
+    positions = torch.rand(1, tokens, 2, device=DEVICE) if extra else None
     if kernel in ("forward", "masked"):
-        bias = torch.randn(1, heads, tokens, tokens, device="cuda", dtype=dtype) if kernel == "masked" else None
-        key_mask = torch.ones(batch, tokens, dtype=torch.bool, device="cuda") if kernel == "masked" else None
+        bias = torch.randn(1, heads, tokens, tokens, device=DEVICE, dtype=dtype) if kernel == "masked" else None
+        key_mask = torch.ones(batch, tokens, dtype=torch.bool, device=DEVICE) if kernel == "masked" else None
         return lambda: attention.attention_fwd(
             q, k, v, bias, None, None, key_mask, None, scale, 1, positions, 127 if extra else 0
         )
     out, lse, low, _ = attention.attention_fwd(q, k, v, *[None] * 5, scale, 1, None, 0)
     if kernel == "companion":
         return lambda: received.received_attention_fwd(q, k, lse, *[None] * 5, scale)
-    coef = torch.randn(6, *lse.shape, device="cuda") if extra else None
+    coef = torch.randn(6, *lse.shape, device=DEVICE) if extra else None
     dout = torch.randn_like(out)
     return lambda: attention.attention_bwd(
         dout, q, k, v, out, lse, low, *[None] * 5, scale, 1, positions, coef, *[False] * 4
@@ -186,7 +187,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, help="the table's buckets: 64, 128, 256; 0 for longer")
     parser.add_argument("--statistics", choices=("no", "yes", "both"), default="both")
     given = parser.parse_args()
-    arch = architecture(torch.device("cuda", torch.cuda.current_device()))
+    arch = architecture(torch.device(DEVICE, torch.cuda.current_device()))
     print(f"{torch.cuda.get_device_name()}: entries of sm_{arch}")
     extras = {"no": (False,), "yes": (True,), "both": (False, True)}[given.statistics]
     for kernel, precision, dim in itertools.product(given.kernels, given.precisions, given.dims):

@@ -7,10 +7,13 @@ commands come from their parsers. Tables stand between two marks in their files,
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from benchmarks.gpu_stages.reader import report
+from benchmarks.gpu_stages.target import read
 from mimkernels.cli import COMMANDS, build_parser
 from mimkernels.commands.bench.results import read_reports
 from mimkernels.commands.bench.tables import all_tables
@@ -48,10 +51,10 @@ def headlines() -> str:
             f"| {about['device']}, {about['threads']} threads, fp32 | compared with | times as fast |",
             "|---|---|---|",
         ]
-        for report, name, shape, words, other in HEADLINES:
-            records = [r for r in reports.get(report, {}).get("results", ()) if r["name"] == name]
+        for group, name, shape, words, other in HEADLINES:
+            records = [r for r in reports.get(group, {}).get("results", ()) if r["name"] == name]
             for record in [r for r in records if shape in ("", r["shape"])][:1]:
-                against = "the published code" if report.startswith("step") else AGAINST[other]
+                against = "the published code" if group.startswith("step") else AGAINST[other]
                 ratio = record["median_us"][other] / record["median_us"]["ours"]
                 lines.append(f"| {words} | {against} | {ratio:.{1 if ratio >= 2 else 2}f} |")
         tables.append("\n".join(lines) + "\n")
@@ -59,8 +62,11 @@ def headlines() -> str:
 
 
 def figures() -> str:
-    """Every case of every device."""
-    return "\n".join(all_tables(reports) for reports in reports_by_device())
+    """Every case of every device, and what runs on GPUs said."""
+    runs = sorted(RESULTS.glob("*/results.jsonl"))
+    # One level below the page's headings.
+    reports = [re.sub(r"^#", "##", report(read(run)), flags=re.MULTILINE) + "\n" for run in runs]
+    return "\n".join([*(all_tables(reports) for reports in reports_by_device()), *reports])
 
 
 def options() -> str:
