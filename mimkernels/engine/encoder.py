@@ -3,7 +3,6 @@
 import difflib
 import hashlib
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -11,7 +10,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from mimkernels.engine.checkpoint import CheckpointFolder, are_tensors, check_content, is_checkpoint, whole_beside
+from mimkernels.engine.checkpoint import CheckpointFolder, check_content, is_checkpoint, whole_beside
+from mimkernels.engine.published import LoadReport, Published, read_published
 from mimkernels.engine.settings import is_of_type, read_settings
 from mimkernels.heads import record_heads
 from mimkernels.models.architecture import check_sizes
@@ -19,28 +19,7 @@ from mimkernels.models.build import PIXEL_STATISTICS, build_model
 from mimkernels.models.checkpoint import DamagedFileError, copy_by_name, read_file, weights_of
 from mimkernels.nn import cls_attention, use_mimkernels_attention, use_mimkernels_block, use_mimkernels_mlp
 
-# Published MAE encoders by width and depth; the number of heads cannot be read off the weights.
-_BY_SHAPE = {
-    (192, 12): "vit_tiny_patch16_224",
-    (384, 12): "vit_small_patch16_224",
-    (768, 12): "vit_base_patch16_224",
-    (1024, 24): "vit_large_patch16_224",
-    (1280, 32): "vit_huge_patch14_224",
-}
 _EXPORTED = ("mae_checkpoint.pth", "simmim_checkpoint.pth", "supervised_checkpoint.pth")  # by `mimkernels pretrain`
-_DECODER = ("mask_token", "masked_embed", "decoder_", "decoder.", "head.")
-_RELATIVE = re.compile(r"relative_position_bias_table$|\.cpb_mlp\.")
-
-# Where published training checkpoints keep the encoder that is evaluated: DINO and iBOT (teacher), I-JEPA
-# (target_encoder), MoCo v3 and others (state_dict); and what stands before the names of its weights.
-_PARTS = ("teacher", "target_encoder", "student", "state_dict")
-_PREFIXES = ("", "base_encoder.", "backbone.", "encoder.")
-
-# Weights whose shapes tell the size of a published encoder: name, axes, what is missing without it.
-_NEEDED = (
-    ("patch_embed.proj.weight", 4, "it is not timm's or MAE's Vision Transformer"),
-    ("pos_embed", 3, "its positions are of another kind (rotary, relative, or computed)"),
-)
 
 
 class EncoderChoice(Protocol):
@@ -77,6 +56,7 @@ class FrozenEncoder(nn.Module):
         dim, num_tokens, num_prefix: D, N and P of the tokens.
         grid: rows and columns of patch tokens, or None if they form no grid.
         pixel_range: what images of more than 8 bits were converted with in its pre-training; see ``Decoder``.
+        loading: what became of the weights of a published checkpoint; None of everything else.
     """
 
     _shift: Tensor
@@ -109,6 +89,7 @@ class FrozenEncoder(nn.Module):
         self.register_buffer("_scale", 1 / (255 * torch.tensor(std).view(-1, 1, 1)))
         self.num_prefix = int(getattr(model, "num_prefix_tokens", 0))
         self._map_size: tuple[int, int] | None = None  # of encoders that give maps
+        self.loading: LoadReport | None = None
         self.has_cls_token = self.num_prefix > 0 and getattr(model, "cls_token", None) is not None
         use_mimkernels_attention(model, required=False)
         use_mimkernels_mlp(model, required=False)
@@ -209,12 +190,11 @@ def _from_file(choice: EncoderChoice, path: Path) -> FrozenEncoder:
     if is_checkpoint(content):
         check_content(content, str(path))
         return _from_run(choice, path, path, content["config"], content["model"])
-    part = _part_of(content)
-    weights = weights_of(content[part] if part else content, repr(str(path)))
     beside = path.parent / "config.json"
     if choice.arch is not None or not beside.is_file():
-        return _from_published(choice, path, weights, part)
+        return _from_published(choice, path, content)
     # Exported by a run, whose settings lie beside it.
+    weights = weights_of(content, repr(str(path)))
     return _from_run(choice, path, beside, read_settings(beside), weights, published=True)
 
 
@@ -260,90 +240,108 @@ def _from_run(
     )
 
 
-def _part_of(content: Any) -> str:
-    """The part of a published checkpoint that holds the encoder; empty if that is all of it, or under ``model``."""
-    if not isinstance(content, dict) or isinstance(content.get("model"), dict):
-        return ""
-    return next((part for part in _PARTS if are_tensors(content.get(part))), "")
-
-
-def _from_published(choice: EncoderChoice, path: Path, weights: dict[str, Tensor], part: str = "") -> FrozenEncoder:
-    """The encoder in a published checkpoint, whose names are timm's behind a prefix.
-
-    `part`: of the file, that `weights` were in.
-    """
+def _from_published(choice: EncoderChoice, path: Path, content: Any) -> FrozenEncoder:
+    """The encoder in a published checkpoint, with a report of what was done to its weights."""
     from mimkernels.nn.encoder import create_encoder
 
-    if any(_RELATIVE.search(name) for name in weights):
-        return _from_published_simmim(choice, path, weights)
-    prefix = next((prefix for prefix in _PREFIXES if f"{prefix}{_NEEDED[0][0]}" in weights), "")
-    weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-    weights = {name: tensor for name, tensor in weights.items() if not name.startswith(_DECODER)}
-    projection, positions = (_required(weights, *needed, path) for needed in _NEEDED)
-    width, channels, patch = projection.shape[0], projection.shape[1], projection.shape[2]
-    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    name = choice.arch or _BY_SHAPE.get((width, depth))
-    if name is None:
-        raise ValueError(
-            f"{str(path)!r} is {width} wide with {depth} blocks, which is no published size: name its timm model with "
-            "--arch (and --model-kwargs)"
-        )
-    side = math.isqrt(positions.shape[1] - ("cls_token" in weights))
-    size = choice.img_size or side * patch
-    kwargs = {**({} if "cls_token" in weights else {"class_token": False}), **choice.model_kwargs}
-    encoder = create_encoder(name, img_size=size, in_chans=channels, patch_size=patch, **kwargs)
-    copy_by_name(encoder.state_dict(), weights, title=f"{name}, {size} x {size} pixels")
-    if channels != 3:
-        raise ValueError(f"{str(path)!r} takes images of {channels} channels, published checkpoints take 3")
-    mean, std = PIXEL_STATISTICS[channels]
-    return FrozenEncoder(
-        encoder,
-        name,
-        f"{name} from {path}" + (f" ({part or prefix.rstrip('.')})" if part or prefix else ""),
-        img_size=size,
-        in_chans=channels,
-        mean=mean,
-        std=std,
-        final_norm=choice.final_norm,
-    )
+    published = read_published(content, repr(str(path)), choice.arch)
+    if published.relative:
+        return _with_relative_positions(choice, path, published)
+    name = _arch_of(choice, published)
+    assert published.grid is not None
+    size = choice.img_size or published.grid * published.patch
+    kwargs = {"patch_size": published.patch, **published.options, **choice.model_kwargs}
+    encoder = create_encoder(name, img_size=size, in_chans=published.channels, **kwargs)
+    weights, resampled = _fitted(published, encoder)
+    copied = copy_by_name(encoder.state_dict(), weights, title=f"{name}, {size} x {size} pixels")
+    return _frozen(choice, path, published, encoder, published.report(name, len(copied.loaded), resampled), size)
 
 
-def _from_published_simmim(choice: EncoderChoice, path: Path, weights: dict[str, Tensor]) -> FrozenEncoder:
-    """The encoder of a checkpoint with relative positions: of SimMIM, or a Swin, Swin V2 or BEiT alone."""
+def _with_relative_positions(choice: EncoderChoice, path: Path, published: Published) -> FrozenEncoder:
+    """The encoder of a checkpoint with relative positions: of BEiT, or a Swin or Swin V2, alone or of SimMIM."""
     from mimkernels.models.masked_encoders import create_masked_encoder, family_of
     from mimkernels.models.simmim_names import load_published
     from mimkernels.nn.encoder import timm_image_size
 
-    if choice.arch is None:
+    name = choice.arch or published.arch
+    if name is None:
+        fine_tuned = published.options.get("use_rel_pos_bias")
         raise ValueError(
-            f"{str(path)!r} has relative positions, as Swin, Swin V2, BEiT and SimMIM: name its timm model with --arch "
-            "(and what differs from it with --img-size and --model-kwargs, such as window_size)"
+            f"{published.where} has relative positions, as Swin, Swin V2, BEiT and SimMIM: name its timm model with "
+            "--arch (and what differs from it with --img-size and --model-kwargs, such as window_size)"
+            + (
+                "; tables in every block are of a fine-tuned BEiT, BEiT v2 or SimMIM, whose pixels are normalised "
+                "differently: take a name of beit_ or of beitv2_, as SimMIM the latter"
+                if fine_tuned
+                else ""
+            )
         )
-    size = choice.img_size or timm_image_size(choice.arch)
-    encoder: Any = create_masked_encoder(choice.arch, img_size=size, **choice.model_kwargs)
-    own = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
-    title = f"{choice.arch}, {size} x {size} pixels"
-    load_published(weights, own, encoder, family_of(encoder).stride(encoder), title=title)
-    mean, std = PIXEL_STATISTICS[3]
-    return FrozenEncoder(
+    of_beit = name.startswith("beit") and published.grid is not None
+    own = published.grid * published.patch if of_beit and published.grid is not None else timm_image_size(name)
+    size = choice.img_size or own
+    kwargs = {**(published.options if of_beit else {}), **choice.model_kwargs}
+    encoder: Any = create_masked_encoder(name, img_size=size, **kwargs)
+    weights, resampled = _fitted(published, encoder)
+    target = {f"encoder.{key}": tensor for key, tensor in encoder.state_dict().items()}
+    title = f"{name}, {size} x {size} pixels"
+    copied = load_published(weights, target, encoder, family_of(encoder).stride(encoder), title=title)
+    report = published.report(name, len(copied.loaded), [*resampled, *copied.resized], copied.left)
+    return _frozen(choice, path, published, encoder, report, size)
+
+
+def _arch_of(choice: EncoderChoice, published: Published) -> str:
+    name = choice.arch or published.arch
+    if name is None:
+        raise ValueError(
+            f"{published.where} ({published.family}) is {published.width} wide with {published.depth} blocks, which is "
+            "no published size: name its timm model with --arch (and --model-kwargs)"
+        )
+    return name
+
+
+def _fitted(published: Published, encoder: Any) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights with patches and positions as large as the encoder's, and what was resampled."""
+    from timm.layers import resample_patch_embed
+
+    from mimkernels.nn.encoder import resample_positions
+
+    weights, resampled = dict(published.weights), []
+    projection, patch = weights["patch_embed.proj.weight"], tuple(encoder.patch_embed.patch_size)
+    if projection.is_floating_point() and tuple(projection.shape[2:]) != patch:
+        weights["patch_embed.proj.weight"] = resample_patch_embed(projection.float(), list(patch))
+        resampled.append(f"patch_embed.proj: {published.patch} x {published.patch} to {_by(patch)} pixels")
+    table, grid = weights.get("pos_embed"), tuple(encoder.patch_embed.grid_size)
+    former = published.grid
+    if table is None or former is None or encoder.pos_embed is None or not table.is_floating_point():
+        return weights, resampled
+    prefix = table.shape[1] - former * former
+    if grid != (former, former) and prefix >= 0:
+        weights["pos_embed"] = resample_positions(table, (grid[0], grid[1]), (former, former), prefix)
+        resampled.append(f"pos_embed: {former} x {former} to {_by(grid)} patches")
+    return weights, resampled
+
+
+def _frozen(
+    choice: EncoderChoice, path: Path, published: Published, encoder: nn.Module, report: LoadReport, size: int
+) -> FrozenEncoder:
+    mean, std = published.pixels
+    part = published.part if published.part != "model" else ""
+    frozen = FrozenEncoder(
         encoder,
-        choice.arch,
-        f"{choice.arch} from {path}",
+        report.arch,
+        f"{report.arch} from {path}" + (f" ({part})" if part else ""),
         img_size=size,
-        in_chans=3,
+        in_chans=published.channels,
         mean=mean,
         std=std,
         final_norm=choice.final_norm,
     )
+    frozen.loading = report
+    return frozen
 
 
-def _required(weights: dict[str, Tensor], name: str, axes: int, without: str, path: Path) -> Tensor:
-    weight = weights.get(name)
-    if weight is None or weight.dim() != axes:
-        held = f"{name} has shape {list(weight.shape)}" if weight is not None else f"there is no {name}"
-        first = ", ".join(f"{key} {list(value.shape)}" for key, value in list(weights.items())[:4])
-        raise ValueError(f"{str(path)!r}: {held}, so {without}; its {len(weights)} weights begin with {first}")
-    return weight
+def _by(sizes: Sequence[int]) -> str:
+    return " x ".join(str(size) for size in sizes)
 
 
 def _from_timm(choice: EncoderChoice) -> FrozenEncoder:

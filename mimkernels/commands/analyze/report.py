@@ -21,6 +21,7 @@ from mimkernels.commands.analyze.sections import Drawer, Section
 from mimkernels.engine.command import TrainingError
 from mimkernels.engine.figures import as_colour, png_address
 from mimkernels.engine.page import write_page
+from mimkernels.engine.published import LoadReport
 from mimkernels.heads import CKA
 from mimkernels.heads.presets import UNIT_NAMES
 
@@ -116,7 +117,14 @@ class AnalysisReport:
 
     @property
     def facts(self) -> dict[str, str]:
-        return {**self.run_facts, "Versions": ", ".join(f"{name} {version}" for name, version in self.versions.items())}
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        loading = {
+            f"Weights of {model.name}": "; ".join(
+                dict.fromkeys(LoadReport(**run.facts["loading"]).text for run in model.runs if run.facts.get("loading"))
+            )
+            for model in self.models
+        }
+        return {**self.run_facts, **loading, "Versions": versions}
 
     @property
     def settings(self) -> str:

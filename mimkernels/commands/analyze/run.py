@@ -26,6 +26,7 @@ from mimkernels.engine.environment import start_accelerator, versions
 from mimkernels.engine.hardware import device_name, loading_workers
 from mimkernels.engine.lock import folder_lock
 from mimkernels.engine.progress import Progress, duration
+from mimkernels.engine.published import LoadReport
 
 
 @dataclass
@@ -69,7 +70,12 @@ class AnalyzeRun:
         self.choices = parse_models(config.models)
         self.images = _open_images(config)
         # One at a time is held later; here each shows that it can be loaded.
-        self.keys = [self._key(choice, _load(choice)) for choice in self.choices]
+        self.keys: list[str] = []
+        self.loading: list[LoadReport | None] = []
+        for choice in self.choices:
+            encoder = _load(choice)
+            self.keys.append(self._key(choice, encoder))
+            self.loading.append(encoder.loading)
         stream = stream or (sys.stderr if as_json else sys.stdout)
         self.progress = Progress(total_steps=1, steps_per_epoch=1, quiet=False, stream=stream)
         with contextlib.ExitStack() as held:
@@ -91,7 +97,9 @@ class AnalyzeRun:
         files.sweep(self.output, self.output / "models")
         models: dict[str, Model] = {}
         ran = 0
-        for choice, key in zip(self.choices, self.keys, strict=True):
+        for choice, key, loading in zip(self.choices, self.keys, self.loading, strict=True):
+            if loading is not None:
+                self.progress.note(f"{choice.name}: {loading.text}")
             path = self.output / "models" / f"{key}.pt"
             measured = None if self.overwrite else results.load(path)
             if measured is None:
@@ -100,6 +108,7 @@ class AnalyzeRun:
                 ran += 1
             else:
                 self.progress.note(f"{choice.name}: kept from {path}")
+            measured.facts["loading"] = None if loading is None else loading._asdict()
             models.setdefault(choice.name, Model(choice.name, [])).runs.append(measured)
         report = AnalysisReport(self.config, list(models.values()), self._facts(), versions())
         page = write_report(self.output / "report.html", report)

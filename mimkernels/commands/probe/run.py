@@ -298,7 +298,12 @@ class ProbeRun:
                 one.watch.seconds,
                 one.losses,
             )
-        saved = {"identity": self.identity, "results": [asdict(result) for result in self.finished.values()]}
+        loading = self.encoder.loading
+        saved = {
+            "identity": self.identity,
+            "loading": None if loading is None else loading._asdict(),
+            "results": [asdict(result) for result in self.finished.values()],
+        }
         files.write_text(self.output / "config.json", self.config.to_json())
         files.write_text(self.output / "results.json", json.dumps(saved, indent=2) + "\n")
         self._state_path.unlink(missing_ok=True)
@@ -432,6 +437,7 @@ class ProbeRun:
             rate += f", trust coefficient {config.trust_coefficient(self.steps):.2g}"
         return {
             "Encoder": f"{encoder.title}: {encoder.num_tokens} tokens of {encoder.dim}, frozen",
+            **({} if encoder.loading is None else {"Weights": encoder.loading.text}),
             "Data": f"{config.data}: {len(split.train):,} training and {len(split.test):,} test images, "
             f"{len(split.classes)} classes; {split.description}",
             "Recipe": f"pooling, BatchNorm without gain and bias, linear layer; {rate}"
