@@ -279,13 +279,14 @@ def _with_relative_positions(choice: EncoderChoice, path: Path, published: Publi
     of_beit = name.startswith("beit") and published.grid is not None
     own = published.grid * published.patch if of_beit and published.grid is not None else timm_image_size(name)
     size = choice.img_size or own
-    kwargs = {**(published.options if of_beit else {}), **choice.model_kwargs}
+    kwargs = {"patch_size": published.patch, **(published.options if of_beit else {}), **choice.model_kwargs}
     encoder: Any = create_masked_encoder(name, img_size=size, **kwargs)
     weights, resampled = _fitted(published, encoder)
     target = {f"encoder.{key}": tensor for key, tensor in encoder.state_dict().items()}
     title = f"{name}, {size} x {size} pixels"
     copied = load_published(weights, target, encoder, family_of(encoder).stride(encoder), title=title)
-    report = published.report(name, len(copied.loaded), [*resampled, *copied.resized], copied.left)
+    resampled += [told.removeprefix("encoder.") for told in copied.resized]
+    report = published.report(name, len(copied.loaded), resampled, copied.left)
     return _frozen(choice, path, published, encoder, report, size)
 
 
