@@ -24,7 +24,7 @@ class AnalyzeConfig(Settings):
     models: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "run folder or checkpoint of `mimkernels pretrain`, a published MAE checkpoint, or a timm name; "
+            "help": "run folder or checkpoint of `mimkernels pretrain`, a published checkpoint, or a timm name; "
             "NAME=MODEL names it, and several runs of one name are its seeds; options follow colons: arch, img_size, "
             "pretrained, and timm's own, as in small=vit_tiny_patch16_224:img_size=32:depth=6",
             "group": "models", "positional": True, "nargs": "+", "metavar": "MODEL",

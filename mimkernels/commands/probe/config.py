@@ -23,8 +23,8 @@ class ProbeConfig(Settings):
     """Everything that the result of a probe depends on. Saved as ``config.json`` in the output folder."""
 
     model: str = setting(
-        "", "frozen encoder: a run folder or checkpoint of `mimkernels pretrain`, a published checkpoint of MAE or, "
-        "with --arch, of SimMIM, Swin or BEiT, or a timm name", "encoder", metavar="MODEL",
+        "", "frozen encoder: a run folder or checkpoint of `mimkernels pretrain`, a published checkpoint (of MAE, "
+        "DINO, DINOv2, BEiT, data2vec 2 and others; with --arch, of Swin), or a timm name", "encoder", metavar="MODEL",
     )  # fmt: skip
     arch: str | None = setting(
         None, "timm name of a published checkpoint's encoder (default: by the shapes of its weights)", "encoder"
