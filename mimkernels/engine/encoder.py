@@ -22,6 +22,9 @@ from mimkernels.nn import cls_attention, use_mimkernels_attention, use_mimkernel
 _EXPORTED = ("mae_checkpoint.pth", "simmim_checkpoint.pth", "supervised_checkpoint.pth")  # by `mimkernels pretrain`
 
 
+_WITHOUT_POSITIONS = 224  # pixels a side of images, where no positions tell how many
+
+
 class EncoderChoice(Protocol):
     """Which encoder a command shall load, as its settings say.
 
@@ -248,10 +251,16 @@ def _from_published(choice: EncoderChoice, path: Path, content: Any) -> FrozenEn
     if published.relative:
         return _with_relative_positions(choice, path, published)
     name = _arch_of(choice, published)
-    assert published.grid is not None
-    size = choice.img_size or published.grid * published.patch
-    kwargs = {"patch_size": published.patch, **published.options, **choice.model_kwargs}
-    encoder = create_encoder(name, img_size=size, in_chans=published.channels, **kwargs)
+    encoder: nn.Module
+    if published.build is not None:
+        _not_with(choice, f"a checkpoint of {published.family}, of which timm has no equal", "arch", "model_kwargs")
+        size = choice.img_size or _WITHOUT_POSITIONS
+        encoder = published.build(size)
+    else:
+        assert published.grid is not None
+        size = choice.img_size or published.grid * published.patch
+        kwargs = {"patch_size": published.patch, **published.options, **choice.model_kwargs}
+        encoder = create_encoder(name, img_size=size, in_chans=published.channels, **kwargs)
     weights, resampled = _fitted(published, encoder)
     copied = copy_by_name(encoder.state_dict(), weights, title=f"{name}, {size} x {size} pixels")
     return _frozen(choice, path, published, encoder, published.report(name, len(copied.loaded), resampled), size)

@@ -55,7 +55,7 @@ class LoadReport(NamedTuple):
 
     Attributes:
         family: who publishes such names.
-        arch: the timm model.
+        arch: the timm model, or in words what timm has not.
         found: what stands before the encoder's names in the file.
         loaded: how many weights were copied.
         renamed: each pattern of names that are others in timm, with how many there are.
@@ -105,6 +105,7 @@ class Published:
         arch: the timm model; None if its size is none that was published.
         options: arguments of the timm model that the weights tell.
         pixels: mean and deviation of pixels in its pre-training.
+        build: makes the encoder for images of some side, where timm has none like it.
     """
 
     where: str
@@ -122,6 +123,7 @@ class Published:
     arch: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     pixels: tuple[Sequence[float], Sequence[float]] = PIXEL_STATISTICS[3]
+    build: Callable[[int], torch.nn.Module] | None = None
 
     @property
     def part(self) -> str:
@@ -169,11 +171,7 @@ def read_published(content: Any, where: str, arch: str | None = None) -> Publish
             inside[own] = tensor
     _check_stored(inside, where)
     if _CAPI in inside:
-        raise ValueError(
-            f"{where} is a checkpoint of CAPI, of which timm has no equal, so --arch cannot name one: queries and keys "
-            f"are turned by places (rotary positions) that its registers have, too, at the border of the image; its "
-            f"norms are RMSNorm, its linear layers have no biases; it holds {_first(inside)}"
-        )
+        return _of_capi(where, found, inside, left)
     if any(name.startswith(_IMAGE) for name in inside):
         return _of_data2vec(where, found, inside, left)
     if any(name.endswith(f".{_TABLE}") or ".cpb_mlp." in name for name in inside):
@@ -233,6 +231,38 @@ def _of_data2vec(where: str, found: str, weights: dict[str, Tensor], left: Count
         **_options(published), "block_fn": PostNormBlock, "embed_layer": biased_patches, "pre_norm": True,
         "final_norm": False, "fc_norm": False,
     }  # fmt: skip
+    return published
+
+
+def _of_capi(where: str, found: str, weights: dict[str, Tensor], left: Counter[str]) -> Published:
+    """Of CAPI, whose encoder is built here: timm has none like it."""
+    outer = {"encoder.blocks.": "blocks.", "registers": "reg_token", "patch_embed.": "patch_embed.proj."}
+    inner = (
+        (".residual1.norm.", ".norm1."), (".residual1.fn.rope.", ".attn."), (".residual1.fn.", ".attn."),
+        (".residual2.norm.", ".norm2."), (".residual2.fn.", ".mlp."),
+    )  # fmt: skip
+
+    def timm_name(name: str) -> str:
+        for old, new in inner:
+            name = name.replace(old, new)
+        return next((new + name.removeprefix(old) for old, new in outer.items() if name.startswith(old)), name)
+
+    weights, renamed = _renamed(weights, timm_name)
+    published = _sized(where, "CAPI", found, weights, renamed, left, positions=False)
+    width, freqs, registers = published.width, weights.get("blocks.0.attn.freqs"), weights.get("reg_token")
+    if freqs is None or freqs.dim() != 2 or not freqs.shape[1] or width % freqs.shape[1] or freqs.shape[1] % 4:
+        raise ValueError(_without(where, weights, "blocks.0.attn.freqs", "its heads cannot be counted"))
+    if registers is None or registers.dim() != 3:
+        raise ValueError(_without(where, weights, "reg_token", "its registers cannot be counted"))
+    heads, count, depth, patch = width // freqs.shape[1], registers.shape[1], published.depth, published.patch
+    published.arch = f"CAPI's ViT, {width} wide, {depth} blocks of {heads} heads, patches of {patch}"
+
+    def build(img_size: int) -> torch.nn.Module:
+        from mimkernels.models.capi import CapiEncoder
+
+        return CapiEncoder(img_size, patch, width, depth, heads, count)
+
+    published.build = build
     return published
 
 

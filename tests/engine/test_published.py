@@ -33,6 +33,7 @@ from mimkernels.commands.probe.config import ProbeConfig
 from mimkernels.commands.probe.run import probe
 from mimkernels.engine.encoder import load_encoder
 from mimkernels.engine.published import LoadReport, read_published
+from mimkernels.models.capi import CapiEncoder
 
 D, DEPTH, HEADS, PATCH, GRID = 24, 2, 3, 8, 4
 TINY = {"embed_dim": D, "depth": DEPTH, "num_heads": HEADS}
@@ -266,6 +267,54 @@ def test_beit_is_timms_with_the_same_weights(loaded, second, shared):
     assert sum(left.values()) + len(own) == len(w) + 1
 
 
+def test_capi_is_what_its_forward_pass_says(loaded):
+    heads, side = 2, 3
+    w = filled(capi(heads=heads))
+    encoder = loaded({**under("backbone.", w), "head.last_layer.weight": torch.ones(2)}, None, side * PATCH)
+    images, pixels = images_and_pixels(side * PATCH)
+    places = [(0, 0), (0.25, 0), (0.5, 0), (0.75, 0), (1, 0), (1, 0.25), (1, 0.5), (1, 0.75),
+              (1, 1), (0.75, 1), (0.5, 1), (0.25, 1), (0, 1), (0, 0.75), (0, 0.5), (0, 0.25)]  # fmt: skip
+    places = torch.tensor([*places, *((i / 2, j / 2) for i in range(side) for j in range(side))])
+
+    def rms(x, weight=1.0):
+        return weight * x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+
+    x = torch.cat((w["registers"].expand(2, -1, -1), patches(w, pixels, "patch_embed")), 1)
+    for i in range(DEPTH):
+        name = f"encoder.blocks.{i}.residual1"
+        inner = rms(x, w[f"{name}.norm.weight"])
+        q, k, v = ((inner @ w[f"{name}.fn.{part}_proj.weight"].T).unflatten(2, (heads, -1)).transpose(1, 2)
+                   for part in "qkv")  # fmt: skip
+        # Channel c and c + half are a complex number, turned by the angle of the place.
+        turn = torch.exp(1j * (places @ w[f"{name}.fn.rope.freqs"]))
+        half = D // heads // 2
+
+        def turned(part, turn=turn, half=half):
+            first, second = part[..., :half], part[..., half:]
+            cos, sin = turn.real, turn.imag
+            one, two = first * cos[:, :half] - second * sin[:, :half], second * cos[:, half:] + first * sin[:, half:]
+            return torch.cat((one, two), -1)
+
+        a = (turned(q) @ turned(k).transpose(2, 3) / (D / heads) ** 0.5).softmax(-1)
+        x = x + (a @ v).transpose(1, 2).flatten(2) @ w[f"{name}.fn.proj.weight"].T
+        name = f"encoder.blocks.{i}.residual2"
+        inner = F.gelu(rms(x, w[f"{name}.norm.weight"]) @ w[f"{name}.fn.fc1.weight"].T)
+        x = x + inner @ w[f"{name}.fn.fc2.weight"].T
+    torch.testing.assert_close(encoder(images).tokens, rms(x), rtol=1e-4, atol=1e-5)
+    assert (encoder.num_prefix, encoder.has_cls_token, encoder.grid) == (16, False, (side, side))
+    report = encoder.loading
+    assert (report.family, report.found) == ("CAPI", "backbone.")
+    assert report.left_out == {"mask_token": 1, "decoder": 9 * DEPTH, "head": 1}
+
+
+def test_capi_in_the_registers_own_places_and_sizes():
+    with pytest.raises(ValueError, match="come in fours, got 6"):
+        CapiEncoder(32, 8, 24, 1, 3, 6)
+    with pytest.raises(ValueError, match="patch size 8 does not divide image size 30"):
+        CapiEncoder(30, 8, 24, 1, 3, 4)
+    assert torch.equal(CapiEncoder(8, 8, 24, 1, 3, 4).places, torch.zeros(5, 2))  # one patch, and registers upon it
+
+
 def test_ijepa_is_timms_without_cls(loaded):
     w = filled(plain(cls=False))
     encoder = loaded({
@@ -305,6 +354,8 @@ def published_sizes():
         dim, depth, _ = SIZES[size]
         names = {"state_dict": under("module.base_encoder.", plain(dim, depth, 16, 14))}
         yield f"mocov3-{size}", names, f"vit_{size}_patch16_224", heads
+    words = "CAPI's ViT, 1024 wide, 24 blocks of 16 heads, patches of 14"
+    yield "capi-large", under("backbone.", capi(1024, 24, 14, 16)), words, 16
     yield "data2vec2-huge", {"model": data2vec2(1280, 32, 14, 16)}, "vit_huge_patch14_224", 16
     yield "ijepa-huge", {"target_encoder": plain(1280, 32, 14, 16, cls=False)}, "vit_huge_patch14_224", 16
     yield "ijepa-giant", {"target_encoder": plain(1408, 40, 16, 14, 6144, cls=False)}, "vit_giant_patch14_224", 16
@@ -320,9 +371,12 @@ def test_published_sizes_are_known_without_arch(name):
     content = {part: empty(shapes) for part, shapes in names.items()} if len(names) == 1 else empty(names)
     published = read_published(content, name)
     assert published.arch == arch
-    size = {"img_size": published.grid * published.patch, "patch_size": published.patch}
     with torch.device("meta"):
-        model = timm.create_model(arch, **{**size, "num_classes": 0, "global_pool": "", **published.options})
+        if published.build is not None:
+            model = published.build(224)
+        else:
+            size = {"img_size": published.grid * published.patch, "patch_size": published.patch}
+            model = timm.create_model(arch, **{**size, "num_classes": 0, "global_pool": "", **published.options})
     theirs = {key: tensor.shape for key, tensor in model.state_dict().items()}
     assert {key: tensor.shape for key, tensor in published.weights.items()} == theirs
     assert model.blocks[0].attn.num_heads == heads
@@ -407,7 +461,7 @@ REFUSED = {
     "sparse": (changed(cls_token=torch.ones(1, 1, D).to_sparse()), "does not store 1 of its weights whole"),
     "registers": ({**filled(dinov2(registers=4)), "register_tokens": torch.ones(4)}, r"model \(1\): reg_token \[4\]"),
     "data2vec, norm": ({**filled(data2vec2()), "norm.weight": torch.ones(D)}, r"not in the model \(1\): norm.weight"),
-    "capi": (under("backbone.", filled(capi())), r"CAPI, of which timm has no equal.*rotary.*registers.*RMSNorm"),
+    "capi": (under("backbone.", filled(capi())), "arch cannot be given with a checkpoint of CAPI, of which timm"),
     "no encoder": ({"model": {"fc.weight": torch.ones(2, 3)}}, "no patch_embed.proj.weight.*begin with fc.weight"),
     "nothing": ({"epoch": 3}, "is not a dict of named tensors"),
     "a list": ([1, 2], "holds a list"),
@@ -460,13 +514,18 @@ def test_both_commands_tell_the_report(tmp_path):
     torch.save({"model": {**filled(dinov2(registers=4)), "head.weight": torch.ones(2)}}, tmp_path / "dinov2.pth")
     arch = "arch=vit_tiny_patch16_224:embed_dim=24:depth=2:num_heads=3"
     stream = io.StringIO()
-    analyze(AnalyzeConfig(models=[f"d={tmp_path}/dinov2.pth:{arch}"], images=12, batch_size=12, device="cpu", workers=0,
+    torch.save(under("backbone.", filled(capi(heads=2))), tmp_path / "capi.pth")
+    models = [f"d={tmp_path}/dinov2.pth:{arch}", f"c={tmp_path}/capi.pth:img_size=32"]
+    analyze(AnalyzeConfig(models=models, images=12, batch_size=12, device="cpu", workers=0,
                           output=str(tmp_path / "a")), stream=stream)  # fmt: skip
     told = "DINOv2 with registers under 'model.'"
     assert f"d: {told}" in stream.getvalue() and "left out mask_token (1), head (1)" in stream.getvalue()
     page = (tmp_path / "a" / "report.html").read_text()
     assert "Weights of d" in page and "register_tokens to reg_token (1)" in page
     numbers = json.loads((tmp_path / "a" / "numbers.json").read_text())
+    assert "c: CAPI under 'backbone.'" in stream.getvalue() and "was not seen" not in stream.getvalue()
+    facts = numbers["models"][1]["runs"][0]["facts"]
+    assert (facts["layers"], facts["heads"], facts["prefix"], facts["tokens"]) == (2, 2, 16, 32)
     report = LoadReport(**numbers["models"][0]["runs"][0]["facts"]["loading"])
     assert report.left_out == {"mask_token": 1, "head": 1} and report.found == "model."
 
