@@ -183,18 +183,17 @@ def _of_plain_names(where: str, found: str, weights: dict[str, Tensor], left: Co
     """Of timm's names: MAE, the plain ViT of SimMIM, DINO, iBOT, MoCo v3, I-JEPA; and of DINOv2, that differ little."""
     family = _plain_family(found, weights, left)
     options: dict[str, Any] = {}
-    renamed: tuple[str, ...] = ()
-    if family.startswith("DINOv2"):
-        weights, renamed = _renamed(
-            weights,
-            lambda name: (
-                _CHUNK.sub("blocks.", name)
-                .replace(".mlp.w12.", ".mlp.fc1.")
-                .replace(".mlp.w3.", ".mlp.fc2.")
-                .replace("register_tokens", "reg_token")
-            ),
-        )
-        weights = _with_own_cls_position(weights)
+    merged = "register_tokens" in weights
+    weights, renamed = _renamed(
+        weights,
+        lambda name: (
+            _CHUNK.sub("blocks.", name)
+            .replace(".mlp.w12.", ".mlp.fc1.")
+            .replace(".mlp.w3.", ".mlp.fc2.")
+            .replace("register_tokens", "reg_token")
+        ),
+    )
+    weights = _with_own_cls_position(weights) if merged else weights
     published = _sized(where, family, found, weights, renamed, left)
     if family.startswith("MoCo v3") and published.width == 384:
         options["num_heads"] = 12  # its ViT-S alone has heads of 32, where all others have heads of 64
@@ -313,7 +312,7 @@ def _plain_family(found: str, weights: Mapping[str, Tensor], left: Mapping[str, 
     if "base_encoder" in tokens or "momentum_encoder" in tokens:
         return "MoCo v3"
     if "cls_token" not in weights:
-        return "I-JEPA"
+        return "I-JEPA" if {"target_encoder", "encoder"} & {*tokens} else "plain ViT without [cls]"
     if "masked_embed" in left:
         return "iBOT"
     if "teacher" in tokens or "student" in tokens:
@@ -396,7 +395,7 @@ def _with_own_cls_position(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Positions without that of [cls], which is added to [cls], where registers stand behind it."""
     cls, table = weights.get("cls_token"), weights.get(_POSITIONS)
     side = math.isqrt(table.shape[1]) if table is not None and table.dim() == 3 else 0
-    if "reg_token" not in weights or cls is None or table is None or side * side == table.shape[1] or cls.dim() != 3:
+    if cls is None or table is None or not side or side * side == table.shape[1] or cls.dim() != 3:
         return weights
     if cls.shape[2] != table.shape[2]:
         return weights  # for the check of names and shapes

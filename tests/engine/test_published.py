@@ -162,6 +162,9 @@ def under(prefix, weights):
     return {prefix + name: tensor for name, tensor in weights.items()}
 
 
+W = filled(plain())
+
+
 @pytest.fixture
 def loaded(tmp_path):
     """Load a file of `content` as tests give it."""
@@ -333,6 +336,19 @@ def test_ijepa_is_timms_without_cls(loaded):
     assert report.left_out == {"encoder": len(w), "predictor": 2}
 
 
+def test_moco_v3_is_its_base_encoder(loaded):
+    encoder = loaded({"epoch": 1, "optimizer": {"state": {}}, "state_dict": {
+        **under("module.base_encoder.", {**W, "head.0.weight": torch.ones(2)}),
+        **under("module.momentum_encoder.", filled(plain(), 1)),
+        "module.predictor.0.weight": torch.ones(2),
+    }})  # fmt: skip
+    assert torch.equal(encoder.model.cls_token, W["cls_token"])
+    report = encoder.loading
+    assert (report.family, report.found) == ("MoCo v3", "state_dict.module.base_encoder.")
+    outer = {"state_dict.module.momentum_encoder": len(W), "state_dict.module.predictor": 1}
+    assert report.left_out == {"head": 1, **outer}
+
+
 SIZES = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), "huge": (1280, 32, 16)}
 
 
@@ -382,7 +398,6 @@ def test_published_sizes_are_known_without_arch(name):
     assert model.blocks[0].attn.num_heads == heads
 
 
-W = filled(plain())
 PLACES = {
     "": W,
     "module.": under("module.", W),
