@@ -529,7 +529,7 @@ def test_both_commands_tell_the_report(tmp_path):
     torch.save({"model": {**filled(dinov2(registers=4)), "head.weight": torch.ones(2)}}, tmp_path / "dinov2.pth")
     arch = "arch=vit_tiny_patch16_224:embed_dim=24:depth=2:num_heads=3"
     stream = io.StringIO()
-    torch.save(under("backbone.", filled(capi(heads=2))), tmp_path / "capi.pth")
+    torch.save(under("backbone.", filled(capi())), tmp_path / "capi.pth")
     models = [f"d={tmp_path}/dinov2.pth:{arch}", f"c={tmp_path}/capi.pth:img_size=32"]
     analyze(AnalyzeConfig(models=models, images=12, batch_size=12, device="cpu", workers=0,
                           output=str(tmp_path / "a")), stream=stream)  # fmt: skip
@@ -540,7 +540,12 @@ def test_both_commands_tell_the_report(tmp_path):
     numbers = json.loads((tmp_path / "a" / "numbers.json").read_text())
     assert "c: CAPI under 'backbone.'" in stream.getvalue() and "was not seen" not in stream.getvalue()
     facts = numbers["models"][1]["runs"][0]["facts"]
-    assert (facts["layers"], facts["heads"], facts["prefix"], facts["tokens"]) == (2, 2, 16, 32)
+    assert (facts["layers"], facts["heads"], facts["prefix"], facts["tokens"]) == (2, 3, 16, 32)
+    of_cls = [
+        [key for key in model["runs"][0]["heads"]["quantities"] if key.startswith("cls_")]
+        for model in numbers["models"]
+    ]
+    assert of_cls[0] and not of_cls[1]  # registers are no [cls]
     report = LoadReport(**numbers["models"][0]["runs"][0]["facts"]["loading"])
     assert report.left_out == {"mask_token": 1, "head": 1} and report.found == "model."
 

@@ -31,6 +31,7 @@ class Maps:
         weights: ``[I, L, H, Q, N]`` uint8: 255 times attention to a patch divided by the row's maximum over patches.
         maxima: ``[I, L, H, Q]`` fp32 of the rows.
         prefix: ``[I, L, H, Q, P]`` fp32 attention to prefix tokens.
+        has_cls: the first of them is [cls].
     """
 
     layers: list[str]
@@ -42,6 +43,7 @@ class Maps:
     weights: Tensor
     maxima: Tensor
     prefix: Tensor
+    has_cls: bool = True
 
     def row(self, image: int, layer: int, query: int) -> Tensor:
         """``[rows, columns]``: mean over heads of the attention that one query pays to patches."""
@@ -61,6 +63,7 @@ class Maps:
             "name": name,
             "grid": self.grid,
             "prefix": self.num_prefix,
+            "cls": self.has_cls and self.num_prefix > 0,
             "queries": self.queries,
             "stride": self.stride,
             "shape": list(self.weights.shape),
@@ -122,4 +125,5 @@ def attention_maps(encoder: FrozenEncoder, images: Tensor) -> Maps | None:
         torch.stack(weights, 1),
         torch.stack(maxima, 1),
         torch.stack(prefix, 1),
+        encoder.has_cls_token,
     )

@@ -28,6 +28,10 @@ HEAD_QUANTITIES = (
 # Of tokens before the first block and after every block, and of attention's outputs.
 STATE_QUANTITIES = ("pos_magnitude", "cls_magnitude", "token_similarity", "high_frequency")
 OUTPUT_QUANTITIES = ("pos_output_magnitude", "cls_output_magnitude")
+_OF_CLS = {
+    name for name in (*HEAD_QUANTITIES, *STATE_QUANTITIES, *OUTPUT_QUANTITIES)
+    if name.startswith("cls_") or name == "sink_is_cls"
+}  # fmt: skip
 _LEAST_PER_CLASS = 5
 _LEAST_FOR_CKA = 4
 
@@ -48,7 +52,7 @@ class Tokens:
         self._tokens: list[Tensor] = []
         options: dict[str, Any] = {"num_prefix": encoder.num_prefix, "grid": encoder.grid}
         names = [name for name in (*STATE_QUANTITIES, *OUTPUT_QUANTITIES)
-                 if (encoder.num_prefix or not name.startswith("cls_"))
+                 if (encoder.has_cls_token or name not in _OF_CLS)
                  and (encoder.grid or name != "high_frequency")]  # fmt: skip
         self.states = HeadStatistics(quantities=[name for name in names if name in STATE_QUANTITIES], **options)
         self.outputs = HeadStatistics(quantities=[name for name in names if name in OUTPUT_QUANTITIES], **options)
@@ -117,8 +121,10 @@ def measure(
     read: list[Tensor] = []  # positions
     augmentation = Augmentation(encoder.img_size, encoder.in_chans, 1.0, False)
     loader = in_order(EncoderImages(images, augmentation, 0, False), config.batch_size, workers, device.type == "cuda")
+    # Registers alone are prefix tokens, too, but none of them is [cls].
+    wanted = [name for name in HEAD_QUANTITIES if encoder.has_cls_token or name not in _OF_CLS]
     with (
-        capture(encoder.model, HEAD_QUANTITIES, unit=config.unit, accumulate=True) as heads,
+        capture(encoder.model, wanted, unit=config.unit, accumulate=True) as heads,
         tokens.followed(),
     ):
         for batch in loader:

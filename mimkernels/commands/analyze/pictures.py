@@ -35,7 +35,7 @@ def marked_queries(name: str, maps: Maps) -> MarkedQueries:
             for number, image in enumerate(images)
         ]
         shown.append((f"layer {layer + 1}", [png_address(picture) for picture in pictures]))
-    if maps.num_prefix:
+    if maps.num_prefix and maps.has_cls:
         pictures = [overlay(image, maps.row(number, last, 0)) for number, image in enumerate(images)]
         shown.append((f"[cls], layer {last + 1}", [png_address(picture) for picture in pictures]))
     return MarkedQueries(name, shown)

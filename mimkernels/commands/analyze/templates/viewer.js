@@ -138,7 +138,7 @@
     const model = models[number], middle = model.grid.map(count => count >> 1);
     state.model = number;
     state.map = null;
-    $("cls").hidden = model.prefix === 0;
+    $("cls").hidden = !model.cls;
     choose(...middle);
   }
 
