@@ -185,6 +185,7 @@ def _of_plain_names(where: str, found: str, weights: dict[str, Tensor], left: Co
     options: dict[str, Any] = {}
     merged = "register_tokens" in weights
     weights, renamed = _renamed(
+        where,
         weights,
         lambda name: (
             _CHUNK.sub("blocks.", name)
@@ -222,7 +223,7 @@ def _of_data2vec(where: str, found: str, weights: dict[str, Tensor], left: Count
             return f"blocks.{_number(number) + before}.{name.removeprefix(f'blocks.{number}.')}"
         return next((new + name.removeprefix(old) for old, new in outer.items() if name.startswith(old)), name)
 
-    weights, renamed = _renamed(weights, timm_name)
+    weights, renamed = _renamed(where, weights, timm_name)
     published = _sized(where, "data2vec 2", found, weights, renamed, left)
     from mimkernels.nn.post_norm import PostNormBlock, biased_patches
 
@@ -246,7 +247,7 @@ def _of_capi(where: str, found: str, weights: dict[str, Tensor], left: Counter[s
             name = name.replace(old, new)
         return next((new + name.removeprefix(old) for old, new in outer.items() if name.startswith(old)), name)
 
-    weights, renamed = _renamed(weights, timm_name)
+    weights, renamed = _renamed(where, weights, timm_name)
     published = _sized(where, "CAPI", found, weights, renamed, left, positions=False)
     width, freqs, registers = published.width, weights.get("blocks.0.attn.freqs"), weights.get("reg_token")
     if freqs is None or freqs.dim() != 2 or not freqs.shape[1] or width % freqs.shape[1] or freqs.shape[1] % 4:
@@ -271,7 +272,8 @@ def _with_relative_positions(
     """Of BEiT v1 and v2 and SimMIM's ViT, whose sizes the weights tell; of Swin and Swin V2, whose do not."""
     published = _sized(where, "Swin, Swin V2 or BEiT", found, weights, (), left, positions=False)
     published.relative, published.arch = True, None
-    if found.endswith("encoder."):
+    second = any(group.startswith("cls_pt_") for group in left)
+    if found.split(".")[-2:-1] == ["encoder"] and "lm_head" not in left and not second:
         published.family = "SimMIM"
     shared, own = weights.get(_SHARED), weights.get(_OF_BLOCK)
     table = shared if shared is not None else own
@@ -288,7 +290,6 @@ def _with_relative_positions(
         "qkv_bias": "blocks.0.attn.q_bias" in weights,
         "use_fc_norm": "fc_norm.weight" in weights,
     }
-    second = any(group.startswith("cls_pt_") for group in left)
     if published.family != "SimMIM":
         by_arch = arch is not None and arch.startswith("beitv2")
         published.family = "BEiT v2" if second or by_arch else "BEiT"
@@ -402,12 +403,16 @@ def _with_own_cls_position(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**weights, "cls_token": cls + table[:, :1], _POSITIONS: table[:, 1:]}
 
 
-def _renamed(weights: dict[str, Tensor], rule: Callable[[str], str]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def _renamed(
+    where: str, weights: dict[str, Tensor], rule: Callable[[str], str]
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Weights by other names, and what was renamed, with all blocks as one."""
     named: dict[str, Tensor] = {}
     told: Counter[str] = Counter()
     for old, tensor in weights.items():
         new = rule(old)
+        if new in named:
+            raise ValueError(f"{where} has two tensors for timm's {new}, {old} {list(tensor.shape)} is one of them")
         named[new] = tensor
         if new != old:
             parts = (re.sub(r"\d+", "*", name.removesuffix(".weight").removesuffix(".bias")) for name in (old, new))

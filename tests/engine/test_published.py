@@ -252,6 +252,15 @@ def test_data2vec_2_is_what_its_forward_pass_says(loaded, before):
     assert any(f"{image}extra_tokens to cls_token (1)" == one for one in encoder.loading.renamed)
 
 
+def test_beit_behind_encoder_is_no_simmim():
+    kinds = {"BEiT": beit(), "BEiT v2": beit(second=True)}
+    kinds["SimMIM"] = {name: shape for name, shape in beit().items() if not name.startswith("lm_head")}
+    for family, names in kinds.items():
+        published = read_published({"model": under("encoder.", filled(names))}, "x")
+        assert (published.family, published.found, published.grid) == (family, "model.encoder.", GRID)
+        assert published.pixels[0][0] == (0.5 if family == "BEiT" else 0.485)
+
+
 @pytest.mark.parametrize("second", [False, True])
 @pytest.mark.parametrize("shared", [True, False])
 def test_beit_is_timms_with_the_same_weights(loaded, second, shared):
@@ -372,6 +381,9 @@ def published_sizes():
         yield f"mocov3-{size}", names, f"vit_{size}_patch16_224", heads
     words = "CAPI's ViT, 1024 wide, 24 blocks of 16 heads, patches of 14"
     yield "capi-large", under("backbone.", capi(1024, 24, 14, 16)), words, 16
+    names = {name: shape for name, shape in beit(768, 12, 16, 14, 12).items() if not name.startswith("lm_head")}
+    names = {"model": {**under("encoder.", names), "decoder.0.weight": (3072, 768, 1, 1), "decoder.0.bias": (3072,)}}
+    yield "simmim-base", names, "beit_base_patch16_224", 12
     yield "data2vec2-huge", {"model": data2vec2(1280, 32, 14, 16)}, "vit_huge_patch14_224", 16
     yield "ijepa-huge", {"target_encoder": plain(1280, 32, 14, 16, cls=False)}, "vit_huge_patch14_224", 16
     yield "ijepa-giant", {"target_encoder": plain(1408, 40, 16, 14, 6144, cls=False)}, "vit_giant_patch14_224", 16
@@ -475,6 +487,7 @@ REFUSED = {
     "not stored": (changed(pos_embed=torch.ones(1, 1, 1).expand(1, 10**6, D)), "does not store 1 of its weights whole"),
     "sparse": (changed(cls_token=torch.ones(1, 1, D).to_sparse()), "does not store 1 of its weights whole"),
     "registers": ({**filled(dinov2(registers=4)), "register_tokens": torch.ones(4)}, r"model \(1\): reg_token \[4\]"),
+    "two for one": (changed(**{"blocks.0.1.norm1.bias": torch.ones(D)}), r"two tensors for timm's blocks.1.norm1.bias"),
     "data2vec, norm": ({**filled(data2vec2()), "norm.weight": torch.ones(D)}, r"not in the model \(1\): norm.weight"),
     "capi": (under("backbone.", filled(capi())), "arch cannot be given with a checkpoint of CAPI, of which timm"),
     "no encoder": ({"model": {"fc.weight": torch.ones(2, 3)}}, "no patch_embed.proj.weight.*begin with fc.weight"),
@@ -493,8 +506,9 @@ def test_what_is_not_whole_is_refused_with_both_sides(loaded, why):
 def test_a_size_that_nobody_published_needs_arch(loaded):
     with pytest.raises(ValueError, match=r"\(DINOv2\) is 24 wide with 2 blocks, which is no published size.*--arch"):
         loaded(filled(dinov2()), arch=None)
+    # Fine-tuned BEiT is of a published size, but so is SimMIM's, whose pixels are normalised otherwise.
+    assert read_published(empty(beit(768, 12, 16, 14, 12, shared=False)), "x").arch is None
     with pytest.raises(ValueError, match=r"tables in every block are of a fine-tuned BEiT, BEiT v2 or SimMIM"):
-        read_published(empty(beit(768, 12, 16, 14, 12, shared=False)), "x")
         loaded({"model": filled(beit(shared=False))}, arch=None)
 
 
