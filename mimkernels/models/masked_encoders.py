@@ -12,6 +12,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from mimkernels.nn import embed_visible, use_mimkernels_attention, use_mimkernels_block, use_mimkernels_mlp
 from mimkernels.nn._classes import is_heard
 from mimkernels.nn.encoder import (
     build_timm,
@@ -26,7 +27,7 @@ from mimkernels.nn.encoder import (
 from mimkernels.nn.relative import BeitAttention, BiasTable
 from mimkernels.nn.windows import window_positions
 
-__all__ = ["FAMILIES", "Family", "create_masked_encoder", "family_of"]
+__all__ = ["FAMILIES", "Family", "compute_by", "create_masked_encoder", "encode", "family_of", "readout"]
 
 
 class Family:
@@ -261,6 +262,38 @@ def create_masked_encoder(
     except ValueError as error:
         raise ValueError(f"{name!r} cannot be the encoder: {error}") from error
     return encoder
+
+
+def compute_by(encoder: nn.Module, *, attention: str, mlp: str, block: str) -> None:
+    """Let the blocks of `encoder` compute with the ops of this package, in place, where the choice is "mimkernels"."""
+    if attention == "mimkernels":
+        use_mimkernels_attention(encoder, required=False)
+    if mlp == "mimkernels":
+        use_mimkernels_mlp(encoder, required=False)
+    if block == "mimkernels":
+        use_mimkernels_block(encoder, required=False)
+
+
+def encode(encoder: Any, images: Tensor, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
+    """The normalised output ``[B, P + L, D]`` of an encoder of any family, prefix tokens first.
+
+    Args:
+        encoder: a timm model, as ``create_masked_encoder`` builds it.
+        images: ``[B, C, H, W]``, uint8 (with `mean` and `std`) or floating point; where the family resizes, of any
+            size that the patches divide.
+        mean, std: per channel; pixels are normalised inside the kernel.
+    """
+    embed = encoder.patch_embed
+    height, width = embed.patch_size
+    x = embed_visible(images, None, embed.proj, norm=embed.norm, mean=mean, std=std)
+    return family_of(encoder).features(encoder, x, (images.shape[-2] // height, images.shape[-1] // width))
+
+
+def readout(encoder: Any, tokens: Tensor) -> Tensor:
+    """``[B, D]``: the [cls] token of what ``encode`` gives; of an encoder without one, the mean of the patch tokens."""
+    if getattr(encoder, "cls_token", None) is not None:
+        return tokens[:, 0]
+    return tokens[:, getattr(encoder, "num_prefix_tokens", 0) :].mean(1)
 
 
 def _init_transformer(encoder: Any) -> None:

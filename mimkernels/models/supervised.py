@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from mimkernels.models.base import ImageModel, check_computed_by
 from mimkernels.models.checkpoint import CheckpointReport, copy_by_name, read_weights
-from mimkernels.models.masked_encoders import create_masked_encoder, family_of
-from mimkernels.nn import embed_visible, use_mimkernels_attention, use_mimkernels_block, use_mimkernels_mlp
+from mimkernels.models.masked_encoders import compute_by, create_masked_encoder, encode, family_of, readout
 
 __all__ = ["Supervised", "SupervisedOutput"]
 
@@ -87,12 +86,7 @@ class Supervised(ImageModel):
         self.head = nn.Linear(timm_encoder.num_features, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
-        if attention == "mimkernels":
-            use_mimkernels_attention(encoder, required=False)
-        if mlp == "mimkernels":
-            use_mimkernels_mlp(encoder, required=False)
-        if block == "mimkernels":
-            use_mimkernels_block(encoder, required=False)
+        compute_by(encoder, attention=attention, mlp=mlp, block=block)
 
     @classmethod
     def from_timm(
@@ -162,11 +156,6 @@ class Supervised(ImageModel):
         """The encoder's transformer blocks, in their order."""
         return list(self._family.blocks(self.encoder))
 
-    @property
-    def reads_cls(self) -> bool:
-        """Whether the readout is the [cls] token."""
-        return getattr(self.encoder, "cls_token", None) is not None
-
     def forward(self, images: Tensor, *, targets: Tensor, head_stats: Sequence[str] = ()) -> SupervisedOutput:
         """Encode, classify, compare with the labels.
 
@@ -194,16 +183,11 @@ class Supervised(ImageModel):
 
     def encode(self, images: Tensor) -> Tensor:
         """The encoder's normalised output ``[B, P + L, D]``, prefix tokens first."""
-        embed = self.encoder.patch_embed
-        x = embed_visible(images, None, embed.proj, norm=embed.norm, mean=self._pixel_mean, std=self._pixel_std)
-        return self._family.features(self.encoder, x, self._grid(images))
+        return encode(self.encoder, images, self._pixel_mean, self._pixel_std)
 
     def classify(self, tokens: Tensor) -> Tensor:
         """Logits ``[B, classes]`` of tokens as ``encode`` gives them."""
-        features = (
-            tokens[:, 0] if self.reads_cls else tokens[:, getattr(self.encoder, "num_prefix_tokens", 0) :].mean(1)
-        )
-        logits: Tensor = self.head(features)
+        logits: Tensor = self.head(readout(self.encoder, tokens))
         return logits
 
     def load_checkpoint(self, source: str | os.PathLike | Mapping[str, Any]) -> CheckpointReport:
