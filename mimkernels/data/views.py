@@ -1,0 +1,89 @@
+"""Several augmented views of an image, as joint-embedding models are trained on: deterministic, uint8 throughout."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode, v2
+
+from mimkernels.data.batches import to_pixels
+
+__all__ = ["AsymmetricViews", "ImageViews", "view_steps"]
+
+
+def view_steps(
+    size: int,
+    in_chans: int,
+    *,
+    scale: tuple[float, float],
+    hflip: bool,
+    blur: float,
+    solarize: float,
+    interpolation: InterpolationMode = InterpolationMode.BILINEAR,
+) -> v2.Compose:
+    """BYOL's augmentations for one view: crop, colour, blur, solarisation, mirroring; uint8 in and out.
+
+    Grey images change in brightness and contrast alone.
+
+    Args:
+        size: side of the view.
+        in_chans: 3 (colour) or 1 (grey).
+        scale: smallest and largest share of the image's area that is cropped.
+        hflip: mirror half of the views.
+        blur, solarize: probabilities. The kernel of the blur is a tenth of `size` wide, 23 pixels of 224, and at
+            least 3; its deviation is drawn between 0.1 and 2 pixels.
+    """
+    colour = {"saturation": 0.2, "hue": 0.1} if in_chans == 3 else {}
+    kernel = max(3, round(size / 10) // 2 * 2 + 1)
+    steps: list[v2.Transform] = [
+        v2.RandomResizedCrop(size, scale=scale, interpolation=interpolation, antialias=True),
+        v2.RandomApply([v2.ColorJitter(brightness=0.4, contrast=0.4, **colour)], p=0.8),
+        v2.RandomApply([v2.GaussianBlur(kernel, (0.1, 2.0))], p=blur),
+    ]
+    if in_chans == 3:
+        steps.insert(2, v2.RandomGrayscale(p=0.2))
+    if solarize:
+        steps.append(v2.RandomSolarize(128, p=solarize))
+    if hflip:
+        steps.append(v2.RandomHorizontalFlip())
+    return v2.Compose(steps)
+
+
+class ImageViews:
+    """Views of an image, each by steps of its own.
+
+    Args:
+        in_chans: 3 (colour) or 1 (grey).
+        steps: from uint8 ``[C, H, W]`` to uint8 ``[C, S, S]``, one per view; they draw from torch's global generator.
+    """
+
+    def __init__(self, in_chans: int, steps: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> None:
+        self.in_chans, self.steps = in_chans, tuple(steps)
+
+    def __call__(self, image: Image.Image | torch.Tensor, seed: int) -> tuple[torch.Tensor, ...]:
+        """uint8 views, the same bits for the same seed; the global generator is left as it was."""
+        pixels = to_pixels(image, self.in_chans)
+        with torch.random.fork_rng(devices=[]):
+            # Not torch.manual_seed: it would also reseed the accelerators of the training process.
+            torch.default_generator.manual_seed(seed)
+            return tuple(step(pixels).contiguous() for step in self.steps)
+
+
+class AsymmetricViews(ImageViews):
+    """The two views of MoCo v3: the first one always blurred, the second one rarely, but sometimes solarised.
+
+    Args:
+        img_size: side of both views.
+        in_chans: 3 (colour) or 1 (grey).
+        crop_scale: smallest share of the image's area that is cropped.
+        hflip: mirror half of the views.
+
+    Source: the augmentations of BYOL, arXiv:2006.07733, with the probabilities and the jitter of MoCo v3's code.
+    """
+
+    def __init__(self, img_size: int, in_chans: int, crop_scale: float, hflip: bool) -> None:
+        first, second = (
+            view_steps(img_size, in_chans, scale=(crop_scale, 1.0), hflip=hflip, blur=blur, solarize=solarize)
+            for blur, solarize in ((1.0, 0.0), (0.1, 0.2))
+        )
+        super().__init__(in_chans, (first, second))

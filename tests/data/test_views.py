@@ -1,0 +1,73 @@
+"""Views of joint-embedding models: shapes, determinism, and what is random in which of them."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from mimkernels.data.batches import AUGMENT, PretrainImages, derived_seed
+from mimkernels.data.sources import open_source
+from mimkernels.data.views import AsymmetricViews, view_steps
+
+
+def picture(side=40, channels=3):
+    values = np.random.default_rng(0).integers(0, 256, (side, side + 8, channels), dtype=np.uint8)
+    return Image.fromarray(values if channels == 3 else values[..., 0])
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize("given", ["colour", "grey", "array"])
+def test_two_views_of_any_image_are_the_same_bits_for_a_seed_and_others_for_another(in_chans, given):
+    image = torch.arange(64, dtype=torch.uint8).view(1, 8, 8) * 4 if given == "array" else picture()
+    image = image.convert("L") if given == "grey" else image
+    views = AsymmetricViews(28, in_chans, 0.08, hflip=True)
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    one, two = views(image, 3)
+    assert torch.equal(torch.get_rng_state(), state)
+    for view in (one, two):
+        assert view.shape == (in_chans, 28, 28) and view.dtype == torch.uint8 and view.is_contiguous()
+    assert not torch.equal(one, two)
+    torch.manual_seed(8)
+    assert all(map(torch.equal, views(image, 3), (one, two)))
+    assert not torch.equal(views(image, 4)[0], one)
+
+
+def test_an_image_has_the_same_views_whatever_the_worker():
+    source = open_source("digits", "")
+    images = PretrainImages(source, AsymmetricViews(16, 1, 0.5, hflip=False), seed=5)
+    sample = images[(2, 11)]
+    wanted = images.views(source.read(11), derived_seed(5, AUGMENT, 2, 11))
+    assert all(map(torch.equal, sample.pixels, wanted))
+
+
+def named(steps):
+    return {type(step).__name__: step for step in steps.transforms}
+
+
+def test_the_first_view_is_always_blurred_and_only_the_second_solarised():
+    first, second = AsymmetricViews(224, 3, 0.08, hflip=True).steps
+    blurs = [[step for step in steps.transforms if isinstance(step, v2.RandomApply)][1] for steps in (first, second)]
+    assert [blur.p for blur in blurs] == [1.0, 0.1]
+    assert blurs[0].transforms[0].kernel_size == (23, 23) and tuple(blurs[0].transforms[0].sigma) == (0.1, 2.0)
+    assert "RandomSolarize" not in named(first) and named(second)["RandomSolarize"].p == 0.2
+    assert tuple(named(first)["RandomResizedCrop"].scale) == (0.08, 1.0)
+    assert [type(step).__name__ for step in second.transforms] == [
+        "RandomResizedCrop", "RandomApply", "RandomGrayscale", "RandomApply", "RandomSolarize", "RandomHorizontalFlip",
+    ]  # fmt: skip
+
+
+def test_blur_is_scaled_to_small_images_and_grey_ones_have_no_colour_jitter():
+    steps = view_steps(28, 1, scale=(0.5, 1.0), hflip=False, blur=1.0, solarize=0.0)
+    jitter, blur = (step.transforms[0] for step in steps.transforms if isinstance(step, v2.RandomApply))
+    assert blur.kernel_size == (3, 3)
+    assert jitter.saturation is None and jitter.hue is None and tuple(jitter.brightness) == (0.6, 1.4)
+    assert len(steps.transforms) == 3  # neither grey conversion nor mirroring
+
+
+def test_solarisation_inverts_what_is_bright():
+    steps = view_steps(4, 1, scale=(1.0, 1.0), hflip=False, blur=0.0, solarize=1.0)
+    solarise = named(steps)["RandomSolarize"]
+    pixels = torch.tensor([0, 127, 128, 255], dtype=torch.uint8).view(1, 2, 2)
+    assert solarise(pixels).flatten().tolist() == [0, 127, 127, 0]
