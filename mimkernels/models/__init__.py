@@ -2,10 +2,12 @@
 
 from mimkernels.models.checkpoint import CheckpointReport
 from mimkernels.models.mae import MAE, MAEOutput
+from mimkernels.models.mocov3 import MoCoV3, MoCoV3Output
 from mimkernels.models.pictures import Pictures
 from mimkernels.models.simmim import SimMIM, SimMIMOutput
 from mimkernels.models.supervised import Supervised, SupervisedOutput
 
 __all__ = [
-    "MAE", "CheckpointReport", "MAEOutput", "Pictures", "SimMIM", "SimMIMOutput", "Supervised", "SupervisedOutput",
+    "MAE", "CheckpointReport", "MAEOutput", "MoCoV3", "MoCoV3Output", "Pictures", "SimMIM", "SimMIMOutput",
+    "Supervised", "SupervisedOutput",
 ]  # fmt: skip
