@@ -70,7 +70,7 @@ class Augmentation:
     """
 
     def __init__(self, img_size: int, in_chans: int, crop_scale: float, hflip: bool) -> None:
-        self.img_size, self.in_chans = img_size, in_chans
+        self.img_size, self.in_chans, self.crop_scale, self.hflip = img_size, in_chans, crop_scale, hflip
         steps: list[v2.Transform] = []
         if crop_scale < 1:
             bicubic = InterpolationMode.BICUBIC

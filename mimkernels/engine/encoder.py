@@ -19,7 +19,9 @@ from mimkernels.models.build import PIXEL_STATISTICS, build_model
 from mimkernels.models.checkpoint import DamagedFileError, copy_by_name, read_file, weights_of
 from mimkernels.nn import cls_attention, use_mimkernels_attention, use_mimkernels_block, use_mimkernels_mlp
 
-_EXPORTED = ("mae_checkpoint.pth", "simmim_checkpoint.pth", "supervised_checkpoint.pth")  # by `mimkernels pretrain`
+_EXPORTED = (  # by `mimkernels pretrain`
+    "mae_checkpoint.pth", "simmim_checkpoint.pth", "supervised_checkpoint.pth", "mocov3_checkpoint.pth",
+)  # fmt: skip
 
 
 _WITHOUT_POSITIONS = 224  # pixels a side of images, where no positions tell how many

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from mimkernels.models.base import ImageModel
 from mimkernels.models.mae import MAE
+from mimkernels.models.mocov3 import MoCoV3
 from mimkernels.models.simmim import SimMIM
 from mimkernels.models.supervised import Supervised
 
@@ -52,6 +53,16 @@ METHODS = {
     ),
     "simmim": Recipe(SimMIM, {**_MASK_RATIO, "mask_unit": (int, type(None)), "target": (str,), "loss": (str,)}),
     "supervised": Recipe(Supervised, {"num_classes": (int,), "label_smoothing": (float,)}),
+    "mocov3": Recipe(
+        MoCoV3,
+        {
+            "temperature": (float,),
+            "mlp_dim": (int, type(None)),
+            "out_dim": (int,),
+            "stop_grad_conv1": (bool,),
+            "sincos_positions": (bool,),
+        },
+    ),
 }
 
 
@@ -64,7 +75,7 @@ def build_model(settings: Mapping[str, Any]) -> Any:
     Args:
         settings: ``method``, ``model`` (a plain timm name), ``model_kwargs`` (its further arguments), ``img_size``,
             ``in_chans``, ``patch_size``, perhaps ``pixel_stats``, and what else the method has, such as ``mask_ratio``
-            (None: its own) and ``decoder_dim``; others do not concern the model.
+            (None, as of all of them: its own) and ``decoder_dim``; others do not concern the model.
 
     Returns:
         An ``ImageModel`` of the method's class.
@@ -89,8 +100,9 @@ def build_model(settings: Mapping[str, Any]) -> Any:
     repeated = sorted({"name", *arguments}.intersection(settings["model_kwargs"]))
     if repeated:
         raise ValueError(f"model_kwargs repeats {', '.join(repeated)}, which is given by an option of its own")
-    if arguments.get("mask_ratio", 0.0) is None:
-        del arguments["mask_ratio"]
+    for name in recipe.settings:
+        if arguments[name] is None:
+            del arguments[name]
     return recipe.model.from_config({"name": settings["model"], **arguments, **settings["model_kwargs"]})
 
 

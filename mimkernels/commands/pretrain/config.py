@@ -21,13 +21,13 @@ LOSSES = ("l1", "mse", "smooth-l1")
 # A checkpoint made with another value of these cannot be continued at all ...
 ARCHITECTURE_FIELDS = (
     "method", "model", "img_size", "in_chans", "patch_size", "model_kwargs",
-    "decoder_dim", "decoder_depth", "decoder_heads",
+    "decoder_dim", "decoder_depth", "decoder_heads", "mlp_dim", "out_dim", "stop_grad_conv1", "sincos_positions",
 )  # fmt: skip
 # ... and with another value of these the stream of batches would be another one.
 STREAM_FIELDS = (
     "data", "val_split", "max_pixels", "pixel_range", "pixel_stats", "seed", "crop_scale", "hflip", "masking",
     "mask_ratio", "masking_kwargs", "norm_pix_loss", "mask_unit", "target", "loss", "teacher", "teacher_momentum",
-    "label_smoothing", "mixup", "cutmix",
+    "label_smoothing", "mixup", "cutmix", "temperature", "momentum",
 )  # fmt: skip
 
 
@@ -37,7 +37,7 @@ class PretrainConfig(Settings):
 
     method: str = setting("mae", "pre-training method", "model", choices=tuple(METHODS))
     model: str = setting(
-        "vit_tiny_patch16_224", "encoder: any timm vit_*; of simmim also beit_*, swin_*, swinv2_*", "model"
+        "vit_tiny_patch16_224", "encoder: any timm vit_*; not of mae also beit_*, swin_*, swinv2_*", "model"
     )
     img_size: int = setting(224, "image side in pixels", "model")
     in_chans: int = setting(3, "image channels: 3 (colour) or 1 (grey)", "model")
@@ -91,6 +91,20 @@ class PretrainConfig(Settings):
         "supervised",
     )
 
+    momentum: float | None = setting(
+        None, "share that the moving average keeps at the first step; it rises to 1 along half a cosine (default: "
+        "0.99)", "joint embedding",
+    )  # fmt: skip
+    mlp_dim: int | None = setting(
+        None, "width of the hidden layers behind the encoder (default: 4096)", "joint embedding"
+    )
+    temperature: float = setting(0.2, "similarities are divided by it", "MoCo v3")
+    out_dim: int = setting(256, "width of what projector and predictor give", "MoCo v3")
+    stop_grad_conv1: bool = setting(True, "leave the patch projection as it was initialised", "MoCo v3")
+    sincos_positions: bool = setting(
+        True, "fixed 2-d sine-cosine positions of a ViT, in place of learned ones", "MoCo v3"
+    )
+
     data: str = setting(
         "digits", "digits (embedded, no download), fashion-mnist (of the Debian package dataset-fashion-mnist, or in "
         "--data-root), an image folder, or torchvision:NAME", "data", metavar="DATA",
@@ -124,7 +138,9 @@ class PretrainConfig(Settings):
     val_images: int = setting(1024, "most images to validate on, spread over those there are", "data")
     val_masks: int = setting(4, "masks per validation image, the same every time; the loss is their mean", "data")
     crop_scale: float | None = setting(
-        None, "smallest area of the random crop, 1 for none (default: 0.2; digits, fashion-mnist: 0.6)", "data"
+        None,
+        "smallest area of the random crop, 1 for none (default: 0.2; digits, fashion-mnist: 0.6; mocov3: 0.08)",
+        "data",
     )
     hflip: bool | None = setting(
         None, "flip half of the images left to right (default: yes; digits and the like: no)", "data"
@@ -138,7 +154,7 @@ class PretrainConfig(Settings):
     epochs: int = setting(100, "passes over the data", "optimisation")
     warmup_epochs: float | None = setting(
         None,
-        "epochs of linear learning-rate warm-up (default: a twentieth of all; supervised: a fifth)",
+        "epochs of linear learning-rate warm-up (default: a twentieth of all; supervised: a fifth; mocov3: 40 of 300)",
         "optimisation",
     )
     blr: float | None = setting(
@@ -160,7 +176,7 @@ class PretrainConfig(Settings):
         None, "decay of AdamW's mean of squared gradients (default: 0.999; mae: 0.95)", "optimisation"
     )
     weight_decay: float | None = setting(
-        None, "weight decay, not on biases, norms and other 1-d parameters (default: 0.05)", "optimisation"
+        None, "weight decay, not on biases, norms and other 1-d parameters (default: 0.05; mocov3: 0.1)", "optimisation"
     )
     clip_grad: float | None = setting(None, "clip the gradient norm to this (default: no clipping)", "optimisation")
     seed: int = setting(0, "seed of weights, order, augmentation and masks", "optimisation")
@@ -249,6 +265,12 @@ class PretrainConfig(Settings):
         require(warmup is None or 0 <= warmup <= self.epochs, "warmup_epochs", warmup, f"in 0..{self.epochs} (epochs)")
         classes = self.num_classes
         require(classes is None or classes >= 2, "num_classes", classes, "at least 2")
+        for name in ("mlp_dim", "out_dim"):
+            width = getattr(self, name)
+            require(width is None or width >= 1, name, width, "at least 1")
+        kept, temperature = self.momentum, self.temperature
+        require(kept is None or 0 <= kept <= 1, "momentum", kept, "in [0, 1]")
+        require(temperature > 0 and math.isfinite(temperature), "temperature", temperature, "positive and finite")
         smoothing = self.label_smoothing
         require(0 <= smoothing < 1, "label_smoothing", smoothing, "at least 0 and below 1")
         for name in ("blr", "lr", "save_every"):

@@ -94,6 +94,8 @@ class Report:
         accuracy = None if self.references is None else self.references.now.get("accuracy")
         if accuracy is not None:
             tiles.insert(2, (f"{accuracy:.1%}", "of new images named correctly"))
+        if "feature_std" in last:
+            tiles.append((f"{last['feature_std']:.2f}", "spread of the features; 0: the model has collapsed"))
         return tiles
 
     @property

@@ -135,7 +135,7 @@ class Run:
         self.augmentation = Augmentation(
             config.img_size,
             config.in_chans,
-            self.source.crop_scale if config.crop_scale is None else config.crop_scale,
+            next(scale for scale in (config.value("crop_scale"), self.source.crop_scale) if scale is not None),
             self.source.mirrored if config.hflip is None else config.hflip,
         )
         views = method.views(config, self.augmentation)
@@ -300,6 +300,9 @@ class Run:
             betas=(0.9, config.value("beta2")),
             fused=True,
         )
+        if self.accelerator.num_processes > 1 and self.accelerator.device.type == "cuda":
+            # As published where there are such norms; on the CPU each process has statistics of its own.
+            self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         model, optimizer = self.accelerator.prepare(self.model, optimizer)
         if self.start is not None:
             # Popped: the loaded copies are of no use afterwards, and as large as what is trained.
@@ -384,7 +387,7 @@ class Run:
         config, device = self.config, self.accelerator.device
         model = build_model(config.to_dict())
         model.load_state_dict(weights)
-        files.save(self.output / config.the_method.exported, {"model": config.the_method.weights(model)})
+        files.save(self.output / config.the_method.exported, config.the_method.content(model))
         model.to(device).eval()
         pictures: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         masked_share: float | None = None

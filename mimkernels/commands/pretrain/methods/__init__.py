@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mimkernels.commands.pretrain.methods.base import Method, Moment
 from mimkernels.commands.pretrain.methods.mae import MAE
+from mimkernels.commands.pretrain.methods.mocov3 import MoCoV3
 from mimkernels.commands.pretrain.methods.simmim import SimMIM
 from mimkernels.commands.pretrain.methods.supervised import Supervised
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["METHODS", "Method", "Moment", "check_method"]
 
-METHODS: dict[str, type[Method]] = {"mae": MAE, "simmim": SimMIM, "supervised": Supervised}
+METHODS: dict[str, type[Method]] = {"mae": MAE, "simmim": SimMIM, "supervised": Supervised, "mocov3": MoCoV3}
 
 
 def check_method(config: PretrainConfig) -> None:

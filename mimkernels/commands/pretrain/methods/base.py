@@ -54,6 +54,8 @@ class Method:
         labelled: whether images are read with their class numbers.
         mask_ratio, beta2, blr, weight_decay, clip_grad, warmup_share: where the settings name none; the last is the
             share of the epochs in which the learning rate rises.
+        momentum: the same, of methods whose targets come from a moving average.
+        crop_scale: the same; None takes that of the data.
         blind: what the best answer is that looks at no image, whose loss ``blind_loss`` gives.
         ops: whose backends the report names.
         exported: file of the weights under their published names.
@@ -71,6 +73,8 @@ class Method:
     weight_decay: ClassVar[float] = 0.05
     clip_grad: ClassVar[float | None] = None
     warmup_share: ClassVar[float] = 0.05  # as MAE: 40 of 800
+    momentum: ClassVar[float | None] = None
+    crop_scale: ClassVar[float | None] = None
     blind: ClassVar[str] = ""
     ops: ClassVar[tuple[str, ...]]
     exported: ClassVar[str]
@@ -139,6 +143,11 @@ class Method:
     def weights(model: Any) -> Mapping[str, Any]:
         """Weights under their published names."""
         raise NotImplementedError
+
+    @classmethod
+    def content(cls, model: Any) -> dict[str, Any]:
+        """What the file of the weights holds."""
+        return {"model": cls.weights(model)}
 
     @staticmethod
     def masked_share(model: Any) -> float:
