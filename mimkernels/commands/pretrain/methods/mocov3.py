@@ -73,8 +73,9 @@ class MoCoV3(Method):
 
     @staticmethod
     def lead(config: PretrainConfig, masked_share: float | None) -> str:
+        colour = " and colour" if config.in_chans == 3 else ""
         return (
-            "The model sees two views of each image, cropped and changed in brightness and colour, and learns to find "
+            f"The model sees two views of each image, cropped and changed in brightness{colour}, and learns to find "
             "the second view of an image among those of the other images of the batch. No labels are used."
         )
 
