@@ -25,7 +25,8 @@ def follow(average: nn.Module, module: nn.Module, momentum: float) -> None:
 
     Buffers, such as the running statistics of BatchNorm, stay the average's own, as published.
     """
-    ours, theirs = list(average.parameters()), list(module.parameters())
+    ours: list[Tensor] = list(average.parameters())
+    theirs: list[Tensor] = list(module.parameters())
     torch._foreach_lerp_(ours, theirs, 1 - momentum)
 
 
