@@ -85,6 +85,12 @@ class ImageModel(nn.Module):
         """Whether images of any size that the patches divide are taken."""
         return bool(self.encoder.dynamic_img_size)
 
+    @property
+    def evaluated_encoder(self) -> nn.Module:
+        """The encoder that features are read from when training is over."""
+        encoder: nn.Module = self.encoder
+        return encoder
+
     def blank(self, batch: int) -> Tensor:
         """Images for functions that look at their shape alone; they share the memory of one pixel."""
         size = self.encoder.patch_embed.img_size
