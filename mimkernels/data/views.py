@@ -8,7 +8,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from mimkernels.data.batches import to_pixels
 
-__all__ = ["AsymmetricViews", "ImageViews", "view_steps"]
+__all__ = ["AsymmetricViews", "ImageViews", "MultiCrop", "view_steps"]
 
 
 def view_steps(
@@ -87,3 +87,49 @@ class AsymmetricViews(ImageViews):
             for blur, solarize in ((1.0, 0.0), (0.1, 0.2))
         )
         super().__init__(in_chans, (first, second))
+
+
+class MultiCrop(ImageViews):
+    """The views of DINO: two global ones, augmented as MoCo v3's, then small local ones, half of them blurred.
+
+    Args:
+        img_size: side of the global views.
+        in_chans: 3 (colour) or 1 (grey).
+        crop_scale: smallest share of the image's area in a global view, largest in a local one.
+        hflip: mirror half of the views.
+        local_crops: number of local views.
+        local_size: their side.
+        local_scale: smallest share of the image's area in a local view.
+
+    Source: arXiv:2104.14294 and its code.
+    """
+
+    def __init__(
+        self,
+        img_size: int,
+        in_chans: int,
+        crop_scale: float,
+        hflip: bool,
+        *,
+        local_crops: int,
+        local_size: int,
+        local_scale: float,
+    ) -> None:
+        views = [
+            (img_size, (crop_scale, 1.0), 1.0, 0.0),
+            (img_size, (crop_scale, 1.0), 0.1, 0.2),
+            *[(local_size, (local_scale, crop_scale), 0.5, 0.0)] * local_crops,
+        ]
+        steps = [
+            view_steps(
+                size,
+                in_chans,
+                scale=scale,
+                hflip=hflip,
+                blur=blur,
+                solarize=solarize,
+                interpolation=InterpolationMode.BICUBIC,
+            )
+            for size, scale, blur, solarize in views
+        ]
+        super().__init__(in_chans, steps)

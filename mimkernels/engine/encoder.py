@@ -21,6 +21,7 @@ from mimkernels.nn import cls_attention, use_mimkernels_attention, use_mimkernel
 
 _EXPORTED = (  # by `mimkernels pretrain`
     "mae_checkpoint.pth", "simmim_checkpoint.pth", "supervised_checkpoint.pth", "mocov3_checkpoint.pth",
+    "dino_checkpoint.pth",
 )  # fmt: skip
 
 
@@ -233,7 +234,7 @@ def _from_run(
     method = type(model).__name__
     assert model.mean is not None and model.std is not None
     return FrozenEncoder(
-        model.encoder,
+        model.evaluated_encoder,
         f"{method} {name} of {choice.model}",
         f"{method} {name}{f' ({arguments})' if arguments else ''} from {path}",
         img_size=settings["img_size"],

@@ -29,7 +29,7 @@ _LARGEST = {
     "img_size": 65_536, "patch_size": 65_536, "in_chans": 1_024, "embed_dim": 65_536, "depth": 1_024,
     "depths": 1_024, "num_heads": 4_096, "head_dim": 65_536, "window_size": 256, "reg_tokens": 65_536,
     "num_classes": 10_000_000, "decoder_dim": 65_536, "decoder_depth": 1_024, "decoder_heads": 4_096,
-    "mlp_dim": 65_536, "out_dim": 65_536,
+    "mlp_dim": 65_536, "out_dim": 65_536, "prototypes": 1_048_576, "bottleneck_dim": 65_536,
 }  # fmt: skip
 _LISTS = ("img_size", "patch_size", "window_size", "depths", "num_heads")  # may be lists of such numbers
 _MOST_WEIGHTS = 200_000_000_000

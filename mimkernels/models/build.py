@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mimkernels.models.base import ImageModel
+from mimkernels.models.dino import DINO
 from mimkernels.models.mae import MAE
 from mimkernels.models.mocov3 import MoCoV3
 from mimkernels.models.simmim import SimMIM
@@ -63,6 +64,16 @@ METHODS = {
             "sincos_positions": (bool,),
         },
     ),
+    "dino": Recipe(
+        DINO,
+        {
+            "prototypes": (int,),
+            "mlp_dim": (int, type(None)),
+            "bottleneck_dim": (int,),
+            "student_temp": (float,),
+            "teacher_temp": (float,),
+        },
+    ),
 }
 
 
@@ -101,7 +112,7 @@ def build_model(settings: Mapping[str, Any]) -> Any:
     if repeated:
         raise ValueError(f"model_kwargs repeats {', '.join(repeated)}, which is given by an option of its own")
     for name in recipe.settings:
-        if arguments[name] is None:
+        if arguments[name] is None:  # the model's own
             del arguments[name]
     return recipe.model.from_config({"name": settings["model"], **arguments, **settings["model_kwargs"]})
 

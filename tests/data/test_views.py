@@ -8,7 +8,7 @@ from torchvision.transforms import v2
 
 from mimkernels.data.batches import AUGMENT, PretrainImages, derived_seed
 from mimkernels.data.sources import open_source
-from mimkernels.data.views import AsymmetricViews, view_steps
+from mimkernels.data.views import AsymmetricViews, MultiCrop, view_steps
 
 
 def picture(side=40, channels=3):
@@ -71,3 +71,16 @@ def test_solarisation_inverts_what_is_bright():
     solarise = named(steps)["RandomSolarize"]
     pixels = torch.tensor([0, 127, 128, 255], dtype=torch.uint8).view(1, 2, 2)
     assert solarise(pixels).flatten().tolist() == [0, 127, 127, 0]
+
+
+def test_multi_crop_gives_two_global_and_many_local_views():
+    views = MultiCrop(28, 3, 0.4, hflip=True, local_crops=3, local_size=12, local_scale=0.05)
+    made = views(picture(), 3)
+    assert [tuple(view.shape) for view in made] == [(3, 28, 28)] * 2 + [(3, 12, 12)] * 3
+    assert all(view.dtype == torch.uint8 for view in made) and not torch.equal(made[2], made[3])
+    assert all(map(torch.equal, views(picture(), 3), made))
+    crops = [named(steps)["RandomResizedCrop"] for steps in views.steps]
+    assert [tuple(crop.scale) for crop in crops] == [(0.4, 1.0)] * 2 + [(0.05, 0.4)] * 3
+    blurs = [[step for step in steps.transforms if isinstance(step, v2.RandomApply)][1].p for steps in views.steps]
+    assert blurs == [1.0, 0.1, 0.5, 0.5, 0.5]
+    assert ["RandomSolarize" in named(steps) for steps in views.steps] == [False, True, False, False, False]

@@ -22,12 +22,14 @@ LOSSES = ("l1", "mse", "smooth-l1")
 ARCHITECTURE_FIELDS = (
     "method", "model", "img_size", "in_chans", "patch_size", "model_kwargs",
     "decoder_dim", "decoder_depth", "decoder_heads", "mlp_dim", "out_dim", "stop_grad_conv1", "sincos_positions",
+    "prototypes", "bottleneck_dim",
 )  # fmt: skip
 # ... and with another value of these the stream of batches would be another one.
 STREAM_FIELDS = (
     "data", "val_split", "max_pixels", "pixel_range", "pixel_stats", "seed", "crop_scale", "hflip", "masking",
     "mask_ratio", "masking_kwargs", "norm_pix_loss", "mask_unit", "target", "loss", "teacher", "teacher_momentum",
-    "label_smoothing", "mixup", "cutmix", "temperature", "momentum",
+    "label_smoothing", "mixup", "cutmix", "temperature", "momentum", "local_crops", "local_size", "local_scale",
+    "student_temp", "teacher_temp", "warmup_teacher_temp", "warmup_teacher_temp_epochs",
 )  # fmt: skip
 
 
@@ -93,10 +95,10 @@ class PretrainConfig(Settings):
 
     momentum: float | None = setting(
         None, "share that the moving average keeps at the first step; it rises to 1 along half a cosine (default: "
-        "0.99)", "joint embedding",
+        "0.99; dino: 0.996)", "joint embedding",
     )  # fmt: skip
     mlp_dim: int | None = setting(
-        None, "width of the hidden layers behind the encoder (default: 4096)", "joint embedding"
+        None, "width of the hidden layers behind the encoder (default: 4096; dino: 2048)", "joint embedding"
     )
     temperature: float = setting(0.2, "similarities are divided by it", "MoCo v3")
     out_dim: int = setting(256, "width of what projector and predictor give", "MoCo v3")
@@ -104,6 +106,24 @@ class PretrainConfig(Settings):
     sincos_positions: bool = setting(
         True, "fixed 2-d sine-cosine positions of a ViT, in place of learned ones", "MoCo v3"
     )
+
+    local_crops: int = setting(2, "local views per image, besides two global ones (published: 8)", "DINO")
+    local_size: int | None = setting(
+        None, "side of the local views in pixels (default: 3/7 of --img-size in whole patches)", "DINO"
+    )
+    local_scale: float = setting(
+        0.05, "smallest area of a local view's crop; the largest is --crop-scale, above which global views begin",
+        "DINO",
+    )  # fmt: skip
+    prototypes: int = setting(2048, "length of the distributions that are compared (published: 65536)", "DINO")
+    bottleneck_dim: int = setting(256, "width of what is compared with the prototypes", "DINO")
+    student_temp: float = setting(0.1, "temperature of the student's softmax", "DINO")
+    teacher_temp: float = setting(0.04, "temperature of the teacher's softmax, after its warm-up", "DINO")
+    warmup_teacher_temp: float = setting(0.04, "the same at the beginning of the warm-up", "DINO")
+    warmup_teacher_temp_epochs: int = setting(
+        0, "epochs in which the teacher's temperature rises, such as 30 of 100 to --teacher-temp 0.07", "DINO"
+    )
+    weight_decay_end: float = setting(0.4, "weight decay at the end of a cosine that begins with its own", "DINO")
 
     data: str = setting(
         "digits", "digits (embedded, no download), fashion-mnist (of the Debian package dataset-fashion-mnist, or in "
@@ -139,7 +159,8 @@ class PretrainConfig(Settings):
     val_masks: int = setting(4, "masks per validation image, the same every time; the loss is their mean", "data")
     crop_scale: float | None = setting(
         None,
-        "smallest area of the random crop, 1 for none (default: 0.2; digits, fashion-mnist: 0.6; mocov3: 0.08)",
+        "smallest area of the random crop, 1 for none (default: 0.2; digits, fashion-mnist: 0.6; mocov3: 0.08; "
+        "dino: 0.4)",
         "data",
     )
     hflip: bool | None = setting(
@@ -154,11 +175,13 @@ class PretrainConfig(Settings):
     epochs: int = setting(100, "passes over the data", "optimisation")
     warmup_epochs: float | None = setting(
         None,
-        "epochs of linear learning-rate warm-up (default: a twentieth of all; supervised: a fifth; mocov3: 40 of 300)",
+        "epochs of linear learning-rate warm-up (default: a twentieth of all; supervised: a fifth; mocov3: 40 of 300; "
+        "dino: a tenth)",
         "optimisation",
     )
     blr: float | None = setting(
-        None, "base learning rate: lr = blr * effective batch size / 256 (default: 1.5e-4; supervised: 2.5e-4)",
+        None, "base learning rate: lr = blr * effective batch size / 256 (default: 1.5e-4; supervised: 2.5e-4; "
+        "dino: 5e-4)",
         "optimisation",
     )  # fmt: skip
     lr: float | None = setting(None, "learning rate as it is, in place of --blr", "optimisation")
@@ -176,9 +199,13 @@ class PretrainConfig(Settings):
         None, "decay of AdamW's mean of squared gradients (default: 0.999; mae: 0.95)", "optimisation"
     )
     weight_decay: float | None = setting(
-        None, "weight decay, not on biases, norms and other 1-d parameters (default: 0.05; mocov3: 0.1)", "optimisation"
+        None,
+        "weight decay, not on biases, norms and other 1-d parameters (default: 0.05; mocov3: 0.1; dino: 0.04)",
+        "optimisation",
     )
-    clip_grad: float | None = setting(None, "clip the gradient norm to this (default: no clipping)", "optimisation")
+    clip_grad: float | None = setting(
+        None, "clip the gradient norm to this (default: no clipping; dino: 3, of each parameter)", "optimisation"
+    )
     seed: int = setting(0, "seed of weights, order, augmentation and masks", "optimisation")
 
     head_stats: str = setting(
@@ -234,7 +261,7 @@ class PretrainConfig(Settings):
         for name in ("epochs", "log_every", "keep_checkpoints", "head_stats_every", "val_images", "val_masks"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.mask_unit is None or self.mask_unit >= 1, "mask_unit", self.mask_unit, "at least 1")
-        for name in ("workers", "pictures", "seed"):
+        for name in ("workers", "pictures", "seed", "local_crops", "warmup_teacher_temp_epochs"):
             value = getattr(self, name)
             require(value is None or value >= 0, name, value, "0 or more")
         if self.data == "torchvision:LSUN":  # the settings may be those of a file, and name a folder that came with it
@@ -265,7 +292,7 @@ class PretrainConfig(Settings):
         require(warmup is None or 0 <= warmup <= self.epochs, "warmup_epochs", warmup, f"in 0..{self.epochs} (epochs)")
         classes = self.num_classes
         require(classes is None or classes >= 2, "num_classes", classes, "at least 2")
-        for name in ("mlp_dim", "out_dim"):
+        for name in ("mlp_dim", "out_dim", "local_size", "prototypes", "bottleneck_dim"):
             width = getattr(self, name)
             require(width is None or width >= 1, name, width, "at least 1")
         kept, temperature = self.momentum, self.temperature
@@ -273,10 +300,11 @@ class PretrainConfig(Settings):
         require(temperature > 0 and math.isfinite(temperature), "temperature", temperature, "positive and finite")
         smoothing = self.label_smoothing
         require(0 <= smoothing < 1, "label_smoothing", smoothing, "at least 0 and below 1")
-        for name in ("blr", "lr", "save_every"):
+        require(0 < self.local_scale <= 1, "local_scale", self.local_scale, "in (0, 1]")
+        for name in ("blr", "lr", "save_every", "student_temp", "teacher_temp", "warmup_teacher_temp"):
             value = getattr(self, name)
             require(value is None or (value > 0 and math.isfinite(value)), name, value, "positive and finite")
-        for name in ("min_lr", "min_blr", "warmup_blr", "weight_decay", "mixup", "cutmix"):
+        for name in ("min_lr", "min_blr", "warmup_blr", "weight_decay", "weight_decay_end", "mixup", "cutmix"):
             value = getattr(self, name)
             require(value is None or (value >= 0 and math.isfinite(value)), name, value, "0 or more and finite")
         require(self.clip_grad is None or self.clip_grad > 0, "clip_grad", self.clip_grad, "positive")

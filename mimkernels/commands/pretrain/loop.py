@@ -167,11 +167,7 @@ class Trainer:
         if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
             self._require_finite(total[0].item(), self.step)
         self._window.append(total)
-        clip_grad = config.value("clip_grad")
-        if clip_grad is not None:
-            self._grad_norm = accelerator.clip_grad_norm_(model.parameters(), clip_grad)
-        elif self._log_due(self.step + 1):
-            self._grad_norm = accelerator.clip_grad_norm_(model.parameters(), math.inf)
+        self._clip()
         self.method.before_update(self._plain, scheduled, at)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -182,6 +178,18 @@ class Trainer:
         recorded = self.heads.collect()
         if recorded is not None and self.history is not None:
             self.history.add_heads(self.step, recorded)
+
+    def _clip(self) -> None:
+        """Clip the gradients, where they are to be; measures their norm for the log."""
+        clip_grad, each = self.config.value("clip_grad"), self.method.clips_each
+        if clip_grad is None and not self._log_due(self.step + 1):
+            return
+        # Besides the norm, this takes the scale of fp16 out of the gradients.
+        whole = math.inf if clip_grad is None or each else clip_grad
+        self._grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), whole)
+        if clip_grad is not None and each:
+            for parameter in self.model.parameters():
+                torch.nn.utils.clip_grad_norm_(parameter, clip_grad)
 
     def _learning_rate(self, step: int) -> float:
         config, batch = self.config, self.plan.effective_batch

@@ -123,7 +123,10 @@ class Report:
         references = self.references
         if references is None:
             return ""
-        now, sentences = references.now["loss"], []
+        method, now, sentences = self.config.the_method, references.now["loss"], []
+        own = method.verdict(self.config, references.untrained, references.now)
+        if own:
+            sentences.append(own)
         if references.blind is not None:
             below = 1 - now / references.blind
             sentences.append(
@@ -133,7 +136,7 @@ class Report:
                 "it sees yet. Train longer, or look at the learning rate."
             )
         seen = [(entry["step"], entry["val_loss"]) for entry in self.entries if "val_loss" in entry]
-        if len(seen) > 1:
+        if len(seen) > 1 and not method.target_moves:
             step, lowest = min(seen, key=lambda pair: pair[1])
             last = seen[-1][1]
             if last > lowest + _RISEN * abs(lowest):

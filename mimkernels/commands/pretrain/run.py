@@ -40,7 +40,7 @@ from mimkernels.nn.attention import attention_layers
 _RESULT_FIELDS = (
     *STREAM_FIELDS, "batch_size", "accum_steps", "epochs", "warmup_epochs", "blr", "lr", "min_lr", "weight_decay",
     "clip_grad", "precision", "regularize", "min_blr", "warmup_blr", "schedule", "step_epoch", "beta2",
-    "decay_bias_tables",
+    "decay_bias_tables", "weight_decay_end",
 )  # fmt: skip
 
 

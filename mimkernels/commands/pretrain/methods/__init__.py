@@ -6,6 +6,7 @@ from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING
 
 from mimkernels.commands.pretrain.methods.base import Method, Moment
+from mimkernels.commands.pretrain.methods.dino import DINO
 from mimkernels.commands.pretrain.methods.mae import MAE
 from mimkernels.commands.pretrain.methods.mocov3 import MoCoV3
 from mimkernels.commands.pretrain.methods.simmim import SimMIM
@@ -16,7 +17,13 @@ if TYPE_CHECKING:
 
 __all__ = ["METHODS", "Method", "Moment", "check_method"]
 
-METHODS: dict[str, type[Method]] = {"mae": MAE, "simmim": SimMIM, "supervised": Supervised, "mocov3": MoCoV3}
+METHODS: dict[str, type[Method]] = {
+    "mae": MAE,
+    "simmim": SimMIM,
+    "supervised": Supervised,
+    "mocov3": MoCoV3,
+    "dino": DINO,
+}
 
 
 def check_method(config: PretrainConfig) -> None:

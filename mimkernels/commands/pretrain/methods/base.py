@@ -56,6 +56,8 @@ class Method:
             share of the epochs in which the learning rate rises.
         momentum: the same, of methods whose targets come from a moving average.
         crop_scale: the same; None takes that of the data.
+        clips_each: the gradient norm that is clipped is that of each parameter, not of all together.
+        target_moves: what is predicted changes while the model learns, so that losses of two steps do not compare.
         blind: what the best answer is that looks at no image, whose loss ``blind_loss`` gives.
         ops: whose backends the report names.
         exported: file of the weights under their published names.
@@ -75,6 +77,8 @@ class Method:
     warmup_share: ClassVar[float] = 0.05  # as MAE: 40 of 800
     momentum: ClassVar[float | None] = None
     crop_scale: ClassVar[float | None] = None
+    clips_each: ClassVar[bool] = False
+    target_moves: ClassVar[bool] = False
     blind: ClassVar[str] = ""
     ops: ClassVar[tuple[str, ...]]
     exported: ClassVar[str]
@@ -164,6 +168,11 @@ class Method:
     def loss_words(config: PretrainConfig) -> str:
         """What the loss is, as the beginning of a sentence without its end."""
         raise NotImplementedError
+
+    @staticmethod
+    def verdict(config: PretrainConfig, untrained: Mapping[str, float], now: Mapping[str, float]) -> str:
+        """What loss and metrics on new images say, of the model before its first step and of the trained one."""
+        return ""
 
     @staticmethod
     def picture_words(config: PretrainConfig) -> str:
