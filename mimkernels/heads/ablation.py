@@ -156,6 +156,6 @@ def head_importance(model: nn.Module, forward: Callable[[], Tensor], *, by: str 
             if whole.dim() == 0:
                 changes.append(without - whole)
             else:
-                changes.append((1 - torch.cosine_similarity(whole, without, dim=-1)).mean())
+                changes.append((1 - torch.cosine_similarity(whole, without, dim=-1)).mean().clamp(min=0))
         importance[name] = torch.stack(changes).cpu()
     return importance

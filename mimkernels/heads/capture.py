@@ -220,7 +220,7 @@ class Capture(FunctionObserver):
     def _plan(self, layer: LayerHeads, call: AttentionCall) -> _Plan:
         layer.set_sizes(call)
         queries, keys = layer.queries, layer.keys
-        layer.num_prefix, positions = self._places.of(self._calls, call, layer.name)
+        layer.num_prefix, positions, layer.windows = self._places.of(self._calls, call, layer.name)
         reasons = {name: _cannot_have(name, queries, keys, layer.num_prefix) for name in self._wanted.names}
         layer.missing.update((name, reason) for name, reason in reasons.items() if reason)
         names = tuple(name for name, reason in reasons.items() if not reason)
@@ -232,7 +232,9 @@ class Capture(FunctionObserver):
             return
         rows = self._recorder.write(layer, call, output)
         group = self._group(plan)
-        group.update(layer.index, rows, q=call.q, k=call.k, v=call.v, lse=output.lse, **call.options)
+        group.update(
+            layer.index, rows, q=call.q, k=call.k, v=call.v, lse=output.lse, windows=layer.windows, **call.options
+        )
 
     def _group(self, plan: _Plan) -> HeadStatistics:
         # Of cross-attention's queries, none are known to be prefix tokens.
@@ -303,18 +305,18 @@ class _Places:
                 f"it, such as {example}"
             )
 
-    def of(self, calls: Calls, call: AttentionCall, layer: str) -> tuple[int, Tensor | None]:
-        """``num_prefix`` and ``positions`` of a call made now."""
+    def of(self, calls: Calls, call: AttentionCall, layer: str) -> tuple[int, Tensor | None, int]:
+        """``num_prefix``, ``positions`` and windows per image of a call made now."""
         batch, _, keys, _ = call.k.shape
-        prefix, patches, why = self._layouts.place(calls.modules, batch, keys, self._num_prefix)
+        prefix, patches, why, windows = self._layouts.place(calls.modules, batch, keys, self._num_prefix)
         if prefix is None:
             raise ValueError(f"{layer}: num_prefix is not known: {why}: give it, or use layers= to leave it out")
         if prefix > keys:
             raise ValueError(f"{layer}: {keys} tokens, but num_prefix is {prefix}")
         if not self._needed or call.q.shape[2] != keys:
-            return prefix, None
+            return prefix, None, windows
         if self._given is not None:
-            return prefix, self._given_positions(prefix, call, layer)
+            return prefix, self._given_positions(prefix, call, layer), windows
         if self._grid is not None:
             patches = self._layouts.of_grid(calls.modules, batch, self._grid)
             fits = keys == prefix + math.prod(patches.grid)
@@ -328,7 +330,7 @@ class _Places:
                 "per image), or use layers= to leave it out"
             )
         positions = self._grid_positions(patches, call.q.device)
-        return prefix, positions if ids is None else positions[ids]
+        return prefix, positions if ids is None else positions[ids], windows
 
     def _given_positions(self, prefix: int, call: AttentionCall, layer: str) -> Tensor:
         batch, keys = call.k.shape[0], call.k.shape[2]

@@ -42,11 +42,13 @@ class Place(NamedTuple):
         num_prefix: P, or None if that is not known.
         patches: those that the other tokens are, or None if that is not known.
         why: what is not known, and why; "" if all is.
+        windows: of an image, one after the other, that the layer's attention runs in; 1 of other layers.
     """
 
     num_prefix: int | None
     patches: Patches | None
     why: str = ""
+    windows: int = 1
 
 
 class Layouts:
@@ -81,7 +83,7 @@ class Layouts:
         seen, count = self._seen.get(name) if name is not None else None, tokens - prefix
         cut = _in_windows(modules, batch, tokens, None if seen is None else seen.patches) if prefix == 0 else None
         if cut is not None:
-            return Place(0, cut)
+            return Place(0, cut, windows=batch // cut.batch)
         if seen is not None and count in seen.chosen:
             ids = seen.chosen[count]
             if ids is not None:
@@ -92,7 +94,9 @@ class Layouts:
             return Place(prefix, seen.patches)
         window = window_of(modules, tokens) if prefix == 0 else None
         if window is not None:
-            return Place(0, self.of_grid(modules, batch, window))
+            images = batch if seen is None else seen.patches.batch
+            windows = batch // images if batch % images == 0 else 1
+            return Place(0, self.of_grid(modules, batch, window), windows=windows)
         if name is None:
             return Place(certain, None, "this part of the model embeds no patches")
         if seen is None:

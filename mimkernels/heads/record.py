@@ -28,7 +28,7 @@ class RecordedHeads(Mapping[str, LayerHeads]):
 
     Attributes:
         groups: the accumulated ``HeadStatistics``, one object for all layers that have the same quantities and the
-            same prefix tokens. Windows count as images.
+            same prefix tokens. Of an image's windows, the mean counts.
         missed: modules that look like attention, ran, and were not seen, with the reason.
     """
 
@@ -80,9 +80,10 @@ class RecordedHeads(Mapping[str, LayerHeads]):
         lines = [group.table() + "\n" for group in self.groups]
         width = max((len(name) for name in self), default=0)
         for layer in self.values():
-            prefix = f", {layer.num_prefix} of them prefix" if layer.num_prefix else ""
+            more = f", {layer.num_prefix} of them prefix" if layer.num_prefix else ""
+            more += f", {layer.windows} windows" if layer.windows > 1 else ""
             tokens = f"{layer.keys}" if layer.queries == layer.keys else f"{layer.queries} on {layer.keys}"
-            lines.append(f"{layer.index:5d}  {layer.name.ljust(width)}  {layer.heads} heads, {tokens} tokens{prefix}")
+            lines.append(f"{layer.index:5d}  {layer.name.ljust(width)}  {layer.heads} heads, {tokens} tokens{more}")
             reasons = dict.fromkeys(layer.missing.values())
             for reason in reasons:
                 names = ", ".join(name for name, why in layer.missing.items() if why == reason)

@@ -157,6 +157,8 @@ class HeadStatistics:
         scale: float | None = None,
         tokens: Tensor | None = None,
         output: Tensor | None = None,
+        windows: int = 1,
+        grid: Sequence[int] | None = None,
         backend: str = "auto",
     ) -> None:
         """Add one batch of one layer. Does not wait for the device.
@@ -171,6 +173,9 @@ class HeadStatistics:
                 k are.
             tokens: ``[B, N, D]`` the block's input, for token magnitudes.
             output: ``[B, N, D]`` attention's output after the projection, before LayerScale, for its magnitudes.
+            windows: per image, if attention runs in windows: so many neighbours of the batch are one image, whose value
+                is the mean over them.
+            grid: rows and columns of these patches, where layers differ in theirs.
             backend: of the companion ops.
 
         Raises:
@@ -183,7 +188,7 @@ class HeadStatistics:
         if isinstance(stats, AttentionOutput):
             lse = stats.lse if lse is None else lse
             stats = stats.stats
-        given = {"q": q, "k": k, "v": v, "lse": lse, "tokens": tokens, "output": output}
+        given: dict[str, Any] = {"q": q, "k": k, "v": v, "lse": lse, "tokens": tokens, "output": output}
         self._check_given(stats, given)
         rows = {name: stats[name].detach() for name in self.row_stats}
         heads = self._check_shapes(layer, rows, given)
@@ -196,11 +201,16 @@ class HeadStatistics:
             "scale": scale,
         }
         options = {**scores, "backend": backend}
+        given["grid"] = self.grid if grid is None else grid
         if self.exact_eps and {"cls_pos_entropy", "pos_pos_entropy"} & set(self.names):
             assert q is not None and k is not None
             rows["eps_patch_entropy"] = derived.eps_patch_entropy(q, k, self.num_prefix, eps=self.eps, **scores)
         # Everything side by side, [B, columns]: one pass of float64 sums for all quantities.
         columns = torch.cat([self._values(name, rows, given, options) for name in self.names], dim=1).double()
+        if windows != 1:
+            if windows < 1 or len(columns) % windows:
+                raise ValueError(f"{len(columns)} windows cannot be {windows} of each image")
+            columns = columns.unflatten(0, (-1, windows)).mean(1)
         sums = torch.stack((columns.sum(0), columns.square().sum(0)))
         old = self._layers.get(layer)
         if old is None:
@@ -234,7 +244,7 @@ class HeadStatistics:
         if name == "token_similarity":
             return token_maps.token_similarity(given["tokens"].detach(), self.num_prefix)[:, None]
         if name == "high_frequency":
-            return token_maps.relative_log_amplitude(given["tokens"].detach(), self.grid, self.num_prefix)[:, -1:]
+            return token_maps.relative_log_amplitude(given["tokens"].detach(), given["grid"], self.num_prefix)[:, -1:]
         if name.endswith("_magnitude"):
             x = given["output" if "output" in name else "tokens"].detach()
             norms: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)  # [B, N]

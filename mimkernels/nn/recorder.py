@@ -42,6 +42,7 @@ class LayerHeads:
         index: the layer's number: in the model's order, or of ``capture`` in that of the calls.
         heads, queries, keys: sizes of the last call.
         num_prefix: leading keys that are no patches.
+        windows: per image, in which attention runs, as Swin's; one after the other among the B. 1 of other layers.
         missing: quantities that this layer cannot have, with the reason.
         notes: what to know about the numbers.
         scale: of the scores, in the last call; None of cosine attention.
@@ -63,6 +64,7 @@ class LayerHeads:
     queries: int = 0
     keys: int = 0
     num_prefix: int = 0
+    windows: int = 1
     missing: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     scale: float | None = None
@@ -108,7 +110,7 @@ class LayerHeads:
 
     def describe(self) -> dict[str, Any]:
         """Everything but tensors, as plain Python."""
-        names = ("index", "name", "heads", "queries", "keys", "num_prefix")
+        names = ("index", "name", "heads", "queries", "keys", "num_prefix", "windows")
         sizes = {name: getattr(self, name) for name in names}
         return {**sizes, "missing": dict(self.missing), "notes": list(self.notes)}
 

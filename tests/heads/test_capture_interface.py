@@ -123,7 +123,18 @@ def test_windows_have_positions_of_their_own():
     for name, layer in heads.items():
         assert layer.keys == 16 and torch.equal(layer.stats["distance"], given[name].stats["distance"])
     # 4 windows per image in the first stage, one in the second.
-    assert list(heads.statistics.images.values()) == [8, 8, 2, 2]
+    assert [layer.windows for layer in heads.values()] == [4, 4, 1, 1]
+
+
+def test_an_image_in_windows_counts_once():
+    heads = captured(m.swin(), ["entropy", "peak"], m.images())
+    sums = captured(m.swin(), ["entropy", "peak"], m.images(), accumulate=True)
+    assert set(heads.statistics.images.values()) == set(sums.statistics.images.values()) == {2}
+    for name in ("entropy", "peak"):
+        for number, layer in enumerate(heads.values()):
+            images = layer.stats[name].double().mean(-1).unflatten(0, (2, layer.windows)).mean(1)
+            for statistics in (heads.statistics, sums.statistics):
+                torch.testing.assert_close(statistics.mean(name)[number], images.mean(0))
 
 
 def test_positions_can_be_given_per_image():

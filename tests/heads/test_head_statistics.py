@@ -234,3 +234,15 @@ def test_refusals_name_what_is_missing():
     other.update(0, {"entropy": rows})
     with pytest.raises(ValueError, match="3 heads in earlier batches, now 2"):
         other.update(0, {"entropy": rows[:, :2]})
+
+
+def test_the_windows_of_an_image_count_as_one():
+    """Its value is the mean over its windows, and the spread over images is that of these means."""
+    seen = HeadStatistics(quantities=["peak"])
+    rows = torch.tensor([0.1, 0.3, 0.5, 0.9]).view(4, 1, 1).expand(4, 2, 5)  # windows of two images, two each
+    seen.update(0, {"peak": rows}, windows=2)
+    assert seen.images == {0: 2}
+    torch.testing.assert_close(seen.mean("peak"), torch.full((1, 2), 0.45, dtype=torch.float64))
+    torch.testing.assert_close(seen.std("peak"), torch.full((1, 2), 0.5 / 2**0.5, dtype=torch.float64))
+    with pytest.raises(ValueError, match="4 windows cannot be 3 of each image"):
+        seen.update(0, {"peak": rows}, windows=3)

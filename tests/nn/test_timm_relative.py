@@ -272,7 +272,7 @@ def test_distances_and_entropies_of_two_windows_by_hand():
     torch.testing.assert_close(shifted["entropy"], entropies)
     # As even as it can be, of the keys that are there; which half of the window it is, the mask alone tells.
     statistics = heads.statistics
-    assert list(statistics.images.values()) == [2, 2]
+    assert list(statistics.images.values()) == [1, 1] and [layer.windows for layer in heads.values()] == [2, 2]
     torch.testing.assert_close(statistics.mean("normalized_entropy"), torch.ones(2, 1).double())
     torch.testing.assert_close(statistics.mean("nmi"), torch.zeros(2, 1).double(), atol=1e-6, rtol=0)
 

@@ -92,11 +92,14 @@ def cka_maps(maps: Mapping[str, Tensor]) -> list[Markup]:
 
 
 def importance_maps(importance: Mapping[str, Tensor]) -> list[Markup]:
-    """What taking out a head changes, ``[L, H]`` of every model by its name, on one scale; layer 1 at the bottom."""
+    """What taking out a head changes, ``[L, H]`` of every model by its name, on one scale; layer 1 at the bottom.
+
+    NaN where a layer has fewer heads.
+    """
     import matplotlib
     from matplotlib.colors import LogNorm
 
-    highest = max(values.max().item() for values in importance.values()) or 1.0
+    highest = max(values.nan_to_num(0).max().item() for values in importance.values()) or 1.0
     # A few heads of early layers change far more than all others; three decades show those, too.
     norm = LogNorm(highest / 1000, highest, clip=True)
     drawn = []

@@ -152,14 +152,19 @@ def _sinks(models: Sequence[Model]) -> list[str]:
     sentences = []
     prefix = {one.name: one for one in series_of(models, "sink_is_prefix")}
     norms = {one.name: one for one in series_of(models, "sink_value_norm")}
-    tokens = {model.name: model.runs[0].facts["tokens"] for model in models}
+    runs = {model.name: model.runs[0] for model in models}
     for one in series_of(models, "sink_attention"):
         layer = int(one.mean.nan_to_num(-1).argmax())
-        share, of_prefix = one.mean[layer].item(), prefix[one.name].mean[layer].item()
+        share, keys = one.mean[layer].item(), runs[one.name].facts["keys"][layer]
+        where = " in its window" if runs[one.name].in_windows else ""
+        of_prefix = ""
+        if one.name in prefix:
+            percent = 100 * prefix[one.name].mean[layer].item()
+            of_prefix = f" it is a prefix token in {percent:.0f} % of heads and images;"
         sentences.append(
             f"Strongest sinks of {one.name}, in layer {layer + 1}: one token receives {100 * share:.0f} % of a head's "
-            f"attention, {share * tokens[one.name]:.1f} times its share; it is a prefix token in {100 * of_prefix:.0f} "
-            f"% of heads and images; its value has {norms[one.name].mean[layer].item():.2f} times the mean norm."
+            f"attention{where}, {share * keys:.1f} times its share;{of_prefix} its value has "
+            f"{norms[one.name].mean[layer].item():.2f} times the mean norm."
         )
     return sentences
 

@@ -22,9 +22,11 @@ from mimkernels.heads.sinks import SINKS
 
 # Of every attention layer; layers without a [cls] token go without its quantities.
 HEAD_QUANTITIES = (
-    "distance", "renormalized_distance", "entropy", "head_divergence", "nmi", "prefix_mass", "peak", *BEYOND_CLS,
-    *SINKS,
+    "distance", "renormalized_distance", "entropy", "normalized_entropy", "head_divergence", "nmi", "prefix_mass",
+    "peak", *BEYOND_CLS, *SINKS,
 )  # fmt: skip
+# Without [cls] and registers these say nothing.
+_OF_PREFIX = ("prefix_mass", "pos_cls_attention", "sink_is_prefix")
 # Of tokens before the first block and after every block, and of attention's outputs.
 STATE_QUANTITIES = ("pos_magnitude", "cls_magnitude", "token_similarity", "high_frequency")
 OUTPUT_QUANTITIES = ("pos_output_magnitude", "cls_output_magnitude")
@@ -41,15 +43,16 @@ class Tokens:
 
     Attributes:
         states, outputs: statistics of the tokens, and of the outputs of attention.
+        grids: of every state, rows and columns of patches.
         grams: Gram matrices of every batch.
-        features: of every batch ``[B, states, D]``, means over patches, if they are wanted.
+        features: of every state and batch ``[B, D]``, means over patches, if they are wanted.
     """
 
     def __init__(self, encoder: FrozenEncoder, with_features: bool) -> None:
         self._num_prefix = encoder.num_prefix
-        found: Any = getattr(encoder.model, "blocks", None)
-        self._blocks: list[Any] = list(found) if found is not None else []
+        self._blocks = _blocks_of(encoder.model)
         self._tokens: list[Tensor] = []
+        self.grids: list[tuple[int, int] | None] = [encoder.grid] * (len(self._blocks) + 1)
         options: dict[str, Any] = {"num_prefix": encoder.num_prefix, "grid": encoder.grid}
         names = [name for name in (*STATE_QUANTITIES, *OUTPUT_QUANTITIES)
                  if (encoder.has_cls_token or name not in _OF_CLS)
@@ -57,8 +60,7 @@ class Tokens:
         self.states = HeadStatistics(quantities=[name for name in names if name in STATE_QUANTITIES], **options)
         self.outputs = HeadStatistics(quantities=[name for name in names if name in OUTPUT_QUANTITIES], **options)
         self.grams: list[Tensor] = []
-        self.features: list[Tensor] = []
-        self._with_features = with_features
+        self.features: list[list[Tensor]] = [[] for _ in self.grids] if with_features else []
 
     @contextlib.contextmanager
     def followed(self) -> Iterator[None]:
@@ -78,27 +80,40 @@ class Tokens:
         self._tokens = [args[0]]
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if isinstance(output, Tensor) and output.dim() == 3:
+        if isinstance(output, Tensor) and output.dim() in (3, 4):
             self._tokens.append(output)
 
     def _attended(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if isinstance(output, Tensor) and output.dim() == 3:
-            self.outputs.update(number, {}, output=output)
+            windows = len(output) // max(1, len(self._tokens[0])) if self._tokens else 1
+            self.outputs.update(number, {}, output=output, windows=windows)
 
     def update(self) -> None:
-        """Take the batch that has run; blocks that give no tokens ``[B, N, D]`` are left alone."""
-        tokens, self._tokens = self._tokens, []
-        if not tokens or len(tokens) != len(self._blocks) + 1:
+        """Take the batch that has run; blocks that give neither ``[B, N, D]`` nor ``[B, H, W, D]`` are left alone."""
+        states, self._tokens = self._tokens, []
+        if not states or len(states) != len(self._blocks) + 1:
             return
-        tokens = [state.float() for state in tokens]
-        for number, state in enumerate(tokens):
-            self.states.update(number, {}, tokens=state)
-        if len(tokens[0]) >= _LEAST_FOR_CKA:
-            grams = gram_matrices(tokens, tokens="patch", num_prefix=self._num_prefix)
-            self.grams.append(grams.float().cpu())
-        if self._with_features:
-            means = [state[:, self._num_prefix :].mean(1) for state in tokens]
-            self.features.append(torch.stack(means, 1).cpu())
+        images, grams = len(states[0]), []
+        for number in range(len(self.grids)):
+            state = states.pop(0)  # one at a time in fp32, and none longer than it is needed
+            if state.dim() == 4:  # Swin's maps, coarser from stage to stage
+                self.grids[number] = (state.shape[1], state.shape[2])
+                state = state.flatten(1, 2)
+            state = state.float()
+            self.states.update(number, {}, tokens=state, grid=self.grids[number])
+            if images >= _LEAST_FOR_CKA:
+                grams.append(gram_matrices([state], tokens="patch", num_prefix=self._num_prefix))
+            if self.features:
+                self.features[number].append(state[:, self._num_prefix :].mean(1).cpu())
+        if grams:
+            self.grams.append(torch.cat(grams).float().cpu())
+
+
+def _blocks_of(model: nn.Module) -> list[Any]:
+    """The blocks in their order; of Swin, those of one stage after the other."""
+    blocks: Any = getattr(model, "blocks", None)
+    stages: Any = getattr(model, "layers", ())
+    return list(blocks) if blocks is not None else [block for stage in stages for block in getattr(stage, "blocks", ())]
 
 
 def measure(
@@ -120,11 +135,13 @@ def measure(
     seen, broken = 0, []
     read: list[Tensor] = []  # positions
     augmentation = Augmentation(encoder.img_size, encoder.in_chans, 1.0, False)
-    loader = in_order(EncoderImages(images, augmentation, 0, False), config.batch_size, workers, device.type == "cuda")
     # Registers alone are prefix tokens, too, but none of them is [cls].
-    wanted = [name for name in HEAD_QUANTITIES if encoder.has_cls_token or name not in _OF_CLS]
+    quantities = [name for name in HEAD_QUANTITIES
+                  if (encoder.num_prefix or name not in _OF_PREFIX)
+                  and (encoder.has_cls_token or name not in _OF_CLS)]  # fmt: skip
+    loader = in_order(EncoderImages(images, augmentation, 0, False), config.batch_size, workers, device.type == "cuda")
     with (
-        capture(encoder.model, wanted, unit=config.unit, accumulate=True) as heads,
+        capture(encoder.model, quantities, unit=config.unit, accumulate=True) as heads,
         tokens.followed(),
     ):
         for batch in loader:
@@ -150,6 +167,15 @@ def measure(
     layers = [layer for layer in heads.values() if layer.index in statistics.layers]
     if len(layers) < len(heads):
         notes.append(f"{len(heads) - len(layers)} layers of other tokens are left out of the figures")
+    if not encoder.num_prefix:
+        notes.append("it has no [cls] and no registers: what heads do with these is left out")
+    if any(layer.windows > 1 for layer in layers):
+        notes.append("attention runs in windows: numbers of heads are means over the windows of an image; keys that "
+                     "the mask of shifted windows hides do not count")  # fmt: skip
+    if len(set(tokens.grids)) > 1:
+        shown = ", ".join(f"{rows} x {columns}" for rows, columns in dict.fromkeys(filter(None, tokens.grids)))
+        notes.append(f"its maps are coarser from stage to stage ({shown}): patches, and the finest patterns whose "
+                     "amplitude is drawn, are those of the stage")  # fmt: skip
     facts = {
         "encoder": encoder.title,
         "parameters": sum(weight.numel() for weight in encoder.parameters()),
@@ -157,13 +183,15 @@ def measure(
         "layers": len(layers),
         "heads": max(layer.heads for layer in layers),
         "tokens": layers[0].keys,
+        "keys": [layer.keys for layer in layers],
+        "windows": [layer.windows for layer in layers],
         "prefix": layers[0].num_prefix,
         "grid": list(encoder.grid) if encoder.grid else None,
         "img_size": encoder.img_size,
         "in_chans": encoder.in_chans,
         "images": seen,
     }
-    accuracy, why = _accuracy_by_depth(tokens.features, images.targets[torch.cat(read)])
+    accuracy, why = accuracy_by_depth(tokens.features, images.targets[torch.cat(read)])
     if why and config.depth_probe:
         notes.append(f"no accuracy by depth: {why}")
     return Measured(
@@ -179,23 +207,23 @@ def measure(
     )
 
 
-def _accuracy_by_depth(features: list[Tensor], targets: Tensor) -> tuple[list[float], str]:
+def accuracy_by_depth(features: list[list[Tensor]], targets: Tensor) -> tuple[list[float], str]:
     """Accuracy of logistic regression on the mean patch token of every state, and why there is none.
 
     Fitted on seven tenths of the images, chosen at random by a fixed seed, and tested on the others.
     """
-    if not features:
+    if not features or not features[0]:
         return [], "its blocks give no tokens [B, N, D]"
     labels = targets.unique()
     if int(labels[0]) < 0 or len(labels) < 2:
         return [], "the images have no classes"
     if len(targets) < _LEAST_PER_CLASS * len(labels):
         return [], f"{len(targets)} images of {len(labels)} classes, {_LEAST_PER_CLASS} of each are needed"
-    vectors = torch.cat(features)  # [n, states, D]
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
     fitted, tested = order.split([len(order) - 3 * len(order) // 10, 3 * len(order) // 10])
     return [
-        logistic_accuracy(state[fitted], targets[fitted], state[tested], targets[tested]) for state in vectors.unbind(1)
+        logistic_accuracy(state[fitted], targets[fitted], state[tested], targets[tested])
+        for state in map(torch.cat, features)  # [n, D]
     ], ""
 
 

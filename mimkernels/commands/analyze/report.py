@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,8 +106,10 @@ class AnalysisReport:
             for number, run in enumerate(model.runs, 1):
                 facts = run.facts
                 name = model.name if len(model.runs) == 1 else f"{model.name}, run {number}"
-                sizes = f"{facts['layers']} x {facts['heads']}"
-                tokens = f"{facts['tokens']}" + (f", {facts['prefix']} prefix" if facts["prefix"] else "")
+                heads = _span(layer["heads"] for layer in run.heads["layers"].values())
+                sizes = f"{facts['layers']} x {heads}"
+                tokens = _span(facts["keys"]) + (f", {facts['prefix']} prefix" if facts["prefix"] else "")
+                tokens += f", in {_span(facts['windows'])} windows" if run.in_windows else ""
                 rows.append([name, f"{facts['parameters']:,}", sizes, tokens, f"{facts['img_size']} px",
                              f"{facts['images']:,}", facts["encoder"]])  # fmt: skip
         return rows
@@ -151,6 +154,12 @@ def _cka(first: Model, second: Model) -> Tensor:
     for k, l in zip(first.runs[0].grams, second.runs[0].grams, strict=True):
         cka.update_grams(k.double(), l.double())
     return cka.result()
+
+
+def _span(counts: Iterable[int]) -> str:
+    """What counts are, from the lowest to the highest."""
+    counts = sorted(counts)
+    return f"{counts[0]}" if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
 
 
 def _plain(value: Any) -> Any:

@@ -12,7 +12,7 @@ from mimkernels.engine import files
 from mimkernels.heads import HeadStatistics
 from mimkernels.models.checkpoint import read_file
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
@@ -41,6 +41,11 @@ class Measured:
     importance: list[list[float]] = field(default_factory=list)
     maps: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def in_windows(self) -> bool:
+        """Attention of a layer runs in windows of the image, as Swin's."""
+        return max(self.facts["windows"]) > 1
 
     def statistics(self, part: str = "heads") -> HeadStatistics | None:
         """Those of "heads", "states" or "outputs"."""

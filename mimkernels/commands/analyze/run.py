@@ -68,7 +68,7 @@ class AnalyzeRun:
         files.check_writable(self.output)
         self.accelerator, self.precision, self.precision_reason = start_accelerator(config.device, config.precision)
         self.choices = parse_models(config.models)
-        self.images = _open_images(config)
+        self.images = open_images(config)
         # One at a time is held later; here each shows that it can be loaded.
         self.keys: list[str] = []
         self.loading: list[LoadReport | None] = []
@@ -165,7 +165,7 @@ def _load(choice: ModelChoice) -> FrozenEncoder:
         return load_encoder(choice)
 
 
-def _open_images(config: AnalyzeConfig) -> LabelledImages:
+def open_images(config: AnalyzeConfig) -> LabelledImages:
     """Images spread evenly over the part of the set that is wanted; class -1 where they have none."""
     decoder = Decoder.from_settings(config.max_pixels, config.pixel_range)
     held_out = open_held_out(config.data, config.data_root) if config.split == "test" else None

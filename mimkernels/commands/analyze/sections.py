@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from markupsafe import Markup
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from mimkernels.commands.analyze import figures
 from mimkernels.commands.analyze.results import Model
@@ -102,15 +103,18 @@ class Drawer:
         return [section for section in sections if section.figures]
 
     def _heads(self) -> list[Figure]:
-        tokens = {run.facts["tokens"] for model in self.models for run in model.runs}
-        differ = len(tokens) > 1
-        by = " Divided by log N, because the models have different numbers of tokens." if differ else (
-            f" {math.log(min(tokens)):.2f} nats would be uniform.")  # fmt: skip
+        keys = {count for model in self.models for run in model.runs for count in run.facts["keys"]}
+        windows = any(run.in_windows for model in self.models for run in model.runs)
+        differ = len(keys) > 1 or windows
+        seen = "keys that a patch can see, which differs between layers or models" if windows else (
+            "tokens, which differs between the models")  # fmt: skip
+        by = f" Divided by the logarithm of the number of {seen}: 1 would be uniform." if differ else (
+            f" {math.log(min(keys)):.2f} nats would be uniform.")  # fmt: skip
         shown = (
             Line("distance", f"attention distance ({self.unit})", "Attention distance", "How far away the patches are "
                  "that a patch attends to, weighted by attention."),
-            Line("entropy", "entropy / log N" if differ else "entropy (nats)", "Entropy", "How widely a patch spreads "
-                 "its attention." + by),
+            Line("normalized_entropy" if differ else "entropy", "entropy / log N" if differ else "entropy (nats)",
+                 "Entropy", "How widely a patch spreads its attention." + by),
             Line("head_divergence", "KL divergence (nats)", "Difference between heads", "How much a head's attention "
                  "differs from that of the other heads of its layer."),
             Line("nmi", "mutual information", "Dependence on the query", "Normalised mutual information of query and "
@@ -118,8 +122,7 @@ class Drawer:
         )  # fmt: skip
         made = []
         for quantity, label, title, text in shown:
-            per_log_tokens = differ and quantity == "entropy"
-            series = series_of(self.models, quantity, self.x, per_log_tokens=per_log_tokens)
+            series = series_of(self.models, quantity, self.x)
             if series:
                 panels = figures.head_panels(series, label, self.x_label, self.colours)
                 made.append(Figure(title, text, panels))
@@ -128,9 +131,12 @@ class Drawer:
     def _lines(self, shown: Sequence[Line], part: str) -> list[Figure]:
         made = []
         for quantity, label, title, text in shown:
-            series = series_of(self.models, quantity, self.x, part=part)
+            # Entropies in nats over all patches and over those of a window do not compare.
+            models = [model for model in self.models
+                      if "pos_entropy" not in quantity or not any(run.in_windows for run in model.runs)]  # fmt: skip
+            series = series_of(models, quantity, self.x, part=part)
             if series:
-                counts = {run.facts["tokens"] - run.facts["prefix"] for model in self.models for run in model.runs}
+                counts = {run.facts["tokens"] - run.facts["prefix"] for model in models for run in model.runs}
                 uniform = {f"uniform: log {count} = {math.log(count):.2f}": math.log(count) for count in sorted(counts)}
                 made.append(self._figure(series, label, title, text, uniform if "pos_entropy" in quantity else {}))
         return made
@@ -147,8 +153,8 @@ class Drawer:
         return [self._figure(series, "accuracy (%)", "What a linear classifier reads", text, {})] if series else []
 
     def _importance(self) -> list[Figure]:
-        by_name = {model.name: torch.tensor(model.runs[0].importance) for model in self.models
-                   if model.runs[0].importance and len(set(map(len, model.runs[0].importance))) == 1}  # fmt: skip
+        by_name = {model.name: pad_sequence([torch.tensor(heads) for heads in model.runs[0].importance], True, math.nan)
+                   for model in self.models if model.runs[0].importance}  # fmt: skip
         return [Figure("Change of the tokens without a head", "", figures.importance_maps(by_name))] if by_name else []
 
     def _cka(self, similarities: Mapping[str, Tensor]) -> list[Figure]:

@@ -56,23 +56,20 @@ def series_of(
     x: str = "layer",
     *,
     part: str = "heads",
-    per_log_tokens: bool = False,
 ) -> list[Series]:
     """One quantity of every model that has it.
 
     Args:
         part: whose it is: of "heads" and attention's "outputs", layers are numbered from 1; of "states", 0 is the input
             of the first block.
-        per_log_tokens: divide by the logarithm of the number of tokens, so that models of other grids compare.
     """
     found = []
     for model in models:
         statistics = [seen for run in model.runs if (seen := run.statistics(part)) and quantity in seen.names]
         if len(statistics) < len(model.runs):
             continue
-        scale = [1 / math.log(run.facts["tokens"]) if per_log_tokens else 1.0 for run in model.runs]
-        means = [seen.mean(quantity) * factor for seen, factor in zip(statistics, scale, strict=True)]
-        spread = [seen.std(quantity).nanmean(1) * factor for seen, factor in zip(statistics, scale, strict=True)]
+        means = [seen.mean(quantity) for seen in statistics]
+        spread = [seen.std(quantity).nanmean(1) for seen in statistics]
         runs = torch.stack([mean.nanmean(1) for mean in means])
         heads = torch.stack(means) if statistics[0].is_per_head(quantity) else None
         first = 0 if part == "states" else 1
