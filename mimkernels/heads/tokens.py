@@ -55,10 +55,20 @@ def relative_log_amplitude(tokens: Tensor, grid: Sequence[int] | None = None, nu
     rows, columns = (side, side) if grid is None else grid
     if rows * columns != x.shape[1]:
         raise ValueError(f"{x.shape[1]} patches do not fill a grid of {rows} x {columns}")
-    spectrum = torch.fft.fft2(x.unflatten(1, (rows, columns)), dim=(1, 2)).abs()
     steps = min(rows, columns) // 2
-    # The same share of the highest frequency on both axes.
+    # The same share of the highest frequency on both axes. Of the transform that is the diagonal alone: products with
+    # F waves, far less than all N frequencies.
     number = torch.arange(steps + 1, device=x.device)
-    diagonal = spectrum[:, number * (rows // 2) // max(1, steps), number * (columns // 2) // max(1, steps)]
-    amplitude: Tensor = (diagonal + 1e-6).log().mean(-1)
+    turns = _turns(number * (rows // 2) // max(1, steps), rows)[:, :, None]
+    turns = turns + _turns(number * (columns // 2) // max(1, steps), columns)[:, None]
+    angles = 2 * math.pi * turns.flatten(1)  # [F, N]
+    waves = torch.cat((angles.cos(), angles.sin()))
+    with torch.autocast(x.device.type, enabled=False):
+        real, imaginary = (waves @ x).unflatten(1, (2, -1)).unbind(1)  # [B, F, D] each
+    amplitude: Tensor = (torch.hypot(real, imaginary) + 1e-6).log().mean(-1)
     return amplitude - amplitude[:, :1]
+
+
+def _turns(frequencies: Tensor, length: int) -> Tensor:
+    """``[F, length]`` fp32: ``f * i / length`` of every wave at every place, less whole turns."""
+    return (frequencies[:, None] * torch.arange(length, device=frequencies.device)) % length / length

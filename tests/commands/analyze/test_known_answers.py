@@ -11,6 +11,8 @@ from mimkernels.commands.analyze.config import AnalyzeConfig, parse_models
 from mimkernels.commands.analyze.measure import accuracy_by_depth, measure
 from mimkernels.commands.analyze.run import analyze, open_images
 from mimkernels.commands.analyze.series import series_of
+from mimkernels.commands.pretrain.config import PretrainConfig
+from mimkernels.commands.pretrain.run import pretrain
 from mimkernels.engine.encoder import load_encoder
 
 SIZES = "pretrained=false:in_chans=1:img_size=16"
@@ -210,3 +212,15 @@ def test_swin_and_beit_stand_beside_a_vit_on_one_scale(side_by_side):
 def test_sinks_of_windows_are_told_by_the_share_of_their_window(side_by_side):
     told = [text for text in side_by_side.numbers["findings"] if text.startswith("Strongest sinks of swin")]
     assert len(told) == 1 and "in its window" in told[0] and "prefix token" not in told[0]
+
+
+def test_a_run_of_simmim_is_analysed(tmp_path, tiny_settings):
+    sizes = {"embed_dim": 8, "depths": [1, 2], "num_heads": [2, 4], "window_size": 4}
+    own = {"method": "simmim", "model": "swinv2_tiny_window8_256", "mask_unit": 4, "patch_size": 2, "pictures": 0,
+           "batch_size": 1500, "model_kwargs": sizes, "output": str(tmp_path / "run")}  # fmt: skip
+    kept = {name: value for name, value in tiny_settings.items() if not name.startswith("decoder")}
+    pretrain(PretrainConfig(**{**kept, **own}))
+    seen = measured(load_encoder(parse_models([f"m={tmp_path / 'run'}"])[0]))
+    assert seen.facts["layers"] == 3 and len(seen.grams[0]) == 4
+    distance = seen.statistics().mean("distance").nan_to_num()
+    assert (distance.max(1).values > 2).all()  # pixels of the image
