@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mimkernels.commands.analyze.config import AnalyzeConfig, parse_models
 from mimkernels.commands.analyze.measure import accuracy_by_depth, measure
@@ -224,3 +226,25 @@ def test_a_run_of_simmim_is_analysed(tmp_path, tiny_settings):
     assert seen.facts["layers"] == 3 and len(seen.grams[0]) == 4
     distance = seen.statistics().mean("distance").nan_to_num()
     assert (distance.max(1).values > 2).all()  # pixels of the image
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many numbers the largest tensor holds that anything makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        self.numel = max([self.numel, *sizes])
+        return out
+
+
+def test_no_tensor_of_a_pass_grows_with_the_square_of_the_tokens():
+    largest = []
+    for side in (64, 128):  # 257 and 1,025 tokens
+        encoder = encoder_of(f"vit_tiny_patch16_224:{SIZES[:-2]}{side}:patch_size=4:embed_dim=32:depth=1:num_heads=2")
+        with Largest() as seen:
+            measured(encoder, images=4, batch_size=4)
+        largest.append(seen.numel)
+    assert largest[0] >= 4 * 257 * 32 and largest[1] <= 4.01 * largest[0] < 4 * 2 * 257**2
