@@ -4,13 +4,15 @@ import base64
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mimkernels.engine.encoder import FrozenEncoder
-from mimkernels.heads import capture
+from mimkernels.heads import LayerHeads, capture
+from mimkernels.nn.windows import Windows, windows_of
 from mimkernels.ops import attention_rows
 
 # Of one model in a page; larger ones keep the rows of every second (third, ...) patch.
@@ -21,17 +23,23 @@ MOST_BYTES = 24 * 2**20
 class Maps:
     """Attention of chosen queries on a few images.
 
+    A row holds K keys: all N patches, or those of the query's window. What layers with fewer heads or keys than others
+    lack is 0.
+
     Attributes:
         layers: names of the layers, in order.
-        grid: rows and columns of patches.
+        grid: rows and columns of patches; of Swin, those of its first stage.
         num_prefix: leading tokens that are no patches.
         queries: token numbers of the queries: all prefix tokens, then patches.
         stride: of those patches, along both axes of the grid.
         images: ``[I, C, S, S]`` uint8.
-        weights: ``[I, L, H, Q, N]`` uint8: 255 times attention to a patch divided by the row's maximum over patches.
+        weights: ``[I, L, H, Q, K]`` uint8: 255 times attention to a patch divided by the row's maximum over patches.
         maxima: ``[I, L, H, Q]`` fp32 of the rows.
         prefix: ``[I, L, H, Q, P]`` fp32 attention to prefix tokens.
         has_cls: the first of them is [cls].
+        places: ``[L, Q, K]`` int32 of windows: where the keys lie in the layer's grid, row by row, -1 for none; None
+            where rows are of all patches.
+        grids, heads: rows and columns, and number of heads, of every layer, where there are `places`.
     """
 
     layers: list[str]
@@ -44,11 +52,20 @@ class Maps:
     maxima: Tensor
     prefix: Tensor
     has_cls: bool = True
+    places: Tensor | None = None
+    grids: list[list[int]] | None = None
+    heads: list[int] | None = None
 
     def row(self, image: int, layer: int, query: int) -> Tensor:
-        """``[rows, columns]``: mean over heads of the attention that one query pays to patches."""
+        """``[rows, columns]`` of the layer: mean over heads of the attention that one query pays to patches."""
         weights = self.weights[image, layer, :, query].float() / 255 * self.maxima[image, layer, :, query, None]
-        return weights.mean(0).unflatten(0, tuple(self.grid))
+        if self.places is None:
+            return weights.mean(0).unflatten(0, tuple(self.grid))
+        assert self.grids is not None and self.heads is not None
+        rows, columns = self.grids[layer]
+        place = self.places[layer, query].long()
+        weights = weights[: self.heads[layer], place >= 0].mean(0)
+        return torch.zeros(rows * columns).scatter(0, place[place >= 0], weights).view(rows, columns)
 
     def query_at(self, row: int, column: int) -> int:
         """The place in ``queries`` of the stored patch next to one of the grid."""
@@ -57,7 +74,9 @@ class Maps:
 
     def for_page(self, name: str) -> dict[str, Any]:
         """What the viewer's script reads: sizes, and everything else as deflated base64."""
-        parts = (self.weights, self.maxima, self.prefix)
+        parts = [self.weights, self.maxima, self.prefix]
+        if self.places is not None:
+            parts.append(self.places)
         content = b"".join(part.contiguous().numpy().tobytes() for part in parts)
         return {
             "name": name,
@@ -67,6 +86,8 @@ class Maps:
             "queries": self.queries,
             "stride": self.stride,
             "shape": list(self.weights.shape),
+            "grids": self.grids,
+            "heads": self.heads,
             "data": base64.b64encode(zlib.compress(content, 6)).decode(),
         }
 
@@ -89,13 +110,15 @@ def queries_of(grid: Sequence[int], num_prefix: int, per_query: int) -> tuple[li
 def attention_maps(encoder: FrozenEncoder, images: Tensor) -> Maps | None:
     """Rows of every layer and head on `images` ``[I, C, S, S]`` uint8; None where patches form no grid.
 
-    Layers of other tokens than the first, such as windows, are left out.
+    Of models in windows, rows are those within the window; else layers of other tokens than the first are left out.
     """
     if encoder.grid is None:
         return None
     device = next(encoder.parameters()).device
     with capture(encoder.model, ["peak"], accumulate=True, keep=("q", "k")) as heads:
         encoder(images.to(device))
+    if any(layer.windows > 1 for layer in heads.values()):
+        return _maps_of_windows(encoder, images, list(heads.values()))
     tokens = encoder.num_prefix + encoder.grid[0] * encoder.grid[1]
     layers = [
         layer
@@ -110,9 +133,8 @@ def attention_maps(encoder: FrozenEncoder, images: Tensor) -> Maps | None:
     for layer in layers:
         assert layer.q is not None and layer.k is not None
         rows = attention_rows(layer.q, layer.k, queries, **layer.options).cpu()  # [I, H, Q, N]
-        patches = rows[..., encoder.num_prefix :]
-        highest = patches.amax(-1)
-        weights.append((255 * patches / highest.clamp(min=1e-30)[..., None]).round().to(torch.uint8))
+        scaled, highest = _as_bytes(rows[..., encoder.num_prefix :])
+        weights.append(scaled)
         maxima.append(highest)
         prefix.append(rows[..., : encoder.num_prefix])
     return Maps(
@@ -127,3 +149,72 @@ def attention_maps(encoder: FrozenEncoder, images: Tensor) -> Maps | None:
         torch.stack(prefix, 1),
         encoder.has_cls_token,
     )
+
+
+def _as_bytes(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows ``[..., K]`` relative to their maximum, uint8, and the maxima ``[...]``."""
+    highest = rows.amax(-1)
+    return (255 * rows / highest.clamp(min=1e-30)[..., None]).round().to(torch.uint8), highest
+
+
+class _InWindows(NamedTuple):
+    """A layer and the windows that it runs in."""
+
+    layer: LayerHeads
+    windows: Windows
+
+
+def _maps_of_windows(encoder: FrozenEncoder, images: Tensor, layers: Sequence[LayerHeads]) -> Maps | None:
+    """Rows within the windows that queries of the first stage, or what they were merged into, are in."""
+    found = []
+    for layer in layers:
+        windows = windows_of(encoder.model.get_submodule(layer.name.rpartition(".")[0]))
+        if windows is not None and windows.number == layer.windows and layer.q is not None:
+            found.append(_InWindows(layer, windows))
+    if not found:
+        return None
+    grid = found[0].windows.grid
+    heads, keys = max(layer.heads for layer, _ in found), max(layer.keys for layer, _ in found)
+    queries, stride = queries_of(grid, 0, len(images) * len(found) * heads * keys)
+    weights, maxima, places = [], [], []
+    for layer, windows in found:
+        rows, place = _window_rows(layer, windows, queries, grid)
+        scaled, highest = _as_bytes(rows)
+        missing = heads - layer.heads
+        weights.append(F.pad(scaled, (0, keys - layer.keys, 0, 0, 0, missing)))
+        maxima.append(F.pad(highest, (0, 0, 0, missing)))
+        places.append(F.pad(place, (0, keys - layer.keys), value=-1))
+    return Maps(
+        [layer.name for layer, _ in found],
+        list(grid),
+        0,
+        queries,
+        stride,
+        images.cpu(),
+        torch.stack(weights, 1),
+        torch.stack(maxima, 1),
+        torch.zeros(len(images), len(found), heads, len(queries), 0),
+        False,
+        torch.stack(places).to(torch.int32),
+        [list(windows.grid) for _, windows in found],
+        [layer.heads for layer, _ in found],
+    )
+
+
+def _window_rows(
+    layer: LayerHeads, windows: Windows, queries: Sequence[int], grid: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Rows ``[I, H, Q, K]`` of the tokens that patches of `grid` are in, and ``[Q, K]`` where their keys lie."""
+    assert layer.q is not None and layer.k is not None
+    ids, (rows, columns) = windows.ids(), windows.grid  # ids [nW, K] in the padded grid
+    query = torch.tensor(queries)
+    token = query // grid[1] * rows // grid[0] * windows.padded[1] + query % grid[1] * columns // grid[1]
+    at = ids.flatten().argsort()[token]
+    window, inside = at // ids.shape[1], at % ids.shape[1]
+    needed, number = inside.unique(return_inverse=True)
+    made = attention_rows(layer.q, layer.k, needed.tolist(), **layer.options).cpu().unflatten(0, (-1, windows.number))
+    made = made.permute(1, 3, 0, 2, 4)[window, number].permute(1, 2, 0, 3)  # of [nW, R, I, H, K]
+    keys = ids[window]  # [Q, K]
+    row, column = keys // windows.padded[1], keys % windows.padded[1]
+    inside_image = (row < rows) & (column < columns)
+    return made * inside_image, torch.where(inside_image, row * columns + column, -1)

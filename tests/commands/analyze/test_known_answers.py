@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mimkernels.commands.analyze.config import AnalyzeConfig, parse_models
+from mimkernels.commands.analyze.maps import attention_maps
 from mimkernels.commands.analyze.measure import accuracy_by_depth, measure
 from mimkernels.commands.analyze.run import analyze, open_images
 from mimkernels.commands.analyze.series import series_of
@@ -185,6 +186,30 @@ def test_uniform_attention_in_windows(text):
     assert result.statistics("states").layers == (0, 1, 2, 3)
     assert set(result.statistics("outputs").images.values()) == {12}
     assert any("8 x 8, 4 x 4" in note for note in result.notes) and any("no [cls]" in note for note in result.notes)
+
+
+def test_rows_of_the_viewer_lie_in_the_window_of_their_patch():
+    """All attend to the patch above, and where the window or its mask ends there, alike to all that they see."""
+    encoder = encoder_of(SWIN)
+    with torch.no_grad():
+        for name, weight in encoder.model.named_parameters():
+            if "qkv" in name or "bias_table" in name:
+                weight.zero_()
+            if "bias_table" in name:
+                weight[(1 + 3) * 7 + 3] = 40  # of keys one row above the query
+    maps = attention_maps(encoder, torch.zeros(2, 1, 16, 16, dtype=torch.uint8))
+    assert maps.grid == [8, 8] and maps.queries == list(range(64)) and maps.grids == [[8, 8], [8, 8], [4, 4]]
+    assert maps.weights.shape == (2, 3, 4, 64, 16) and maps.heads == [2, 2, 4]
+    for layer, (grid, shift) in enumerate([(8, 0), (8, 2), (4, 0)]):
+        seen = regions(grid, 4, shift)
+        for row, column in ((0, 0), (1, 7), (2, 3), (4, 5), (6, 1), (7, 7)):
+            at = (row * grid // 8, column * grid // 8)
+            token, above = at[0] * grid + at[1], (at[0] - 1) * grid + at[1]
+            wanted = seen[token] / seen[token].sum()
+            if at[0] > 0 and seen[token, above]:
+                wanted = torch.nn.functional.one_hot(torch.tensor(above), grid * grid).float()
+            got = maps.row(1, layer, maps.query_at(row, column))
+            torch.testing.assert_close(got, wanted.float().view(grid, grid), atol=3e-3, rtol=0)
 
 
 @pytest.fixture(scope="module")

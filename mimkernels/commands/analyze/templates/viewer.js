@@ -21,7 +21,9 @@
     model.weights = new Uint8Array(content, 0, count);
     const rows = count / model.shape[4];
     model.maxima = new Float32Array(content.slice(count, count + 4 * rows));
-    model.toPrefix = new Float32Array(content.slice(count + 4 * rows));
+    const end = count + 4 * rows * (1 + model.prefix);
+    model.toPrefix = new Float32Array(content.slice(count + 4 * rows, end));
+    if (model.grids) model.places = new Int32Array(content.slice(end));
     delete model.data;
   }
 
@@ -38,15 +40,33 @@
     const model = models[state.model], [, layers, heads, queries, patches] = model.shape;
     const number = ((state.image * layers + layer) * heads + head) * queries + state.query;
     return {
-      weights: model.weights.subarray(number * patches, (number + 1) * patches),
+      weights: laidOut(model, layer, head, model.weights.subarray(number * patches, (number + 1) * patches)),
       most: model.maxima[number],
       toPrefix: model.toPrefix.subarray(number * model.prefix, (number + 1) * model.prefix).reduce((a, b) => a + b, 0),
     };
   }
 
+  // Of a window, its weights in the grid of the layer; nothing of a head that the layer does not have.
+  function laidOut(model, layer, head, weights) {
+    if (!model.places) return weights;
+    if (head >= model.heads[layer]) return new Uint8Array(0);
+    const keys = weights.length, first = (layer * model.queries.length + state.query) * keys;
+    const whole = new Uint8Array(model.grids[layer][0] * model.grids[layer][1]);
+    for (let i = 0; i < keys; i++) {
+      if (model.places[first + i] >= 0) whole[model.places[first + i]] = weights[i];
+    }
+    return whole;
+  }
+
+  function gridOf(weights) {
+    const model = models[state.model];
+    return (model.grids || [model.grid]).find(([rows, columns]) => rows * columns === weights.length) || [1, 1];
+  }
+
   // The patches of a row as a small picture, one pixel a patch.
   function bitmap(weights, alpha) {
-    const model = models[state.model], [rows, columns] = model.grid;
+    const [rows, columns] = gridOf(weights);
+    if (!weights.length) return document.createElement("canvas");
     const small = Object.assign(document.createElement("canvas"), { width: columns, height: rows });
     const pixels = new ImageData(columns, rows);
     for (let i = 0; i < rows * columns; i++) {
@@ -101,9 +121,11 @@
       over.strokeRect(patch.column * wide + 1, patch.row * high + 1, wide - 2, high - 2);
     }
     const who = patch ? `Patch in row ${patch.row + 1}, column ${patch.column + 1}` : `Prefix token ${state.query + 1}`;
-    const key = weights.indexOf(255);
-    text.textContent = `${who}: head ${shown.head + 1} of layer ${shown.layer + 1} gives ${(100 * most).toFixed(1)} % `
-      + `to row ${Math.floor(key / model.grid[1]) + 1}, column ${key % model.grid[1] + 1}`
+    const key = weights.indexOf(255), [rows, columns] = gridOf(weights);
+    text.textContent = !weights.length ? `Layer ${shown.layer + 1} has no head ${shown.head + 1}.`
+      : `${who}: head ${shown.head + 1} of layer ${shown.layer + 1} gives ${(100 * most).toFixed(1)} % `
+      + `to row ${Math.floor(key / columns) + 1}, column ${key % columns + 1}`
+      + (model.places ? ` of ${rows} x ${columns}, in its window` : "")
       + (state.map ? "" : " (no head gives one patch more)")
       + (model.prefix ? `, ${(100 * toPrefix).toFixed(1)} % to prefix tokens.` : ".");
     for (const [number, thumb] of [...$("images").children].entries()) {
