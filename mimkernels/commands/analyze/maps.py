@@ -194,10 +194,10 @@ def _maps_of_windows(encoder: FrozenEncoder, images: Tensor, layers: Sequence[La
         torch.stack(weights, 1),
         torch.stack(maxima, 1),
         torch.zeros(len(images), len(found), heads, len(queries), 0),
-        False,
-        torch.stack(places).to(torch.int32),
-        [list(windows.grid) for _, windows in found],
-        [layer.heads for layer, _ in found],
+        has_cls=False,
+        places=torch.stack(places).to(torch.int32),
+        grids=[list(windows.grid) for _, windows in found],
+        heads=[layer.heads for layer, _ in found],
     )
 
 
