@@ -173,8 +173,8 @@ def measure(
         notes.append("attention runs in windows: numbers of heads are means over the windows of an image; keys that "
                      "the mask of shifted windows hides do not count")  # fmt: skip
     if len(set(tokens.grids)) > 1:
-        shown = ", ".join(f"{rows} x {columns}" for rows, columns in dict.fromkeys(filter(None, tokens.grids)))
-        notes.append(f"its maps are coarser from stage to stage ({shown}): patches, and the finest patterns whose "
+        grids = ", ".join(f"{rows} x {columns}" for rows, columns in dict.fromkeys(filter(None, tokens.grids)))
+        notes.append(f"its maps are coarser from stage to stage ({grids}): patches, and the finest patterns whose "
                      "amplitude is drawn, are those of the stage")  # fmt: skip
     facts = {
         "encoder": encoder.title,
