@@ -76,6 +76,7 @@ class Drawer:
 
     def __init__(self, models: Sequence[Model], x: str, unit: str) -> None:
         self.models, self.x, self.unit = models, x, unit
+        self.windows = any(run.in_windows for model in models for run in model.runs)
         self.colours = figures.colour_of([model.name for model in models])
         self.x_label = "layer" if x == "layer" else "relative depth"
 
@@ -84,17 +85,18 @@ class Drawer:
         seeds = any(len(model.runs) > 1 for model in self.models)
         thin = " Thin lines are single runs of a model." if seeds else ""
         band = "The band is one standard deviation over images." + thin
+        shares = " In windows, a share is one of a window's attention, which has fewer keys." if self.windows else ""
         sections = [
             *self._compared(similarities, compare),
             Section("Heads", "A dot is a head, the dark line the mean over heads. All panels of a row have one scale. "
                     + band, self._heads()),
-            Section("[cls] and patches", "Means over heads and images, as in “Beyond [cls]”. " + band,
+            Section("[cls] and patches", "Means over heads and images, as in “Beyond [cls]”. " + band + shares,
                     self._lines(_CLS, "heads"), True),
             Section("Heads that matter", "How much the last tokens change if one head alone is taken out: 1 - cosine, "
                     "mean over tokens and images. Dark heads do nothing that the others do not do as well.",
                     self._importance()),
             Section("Attention sinks", "The sink of a head is the token that receives most attention of an image. "
-                    "Means over heads and images. " + band, self._lines(_SINKS, "heads"), True),
+                    "Means over heads and images. " + band + shares, self._lines(_SINKS, "heads"), True),
             Section("Tokens", "After every block; 0 is the input of the first one. " + band,
                     [*self._accuracy(), *self._lines(_STATES, "states"), *self._lines(_OUTPUTS, "outputs")], True),
             Section("How alike layers are", "Centred kernel alignment of patch tokens: 1 for layers that hold the same "
@@ -104,9 +106,8 @@ class Drawer:
 
     def _heads(self) -> list[Figure]:
         keys = {count for model in self.models for run in model.runs for count in run.facts["keys"]}
-        windows = any(run.in_windows for model in self.models for run in model.runs)
-        differ = len(keys) > 1 or windows
-        seen = "keys that a patch can see, which differs between layers or models" if windows else (
+        differ = len(keys) > 1 or self.windows
+        seen = "keys that a patch can see, which differs between layers or models" if self.windows else (
             "tokens, which differs between the models")  # fmt: skip
         by = f" Divided by the logarithm of the number of {seen}: 1 would be uniform." if differ else (
             f" {math.log(min(keys)):.2f} nats would be uniform.")  # fmt: skip
