@@ -21,6 +21,7 @@ Sources and compiler options are in CMakeLists.txt, metadata in pyproject.toml.
 """
 
 import atexit
+import contextlib
 import json
 import os
 import re
@@ -155,14 +156,20 @@ def compile_libraries(folder: Path, report: dict, names: list[str]) -> dict[str,
         "masks": (configured["masks_reason"], "pip install pybind11, install the headers of Python (python3-dev)"),
         **dict.fromkeys(EMULATED, emulation),
     }
-    for name in names:
+    build = [cmake, "--build", str(folder), "--parallel", os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)]
+
+    def compiled(*libraries: str) -> None:
+        targets = [f"mimkernels_{name}" for name in libraries]
+        run([*build, "--target", *targets], f"compiling the {' '.join(libraries)} library", "mend what it names")
+        made.update((name, folder / "lib" / file_name(name)) for name in libraries)
+
+    with contextlib.suppress(NotBuilt):  # together, so that no core waits for the last file of one library
+        compiled(*(name for name in names if not cannot.get(name, ("",))[0]))
+    for name in (name for name in names if name not in made):
         try:
             if name in cannot and cannot[name][0]:
                 raise NotBuilt(*cannot[name])
-            jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-            run([cmake, "--build", str(folder), "--target", f"mimkernels_{name}", "--parallel", jobs],
-                f"compiling the {name} library", "mend what it names")  # fmt: skip
-            made[name] = folder / "lib" / file_name(name)
+            compiled(name)
         except NotBuilt as error:
             report["libraries"][name] = {"built": False, "reason": error.reason, "remedy": error.remedy}
     return made
