@@ -1,5 +1,6 @@
 """The benchmark command: what it compares, what it draws. No time is asserted."""
 
+import functools
 import itertools
 import json
 import math
@@ -13,6 +14,7 @@ pytest.importorskip("matplotlib")
 from mimkernels.cli import main
 from mimkernels.commands.bench import run as bench_run
 from mimkernels.commands.bench.cases import scaling
+from mimkernels.commands.bench.cases.gathering import Size
 from mimkernels.commands.bench.cases.loading import MEAN, STD, Pictures
 from mimkernels.commands.bench.cases.masks import mask_cases
 from mimkernels.commands.bench.compare import FLOOR, compare
@@ -176,7 +178,9 @@ def test_a_stopped_run_keeps_the_cases_it_measured(tmp_path, monkeypatch, capsys
     assert json.loads(file.read_text())["complete"] is True
 
 
-def test_run_then_plot(tmp_path, capsys):
+def test_run_then_plot(tmp_path, capsys, monkeypatch):
+    # Images of 112 pixels: what runs is the same, and the published targets of boxes take seconds of larger ones.
+    monkeypatch.setattr(bench_run, "Size", functools.partial(Size, tokens=49, keep=12))
     run = ["bench", "run", "--seconds", "0.001", "--batch", "1", "--no-compile", "--output", str(tmp_path)]
     assert main([*run, "--group", "gathering", "pooling", "mlp", "norm", "calls"]) == 0
     shown = capsys.readouterr().out
