@@ -1,16 +1,19 @@
 """What every CUDA kernel takes of a multiprocessor, as the compiler reports it.
 
 `python -m tests.compiled.cuda_resources` reads the built library and writes cuda_resources.json beside this file, which
-the tests compare the next build with.
+the tests compare the next build with. The table has a digest of what nvcc read. Where that is unchanged, which
+`--unchanged` answers, nvcc has nothing to add to the table, and `.ci/run` compiles for one architecture of several.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -132,11 +135,42 @@ def occupancy(arch: str, registers: int, threads: int, shared: int) -> int:
     return min(by_registers, SHARED[arch] // (shared + 1024), WARPS // warps, BLOCKS)
 
 
+def sources() -> str:
+    """A digest of the kernels' files, of all that they include, and of how CMake compiles them."""
+    csrc = ROOT / "csrc"
+    waiting, seen = sorted(csrc.rglob("*.cu")), set()
+    while waiting:
+        file = waiting.pop()
+        if file not in seen:
+            seen.add(file)
+            named = re.findall(r'^\s*#\s*include\s+"([^"]+)"', file.read_text(), re.M)
+            found = (path for name in named for path in (csrc / name, file.parent / name) if path.exists())
+            waiting += (path.resolve() for path in found)
+    section = re.search(r"^# ---- CUDA -.*?^# ----", (ROOT / "CMakeLists.txt").read_text(), re.M | re.S)[0]
+    texts = [section, *(f"{file.relative_to(csrc)}\n{file.read_text()}" for file in sorted(seen))]
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+
+
+def built_for() -> list[str]:
+    """The architectures of the built library as cuobjdump names them."""
+    build = json.loads((LIBRARY.parent / "build.json").read_text())
+    return [f"sm_{name.removesuffix('-real')}" for name in build["cuda_architectures"].split()]
+
+
+def unchanged() -> bool:
+    """Whether the table is of these sources and of the nvcc that is found."""
+    nvcc = shutil.which("nvcc")
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout if nvcc else ""
+    table = json.loads(TABLE.read_text())
+    return f"V{table['nvcc']}" in told.split() and table["sources"] == sources()
+
+
 def make_table() -> dict:
     """The table as it is committed."""
     known = launches()
     build = json.loads((LIBRARY.parent / "build.json").read_text())
-    table: dict = {"nvcc": build["nvcc"], "tokens": TOKENS, "kernels": {}}
+    assert built_for() == list(SHARED), f"the library is built for {built_for()} alone: rebuild it for {list(SHARED)}"
+    table: dict = {"nvcc": build["nvcc"], "sources": sources(), "tokens": TOKENS, "kernels": {}}
     for arch, kernels in read_report().items():
         for name, usage in sorted(kernels.items()):
             threads, shared = known.get(name, (THREADS, 0))
@@ -152,9 +186,9 @@ def write_table() -> None:
     for arch, kernels in table["kernels"].items():
         rows = ",\n".join(f"   {json.dumps(name)}: {json.dumps(row)}" for name, row in kernels.items())
         lines.append(f'  "{arch}": {{\n{rows}\n  }}')
-    head = "".join(f' "{key}": {json.dumps(table[key])},\n' for key in ("nvcc", "tokens"))
+    head = "".join(f' "{key}": {json.dumps(table[key])},\n' for key in ("nvcc", "sources", "tokens"))
     TABLE.write_text("{\n" + head + ' "kernels": {\n' + ",\n".join(lines) + "\n }\n}\n")
 
 
 if __name__ == "__main__":
-    write_table()
+    sys.exit(not unchanged()) if "--unchanged" in sys.argv else write_table()

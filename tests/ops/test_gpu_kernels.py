@@ -47,7 +47,7 @@ def root_mean_square(error):
 @every_backend
 def test_distances_of_a_sequence_without_patches_are_0(backend, tokens, poisoned):
     if backend == "triton" and DEVICE == "cpu":
-        tokens = min(tokens, 300)  # beyond one pass and beyond the fused backward, of 256 tokens, in a quarter of the time
+        tokens = min(tokens, 300)  # beyond one pass and the fused backward, of 256 tokens, in a quarter of the time
     q = randn(1, 1, tokens, 8).requires_grad_()
     made = attention(
         *(q, q, q),
