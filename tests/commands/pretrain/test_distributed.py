@@ -84,6 +84,8 @@ def test_two_processes_train_as_one_and_resume(tiny, tmp_path, method):
     assert len(re.findall(r"^Device .*2 processes", out, re.M)) == 1
     assert_same_training(tmp_path / "one", tmp_path / "two")
     assert (tmp_path / "two" / "report.html").exists()
+    if method != "mae":  # two processes that continue a run of SimMIM: below, sharded
+        return
 
     # Again from the end of the first epoch.
     (tmp_path / "two" / "checkpoints" / "final.pt").unlink()
