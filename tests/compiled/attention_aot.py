@@ -1,33 +1,60 @@
-"""Compiles the launches of the Triton attention kernels for GPUs that need not be there, and says what they take.
-
-A process of its own (``python tests/compiled/attention_aot.py < launches``), because the interpreter in which other
-tests run Triton replaces its compiler process-wide. Reads one launch per line as JSON, writes one line of JSON for
-each. What was compiled stays in Triton's cache, so that the next run takes seconds.
-"""
+"""The launches of the Triton attention kernels that are compiled ahead of time, one entry per distinct binary."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import json
-import re
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mimkernels.ops import _triton
 from mimkernels.ops.attention import triton_configs
+from mimkernels.ops.attention.triton_table import TABLE
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.int64: "i64", torch.bool: "i1"}
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 ALL_STATISTICS = 127
+# The head dims compiled for an entry: its largest, and in the forward kernel one made of two pieces.
+HEAD_DIMS = {("forward", 64): (64,), ("forward", 128): (128, 80), ("masked", 128): (128, 80)}
+
+
+def entries() -> list[tuple]:
+    """Each distinct binary that the table leads to: (kernel, arch, precision, head dim, tokens or None, extra).
+
+    Where calls with and without statistics share block sizes, those with all statistics stand for both.
+    """
+    found: dict[tuple, tuple] = {}
+    for (kernel, arch, precision, most_dim, length, extra), blocks in TABLE.items():
+        # fp32 and TF32 block sizes serve all architectures; those of most GPUs are compiled.
+        for target in (arch,) if arch else (80, 90):
+            for dim in HEAD_DIMS.get((kernel, most_dim), (most_dim,)):
+                one_pass = kernel in ("forward", "masked") and length <= blocks[1]
+                entry = (kernel, target, precision, dim, None if length == triton_configs.ANY else length, extra)
+                binary = (kernel, target, precision, dim, blocks, one_pass)
+                if extra or binary not in found:
+                    found[binary] = entry
+    return [*found.values(), *beside_the_table()]
+
+
+def beside_the_table() -> list[tuple]:
+    """Kernels that take the block sizes of "dq", or always the same."""
+    targets = ((80, "half"), (90, "half"), (100, "half"), (80, "fp32"), (80, "tf32"))
+    found = [
+        (kernel, arch, precision, dim, None, True)
+        for kernel, dims in (("dbias", (64, 128)), ("coef", (64,)))
+        for arch, precision in targets
+        for dim in dims
+    ]
+    # Windows of 7 x 7 and of 16 x 16 tokens.
+    return found + [("windows", *target, 32, tokens, True) for target in targets for tokens in (49, 256)]
+
+
+def launches(entry: tuple) -> list[tuple[ASTSource, int, dict]]:
+    """Source, architecture and compiler options of each kernel that an entry launches."""
+    kernel, arch, precision, dim, length, extra = entry
+    found = recorded(kernel, arch, precision, dim, length or triton_configs.ANY, extra)
+    return [(source, arch, options) for source, options in (specialised(*launch) for launch in found)]
 
 
 @contextlib.contextmanager
@@ -43,7 +70,7 @@ def recorded_launches(arch: int, module: object) -> Iterator[list]:
         _triton.launch, module.architecture = before
 
 
-def launches(kernel: str, arch: int, precision: str, dim: int, length: int, extra: bool) -> list[tuple]:
+def recorded(kernel: str, arch: int, precision: str, dim: int, length: int, extra: bool) -> list[tuple]:
     """What the launchers run for one entry of the table: views of a packed projection, one prefix token."""
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     dtype = torch.float16 if precision == "half" else torch.float32
@@ -101,9 +128,8 @@ def launches(kernel: str, arch: int, precision: str, dim: int, length: int, extr
     return [launch for launch in found if launch[0].__name__ == name]
 
 
-def resources(launch: tuple, arch: int) -> dict:
-    """Registers per thread, bytes spilled per thread, and shared memory in bytes of one launch, compiled."""
-    kernel, args, options = launch
+def specialised(kernel, args: tuple, options: dict) -> tuple[ASTSource, dict]:
+    """A launch as Triton compiles it, and the options that are the compiler's."""
     options = dict(options)
     compile_options = {name: options.pop(name) for name in ("num_warps", "num_stages") if name in options}
     signature, constants, attributes = {}, {}, {}
@@ -118,27 +144,4 @@ def resources(launch: tuple, arch: int) -> dict:
             attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-    source = ASTSource(kernel, signature, constants, attributes)
-    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=compile_options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
-        file.flush()
-        usage = subprocess.check_output([CUOBJDUMP, "--dump-resource-usage", file.name], text=True)
-    return {
-        "kernel": kernel.__name__,
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "spilled": int(re.search(r"STACK:(\d+)", usage)[1]),
-        "shared": made.metadata.shared,
-    }
-
-
-def main() -> None:
-    for line in sys.stdin:
-        entry = json.loads(line)
-        kernel, arch, precision, dim, length, extra = entry
-        for launch in launches(kernel, arch, precision, dim, length or triton_configs.ANY, extra):
-            print(json.dumps({"entry": entry, **resources(launch, arch)}), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    return ASTSource(kernel, signature, constants, attributes), compile_options
