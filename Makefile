@@ -36,10 +36,11 @@ test: $(BUILT) $(TESTERS) ## run every test (ARGS="-k gather": some), the contra
 
 # libstdc++ as well: Python brings no exceptions of C++ for AddressSanitizer to intercept. The planted accesses of
 # test_emulation.py show that it is there and at work.
+# Not in fp16: its kernels are those of bf16, whose numbers are as wide, at the same addresses.
 sanitize: $(BUILT) $(TESTERS) ## run the CUDA kernels on the host under AddressSanitizer
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_emulation.py tests/test_contract.py tests/ops/attention/test_attention_cuda.py \
-	-k "red_zones or (cuda-emulated and oracle and not length-1025)" $(ARGS)
+	-k "red_zones or (cuda-emulated and oracle and not length-1025 and not -float16-)" $(ARGS)
 
 bench: $(RUNNABLE) ## time the ops against plain PyTorch
 	$(BIN)/mimkernels bench run $(ARGS)

@@ -10,6 +10,8 @@ if not torch.cuda.is_available():
 
 import pytest
 
+LONG = ("test_fuzz.py", "test_instruction_sets.py", "test_packaging.py", "test_distributed.py")
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -17,6 +19,11 @@ def pytest_addoption(parser):
         type=int,
         help="how many random configurations tests/test_fuzz.py draws for each backend",
     )
+
+
+def pytest_collection_modifyitems(items):
+    """What takes longest in one test comes first, so that no process of a run has it left when the others are done."""
+    items.sort(key=lambda item: item.path.name not in LONG)  # stable: otherwise as they were
 
 
 def pytest_runtest_setup(item):
