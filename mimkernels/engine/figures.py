@@ -2,7 +2,8 @@
 
 import base64
 import io
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,9 +12,10 @@ from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
 
-from mimkernels._palette import ACCENT, CHART, LINE, SERIES
+from mimkernels._palette import ACCENT, CHART, INK, LINE, SERIES
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 PICTURE_SIDE = 128  # pixels that small images are enlarged to, at least
@@ -62,6 +64,61 @@ def smoothed(values: np.ndarray, width: int) -> np.ndarray:
         return values
     kernel = np.ones(min(width, len(values)))
     return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
+
+
+def panel(size: tuple[float, float], *, top: float = 0.36, bar: bool = False) -> "Axes":
+    """Axes alone in a figure of so many inches, with margins for labels and, above, `top`; those of a row line up.
+
+    Fixed margins: a layout that measures all labels takes most of the time of drawing.
+
+    Args:
+        bar: leave room for ``colour_bar`` at the right.
+    """
+    from matplotlib.figure import Figure
+
+    (width, height), left, bottom, right = size, 0.78, 0.56, 1.02 if bar else 0.14
+    place = (left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height)
+    # An object of its own instead of pyplot: the caller's backend and figures stay as they are.
+    return Figure(figsize=size).add_axes(place)
+
+
+def named_panel(size: tuple[float, float], colours: Mapping[str, str]) -> "Axes":
+    """A ``panel`` with the names of its lines above it, in rows; `size` is that with one row."""
+    from matplotlib.lines import Line2D
+
+    width, height = size
+    widest = 0.5 + 0.095 * max(len(name) for name in colours)  # inches, at the size of the text below
+    columns = max(1, int((width - 0.2) / widest))
+    rows = -(-len(colours) // columns)
+    axes = panel((width, height + 0.24 * (rows - 1)), top=0.14 + 0.24 * rows)
+    handles = [Line2D([], [], color=colour, linewidth=2.4, label=name) for name, colour in colours.items()]
+    axes.figure.legend(
+        handles=handles, loc="upper left", bbox_to_anchor=(0.0, 1.0), ncols=columns, frameon=False, labelcolor=INK,
+        fontsize=10, handlelength=1.4, handletextpad=0.5, columnspacing=1.2, labelspacing=0.3,
+    )  # fmt: skip
+    return axes
+
+
+def colour_bar(axes: "Axes", image: Any, label: str) -> None:
+    """What the colours of a map in a ``panel`` mean, at its right."""
+    figure: Any = axes.figure
+    place = axes.get_position()
+    inch = 1 / figure.get_figwidth()
+    bar = figure.colorbar(image, cax=figure.add_axes((place.x1 + 0.12 * inch, place.y0, 0.12 * inch, place.height)))
+    bar.set_label(label)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0)
+
+
+def bare_map(axes: "Axes") -> None:
+    """Axes of a map: whole numbers, no frame, no ticks."""
+    from matplotlib.ticker import MaxNLocator
+
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
 
 
 def loss_curve(entries: list[dict[str, float]], steps_per_epoch: int) -> Markup:

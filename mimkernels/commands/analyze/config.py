@@ -57,6 +57,8 @@ class AnalyzeConfig(Settings):
                                 "classes", "figures")  # fmt: skip
     importance: int = setting(0, "images on which every head is taken out once, to see what it is worth, a pass for "
                               "each; 0 for none", "figures")  # fmt: skip
+    during: bool = setting(False, "also draw how the heads of runs changed while they were trained with "
+                           "--analyze-every", "figures")  # fmt: skip
     viewer_images: int = setting(16, "images of the page on which attention can be looked at, 0 for none", "figures")
 
     batch_size: int = setting(64, "images at a time; CKA is an average over these batches", "execution")

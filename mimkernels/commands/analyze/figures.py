@@ -1,7 +1,7 @@
 """The figures of an analysis as SVG: a panel for every model on one scale, or a line for every model in one panel."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from markupsafe import Markup
@@ -9,13 +9,13 @@ from torch import Tensor
 
 from mimkernels._palette import CHART, INK, LINE, MUTED, SERIES
 from mimkernels.commands.analyze.series import Series, limits
-from mimkernels.engine.figures import svg
+from mimkernels.engine.figures import bare_map, colour_bar, named_panel, panel, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _PANEL = (4.3, 3.3)
-_WIDE = (6.0, 3.5)
+_WIDE = (5.0, 3.2)
 
 
 def colour_of(names: Sequence[str]) -> dict[str, str]:
@@ -33,7 +33,7 @@ def _head_panel(one: Series, label: str, x_label: str, colour: str, y: tuple[flo
     import matplotlib
 
     with matplotlib.rc_context(CHART):
-        axes = _axes(_PANEL)
+        axes = panel(_PANEL)
         if one.heads is not None and one.heads.shape[2] > 1:
             x = one.x[None, :, None].expand_as(one.heads).flatten()
             axes.scatter(x, one.heads.flatten(), s=22, color=colour, alpha=0.5, linewidths=0.4, edgecolors="white",
@@ -61,7 +61,7 @@ def lines(
     references = references or {}
     y = limits(series, heads=False, also=list(references.values()))
     with matplotlib.rc_context(CHART):
-        axes = _axes(_WIDE)
+        axes = named_panel(_WIDE, {one.name: colours[one.name] for one in series})
         for text, value in references.items():
             axes.axhline(value, color=MUTED, linewidth=1.2, linestyle=(0, (5, 4)), zorder=1)
             axes.annotate(text, (0.0, value), xycoords=("axes fraction", "data"), xytext=(4, 3),
@@ -69,8 +69,6 @@ def lines(
         for one in series:
             _line(axes, one, colours[one.name], colours[one.name])
         x = torch.cat([one.x for one in series]).unique()
-        handles = [axes.plot([], [], color=colours[one.name], linewidth=2.4, label=one.name)[0] for one in series]
-        axes.figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False, labelcolor=INK)
         return _finished(axes, label, x_label, x, y)
 
 
@@ -81,12 +79,13 @@ def cka_maps(maps: Mapping[str, Tensor]) -> list[Markup]:
     drawn = []
     for title, similarity in maps.items():
         with matplotlib.rc_context(CHART):
-            axes = _axes((4.3, 3.7))
+            axes = panel((4.3, 3.7), bar=True)
             image = axes.imshow(similarity.numpy(), origin="lower", cmap="magma", vmin=0, vmax=1, aspect="auto")
             first, _, second = title.partition(" | ")
             axes.set_xlabel(f"layer of {second or first}")
             axes.set_ylabel(f"layer of {first}")
-            _drawn_map(axes, image, "CKA")
+            bare_map(axes)
+            colour_bar(axes, image, "CKA")
             drawn.append(svg(axes.figure))  # type: ignore[arg-type]
     return drawn
 
@@ -105,36 +104,17 @@ def importance_maps(importance: Mapping[str, Tensor]) -> list[Markup]:
     drawn = []
     for name, values in importance.items():
         with matplotlib.rc_context(CHART):
-            axes = _axes((4.3, 3.7))
+            axes = panel((4.3, 3.7), bar=True)
             layers, heads = values.shape
             extent = (0.5, heads + 0.5, 0.5, layers + 0.5)
             image = axes.imshow(values.numpy(), origin="lower", cmap="magma", norm=norm, aspect="auto", extent=extent)
             axes.set_title(name, loc="left", fontweight="bold")
             axes.set_xlabel("head")
             axes.set_ylabel("layer")
-            _drawn_map(axes, image, "1 - cosine")
+            bare_map(axes)
+            colour_bar(axes, image, "1 - cosine")
             drawn.append(svg(axes.figure))  # type: ignore[arg-type]
     return drawn
-
-
-def _drawn_map(axes: "Axes", image: Any, label: str) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True))
-    axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    bar: Any = axes.figure.colorbar(image, ax=axes, label=label, shrink=0.9)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(length=0)
-
-
-def _axes(size: tuple[float, float]) -> "Axes":
-    # An object of its own instead of pyplot: the caller's backend and figures stay as they are.
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=size, layout="constrained").subplots()
 
 
 def _line(axes: "Axes", one: Series, band: str, colour: str) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from mimkernels.commands.analyze.results import Model
 from mimkernels.commands.analyze.sections import change, kept_by_layer
 from mimkernels.commands.analyze.series import Series, accuracy_by_depth, series_of
+from mimkernels.engine.head_history import Epochs
 
 # Heads whose divergence is below are as good as equal: of how it falls, nothing is said.
 _ALIKE = 0.01  # nats
@@ -63,10 +64,10 @@ def _distance(models: Sequence[Model], unit: str) -> list[str]:
     sentences = [f"Attention of the last quarter of the layers reaches {shown} on average."]
     first = _each([f"{one.mean[0].item():.3g} in {one.name}" for one in series])
     sentences[0] += f" In the first layer it reaches {first}."
-    ranges = _each([f"{_head_range(one):.3g} in {one.name}" for one in series if one.heads is not None])
+    ranges = _each([f"{_head_range(one):.3g} {unit} in {one.name}" for one in series if one.heads is not None])
     if ranges:
         sentences.append(
-            f"Heads of one layer differ in their reach by {ranges} {unit} (largest minus smallest, mean over layers)."
+            f"Heads of one layer differ in their reach by {ranges} (largest minus smallest, mean over layers)."
         )
     return sentences
 
@@ -119,13 +120,13 @@ def _cls(models: Sequence[Model]) -> list[str]:
     itself = series_of(models, "cls_cls_attention")
     if itself:
         shown = _each([f"{100 * last_quarter(one.mean):.0f} % in {one.name}" for one in itself])
-        sentences.append(f"In the last quarter of the layers [cls] attends to itself with {shown} of its attention.")
+        sentences.append(f"Of its attention in the last quarter of the layers, [cls] keeps for itself {shown}.")
     uniform = {model.name: math.log(model.runs[0].facts["tokens"] - model.runs[0].facts["prefix"]) for model in models}
     entropy = series_of(models, "cls_pos_entropy")
     if entropy:
         shown = _each([f"{100 * last_quarter(one.mean) / uniform[one.name]:.0f} % in {one.name}" for one in entropy])
         sentences.append(
-            f"The entropy of [cls] over patches is {shown} of that of uniform attention in these layers (100 %: it "
+            f"Relative to uniform attention, the entropy of [cls] over patches in these layers is {shown} (100 %: it "
             "looks at all patches alike)."
         )
     return sentences
@@ -176,13 +177,36 @@ def _tokens(models: Sequence[Model]) -> list[str]:
         parts = []
         for one in accuracy:
             best = int(one.mean.argmax())
-            last = f", {one.mean[-1].item():.0f} % after the last" if best < len(one.mean) - 1 else ", the last"
-            parts.append(f"{one.mean[best].item():.0f} % after layer {best} of {one.name}{last}")
-        sentences.append(f"A linear classifier on the mean patch token is right most often with {'; '.join(parts)}.")
+            last = f"{one.mean[-1].item():.0f} % after the last" if best < len(one.mean) - 1 else "the last"
+            parts.append(f"after layer {best} of {one.name} ({one.mean[best].item():.0f} %; {last})")
+        sentences.append(f"A linear classifier on the mean patch token is right most often {_each(parts)}.")
     similar = series_of(models, "token_similarity", part="states")
     if similar:
         shown = _each([f"{one.mean[-1].item():.2f} in {one.name}" for one in similar])
         sentences.append(f"After the last block, two patches of one image have a cosine of {shown} on average.")
+    return sentences
+
+
+def during(runs: Mapping[str, Epochs]) -> list[str]:
+    """How the last layers changed while the runs were trained: of each quantity, a sentence."""
+    sentences = []
+    shown = (
+        ("distance", "the attention distance of the last quarter of the layers", "pixels"),
+        ("head_divergence", "the difference between heads of these layers", "nats"),
+        ("cls_pos_entropy", "the entropy of [cls] over patches in these layers", "nats"),
+    )
+    for quantity, words, unit in shown:
+        parts = []
+        for name, run in runs.items():
+            if quantity in run.names and len(run.epochs) > 1:
+                first, *_, last = run.quarters(quantity)[1].tolist()
+                epochs = f"epochs {run.epochs[0].item():g} to {run.epochs[-1].item():g}"
+                parts.append((f"from {first:.3g} to {last:.3g} {unit} in {name}", epochs))
+        if parts:
+            known = {epochs for _, epochs in parts}
+            once = f" ({known.pop()})" if len(known) == 1 else ""
+            each = _each([part if once else f"{part} ({epochs})" for part, epochs in parts])
+            sentences.append(f"In training{once}, {words} goes {each}.")
     return sentences
 
 

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from mimkernels.commands.analyze.config import AnalyzeConfig
 from mimkernels.commands.analyze.maps import attention_maps
+from mimkernels.commands.analyze.pooled import LastTokens
 from mimkernels.commands.analyze.results import Measured
 from mimkernels.data.batches import Augmentation
 from mimkernels.data.labelled import EncoderImages, LabelledImages, in_order
 from mimkernels.engine.command import TrainingError
 from mimkernels.engine.encoder import FrozenEncoder
-from mimkernels.engine.readout import logistic_accuracy
+from mimkernels.engine.readout import fitted_and_tested, logistic_accuracy, why_no_classes
 from mimkernels.heads import BEYOND_CLS, HeadStatistics, capture, gram_matrices, head_importance
 from mimkernels.heads.sinks import SINKS
 
@@ -34,7 +35,6 @@ _OF_CLS = {
     name for name in (*HEAD_QUANTITIES, *STATE_QUANTITIES, *OUTPUT_QUANTITIES)
     if name.startswith("cls_") or name == "sink_is_cls"
 }  # fmt: skip
-_LEAST_PER_CLASS = 5
 _LEAST_FOR_CKA = 4
 
 
@@ -132,6 +132,7 @@ def measure(
     device = accelerator.device
     encoder.to(device)
     tokens = Tokens(encoder, config.depth_probe)
+    last = LastTokens(encoder, images, config.viewer_images > 0)
     seen, broken = 0, []
     read: list[Tensor] = []  # positions
     augmentation = Augmentation(encoder.img_size, encoder.in_chans, 1.0, False)
@@ -149,7 +150,8 @@ def measure(
             if batch.images is None:
                 continue
             with accelerator.autocast():
-                encoder(batch.images.to(device, non_blocking=True))
+                encoded = encoder(batch.images.to(device, non_blocking=True))
+            last.add(encoded.tokens, batch.positions)
             seen += len(batch.images)
             tokens.update()
             read.append(batch.positions)
@@ -194,6 +196,9 @@ def measure(
     accuracy, why = accuracy_by_depth(tokens.features, images.targets[torch.cat(read)])
     if why and config.depth_probe:
         notes.append(f"no accuracy by depth: {why}")
+    shown = _some(images, augmentation, config.viewer_images)
+    if shown is not None and last.why:
+        notes.append(f"no weights of trained poolings beside attention: {last.why}")
     return Measured(
         facts,
         statistics.to_dict(),
@@ -202,8 +207,9 @@ def measure(
         tokens.grams,
         accuracy,
         _importance(encoder, _some(images, augmentation, config.importance), config.batch_size),
-        _maps(encoder, _some(images, augmentation, config.viewer_images)),
+        _maps(encoder, shown),
         notes,
+        last.train(shown),
     )
 
 
@@ -214,13 +220,10 @@ def accuracy_by_depth(features: list[list[Tensor]], targets: Tensor) -> tuple[li
     """
     if not features or not features[0]:
         return [], "its blocks give no tokens [B, N, D]"
-    labels = targets.unique()
-    if int(labels[0]) < 0 or len(labels) < 2:
-        return [], "the images have no classes"
-    if len(targets) < _LEAST_PER_CLASS * len(labels):
-        return [], f"{len(targets)} images of {len(labels)} classes, {_LEAST_PER_CLASS} of each are needed"
-    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
-    fitted, tested = order.split([len(order) - 3 * len(order) // 10, 3 * len(order) // 10])
+    why = why_no_classes(targets)
+    if why:
+        return [], why
+    fitted, tested = fitted_and_tested(len(targets))
     return [
         logistic_accuracy(state[fitted], targets[fitted], state[tested], targets[tested])
         for state in map(torch.cat, features)  # [n, D]

@@ -4,7 +4,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from torch import Tensor
 from mimkernels.commands.analyze import findings
 from mimkernels.commands.analyze.config import AnalyzeConfig
 from mimkernels.commands.analyze.maps import Maps
-from mimkernels.commands.analyze.pictures import MarkedQueries, marked_queries
+from mimkernels.commands.analyze.pictures import MarkedImage, marked_images
 from mimkernels.commands.analyze.results import Model
-from mimkernels.commands.analyze.sections import Drawer, Section
+from mimkernels.commands.analyze.sections import Drawer, Figure, Section
 from mimkernels.engine.command import TrainingError
 from mimkernels.engine.figures import as_colour, png_address
+from mimkernels.engine.head_history import STRIP_WORDS, Epochs, strips
 from mimkernels.engine.page import write_page
 from mimkernels.engine.published import LoadReport
 from mimkernels.heads import CKA
@@ -33,6 +34,7 @@ class AnalysisReport:
 
     config: AnalyzeConfig
     models: list[Model]
+    epochs: dict[str, list[Epochs]]  # by model, of runs that recorded their heads in training, if that is to be shown
     run_facts: dict[str, str]
     versions: dict[str, str]
 
@@ -70,11 +72,24 @@ class AnalysisReport:
 
     @functools.cached_property
     def findings(self) -> list[str]:
-        return findings.find(self.models, self.similarities, self.unit, self.config.compare)
+        return [
+            *findings.find(self.models, self.similarities, self.unit, self.config.compare),
+            *findings.during({run: epochs for _, run, epochs in _named_runs(self.epochs)}),
+        ]
 
     @property
     def sections(self) -> list[Section]:
-        return Drawer(self.models, self.config.x, self.unit).sections(self.similarities, self.config.compare)
+        drawer = Drawer(self.models, self.config.x, self.unit)
+        return [*self._during(drawer.colours), *drawer.sections(self.similarities, self.config.compare)]
+
+    def _during(self, colours: Mapping[str, str]) -> list[Section]:
+        if not self.epochs:
+            return []
+        named = _named_runs(self.epochs)
+        by_run = {run: colours[name] for name, run, _ in named}
+        drawn = strips({run: epochs for _, run, epochs in named}, by_run)
+        shown = [Figure(strip.title, strip.text, strip.panels) for strip in drawn]
+        return [Section("During training", f"On the images that each run recorded. {STRIP_WORDS}", shown)]
 
     @functools.cached_property
     def maps(self) -> dict[str, Maps]:
@@ -82,8 +97,30 @@ class AnalysisReport:
         return {model.name: Maps(**model.runs[0].maps) for model in self.models if model.runs[0].maps}
 
     @property
-    def marked(self) -> list[MarkedQueries]:
-        return [marked_queries(name, maps) for name, maps in self.maps.items()]
+    def marked(self) -> list[MarkedImage]:
+        """Attention of marked queries, and the weights of trained poolings."""
+        return marked_images(self.maps, self._pooled)
+
+    @property
+    def pooled_words(self) -> str:
+        """What the trained poolings are, and how often their classifiers are right; or why there are none."""
+        if not any(self._pooled.values()):
+            return "Weights of trained poolings would stand beside it if the images had classes."
+        images = max(one["images"] for pooled in self._pooled.values() for one in pooled.values())
+        names = list(dict.fromkeys(name for pooled in self._pooled.values() for name in pooled))
+        shares = [
+            f"{model} " + ", ".join(f"{100 * one['accuracy']:.0f} % ({name})" for name, one in pooled.items())
+            for model, pooled in self._pooled.items()
+            if pooled
+        ]
+        return (
+            f"Beside it, what a classifier uses: the weights of {' and '.join(names)}, poolings trained on the last "
+            f"tokens of {images:,} of the images. Of the others they name correctly: {'; '.join(shares)}."
+        )
+
+    @property
+    def _pooled(self) -> dict[str, dict[str, Any]]:
+        return {model.name: model.runs[0].pooled for model in self.models}
 
     @property
     def viewer(self) -> Markup:
@@ -142,7 +179,26 @@ class AnalysisReport:
             for model in self.models
         ]
         cka = {name: _plain(matrix.tolist()) for name, matrix in self.similarities.items()}
-        return {"format": 1, "findings": self.findings, "models": models, "cka": cka, "settings": self.config.to_dict()}
+        during = {
+            run: [
+                {"epoch": epoch, "heads": _plain(seen.to_dict())}
+                for epoch, seen in zip(epochs.epochs.tolist(), epochs.seen, strict=True)
+            ]
+            for _, run, epochs in _named_runs(self.epochs)
+        }
+        return {
+            "format": 1, "findings": self.findings, "models": models, "cka": cka, "during": during,
+            "settings": self.config.to_dict(),
+        }  # fmt: skip
+
+
+def _named_runs(epochs: Mapping[str, list[Epochs]]) -> list[tuple[str, str, Epochs]]:
+    """Of every run the name of its model, a name of its own, and what it recorded."""
+    return [
+        (name, name if len(runs) == 1 else f"{name}, run {number}", run)
+        for name, runs in epochs.items()
+        for number, run in enumerate(runs, 1)
+    ]
 
 
 def write_report(path: Path, report: AnalysisReport) -> Path:

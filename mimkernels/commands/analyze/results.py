@@ -30,6 +30,8 @@ class Measured:
         importance: ``[layers][heads]`` change of the features without one head; empty where it was not asked for.
         maps: attention rows of a few images, fields of ``Maps``.
         notes: what could not be measured, and why.
+        pooled: of every pooling that was trained, by name: ``weights [I, rows, columns]`` on the images of `maps`,
+            ``accuracy`` on images that it was not trained on, and how many ``images`` it was trained on.
     """
 
     facts: dict[str, Any]
@@ -41,6 +43,7 @@ class Measured:
     importance: list[list[float]] = field(default_factory=list)
     maps: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+    pooled: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def in_windows(self) -> bool:

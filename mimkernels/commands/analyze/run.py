@@ -24,6 +24,7 @@ from mimkernels.engine.command import TrainingError
 from mimkernels.engine.encoder import FrozenEncoder, load_encoder
 from mimkernels.engine.environment import start_accelerator, versions
 from mimkernels.engine.hardware import device_name, loading_workers
+from mimkernels.engine.head_history import FIXED_IMAGES, Epochs
 from mimkernels.engine.lock import folder_lock
 from mimkernels.engine.progress import Progress, duration
 from mimkernels.engine.published import LoadReport
@@ -69,6 +70,7 @@ class AnalyzeRun:
         self.accelerator, self.precision, self.precision_reason = start_accelerator(config.device, config.precision)
         self.choices = parse_models(config.models)
         self.images = open_images(config)
+        self.epochs = self._epochs() if config.during else {}
         # One at a time is held later; here each shows that it can be loaded.
         self.keys: list[str] = []
         self.loading: list[LoadReport | None] = []
@@ -110,7 +112,7 @@ class AnalyzeRun:
                 self.progress.note(f"{choice.name}: kept from {path}")
             measured.facts["loading"] = None if loading is None else loading._asdict()
             models.setdefault(choice.name, Model(choice.name, [])).runs.append(measured)
-        report = AnalysisReport(self.config, list(models.values()), self._facts(), versions())
+        report = AnalysisReport(self.config, list(models.values()), self.epochs, self._facts(), versions())
         page = write_report(self.output / "report.html", report)
         numbers = report.numbers
         text = json.dumps(numbers, indent=1)
@@ -146,6 +148,21 @@ class AnalyzeRun:
                    config.importance, config.viewer_images, quantities)  # fmt: skip
         model = (type(encoder.model).__name__, heads, encoder.fingerprint(), choice.model_kwargs)
         return results.key_of(model, self.images.fingerprint(), options)
+
+    def _epochs(self) -> dict[str, list[Epochs]]:
+        """What the runs of each model recorded while they were trained; models without are left out."""
+        recorded: dict[str, list[Epochs]] = {}
+        for choice in self.choices:
+            path = Path(choice.model)
+            epochs = Epochs.read(path if path.is_dir() else path.parent.parent)
+            if epochs is not None:
+                recorded.setdefault(choice.name, []).append(epochs)
+        if not recorded:
+            raise ValueError(
+                f"during: none of {', '.join(choice.model for choice in self.choices)} is a run that recorded its "
+                f"heads ({FIXED_IMAGES} in its folder): train with `mimkernels pretrain --analyze-every EPOCHS`"
+            )
+        return recorded
 
     def _workers(self) -> int:
         return loading_workers(self.config.workers, self.accelerator.device.type, self.images.source.in_memory)

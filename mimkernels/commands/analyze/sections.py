@@ -150,7 +150,7 @@ class Drawer:
 
     def _accuracy(self) -> list[Figure]:
         series = accuracy_by_depth(self.models, self.x)
-        text = "Of a linear classifier on the mean patch token, on three tenths of the images."
+        text = "A classifier on the mean patch token, fitted on seven tenths of the images and tested on the others."
         return [self._figure(series, "accuracy (%)", "What a linear classifier reads", text, {})] if series else []
 
     def _importance(self) -> list[Figure]:

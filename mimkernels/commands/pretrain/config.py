@@ -215,6 +215,10 @@ class PretrainConfig(Settings):
         metavar="NAMES",
     )
     head_stats_every: int = setting(100, "optimizer steps between records of --head-stats", "heads")
+    analyze_every: float = setting(
+        0.0, "epochs between records of what the heads do on 64 images, whole and the same every time, for the report "
+        "and `analyze --during`; 0 for none", "heads",
+    )  # fmt: skip
     regularize: dict = field(
         default_factory=dict,
         metadata={
@@ -314,6 +318,8 @@ class PretrainConfig(Settings):
         require(share is None or 0 < share < 1, "val_split", share, "between 0 and 1, both excluded")
         if share is not None and self.val_data is not None:
             raise ValueError(f"give val_data or val_split, got {self.val_data!r} and {share}")
+        record = self.analyze_every
+        require(record >= 0 and math.isfinite(record), "analyze_every", record, "0 or more and finite")
         every = self.val_every
         require(every is None or (every >= 0 and math.isfinite(every)), "val_every", every, "0 or more and finite")
         if self.pixel_stats not in MEASURED:

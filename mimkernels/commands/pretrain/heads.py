@@ -1,19 +1,20 @@
 """What attention heads do during training: recorded every so often, shown in the report, and as terms of the loss."""
 
-import io
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mimkernels.commands.pretrain.config import PretrainConfig
-from mimkernels.engine import files
-from mimkernels.engine.figures import data_address
-from mimkernels.heads import HeadStatistics, parse_regularizers, plot_overview, regularization_loss
+from mimkernels.data.batches import Augmentation, picture_batch
+from mimkernels.data.sources import Source
+from mimkernels.engine.head_history import QUANTITIES as ON_FIXED_IMAGES
+from mimkernels.heads import HeadStatistics, capture, parse_regularizers, regularization_loss
 from mimkernels.heads.presets import QUANTITIES
 from mimkernels.ops.attention.spec import STATISTICS
+
+_FIXED, _AT_ONCE = 64, 16  # images
 
 
 class HeadWatch:
@@ -70,30 +71,30 @@ class HeadWatch:
         return bool(self.names) and (step == 1 or step % self.every == 0)
 
 
-class HeadHistory:
-    """Recorded head statistics of a run in ``heads.jsonl``, one line per recorded step."""
+class FixedImages:
+    """The encoder's heads on some images, whole and the same ones every time: what changes is the encoder.
 
-    def __init__(self, folder: Path, first_step: int) -> None:
-        self.path = folder / "heads.jsonl"
-        entries = files.read_entries(self.path, _has_statistics)
-        self.entries = [entry for entry in entries if entry["step"] <= first_step]
-        if self.path.is_file():
-            files.write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in self.entries))
+    Args:
+        source: images that are not trained on, if there are any; some spread over it are taken.
+        augmentation: of the run; images are not augmented by it, but cropped to their central square.
 
-    def add(self, step: int, seen: HeadStatistics) -> None:
-        self.entries.append({"step": step, "heads": seen.to_dict()})
-        with self.path.open("a") as file:
-            file.write(json.dumps(self.entries[-1]) + "\n")
+    Raises:
+        ValueError: no image can be read.
+    """
 
-    def picture(self) -> str | None:
-        """First and last recorded step side by side as a PNG ``data:`` address; None if nothing was recorded."""
-        if not self.entries:
-            return None
-        chosen = self.entries[:1] if len(self.entries) == 1 else [self.entries[0], self.entries[-1]]
-        recorded = {f"step {entry['step']:,}": HeadStatistics.from_dict(entry["heads"]) for entry in chosen}
-        buffer = io.BytesIO()
-        plot_overview(recorded).savefig(buffer, format="png", dpi=130)
-        return data_address(buffer.getvalue())
+    def __init__(self, source: Source, augmentation: Augmentation) -> None:
+        self.images, _ = picture_batch(source, augmentation, _FIXED)
+        if not len(self.images):
+            raise ValueError(f"analyze_every: none of the images of {source.name!r} can be read")
+
+    @torch.no_grad()
+    def see(self, model: Any, device: torch.device) -> HeadStatistics:
+        """Statistics of the encoder of a `model` in eval mode; no random number is drawn."""
+        mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (model.mean, model.std))
+        with capture(model.encoder, ON_FIXED_IMAGES, unit="pixel", accumulate=True) as heads:
+            for images in self.images.split(_AT_ONCE):
+                model.encoder.forward_features((images.to(device) / 255 - mean) / std)
+        return heads.statistics
 
 
 def layer_means(seen: HeadStatistics) -> dict[str, float]:
@@ -103,11 +104,3 @@ def layer_means(seen: HeadStatistics) -> dict[str, float]:
         per_layer = enumerate(seen.layer_mean(name).tolist(), 1)
         made.update({f"{name}/layer_{number:02d}": value for number, value in per_layer})
     return made
-
-
-def _has_statistics(entry: Mapping[str, Any]) -> bool:
-    try:
-        HeadStatistics.from_dict(entry["heads"])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return False
-    return True

@@ -5,8 +5,9 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-from mimkernels.commands.pretrain.heads import HeadHistory, layer_means
+from mimkernels.commands.pretrain.heads import layer_means
 from mimkernels.engine import files
+from mimkernels.engine.head_history import FIXED_IMAGES, HeadHistory
 from mimkernels.engine.settings import is_of_type
 from mimkernels.heads import HeadStatistics
 
@@ -16,11 +17,12 @@ _NAMES = ("loss", "lr", "images_per_second", "seconds")  # of every entry, as th
 class History:
     """Log entries of a run in ``metrics.jsonl`` and ``tensorboard/``; entry ``step`` is the number of steps done."""
 
-    def __init__(self, folder: Path, first_step: int, heads: HeadHistory) -> None:
+    def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = folder / "metrics.jsonl"
-        self.heads = heads
+        self.heads = HeadHistory(folder, first_step)
+        self.during = HeadHistory(folder, first_step, FIXED_IMAGES)
         self.entries = [entry for entry in read_entries(self.path) if entry["step"] <= first_step]
         # What was logged after the checkpoint that training continues from will be logged again.
         files.write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in self.entries))
@@ -41,6 +43,11 @@ class History:
         self.heads.add(step, seen)
         for name, value in layer_means(seen).items():
             self._board.add_scalar(f"heads/{name}", value, step)
+
+    def add_fixed_images(self, step: int, epoch: float, seen: HeadStatistics) -> None:
+        self.during.add(step, seen, epoch=epoch)
+        for name, value in layer_means(seen).items():
+            self._board.add_scalar(f"during/{name}", value, step)
 
     def close(self) -> None:
         try:

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from mimkernels.commands.pretrain.config import PretrainConfig
-from mimkernels.commands.pretrain.heads import HeadWatch
+from mimkernels.commands.pretrain.heads import FixedImages, HeadWatch
 from mimkernels.commands.pretrain.history import History
 from mimkernels.commands.pretrain.masking import Masking
 from mimkernels.commands.pretrain.methods import Moment
@@ -53,6 +53,7 @@ class Trainer:
         seconds: float,
         history: History | None,
         heads: HeadWatch,
+        fixed_images: FixedImages | None = None,
         masking: Masking | None,
         validation: Validation | None = None,
         checkpoints: CheckpointFolder,
@@ -64,6 +65,7 @@ class Trainer:
         self.images, self.plan, self.peak_lr = images, plan, peak_lr
         self.history, self.checkpoints, self.progress, self.workers = history, checkpoints, progress, workers
         self.heads, self.masking, self.validation = heads, masking, validation
+        self.fixed_images = fixed_images
         self.about = about  # goes into every checkpoint
         self.step = first_step
         self.total_steps = config.epochs * plan.steps_per_epoch
@@ -73,6 +75,7 @@ class Trainer:
         every = max(1.0, config.epochs / 20) if config.val_every is None else config.val_every
         self.val_steps = max(1, round(every * plan.steps_per_epoch)) if every else self.total_steps
         self.save_steps = max(1, round(config.save_every * plan.steps_per_epoch))
+        self.analyze_steps = max(1, round(config.analyze_every * plan.steps_per_epoch))
         self.broken: dict[int, str] = {}
         self.seconds_before = seconds
         self.seconds_waiting = 0.0
@@ -108,6 +111,8 @@ class Trainer:
         self.model.train()
         self._began = self._window_began = time.perf_counter()
         self.progress.start(self.step)
+        if self.step == 0:
+            self._analyze()
         try:
             with StopSignal() as stop:
                 batches = iter(loader)
@@ -115,6 +120,8 @@ class Trainer:
                     self._train_step(batches)
                     if self._validation_due(self.step):
                         self._validate()
+                    if self.step % self.analyze_steps == 0 or self.step == self.total_steps:
+                        self._analyze()
                     # Several processes have to agree to stop, which they do at a log entry; a single one need not wait.
                     alone = self.accelerator.num_processes == 1
                     if (self._log_due(self.step) or (alone and stop.number)) and self._log(stop.number):
@@ -243,6 +250,18 @@ class Trainer:
         means = self.validation.values(dict(zip(sums, reduced, strict=True)))
         self._validated = {f"val_{name}": value for name, value in means.items()}
         self._window_began += time.perf_counter() - began  # the images per second are those of training
+
+    def _analyze(self) -> None:
+        """Record the heads on fixed images, where that is wanted; by the first process, with no effect on training."""
+        if self.fixed_images is None or self.history is None:
+            return
+        began = time.perf_counter()
+        self._plain.eval()
+        with self.accelerator.autocast():
+            seen = self.fixed_images.see(self._plain, self.accelerator.device)
+        self._plain.train()
+        self.history.add_fixed_images(self.step, self.step / self.plan.steps_per_epoch, seen)
+        self._window_began += time.perf_counter() - began
 
     def _log(self, stop_number: int) -> bool:
         """Write a log entry if one is due; True where the processes agree to stop."""

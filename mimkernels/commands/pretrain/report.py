@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from mimkernels.commands.pretrain.config import PretrainConfig
 from mimkernels.engine.figures import loss_curve, png_address
+from mimkernels.engine.head_history import STRIP_WORDS, Epochs, Strip, strips
 from mimkernels.engine.page import write_page
 from mimkernels.engine.progress import count, duration
 
@@ -41,6 +42,7 @@ class Report:
         run_facts: what was run, by name.
         entries: log entries; empty where their file was lost.
         heads: picture of the head statistics as a data address.
+        during: what the heads do on the same images, over the epochs; None if that was not recorded.
         pictures: originals, masked images and reconstructions, each ``[n, C, S, S]`` in [0, 1].
         pictures_are_new: whether they were not trained on.
         references: what the loss is to be compared with; None without images to validate on.
@@ -51,6 +53,7 @@ class Report:
     run_facts: dict[str, str]
     entries: list[dict[str, float]]
     heads: str | None
+    during: Epochs | None
     steps_per_epoch: int
     pictures: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
     pictures_are_new: bool
@@ -152,6 +155,15 @@ class Report:
     @property
     def curve(self) -> Markup:
         return loss_curve(self.entries, self.steps_per_epoch)
+
+    @property
+    def strips(self) -> list[Strip]:
+        """The heads over the epochs, a strip for each quantity."""
+        return [] if self.during is None else strips({"": self.during})
+
+    @property
+    def strip_words(self) -> str:
+        return STRIP_WORDS
 
     @property
     def picture_side(self) -> int:

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from mimkernels.commands.pretrain.config import STREAM_FIELDS, PretrainConfig
-from mimkernels.commands.pretrain.heads import HeadHistory, HeadWatch
+from mimkernels.commands.pretrain.heads import FixedImages, HeadWatch
 from mimkernels.commands.pretrain.history import History
 from mimkernels.commands.pretrain.loop import Trainer
 from mimkernels.commands.pretrain.masking import Masking
@@ -28,6 +28,7 @@ from mimkernels.engine.checkpoint import FORMAT, CheckpointFolder
 from mimkernels.engine.command import TrainingError
 from mimkernels.engine.environment import start_accelerator, versions
 from mimkernels.engine.hardware import device_name, loading_workers
+from mimkernels.engine.head_history import FIXED_IMAGES, TRAINING_STEPS, Epochs
 from mimkernels.engine.lock import folder_lock
 from mimkernels.engine.progress import Progress, count, duration
 from mimkernels.engine.schedule import parameter_groups, scaled_learning_rate
@@ -126,7 +127,7 @@ class Run:
         if self.start is not None:
             check_fits(self.model, self.start["model"], self.start["optimizer"], str(self.start_path))
         self.heads = HeadWatch(config, getattr(self.model.encoder, "num_prefix_tokens", 0))
-        if self.heads.names or self.heads.weights:
+        if self.heads.names or self.heads.weights or config.analyze_every:
             attention_layers(self.model.encoder)  # refuses a model whose heads cannot be recorded
         self.masking = Masking(config, self.model) if method.masks else None
         follows = self.masking is not None and self.masking.state() is not None
@@ -138,6 +139,11 @@ class Run:
             next(scale for scale in (config.value("crop_scale"), self.source.crop_scale) if scale is not None),
             self.source.mirrored if config.hflip is None else config.hflip,
         )
+        self.fixed_images: FixedImages | None = None
+        if config.analyze_every:
+            if self.accelerator.distributed_type.value == "FSDP":
+                raise ValueError("analyze_every needs whole weights, which FSDP shards: leave it out, or train by DDP")
+            self.fixed_images = FixedImages(self.held_out or self.source, self.augmentation)
         views = method.views(config, self.augmentation)
         self.images = PretrainImages(self.source, views, config.seed, targets)
         self.validation: Validation | None = None
@@ -248,6 +254,7 @@ class Run:
             seconds=0.0 if self.start is None else self.start["seconds"],
             history=history,
             heads=self.heads,
+            fixed_images=self.fixed_images,
             masking=self.masking,
             validation=self.validation,
             checkpoints=self.checkpoints,
@@ -319,14 +326,15 @@ class Run:
             self.checkpoints.clear()
             for path in [
                 self.output / "metrics.jsonl",
-                self.output / "heads.jsonl",
+                self.output / TRAINING_STEPS,
+                self.output / FIXED_IMAGES,
                 *(self.output / "tensorboard").glob("events.out.tfevents.*"),
             ]:
                 path.unlink(missing_ok=True)
         else:
             self.checkpoints.reopen(first_step, self.damaged)
         files.write_text(self.output / "config.json", self.config.to_json())
-        return History(self.output, first_step, HeadHistory(self.output, first_step))
+        return History(self.output, first_step)
 
     def _about(self) -> dict[str, Any]:
         return {
@@ -407,6 +415,7 @@ class Run:
             run_facts=facts,
             entries=history.entries,
             heads=history.heads.picture(),
+            during=Epochs.of(history.during.entries),
             steps_per_epoch=self.plan.steps_per_epoch,
             pictures=pictures,
             pictures_are_new=self.held_out is not None,

@@ -1,6 +1,7 @@
 """Attention rows of the page: what is stored, and what a browser makes of it."""
 
 import html
+import json
 import re
 import shutil
 import subprocess
@@ -70,44 +71,64 @@ def page(tmp_path_factory, encoder):
 def test_the_page_holds_the_viewer(page):
     text, maps, _ = page
     assert 'id="viewer-data"' in text and text.count("data:image/png") >= len(maps.images)
-    assert "Where a patch looks" in text
+    assert "Where [cls] and marked patches look" in text and "if the images had classes" in text
+
+
+# The page in a frame of each width; what its viewer says after every act, and whether the page is wider than the frame.
+ACTS = """
+<script>
+const wait = setInterval(() => {
+  const $ = id => document.getElementById("viewer-" + id);
+  if ($("text").textContent.startsWith("Decoding")) return;
+  clearInterval(wait);
+  const said = [], say = () => said.push($("text").textContent);
+  const point = (canvas, type, pointerType, x, y) => {
+    const box = canvas.getBoundingClientRect();
+    canvas.dispatchEvent(new PointerEvent(type, { clientX: box.left + x * box.width, pointerType,
+      clientY: box.top + y * box.height, bubbles: true }));
+  };
+  const press = (canvas, key) => canvas.dispatchEvent(new KeyboardEvent("keydown", { key }));
+  say();
+  $("images").children[2].click();
+  point($("picture"), "pointermove", "mouse", 0.9, 0.3); say();   // row 2, column 4
+  point($("maps"), "pointermove", "mouse", 0.9, 0.9); say();      // the last head of the last layer
+  point($("maps"), "pointerleave", "mouse", 2, 2);
+  press($("picture"), "ArrowDown"); say();
+  point($("maps"), "pointerdown", "touch", 0.9, 0.9);
+  point($("maps"), "pointerleave", "touch", 0.9, 0.9); say();     // a lifted finger leaves what it chose
+  press($("maps"), "ArrowUp"); say();
+  press($("maps"), "Escape"); say();
+  point($("picture"), "pointerdown", "touch", 0.1, 0.1); say();
+  $("cls").click(); say();
+  const root = document.documentElement;
+  parent.postMessage({ width: innerWidth, beyond: root.scrollWidth - root.clientWidth, said }, "*");
+}, 20);
+</script></body>"""
+FRAMES = """<!doctype html><body><script>
+const seen = [];
+addEventListener("message", event => {
+  seen.push(event.data);
+  if (seen.length < 2) return;
+  document.body.append(Object.assign(document.createElement("pre"), { id: "seen", textContent: JSON.stringify(seen) }));
+});
+for (const width of [1200, 400]) {
+  const frame = Object.assign(document.createElement("iframe"), { width, height: 900, srcdoc: PAGE });
+  document.body.append(frame);
+}
+</script></body>"""
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium")
 def test_pointing_at_a_patch_shows_its_row_in_a_browser(page):
-    """The page's script is run; what it says of a patch and a head must be what was measured."""
+    """The page's script is run; what it says of a patch and a head must be what was measured, on phones, too."""
     text, maps, folder = page
-    acts = """
-    <script>
-    const wait = setInterval(() => {
-      const $ = id => document.getElementById("viewer-" + id);
-      if ($("text").textContent.startsWith("Decoding")) return;
-      clearInterval(wait);
-      const said = [$("text").textContent];
-      const point = (canvas, x, y) => {
-        const box = canvas.getBoundingClientRect();
-        canvas.dispatchEvent(new PointerEvent("pointermove", { clientX: box.left + x * box.width,
-          clientY: box.top + y * box.height, bubbles: true }));
-        said.push($("text").textContent);
-      };
-      $("images").children[2].click();
-      point($("picture"), 0.9, 0.3);   // row 2, column 4
-      point($("maps"), 0.9, 0.9);      // the last head of the last layer
-      $("maps").dispatchEvent(new PointerEvent("pointerleave"));
-      $("picture").dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowDown" }));
-      said.push($("text").textContent);
-      $("cls").click();
-      said.push($("text").textContent);
-      document.body.append(Object.assign(document.createElement("pre"), { id: "said", textContent: said.join("\\n") }));
-    }, 20);
-    </script></body>"""
-    path = folder / "acts.html"
-    path.write_text(text.replace("</body>", acts))
+    path = folder / "frames.html"
+    path.write_text(FRAMES.replace("PAGE", json.dumps(text.replace("</body>", ACTS)).replace("<", "\\u003c")))
     options = ["--headless", "--no-sandbox", "--virtual-time-budget=10000", f"--user-data-dir={folder}/profile"]
     done = subprocess.run(
         [BROWSER, *options, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=300, check=True
     )
-    said = html.unescape(re.search(r'<pre id="said">(.*?)</pre>', done.stdout, re.S)[1]).split("\n")
+    seen = json.loads(html.unescape(re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.S)[1]))
 
     def wanted(image, query, layer=None, head=None):
         if layer is None:
@@ -128,8 +149,15 @@ def test_pointing_at_a_patch_shows_its_row_in_a_browser(page):
         ("Patch in row 2, column 4", wanted(2, maps.query_at(1, 3))),
         ("Patch in row 2, column 4", wanted(2, maps.query_at(1, 3), 1, 1)),
         ("Patch in row 3, column 4", wanted(2, maps.query_at(2, 3))),
+        ("Patch in row 3, column 4", wanted(2, maps.query_at(2, 3), 1, 1)),
+        ("Patch in row 3, column 4", wanted(2, maps.query_at(2, 3), 0, 1)),
+        ("Patch in row 3, column 4", wanted(2, maps.query_at(2, 3))),
+        ("Patch in row 1, column 1", wanted(2, maps.query_at(0, 0))),
         ("Prefix token 1", wanted(2, 0)),
     ]
-    assert len(said) == len(steps)
-    for text, (who, parts) in zip(said, steps, strict=True):
-        assert text.startswith(who) and all(part in text for part in parts), (text, who, parts)
+    assert sorted(frame["width"] for frame in seen) == [400, 1200]
+    for frame in seen:
+        assert frame["beyond"] <= 0, f"at {frame['width']} px the page is {frame['beyond']} px too wide"
+        assert len(frame["said"]) == len(steps)
+        for told, (who, parts) in zip(frame["said"], steps, strict=True):
+            assert told.startswith(who) and all(part in told for part in parts), (frame["width"], told, who, parts)

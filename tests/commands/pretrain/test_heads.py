@@ -2,8 +2,9 @@ import json
 
 import pytest
 
-from mimkernels.commands.pretrain.heads import HeadHistory, HeadWatch
+from mimkernels.commands.pretrain.heads import HeadWatch
 from mimkernels.commands.pretrain.run import Run, pretrain
+from mimkernels.engine.head_history import HeadHistory
 from mimkernels.heads import HeadStatistics
 
 

@@ -86,6 +86,18 @@
     return token < 0 ? null : { row: Math.floor(token / model.grid[1]), column: token % model.grid[1] };
   }
 
+  function strongest() {
+    const [, layers, heads] = models[state.model].shape;
+    let found = { most: -1 };
+    for (let layer = 0; layer < layers; layer++) {
+      for (let head = 0; head < heads; head++) {
+        const { most } = row(layer, head);
+        if (most > found.most) found = { most, layer, head };
+      }
+    }
+    return found;
+  }
+
   function draw() {
     const model = models[state.model], [, layers, heads] = model.shape, size = cell();
     maps.width = labels + heads * size.width;
@@ -94,18 +106,20 @@
     context.imageSmoothingEnabled = false;
     context.font = "12px sans-serif";
     context.fillStyle = getComputedStyle(document.documentElement).getPropertyValue("--muted");
-    let strongest = { most: -1 };
     for (let head = 0; head < heads; head++) context.fillText(head + 1, labels + head * size.width + 2, 12);
     for (let layer = 0; layer < layers; layer++) {
       context.fillText(layer + 1, 2, 18 + layer * size.height + size.height / 2);
       for (let head = 0; head < heads; head++) {
-        const { weights, most } = row(layer, head);
-        context.drawImage(bitmap(weights, 255), labels + head * size.width, 18 + layer * size.height,
+        context.drawImage(bitmap(row(layer, head).weights, 255), labels + head * size.width, 18 + layer * size.height,
           size.width - gap, size.height - gap);
-        if (most > strongest.most) strongest = { most, layer, head };
       }
     }
-    const shown = state.map || strongest, { weights, most, toPrefix } = row(shown.layer, shown.head);
+    const shown = state.map || strongest();
+    context.strokeStyle = getComputedStyle(document.documentElement).getPropertyValue("--mark");
+    context.lineWidth = 2;
+    context.strokeRect(labels + shown.head * size.width - 1, 17 + shown.layer * size.height, size.width - gap + 2,
+      size.height - gap + 2);
+    const { weights, most, toPrefix } = row(shown.layer, shown.head);
     const over = picture.getContext("2d"), side = picture.width;
     over.imageSmoothingEnabled = false;
     over.globalAlpha = 1;
@@ -168,9 +182,24 @@
     picture.addEventListener(type, pointAt);
     maps.addEventListener(type, pointAtMap);
   }
-  maps.addEventListener("pointerleave", () => { state.map = null; draw(); });
+  const arrows = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
+  // A finger leaves when it is lifted: what it chose stays.
+  maps.addEventListener("pointerleave", event => {
+    if (event.pointerType === "touch") return;
+    state.map = null;
+    draw();
+  });
+  maps.addEventListener("keydown", event => {
+    const step = arrows[event.key], [, layers, heads] = models[state.model].shape;
+    if (!step && event.key !== "Escape") return;
+    event.preventDefault();
+    const { layer, head } = state.map || strongest();
+    state.map = step ? { layer: Math.min(layers - 1, Math.max(0, layer + step[0])),
+      head: Math.min(heads - 1, Math.max(0, head + step[1])) } : null;
+    draw();
+  });
   picture.addEventListener("keydown", event => {
-    const step = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
+    const step = arrows[event.key];
     if (!step) return;
     event.preventDefault();
     const { stride, grid } = models[state.model], patch = patchOf(state.query) || { row: 0, column: 0 };
