@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from mimkernels.heads.derived import query_mean
-from mimkernels.ops.attention.spec import STATISTICS
+from mimkernels.ops.attention.spec import DETACHED, STATISTICS
 
 __all__ = ["parse_regularizers", "regularization_loss"]
 
-# peak is the weight of one key, chosen by a maximum: attention gives it without a gradient.
-DIFFERENTIABLE = tuple(name for name in STATISTICS if name != "peak")
+DIFFERENTIABLE = tuple(name for name in STATISTICS if name not in DETACHED)
 
 
 def parse_regularizers(terms: str | Iterable[str]) -> dict[str, float]:
@@ -49,8 +48,8 @@ def parse_regularizers(terms: str | Iterable[str]) -> dict[str, float]:
 
 
 def _check_name(name: str) -> None:
-    if name == "peak":
-        raise ValueError(f"regulariser 'peak' has no gradient; with one: {', '.join(DIFFERENTIABLE)}")
+    if name in DETACHED:
+        raise ValueError(f"regulariser {name!r} has no gradient; with one: {', '.join(DIFFERENTIABLE)}")
     if name not in DIFFERENTIABLE:
         raise ValueError(f"unknown regulariser {name!r}; known: {', '.join(DIFFERENTIABLE)}")
 

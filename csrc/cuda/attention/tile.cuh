@@ -93,6 +93,11 @@ __device__ __forceinline__ float max_quad(float x) {
   return fmaxf(x, __shfl_xor_sync(kWarpMask, x, 2));
 }
 
+__device__ __forceinline__ int min_quad(int x) {
+  x = min(x, __shfl_xor_sync(kWarpMask, x, 1));
+  return min(x, __shfl_xor_sync(kWarpMask, x, 2));
+}
+
 // ---- rows ----
 
 // Starts copying `count` rows, of which `valid` exist, from global memory to shared memory,

@@ -201,7 +201,7 @@ template <typename T>
 using WorkerOf =
     std::conditional_t<kMatrixTiles && std::is_same_v<T, bf16>, TileForward, Worker<T>>;
 
-// No keys at all: zeros, and an lse of -inf.
+// No keys at all: zeros, an lse and a largest score of -inf, and no key of it.
 template <typename T>
 void write_empty(const AttentionFwdParams& p) {
   const AttentionScores& s = p.scores;
@@ -213,6 +213,14 @@ void write_empty(const AttentionFwdParams& p) {
   }
   const int64_t planes = __builtin_popcountll(static_cast<unsigned long long>(p.stats));
   if (planes > 0) memset(p.rows, 0, static_cast<size_t>(planes * rows) * sizeof(float));
+  const auto fill = [&](AttentionStat stat, float value) {
+    if ((p.stats & stat) == 0) return;
+    const auto before = static_cast<unsigned long long>(p.stats & (stat - 1));
+    float* plane = p.rows + __builtin_popcountll(before) * rows;
+    for (int64_t i = 0; i < rows; ++i) plane[i] = value;
+  };
+  fill(kMaxScore, -kInfinity);
+  fill(kArgmax, -1.0f);
 }
 
 }  // namespace

@@ -38,7 +38,19 @@ class NextHead {
 };
 
 // One number per row while its keys are visited, all relative to the maximum so far.
-enum RowField { kTop, kSum, kExpected, kPatchSum, kPatchExpected, kPrefixSum, kFar, kOwn, kFields };
+// kFirstTop is the key that has it.
+enum RowField {
+  kTop,
+  kSum,
+  kExpected,
+  kPatchSum,
+  kPatchExpected,
+  kPrefixSum,
+  kFar,
+  kOwn,
+  kFirstTop,
+  kFields
+};
 
 struct RowSums {
   float sum = 0.0f;
@@ -130,6 +142,18 @@ MIMKERNELS_INLINE float sum_of_first(const float* p, int64_t count) {
   float sum = add_lanes(lanes);
   for (; j < count; ++j) sum += p[j];
   return sum;
+}
+
+// The first key whose score is `top`, the largest of `padded` ones; too large a number if none is.
+MIMKERNELS_INLINE int64_t first_at_top(const float* s, int64_t padded, float top) {
+  Ints first = (Ints){} + INT32_MAX;
+  for (int64_t j = padded - kLanes; j >= 0; j -= kLanes) {
+    const Ints is_top = (Ints)(load_floats(s + j) == splat(top));
+    first = (is_top & lane_numbers(static_cast<int32_t>(j))) | (~is_top & first);
+  }
+  int64_t least = first[0];
+  for (int i = 1; i < kLanes; ++i) least = min_of(least, first[i]);
+  return least;
 }
 
 // Scores of a few rows and one block of keys; E is what P v reads.
@@ -240,6 +264,10 @@ class RowSoftmax {
       }
       if (asks(kPeak)) next(inverse);
       if (asks(kPatchMass)) next(field(kPatchSum) * inverse);
+      // The maximum passes NaN over, the sum does not; nor infinity.
+      const Ints ordered = (Ints)(sum == sum) | (Ints)(top == splat(kInfinity));
+      if (asks(kMaxScore)) next(choose_lanes(ordered, top, sum));
+      if (asks(kArgmax)) next(choose_lanes(ordered & ~empty, field(kFirstTop), splat(-1.0f)));
     }
   }
 
@@ -257,6 +285,10 @@ class RowSoftmax {
       float top = max_lanes(load_floats(t.maxima + i * kLanes));
       float change = 0.0f;
       rescale[i] = 1.0f;
+      if (asks(kArgmax) && (!later || top > *state(kTop, t.row + i))) {
+        const int64_t key = t.first + first_at_top(t.scores + i * kStride, padded, top);
+        *state(kFirstTop, t.row + i) = static_cast<float>(key);
+      }
       if (later) {
         const float before = *state(kTop, t.row + i);
         top = before > top ? before : top;

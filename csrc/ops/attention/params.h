@@ -14,7 +14,9 @@ enum AttentionStat : int64_t {
   kPatchEntropy = 1 << 4,
   kPeak = 1 << 5,
   kPatchMass = 1 << 6,
-  kAllStats = (1 << 7) - 1,
+  kMaxScore = 1 << 7,
+  kArgmax = 1 << 8,  // a whole number, -1 where no score is the largest
+  kAllStats = (1 << 9) - 1,
 };
 
 struct AttentionFwdParams {
@@ -49,6 +51,7 @@ constexpr float kLeastPatchMass = 1e-30f;
 //   self_mass      own d,                              constant -d f on all
 //   distance       far d,                              constant -d f on all
 //   lse            constant d on all keys
+// peak, max_score and argmax, of one key each, have no gradient.
 // lse itself is in none of them. Where P_ij is 0, L_ij may be -inf: any finite number will do.
 struct AttentionCoefParams {
   int64_t count = 0;  // B * H * Nq

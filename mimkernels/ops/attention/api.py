@@ -11,7 +11,7 @@ from mimkernels.ops import _checks
 from mimkernels.ops._autograd import Context, Run
 from mimkernels.ops._memo import by_signature
 from mimkernels.ops.attention import reference
-from mimkernels.ops.attention.spec import SPEC, STATISTICS, gradients, parts, save
+from mimkernels.ops.attention.spec import DETACHED, MOST_KEYS, SPEC, STATISTICS, gradients, parts, save
 
 
 class AttentionOutput(NamedTuple):
@@ -20,7 +20,7 @@ class AttentionOutput(NamedTuple):
     Attributes:
         out: ``[B, H, Nq, D]``, a view of ``[B, Nq, H, D]`` memory: ``out.transpose(1, 2).flatten(2)`` copies nothing.
         lse: ``[B, H, Nq]`` fp32, log-sum-exp of the scores.
-        stats: each asked statistic, ``[B, H, Nq]`` fp32, by name.
+        stats: each asked statistic, ``[B, H, Nq]`` fp32 (``argmax``: int64), by name.
     """
 
     out: Tensor
@@ -65,9 +65,13 @@ def attention(
       to a few of whose roundings it is right; 0, without a gradient, where ``M_i`` is below 1e-30
     - ``peak``: ``max_j P_ij``, detached
     - ``patch_mass``: ``M_i``
+    - ``max_score``: ``max_j S_ij``, the largest logit, after scale, biases and mask; what QK-clip (MuonClip) compares
+      with its threshold. -inf where nothing may be attended; detached
+    - ``argmax``: the key j of the largest ``S_ij``, hence of the largest ``P_ij``; of several the first; -1 where
+      nothing may be attended or a score is NaN. int64, without a gradient
 
-    Gradients flow through ``out``, ``lse`` and every statistic but ``peak`` to ``q``, ``k``, ``v``, ``bias``,
-    ``bias_table`` and ``logit_scale``.
+    Gradients flow through ``out``, ``lse`` and every statistic but ``peak``, ``max_score`` and ``argmax`` to ``q``,
+    ``k``, ``v``, ``bias``, ``bias_table`` and ``logit_scale``.
 
     Where a CPU multiplies bf16 itself (AVX-512, AMX), its products take subnormal numbers (below 2^-126) for 0, in the
     inputs, their gradients and ``P``.
@@ -233,8 +237,10 @@ def _named(outputs: _Outputs, planes: dict[str, int]) -> AttentionOutput:
         return AttentionOutput(out, lse, {})
     by_plane = rows.unbind(0)
     made = {name: by_plane[plane] for name, plane in planes.items()}
-    if rows.requires_grad and "peak" in made:
-        made["peak"] = made["peak"].detach()
+    if rows.requires_grad:
+        made |= {name: made[name].detach() for name in DETACHED if name in made}
+    if "argmax" in made:
+        made["argmax"] = made["argmax"].to(torch.int64)
     return AttentionOutput(out, lse, made)
 
 
@@ -358,6 +364,8 @@ def _asked(op: str, stats: Sequence[str] | None, queries: int, keys: int) -> tup
         for name in ("self_mass", "distance"):
             if name in planes:
                 raise ValueError(f"{op}: {name} needs self-attention, got {queries} queries and {keys} keys")
+    if "argmax" in planes and keys > MOST_KEYS:
+        raise ValueError(f"{op}: argmax is of at most {MOST_KEYS} keys, got {keys}")
     return planes, bits
 
 

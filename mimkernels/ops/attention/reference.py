@@ -39,7 +39,7 @@ def attention(
     with _checks.without_autocast(q):
         out = p.to(q.dtype) @ v
     lse = torch.where((x == float("-inf")).all(-1), float("-inf"), top.squeeze(-1) + log_sum.squeeze(-1))
-    made = {name: _STATISTICS[name](x, log_p, p, num_prefix, positions) for name in stats}
+    made = {name: _STATISTICS[name](s, log_p, p, num_prefix, positions) for name in stats}
     return out, lse, made
 
 
@@ -121,37 +121,49 @@ def expected(p: Tensor, values: Tensor) -> Tensor:
     return (p * values.masked_fill(p == 0, 0.0)).sum(-1)
 
 
-def _entropy(x: Tensor, log_p: Tensor, p: Tensor, num_prefix: int, positions: Tensor | None) -> Tensor:
+def _entropy(s: Tensor, log_p: Tensor, p: Tensor, num_prefix: int, positions: Tensor | None) -> Tensor:
     return -expected(p, log_p)
 
 
-def _prefix_mass(x: Tensor, log_p: Tensor, p: Tensor, num_prefix: int, positions: Tensor | None) -> Tensor:
+def _prefix_mass(s: Tensor, log_p: Tensor, p: Tensor, num_prefix: int, positions: Tensor | None) -> Tensor:
     return p[..., :num_prefix].sum(-1)
 
 
-def _self_mass(x: Tensor, log_p: Tensor, p: Tensor, num_prefix: int, positions: Tensor | None) -> Tensor:
+def _self_mass(s: Tensor, log_p: Tensor, p: Tensor, num_prefix: int, positions: Tensor | None) -> Tensor:
     return p.diagonal(dim1=-2, dim2=-1)
 
 
-def _distance(x: Tensor, log_p: Tensor, p: Tensor, num_prefix: int, positions: Tensor | None) -> Tensor:
+def _distance(s: Tensor, log_p: Tensor, p: Tensor, num_prefix: int, positions: Tensor | None) -> Tensor:
     assert positions is not None
     places = with_prefix_rows(positions.to(p.dtype), num_prefix, p.shape[-1])
     d = distances(places, num_prefix)  # [B or 1, Nq, Nk]
     return (p * d[:, None]).sum(-1)
 
 
-def _patch_entropy(x: Tensor, log_p: Tensor, p: Tensor, num_prefix: int, positions: Tensor | None) -> Tensor:
-    log_q, _ = log_softmax(below_maximum(x[..., num_prefix:])[0])
+def _patch_entropy(s: Tensor, log_p: Tensor, p: Tensor, num_prefix: int, positions: Tensor | None) -> Tensor:
+    log_q, _ = log_softmax(below_maximum(s[..., num_prefix:])[0])
     few = p[..., num_prefix:].sum(-1) < LEAST_PATCH_MASS
     return torch.where(few, 0.0, -expected(log_q.exp(), log_q))
 
 
-def _patch_mass(x: Tensor, log_p: Tensor, p: Tensor, num_prefix: int, positions: Tensor | None) -> Tensor:
+def _patch_mass(s: Tensor, log_p: Tensor, p: Tensor, num_prefix: int, positions: Tensor | None) -> Tensor:
     return p[..., num_prefix:].sum(-1)
 
 
-def _peak(x: Tensor, log_p: Tensor, p: Tensor, num_prefix: int, positions: Tensor | None) -> Tensor:
+def _peak(s: Tensor, log_p: Tensor, p: Tensor, num_prefix: int, positions: Tensor | None) -> Tensor:
     return p.detach().amax(-1) if p.shape[-1] else p.new_zeros(p.shape[:-1])
+
+
+def _max_score(s: Tensor, log_p: Tensor, p: Tensor, num_prefix: int, positions: Tensor | None) -> Tensor:
+    return s.detach().amax(-1) if s.shape[-1] else s.new_full(s.shape[:-1], float("-inf"))
+
+
+def _argmax(s: Tensor, log_p: Tensor, p: Tensor, num_prefix: int, positions: Tensor | None) -> Tensor:
+    top = _max_score(s, log_p, p, num_prefix, positions)
+    if s.shape[-1] == 0:
+        return torch.full(top.shape, -1, device=s.device)
+    # torch.argmax promises the first of several.
+    return torch.where(top > float("-inf"), s.detach().argmax(-1), -1)
 
 
 _STATISTICS = {
@@ -162,6 +174,8 @@ _STATISTICS = {
     "patch_entropy": _patch_entropy,
     "peak": _peak,
     "patch_mass": _patch_mass,
+    "max_score": _max_score,
+    "argmax": _argmax,
 }
 
 

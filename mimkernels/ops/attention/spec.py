@@ -9,7 +9,12 @@ from mimkernels.ops import _checks
 from mimkernels.ops._autograd import Context, Gradient, Run
 from mimkernels.ops._registry import ANY_FLOAT, Impl, OpSpec, register
 
-STATISTICS = ("entropy", "prefix_mass", "self_mass", "distance", "patch_entropy", "peak", "patch_mass")
+STATISTICS = (
+    *("entropy", "prefix_mass", "self_mass", "distance", "patch_entropy", "peak", "patch_mass"),
+    *("max_score", "argmax"),
+)
+DETACHED = ("peak", "max_score", "argmax")  # of one key, chosen by a maximum: without a gradient
+MOST_KEYS = 2**24  # of argmax, which kernels write in fp32 beside the other statistics
 
 
 def _fwd(

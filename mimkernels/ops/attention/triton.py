@@ -16,7 +16,6 @@ from mimkernels.ops.attention.spec import new_gradients
 from mimkernels.ops.attention.triton_bias_grad import attention_dbias_kernel, table_gradient
 from mimkernels.ops.attention.triton_blocks import (
     INTEGERS,
-    LEAST_PATCH_MASS,
     LN2,
     LOG2E,
     added_bias,
@@ -38,22 +37,17 @@ from mimkernels.ops.attention.triton_blocks import (
 from mimkernels.ops.attention.triton_bwd import attention_bwd_kernel, attention_dkv_kernel, attention_dq_kernel
 from mimkernels.ops.attention.triton_coef import attention_coef as attention_coef
 from mimkernels.ops.attention.triton_cosine import LARGEST_LOGIT_SCALE, cosines, given_scores
-
-ENTROPY = tl.constexpr(1)
-PREFIX_MASS = tl.constexpr(2)
-SELF_MASS = tl.constexpr(4)
-DISTANCE = tl.constexpr(8)
-PATCH_ENTROPY = tl.constexpr(16)
-PEAK = tl.constexpr(32)
-PATCH_MASS = tl.constexpr(64)
-# Statistics that need sums over patch keys and over prefix keys apart, and those that need the mean score.
-SPLITTING = tl.constexpr(2 | 16 | 64)
-EXPECTING = tl.constexpr(1 | 16)
-
-
-@triton.constexpr_function
-def asked(stats, statistics):
-    return (stats & statistics) != 0
+from mimkernels.ops.attention.triton_statistics import (
+    ARGMAX,
+    DISTANCE,
+    ENTROPY,
+    EXPECTING,
+    OF_MAXIMUM,
+    SELF_MASS,
+    SPLITTING,
+    asked,
+    store_statistics,
+)
 
 
 @triton.jit
@@ -67,6 +61,7 @@ def attend_block(
     energy_prefix,
     far,
     own,
+    at_top,
     q0,
     q1,
     rows,
@@ -103,10 +98,11 @@ def attend_block(
     PRECISION: tl.constexpr,
 ):
     # One step of the online softmax over BLOCK_N keys from `start`. level is the running maximum of the scores, which
-    # FOLD leaves unscaled; all sums are relative to it: mass of p = 2 ** t, energy of p * t, far of p * distance,
-    # with t = (score - level) * factor. Sums are of patch keys where a statistic tells them from prefix keys, else of
-    # all; own is the score of the query's own key. FIRST: nothing was summed before. CHECK: the block may hold prefix
-    # keys, the queries' own keys or keys beyond the last. EXACT: p = e ** t, with rounding as in plain fp32.
+    # FOLD leaves unscaled; all sums are relative to it: mass of p = 2 ** t, energy of p * t, far of p * distance, with
+    # t = (score - level) * factor. Sums are of patch keys where a statistic tells them from prefix keys, else of all;
+    # own is the score of the query's own key, at_top the first key whose score is level. FIRST: nothing was summed
+    # before. CHECK: the block may hold prefix keys, the queries' own keys or keys beyond the last. EXACT: p = e ** t,
+    # with rounding as in plain fp32.
     SPLIT: tl.constexpr = HAS_PREFIX and CHECK and asked(STATS, SPLITTING)
     cols = start + tl.arange(0, BLOCK_N)
     k_block = k_head + start * k_stride_n
@@ -129,6 +125,10 @@ def attend_block(
     if asked(STATS, SELF_MASS) and CHECK:
         own += tl.sum(tl.where(rows[:, None] == cols[None, :], score, 0.0), axis=1)
     top = tl.max(score, axis=1)
+    if asked(STATS, ARGMAX):
+        # Blocks do not come in order.
+        here = tl.min(tl.where(score == top[:, None], cols[None, :], keys), axis=1)
+        at_top = tl.where(top > level, here, tl.where(top == level, tl.minimum(at_top, here), at_top))
     if FIRST:
         new_level = top
     else:
@@ -177,7 +177,7 @@ def attend_block(
     if D1 > 0:
         v1 = load_rows(v_block, left, v_stride_n, D0, D1, D, BLOCK_N, CHECK)
         acc1 = tl.dot(p, v1, acc1, input_precision=PRECISION)
-    return acc0, acc1, new_level, mass, mass_prefix, energy, energy_prefix, far, own
+    return acc0, acc1, new_level, mass, mass_prefix, energy, energy_prefix, far, own, at_top
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -298,9 +298,10 @@ def attention_fwd_kernel(
     energy_prefix = mass
     far = mass
     own = mass
+    at_top = tl.full([BLOCK_M], 2147483647, dtype=tl.int32)
     if ONE_PASS:
-        acc0, acc1, level, mass, mass_prefix, energy, energy_prefix, far, own = attend_block(
-            acc0, acc1, level, mass, mass_prefix, energy, energy_prefix, far, own,
+        acc0, acc1, level, mass, mass_prefix, energy, energy_prefix, far, own, at_top = attend_block(
+            acc0, acc1, level, mass, mass_prefix, energy, energy_prefix, far, own, at_top,
             q0, q1, rows, x0, x1, x2, k_head, v_head, of_rows, k_factor_row, bias, inside, mask_row, pos_image,
             0, keys, num_prefix, scale, factor, k_stride_n, v_stride_n, pos_stride_n,
             STATS, HAS_PREFIX, FOLD, EXACT, True, True, D, D0, D1, BLOCK_N, DIMS, PRECISION,
@@ -320,16 +321,16 @@ def attention_fwd_kernel(
             own_blocks = tl.minimum(tl.maximum(tl.cdiv(first + BLOCK_M, BLOCK_N), special), tail) - own_first
         for i in tl.range(special, tail - own_blocks):
             block = i + tl.where(i >= own_first, own_blocks, 0)
-            acc0, acc1, level, mass, mass_prefix, energy, energy_prefix, far, own = attend_block(
-                acc0, acc1, level, mass, mass_prefix, energy, energy_prefix, far, own,
+            acc0, acc1, level, mass, mass_prefix, energy, energy_prefix, far, own, at_top = attend_block(
+                acc0, acc1, level, mass, mass_prefix, energy, energy_prefix, far, own, at_top,
                 q0, q1, rows, x0, x1, x2, k_head, v_head, of_rows, k_factor_row, bias, inside, mask_row, pos_image,
                 block * BLOCK_N, keys, num_prefix, scale, factor, k_stride_n, v_stride_n, pos_stride_n,
                 STATS, HAS_PREFIX, FOLD, EXACT, False, False, D, D0, D1, BLOCK_N, DIMS, PRECISION,
             )  # fmt: skip
         for i in tl.range(0, special + own_blocks + blocks - tail, num_stages=1):
             block = tl.where(i < special, i, tl.where(i < special + own_blocks, own_first + i - special, blocks - 1))
-            acc0, acc1, level, mass, mass_prefix, energy, energy_prefix, far, own = attend_block(
-                acc0, acc1, level, mass, mass_prefix, energy, energy_prefix, far, own,
+            acc0, acc1, level, mass, mass_prefix, energy, energy_prefix, far, own, at_top = attend_block(
+                acc0, acc1, level, mass, mass_prefix, energy, energy_prefix, far, own, at_top,
                 q0, q1, rows, x0, x1, x2, k_head, v_head, of_rows, k_factor_row, bias, inside, mask_row, pos_image,
                 block * BLOCK_N, keys, num_prefix, scale, factor, k_stride_n, v_stride_n, pos_stride_n,
                 STATS, HAS_PREFIX, FOLD, EXACT, False, True, D, D0, D1, BLOCK_N, DIMS, PRECISION,
@@ -356,40 +357,10 @@ def attention_fwd_kernel(
     if D1 > 0:
         store_rows(out_block, acc1 * inverse[:, None], queries - first, out_stride_n, D0, D1, D, BLOCK_M)
 
-    target = rows_ptr + place
-    unit: tl.constexpr = 1.0 if EXACT else LN2  # of t
-    if asked(STATS, ENTROPY):
-        both = energy
-        if HAS_PREFIX and asked(STATS, SPLITTING):
-            both = energy + energy_prefix
-        entropy = tl.where(empty, 0.0, log_total - both * inverse * unit)
-        tl.store(target, entropy, mask=some)
-        target += plane
-    if asked(STATS, PREFIX_MASS):
-        if HAS_PREFIX:
-            tl.store(target, mass_prefix * inverse, mask=some)
-        else:
-            tl.store(target, tl.zeros([BLOCK_M], dtype=tl.float32), mask=some)
-        target += plane
-    if asked(STATS, SELF_MASS):
-        p = tl.where(empty, 0.0, power((own - level) * factor, EXACT) * inverse)
-        tl.store(target, p, mask=some)
-        target += plane
-    if asked(STATS, DISTANCE):
-        if HAS_PREFIX:
-            far = tl.where(rows >= num_prefix, far, 0.0)
-        tl.store(target, far * inverse, mask=some)
-        target += plane
-    if asked(STATS, PATCH_ENTROPY):
-        no_mass = mass * inverse < LEAST_PATCH_MASS  # false for NaN, which goes on
-        safe = tl.where(no_mass, 1.0, mass)
-        tl.store(target, tl.where(no_mass, 0.0, tl.log2(safe) * LN2 - energy / safe * unit), mask=some)
-        target += plane
-    if asked(STATS, PEAK):
-        tl.store(target, inverse, mask=some)
-        target += plane
-    if asked(STATS, PATCH_MASS):
-        tl.store(target, mass * inverse, mask=some)
+    store_statistics(
+        rows_ptr + place, plane, rows, some, num_prefix, factor, unit_score, level, total, log_total, inverse,
+        mass, mass_prefix, energy, energy_prefix, far, own, at_top, STATS, HAS_PREFIX, EXACT, BLOCK_M,
+    )  # fmt: skip
 
 
 def attention_fwd(
@@ -419,7 +390,7 @@ def attention_fwd(
     d0, d1 = head_split(dim, q.dtype)
     kernel = "forward" if bias is None and bias_table is None and key_mask is None else "masked"
     config = triton_configs.committed(
-        kernel, architecture(q.device), precision_name(q.dtype), d0 + d1, keys, stats & ~PEAK.value > 0
+        kernel, architecture(q.device), precision_name(q.dtype), d0 + d1, keys, stats & ~OF_MAXIMUM.value > 0
     )
     if bias_table is not None:
         config = triton_configs.beside_table(config, d0 + d1)

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mimkernels.ops import _triton
-from mimkernels.ops.attention.spec import STATISTICS
+from mimkernels.ops.attention.spec import DETACHED, STATISTICS
 from mimkernels.ops.attention.triton_blocks import LEAST_PATCH_MASS
 
 BLOCK = 512
@@ -94,7 +94,8 @@ def attention_coef(dlse: Tensor | None, rows: Tensor, drows: Tensor | None, stat
     if coef.numel() == 0:
         return coef
     captured = [name for bit, name in enumerate(STATISTICS) if stats >> bit & 1]
-    planes = {name.upper(): captured.index(name) if name in captured else -1 for name in STATISTICS if name != "peak"}
+    differentiable = [name for name in STATISTICS if name not in DETACHED]
+    planes = {name.upper(): captured.index(name) if name in captured else -1 for name in differentiable}
     given = [None if x is None else x.contiguous() for x in (dlse, rows, drows)]
     count = coef[0].numel()
     grid = triton.cdiv(count, BLOCK)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 
 import mimkernels
+from mimkernels.ops.attention import reference
+from mimkernels.ops.attention.api import checked_scores
+from mimkernels.ops.attention.spec import STATISTICS, parts
 from mimkernels.testing import DRAWS, Case, doubled
 
 RICH = "mae"
@@ -12,7 +15,6 @@ SPOILED = "q"
 PER_IMAGE = ("q", "k", "v", "key_mask")
 MATRIX_PRODUCTS = True
 NO_OPCHECK = ("windows-of-no-images",)  # views of no images
-STATISTICS = ("entropy", "prefix_mass", "self_mass", "distance", "patch_entropy", "peak", "patch_mass")
 
 
 def attention(batch, heads, length, dim, *, keys=None, bias=None, mask=False, prefix=0, stats=(), **options):
@@ -83,10 +85,25 @@ def companion_cases(op: str) -> list[Case]:
     return [case(op, label, make) for label, make in inputs.items()]
 
 
+def score_of(inputs: dict, keys: torch.Tensor) -> torch.Tensor:
+    """The scores of keys ``[B, H, Nq]``, NaN for -1. In them, a key of the largest score but for rounding will do."""
+    q, k, *_ = parts(inputs["qkv"]) if "qkv" in inputs else (inputs["q"], inputs["k"])
+    given = [inputs.get(name) for name in ("bias", "bias_table", "bias_index", "key_mask", "logit_scale", "scale")]
+    tensors, scale = checked_scores("attention", q, k, *given)
+    scores = reference.scores(q, k, *tensors, scale)
+    scores = torch.nn.functional.pad(scores, (0, 1), value=torch.nan)
+    assert keys.dtype == torch.int64 and ((keys >= -1) & (keys < k.shape[2])).all()
+    return scores.take_along_dim(keys[..., None] % scores.shape[-1], -1)[..., 0].float()
+
+
+COMPARED = {"argmax": score_of}
+
+
 def case(op: str, label: str, make, grads: tuple[str, ...] = ()) -> Case:
     # Of scores up to 100 a few have all of the largest error, and in which draw those are is luck: of patch_entropy,
     # the plain expression's was 2.2e-6 over 12 draws and 4.0e-6 over 24 to 64. Mean errors are alike on all backends.
-    return Case(op, label, make, grads, draws=6 * DRAWS if "cosine" in label else DRAWS)
+    draws = 6 * DRAWS if "cosine" in label else DRAWS
+    return Case(op, label, make, grads, draws=draws, compared=COMPARED)
 
 
 INPUTS = {
@@ -95,7 +112,9 @@ INPUTS = {
     "everything": attention(
         3, 2, 21, 24, bias=(3, 2, 21, 21), mask=True, prefix=2, stats=STATISTICS, positions="per-image"
     ),
-    "cross": attention(2, 2, 9, 16, keys=23, prefix=1, stats=("entropy", "prefix_mass", "patch_entropy", "peak")),
+    "cross": attention(
+        2, 2, 9, 16, keys=23, prefix=1, stats=("entropy", "prefix_mass", "patch_entropy", "peak", "max_score", "argmax")
+    ),
     "bias-per-head": attention(2, 3, 18, 16, bias=(3, 18, 18)),
     "bias-per-image": attention(2, 3, 18, 16, bias=(2, 1, 18, 18), stats=("entropy",)),
     "bias-shared": attention(2, 3, 18, 16, bias=(1, 1, 18, 18)),
@@ -103,9 +122,11 @@ INPUTS = {
     "bias-few-queries": attention(2, 2, 3, 40, keys=21, bias=(2, 1, 3, 21)),
     "bias-hides": attention(2, 2, 20, 16, bias=(2, 20, 20), hidden=True, prefix=1, stats=STATISTICS),
     "key-mask": attention(3, 2, 19, 16, mask=True, prefix=1, stats=STATISTICS),
-    "huge-logits": attention(1, 2, 33, 16, logits=300.0, prefix=1, stats=("entropy", "prefix_mass", "peak")),
+    "huge-logits": attention(
+        1, 2, 33, 16, logits=300.0, prefix=1, stats=("entropy", "prefix_mass", "peak", "max_score", "argmax")
+    ),
     "no-images": attention(0, 2, 5, 16, stats=("entropy",)),
-    "no-keys": attention(2, 2, 5, 16, keys=0, stats=("entropy",)),
+    "no-keys": attention(2, 2, 5, 16, keys=0, stats=("entropy", "max_score", "argmax")),
     "no-queries": attention(2, 2, 0, 16, keys=5, stats=("entropy",)),
     "all-prefix": attention(1, 1, 3, 8, prefix=3, stats=("entropy", "prefix_mass", "patch_entropy", "patch_mass")),
     "empty-positions": attention(2, 2, 5, 8, prefix=5, stats=STATISTICS),
@@ -155,7 +176,9 @@ INPUTS = {
 for stat in STATISTICS:
     INPUTS[f"only-{stat}"] = attention(1, 2, 26, 16, prefix=1, stats=(stat,))
 for length in (1, 2, 49, 64, 197, 256, 257, 1025):
-    INPUTS[f"length-{length}"] = attention(1, 1 if length > 64 else 2, length, 16, stats=("entropy", "self_mass"))
+    INPUTS[f"length-{length}"] = attention(
+        1, 1 if length > 64 else 2, length, 16, stats=("entropy", "self_mass", "argmax")
+    )
 for dim in (8, 64, 72, 80, 88, 96, 128):
     INPUTS[f"dim-{dim}"] = attention(1, 1, 17, dim, stats=("entropy", "peak"))
 GRADS = ("q", "k", "v", "bias", "bias_table", "logit_scale")

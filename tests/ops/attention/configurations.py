@@ -8,8 +8,10 @@ import mimkernels
 from mimkernels.ops.attention.spec import STATISTICS
 from mimkernels.testing import doubled
 from tests.configurations import Draw
+from tests.ops.attention.cases import COMPARED
 
 HEAD_DIMS = (8, 16, 24, 32, 40, 64, 64, 72, 80, 88, 96, 104, 112, 120, 128)
+OF_SCORES = ("max_score", "argmax")
 LOGITS = 300.0  # times a normal number: about the largest scores that leave more than one key its weight
 
 
@@ -63,7 +65,7 @@ def scores(draw: Draw, cross: bool):
 
 
 def statistics(draw: Draw, batch: int, tokens: int, keys: int):
-    wanted = [name for name in STATISTICS if draw.chance(0.3)]
+    wanted = [name for name in STATISTICS if name not in OF_SCORES and draw.chance(0.3)]
     if tokens != keys:
         wanted = [name for name in wanted if name not in ("self_mass", "distance")]
     num_prefix = min(keys, draw.of(0, 0, 1, 1, 2, 5, keys))
@@ -81,6 +83,10 @@ def statistics(draw: Draw, batch: int, tokens: int, keys: int):
             return torch.rand(*images, rows, dims, generator=g) * 14
 
     return {"num_prefix": num_prefix, "positions": positions, "stats": tuple(wanted)}
+
+
+def of_scores(draw: Draw) -> tuple[str, ...]:
+    return tuple(name for name in OF_SCORES if draw.chance(0.3))
 
 
 def wide_biases(draw: Draw) -> tuple[str, ...]:
@@ -119,4 +125,6 @@ def configuration(draw: Draw) -> dict:
     parameters = ("positions", *wide_biases(draw))
     # With one key P is 1, whatever its score: gradients that are 0 here come out as the rounding of a difference.
     names = ("q", "k", "v", "bias", "bias_table", "logit_scale") if keys != 1 else ("v",)
-    return draw.case({**tensors, **options}, draw.some(*names), parameters=parameters)
+    grads = draw.some(*names)
+    options["stats"] += of_scores(draw)
+    return draw.case({**tensors, **options}, grads, parameters=parameters, compared=COMPARED)

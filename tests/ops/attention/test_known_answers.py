@@ -9,6 +9,7 @@ def definition(q, k, v, num_prefix, positions, stats, **others):
     scale = len(q[0][0][0]) ** -0.5
     p = of_heads(lambda a, b: probabilities(a, b, **others), q, k)
     columns = of_heads(lambda head: list(zip(*head, strict=True)), v)
+    s = of_heads(lambda a, b: [[scale * dot(row, key) for key in b] for row in a], q, k)
     made = {
         "out": of_heads(lambda head, values: [[dot(row, c) for c in values] for row in head], p, columns),
         "lse": of_heads(
@@ -27,9 +28,12 @@ def definition(q, k, v, num_prefix, positions, stats, **others):
         "patch_entropy": lambda i, row: entropy([weight / math.fsum(row[num_prefix:]) for weight in row[num_prefix:]]),
         "peak": lambda i, row: max(row),
         "patch_mass": lambda i, row: math.fsum(row[num_prefix:]),
+        "max_score": lambda i, row: max(row),
+        "argmax": lambda i, row: row.index(max(row)),
     }
     for name in stats:
-        made[name] = of_heads(lambda head, name=name: [of_row[name](i, row) for i, row in enumerate(head)], p)
+        rows = s if name == "max_score" else p
+        made[name] = of_heads(lambda head, name=name: [of_row[name](i, row) for i, row in enumerate(head)], rows)
     return made
 
 

@@ -1,7 +1,7 @@
 """Random configurations of attention_qkvpacked."""
 
 from tests.configurations import Draw
-from tests.ops.attention.configurations import nan_of, scores, statistics, wide_biases
+from tests.ops.attention.configurations import COMPARED, nan_of, of_scores, scores, statistics, wide_biases
 
 
 def configuration(draw: Draw) -> dict:
@@ -13,4 +13,6 @@ def configuration(draw: Draw) -> dict:
         **options,
     }
     names = ("qkv", "bias", "bias_table", "logit_scale") if tokens != 1 else ()
-    return draw.case(arguments, draw.some(*names), parameters=parameters)
+    grads = draw.some(*names)
+    arguments["stats"] += of_scores(draw)
+    return draw.case(arguments, grads, parameters=parameters, compared=COMPARED)

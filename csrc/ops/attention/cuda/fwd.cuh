@@ -18,6 +18,8 @@ struct FwdAligned {
   bool v = false;
 };
 
+constexpr int kNoKey = 0x7fffffff;
+
 // What a lane sums for its two rows while it sees keys, relative to the maximum so far: p =
 // power(t) and p t. The four lanes of a row have a quarter of the keys each.
 struct RowSums {
@@ -71,6 +73,36 @@ __device__ __forceinline__ void add_statistics(RowSums& sums, const AttentionFwd
     each([&](int half, int, int key, float w, int i) {
       sums.far[half] += key >= prefix ? w * d[i / 4][i % 4] : 0.0f;
     });
+  }
+}
+
+// The first key of a tile whose score is the maximum of row `half`, where that is `higher` than
+// before. Written at once, for lanes have no registers left in which to keep it.
+template <int GROUPS>
+__device__ __forceinline__ void write_argmax(const AttentionFwdParams& p,
+                                             const float (&score)[GROUPS][2][4], int groups,
+                                             int half, float level, bool higher, int head,
+                                             int query, int first_key) {
+  int first = kNoKey;
+#pragma unroll
+  for (int j = 0; j < GROUPS; ++j) {
+    if (j >= groups) {
+      continue;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (i % 4 / 2 == half && score[j][i / 4][i % 4] == level) {
+        int row, key;
+        locate<false>(0, first_key + j * kStrip, i / 4, i % 4, row, key);
+        first = min(first, key);
+      }
+    }
+  }
+  first = min_quad(first);
+  const AttentionScores& s = p.scores;
+  if (higher && threadIdx.x % 4 == 0 && query < s.queries) {
+    const int64_t plane = __popc(static_cast<unsigned>(p.stats & (kArgmax - 1)));
+    p.rows[(plane * s.batch * s.heads + head) * s.queries + query] = static_cast<float>(first);
   }
 }
 
@@ -145,6 +177,14 @@ __device__ __forceinline__ void write_row(const AttentionFwdParams& p, const Row
     if (p.stats & kPatchMass) {
       put(patch * inverse);
     }
+    // The maximum passes NaN over, the sum does not; nor infinity.
+    const bool ordered = total == total || level == kInfinity;
+    if (p.stats & kMaxScore) {
+      put(ordered ? level * scale : total);
+    }
+    if ((p.stats & kArgmax) && (empty || !ordered)) {
+      put(-1.0f);
+    }
   }
 }
 
@@ -152,7 +192,8 @@ __device__ __forceinline__ void write_row(const AttentionFwdParams& p, const Row
 // in:       q, k, v by stride, features contiguous; bias by stride (0 where broadcast), table
 //           and index, factors of cosines, key mask, positions fp32, each or none
 // out:      out [B, Nq, H, D], lse and lse_low fp32 [B, H, Nq], rows fp32 [S, B, H, Nq] in the
-//           order of the bits of stats; contiguous, every element written once
+//           order of the bits of stats; contiguous, every element written once, argmax with every
+//           higher score
 // numerics: scores, maxima and sums in fp32; p = power((score - maximum) * factor), rounded to the
 //           type of v for its product; FOLD (no bias, positive
 //           scale): the scale is in factor. Statistics are sums relative to the row's maximum
@@ -265,6 +306,12 @@ __global__ void __launch_bounds__(forward_warps(DIM, sizeof(T), STATS) * kWarp,
       if (tile > 0) {
         const float shift = fmaxf((sums.level[half] - base[half]) * factor, kLeastExponent);
         rescale<STATS>(sums, acc, half, power<T>(shift), shift);
+      }
+      if constexpr (STATS) {
+        if (p.stats & kArgmax) {
+          write_argmax<kGroups>(p, score, groups, half, level, level > sums.level[half], place.head,
+                                place.first + lane / 4 + 8 * half, first_key);
+        }
       }
       sums.level[half] = level;
     }

@@ -39,6 +39,10 @@ def attention_cases(dtype: torch.dtype, device: str) -> Iterator[Benchmark]:
         yield packed_case(shape, dtype, device)
 
 
+# All but those of single scores, which came after the committed results.
+MEASURED = tuple(name for name in STATISTICS if name not in ("max_score", "argmax"))
+
+
 def attention_case(shape: Shape, dtype: torch.dtype, device: str, backward: bool) -> Benchmark:
     packed = torch.randn(shape.batch, shape.tokens, 3, shape.heads, shape.dim, device=device).to(dtype)
     q, k, v = (x.requires_grad_(backward) for x in packed.permute(2, 0, 3, 1, 4).unbind(0))
@@ -78,11 +82,11 @@ def attention_case(shape: Shape, dtype: torch.dtype, device: str, backward: bool
 
     def check():
         tolerance = 1e-3 if dtype == torch.float32 else 5e-2
-        for got, expected in zip(_tensors(ours(STATISTICS)()), _tensors(materialised()), strict=True):
+        for got, expected in zip(_tensors(ours(MEASURED)()), _tensors(materialised()), strict=True):
             torch.testing.assert_close(got.float(), expected.float(), rtol=tolerance, atol=tolerance)
 
     versions = {
-        "ours": ours(STATISTICS),
+        "ours": ours(MEASURED),
         "entropy": ours(("entropy",)),
         "bare": ours(()),
         "sdpa": sdpa,

@@ -18,13 +18,12 @@ from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimkernels.commands.bench.cases.attention import plain_statistics
+from mimkernels.commands.bench.cases.attention import MEASURED, plain_statistics
 from mimkernels.commands.bench.cases.gathering import published_loss, published_random_masking
 from mimkernels.commands.bench.cases.loading import MEAN, STD, Pictures
 from mimkernels.commands.bench.timing import Benchmark
 from mimkernels.engine.hardware import default_workers
 from mimkernels.models import MAE
-from mimkernels.ops.attention.spec import STATISTICS
 
 KINDS = ("GEMM", "attention", "token movement", "loss", "optimizer", "elementwise")
 
@@ -107,7 +106,7 @@ def step_case(step: Step, *, stats: bool = False, pictures: Pictures | None = No
     if stats:
         for layer in layers:
             layer.__class__ = MaterialisedAttention
-    wanted = STATISTICS if stats else ()
+    wanted = MEASURED if stats else ()
     patches = plain.grid_size[0] * plain.grid_size[1]
     grid = torch.cartesian_prod(*(torch.arange(float(side), device=step.device) for side in plain.grid_size))
     steps = torch.zeros((), dtype=torch.int64, device=step.device)
