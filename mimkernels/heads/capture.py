@@ -264,7 +264,7 @@ def _cannot_have(name: str, queries: int, keys: int, num_prefix: int) -> str:
         return "no queries"
     if queries != keys:
         per_token = {"self_mass", "distance"} & set(QUANTITIES[name].row_stats)
-        among = name in ("nmi", "normalized_entropy", "patch_head_divergence")
+        among = name in ("nmi", "normalized_entropy", "patch_head_divergence", "argmax_is_prefix")
         if per_token or among or name.startswith(("cls_", "pos_", "sink_")):
             return f"cross-attention: {queries} queries, {keys} keys"
     elif num_prefix >= keys:

@@ -72,6 +72,14 @@ QUANTITIES: dict[str, Quantity] = {
         Quantity("patch_mass", "mass on patches", "M_i", "", ("patch_mass",)),
         Quantity("self_mass", "attention to oneself", "P_ii", "", ("self_mass",)),
         Quantity("peak", "largest attention weight", "max_j P_ij", "", ("peak",)),
+        Quantity("max_score", "largest score", "max of S_ij over patch queries i and all keys j", "", ("max_score",)),
+        Quantity(
+            "argmax_is_prefix",
+            "queries that look most at prefix tokens",
+            "1 where the j of max_j P_ij is [cls] or a register",
+            "",
+            ("argmax",),
+        ),
         Quantity("distance", "attention distance", "sum over T of P_ij |x_i - x_j|", "distance", ("distance",)),
         Quantity(
             "renormalized_distance",

@@ -230,6 +230,12 @@ class HeadStatistics:
         if name == "normalized_entropy":
             row = derived.normalized_entropy(rows["entropy"], options["bias"], options["key_mask"])
             return derived.query_mean(row, self.num_prefix, exclude_prefix=self.exclude_prefix)
+        if name == "max_score":
+            row = rows["max_score"][..., self.num_prefix if self.exclude_prefix else 0 :]
+            return row.amax(-1)
+        if name == "argmax_is_prefix":
+            row = ((rows["argmax"] >= 0) & (rows["argmax"] < self.num_prefix)).float()
+            return derived.query_mean(row, self.num_prefix, exclude_prefix=self.exclude_prefix)
         if name == "nmi":
             return derived.patch_nmi(q, k, lse, rows["patch_entropy"], rows["patch_mass"], self.num_prefix, **options)
         if name == "head_divergence":

@@ -185,6 +185,20 @@ def test_entropies_and_masses_are_means_over_patch_queries(device):
         close(with_cls.mean(name), over_images(row.mean(-1)))
 
 
+def test_largest_scores_are_of_an_image_and_their_keys_counted(device):
+    q, k, v = heads_of(device)
+    names = ["max_score", "argmax_is_prefix"]
+    scores = q @ k.transpose(-1, -2) / math.sqrt(8)
+    of_prefix = (scores.argmax(-1) < P).double()
+    seen, with_cls = (recorded((), q, k, v, quantities=names, exclude_prefix=exclude) for exclude in (True, False))
+    assert seen.row_stats == ("max_score", "argmax")
+    close(seen.mean("max_score"), over_images(scores[:, :, P:].amax((2, 3))))
+    close(with_cls.mean("max_score"), over_images(scores.amax((2, 3))))
+    close(seen.mean("argmax_is_prefix"), over_images(of_prefix[..., P:].mean(-1)))
+    close(with_cls.mean("argmax_is_prefix"), over_images(of_prefix.mean(-1)))
+    assert 0 < seen.mean("argmax_is_prefix").mean() < 1
+
+
 def test_bias_and_key_mask_reach_the_companion_ops(device):
     q, k, v = heads_of(device)
     bias = torch.randn(HEADS, N, N, dtype=torch.float64, device=device)

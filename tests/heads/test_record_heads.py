@@ -102,6 +102,22 @@ def test_every_layer_s_statistics_are_those_of_its_map(per_image, qk_norm):
             torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_largest_scores_and_their_keys_are_recorded_and_captured():
+    model = vit().eval()
+    with record_heads(model, ["max_score", "argmax"], num_prefix=PREFIX) as heads, torch.no_grad():
+        model(images())
+    maps, _ = attention_maps(model, images())
+    with capture(model, ["max_score", "argmax_is_prefix"], num_prefix=PREFIX) as captured, torch.no_grad():
+        model(images())
+    for layer, same, p in zip(heads.values(), captured.values(), maps, strict=True):
+        assert torch.equal(layer.stats["argmax"], p.argmax(-1))
+        assert layer.stats["max_score"].shape == p.shape[:3]
+        for name, row in layer.stats.items():
+            torch.testing.assert_close(same.stats[name], row)
+    counted = torch.stack([(p.argmax(-1)[..., PREFIX:] < PREFIX).double().mean((0, 2)) for p in maps])
+    torch.testing.assert_close(captured.statistics.mean("argmax_is_prefix"), counted)
+
+
 def test_gradients_through_statistics_are_those_of_the_maps():
     model = vit()
     differentiable = [name for name in NAMES if name != "peak"]
