@@ -14,7 +14,8 @@ from mimkernels.ops.attention import triton_configs
 from mimkernels.ops.attention.triton_table import TABLE
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.int64: "i64", torch.bool: "i1"}
-ALL_STATISTICS = 127
+ALL_STATISTICS = 127  # but max_score and argmax
+WITH_ARGMAX = 511
 # The head dims compiled for an entry: its largest, and in the forward kernel one made of two pieces.
 HEAD_DIMS = {("forward", 64): (64,), ("forward", 128): (128, 80), ("masked", 128): (128, 80)}
 
@@ -42,7 +43,7 @@ def beside_the_table() -> list[tuple]:
     targets = ((80, "half"), (90, "half"), (100, "half"), (80, "fp32"), (80, "tf32"))
     found = [
         (kernel, arch, precision, dim, None, True)
-        for kernel, dims in (("dbias", (64, 128)), ("coef", (64,)))
+        for kernel, dims in (("dbias", (64, 128)), ("coef", (64,)), ("argmax", (64,)))
         for arch, precision in targets
         for dim in dims
     ]
@@ -112,17 +113,18 @@ def recorded(kernel: str, arch: int, precision: str, dim: int, length: int, extr
             )
         return found[-1:]
     with recorded_launches(arch, module) as found:
-        if kernel in ("forward", "masked"):
+        if kernel in ("forward", "masked", "argmax"):
+            stats = WITH_ARGMAX if kernel == "argmax" else ALL_STATISTICS
             bias = torch.empty(1, 2, tokens, tokens, dtype=dtype) if kernel == "masked" else None
             key_mask = torch.empty(1, tokens, dtype=torch.bool) if kernel == "masked" else None
             module.attention_fwd(
-                *(q, k, v, bias, None, None, key_mask, None, scale, 1, positions, ALL_STATISTICS if extra else 0)
+                *(q, k, v, bias, None, None, key_mask, None, scale, 1, positions, stats if extra else 0)
             )
         else:
             coef = torch.empty(6, 1, 2, tokens) if extra else None
             module.attention_bwd(out, q, k, v, out, *(lse, lse, *[None] * 5, scale, 1, positions, coef, *[False] * 4))
     forward = "attention_fwd_kernel"
-    name = {"forward": forward, "masked": forward, "fused": "attention_bwd_kernel"}.get(
+    name = {**dict.fromkeys(("forward", "masked", "argmax"), forward), "fused": "attention_bwd_kernel"}.get(
         kernel, f"attention_{kernel}_kernel"
     )
     return [launch for launch in found if launch[0].__name__ == name]

@@ -18,7 +18,7 @@ struct FwdAligned {
   bool v = false;
 };
 
-constexpr int kNoKey = 0x7fffffff;
+constexpr int kNoKey = 1 << 30;  // of a tile: not to be reached by adding to it
 
 // What a lane sums for its two rows while it sees keys, relative to the maximum so far: p =
 // power(t) and p t. The four lanes of a row have a quarter of the keys each.
@@ -76,33 +76,42 @@ __device__ __forceinline__ void add_statistics(RowSums& sums, const AttentionFwd
   }
 }
 
+// A number whose value the compiler cannot know, so that what is made of it stays where it is.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // The first key of a tile whose score is the maximum of row `half`, where that is `higher` than
-// before. Written at once, for lanes have no registers left in which to keep it.
+// before. Written at once, and from an address that is made anew: lanes have no registers in which
+// to keep either from tile to tile.
 template <int GROUPS>
 __device__ __forceinline__ void write_argmax(const AttentionFwdParams& p,
                                              const float (&score)[GROUPS][2][4], int groups,
                                              int half, float level, bool higher, int head,
-                                             int query, int first_key) {
+                                             int first_row, int first_key) {
   int first = kNoKey;
 #pragma unroll
-  for (int j = 0; j < GROUPS; ++j) {
+  for (int j = GROUPS - 1; j >= 0; --j) {
     if (j >= groups) {
       continue;
     }
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 7; i >= 0; --i) {
       if (i % 4 / 2 == half && score[j][i / 4][i % 4] == level) {
-        int row, key;
-        locate<false>(0, first_key + j * kStrip, i / 4, i % 4, row, key);
-        first = min(first, key);
+        first = j * kStrip + i / 4 * 8 + i % 2;  // of the lane's, ascending
       }
     }
   }
-  first = min_quad(first);
+  const int lane = opaque(threadIdx.x) % kWarp;
+  first = min_quad(first + lane % 4 * 2);
   const AttentionScores& s = p.scores;
-  if (higher && threadIdx.x % 4 == 0 && query < s.queries) {
-    const int64_t plane = __popc(static_cast<unsigned>(p.stats & (kArgmax - 1)));
-    p.rows[(plane * s.batch * s.heads + head) * s.queries + query] = static_cast<float>(first);
+  const int query = first_row + lane / 4 + half * 8;
+  if (higher && lane % 4 == 0 && query < s.queries) {
+    const int64_t plane =
+        __popc(static_cast<unsigned>(opaque(static_cast<int>(p.stats)) & (kArgmax - 1)));
+    p.rows[(plane * s.batch * s.heads + opaque(head)) * s.queries + query] =
+        static_cast<float>(first_key + first);
   }
 }
 
@@ -310,7 +319,7 @@ __global__ void __launch_bounds__(forward_warps(DIM, sizeof(T), STATS) * kWarp,
       if constexpr (STATS) {
         if (p.stats & kArgmax) {
           write_argmax<kGroups>(p, score, groups, half, level, level > sums.level[half], place.head,
-                                place.first + lane / 4 + 8 * half, first_key);
+                                place.first, first_key);
         }
       }
       sums.level[half] = level;
