@@ -311,16 +311,16 @@ __global__ void __launch_bounds__(forward_warps(DIM, sizeof(T), STATS) * kWarp,
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float level = max_quad(top[half]);
-      base[half] = level == -kInfinity ? 0.0f : level;
-      if (tile > 0) {
-        const float shift = fmaxf((sums.level[half] - base[half]) * factor, kLeastExponent);
-        rescale<STATS>(sums, acc, half, power<T>(shift), shift);
-      }
       if constexpr (STATS) {
         if (p.stats & kArgmax) {
           write_argmax<kGroups>(p, score, groups, half, level, level > sums.level[half], place.head,
                                 place.first, first_key);
         }
+      }
+      base[half] = level == -kInfinity ? 0.0f : level;
+      if (tile > 0) {
+        const float shift = fmaxf((sums.level[half] - base[half]) * factor, kLeastExponent);
+        rescale<STATS>(sums, acc, half, power<T>(shift), shift);
       }
       sums.level[half] = level;
     }
