@@ -82,7 +82,7 @@ class LayerHeads:
 
     @property
     def stats(self) -> dict[str, Tensor]:
-        """Row statistics ``[B, H, Nq]`` fp32 by name, the images of all calls one after the other.
+        """Row statistics ``[B, H, Nq]`` by name, fp32 (``argmax``: int64), the images of all calls one after the other.
 
         Empty where only sums are kept, as with ``capture(accumulate=True)``.
 
