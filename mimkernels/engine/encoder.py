@@ -16,7 +16,7 @@ from mimkernels.engine.settings import is_of_type, read_settings
 from mimkernels.heads import record_heads
 from mimkernels.models.architecture import check_sizes
 from mimkernels.models.build import PIXEL_STATISTICS, build_model
-from mimkernels.models.checkpoint import DamagedFileError, copy_by_name, read_file, weights_of
+from mimkernels.models.checkpoint import DamagedFileError, copy_by_name, read_file
 from mimkernels.nn import cls_attention, use_mimkernels_attention, use_mimkernels_block, use_mimkernels_mlp
 
 _EXPORTED = (  # by `mimkernels pretrain`
@@ -200,8 +200,7 @@ def _from_file(choice: EncoderChoice, path: Path) -> FrozenEncoder:
     if choice.arch is not None or not beside.is_file():
         return _from_published(choice, path, content)
     # Exported by a run, whose settings lie beside it.
-    weights = weights_of(content, repr(str(path)))
-    return _from_run(choice, path, beside, read_settings(beside), weights, published=True)
+    return _from_run(choice, path, beside, read_settings(beside), content, published=True)
 
 
 def _from_run(
@@ -209,13 +208,13 @@ def _from_run(
     path: Path,
     settings_path: Path,
     settings: dict[str, Any],
-    weights: dict[str, Tensor],
+    weights: Any,
     *,
     published: bool = False,
 ) -> FrozenEncoder:
     """The encoder of a model that `settings`, read from `settings_path`, build and `weights`, from `path`, fill.
 
-    `published`: the weights have their published names, not those of the model.
+    `published`: `weights` are what a published file holds, not named tensors of the model.
     """
     _not_with(choice, "a checkpoint of `mimkernels pretrain`", "arch", "model_kwargs", "img_size")
     pixel_range = settings.get("pixel_range", "auto")
@@ -227,6 +226,8 @@ def _from_run(
         raise ValueError(f"{str(settings_path)!r}: {e}") from e
     name = settings["model"]
     if published:
+        if not isinstance(weights, dict):
+            raise ValueError(f"{str(path)!r} holds a {type(weights).__name__}, not a dict")
         model.load_checkpoint(weights)
     else:
         copy_by_name(model.state_dict(), weights, title=f"{name} of {settings_path}")
