@@ -1,0 +1,1 @@
+"""What ``python -m benchmarks study`` is made of: plan, cells, claims and page."""
