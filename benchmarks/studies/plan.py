@@ -28,6 +28,8 @@ LR = (
 WARMUP_SHARE = 0.1
 MASK_RATIO = {"mae": 0.75, "simmim": 0.6}
 LOCAL_CROPS, LOCAL_SIZE = 2, 16
+MOMENTUM = 0.99  # of both averages: DINO's published 0.996 remembers 250 steps, more than its run has at equal FLOPs
+HEAD_DIM = 1024  # hidden width of both projection heads, whose published ones would cost as much as this encoder
 
 PROBE_EPOCHS, PROBE_BATCH_SIZE = 30, 128
 READOUTS = ("cls", "mean", "abmilp", "ep")
@@ -107,11 +109,15 @@ METHODS = {
             "simmim", "SimMIM", "MIM", (Pass(_ALL),),
             ("--mask-ratio", str(MASK_RATIO["simmim"]), "--mask-unit", str(PATCH_SIZE)),
         ),
-        Method("mocov3", "MoCo v3", "joint-embedding", (Pass(_ALL, 2), Pass(_ALL, 2, backward=False))),
+        Method(
+            "mocov3", "MoCo v3", "joint-embedding", (Pass(_ALL, 2), Pass(_ALL, 2, backward=False)),
+            ("--momentum", str(MOMENTUM), "--mlp-dim", str(HEAD_DIM), "--out-dim", "128"),
+        ),
         Method(
             "dino", "DINO", "joint-embedding",
             (Pass(_ALL, 2), Pass(_LOCAL, LOCAL_CROPS), Pass(_ALL, 2, backward=False)),
-            ("--local-crops", str(LOCAL_CROPS), "--local-size", str(LOCAL_SIZE)),
+            ("--local-crops", str(LOCAL_CROPS), "--local-size", str(LOCAL_SIZE), "--prototypes", "2048",
+             "--momentum", str(MOMENTUM), "--mlp-dim", str(HEAD_DIM)),
         ),
     )
 }  # fmt: skip
