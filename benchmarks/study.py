@@ -38,7 +38,10 @@ def main() -> int:
     if options.page:
         from benchmarks.studies.page import write_page
 
-        print(f"wrote {write_page(options.results, ROOT / 'docs')}")
+        try:
+            print(f"wrote {write_page(options.results, ROOT / 'docs')}")
+        except ValueError as error:
+            parser.error(str(error))
         return 0
     chosen = [
         cell
