@@ -18,7 +18,7 @@ from benchmarks.studies.plan import METHODS, PATCHES, SEEDS, Cell
 from mimkernels.commands.analyze.findings import last_quarter, off_diagonal
 
 BEYOND = 2.0  # standard deviations over seeds that a mean must lie beyond
-CONFIRMED, CONTRADICTED, UNSEEN, OPEN = "confirmed", "contradicted", "not seen at this scale", "cells missing"
+CONFIRMED, CONTRADICTED, UNSEEN, OPEN = "confirmed", "contradicted", "not seen at this scale", "not yet known"
 DARK_SECRETS, BEYOND_CLS = "2205.13543", "2412.03215"
 
 MIM = ("mae", "simmim")

@@ -252,7 +252,7 @@ def test_the_page_tells_what_is_there_and_what_is_missing(tmp_path):
     assert "| Supervised | 13 | 50.0 ± 0.0 | 50.0 ± 0.0 | 75.0 ± 0.0 | 50.0 ± 0.0 | 25.0 ± 0.0 |" in written
     assert "| DINO | 4 |  |  |  |  |  |" in written
     assert "**confirmed** (1 for, 0 against, of 1)<br>Supervised&nbsp;1.01&nbsp;±&nbsp;0.01" in written
-    assert "**cells missing**<br>MAE&nbsp;2.01" in written
+    assert "**not yet known**<br>MAE&nbsp;2.01" in written
     pictures = {path.stem for path in (tmp_path / "docs" / "pictures" / "study").glob("*.png")}
     assert pictures == set(page.CAPTIONS) and all(f"pictures/study/{name}.png" in written for name in pictures)
     assert "\n\n\n" not in written
