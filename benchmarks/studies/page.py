@@ -74,7 +74,7 @@ def text(study: Study, drawn: list[str]) -> str:
         seconds=lambda method: _seconds_per_epoch(study, method),
         pictures={name: CAPTIONS[name] for name in drawn},
         results=results,
-        hours=sum(sum(result["seconds"].values()) for result in results) / 3600,
+        timed=[sum(result["seconds"].values()) for result in results if result["seconds"]],
         devices=sorted({f"{result['machine']['device']} ({result['machine']['cpu_isa']})" for result in results}),
         versions=sorted({_versions(result["machine"]) for result in results}),
         revisions=sorted({result["revision"][:10] for result in results}),

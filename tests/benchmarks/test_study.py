@@ -248,7 +248,7 @@ def test_the_page_tells_what_is_there_and_what_is_missing(tmp_path):
     write(tmp_path / "results", results)
     (tmp_path / "docs").mkdir()
     written = page.write_page(tmp_path / "results", tmp_path / "docs").read_text()
-    assert "15 of 24 models are still to be trained: simmim-epochs-0, " in written
+    assert "15 of 24 models (method, budget, seed) are still to be trained:\nsimmim-epochs-0, " in written
     assert "| Supervised | 13 | 50.0 ± 0.0 | 50.0 ± 0.0 | 75.0 ± 0.0 | 50.0 ± 0.0 | 25.0 ± 0.0 |" in written
     assert "| DINO | 4 |  |  |  |  |  |" in written
     assert "**confirmed** (1 for, 0 against, of 1)<br>Supervised&nbsp;1.01&nbsp;±&nbsp;0.01" in written
