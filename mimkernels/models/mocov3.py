@@ -64,9 +64,10 @@ class MoCoV3(ImageModel):
 
     Example::
 
-        model = MoCoV3.from_timm("vit_tiny_patch16_224", mlp_dim=1024, out_dim=128)
+        model = MoCoV3.from_timm("vit_tiny_patch16_224", img_size=64, depth=2, mlp_dim=1024, out_dim=128)
+        first_views, second_views = torch.randn(2, 2, 3, 64, 64)
         model.follow(0.99)
-        loss = model((first_views, second_views)).loss
+        model((first_views, second_views)).loss.backward()
 
     Source: arXiv:2104.02057 and its code.
     """
