@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mimkernels.commands.pretrain.config import PretrainConfig
 from mimkernels.commands.pretrain.history import read_entries
 from mimkernels.commands.pretrain.methods import METHODS
 from mimkernels.commands.pretrain.report import References, Report
@@ -190,7 +191,8 @@ def test_the_loss_of_predicting_the_mean_is_known(checked):
 def test_the_report_says_whether_the_loss_is_normal(seen, blind, said):
     entries = [{"step": 5 * (i + 1), "loss": value, "val_loss": value} for i, value in enumerate(seen)]
     references = References("predicting the mean", blind, {"loss": 2.0}, {"loss": seen[-1]})
-    report = SimpleNamespace(entries=entries, references=references, steps_per_epoch=5)
+    config = PretrainConfig(data="digits")
+    report = SimpleNamespace(config=config, entries=entries, references=references, steps_per_epoch=5)
     assert said in Report.verdict.fget(report)
     assert Report.comparisons.fget(report)[:2] == [
         ("the untrained model, on new images", "2"), ("predicting the mean, on new images", "1")
