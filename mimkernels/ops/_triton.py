@@ -29,6 +29,14 @@ SUM_REGISTERS = 168
 MAX_TOKENS = 2048
 RANK_BLOCK = 64
 
+# Sizes that differ between batches, with the share of masked patches, or in a short last batch. Triton compiles a
+# kernel anew, a second or two, for each class of an integer (1, multiples of 16, others) unless told not to; these tell
+# it nothing. Widths and strides of rows stay: on their classes depends how wide accesses are.
+SIZES = (
+    *("images", "masks", "rows", "tokens", "kept", "keep", "num_prefix", "parts"),
+    *("row_blocks", "token_blocks", "per_group", "per_chunk", "ids_stride", "ids_stride_m", "ids_stride_b"),
+)
+
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
@@ -208,7 +216,7 @@ def store_ranks(rank, i, image, tokens, keep, shuffle_ptr, restore_ptr, mask_ptr
         tl.store(shuffle_ptr + row + rank, i.to(tl.int64), mask=i < tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("keep",))
 def sorted_order_kernel(mask_ptr, shuffle_ptr, restore_ptr, tokens, keep, BLOCK_N: tl.constexpr):
     # grid:     B; a program owns one image
     # in:       mask fp32 [B, N], contiguous, with exactly `keep` zeros per image
@@ -313,7 +321,7 @@ def pixel_offset(
     return offset, channel
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def batch_sum_kernel(
     grad_ptr,
     out_ptr,
@@ -353,7 +361,7 @@ def batch_sum_kernel(
     store_sum(out, acc, lost, tl.cdiv(images, per_group), rows * columns, cols < columns, COMPENSATED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def sum_partials_kernel(
     partial_ptr,
     out_ptr,

@@ -18,7 +18,7 @@ from mimkernels.ops._triton_pool import _image_stride, _mask_stride, allowed_tok
 MOST_COLUMNS = 2048
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_triton.SIZES)
 def pool_chunk_kernel(
     x_ptr,
     queries_ptr,

@@ -30,7 +30,7 @@ def allowed_tokens(n, b, mask_ptr, mask_stride, num_prefix, end):
     return ok
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_triton.SIZES)
 def pool_softmax_kernel(
     scores_ptr,
     mask_ptr,
@@ -85,7 +85,7 @@ def pool_softmax_kernel(
         tl.store(level_ptr + 2 * row + 1, inverse)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_triton.SIZES)
 def pool_softmax_bwd_kernel(
     ds_ptr,
     dweights_ptr,
@@ -135,7 +135,7 @@ def pool_softmax_bwd_kernel(
         tl.store(ds_ptr + row * tokens + n, tl.where(ok, da, 0.0), mask=n < tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_triton.SIZES)
 def pool_dots_kernel(
     x_ptr,
     vectors_ptr,
@@ -197,7 +197,7 @@ def pool_dots_kernel(
         tl.store(out_ptr + (b * groups + block_g) * tokens + n, sums * scale, mask=n < tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_triton.SIZES)
 def pool_weigh_kernel(
     weights_ptr,
     x_ptr,
@@ -268,7 +268,7 @@ def pool_weigh_kernel(
         tl.store(out, narrow(sums * scale, out_ptr.dtype.element_ty), mask=cols_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_triton.SIZES)
 def pool_spread_kernel(
     first_weights_ptr,
     first_ptr,

@@ -81,7 +81,7 @@ def inverse_deviation(shift, squares, eps):
     return tl.math.div_rn(1.0 + variance * 0.0, tl.sqrt_rn(variance))
 
 
-@triton.jit(do_not_specialize=["rows", "tokens"])
+@triton.jit(do_not_specialize=_triton.SIZES)
 def add_layer_norm_fwd_kernel(
     x_ptr,
     y_ptr,
@@ -136,7 +136,7 @@ def add_layer_norm_fwd_kernel(
     tl.store(rstd_ptr + row, rstd, mask=rows_ok)
 
 
-@triton.jit(do_not_specialize=["rows", "tokens"])
+@triton.jit(do_not_specialize=_triton.SIZES)
 def add_layer_norm_long_fwd_kernel(
     x_ptr,
     y_ptr,
@@ -206,7 +206,7 @@ def add_layer_norm_long_fwd_kernel(
     tl.store(rstd_ptr + row, rstd, mask=rows_ok)
 
 
-@triton.jit(do_not_specialize=["rows", "tokens"])
+@triton.jit(do_not_specialize=_triton.SIZES)
 def add_layer_norm_means_kernel(
     grad_ptr,
     residual_ptr,
@@ -253,7 +253,7 @@ def add_layer_norm_means_kernel(
     tl.store(rest + row, tl.sum(projected, axis=1) / columns, mask=rows_ok)
 
 
-@triton.jit(do_not_specialize=["rows", "tokens", "per_group"])
+@triton.jit(do_not_specialize=_triton.SIZES)
 def add_layer_norm_bwd_kernel(
     dresidual_ptr,
     grad_ptr,

@@ -43,7 +43,7 @@ def row_offsets(rows, tokens, stride_a, stride_r):
     return (rows // tokens) * stride_a + (rows % tokens) * stride_r
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_triton.SIZES)
 def bias_gelu_fwd_kernel(
     x_ptr,
     bias_ptr,
@@ -78,7 +78,7 @@ def bias_gelu_fwd_kernel(
     tl.store(out_ptr + row[:, None] * columns + cols[None, :], narrow(value, out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_triton.SIZES)
 def bias_gelu_bwd_kernel(
     grad_ptr,
     x_ptr,

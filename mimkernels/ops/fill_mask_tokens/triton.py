@@ -10,7 +10,7 @@ from mimkernels.ops import _triton
 from mimkernels.ops._triton import add_rows, add_term, store_sum, widen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_triton.SIZES)
 def fill_mask_tokens_fwd_kernel(
     x_ptr,
     mask_ptr,
@@ -47,7 +47,7 @@ def fill_mask_tokens_fwd_kernel(
     tl.store(out, value, mask=rows_ok[:, None] & cols_ok[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_triton.SIZES)
 def fill_mask_tokens_bwd_kernel(
     grad_ptr,
     mask_ptr,

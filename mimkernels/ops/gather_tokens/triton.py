@@ -10,7 +10,7 @@ from mimkernels.ops import _checks, _triton
 from mimkernels.ops._triton import add_sums, gathered_sum, narrow, rest, store_sum, valid_id, widen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_triton.SIZES)
 def gather_tokens_fwd_kernel(
     x_ptr,
     ids_ptr,
@@ -65,7 +65,7 @@ def gather_tokens_fwd_kernel(
     tl.store(out, value, mask=(rows < length)[:, None] & cols_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_triton.SIZES)
 def gather_tokens_bwd_kernel(
     grad_ptr,
     ids_ptr,

@@ -22,7 +22,7 @@ def sort_key(noise):
     return tl.where(magnitude > 0x7F800000, 0xFFFFFFFF, key).to(tl.uint32)
 
 
-@triton.jit(do_not_specialize=["keep"])
+@triton.jit(do_not_specialize=_triton.SIZES)
 def mask_from_noise_kernel(
     noise_ptr,
     shuffle_ptr,

@@ -33,7 +33,7 @@ MEAN_BLOCK, MEAN_PROGRAMS = 8192, 64
 LOCAL_Y, LOCAL_X, LOCAL_W, LOCAL_WARPS = 4, 16, 32, 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_triton.SIZES)
 def masked_patch_loss_fwd_kernel(
     pred_ptr,
     images_ptr,
@@ -113,7 +113,7 @@ def masked_patch_loss_fwd_kernel(
         tl.store(cells_ptr + pid, cells)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=("count", *_triton.SIZES))
 def masked_patch_loss_bwd_kernel(
     grad_ptr,
     count_ptr,
@@ -201,7 +201,7 @@ def masked_patch_loss_bwd_kernel(
             tl.store(out + e, tl.zeros([BLOCK_E], dtype=dpred_ptr.dtype.element_ty), mask=e < PIXELS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("length",))
 def patch_mean_kernel(
     loss_ptr,
     counts_ptr,
@@ -242,7 +242,7 @@ def patch_mean_kernel(
         tl.store(out_counts_ptr + pid, total_count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_triton.SIZES)
 def count_kernel(mask_ptr, out_ptr, images, rows, mask_stride, BLOCK: tl.constexpr):
     # grid:     1
     # in:       mask bool [B, N] by stride, last stride 1

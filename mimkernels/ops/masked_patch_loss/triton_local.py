@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mimkernels.ops import _triton
 from mimkernels.ops._triton import narrow, widen
 from mimkernels.ops.masked_patch_loss.triton_target import (
     element_loss,
@@ -84,7 +85,7 @@ def tile_difference(
     return value - target, e, inside, counts
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_triton.SIZES)
 def masked_patch_loss_local_fwd_kernel(
     pred_ptr,
     images_ptr,
@@ -173,7 +174,7 @@ def masked_patch_loss_local_fwd_kernel(
         tl.store(cells_ptr + pid, cells)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=("count", *_triton.SIZES))
 def masked_patch_loss_local_bwd_kernel(
     grad_ptr,
     count_ptr,

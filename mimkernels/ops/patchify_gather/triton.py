@@ -11,7 +11,7 @@ from mimkernels.ops import _checks, _triton
 from mimkernels.ops._triton import gathered_sum, narrow, patch_offset, pixel_offset, rest, valid_id, widen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_triton.SIZES)
 def patchify_gather_fwd_kernel(
     images_ptr,
     ids_ptr,
@@ -69,7 +69,7 @@ def patchify_gather_fwd_kernel(
     tl.store(out, narrow(value, out_ptr.dtype.element_ty), mask=rows_ok[:, None] & e_ok[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_triton.SIZES)
 def patchify_gather_bwd_kernel(
     grad_ptr,
     ids_ptr,

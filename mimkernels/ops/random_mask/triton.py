@@ -22,7 +22,7 @@ def philox(seed, counter, image, offset):
     return tl.philox(seed, counter.to(tl.uint32), zero + image.to(tl.uint32), zero + low, zero + high)
 
 
-@triton.jit(do_not_specialize=["seed", "offset", "keep"])
+@triton.jit(do_not_specialize=("seed", "offset", *_triton.SIZES))
 def random_mask_kernel(
     step_ptr,
     shuffle_ptr,

@@ -28,7 +28,7 @@ def power(log_z, p):
     return tl.exp(tl.where(p == 0.0, 0.0, p * log_z))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_triton.SIZES)
 def reduce_pool_fwd_kernel(
     x_ptr,
     mask_ptr,
@@ -98,7 +98,7 @@ def reduce_pool_fwd_kernel(
     tl.store(out_ptr + place, narrow(acc, out_ptr.dtype.element_ty), mask=cols_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_triton.SIZES)
 def reduce_pool_bwd_kernel(
     dout_ptr,
     x_ptr,

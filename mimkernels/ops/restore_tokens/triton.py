@@ -10,7 +10,7 @@ from mimkernels.ops import _triton
 from mimkernels.ops._triton import add_rows, add_term, gathered_sum, narrow, rest, store_sum, valid_id, widen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_triton.SIZES)
 def restore_tokens_fwd_kernel(
     x_ptr,
     ids_ptr,
@@ -59,7 +59,7 @@ def restore_tokens_fwd_kernel(
     tl.store(out, value, mask=(image < images)[:, None] & cols_ok[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_triton.SIZES)
 def restore_tokens_bwd_x_kernel(
     grad_ptr,
     ids_ptr,
@@ -118,7 +118,7 @@ def restore_tokens_bwd_x_kernel(
     tl.store(dx, narrow(acc, dx_ptr.dtype.element_ty), mask=(rows < length)[:, None] & cols_ok[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_triton.SIZES)
 def restore_tokens_bwd_sums_kernel(
     grad_ptr,
     ids_ptr,
