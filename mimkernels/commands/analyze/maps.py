@@ -107,18 +107,18 @@ def queries_of(grid: Sequence[int], num_prefix: int, per_query: int) -> tuple[li
 
 
 @torch.no_grad()
-def attention_maps(encoder: FrozenEncoder, images: Tensor) -> Maps | None:
-    """Rows of every layer and head on `images` ``[I, C, S, S]`` uint8; None where patches form no grid.
+def attention_maps(encoder: FrozenEncoder, images: Tensor) -> tuple[Maps | None, Tensor | None]:
+    """Rows of every layer and head on `images` ``[I, C, S, S]`` uint8, and their last tokens; None without a grid.
 
     Of models in windows, rows are those within the window; else layers of other tokens than the first are left out.
     """
     if encoder.grid is None:
-        return None
+        return None, None
     device = next(encoder.parameters()).device
     with capture(encoder.model, ["peak"], accumulate=True, keep=("q", "k")) as heads:
-        encoder(images.to(device))
+        last = encoder(images.to(device)).tokens
     if any(layer.windows > 1 for layer in heads.values()):
-        return _maps_of_windows(encoder, images, list(heads.values()))
+        return _maps_of_windows(encoder, images, list(heads.values())), last
     tokens = encoder.num_prefix + encoder.grid[0] * encoder.grid[1]
     layers = [
         layer
@@ -127,7 +127,7 @@ def attention_maps(encoder: FrozenEncoder, images: Tensor) -> Maps | None:
     ]
     layers = [layer for layer in layers if layer.heads == layers[0].heads]
     if not layers:
-        return None
+        return None, last
     queries, stride = queries_of(encoder.grid, encoder.num_prefix, len(images) * len(layers) * layers[0].heads * tokens)
     weights, maxima, prefix = [], [], []
     for layer in layers:
@@ -137,7 +137,7 @@ def attention_maps(encoder: FrozenEncoder, images: Tensor) -> Maps | None:
         weights.append(scaled)
         maxima.append(highest)
         prefix.append(rows[..., : encoder.num_prefix])
-    return Maps(
+    maps = Maps(
         [layer.name for layer in layers],
         list(encoder.grid),
         encoder.num_prefix,
@@ -149,6 +149,7 @@ def attention_maps(encoder: FrozenEncoder, images: Tensor) -> Maps | None:
         torch.stack(prefix, 1),
         encoder.has_cls_token,
     )
+    return maps, last
 
 
 def _as_bytes(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -197,6 +197,7 @@ def measure(
     if why and config.depth_probe:
         notes.append(f"no accuracy by depth: {why}")
     shown = _some(images, augmentation, config.viewer_images)
+    maps, shown_tokens = (None, None) if shown is None else attention_maps(encoder, shown)
     if shown is not None and last.why:
         notes.append(f"no weights of trained poolings beside attention: {last.why}")
     return Measured(
@@ -207,9 +208,9 @@ def measure(
         tokens.grams,
         accuracy,
         _importance(encoder, _some(images, augmentation, config.importance), config.batch_size),
-        _maps(encoder, shown),
+        None if maps is None else vars(maps),
         notes,
-        last.train(shown),
+        last.train(shown_tokens),
     )
 
 
@@ -236,12 +237,6 @@ def _some(images: LabelledImages, augmentation: Augmentation, count: int) -> Ten
     positions = torch.linspace(0, len(images) - 1, min(count, len(images))).round().long().tolist()
     read = [image for image, _, _ in (source[(0, position)] for position in positions) if image is not None]
     return torch.stack(read) if read else None
-
-
-def _maps(encoder: FrozenEncoder, images: Tensor | None) -> dict[str, Any] | None:
-    """Attention rows of a few images, for the viewer."""
-    maps = None if images is None else attention_maps(encoder, images)
-    return None if maps is None else vars(maps)
 
 
 def _importance(encoder: FrozenEncoder, images: Tensor | None, batch_size: int) -> list[list[float]]:

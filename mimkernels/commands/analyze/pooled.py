@@ -40,20 +40,18 @@ class LastTokens:
             self._positions.append(positions[kept])
 
     def train(self, shown: Tensor | None) -> dict[str, dict[str, Any]]:
-        """``Measured.pooled`` of poolings trained on what was kept; `shown` are the images ``[I, C, S, S]``."""
+        """``Measured.pooled`` of poolings trained on what was kept; `shown`: last tokens of images, on the device."""
         if not self._tokens or shown is None:
             return {}
         encoder = self._encoder
         assert encoder.grid is not None
         tokens, targets = torch.cat(self._tokens), self._images.targets[torch.cat(self._positions)]
         self._tokens.clear()
-        device = next(encoder.parameters()).device
-        last = encoder(shown.to(device)).tokens
         trained = {}
         for name in POOLINGS:
-            pooling, accuracy, images = train_pooling(name, tokens, targets, encoder.num_prefix, device)
+            pooling, accuracy, images = train_pooling(name, tokens, targets, encoder.num_prefix, shown.device)
             with torch.no_grad():
-                _, weights = pooling(last, return_weights=True)
+                _, weights = pooling(shown, return_weights=True)
             patches = weights[..., encoder.num_prefix :].mean(1).cpu()
             weights = patches.unflatten(1, encoder.grid)  # mean over the pooling's queries
             trained[name] = {"weights": weights, "accuracy": accuracy, "images": images}

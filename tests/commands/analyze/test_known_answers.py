@@ -197,7 +197,7 @@ def test_rows_of_the_viewer_lie_in_the_window_of_their_patch():
                 weight.zero_()
             if "bias_table" in name:
                 weight[(1 + 3) * 7 + 3] = 40  # of keys one row above the query
-    maps = attention_maps(encoder, torch.zeros(2, 1, 16, 16, dtype=torch.uint8))
+    maps, _ = attention_maps(encoder, torch.zeros(2, 1, 16, 16, dtype=torch.uint8))
     assert maps.grid == [8, 8] and maps.queries == list(range(64)) and maps.grids == [[8, 8], [8, 8], [4, 4]]
     assert maps.weights.shape == (2, 3, 4, 64, 16) and maps.heads == [2, 2, 4]
     for layer, (grid, shift) in enumerate([(8, 0), (8, 2), (4, 0)]):

@@ -47,7 +47,7 @@ def test_images_without_classes_have_none():
     encoder = load_encoder(parse_models([MODEL])[0])
     last = LastTokens(encoder, LabelledImages(None, np.arange(8), torch.full((8,), -1)), True)
     last.add(torch.zeros(8, 17, 16), torch.arange(8))
-    assert last.why and last.train(torch.zeros(2, 1, 16, 16, dtype=torch.uint8)) == {}
+    assert last.why and last.train(torch.zeros(2, 17, 16)) == {}
 
 
 def test_marked_queries_and_poolings_stand_beside_each_other(monkeypatch):
@@ -57,12 +57,12 @@ def test_marked_queries_and_poolings_stand_beside_each_other(monkeypatch):
     last = LastTokens(encoder, LabelledImages(None, np.arange(20), torch.arange(20) // 2 % 2), True)
     for positions in torch.arange(20).split(7):
         last.add(encoder(images[positions]).tokens, positions)
-    trained = last.train(images[:5])
+    maps, tokens = attention_maps(encoder, images[:5])
+    trained = last.train(tokens)
     assert list(trained) == list(POOLINGS) and {one["images"] for one in trained.values()} == {7}
     for one in trained.values():
         assert one["weights"].shape == (5, 4, 4)
         torch.testing.assert_close(one["weights"].sum((1, 2)), torch.ones(5))
-    maps = attention_maps(encoder, images[:5])
     pictures = marked_images({"a": maps, "b": maps}, {"a": trained})
     assert len(pictures) == 4
     names = [name for name, _ in pictures[0].columns]

@@ -33,7 +33,7 @@ def encoder():
 
 def test_stored_rows_are_those_of_attention(encoder):
     images = torch.randint(0, 256, (3, 1, 16, 16), dtype=torch.uint8)
-    maps = attention_maps(encoder, images)
+    maps, _ = attention_maps(encoder, images)
     assert maps.grid == [4, 4] and maps.queries == list(range(17)) and maps.stride == 1
     assert maps.weights.shape == (3, 2, 2, 17, 16) and maps.weights.dtype == torch.uint8
     with record_heads(encoder.model, keep=("q", "k")) as heads:
