@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -73,9 +73,10 @@ def _blocks(target: Target) -> Iterator[tuple[tuple, tuple]]:
 
 def compile_share(target: Target, share: int, shares: int) -> None:
     """Run every `shares`-th case once, so that its kernels lie in Triton's cache."""
-    for number, (case, one) in enumerate(_cases(target)):
+    for number, (case, make) in enumerate(_cases(target)):
         if number % shares != share:
             continue
+        one = make()
         began = time.monotonic()
         with noted(target, "triton", f"{case}: compile"):
             on(_TRITON, one.versions["ours"])()
@@ -103,18 +104,29 @@ def _compile(target: Target) -> None:
     target.add("triton", "compile", processes=shares, statuses=statuses, s=round(time.monotonic() - began, 1))
 
 
-def _cases(target: Target) -> Iterator[tuple[str, Benchmark]]:
-    """One set of each case that is timed."""
-    for case, _, sets in _timed_sets(target):
-        yield case, sets[0]
+def _cases(target: Target) -> Iterator[tuple[str, Callable[[], Benchmark]]]:
+    """Every case that is timed, by its name, and what makes it: inputs of attention are made for whom they are run."""
+    for shape in attention.shapes(target):
+        for kind, make in attention.kinds(shape, target).items():
+            if _taken(kind, target):
+                yield f"{kind}, {shape}", make
+    for batch in memory.batches(target):
+        for one in memory.all_cases(batch, target):
+            if _taken(one.name, target):
+                yield f"{one.name}, {one.shape}", lambda one=one: one
 
 
 def _timed_sets(target: Target) -> Iterator[tuple[str, str, list[Benchmark]]]:
-    """Every case by its name and kind, with the sets of inputs that take turns; of a rehearsal a few."""
+    """Every case by its name and kind, with the sets of inputs that take turns."""
     for shape, kind, sets in attention.timed_sets(target):
-        if not target.rehearsal or kind in _REHEARSED:
+        if _taken(kind, target):
             yield f"{kind}, {shape}", kind, sets
     for batch in memory.batches(target):
         for sets in memory.timed_sets(target, batch):
-            if not target.rehearsal or sets[0].name in _REHEARSED:
+            if _taken(sets[0].name, target):
                 yield f"{sets[0].name}, {sets[0].shape}", sets[0].name, sets
+
+
+def _taken(kind: str, target: Target) -> bool:
+    """Whether it is timed: of a rehearsal a few are."""
+    return not target.rehearsal or kind in _REHEARSED
