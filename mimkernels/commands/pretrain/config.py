@@ -264,7 +264,6 @@ class PretrainConfig(Settings):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("epochs", "log_every", "keep_checkpoints", "head_stats_every", "val_images", "val_masks"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        require(self.mask_unit is None or self.mask_unit >= 1, "mask_unit", self.mask_unit, "at least 1")
         for name in ("workers", "pictures", "seed", "local_crops", "warmup_teacher_temp_epochs"):
             value = getattr(self, name)
             require(value is None or value >= 0, name, value, "0 or more")
@@ -296,19 +295,28 @@ class PretrainConfig(Settings):
         require(warmup is None or 0 <= warmup <= self.epochs, "warmup_epochs", warmup, f"in 0..{self.epochs} (epochs)")
         classes = self.num_classes
         require(classes is None or classes >= 2, "num_classes", classes, "at least 2")
-        for name in ("mlp_dim", "out_dim", "local_size", "prototypes", "bottleneck_dim"):
+        for name in ("mask_unit", "mlp_dim", "out_dim", "local_size", "prototypes", "bottleneck_dim"):
             width = getattr(self, name)
             require(width is None or width >= 1, name, width, "at least 1")
-        kept, temperature = self.momentum, self.temperature
+        kept = self.momentum
         require(kept is None or 0 <= kept <= 1, "momentum", kept, "in [0, 1]")
-        require(temperature > 0 and math.isfinite(temperature), "temperature", temperature, "positive and finite")
         smoothing = self.label_smoothing
         require(0 <= smoothing < 1, "label_smoothing", smoothing, "at least 0 and below 1")
         require(0 < self.local_scale <= 1, "local_scale", self.local_scale, "in (0, 1]")
-        for name in ("blr", "lr", "save_every", "student_temp", "teacher_temp", "warmup_teacher_temp"):
+        for name in ("blr", "lr", "save_every", "temperature", "student_temp", "teacher_temp", "warmup_teacher_temp"):
             value = getattr(self, name)
             require(value is None or (value > 0 and math.isfinite(value)), name, value, "positive and finite")
-        for name in ("min_lr", "min_blr", "warmup_blr", "weight_decay", "weight_decay_end", "mixup", "cutmix"):
+        for name in (
+            "min_lr",
+            "min_blr",
+            "warmup_blr",
+            "weight_decay",
+            "weight_decay_end",
+            "mixup",
+            "cutmix",
+            "val_every",
+            "analyze_every",
+        ):
             value = getattr(self, name)
             require(value is None or (value >= 0 and math.isfinite(value)), name, value, "0 or more and finite")
         require(self.clip_grad is None or self.clip_grad > 0, "clip_grad", self.clip_grad, "positive")
@@ -318,10 +326,6 @@ class PretrainConfig(Settings):
         require(share is None or 0 < share < 1, "val_split", share, "between 0 and 1, both excluded")
         if share is not None and self.val_data is not None:
             raise ValueError(f"give val_data or val_split, got {self.val_data!r} and {share}")
-        record = self.analyze_every
-        require(record >= 0 and math.isfinite(record), "analyze_every", record, "0 or more and finite")
-        every = self.val_every
-        require(every is None or (every >= 0 and math.isfinite(every)), "val_every", every, "0 or more and finite")
         if self.pixel_stats not in MEASURED:
             from mimkernels.models.build import parse_statistics
 
