@@ -23,13 +23,13 @@ WEIGHT_KWARGS = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_
 class ImageModel(nn.Module):
     """Base of the models: a timm encoder that is trained on images, and what is known of their pixels.
 
-    A subclass has ``from_timm(name, ...)``, sets ``encoder``, ``patch_size`` and ``in_chans``, and calls
-    ``_set_pixel_statistics``.
+    A subclass has ``from_timm(name, ...)`` and calls ``_set_encoder`` and ``_set_pixel_statistics``.
     """
 
     encoder: Any  # of timm; its attributes depend on the family
-    _family: Any  # of ``masked_encoders``, where the model takes several
+    _family: Any = None  # of ``masked_encoders``, where the model takes several
     patch_size: tuple[int, int]
+    grid_size: tuple[int, int]
     in_chans: int
     _pixel_mean: Tensor | None
     _pixel_std: Tensor | None
@@ -83,7 +83,7 @@ class ImageModel(nn.Module):
     @property
     def dynamic_img_size(self) -> bool:
         """Whether images of any size that the patches divide are taken."""
-        return bool(self.encoder.dynamic_img_size)
+        return (self._family is None or self._family.resizes) and bool(self.encoder.dynamic_img_size)
 
     @property
     def evaluated_encoder(self) -> nn.Module:
@@ -164,6 +164,21 @@ class ImageModel(nn.Module):
         finally:
             for part in training:
                 part.training = True
+
+    def _set_encoder(self, encoder: Any) -> None:
+        """Keep `encoder`, and what its patch embedding says of images."""
+        embed = encoder.patch_embed
+        self.encoder = encoder
+        self.patch_size, self.grid_size = tuple(embed.patch_size), tuple(embed.grid_size)
+        self.in_chans = embed.proj.in_channels
+
+    def _title(self) -> str:
+        """The encoder of a family in words, for whoever is told that weights do not fit it."""
+        blocks = len(list(self._family.blocks(self.encoder)))
+        return (
+            f"{(self.config or {}).get('name', type(self.encoder).__name__)}, {self.encoder.num_features} wide, "
+            f"{blocks} blocks, {self.grid_size[0]} x {self.grid_size[1]} patches"
+        )
 
     def _set_pixel_statistics(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
         if (mean is None) != (std is None):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mimkernels.models.base import ImageModel, check_computed_by
 from mimkernels.models.checkpoint import CheckpointReport, copy_by_name, read_file, weights_of
 from mimkernels.models.masked_encoders import compute_by, encode, family_of, readout
-from mimkernels.models.momentum import copy_without_gradients, feature_std, follow
+from mimkernels.models.momentum import copy_without_gradients, distributed, feature_std, follow
 from mimkernels.nn.encoder import create_encoder
 
 __all__ = ["DINO", "DINOHead", "DINOOutput"]
@@ -157,18 +157,13 @@ class DINO(ImageModel):
                 raise ValueError(f"{name} must be positive and finite, got {value}")
         if not 0 <= center_momentum < 1:
             raise ValueError(f"center_momentum must be at least 0 and below 1, got {center_momentum}")
-        timm_encoder: Any = encoder
-        embed = timm_encoder.patch_embed
-        self.encoder = timm_encoder
-        self.patch_size = tuple(embed.patch_size)
-        self.grid_size: tuple[int, int] = tuple(embed.grid_size)
-        self.in_chans = embed.proj.in_channels
+        self._set_encoder(encoder)
         self.prototypes = prototypes
         self.student_temp, self.teacher_temp, self.center_momentum = student_temp, teacher_temp, center_momentum
         self._set_pixel_statistics(mean, std)
         compute_by(encoder, attention=attention, mlp=mlp, block=block)
-        self.head = DINOHead(timm_encoder.num_features, prototypes, mlp_dim=mlp_dim, bottleneck_dim=bottleneck_dim)
-        self.teacher = copy_without_gradients(_Network(timm_encoder, self.head)).eval()
+        self.head = DINOHead(self.encoder.num_features, prototypes, mlp_dim=mlp_dim, bottleneck_dim=bottleneck_dim)
+        self.teacher = copy_without_gradients(_Network(encoder, self.head)).eval()
         self.register_buffer("center", torch.zeros(1, prototypes))
         # Of the teacher's outputs since the last update. No buffers: DDP would give every process those of the first.
         self._sum: Tensor | None = None
@@ -294,7 +289,7 @@ class DINO(ImageModel):
         if self._sum is None:
             return
         total = torch.cat((self._sum, self._sum.new_full((1, 1), self._count)), dim=1)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if distributed():
             torch.distributed.all_reduce(total)
         self.center.lerp_(total[:, :-1] / total[:, -1:], 1 - self.center_momentum)
         self._sum, self._count = None, 0
@@ -325,11 +320,7 @@ class DINO(ImageModel):
         loss = content.get("dino_loss")
         if isinstance(loss, Mapping) and isinstance(loss.get("center"), Tensor):
             target["dino_loss.center"], weights["dino_loss.center"] = self.center, loss["center"]
-        config = self.config or {}
-        title = (
-            f"{config.get('name', type(self.encoder).__name__)}, {self.encoder.num_features} wide, {len(self.blocks)} "
-            f"blocks, {self.grid_size[0]} x {self.grid_size[1]} patches, {self.prototypes} prototypes"
-        )
+        title = f"{self._title()}, {self.prototypes} prototypes"
         return copy_by_name(target, weights, title=title)
 
     def dino_state_dict(self) -> dict[str, dict[str, Tensor]]:

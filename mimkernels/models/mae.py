@@ -112,16 +112,12 @@ class MAE(ImageModel):
                 raise ValueError(f"{name} must be at least 1, got {size}")
         if decoder_heads < 1 or decoder_dim % decoder_heads != 0:
             raise ValueError(f"decoder_dim {decoder_dim} is not a multiple of decoder_heads {decoder_heads}")
-        embed = encoder.patch_embed
+        self._set_encoder(encoder)
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss
-        self.patch_size: tuple[int, int] = tuple(embed.patch_size)
-        self.grid_size: tuple[int, int] = tuple(embed.grid_size)
-        self.in_chans: int = embed.proj.in_channels
-        self._keep(embed.num_patches)
+        self._keep(encoder.patch_embed.num_patches)
         self._set_pixel_statistics(mean, std)
 
-        self.encoder = encoder
         if encoder.pos_embed is not None:
             encoder.pos_embed.requires_grad_(False)
         self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_dim)

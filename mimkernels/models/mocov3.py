@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mimkernels.models.base import ImageModel, check_computed_by
 from mimkernels.models.checkpoint import CheckpointReport, copy_by_name, read_file, weights_of
 from mimkernels.models.masked_encoders import ViT, compute_by, create_masked_encoder, encode, family_of, readout
-from mimkernels.models.momentum import copy_without_gradients, feature_std, follow, gather
+from mimkernels.models.momentum import copy_without_gradients, distributed, feature_std, follow, gather
 from mimkernels.nn import sincos_positions_2d
 
 __all__ = ["MoCoV3", "MoCoV3Output"]
@@ -95,22 +95,17 @@ class MoCoV3(ImageModel):
         for name, width in (("mlp_dim", mlp_dim), ("out_dim", out_dim)):
             if width < 1:
                 raise ValueError(f"{name} must be at least 1, got {width}")
-        timm_encoder: Any = encoder
-        embed = timm_encoder.patch_embed
-        self.encoder = timm_encoder
-        self.patch_size = tuple(embed.patch_size)
-        self.grid_size: tuple[int, int] = tuple(embed.grid_size)
-        self.in_chans = embed.proj.in_channels
+        self._set_encoder(encoder)
         self.temperature = temperature
         self._set_pixel_statistics(mean, std)
         if stop_grad_conv1:
-            embed.proj.requires_grad_(False)
-        if sincos_positions and self._family is ViT and timm_encoder.pos_embed is not None:
-            timm_encoder.pos_embed.requires_grad_(False)
-        self.projector = _mlp(timm_encoder.num_features, mlp_dim, mlp_dim, out_dim)
+            self.encoder.patch_embed.proj.requires_grad_(False)
+        if sincos_positions and self._family is ViT and self.encoder.pos_embed is not None:
+            self.encoder.pos_embed.requires_grad_(False)
+        self.projector = _mlp(self.encoder.num_features, mlp_dim, mlp_dim, out_dim)
         self.predictor = _mlp(out_dim, mlp_dim, out_dim)
         compute_by(encoder, attention=attention, mlp=mlp, block=block)
-        self.momentum_encoder: Any = copy_without_gradients(timm_encoder)
+        self.momentum_encoder: Any = copy_without_gradients(self.encoder)
         self.momentum_projector = copy_without_gradients(self.projector)
 
     @classmethod
@@ -175,10 +170,6 @@ class MoCoV3(ImageModel):
         return cls._initialised(encoder, init, name, shape, own, timm_kwargs)
 
     @property
-    def dynamic_img_size(self) -> bool:
-        return self._family.resizes and super().dynamic_img_size
-
-    @property
     def blocks(self) -> list[nn.Module]:
         """The encoder's transformer blocks, in their order, then those of the momentum encoder."""
         return [*self._family.blocks(self.encoder), *self._family.blocks(self.momentum_encoder)]
@@ -222,18 +213,13 @@ class MoCoV3(ImageModel):
         Raises:
             ValueError: another architecture (lists names and shapes of both sides), or not a file of tensors.
         """
-        config = self.config or {}
-        title = (
-            f"{config.get('name', type(self.encoder).__name__)}, {self.encoder.num_features} wide, "
-            f"{len(self.blocks) // 2} blocks, {self.grid_size[0]} x {self.grid_size[1]} patches"
-        )
         mapping = isinstance(source, Mapping)
         content: Any = source if mapping else read_file(source)  # type: ignore[arg-type] # a path
         if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
             content = content["state_dict"]
         weights = weights_of(content, "the checkpoint" if mapping else repr(os.fspath(source)))  # type: ignore[arg-type]
         ours = {name.removeprefix("module."): tensor for name, tensor in self.mocov3_state_dict().items()}
-        return copy_by_name(ours, weights, title=title)
+        return copy_by_name(ours, weights, title=self._title())
 
     def mocov3_state_dict(self) -> dict[str, Tensor]:
         """The weights under their published names; they share this model's memory."""
@@ -315,5 +301,4 @@ def _init_vit(encoder: Any, sincos_positions: bool) -> None:
 
 
 def _rank() -> int:
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_rank() if distributed else 0
+    return torch.distributed.get_rank() if distributed() else 0

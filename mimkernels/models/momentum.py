@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["copy_without_gradients", "cosine_momentum", "feature_std", "follow", "gather"]
+__all__ = ["copy_without_gradients", "distributed", "feature_std", "follow", "gather", "half_cosine"]
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -36,7 +36,7 @@ def gather(x: Tensor) -> Tensor:
 
     Every process has to call this, with the same number of rows.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not distributed():
         return x.detach()
     processes = torch.distributed.get_world_size()
     if processes == 1:
@@ -46,9 +46,14 @@ def gather(x: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
-def cosine_momentum(start: float, share: float) -> float:
-    """Momentum after `share` of the training: from `start` to 1 along half a cosine."""
-    return 1 - (1 - start) * (math.cos(math.pi * share) + 1) / 2
+def distributed() -> bool:
+    """Whether there is a group of processes."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def half_cosine(start: float, end: float, share: float) -> float:
+    """What goes from `start` to `end` along half a cosine, after `share` of the training."""
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
 
 
 @torch.no_grad()

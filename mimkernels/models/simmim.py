@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from mimkernels.models.base import ImageModel, check_computed_by
 from mimkernels.models.checkpoint import CheckpointReport, read_weights
-from mimkernels.models.masked_encoders import create_masked_encoder, family_of
+from mimkernels.models.masked_encoders import compute_by, create_masked_encoder, family_of
 from mimkernels.models.pictures import Pictures, pictures_of
 from mimkernels.models.simmim_names import load_published, published_buffers, to_published
 from mimkernels.models.targets import parse_target
-from mimkernels.nn import embed_visible, use_mimkernels_attention, use_mimkernels_mlp
+from mimkernels.nn import embed_visible
 from mimkernels.ops import fill_mask_tokens, masked_patch_loss, random_mask
 
 __all__ = ["SimMIM", "SimMIMOutput"]
@@ -94,13 +94,8 @@ class SimMIM(ImageModel):
         check_computed_by(attention=attention, mlp=mlp)
         if loss not in _LOSSES:
             raise ValueError(f"loss must be one of {', '.join(_LOSSES)}, got {loss!r}")
-        timm_encoder: Any = encoder
-        embed = timm_encoder.patch_embed
-        self.encoder = timm_encoder
-        self.patch_size = tuple(embed.patch_size)
-        self.grid_size: tuple[int, int] = tuple(embed.grid_size)
+        self._set_encoder(encoder)
         self.encoder_stride = self._family.stride(encoder)
-        self.in_chans = embed.proj.in_channels
         self.mask_unit = self._published_unit() if mask_unit is None else mask_unit
         self.mask_ratio = mask_ratio
         self.target, self.loss = target, loss
@@ -114,14 +109,11 @@ class SimMIM(ImageModel):
         self._units(self.grid_size)
         self._set_pixel_statistics(mean, std)
 
-        self.mask_token = nn.Parameter(torch.empty(1, 1, embed.proj.out_channels))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, self.encoder.patch_embed.proj.out_channels))
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
         # Initialised as the published convolution: both draw from +-1 / sqrt(inputs).
-        self.decoder = nn.Linear(timm_encoder.num_features, self.in_chans * math.prod(self.encoder_stride))
-        if attention == "mimkernels":
-            use_mimkernels_attention(encoder, required=False)
-        if mlp == "mimkernels":
-            use_mimkernels_mlp(encoder, required=False)
+        self.decoder = nn.Linear(self.encoder.num_features, self.in_chans * math.prod(self.encoder_stride))
+        compute_by(encoder, attention=attention, mlp=mlp, block="timm")
 
     @classmethod
     def from_timm(
@@ -172,10 +164,6 @@ class SimMIM(ImageModel):
         }
         shape = {"img_size": img_size, "in_chans": in_chans, "patch_size": patch_size}
         return cls._initialised(encoder, family_of(encoder).init, name, shape, own, timm_kwargs)
-
-    @property
-    def dynamic_img_size(self) -> bool:
-        return self._family.resizes and super().dynamic_img_size
 
     @property
     def masked_share(self) -> float:

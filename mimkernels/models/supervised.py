@@ -75,15 +75,10 @@ class Supervised(ImageModel):
             raise ValueError(f"num_classes must be at least 2, got {num_classes}")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
-        timm_encoder: Any = encoder
-        embed = timm_encoder.patch_embed
-        self.encoder = timm_encoder
-        self.patch_size = tuple(embed.patch_size)
-        self.grid_size: tuple[int, int] = tuple(embed.grid_size)
-        self.in_chans = embed.proj.in_channels
+        self._set_encoder(encoder)
         self.num_classes, self.label_smoothing = num_classes, label_smoothing
         self._set_pixel_statistics(mean, std)
-        self.head = nn.Linear(timm_encoder.num_features, num_classes)
+        self.head = nn.Linear(self.encoder.num_features, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
         compute_by(encoder, attention=attention, mlp=mlp, block=block)
@@ -148,10 +143,6 @@ class Supervised(ImageModel):
         return cls._initialised(encoder, family_of(encoder).init, name, shape, own, timm_kwargs)
 
     @property
-    def dynamic_img_size(self) -> bool:
-        return self._family.resizes and super().dynamic_img_size
-
-    @property
     def blocks(self) -> list[nn.Module]:
         """The encoder's transformer blocks, in their order."""
         return list(self._family.blocks(self.encoder))
@@ -196,11 +187,7 @@ class Supervised(ImageModel):
         Raises:
             ValueError: another architecture (lists names and shapes of both sides), or not a file of tensors.
         """
-        config = self.config or {}
-        title = (
-            f"{config.get('name', type(self.encoder).__name__)}, {self.encoder.num_features} wide, {len(self.blocks)} "
-            f"blocks, {self.grid_size[0]} x {self.grid_size[1]} patches, {self.num_classes} classes"
-        )
+        title = f"{self._title()}, {self.num_classes} classes"
         return copy_by_name(self.timm_state_dict(), read_weights(source), title=title)
 
     def timm_state_dict(self) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mimkernels.models.momentum import copy_without_gradients, cosine_momentum, feature_std, follow, gather
+from mimkernels.models.momentum import copy_without_gradients, feature_std, follow, gather, half_cosine
 
 
 def net():
@@ -35,10 +35,10 @@ def test_an_average_moves_by_its_formula_and_keeps_its_own_buffers():
 
 
 def test_momentum_goes_from_its_start_to_1_along_half_a_cosine():
-    assert cosine_momentum(0.99, 0) == 0.99
-    assert cosine_momentum(0.99, 0.5) == pytest.approx(0.995)
-    assert cosine_momentum(0.99, 0.25) == pytest.approx(1 - 0.01 * (math.sqrt(0.5) + 1) / 2)
-    assert cosine_momentum(0.99, 1) == 1
+    assert half_cosine(0.99, 1, 0) == 0.99
+    assert half_cosine(0.99, 1, 0.5) == pytest.approx(0.995)
+    assert half_cosine(0.99, 1, 0.25) == pytest.approx(1 - 0.01 * (math.sqrt(0.5) + 1) / 2)
+    assert half_cosine(0.99, 1, 1) == 1
 
 
 def test_rows_of_one_process_are_its_own_without_gradient():

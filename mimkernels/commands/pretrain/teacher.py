@@ -14,6 +14,7 @@ from torch import Tensor
 from mimkernels.commands.pretrain.config import EMA, PretrainConfig
 from mimkernels.engine.encoder import FrozenEncoder, load_encoder
 from mimkernels.models.checkpoint import copy_by_name
+from mimkernels.models.momentum import follow
 
 __all__ = ["Teacher"]
 
@@ -75,14 +76,11 @@ class Teacher:
         assert attention is not None
         return attention[..., self.encoder.num_prefix :].mean(1)
 
-    @torch.no_grad()
     def follow(self) -> None:
         """Move by a step of the average, where the teacher is one."""
         if self._student is not None:
-            ours: list[Tensor] = list(self.encoder.model.parameters())
-            theirs: list[Tensor] = list(self._student.parameters())
-            self.encoder.to(theirs[0].device)
-            torch._foreach_lerp_(ours, theirs, 1 - self.momentum)
+            self.encoder.to(next(self._student.parameters()).device)
+            follow(self.encoder.model, self._student, self.momentum)
 
     def state(self) -> dict[str, Tensor] | None:
         """What a checkpoint keeps; None of a teacher that stays as it is."""

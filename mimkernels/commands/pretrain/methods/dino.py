@@ -73,12 +73,12 @@ class DINO(Method):
 
     @classmethod
     def schedule(cls, config: PretrainConfig, at: Moment) -> dict[str, float]:
-        from mimkernels.models.momentum import cosine_momentum
+        from mimkernels.models.momentum import half_cosine
 
         start, end = config.value("weight_decay"), config.weight_decay_end
         values = {
-            "momentum": cosine_momentum(config.value("momentum"), at.share),
-            "weight_decay": end + (start - end) * (1 + math.cos(math.pi * at.share)) / 2,
+            "momentum": half_cosine(config.value("momentum"), 1.0, at.share),
+            "weight_decay": half_cosine(start, end, at.share),
         }
         if config.warmup_teacher_temp_epochs:
             values["teacher_temp"] = _teacher_temp(config, int(at.epoch))

@@ -49,9 +49,9 @@ class MoCoV3(Method):
 
     @classmethod
     def schedule(cls, config: PretrainConfig, at: Moment) -> dict[str, float]:
-        from mimkernels.models.momentum import cosine_momentum
+        from mimkernels.models.momentum import half_cosine
 
-        return {"momentum": cosine_momentum(config.value("momentum"), at.share)}
+        return {"momentum": half_cosine(config.value("momentum"), 1.0, at.share)}
 
     @staticmethod
     def before_step(model: Any, scheduled: Mapping[str, float], at: Moment) -> None:
