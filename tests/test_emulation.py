@@ -332,3 +332,17 @@ def test_a_fault_in_an_op_is_a_runtime_error():
     x.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match=r"kernel .*GatheredRows.*a null pointer\n  at csrc/cuda/"):
         torch.ops.mimkernels.gather_tokens_fwd.cuda_emulated(x, ids, None, None)
+
+
+def test_the_runtime_is_told_once_how_much_shared_memory_a_kernel_may_have():
+    library = ctypes.CDLL(str(LIBRARY))
+    calls = library.shared_limit_calls
+    calls.argtypes = 5 * [ctypes.c_int64]
+    kernel, other, size = 0x1000, 0x2000, 64 * 1024
+    assert calls(kernel, 0, size, 8, 0) == 1
+    assert calls(kernel, 0, size, 8, 0) == calls(kernel, 0, size - 1, 8, 0) == 0
+    assert calls(kernel, 1, size, 8, 0) == 1, "another device"
+    assert calls(other, 0, size, 8, 0) == 1, "another kernel"
+    assert calls(kernel, 0, size + 1, 8, 0) == 1, "more than before"
+    assert calls(other, 1, size, 2, 1) == 200, "what failed is not remembered"
+    assert calls(other, 1, size, 2, 0) == 1

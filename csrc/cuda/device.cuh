@@ -16,20 +16,31 @@
 #include "emulation/device.h"
 #else
 
+#include "cuda/shared_limits.h"
+
 namespace mimkernels::cuda {
 
+// Lets `kernel` have `bytes` of dynamic shared memory on the current device: more than 48 KiB have to
+// be asked for, which is done once per kernel and device.
+inline cudaError_t allow_shared_memory(const void* kernel, int bytes) {
+  if (bytes <= 48 * 1024) return cudaSuccess;
+  static SharedLimits limits;
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  return limits.raise_to(kernel, device, bytes, [&] {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  });
+}
+
 // Starts kernel(args...) on `stream` with `shared_bytes` of dynamic shared memory, and says whether
-// it could be started. More than 48 KiB is asked for as CUDA wants it.
+// it could be started.
 template <typename... Params, typename... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes,
                    cudaStream_t stream, Args&&... args) {
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) {
-      return error;
-    }
-  }
+  const cudaError_t error =
+      allow_shared_memory(reinterpret_cast<const void*>(kernel), shared_bytes);
+  if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));
