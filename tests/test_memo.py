@@ -1,6 +1,7 @@
 """Calls of a known signature skip the checks, and nothing but their cost may show it."""
 
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -237,6 +238,33 @@ def test_fake_constants_do_not_stay():
     rows = mk.patchify_gather(IMAGES, None, 4, (0.5,) * 3, (0.2,) * 3)
     torch.testing.assert_close(rows, (mk.patchify_gather(IMAGES, None, 4) - 0.5) / 0.2)
     assert not isinstance(rows, FakeTensor)
+
+
+def test_constants_of_a_device_stay_with_the_stream_that_fills_them(checks, monkeypatch):
+    """And to fill them nothing waits: a wait would come of any other call of torch.cuda."""
+    stream, captured = 1, False
+    cuda = SimpleNamespace(
+        current_stream=lambda device: SimpleNamespace(cuda_stream=stream),
+        is_current_stream_capturing=lambda: captured,
+    )
+    monkeypatch.setattr(_memo.torch, "cuda", cuda)
+    monkeypatch.setattr(_memo, "_on_cuda", lambda constant: isinstance(constant, torch.Tensor))
+
+    def checked() -> int:
+        checks.clear()
+        rows = mk.patchify_gather(IMAGES, None, 4, (0.5,) * 3, (0.2,) * 3, backend="reference")
+        torch.testing.assert_close(rows, (mk.patchify_gather(IMAGES, None, 4, backend="reference") - 0.5) / 0.2)
+        return checks.count("reference")
+
+    assert checked() == 2  # with constants, and without: the yardstick
+    assert checked() == 0
+    stream = 2
+    assert checked() == 1, "another stream might read them before they are filled"
+    assert checked() == 0
+    captured = True
+    assert [checked(), checked()] == [1, 1], "a graph has its own, which nobody else keeps"
+    captured = False
+    assert checked() == 0, "those of the stream are still known"
 
 
 def test_under_functional_transforms():

@@ -258,11 +258,21 @@ def _per_channel(
     elif not isinstance(values, Sequence) or isinstance(values, str):
         raise TypeError(f"{op}: {name} must be a sequence of {images.shape[1]} floats, got {values!r}")
     else:
-        values = [check(op, name, value) for value in values]
+        values = numbers_on([check(op, name, value) for value in values], torch.float32, images.device)
     values = torch.as_tensor(values, dtype=torch.float32, device=images.device)
     if tuple(values.shape) != (images.shape[1],):
         raise ValueError(f"{op}: {name} has shape {shape(values)} but the images have {images.shape[1]} channels")
     return values
+
+
+def numbers_on(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``[len(values)]``: a few numbers of the host on a device, filled in there: to copy them would wait for it."""
+    if device.type == "cpu":
+        return torch.tensor(values, dtype=dtype)
+    numbers = torch.empty(len(values), dtype=dtype, device=device)
+    for place, value in enumerate(values):
+        numbers[place : place + 1].fill_(value)
+    return numbers
 
 
 def head_scale(op: str, scale: float | None, dim: int) -> float:

@@ -31,12 +31,16 @@ _PLAIN = (Tensor, nn.Parameter)
 # Options of other types are looked at in every call: they may change, or hold tensors.
 _FIXED = {bool, int, float, str, tuple, list, type(None), torch.dtype, torch.device}
 
+_CAPTURED = -1  # a stream of no constants that are remembered: what it does is recorded for a CUDA graph
+
 _Run = TypeVar("_Run", covariant=True)
 _Tensors = TypeVar("_Tensors", bound=tuple[Tensor | None, ...], covariant=True)
 _Constants = TypeVar("_Constants", bound=tuple[Any, ...], covariant=True)
 _Step = Callable[[Tensor], Tensor | None]
-# By signature: what runs, what turns the given tensors into the ones it takes, and its other arguments.
-_Known = dict[tuple[Any, ...], tuple[Any, tuple[tuple[_Step, ...], ...] | None, Any]]
+# By signature: what runs, what turns the given tensors into the ones it takes, its other arguments, and of those on a
+# CUDA device the device and the stream.
+_Home = tuple[torch.device, int]
+_Known = dict[tuple[Any, ...], tuple[Any, tuple[tuple[_Step, ...], ...] | None, Any, _Home | None]]
 
 
 class Checked(Protocol[_Run, _Tensors, _Constants]):
@@ -70,16 +74,20 @@ def by_signature(
         except (TypeError, RuntimeError, IndexError):  # not hashable, or a layout without sizes or strides
             signature = found = None
         if found is not None:
-            run, steps, constants = found
-            return run, tensors if steps is None else tuple(map(_take, tensors, steps)), constants
+            run, steps, constants, home = found
+            # On another stream a tensor among the constants might be read before it is filled: there, others are made.
+            if home is None or home == _home(home[0]):
+                return run, tensors if steps is None else tuple(map(_take, tensors, steps)), constants
         if signature is None:  # what a transform of torch.func left behind is a tensor as any other
             tensors = tuple(unwrap_if_dead(tensor) if isinstance(tensor, Tensor) else tensor for tensor in tensors)
         run, ready, constants = checked(*tensors, *options)
         if signature is not None and _FIXED.issuperset(signature[0]) and all(map(_lasts, constants)):
-            steps = tuple(map(_steps, tensors, ready))
-            if len(known) >= MOST:
-                known.clear()
-            known[signature] = run, steps if any(steps) else None, constants
+            home = next((_home(constant.device) for constant in constants if _on_cuda(constant)), None)
+            if home is None or home[1] != _CAPTURED:
+                steps = tuple(map(_steps, tensors, ready))
+                if len(known) >= MOST:
+                    known.clear()
+                known[signature] = run, steps if any(steps) else None, constants, home
         return run, ready, constants
 
     remembering = cast(Checked[_Run, _Tensors, _Constants], recall)
@@ -144,12 +152,20 @@ def _take(tensor: Any, steps: tuple[_Step, ...]) -> Any:
 
 
 def _lasts(constant: object) -> bool:
-    """Whether a constant may be used again: a tensor only if it is filled, and of no transform such as vmap."""
+    """Whether a constant may be used again: a tensor only on these devices, and of no transform such as vmap."""
     if not isinstance(constant, Tensor):
         return True
     if type(constant) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(constant):
         return False
-    if constant.is_cuda and not torch.cuda.is_current_stream_capturing():
-        torch.cuda.current_stream(constant.device).synchronize()  # so that any stream may read it
-        return True
-    return constant.is_cpu
+    return constant.is_cpu or constant.is_cuda
+
+
+def _on_cuda(constant: object) -> bool:
+    return isinstance(constant, Tensor) and constant.is_cuda
+
+
+def _home(device: torch.device) -> _Home:
+    """Where constants of a device are ready without waiting for it: the stream in which they are filled."""
+    # A graph fills its own at every replay: those of others may be gone by then, and its own are no one else's.
+    captured = torch.cuda.is_current_stream_capturing()
+    return device, _CAPTURED if captured else torch.cuda.current_stream(device).cuda_stream

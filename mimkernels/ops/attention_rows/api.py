@@ -46,6 +46,6 @@ def attention_rows(
     others, scale = checked_scores("attention_rows", q, k, *scored, scale)
     if not isinstance(rows, Tensor):
         rows = [_checks.integer("attention_rows", "a row", row) for row in rows]
-        rows = torch.tensor(rows, dtype=torch.int64, device=q.device)
+        rows = _checks.numbers_on(rows, torch.int64, q.device)
     rows = _checks.token_ids("attention_rows", "rows", rows, (1,), "q", q)
     return reference.attention_rows(q, k, rows, *others, scale)
