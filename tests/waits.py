@@ -23,17 +23,22 @@ READS = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "maske
 
 
 class Waits(TorchDispatchMode):
-    """Notes in ``found`` every op within that would wait for the device."""
+    """Notes in ``found`` every op within that would wait for the device.
 
-    def __init__(self) -> None:
+    Args:
+        host: the CPU stands for the device: a tensor made of Python numbers is a copy to it.
+    """
+
+    def __init__(self, host: bool = False) -> None:
         super().__init__()
+        self.host = host
         self.found: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         given = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
         devices = {tensor.device.type for tensor in given if not _is_number(func, tensor)}
-        if name in READS and devices != {"cpu"}:
+        if (name in READS and (self.host or devices != {"cpu"})) or (self.host and name == "lift_fresh"):
             self.found.append(f"{name}: {_words(given)}")
         result = func(*args, **(kwargs or {}))
         devices |= {leaf.device.type for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}
