@@ -177,6 +177,9 @@ def _steps(lines: Sequence[dict]) -> str:
                 f"{kind} {ms:.2f}" for kind, ms in sorted(line["kinds_ms"].items(), key=lambda kv: -kv[1])
             )
             words.append(f"- {line['case']}, ms: {spent}")
+        if "same_bits" in line:
+            bits = "the same bits" if line["same_bits"] else f"other bits, by up to {line['largest_difference']:.2g}"
+            words.append(f"- {line['case']}: losses of replays and of eager steps have {bits}")
     return "\n".join(words)
 
 

@@ -1,7 +1,8 @@
-"""A whole training step of MAE, ours and the published code's, without a graph; where its time goes."""
+"""A whole training step of MAE, ours and the published code's, and ours in a CUDA graph; where the time goes."""
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -10,9 +11,11 @@ import torch
 
 from benchmarks.gpu_stages.target import Target, noted
 from mimkernels.commands.bench.cases.step import Step, kind_of, step_case
+from mimkernels.models import MAE, captured_step
 
 _MODEL = "vit_base_patch16_224"
 _KERNELS = 40  # of the profile
+_CAPTURED = "ours, captured"
 
 
 def run(target: Target, *, compiled: bool = False) -> None:
@@ -28,10 +31,45 @@ def run(target: Target, *, compiled: bool = False) -> None:
             for name, call in benchmark.versions.items():
                 with noted(target, "step", f"{case}: {name}"):
                     target.add("step", case, version=name, images=batch, **_timed(call, target))
+            _in_a_graph(step, target, case, check=batch == batches[-1])
             for name, call in benchmark.versions.items():
                 _profile(target, f"{case}, {name}", call)
         if target.device == "cuda":
             torch.cuda.empty_cache()
+
+
+def _in_a_graph(step: Step, target: Target, case: str, *, check: bool) -> None:
+    """Our step as replays of a CUDA graph: its time; `check`: whether its losses are those of eager steps."""
+    torch.manual_seed(0)
+    size, options = (64, {"depth": 1, "decoder_depth": 1}) if target.rehearsal else (224, {})
+    model = MAE.from_timm(step.model, img_size=size, **options).to(step.device)
+    images = torch.randn(step.batch, 3, size, size, device=step.device)
+
+    def steps_of(stand_in: bool) -> Callable[[], torch.Tensor]:
+        copied = copy.deepcopy(model)
+        weights = [weight for weight in copied.parameters() if weight.requires_grad]
+        on_device = step.device == "cuda"
+        optimizer = torch.optim.AdamW(
+            weights, lr=1e-6, betas=(0.9, 0.95), weight_decay=0.05, fused=True, capturable=on_device
+        )
+        dtype = None if step.dtype == torch.float32 else step.dtype
+        take = captured_step(copied, optimizer, images, autocast=dtype, stand_in=stand_in)
+        return lambda: take(images)
+
+    with noted(target, "step", f"{case}: {_CAPTURED}"):
+        replays = steps_of(target.rehearsal)
+        target.add("step", case, version=_CAPTURED, images=step.batch, **_timed(replays, target))
+    if check:
+        with noted(target, "step", f"{case}: {_CAPTURED}: check"):
+            calls = [steps_of(stand_in) for stand_in in (True, target.rehearsal)]
+            eager, captured = (torch.stack([call() for _ in range(8)]).cpu() for call in calls)
+            target.add(
+                "step",
+                f"{case}: {_CAPTURED}: check",
+                same_bits=torch.equal(eager, captured),
+                largest_difference=float((eager - captured).abs().max()),
+                losses=captured.tolist(),
+            )
 
 
 def _timed(call: Callable[[], object], target: Target) -> dict[str, float]:

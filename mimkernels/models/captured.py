@@ -60,9 +60,10 @@ def captured_step(
 
     Example::
 
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True, capturable=True)
-        step = captured_step(model, optimizer, torch.empty(256, 3, 224, 224, dtype=torch.uint8, device="cuda"))
-        for images in loader:  # pinned, so that their copy does not wait either
+        model = MAE.from_timm("vit_tiny_patch16_224", depth=2, decoder_depth=1).to(images.device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, capturable=images.is_cuda)
+        step = captured_step(model, optimizer, images, stand_in=not images.is_cuda)
+        for images in loader:  # in pinned memory, so that their copy does not wait either
             loss = step(images)
     """
     _check(model, optimizer, images, arguments, autocast=autocast, offset=offset, warmup=warmup, stand_in=stand_in)
