@@ -176,7 +176,8 @@ __device__ __forceinline__ void make_cosines(float (&score)[2][4], const HeadTer
 }
 
 // dS becomes a factor of the product with the columns' q or k: times theirs of cosine attention.
-// Vectors of length 0 have finite ones that fp16 has no room for.
+// Of vectors that have no length in fp16 they are finite, but have no room there. Other products that
+// have none become infinite, as dS does: a GradScaler has to see that.
 template <typename T, bool KEYS>
 __device__ __forceinline__ void weigh_columns(float (&ds)[2][4], const HeadTerms& head,
                                               int first_row, int first_column) {
@@ -187,9 +188,11 @@ __device__ __forceinline__ void weigh_columns(float (&ds)[2][4], const HeadTerms
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     float& x = ds[i / 4][i % 4];
-    x *= factors.columns[query_of<true>(i)];
+    const float factor = factors.columns[query_of<true>(i)];
+    x *= factor;
     if constexpr (std::is_same_v<T, __half>) {
-      x = x > kLargestHalf ? kLargestHalf : x < -kLargestHalf ? -kLargestHalf : x;
+      const float clamped = x > kLargestHalf ? kLargestHalf : x < -kLargestHalf ? -kLargestHalf : x;
+      x = factor > kLargestHalf ? clamped : x;
     }
   }
 }

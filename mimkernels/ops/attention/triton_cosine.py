@@ -123,12 +123,15 @@ def cosines(score, of_rows, of_cols, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def factor_of(ds, factors, dtype: tl.constexpr, QUERIES: tl.constexpr, TRANSPOSED: tl.constexpr):
-    # dS as a factor of a product with q or k: times theirs, where these are given, and rounded. Those of vectors of
-    # length 0 are finite, but fp16 has no room for them.
+    # dS as a factor of a product with q or k: times theirs, where these are given, and rounded. Of vectors that have no
+    # length in fp16 they are finite, but have no room there. Other products that have none become infinite, as dS does:
+    # a GradScaler has to see that.
     if factors is not None:
-        ds = ds * along(factors, QUERIES, TRANSPOSED)
+        factor = along(factors, QUERIES, TRANSPOSED)
+        ds = ds * factor
         if dtype == tl.float16:
-            ds = tl.clamp(ds, -LARGEST_HALF, LARGEST_HALF, propagate_nan=tl.PropagateNan.ALL)
+            clamped = tl.clamp(ds, -LARGEST_HALF, LARGEST_HALF, propagate_nan=tl.PropagateNan.ALL)
+            ds = tl.where(factor > LARGEST_HALF, clamped, ds)
     return ds.to(dtype)
 
 
