@@ -109,7 +109,7 @@ class CapturedStep:
         self.model, self.optimizer = model, optimizer
         self.calls, self.offset, self.captured = 0, offset, False
         self._loss_of, self._clip_grad, self._autocast = loss, clip_grad, autocast
-        self._warmup, self._graph = warmup, graph
+        self._to_warm_up, self._graph = warmup, graph
         self._device = images.device
         # Where every replay reads and writes.
         self._images = torch.empty_like(images, memory_format=torch.contiguous_format)
@@ -159,9 +159,10 @@ class CapturedStep:
         return self._loss.clone()
 
     def _replay(self) -> None:
-        if self.calls < self._warmup:
+        if self._to_warm_up:
             with _explained():
-                self._graph.warm_up(self._run_static, strict=self.calls + 1 == self._warmup)
+                self._graph.warm_up(self._run_static, strict=self._to_warm_up == 1)
+            self._to_warm_up -= 1
             return
         if not self.captured:
             with _explained():
@@ -345,6 +346,10 @@ def _check(
         raise TypeError(f"captured_step: offset must be an int, got {type(offset).__name__}")
     if isinstance(getattr(model, "_orig_mod", model), MAE) and arguments.get("mask") is not None:
         raise ValueError("captured_step: MAE counts the visible patches of a mask on the host; give noise, or neither")
+    if any(getattr(part, "grad_checkpointing", False) for part in model.modules()):
+        raise ValueError(
+            "captured_step: gradient checkpointing keeps torch's random state, which a graph has not; switch it off"
+        )
     where = {weight.device for group in optimizer.param_groups for weight in group["params"]}
     if where != {images.device}:
         raise ValueError(f"captured_step: images are on {images.device} but the weights are on {_words(where)}")

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 pytest.importorskip("timm")
 from mimkernels.models import DINO, MAE, SimMIM, Supervised, captured, captured_step
@@ -200,6 +201,7 @@ def test_calls_that_the_graph_does_not_fit_are_refused(steps, change, error, mes
         ({"optimizer": torch.amp.GradScaler("cpu")}, TypeError, "must be a torch.optim.Optimizer, got GradScaler"),
         ({"images": batches(2)}, TypeError, "models of several views have a teacher"),
         ({"images": batches(1)[0].to("meta")}, ValueError, "images are on meta but the weights are on cpu"),
+        ({"model": DistributedDataParallel.__new__(DistributedDataParallel)}, TypeError, "by hooks of its own"),
         ({"warmup": 1}, ValueError, "warmup must be at least 2, got 1"),
         ({"mask": torch.zeros(3, 4, 4, dtype=torch.bool)}, ValueError, "MAE counts the visible patches of a mask"),
         ({"offset": 0.5}, TypeError, "offset must be an int, got float"),
@@ -210,6 +212,24 @@ def test_what_cannot_be_captured_is_refused(changed, error, message):
     arguments = {"model": model, "optimizer": adamw(model), "images": batches(1)[0], "stand_in": True, **changed}
     with pytest.raises(error, match=message):
         captured_step(**arguments)
+
+
+def test_gradient_checkpointing_is_refused():
+    model = build()
+    model.set_grad_checkpointing()
+    with pytest.raises(ValueError, match="gradient checkpointing keeps torch's random state"):
+        captured_step(model, adamw(model), batches(1)[0], stand_in=True)
+
+
+def test_short_batches_are_no_warm_up():
+    model = build()
+    (images,) = batches(1)
+    step = captured_step(model, adamw(model), images, stand_in=True, warmup=2)
+    captured = []
+    for batch in (images[:1], images, images[:2], images, images[:1], images):
+        step(batch)
+        captured.append(step.captured)
+    assert captured == [False] * 5 + [True]
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
