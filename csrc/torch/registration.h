@@ -3,6 +3,12 @@
 #pragma once
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch 2.10 has it under another name
+#include <torch/headeronly/util/shim_utils.h>
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
 
 namespace mimkernels::binding {
 
