@@ -1,6 +1,8 @@
 """csrc/kernels.def is the one list of native kernels: its lines, the sources and the registered ops say the same."""
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,22 @@ def test_contract_comments_are_aligned_lists(file):
             field = start[1]
         elif field:
             assert comment[1].startswith(" " * 10), f"{file}:{number}: belongs to {field}, but is not aligned"
+
+
+def test_bindings_compile_where_the_stable_abi_has_its_oldest_names(tmp_path):
+    """Torch 2.10 checks calls by TORCH_ERROR_CODE_CHECK; stand-ins of its headers have that alone."""
+    compiler = shutil.which("c++") or pytest.skip("no C++ compiler")
+    headers = {
+        "csrc/stable/library.h": "",
+        "csrc/stable/macros.h": "",
+        "headeronly/util/shim_utils.h": "#define TORCH_ERROR_CODE_CHECK(call) if ((call) != 0) throw 1",
+    }
+    for name, text in headers.items():
+        header = tmp_path / "torch" / name
+        header.parent.mkdir(parents=True, exist_ok=True)
+        header.write_text(f"#pragma once\n{text}\n")
+    source = tmp_path / "call.cpp"
+    source.write_text('#include "torch/registration.h"\nvoid call(int code) { STABLE_TORCH_ERROR_CODE_CHECK(code); }\n')
+    command = [compiler, "-std=c++20", "-fsyntax-only", f"-I{CSRC}", f"-isystem{tmp_path}", source]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
