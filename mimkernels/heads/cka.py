@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from mimkernels.nn.processes import gather_objects
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["CKA", "gram_matrices", "unbiased_hsic"]
 
@@ -195,20 +200,15 @@ class CKA:
         self.batches += other.batches
         return self
 
-    def reduce(self, group: dist.ProcessGroup | None = None) -> CKA:
+    def reduce(self, group: ProcessGroup | None = None) -> CKA:
         """The CKA over all processes of ``torch.distributed``, as a new object; every process must call it."""
-        total = CKA(tokens=self.tokens, num_prefix=self.num_prefix, rescale=self.rescale)
-        if not (dist.is_available() and dist.is_initialized()):
-            return total.merge(self)
-        parts: list[CKA | None] = [None] * dist.get_world_size(group)
-        here = CKA(tokens=self.tokens, num_prefix=self.num_prefix, rescale=self.rescale).merge(self)
+        total, here = (CKA(tokens=self.tokens, num_prefix=self.num_prefix, rescale=self.rescale) for _ in range(2))
+        here.merge(self)
         if here._xy is not None:
             assert here._xx is not None and here._yy is not None
             here._xy, here._xx, here._yy = here._xy.cpu(), here._xx.cpu(), here._yy.cpu()
         # A few hundred numbers, once per evaluation: gathering whole objects also serves processes that saw nothing.
-        dist.all_gather_object(parts, here, group=group)
-        for part in parts:
-            assert part is not None
+        for part in gather_objects(here, group):
             total.merge(part)
         return total
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from mimkernels.heads.calls import named_parts, unwrapped
 from mimkernels.heads.plots import plot_heads, plot_overview
 from mimkernels.heads.statistics import HeadStatistics
+from mimkernels.nn.processes import gather_objects
 from mimkernels.nn.recorder import LayerHeads, LayerRecorder
 from mimkernels.nn.windows import window_positions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch.distributed import ProcessGroup
 
 __all__ = ["LayerHeads", "RecordedHeads", "record_heads"]
 
@@ -118,7 +119,7 @@ class RecordedHeads(Mapping[str, LayerHeads]):
         named = {f"layers {group.layers[0]} to {group.layers[-1]}": group for group in shown}
         return plot_heads(shown[0] if len(shown) == 1 else named, quantity, title=title)
 
-    def reduce(self, group: dist.ProcessGroup | None = None) -> RecordedHeads:
+    def reduce(self, group: ProcessGroup | None = None) -> RecordedHeads:
         """The statistics over all processes of ``torch.distributed``, as a new object without row statistics.
 
         Every process of the group must call it; some may have seen other layers. Without a process group, a copy.
@@ -128,12 +129,8 @@ class RecordedHeads(Mapping[str, LayerHeads]):
         """
         mine = self.to_dict()
         settings = {key: {**each.to_dict(), "layers": {}} for key, each in self._groups.items()}
-        processes: list[Any] = [(mine["layers"], mine["missed"], settings)]
-        if dist.is_available() and dist.is_initialized():
-            processes = [None] * dist.get_world_size(group)
-            dist.all_gather_object(processes, (mine["layers"], mine["missed"], settings), group=group)
         total = RecordedHeads()
-        for layers, missed, groups in processes:
+        for layers, missed, groups in gather_objects((mine["layers"], mine["missed"], settings), group):
             total.missed.update(missed)
             settings = {**groups, **settings}
             for layer in layers:

@@ -7,10 +7,9 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mimkernels.heads import derived, sinks
@@ -26,7 +25,11 @@ from mimkernels.heads.presets import (
     find_quantity,
     required_stats,
 )
+from mimkernels.nn.processes import distributed, gather_objects
 from mimkernels.ops import AttentionOutput, head_divergence, received_attention
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["HeadStatistics"]
 
@@ -356,7 +359,7 @@ class HeadStatistics:
             )
         return self
 
-    def reduce(self, group: dist.ProcessGroup | None = None) -> HeadStatistics:
+    def reduce(self, group: ProcessGroup | None = None) -> HeadStatistics:
         """The statistics over all processes of ``torch.distributed``, as a new object; this one stays as it is.
 
         Every process of the group must call it; some may have seen nothing, or other layers. Without a process group
@@ -366,27 +369,29 @@ class HeadStatistics:
             ValueError: processes disagree about a layer's heads.
         """
         total = self._from_settings(self._settings())
-        if not (dist.is_available() and dist.is_initialized()):
+        if not distributed():
             return total.merge(self)
-        seen: list[dict[int, tuple[int, int]]] = [{} for _ in range(dist.get_world_size(group))]
         mine = {number: (layer.heads, layer.images) for number, layer in self._layers.items()}
-        dist.all_gather_object(seen, mine, group=group)
         heads: dict[int, int] = {}
         images: dict[int, int] = {}
-        for number, (count, some) in (item for process in seen for item in process.items()):
+        for number, (count, some) in (item for process in gather_objects(mine, group) for item in process.items()):
             images[number] = images.get(number, 0) + some
             if heads.setdefault(number, count) != count:
                 raise ValueError(f"layer {number} has {heads[number]} heads in one process and {count} in another")
         if not heads:
             return total
-        device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else "cpu"
+        device = (
+            torch.device("cuda", torch.cuda.current_device())
+            if torch.distributed.get_backend(group) == "nccl"
+            else "cpu"
+        )
         order = sorted(heads)
         sizes = [2 * self._columns(heads[number]) for number in order]
         flat = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
         for number, part in zip(order, flat.split(sizes), strict=True):
             if number in self._layers:
                 part.copy_(self._layers[number].sums.flatten())
-        dist.all_reduce(flat, group=group)
+        torch.distributed.all_reduce(flat, group=group)
         for number, part in zip(order, flat.split(sizes), strict=True):
             total._layers[number] = _Layer(heads[number], images[number], part.view(2, -1).clone())
         return total

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from mimkernels.models.base import ImageModel, check_computed_by
 from mimkernels.models.checkpoint import CheckpointReport, copy_by_name, read_file, weights_of
 from mimkernels.models.masked_encoders import ViT, compute_by, create_masked_encoder, encode, family_of, readout
-from mimkernels.models.momentum import copy_without_gradients, distributed, feature_std, follow, gather
+from mimkernels.models.momentum import copy_without_gradients, feature_std, follow, gather
 from mimkernels.nn import sincos_positions_2d
+from mimkernels.nn.processes import distributed
 
 __all__ = ["MoCoV3", "MoCoV3Output"]
 

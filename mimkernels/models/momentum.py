@@ -7,7 +7,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["copy_without_gradients", "distributed", "feature_std", "follow", "gather", "half_cosine"]
+from mimkernels.nn.processes import distributed
+
+__all__ = ["copy_without_gradients", "feature_std", "follow", "gather", "half_cosine"]
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -44,11 +46,6 @@ def gather(x: Tensor) -> Tensor:
     rows = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(processes)]
     torch.distributed.all_gather(rows, x.detach().contiguous())
     return torch.cat(rows)
-
-
-def distributed() -> bool:
-    """Whether there is a group of processes."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def half_cosine(start: float, end: float, share: float) -> float:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Windows", "pair", "window_positions", "windows_of"]
+__all__ = ["Windows", "pair", "window_counts", "window_positions", "windows_of"]
 
 
 class Windows(NamedTuple):
@@ -76,14 +76,29 @@ def window_positions(modules: Iterable[nn.Module], layers: Sequence[nn.Module]) 
         modules: in which the layers are, with the blocks that cut windows.
     """
     found: dict[nn.Module, Windows] = {}
+    for block, windows in _windows_of_blocks(modules):
+        if getattr(block, "dynamic_mask", False):  # images of any size: places within a window are as far apart
+            windows = Windows(windows.size, windows.size)
+        found.update((part, windows) for part in block.modules())
+    return [found[layer].positions(next(layer.parameters()).device) if layer in found else None for layer in layers]
+
+
+def window_counts(modules: Iterable[nn.Module], layers: Sequence[nn.Module]) -> list[int]:
+    """Windows per image that each layer runs in, for images of the model's size; 1 of layers without windows.
+
+    Args:
+        modules: in which the layers are, with the blocks that cut windows.
+    """
+    found = {part: windows.number for block, windows in _windows_of_blocks(modules) for part in block.modules()}
+    return [found.get(layer, 1) for layer in layers]
+
+
+def _windows_of_blocks(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, Windows]]:
     for module in modules:
         for block in module.modules():
             windows = windows_of(block)
             if windows is not None:
-                if getattr(block, "dynamic_mask", False):  # images of any size: places within a window are as far apart
-                    windows = Windows(windows.size, windows.size)
-                found.update((part, windows) for part in block.modules())
-    return [found[layer].positions(next(layer.parameters()).device) if layer in found else None for layer in layers]
+                yield block, windows
 
 
 def pair(value: object) -> tuple[int, int] | None:

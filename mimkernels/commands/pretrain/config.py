@@ -39,7 +39,9 @@ class PretrainConfig(Settings):
 
     method: str = setting("mae", "pre-training method", "model", choices=tuple(METHODS))
     model: str = setting(
-        "vit_tiny_patch16_224", "encoder: any timm vit_*; not of mae also beit_*, swin_*, swinv2_*", "model"
+        "vit_tiny_patch16_224",
+        "encoder: any timm vit_*; of simmim, supervised and mocov3 also beit_*, swin_*, swinv2_*",
+        "model",
     )
     img_size: int = setting(224, "image side in pixels", "model")
     in_chans: int = setting(3, "image channels: 3 (colour) or 1 (grey)", "model")

@@ -24,6 +24,9 @@ class HeadWatch:
         config: ``head_stats``, ``head_stats_every`` and ``regularize`` are read.
         num_prefix: prefix tokens of the encoder.
 
+    Attributes:
+        windows: per image, of every attention layer, whose mean counts for the image; 1 of each if None.
+
     Raises:
         ValueError: a name that is unknown, or that cannot be had from row statistics alone.
     """
@@ -31,6 +34,7 @@ class HeadWatch:
     def __init__(self, config: PretrainConfig, num_prefix: int) -> None:
         self.every = config.head_stats_every
         self.num_prefix = num_prefix
+        self.windows: list[int] | None = None
         self.names = tuple(name for name in config.head_stats.replace(" ", "").split(",") if name)
         known = [name for name, quantity in QUANTITIES.items() if not quantity.inputs and not name.startswith("cls_")]
         for name in self.names:
@@ -59,8 +63,9 @@ class HeadWatch:
         """Take in one forward pass's statistics, if the step is due."""
         if self._seen is not None:
             assert stats is not None
-            for layer, values in enumerate(stats):
-                self._seen.update(layer, values)
+            windows = [1] * len(stats) if self.windows is None else self.windows
+            for layer, (values, number) in enumerate(zip(stats, windows, strict=True)):
+                self._seen.update(layer, values, windows=number)
 
     def collect(self) -> HeadStatistics | None:
         """What the due step saw, over all processes; None at other steps."""

@@ -36,6 +36,7 @@ from mimkernels.engine.settings import changes
 from mimkernels.engine.state import check_fits, load_state
 from mimkernels.models.build import build_model, format_statistics
 from mimkernels.nn.attention import attention_layers
+from mimkernels.nn.windows import window_counts
 
 # What changes the numbers of a continued run; a person is told.
 _RESULT_FIELDS = (
@@ -128,7 +129,8 @@ class Run:
             check_fits(self.model, self.start["model"], self.start["optimizer"], str(self.start_path))
         self.heads = HeadWatch(config, getattr(self.model.encoder, "num_prefix_tokens", 0))
         if self.heads.names or self.heads.weights or config.analyze_every:
-            attention_layers(self.model.encoder)  # refuses a model whose heads cannot be recorded
+            layers = attention_layers(self.model.encoder)  # refuses a model whose heads cannot be recorded
+            self.heads.windows = window_counts((self.model.encoder,), layers)
         self.masking = Masking(config, self.model) if method.masks else None
         follows = self.masking is not None and self.masking.state() is not None
         if follows and self.accelerator.distributed_type.value == "FSDP":

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 
 from mimkernels.commands.pretrain.heads import HeadWatch
 from mimkernels.commands.pretrain.run import Run, pretrain
@@ -74,3 +75,19 @@ def test_records_after_the_resumed_step_are_dropped(tiny, tmp_path):
     with (tmp_path / "heads.jsonl").open("a") as file:
         file.write('{"step": 9, "he')
     assert [entry["step"] for entry in HeadHistory(tmp_path, 4).entries] == [1, 4]
+
+
+def test_of_swin_the_mean_over_the_windows_of_an_image_counts(tiny, tmp_path):
+    config = tiny(
+        method="simmim", mask_unit=4, model="swin_tiny_patch4_window7_224", patch_size=2, batch_size=16, epochs=1,
+        model_kwargs={"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
+        decoder_dim=512, decoder_depth=8, decoder_heads=16, head_stats="entropy", head_stats_every=1000,
+    )  # fmt: skip
+    run = Run(config)
+    layers = [torch.rand(64, 2, 16), torch.rand(16, 2, 16)]  # 4 windows of an image, and one
+    run.heads.wanted(1)
+    run.heads.see([{"entropy": layer} for layer in layers])
+    seen = run.heads.collect()
+    assert seen.images == {0: 16, 1: 16}
+    per_image = layers[0].mean(-1).unflatten(0, (16, 4)).mean(1)  # [16, H]
+    torch.testing.assert_close(seen.std("entropy")[0], per_image.double().std(0), rtol=1e-5, atol=0)
