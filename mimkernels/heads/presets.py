@@ -72,7 +72,13 @@ QUANTITIES: dict[str, Quantity] = {
         Quantity("patch_mass", "mass on patches", "M_i", "", ("patch_mass",)),
         Quantity("self_mass", "attention to oneself", "P_ii", "", ("self_mass",)),
         Quantity("peak", "largest attention weight", "max_j P_ij", "", ("peak",)),
-        Quantity("max_score", "largest score", "max of S_ij over patch queries i and all keys j", "", ("max_score",)),
+        Quantity(
+            "max_score",
+            "largest score",
+            "max of S_ij over patch queries i and the keys j that they see; an image without any does not count",
+            "",
+            ("max_score",),
+        ),
         Quantity(
             "argmax_is_prefix",
             "queries that look most at prefix tokens",

@@ -40,25 +40,25 @@ class _Layer:
 
     heads: int
     images: int
-    sums: Tensor  # [2, columns] fp64: of values and of their squares
+    sums: Tensor  # [3, columns] fp64: of values, of their squares, and of images that count
 
     def means(self) -> Tensor:
         """Over images, ``[columns]`` on the CPU; NaN without images."""
-        sums = self.sums[0].cpu()
-        return sums / self.images if self.images else sums * torch.nan
+        sums, _, counts = self.sums.cpu()
+        return sums / counts
 
     def variances(self) -> Tensor:
         """Unbiased, over images, ``[columns]`` on the CPU; NaN for fewer than two images."""
-        sums, squares = self.sums.cpu().unbind()
-        if self.images < 2:
-            return sums * torch.nan
-        return ((squares - sums.square() / self.images) / (self.images - 1)).clamp(min=0.0)
+        sums, squares, counts = self.sums.cpu()
+        variances = ((squares - sums.square() / counts) / (counts - 1)).clamp(min=0.0)
+        return torch.where(counts < 2, torch.nan, variances)
 
 
 class HeadStatistics:
     """Accumulates, per layer and head, what attention does, over batches and processes.
 
     Values are per image first (means over patch queries, mutual information, divergences), then averaged over images.
+    Images (windows) in which no query sees a key have no ``max_score``: they do not count in its mean and variance.
     Sums stay on the device where they were made, in float64; nothing waits for the device until results are read.
 
     Args:
@@ -210,11 +210,15 @@ class HeadStatistics:
             rows["eps_patch_entropy"] = derived.eps_patch_entropy(q, k, self.num_prefix, eps=self.eps, **scores)
         # Everything side by side, [B, columns]: one pass of float64 sums for all quantities.
         columns = torch.cat([self._values(name, rows, given, options) for name in self.names], dim=1).double()
+        counted = columns != -torch.inf  # the maximum of nothing
+        columns = columns.where(counted, 0.0)
         if windows != 1:
             if windows < 1 or len(columns) % windows:
                 raise ValueError(f"{len(columns)} windows cannot be {windows} of each image")
-            columns = columns.unflatten(0, (-1, windows)).mean(1)
-        sums = torch.stack((columns.sum(0), columns.square().sum(0)))
+            of_image = counted.unflatten(0, (-1, windows)).sum(1)
+            columns = columns.unflatten(0, (-1, windows)).sum(1) / of_image.clamp(min=1)
+            counted = of_image > 0
+        sums = torch.stack((columns.sum(0), columns.square().sum(0), counted.sum(0).double()))
         old = self._layers.get(layer)
         if old is None:
             self._layers[layer] = _Layer(heads, len(columns), sums)
@@ -386,14 +390,14 @@ class HeadStatistics:
             else "cpu"
         )
         order = sorted(heads)
-        sizes = [2 * self._columns(heads[number]) for number in order]
+        sizes = [3 * self._columns(heads[number]) for number in order]
         flat = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
         for number, part in zip(order, flat.split(sizes), strict=True):
             if number in self._layers:
                 part.copy_(self._layers[number].sums.flatten())
         torch.distributed.all_reduce(flat, group=group)
         for number, part in zip(order, flat.split(sizes), strict=True):
-            total._layers[number] = _Layer(heads[number], images[number], part.view(2, -1).clone())
+            total._layers[number] = _Layer(heads[number], images[number], part.view(3, -1).clone())
         return total
 
     def reset(self) -> None:
@@ -526,8 +530,11 @@ class HeadStatistics:
             moments = {"mean": layer.means(), "std": layer.variances().sqrt(), "sum": layer.sums[0]}
             moments["sum_of_squares"] = layer.sums[1]
             lists = {key: values.tolist() for key, values in moments.items()}
+            counts = layer.sums[2].tolist()
             for name, columns in self._places(layer).items():
                 entry[name] = {key: values[columns] for key, values in lists.items()}
+                if min(counts[columns]) < layer.images:
+                    entry[name]["images"] = counts[columns]
             recorded[str(number)] = entry
         return {"format": 1, **self._settings(), "layers": recorded}
 
@@ -545,9 +552,12 @@ class HeadStatistics:
             missing = [name for name in statistics.names if name not in layer]
             if missing:
                 raise ValueError(f"layer {number} lacks {', '.join(missing)}")
+            images = int(layer["images"])
             sums = [[x for name in statistics.names for x in layer[name][key]] for key in ("sum", "sum_of_squares")]
+            counts = [layer[name].get("images", [images] * len(layer[name]["sum"])) for name in statistics.names]
+            sums.append([count for columns in counts for count in columns])
             statistics._layers[int(number)] = _Layer(
-                int(layer["heads"]), int(layer["images"]), torch.tensor(sums, dtype=torch.float64)
+                int(layer["heads"]), images, torch.tensor(sums, dtype=torch.float64)
             )
         return statistics
 

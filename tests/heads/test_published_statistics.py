@@ -199,6 +199,28 @@ def test_largest_scores_are_of_an_image_and_their_keys_counted(device):
     assert 0 < seen.mean("argmax_is_prefix").mean() < 1
 
 
+def test_images_without_a_key_do_not_count_in_the_largest_score(device):
+    q, k, v = heads_of(device)
+    images = len(q)
+    visible = torch.ones(images, q.shape[2], dtype=torch.bool, device=device)
+    visible[1] = False  # no key of this image
+    seen, of_windows = (HeadStatistics(quantities=["entropy", "max_score"]) for _ in range(2))
+    stats = attention(q, k, v, key_mask=visible, stats=seen.row_stats).stats
+    seen.update(0, stats)
+    of_windows.update(0, {name: row.repeat_interleave(images, 0) for name, row in stats.items()}, windows=images)
+    largest = (q @ k.transpose(-1, -2) / math.sqrt(8)).amax((2, 3)).double()
+    counted = largest[[image for image in range(images) if image != 1]]
+    close(seen.mean("max_score")[0], counted.mean(0).cpu())
+    close(seen.variance("max_score")[0], counted.var(0).cpu())
+    assert seen.images == {0: images}  # the entropy of nothing is 0
+    for copy in (HeadStatistics.from_dict(seen.to_dict()), of_windows):
+        close(copy.mean("max_score"), seen.mean("max_score"))
+    close(HeadStatistics.from_dict(seen.to_dict()).merge(seen).variance("max_score")[0], counted.repeat(2, 1).var(0))
+    nothing = HeadStatistics(quantities=["max_score"])
+    nothing.update(0, {"max_score": torch.full((2, 1, 3), -math.inf)})
+    assert nothing.mean("max_score").isnan().all() and nothing.variance("max_score").isnan().all()
+
+
 def test_bias_and_key_mask_reach_the_companion_ops(device):
     q, k, v = heads_of(device)
     bias = torch.randn(HEADS, N, N, dtype=torch.float64, device=device)

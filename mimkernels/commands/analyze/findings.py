@@ -42,6 +42,7 @@ def find(
     return [
         *_distance(models, unit),
         *_divergence(models),
+        *_scores(models),
         *_similarity(similarities),
         *_cls(models),
         *_importance(models),
@@ -94,6 +95,19 @@ def _divergence(models: Sequence[Model]) -> list[str]:
         else:
             parts.append(f"in {one.name} it stays below a third of the largest ({most}) from layer {layer} on")
     return [f"Difference between the heads of a layer (KL divergence): {'; '.join(parts)}."] if parts else []
+
+
+def _scores(models: Sequence[Model]) -> list[str]:
+    """The head of every model whose scores reach highest."""
+    parts = []
+    for one in series_of(models, "max_score"):
+        assert one.heads is not None
+        heads = one.heads.mean(0).nan_to_num(nan=-math.inf)  # [L, H] over runs
+        layer, head = divmod(int(heads.argmax()), heads.shape[1])
+        value = heads[layer, head].item()
+        if math.isfinite(value):
+            parts.append(f"{value:.3g} in {one.name} (layer {layer + 1}, head {head + 1})")
+    return [f"The largest score before the softmax is, as a mean over images, {_each(parts)}."] if parts else []
 
 
 def _similarity(similarities: Mapping[str, Tensor]) -> list[str]:
@@ -151,7 +165,9 @@ def _importance(models: Sequence[Model]) -> list[str]:
 def _sinks(models: Sequence[Model]) -> list[str]:
     """A sentence for every model: the layer in which one token receives most attention."""
     sentences = []
-    prefix = {one.name: one for one in series_of(models, "sink_is_prefix")}
+    prefix, most = (
+        {one.name: one for one in series_of(models, name)} for name in ("sink_is_prefix", "argmax_is_prefix")
+    )
     norms = {one.name: one for one in series_of(models, "sink_value_norm")}
     runs = {model.name: model.runs[0] for model in models}
     for one in series_of(models, "sink_attention"):
@@ -162,6 +178,9 @@ def _sinks(models: Sequence[Model]) -> list[str]:
         if one.name in prefix:
             percent = 100 * prefix[one.name].mean[layer].item()
             of_prefix = f" it is a prefix token in {percent:.0f} % of heads and images;"
+        if one.name in most:
+            percent = 100 * most[one.name].mean[layer].item()
+            of_prefix += f" {percent:.0f} % of the patches look most at a prefix token;"
         sentences.append(
             f"Strongest sinks of {one.name}, in layer {layer + 1}: one token receives {100 * share:.0f} % of a head's "
             f"attention{where}, {share * keys:.1f} times its share;{of_prefix} its value has "

@@ -24,10 +24,10 @@ from mimkernels.heads.sinks import SINKS
 # Of every attention layer; layers without a [cls] token go without its quantities.
 HEAD_QUANTITIES = (
     "distance", "renormalized_distance", "entropy", "normalized_entropy", "head_divergence", "nmi", "prefix_mass",
-    "peak", *BEYOND_CLS, *SINKS,
+    "peak", "max_score", "argmax_is_prefix", *BEYOND_CLS, *SINKS,
 )  # fmt: skip
 # Without [cls] and registers these say nothing.
-_OF_PREFIX = ("prefix_mass", "pos_cls_attention", "sink_is_prefix")
+_OF_PREFIX = ("prefix_mass", "argmax_is_prefix", "pos_cls_attention", "sink_is_prefix")
 # Of tokens before the first block and after every block, and of attention's outputs.
 STATE_QUANTITIES = ("pos_magnitude", "cls_magnitude", "token_similarity", "high_frequency")
 OUTPUT_QUANTITIES = ("pos_output_magnitude", "cls_output_magnitude")

@@ -54,6 +54,8 @@ _SINKS = (
          "all attention of a head."),
     Line("sink_is_prefix", "share of images and heads", "The sink is [cls] or a register", "1 where it always is one, "
          "0 where it always is a patch."),
+    Line("argmax_is_prefix", "share of patches", "Patches whose largest weight is on [cls] or a register", "Of several "
+         "equal weights, the first token's counts."),
     Line("sink_value_norm", "norm / mean norm", "Norm of the sink's value", "Relative to the mean of all tokens; near "
          "0, attention to the sink changes nothing."),
 )  # fmt: skip
@@ -120,6 +122,8 @@ class Drawer:
                  "differs from that of the other heads of its layer."),
             Line("nmi", "mutual information", "Dependence on the query", "Normalised mutual information of query and "
                  "key patches: 0 where every query attends alike, 1 where each attends to a patch of its own."),
+            Line("max_score", "score before the softmax", "Largest score", "The largest logit of an image's patches. "
+                 "One that grows in training ends in attention to single tokens, and in spikes of the loss."),
         )  # fmt: skip
         made = []
         for quantity, label, title, text in shown:

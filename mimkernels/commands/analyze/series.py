@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mimkernels.commands.analyze.results import Model
 
-_SIGNED = ("token_similarity", "high_frequency")
+_SIGNED = ("token_similarity", "high_frequency", "max_score")
 
 
 @dataclass

@@ -107,7 +107,7 @@ def test_the_page_needs_nothing_from_outside_and_shows_every_model(two):
     assert not re.search(r"""(src|href)=["']?https?:|<link|@import""", page)
     for text in ("Attention distance", "Difference between heads", "[cls] to itself", "uniform: log 16 = 2.77", "CKA"):
         assert text in page
-    assert page.count("<svg") == 4 * 2 + 5 + 3 + 6 + 3  # heads of each model, [cls] and patches, sinks, tokens, CKA
+    assert page.count("<svg") == 5 * 2 + 5 + 4 + 6 + 3  # heads of each model, [cls] and patches, sinks, tokens, CKA
     assert "Attention of the last quarter of the layers" in printed and "report.html" in printed
 
 

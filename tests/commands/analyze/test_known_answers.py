@@ -78,6 +78,12 @@ def test_heads_that_shift_and_that_look_at_cls():
         "nmi": (1, 0),
         "prefix_mass": (0, 0.75),
         "peak": (1, 0.75),
+        # Queries and keys of head 0 are 10 times the tokens; of head 1, the key of [cls] is its first number.
+        "max_score": (
+            100 * normed[0, :17].square().sum().item() / math.sqrt(32),
+            math.log(48) * (normed[0, 0] / (normed[0, 0] - normed[1, 0])).item(),
+        ),
+        "argmax_is_prefix": (0, 1),
         "cls_cls_attention": (1, 0.75),
         "pos_self_attention": (0, spread),
         "cls_cls_attention_adj": (1e6, 3),  # the published eps in the denominator
@@ -162,7 +168,9 @@ def test_uniform_attention_in_windows(text):
     heads = result.statistics()
     assert result.facts["windows"] == [4, 4, 1] and result.facts["keys"] == [16, 16, 16]
     assert result.facts["heads"] == 4 and set(heads.images.values()) == {12}
-    assert not {"prefix_mass", "pos_cls_attention", "sink_is_prefix", "cls_cls_attention"} & set(heads.names)
+    assert not {"prefix_mass", "argmax_is_prefix", "pos_cls_attention", "sink_is_prefix", "cls_cls_attention"} & set(
+        heads.names
+    )
     for layer, (grid, shift, pixels) in enumerate([(8, 0, 2), (8, 2, 2), (4, 0, 4)]):
         seen = regions(grid, 4, shift)
         places = pixels * torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).float()
@@ -175,6 +183,7 @@ def test_uniform_attention_in_windows(text):
             "nmi": 0,
             "head_divergence": 0,
             "peak": (1 / counts).mean(),
+            "max_score": 8 if text == SWINV2 else 0,  # 16 times the sigmoid of its position bias, 0
             "pos_self_attention": (1 / counts).mean(),
             "sink_attention": 1 / 16,
         }
@@ -223,7 +232,7 @@ def side_by_side(tmp_path_factory):
 def test_swin_and_beit_stand_beside_a_vit_on_one_scale(side_by_side):
     page = side_by_side.report.read_text()
     names = ["swin", "beit", "vit"]
-    for quantity in ("distance", "normalized_entropy", "head_divergence", "nmi", "pos_self_attention"):
+    for quantity in ("distance", "normalized_entropy", "head_divergence", "nmi", "max_score", "pos_self_attention"):
         assert [one.name for one in series_of(side_by_side.models, quantity)] == names
     for quantity in ("token_similarity", "high_frequency", "pos_magnitude"):
         assert [one.name for one in series_of(side_by_side.models, quantity, part="states")] == names
@@ -239,6 +248,19 @@ def test_swin_and_beit_stand_beside_a_vit_on_one_scale(side_by_side):
 def test_sinks_of_windows_are_told_by_the_share_of_their_window(side_by_side):
     told = [text for text in side_by_side.numbers["findings"] if text.startswith("Strongest sinks of swin")]
     assert len(told) == 1 and "in its window" in told[0] and "prefix token" not in told[0]
+
+
+def test_the_largest_score_and_where_patches_look_most_are_told(side_by_side):
+    beit = side_by_side.models[1].runs[0].statistics()
+    layer, head = divmod(int(beit.mean("max_score").argmax()), 2)
+    told = side_by_side.numbers["findings"]
+    score = f"{beit.mean('max_score').max().item():.3g} in beit (layer {layer + 1}, head {head + 1})"
+    assert sum(text.startswith("The largest score before the softmax") and score in text for text in told) == 1
+    layer = int(beit.layer_mean("sink_attention").argmax())
+    share = (
+        f"{100 * beit.layer_mean('argmax_is_prefix')[layer].item():.0f} % of the patches look most at a prefix token"
+    )
+    assert sum(text.startswith("Strongest sinks of beit") and share in text for text in told) == 1
 
 
 def test_a_run_of_simmim_is_analysed(tmp_path, tiny_settings):
