@@ -1,6 +1,7 @@
 """Several augmented views of an image, as joint-embedding models are trained on: deterministic, uint8 throughout."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -8,7 +9,34 @@ from torchvision.transforms import InterpolationMode, v2
 
 from mimkernels.data.batches import to_pixels
 
-__all__ = ["AsymmetricViews", "ImageViews", "MultiCrop", "view_steps"]
+__all__ = ["AsymmetricViews", "ImageViews", "MultiCrop", "Strength", "view_steps"]
+
+_JITTER = 0.4  # as published
+
+
+class Strength(NamedTuple):
+    """How strongly views are changed; None of what stays as published.
+
+    Attributes:
+        jitter: as of ``view_steps``, of every view.
+        blur: probability, of every view.
+        solarize: probability, of the second view; no other one is solarised.
+    """
+
+    jitter: float | None = None
+    blur: float | None = None
+    solarize: float | None = None
+
+    def of_view(self, blur: float, solarize: float) -> dict[str, float]:
+        """Arguments of ``view_steps`` for a view of these published probabilities."""
+        return {
+            "jitter": _JITTER if self.jitter is None else self.jitter,
+            "blur": blur if self.blur is None else self.blur,
+            "solarize": solarize if self.solarize is None or not solarize else self.solarize,
+        }
+
+
+_PUBLISHED = Strength()
 
 
 def view_steps(
@@ -19,6 +47,7 @@ def view_steps(
     hflip: bool,
     blur: float,
     solarize: float,
+    jitter: float = _JITTER,
     interpolation: InterpolationMode = InterpolationMode.BILINEAR,
 ) -> v2.Compose:
     """BYOL's augmentations for one view: crop, colour, blur, solarisation, mirroring; uint8 in and out.
@@ -32,12 +61,13 @@ def view_steps(
         hflip: mirror half of the views.
         blur, solarize: probabilities. The kernel of the blur is a tenth of `size` wide, 23 pixels of 224, and at
             least 3; its deviation is drawn between 0.1 and 2 pixels.
+        jitter: largest share by which brightness and contrast change; saturation by half of it, hue by a quarter.
     """
-    colour = {"saturation": 0.2, "hue": 0.1} if in_chans == 3 else {}
+    colour = {"saturation": jitter / 2, "hue": jitter / 4} if in_chans == 3 else {}
     kernel = max(3, round(size / 10) // 2 * 2 + 1)
     steps: list[v2.Transform] = [
         v2.RandomResizedCrop(size, scale=scale, interpolation=interpolation, antialias=True),
-        v2.RandomApply([v2.ColorJitter(brightness=0.4, contrast=0.4, **colour)], p=0.8),
+        v2.RandomApply([v2.ColorJitter(brightness=jitter, contrast=jitter, **colour)], p=0.8),
         v2.RandomApply([v2.GaussianBlur(kernel, (0.1, 2.0))], p=blur),
     ]
     if in_chans == 3:
@@ -77,13 +107,16 @@ class AsymmetricViews(ImageViews):
         in_chans: 3 (colour) or 1 (grey).
         crop_scale: smallest share of the image's area that is cropped.
         hflip: mirror half of the views.
+        strength: of what is not as published.
 
     Source: the augmentations of BYOL, arXiv:2006.07733, with the probabilities and the jitter of MoCo v3's code.
     """
 
-    def __init__(self, img_size: int, in_chans: int, crop_scale: float, hflip: bool) -> None:
+    def __init__(
+        self, img_size: int, in_chans: int, crop_scale: float, hflip: bool, strength: Strength = _PUBLISHED
+    ) -> None:
         first, second = (
-            view_steps(img_size, in_chans, scale=(crop_scale, 1.0), hflip=hflip, blur=blur, solarize=solarize)
+            view_steps(img_size, in_chans, scale=(crop_scale, 1.0), hflip=hflip, **strength.of_view(blur, solarize))
             for blur, solarize in ((1.0, 0.0), (0.1, 0.2))
         )
         super().__init__(in_chans, (first, second))
@@ -100,6 +133,7 @@ class MultiCrop(ImageViews):
         local_crops: number of local views.
         local_size: their side.
         local_scale: smallest share of the image's area in a local view.
+        strength: of what is not as published.
 
     Source: arXiv:2104.14294 and its code.
     """
@@ -114,6 +148,7 @@ class MultiCrop(ImageViews):
         local_crops: int,
         local_size: int,
         local_scale: float,
+        strength: Strength = _PUBLISHED,
     ) -> None:
         views = [
             (img_size, (crop_scale, 1.0), 1.0, 0.0),
@@ -126,8 +161,7 @@ class MultiCrop(ImageViews):
                 in_chans,
                 scale=scale,
                 hflip=hflip,
-                blur=blur,
-                solarize=solarize,
+                **strength.of_view(blur, solarize),
                 interpolation=InterpolationMode.BICUBIC,
             )
             for size, scale, blur, solarize in views

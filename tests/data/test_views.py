@@ -8,7 +8,7 @@ from torchvision.transforms import v2
 
 from mimkernels.data.batches import AUGMENT, PretrainImages, derived_seed
 from mimkernels.data.sources import open_source
-from mimkernels.data.views import AsymmetricViews, MultiCrop, view_steps
+from mimkernels.data.views import AsymmetricViews, ImageViews, MultiCrop, Strength, view_steps
 
 
 def picture(side=40, channels=3):
@@ -84,3 +84,49 @@ def test_multi_crop_gives_two_global_and_many_local_views():
     blurs = [[step for step in steps.transforms if isinstance(step, v2.RandomApply)][1].p for steps in views.steps]
     assert blurs == [1.0, 0.1, 0.5, 0.5, 0.5]
     assert ["RandomSolarize" in named(steps) for steps in views.steps] == [False, True, False, False, False]
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_views_are_as_published_to_the_bit_unless_told_otherwise(in_chans):
+    colour = {"saturation": 0.2, "hue": 0.1} if in_chans == 3 else {}
+
+    def published(size, scale, blur, *more, interpolation=v2.InterpolationMode.BILINEAR):
+        grey = [v2.RandomGrayscale(p=0.2)] if in_chans == 3 else []
+        return v2.Compose([
+            v2.RandomResizedCrop(size, scale=scale, interpolation=interpolation, antialias=True),
+            v2.RandomApply([v2.ColorJitter(brightness=0.4, contrast=0.4, **colour)], p=0.8), *grey,
+            v2.RandomApply([v2.GaussianBlur(3, (0.1, 2.0))], p=blur), *more, v2.RandomHorizontalFlip(),
+        ])  # fmt: skip
+
+    solarize, bicubic = v2.RandomSolarize(128, p=0.2), {"interpolation": v2.InterpolationMode.BICUBIC}
+    two = [published(28, (0.2, 1.0), 1.0), published(28, (0.2, 1.0), 0.1, solarize)]
+    crops = [published(28, (0.2, 1.0), 1.0, **bicubic), published(28, (0.2, 1.0), 0.1, solarize, **bicubic),
+             published(12, (0.05, 0.2), 0.5, **bicubic)]  # fmt: skip
+    local = {"local_crops": 1, "local_size": 12, "local_scale": 0.05}
+    for views, steps in ((AsymmetricViews(28, in_chans, 0.2, True), two),
+                         (MultiCrop(28, in_chans, 0.2, True, **local), crops)):  # fmt: skip
+        for seed in range(30):
+            assert all(map(torch.equal, views(picture(), seed), ImageViews(in_chans, steps)(picture(), seed)))
+
+
+def test_weaker_views_are_blurred_solarised_and_jittered_less():
+    given = {"jitter": 0.1, "blur": 0.3, "solarize": 0.0}
+    views = [
+        *AsymmetricViews(28, 3, 0.2, True, Strength(**given)).steps,
+        *MultiCrop(28, 3, 0.4, True, local_crops=1, local_size=12, local_scale=0.05, strength=Strength(**given)).steps,
+    ]
+    for steps in views:
+        jitter, blur = (step for step in steps.transforms if isinstance(step, v2.RandomApply))
+        assert blur.p == 0.3 and "RandomSolarize" not in named(steps)
+        assert tuple(jitter.transforms[0].brightness) == tuple(jitter.transforms[0].contrast) == (0.9, 1.1)
+        assert jitter.transforms[0].saturation == (0.95, 1.05) and jitter.transforms[0].hue == (-0.025, 0.025)
+    first, second = AsymmetricViews(28, 3, 0.2, True, Strength(solarize=0.7)).steps
+    assert "RandomSolarize" not in named(first) and named(second)["RandomSolarize"].p == 0.7
+
+
+def test_without_jitter_blur_solarisation_and_crop_a_view_is_the_image():
+    views = AsymmetricViews(8, 1, 1.0, False, Strength(jitter=0.0, blur=0.0, solarize=0.0))
+    image = torch.arange(64, dtype=torch.uint8).view(1, 8, 8) * 4
+    for step in views.steps:
+        step.transforms[0].ratio = (1.0, 1.0)
+    assert all(torch.equal(view, image) for seed in range(5) for view in views(image, seed))

@@ -28,7 +28,8 @@ ARCHITECTURE_FIELDS = (
 STREAM_FIELDS = (
     "data", "val_split", "max_pixels", "pixel_range", "pixel_stats", "seed", "crop_scale", "hflip", "masking",
     "mask_ratio", "masking_kwargs", "norm_pix_loss", "mask_unit", "target", "loss", "teacher", "teacher_momentum",
-    "label_smoothing", "mixup", "cutmix", "temperature", "momentum", "local_crops", "local_size", "local_scale",
+    "label_smoothing", "mixup", "cutmix", "color_jitter", "blur_prob", "solarize_prob", "temperature", "momentum",
+    "local_crops", "local_size", "local_scale",
     "student_temp", "teacher_temp", "warmup_teacher_temp", "warmup_teacher_temp_epochs",
 )  # fmt: skip
 
@@ -101,6 +102,17 @@ class PretrainConfig(Settings):
     )  # fmt: skip
     mlp_dim: int | None = setting(
         None, "width of the hidden layers behind the encoder (default: 4096; dino: 2048)", "joint embedding"
+    )
+    color_jitter: float | None = setting(
+        None, "largest change of brightness and contrast of a view; of colours, saturation changes by half of it, hue "
+        "by a quarter; 0 for none (default: 0.4)", "joint embedding",
+    )  # fmt: skip
+    blur_prob: float | None = setting(
+        None, "share of the views that are blurred (default: all first ones, a tenth of the second ones; dino: half of "
+        "the local ones)", "joint embedding",
+    )  # fmt: skip
+    solarize_prob: float | None = setting(
+        None, "share of the second views that are solarised, as no others are (default: 0.2)", "joint embedding"
     )
     temperature: float = setting(0.2, "similarities are divided by it", "MoCo v3")
     out_dim: int = setting(256, "width of what projector and predictor give", "MoCo v3")
@@ -300,6 +312,9 @@ class PretrainConfig(Settings):
         for name in ("mask_unit", "mlp_dim", "out_dim", "local_size", "prototypes", "bottleneck_dim"):
             width = getattr(self, name)
             require(width is None or width >= 1, name, width, "at least 1")
+        for name in ("color_jitter", "blur_prob", "solarize_prob"):
+            share = getattr(self, name)
+            require(share is None or 0 <= share <= 1, name, share, "in [0, 1]")
         kept = self.momentum
         require(kept is None or 0 <= kept <= 1, "momentum", kept, "in [0, 1]")
         smoothing = self.label_smoothing

@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from mimkernels.commands.pretrain.validation import Means
     from mimkernels.data.batches import Augmentation, Pixels, Views
 
-__all__ = ["MASK_OPTIONS", "Method", "Moment"]
+__all__ = ["MASK_OPTIONS", "VIEW_OPTIONS", "Method", "Moment"]
 
 # Options of methods that mask patches.
 MASK_OPTIONS = ("masking", "mask_ratio", "masking_kwargs")
+# Options of methods that compare views: how strongly these are changed.
+VIEW_OPTIONS = ("color_jitter", "blur_prob", "solarize_prob")
 
 
 class Moment(NamedTuple):

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mimkernels.commands.pretrain.methods.base import Method, Moment
+from mimkernels.commands.pretrain.methods.base import VIEW_OPTIONS, Method, Moment
 
 if TYPE_CHECKING:
     from mimkernels.commands.pretrain.config import PretrainConfig
@@ -23,8 +23,8 @@ _ALIKE = 0.999  # share of the largest entropy
 class DINO(Method):
     title = "DINO"
     options = (
-        "local_crops", "local_size", "local_scale", "prototypes", "bottleneck_dim", "student_temp", "teacher_temp",
-        "warmup_teacher_temp", "warmup_teacher_temp_epochs", "weight_decay_end", "mlp_dim", "momentum",
+        *VIEW_OPTIONS, "local_crops", "local_size", "local_scale", "prototypes", "bottleneck_dim", "student_temp",
+        "teacher_temp", "warmup_teacher_temp", "warmup_teacher_temp_epochs", "weight_decay_end", "mlp_dim", "momentum",
     )  # fmt: skip
     masks, reconstructs, target_moves = False, False, True
     blr, weight_decay, warmup_share = 5e-4, 0.04, 0.1
@@ -59,7 +59,7 @@ class DINO(Method):
 
     @staticmethod
     def views(config: PretrainConfig, augmentation: Augmentation) -> Views:
-        from mimkernels.data.views import MultiCrop
+        from mimkernels.data.views import MultiCrop, Strength
 
         return MultiCrop(
             config.img_size,
@@ -69,6 +69,7 @@ class DINO(Method):
             local_crops=config.local_crops,
             local_size=local_size(config),
             local_scale=config.local_scale,
+            strength=Strength(config.color_jitter, config.blur_prob, config.solarize_prob),
         )
 
     @classmethod

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mimkernels.commands.pretrain.methods.base import Method, Moment
+from mimkernels.commands.pretrain.methods.base import VIEW_OPTIONS, Method, Moment
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +20,9 @@ __all__ = ["MoCoV3"]
 
 class MoCoV3(Method):
     title = "MoCo v3"
-    options = ("temperature", "momentum", "mlp_dim", "out_dim", "stop_grad_conv1", "sincos_positions")
+    options = (
+        *VIEW_OPTIONS, "temperature", "momentum", "mlp_dim", "out_dim", "stop_grad_conv1", "sincos_positions",
+    )  # fmt: skip
     masks, reconstructs = False, False
     weight_decay, warmup_share = 0.1, 40 / 300
     momentum, crop_scale = 0.99, 0.08
@@ -38,9 +40,10 @@ class MoCoV3(Method):
 
     @staticmethod
     def views(config: PretrainConfig, augmentation: Augmentation) -> Views:
-        from mimkernels.data.views import AsymmetricViews
+        from mimkernels.data.views import AsymmetricViews, Strength
 
-        return AsymmetricViews(config.img_size, config.in_chans, augmentation.crop_scale, augmentation.hflip)
+        strength = Strength(config.color_jitter, config.blur_prob, config.solarize_prob)
+        return AsymmetricViews(config.img_size, config.in_chans, augmentation.crop_scale, augmentation.hflip, strength)
 
     @staticmethod
     def blind_loss(model: Any, images: Pixels, arguments: Mapping[str, Any], means: Means) -> Tensor | None:
