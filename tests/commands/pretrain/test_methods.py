@@ -8,11 +8,12 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms import v2
 
 from mimkernels.commands.pretrain.history import read_entries
 from mimkernels.commands.pretrain.methods import METHODS, Method
 from mimkernels.commands.pretrain.run import Run, pretrain
-from mimkernels.data.batches import derived_seed
+from mimkernels.data.batches import Augmentation, derived_seed
 from mimkernels.engine.checkpoint import load
 from mimkernels.models.base import ImageModel
 from mimkernels.models.build import METHODS as BUILT
@@ -203,3 +204,53 @@ def test_views_schedules_hooks_and_a_teacher(tiny, tmp_path, monkeypatch):
         assert pretrain(tiny(**settings, output=str(tmp_path / "parts"))).stopped_by
     pretrain(tiny(**settings, output=str(tmp_path / "parts")), resume="auto")
     assert_same_bits(saved["model"], load(tmp_path / "parts" / "checkpoints" / "final.pt")["model"])
+
+
+VIEWS = {
+    "mocov3": {"method": "mocov3", "mlp_dim": 32, "out_dim": 8},
+    "dino": {
+        "method": "dino",
+        "mlp_dim": 32,
+        "bottleneck_dim": 16,
+        "prototypes": 64,
+        "local_crops": 1,
+        "local_size": 8,
+    },
+}
+
+
+@pytest.fixture
+def of_views(tiny):
+    def make(method, **changes):
+        decoder = {"decoder_dim": 512, "decoder_depth": 8, "decoder_heads": 16}
+        return tiny(**decoder, **VIEWS[method], **changes)
+
+    return make
+
+
+@pytest.mark.parametrize("method", VIEWS)
+def test_views_are_changed_as_little_as_settings_say(of_views, tiny, method):
+    config = of_views(method, color_jitter=0.1, blur_prob=0.25, solarize_prob=0.0)
+    config.check()
+    views = config.the_method.views(config, Augmentation(16, 1, 0.4, False))
+    for steps in views.steps:
+        jitter, blur = (step for step in steps.transforms if isinstance(step, v2.RandomApply))
+        assert tuple(jitter.transforms[0].brightness) == (0.9, 1.1) and blur.p == 0.25
+        assert not any(isinstance(step, v2.RandomSolarize) for step in steps.transforms)
+    for name, value in (("color_jitter", -0.1), ("blur_prob", 1.5), ("solarize_prob", 2.0)):
+        with pytest.raises(ValueError, match=rf"{name} must be in \[0, 1\], got {value}"):
+            of_views(method, **{name: value}).check()
+        with pytest.raises(ValueError, match=f"{name} is an option of MoCo v3 and DINO"):
+            tiny(**{name: 0.5}).check()
+
+
+@pytest.mark.parametrize("method", VIEWS)
+def test_views_are_learned_from_in_bf16_as_in_fp32(of_views, tmp_path, method):
+    """At every step of a few, the loss; what is made of features is computed in fp32 all the same."""
+    seen = []
+    for precision in ("fp32", "bf16"):
+        changes = {"precision": precision, "val_split": 0.9, "val_images": 8, "val_masks": 1, "batch_size": 50}
+        result = pretrain(of_views(method, **changes, pictures=0, output=str(tmp_path / precision)))
+        seen.append(torch.tensor(losses(result.output)))
+    assert len(seen[0]) == 3 and seen[1].isfinite().all()
+    torch.testing.assert_close(*seen, rtol=0.03, atol=0)
