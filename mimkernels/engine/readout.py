@@ -11,6 +11,7 @@ from mimkernels.nn import Pooling, build_pooling
 _LEAST_PER_CLASS = 5
 _THREADED = 2**22  # numbers from which on the products of a fit are worth more than one thread
 _BATCH, _LR = 64, 0.1  # the rate is divided by the root of the width: a step moves scores alike
+_CONVERTED = 2**27  # numbers, of tokens in half precision that are converted once, not at every step: 512 MB
 _FEWEST, _MOST, _READ = 40, 400, 2**29  # steps, and numbers of the tokens that all of them read
 
 
@@ -62,6 +63,8 @@ def train_pooling(
         the pooling, the accuracy on three tenths of the images, and how many the others are, which it was trained on.
     """
     fitted, tested = fitted_and_tested(len(tokens))
+    if tokens.numel() <= _CONVERTED:
+        tokens = tokens.float()
     fork = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=fork):
         torch.manual_seed(0)

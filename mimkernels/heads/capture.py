@@ -73,7 +73,8 @@ def capture(
         accumulate: keep only sums over images, for whole data sets; else also every row, ``[B, H, N]``.
         differentiable: rows keep their gradients, so that they can be terms of a loss.
         unit, exclude_prefix: as of ``HeadStatistics``.
-        keep: what to keep of the last call of every layer, of "q", "k" and "lse", for the companion ops.
+        keep: what to keep of the last call of every layer, of "q", "k" and "lse", for the companion ops; of some images
+            alone, if ``kept_images`` of the result names them.
 
     Raises:
         ValueError: an unknown statistic, or a layout that must be given; inside, a layer whose tokens do not fit the
@@ -230,7 +231,7 @@ class Capture(FunctionObserver):
     def _write(self, layer: LayerHeads, plan: _Plan, call: AttentionCall, output: AttentionOutput) -> None:
         if not plan.names:
             return
-        rows = self._recorder.write(layer, call, output)
+        rows = self._recorder.write(layer, call, output, self._heads.kept_images)
         group = self._group(plan)
         group.update(
             layer.index, rows, q=call.q, k=call.k, v=call.v, lse=output.lse, windows=layer.windows, **call.options

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["CKA", "gram_matrices", "unbiased_hsic"]
 
 TOKENS = ("all", "cls", "patch")
+_AT_ONCE = 2**17  # numbers of features
 
 
 def unbiased_hsic(k: Tensor, l: Tensor) -> Tensor:
@@ -84,9 +85,13 @@ def gram_matrices(
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if grams and len(x) != len(grams[0]):
             raise ValueError(f"layers of {name} have {len(grams[0])} and {len(x)} images")
-        # Unbiased HSIC does not change with the features' mean; without it, float32 products keep their digits.
-        centred = x - x.mean(0)
-        gram = (centred @ centred.T).double()
+        # Unbiased HSIC does not change with the features' mean; without it, float32 products keep their digits. Parts
+        # stay in the caches of a CPU, where memory for all centred features would cost more than the product.
+        gram = x.new_zeros(len(x), len(x))
+        for part in x.split(_AT_ONCE // len(x) + 1 if x.device.type == "cpu" else x.shape[1], dim=1):
+            centred = part - part.mean(0)
+            gram.addmm_(centred, centred.T)
+        gram = gram.double()
         if rescale:
             plain = (x @ x.T).double()
             gram = gram / (plain.max() - plain.min())

@@ -31,12 +31,15 @@ class RecordedHeads(Mapping[str, LayerHeads]):
         groups: the accumulated ``HeadStatistics``, one object for all layers that have the same quantities and the
             same prefix tokens. Of an image's windows, the mean counts.
         missed: modules that look like attention, ran, and were not seen, with the reason.
+        kept_images: numbers of the images of a call whose q, k and lse ``capture(keep=...)`` keeps, which may be set
+            before each call; None: of all.
     """
 
     def __init__(self, layers: Iterable[LayerHeads] = ()) -> None:
         self._layers: dict[str, LayerHeads] = {layer.name: layer for layer in layers}
         self._groups: dict[tuple[tuple[str, ...], int], HeadStatistics] = {}
         self.missed: dict[str, str] = {}
+        self.kept_images: Sequence[int] | None = None
 
     def __getitem__(self, layer: str | int) -> LayerHeads:
         """A layer by its name, or by its place among the recorded ones."""

@@ -44,12 +44,12 @@ class _Layer:
 
     def means(self) -> Tensor:
         """Over images, ``[columns]`` on the CPU; NaN without images."""
-        sums, _, counts = self.sums.cpu()
+        sums, _, counts = self.sums.cpu().unbind()
         return sums / counts
 
     def variances(self) -> Tensor:
         """Unbiased, over images, ``[columns]`` on the CPU; NaN for fewer than two images."""
-        sums, squares, counts = self.sums.cpu()
+        sums, squares, counts = self.sums.cpu().unbind()
         variances = ((squares - sums.square() / counts) / (counts - 1)).clamp(min=0.0)
         return torch.where(counts < 2, torch.nan, variances)
 
@@ -257,7 +257,7 @@ class HeadStatistics:
         if name == "token_similarity":
             return token_maps.token_similarity(given["tokens"].detach(), self.num_prefix)[:, None]
         if name == "high_frequency":
-            return token_maps.relative_log_amplitude(given["tokens"].detach(), given["grid"], self.num_prefix)[:, -1:]
+            return token_maps.high_frequency(given["tokens"].detach(), given["grid"], self.num_prefix)[:, None]
         if name.endswith("_magnitude"):
             x = given["output" if "output" in name else "tokens"].detach()
             norms: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)  # [B, N]

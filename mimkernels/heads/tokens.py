@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["relative_log_amplitude", "token_similarity"]
+__all__ = ["high_frequency", "relative_log_amplitude", "token_similarity"]
 
 
 def token_similarity(tokens: Tensor, num_prefix: int = 0) -> Tensor:
@@ -26,9 +26,12 @@ def token_similarity(tokens: Tensor, num_prefix: int = 0) -> Tensor:
     """
     x = tokens[:, num_prefix:].float()
     count = x.shape[1]
-    unit = torch.nn.functional.normalize(x, dim=-1)
-    # The squared norm of the sum holds every ordered pair once, and every token with itself.
-    among = unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))
+    norms: Tensor = torch.linalg.vector_norm(x, dim=-1)  # [B, N]
+    scales = norms.clamp(min=1e-12).reciprocal()
+    with torch.autocast(x.device.type, enabled=False):
+        total = (scales[:, None] @ x)[:, 0]  # [B, D] sum of the tokens at length 1, which are never made
+    # Its squared norm holds every ordered pair once, and every token with itself.
+    among = total.square().sum(-1) - (norms * scales).square().sum(1)
     return among / (count * (count - 1)) if count > 1 else torch.full_like(among, math.nan)
 
 
@@ -50,7 +53,16 @@ def relative_log_amplitude(tokens: Tensor, grid: Sequence[int] | None = None, nu
 
     Source: arXiv:2305.00729 and arXiv:2202.06709, whose code adds 1e-6.
     """
-    x = tokens[:, num_prefix:].float()
+    return _relative_log_amplitude(tokens[:, num_prefix:].float(), grid, highest=False)
+
+
+def high_frequency(tokens: Tensor, grid: Sequence[int] | None = None, num_prefix: int = 0) -> Tensor:
+    """The last of what ``relative_log_amplitude`` gives, ``[B]`` fp32: the highest frequency alone."""
+    return _relative_log_amplitude(tokens[:, num_prefix:].float(), grid, highest=True)[:, -1]
+
+
+def _relative_log_amplitude(x: Tensor, grid: Sequence[int] | None, *, highest: bool) -> Tensor:
+    """``[B, F]`` of patches ``[B, N, D]``; `highest`: of frequency 0 and the highest one."""
     side = math.isqrt(x.shape[1])
     rows, columns = (side, side) if grid is None else grid
     if rows * columns != x.shape[1]:
@@ -59,6 +71,8 @@ def relative_log_amplitude(tokens: Tensor, grid: Sequence[int] | None = None, nu
     # The same share of the highest frequency on both axes. Of the transform that is the diagonal alone: products with
     # F waves, far less than all N frequencies.
     number = torch.arange(steps + 1, device=x.device)
+    if highest:
+        number = number[[0, -1]]
     turns = _turns(number * (rows // 2) // max(1, steps), rows)[:, :, None]
     turns = turns + _turns(number * (columns // 2) // max(1, steps), columns)[:, None]
     angles = 2 * math.pi * turns.flatten(1)  # [F, N]

@@ -133,8 +133,14 @@ class HeadRecorder:
         self._keeps_rows = rows
         self._differentiable = differentiable
 
-    def write(self, layer: LayerHeads, call: AttentionCall, output: AttentionOutput) -> dict[str, Tensor]:
-        """Write one call down, and return its row statistics as they are kept."""
+    def write(
+        self, layer: LayerHeads, call: AttentionCall, output: AttentionOutput, images: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
+        """Write one call down, and return its row statistics as they are kept.
+
+        Args:
+            images: numbers of those of which q, k and lse are kept, with all their windows; None: of all.
+        """
         rows = output.stats if self._differentiable else {name: row.detach() for name, row in output.stats.items()}
         layer.has_run = True
         layer.set_sizes(call)
@@ -142,6 +148,8 @@ class HeadRecorder:
         if self._keeps_rows:
             layer._rows.append(rows)
         keep = self.keep
+        if keep and images is not None:
+            call, output = _of_images(images, layer.windows, call, output)
         if "q" in keep:
             layer.q = call.q
         if "k" in keep:
@@ -152,6 +160,21 @@ class HeadRecorder:
             for name in _SCORES:
                 setattr(layer, name, getattr(call, name))
         return rows
+
+
+def _of_images(
+    images: Sequence[int], windows: int, call: AttentionCall, output: AttentionOutput
+) -> tuple[AttentionCall, AttentionOutput]:
+    """A call as if it had been made of some of its images alone; copies of what is theirs."""
+    first = torch.tensor(images, dtype=torch.int64, device=call.q.device) * windows
+    rows = (first[:, None] + torch.arange(windows, device=call.q.device)).flatten()
+    bias, key_mask = call.bias, call.key_mask
+    if bias is not None and windows % len(bias):  # image b takes row b modulo W
+        bias = bias[rows % len(bias)]
+    if key_mask is not None:
+        key_mask = key_mask[rows]
+    chosen = call._replace(q=call.q[rows], k=call.k[rows], bias=bias, key_mask=key_mask)
+    return chosen, output._replace(lse=output.lse[rows])
 
 
 class LayerRecorder:

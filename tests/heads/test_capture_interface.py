@@ -9,6 +9,9 @@ from torch import nn
 
 import mimkernels
 from mimkernels.heads import PRESETS, HeadStatistics, patch_grid_positions
+from mimkernels.nn.recorder import _of_images
+from mimkernels.nn.sdpa import AttentionCall
+from mimkernels.ops import attention_rows
 from tests.integrations import models as m
 
 GIVEN = {"num_prefix": 1, "positions": (4, 4)}
@@ -266,3 +269,34 @@ def test_a_capture_is_entered_once():
         model(m.tokens())
     with pytest.raises(RuntimeError, match="used before"), once:
         pass
+
+
+def test_q_and_k_are_kept_of_some_images_with_all_their_windows():
+    model, x = m.swin(), m.images()
+    with torch.no_grad(), mimkernels.capture(model, ["entropy"], accumulate=True, keep=("q", "k", "lse")) as heads:
+        model(x)
+        whole = [(layer.q, layer.k, layer.lse, layer.options, layer.windows) for layer in heads.values()]
+        heads.kept_images = [1]
+        model(x)
+        for layer, (q, k, lse, options, windows) in zip(heads.values(), whole, strict=True):
+            own = slice(windows, 2 * windows)
+            assert torch.equal(layer.lse, lse[own]) and layer.q.untyped_storage().nbytes() == layer.q.nbytes
+            rows = attention_rows(layer.q, layer.k, [0, 3], **layer.options)
+            torch.testing.assert_close(rows, attention_rows(q, k, [0, 3], **options)[own])
+        heads.kept_images = []
+        model(x)
+        assert all(len(layer.q) == 0 for layer in heads.values())
+    assert set(heads.statistics.images.values()) == {3 * len(x)}
+
+
+@pytest.mark.parametrize("windows", [1, 2])
+def test_images_that_are_kept_keep_their_masks(windows):
+    generator = torch.Generator().manual_seed(0)
+    images = 4
+    q, k, v = torch.randn(3, images * windows, 2, 5, 8, generator=generator)
+    bias = torch.randn(images * windows, 1, 5, 5, generator=generator)
+    visible = torch.rand(images * windows, 5, generator=generator) < 0.8
+    call = AttentionCall(q, k, v, bias, visible, 0.3, (images * windows, 2))
+    chosen, _ = _of_images([3, 1], windows, call, call.compute())
+    wanted = attention_rows(q, k, range(5), **call.options).unflatten(0, (images, windows))[[3, 1]].flatten(0, 1)
+    torch.testing.assert_close(attention_rows(chosen.q, chosen.k, range(5), **chosen.options), wanted)

@@ -8,6 +8,7 @@ from torch import nn
 
 from mimkernels import attention
 from mimkernels.heads import HeadStatistics, capture, relative_log_amplitude, token_similarity
+from mimkernels.heads.tokens import high_frequency
 
 SINKS = ["sink_attention", "sink_is_cls", "sink_is_prefix", "sink_value_norm"]
 
@@ -35,6 +36,7 @@ def test_amplitudes_of_a_constant_and_a_checkerboard(grid):
     amplitudes = relative_log_amplitude(torch.cat((prefix, tokens), 1), grid, num_prefix=1)
     assert amplitudes.shape == (2, 3) and (amplitudes[:, 0] == 0).all()
     torch.testing.assert_close(amplitudes[:, -1], torch.full((2,), math.log(0.5 / 3)), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(high_frequency(torch.cat((prefix, tokens), 1), grid, num_prefix=1), amplitudes[:, -1])
     constant = relative_log_amplitude(torch.ones(1, count, 8), grid)
     assert constant[0, 1:].tolist() == pytest.approx([math.log(1e-6 / count)] * 2, abs=0.7)
     with pytest.raises(ValueError, match=rf"{count} patches do not fill a grid of 3 x 5"):

@@ -3,7 +3,7 @@
 import base64
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mimkernels.engine.encoder import FrozenEncoder
-from mimkernels.heads import LayerHeads, capture
+from mimkernels.heads import LayerHeads, RecordedHeads
 from mimkernels.nn.windows import Windows, windows_of
 from mimkernels.ops import attention_rows
 
@@ -106,29 +106,71 @@ def queries_of(grid: Sequence[int], num_prefix: int, per_query: int) -> tuple[li
     return [*range(num_prefix), *(num_prefix + patch for patch in patches)], stride
 
 
-@torch.no_grad()
-def attention_maps(encoder: FrozenEncoder, images: Tensor) -> tuple[Maps | None, Tensor | None]:
-    """Rows of every layer and head on `images` ``[I, C, S, S]`` uint8, and their last tokens; None without a grid.
+class ShownImages:
+    """Attention rows and last tokens of a few images, taken from the batches of a pass that ``capture`` sees.
 
-    Of models in windows, rows are those within the window; else layers of other tokens than the first are left out.
+    Rows are of every layer and head. Of models in windows, they are those within the window; else layers of other
+    tokens than the first are left out.
+
+    Args:
+        positions: of the images in the pass.
+        heads: what is captured, with q and k kept.
     """
-    if encoder.grid is None:
-        return None, None
-    device = next(encoder.parameters()).device
-    with capture(encoder.model, ["peak"], accumulate=True, keep=("q", "k")) as heads:
-        last = encoder(images.to(device)).tokens
-    if any(layer.windows > 1 for layer in heads.values()):
-        return _maps_of_windows(encoder, images, list(heads.values())), last
+
+    def __init__(self, encoder: FrozenEncoder, positions: Sequence[int], heads: RecordedHeads) -> None:
+        self._encoder, self._heads = encoder, heads
+        self._wanted = torch.tensor(positions if encoder.grid is not None else (), dtype=torch.int64)
+        self._places: list[int] = []
+        self._maps: list[Maps] = []
+        self._tokens: list[Tensor] = []
+        heads.kept_images = self._places
+
+    def expect(self, positions: Tensor) -> None:
+        """Say which images the next batch is of; to be called before the encoder."""
+        self._places = torch.isin(positions, self._wanted).nonzero().flatten().tolist()
+        self._heads.kept_images = self._places
+
+    @torch.no_grad()
+    def add(self, images: Tensor, tokens: Tensor) -> None:
+        """Take the batch that has run, ``images [B, C, S, S]`` and their last tokens."""
+        if self._places:
+            maps = _maps_of(self._encoder, images[self._places], list(self._heads.values()), len(self._wanted))
+            if maps is not None:
+                self._maps.append(maps)
+            self._tokens.append(tokens[self._places].float())
+
+    @property
+    def maps(self) -> Maps | None:
+        """Of all images; None without any, and of models whose patches form no grid."""
+        if not self._maps:
+            return None
+        images, weights, maxima, prefix = (
+            torch.cat([getattr(maps, name) for maps in self._maps])
+            for name in ("images", "weights", "maxima", "prefix")
+        )
+        return replace(self._maps[0], images=images, weights=weights, maxima=maxima, prefix=prefix)
+
+    @property
+    def tokens(self) -> Tensor | None:
+        """``[I, N, D]`` last tokens of the same images."""
+        return torch.cat(self._tokens) if self._tokens else None
+
+
+def _maps_of(encoder: FrozenEncoder, images: Tensor, heads: Sequence[LayerHeads], total: int) -> Maps | None:
+    """Rows of `images` ``[I, C, S, S]`` uint8, whose q and k are kept; `total` images share ``MOST_BYTES``."""
+    assert encoder.grid is not None
+    if any(layer.windows > 1 for layer in heads):
+        return _maps_of_windows(encoder, images, heads, total)
     tokens = encoder.num_prefix + encoder.grid[0] * encoder.grid[1]
     layers = [
         layer
-        for layer in heads.values()
+        for layer in heads
         if layer.q is not None and layer.queries == layer.keys == tokens and len(layer.q) == len(images)
     ]
     layers = [layer for layer in layers if layer.heads == layers[0].heads]
     if not layers:
-        return None, last
-    queries, stride = queries_of(encoder.grid, encoder.num_prefix, len(images) * len(layers) * layers[0].heads * tokens)
+        return None
+    queries, stride = queries_of(encoder.grid, encoder.num_prefix, total * len(layers) * layers[0].heads * tokens)
     weights, maxima, prefix = [], [], []
     for layer in layers:
         assert layer.q is not None and layer.k is not None
@@ -137,7 +179,7 @@ def attention_maps(encoder: FrozenEncoder, images: Tensor) -> tuple[Maps | None,
         weights.append(scaled)
         maxima.append(highest)
         prefix.append(rows[..., : encoder.num_prefix])
-    maps = Maps(
+    return Maps(
         [layer.name for layer in layers],
         list(encoder.grid),
         encoder.num_prefix,
@@ -149,7 +191,6 @@ def attention_maps(encoder: FrozenEncoder, images: Tensor) -> tuple[Maps | None,
         torch.stack(prefix, 1),
         encoder.has_cls_token,
     )
-    return maps, last
 
 
 def _as_bytes(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,7 +206,7 @@ class _InWindows(NamedTuple):
     windows: Windows
 
 
-def _maps_of_windows(encoder: FrozenEncoder, images: Tensor, layers: Sequence[LayerHeads]) -> Maps | None:
+def _maps_of_windows(encoder: FrozenEncoder, images: Tensor, layers: Sequence[LayerHeads], total: int) -> Maps | None:
     """Rows within the windows that queries of the first stage, or what they were merged into, are in."""
     found = []
     for layer in layers:
@@ -176,7 +217,7 @@ def _maps_of_windows(encoder: FrozenEncoder, images: Tensor, layers: Sequence[La
         return None
     grid = found[0].windows.grid
     heads, keys = max(layer.heads for layer, _ in found), max(layer.keys for layer, _ in found)
-    queries, stride = queries_of(grid, 0, len(images) * len(found) * heads * keys)
+    queries, stride = queries_of(grid, 0, total * len(found) * heads * keys)
     weights, maxima, places = [], [], []
     for layer, windows in found:
         rows, place = _window_rows(layer, windows, queries, grid)

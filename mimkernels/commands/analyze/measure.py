@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mimkernels.commands.analyze.config import AnalyzeConfig
-from mimkernels.commands.analyze.maps import attention_maps
+from mimkernels.commands.analyze.maps import ShownImages
 from mimkernels.commands.analyze.pooled import LastTokens
 from mimkernels.commands.analyze.results import Measured
 from mimkernels.data.batches import Augmentation
@@ -142,15 +142,18 @@ def measure(
                   and (encoder.has_cls_token or name not in _OF_CLS)]  # fmt: skip
     loader = in_order(EncoderImages(images, augmentation, 0, False), config.batch_size, workers, device.type == "cuda")
     with (
-        capture(encoder.model, quantities, unit=config.unit, accumulate=True) as heads,
+        capture(encoder.model, quantities, unit=config.unit, accumulate=True, keep=("q", "k")) as heads,
         tokens.followed(),
     ):
+        shown = ShownImages(encoder, _spread(len(images), config.viewer_images), heads)
         for batch in loader:
             broken += batch.broken
             if batch.images is None:
                 continue
+            shown.expect(batch.positions)
             with accelerator.autocast():
                 encoded = encoder(batch.images.to(device, non_blocking=True))
+            shown.add(batch.images, encoded.tokens)
             last.add(encoded.tokens, batch.positions)
             seen += len(batch.images)
             tokens.update()
@@ -196,9 +199,7 @@ def measure(
     accuracy, why = accuracy_by_depth(tokens.features, images.targets[torch.cat(read)])
     if why and config.depth_probe:
         notes.append(f"no accuracy by depth: {why}")
-    shown = _some(images, augmentation, config.viewer_images)
-    maps, shown_tokens = (None, None) if shown is None else attention_maps(encoder, shown)
-    if shown is not None and last.why:
+    if config.viewer_images and last.why:
         notes.append(f"no weights of trained poolings beside attention: {last.why}")
     return Measured(
         facts,
@@ -208,9 +209,9 @@ def measure(
         tokens.grams,
         accuracy,
         _importance(encoder, _some(images, augmentation, config.importance), config.batch_size),
-        None if maps is None else vars(maps),
+        None if shown.maps is None else vars(shown.maps),
         notes,
-        last.train(shown_tokens),
+        last.train(shown.tokens),
     )
 
 
@@ -231,11 +232,16 @@ def accuracy_by_depth(features: list[list[Tensor]], targets: Tensor) -> tuple[li
     ], ""
 
 
+def _spread(images: int, count: int) -> list[int]:
+    """Positions of a few images, spread evenly over all."""
+    return torch.linspace(0, images - 1, min(count, images)).round().long().tolist()
+
+
 def _some(images: LabelledImages, augmentation: Augmentation, count: int) -> Tensor | None:
     """A few images ``[count, C, S, S]``, spread evenly over all of them; None if there is none."""
     source = EncoderImages(images, augmentation, 0, False)
-    positions = torch.linspace(0, len(images) - 1, min(count, len(images))).round().long().tolist()
-    read = [image for image, _, _ in (source[(0, position)] for position in positions) if image is not None]
+    samples = (source[(0, position)] for position in _spread(len(images), count))
+    read = [image for image, _, _ in samples if image is not None]
     return torch.stack(read) if read else None
 
 

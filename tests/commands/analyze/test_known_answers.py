@@ -10,13 +10,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mimkernels.commands.analyze.config import AnalyzeConfig, parse_models
-from mimkernels.commands.analyze.maps import attention_maps
 from mimkernels.commands.analyze.measure import accuracy_by_depth, measure
 from mimkernels.commands.analyze.run import analyze, open_images
 from mimkernels.commands.analyze.series import series_of
 from mimkernels.commands.pretrain.config import PretrainConfig
 from mimkernels.commands.pretrain.run import pretrain
 from mimkernels.engine.encoder import load_encoder
+from tests.commands.analyze.shown import shown
 
 SIZES = "pretrained=false:in_chans=1:img_size=16"
 VIT = f"vit_tiny_patch16_224:{SIZES}:patch_size=4:embed_dim=64:depth=1:num_heads=2"
@@ -206,7 +206,7 @@ def test_rows_of_the_viewer_lie_in_the_window_of_their_patch():
                 weight.zero_()
             if "bias_table" in name:
                 weight[(1 + 3) * 7 + 3] = 40  # of keys one row above the query
-    maps, _ = attention_maps(encoder, torch.zeros(2, 1, 16, 16, dtype=torch.uint8))
+    maps, _ = shown(encoder, torch.zeros(2, 1, 16, 16, dtype=torch.uint8))
     assert maps.grid == [8, 8] and maps.queries == list(range(64)) and maps.grids == [[8, 8], [8, 8], [4, 4]]
     assert maps.weights.shape == (2, 3, 4, 64, 16) and maps.heads == [2, 2, 4]
     for layer, (grid, shift) in enumerate([(8, 0), (8, 2), (4, 0)]):

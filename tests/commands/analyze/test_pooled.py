@@ -6,12 +6,12 @@ import torch
 from mimkernels._palette import SERIES
 from mimkernels.commands.analyze import pooled as pooled_module
 from mimkernels.commands.analyze.config import parse_models
-from mimkernels.commands.analyze.maps import attention_maps
 from mimkernels.commands.analyze.pictures import marked_images
 from mimkernels.commands.analyze.pooled import POOLINGS, LastTokens
 from mimkernels.data.labelled import LabelledImages
 from mimkernels.engine.encoder import load_encoder
 from mimkernels.engine.readout import train_pooling, why_no_classes
+from tests.commands.analyze.shown import shown
 
 MODEL = "a=vit_tiny_patch16_224:pretrained=false:in_chans=1:img_size=16:patch_size=4:embed_dim=16:depth=1:num_heads=2"
 
@@ -57,7 +57,7 @@ def test_marked_queries_and_poolings_stand_beside_each_other(monkeypatch):
     last = LastTokens(encoder, LabelledImages(None, np.arange(20), torch.arange(20) // 2 % 2), True)
     for positions in torch.arange(20).split(7):
         last.add(encoder(images[positions]).tokens, positions)
-    maps, tokens = attention_maps(encoder, images[:5])
+    maps, tokens = shown(encoder, images[:5])
     trained = last.train(tokens)
     assert list(trained) == list(POOLINGS) and {one["images"] for one in trained.values()} == {7}
     for one in trained.values():

@@ -11,11 +11,14 @@ import torch
 
 from mimkernels.commands.analyze import maps as maps_module
 from mimkernels.commands.analyze.config import AnalyzeConfig, parse_models
-from mimkernels.commands.analyze.maps import Maps, attention_maps, queries_of
-from mimkernels.commands.analyze.run import AnalyzeRun
+from mimkernels.commands.analyze.maps import Maps, queries_of
+from mimkernels.commands.analyze.run import AnalyzeRun, open_images
+from mimkernels.data.batches import Augmentation
+from mimkernels.data.labelled import EncoderImages
 from mimkernels.engine.encoder import load_encoder
 from mimkernels.heads import record_heads
 from mimkernels.ops import attention_rows
+from tests.commands.analyze.shown import shown
 
 MODEL = "a=vit_tiny_patch16_224:pretrained=false:in_chans=1:img_size=16:patch_size=4:embed_dim=16:depth=2:num_heads=2"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -33,7 +36,8 @@ def encoder():
 
 def test_stored_rows_are_those_of_attention(encoder):
     images = torch.randint(0, 256, (3, 1, 16, 16), dtype=torch.uint8)
-    maps, _ = attention_maps(encoder, images)
+    maps, tokens = shown(encoder, images)
+    torch.testing.assert_close(tokens, encoder(images).tokens)
     assert maps.grid == [4, 4] and maps.queries == list(range(17)) and maps.stride == 1
     assert maps.weights.shape == (3, 2, 2, 17, 16) and maps.weights.dtype == torch.uint8
     with record_heads(encoder.model, keep=("q", "k")) as heads:
@@ -161,3 +165,18 @@ def test_pointing_at_a_patch_shows_its_row_in_a_browser(page):
         assert len(frame["said"]) == len(steps)
         for told, (who, parts) in zip(frame["said"], steps, strict=True):
             assert told.startswith(who) and all(part in told for part in parts), (frame["width"], told, who, parts)
+
+
+def test_the_images_of_the_page_are_spread_over_the_pass(page):
+    """Taken from its batches of 12, they are what they are alone."""
+    _, maps, _ = page
+    config = AnalyzeConfig(models=[MODEL], images=12, viewer_images=3)
+    images = open_images(config)
+    positions = [0, 6, 11]  # 5.5 rounds to the even one
+    read = [EncoderImages(images, Augmentation(16, 1, 1.0, False), 0, False)[(0, number)][0] for number in positions]
+    assert torch.equal(maps.images, torch.stack(read))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        alone, _ = shown(load_encoder(parse_models([MODEL])[0]), maps.images)
+    assert (alone.weights.int() - maps.weights.int()).abs().max() <= 1
+    torch.testing.assert_close(alone.maxima, maps.maxima)
