@@ -123,7 +123,7 @@ class Drawer:
             Line("nmi", "mutual information", "Dependence on the query", "Normalised mutual information of query and "
                  "key patches: 0 where every query attends alike, 1 where each attends to a patch of its own."),
             Line("max_score", "score before the softmax", "Largest score", "The largest logit of an image's patches. "
-                 "One that grows in training ends in attention to single tokens, and in spikes of the loss."),
+                 "One that grows in training can end in attention to single tokens and in spikes of the loss."),
         )  # fmt: skip
         made = []
         for quantity, label, title, text in shown:
