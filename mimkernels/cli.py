@@ -24,6 +24,7 @@ COMMANDS = {
     "demo": Command("mimkernels.commands.demo.cli", "pre-train a small MAE on handwritten digits, write a report"),
     "pretrain": Command("mimkernels.commands.pretrain.cli", "pre-train a Vision Transformer with masked images"),
     "probe": Command("mimkernels.commands.probe.cli", "compare poolings of a frozen encoder's tokens"),
+    "finetune": Command("mimkernels.commands.finetune.cli", "train a pre-trained encoder further, with labels"),
     "analyze": Command("mimkernels.commands.analyze.cli", "what heads and tokens of several models do, side by side"),
     "bench": Command("mimkernels.commands.bench.cli", "micro-benchmarks: run them, compare runs, plot them"),
 }

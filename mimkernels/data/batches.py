@@ -7,6 +7,7 @@ index), so that a resumed run sees the same bits whatever the number of workers.
 
 import contextlib
 import os
+import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -32,6 +33,22 @@ def derived_seed(*numbers: int) -> int:
     """A 63-bit seed from several numbers; neighbours give unrelated seeds."""
     words = np.random.SeedSequence(numbers).generate_state(2, np.uint32)
     return (int(words[0]) << 31) ^ int(words[1])
+
+
+@contextlib.contextmanager
+def drawing_from(seed: int) -> Iterator[None]:
+    """What draws from a global generator of Python, numpy or torch (CPU) draws from `seed`; they are restored."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        # Not torch.manual_seed: it would also reseed the accelerators of the training process.
+        torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 # Pixels that a model is trained on: one tensor, or one for each of several views.

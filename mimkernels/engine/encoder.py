@@ -15,13 +15,13 @@ from mimkernels.engine.published import LoadReport, Published, read_published
 from mimkernels.engine.settings import is_of_type, read_settings
 from mimkernels.heads import record_heads
 from mimkernels.models.architecture import check_sizes
-from mimkernels.models.build import PIXEL_STATISTICS, build_model
+from mimkernels.models.build import PIXEL_STATISTICS, build_model, encoder_name
 from mimkernels.models.checkpoint import DamagedFileError, copy_by_name, read_file
 from mimkernels.nn import cls_attention, use_mimkernels_attention, use_mimkernels_block, use_mimkernels_mlp
 
-_EXPORTED = (  # by `mimkernels pretrain`
+_EXPORTED = (  # by `mimkernels pretrain`, and the last by `finetune`
     "mae_checkpoint.pth", "simmim_checkpoint.pth", "supervised_checkpoint.pth", "mocov3_checkpoint.pth",
-    "dino_checkpoint.pth",
+    "dino_checkpoint.pth", "final.pth",
 )  # fmt: skip
 
 
@@ -37,6 +37,9 @@ class EncoderChoice(Protocol):
         pretrained: load the published weights of a timm name.
         img_size: image side in pixels; None for the encoder's own.
         final_norm: tokens after the encoder's last norm.
+
+    An attribute ``adapts``, if there is one and it is true, says that the caller gives the weights of a run to a model
+    of its own: ``model_kwargs`` and ``img_size`` are then of that model, and the run is loaded as it is.
     """
 
     model: str
@@ -63,6 +66,7 @@ class FrozenEncoder(nn.Module):
         grid: rows and columns of patch tokens, or None if they form no grid.
         pixel_range: what images of more than 8 bits were converted with in its pre-training; see ``Decoder``.
         loading: what became of the weights of a published checkpoint; None of everything else.
+        built_by: timm name and arguments that built the model, but for those of images; None where it is not timm's.
     """
 
     _shift: Tensor
@@ -80,8 +84,10 @@ class FrozenEncoder(nn.Module):
         std: Sequence[float],
         final_norm: bool = True,
         pixel_range: str = "auto",
+        built_by: tuple[str, dict[str, Any]] | None = None,
     ) -> None:
         super().__init__()
+        self.built_by = built_by
         self.model = model.requires_grad_(False)
         self.eval()
         self.name, self.title, self.img_size, self.in_chans = name, title, img_size, in_chans
@@ -216,7 +222,8 @@ def _from_run(
 
     `published`: `weights` are what a published file holds, not named tensors of the model.
     """
-    _not_with(choice, "a checkpoint of `mimkernels pretrain`", "arch", "model_kwargs", "img_size")
+    if not getattr(choice, "adapts", False):
+        _not_with(choice, "a checkpoint of `mimkernels pretrain`", "arch", "model_kwargs", "img_size")
     pixel_range = settings.get("pixel_range", "auto")
     if not is_of_type(pixel_range, str):
         raise ValueError(f"{str(settings_path)!r}: setting 'pixel_range' must be str, got {pixel_range!r}")
@@ -224,7 +231,7 @@ def _from_run(
         model = build_model(settings)
     except ValueError as e:
         raise ValueError(f"{str(settings_path)!r}: {e}") from e
-    name = settings["model"]
+    name = encoder_name(settings)
     if published:
         if not isinstance(weights, dict):
             raise ValueError(f"{str(path)!r} holds a {type(weights).__name__}, not a dict")
@@ -233,6 +240,7 @@ def _from_run(
         copy_by_name(model.state_dict(), weights, title=f"{name} of {settings_path}")
     arguments = ", ".join(f"{argument} {value}" for argument, value in settings["model_kwargs"].items())
     method = type(model).__name__
+    patch = {} if settings["patch_size"] is None else {"patch_size": settings["patch_size"]}
     assert model.mean is not None and model.std is not None
     return FrozenEncoder(
         model.evaluated_encoder,
@@ -244,6 +252,7 @@ def _from_run(
         std=model.std,
         final_norm=choice.final_norm,
         pixel_range=pixel_range,
+        built_by=(name, {**patch, **settings["model_kwargs"]}),
     )
 
 
@@ -256,6 +265,7 @@ def _from_published(choice: EncoderChoice, path: Path, content: Any) -> FrozenEn
         return _with_relative_positions(choice, path, published)
     name = _arch_of(choice, published)
     encoder: nn.Module
+    kwargs: dict[str, Any] | None = None
     if published.build is not None:
         _not_with(choice, f"a checkpoint of {published.family}, of which timm has no equal", "arch", "model_kwargs")
         size = choice.img_size or _WITHOUT_POSITIONS
@@ -267,7 +277,8 @@ def _from_published(choice: EncoderChoice, path: Path, content: Any) -> FrozenEn
         encoder = create_encoder(name, img_size=size, in_chans=published.channels, **kwargs)
     weights, resampled = _fitted(published, encoder)
     copied = copy_by_name(encoder.state_dict(), weights, title=f"{name}, {size} x {size} pixels")
-    return _frozen(choice, path, published, encoder, published.report(name, len(copied.loaded), resampled), size)
+    report = published.report(name, len(copied.loaded), resampled)
+    return _frozen(choice, path, published, encoder, report, size, kwargs)
 
 
 def _with_relative_positions(choice: EncoderChoice, path: Path, published: Published) -> FrozenEncoder:
@@ -300,7 +311,7 @@ def _with_relative_positions(choice: EncoderChoice, path: Path, published: Publi
     copied = load_published(weights, target, encoder, family_of(encoder).stride(encoder), title=title)
     resampled += [told.removeprefix("encoder.") for told in copied.resized]
     report = published.report(name, len(copied.loaded), resampled, copied.left)
-    return _frozen(choice, path, published, encoder, report, size)
+    return _frozen(choice, path, published, encoder, report, size, kwargs)
 
 
 def _arch_of(choice: EncoderChoice, published: Published) -> str:
@@ -336,7 +347,13 @@ def _fitted(published: Published, encoder: Any) -> tuple[dict[str, Tensor], list
 
 
 def _frozen(
-    choice: EncoderChoice, path: Path, published: Published, encoder: nn.Module, report: LoadReport, size: int
+    choice: EncoderChoice,
+    path: Path,
+    published: Published,
+    encoder: nn.Module,
+    report: LoadReport,
+    size: int,
+    kwargs: dict[str, Any] | None,
 ) -> FrozenEncoder:
     mean, std = published.pixels
     part = published.part if published.part != "model" else ""
@@ -349,6 +366,7 @@ def _frozen(
         mean=mean,
         std=std,
         final_norm=choice.final_norm,
+        built_by=None if kwargs is None else (report.arch, kwargs),
     )
     frozen.loading = report
     return frozen
@@ -392,6 +410,7 @@ def _from_timm(choice: EncoderChoice) -> FrozenEncoder:
         mean=mean,
         std=std,
         final_norm=choice.final_norm,
+        built_by=(choice.model, dict(choice.model_kwargs)),
     )
 
 

@@ -73,11 +73,13 @@ def add_arguments(parser: argparse.ArgumentParser, kind: type[Settings]) -> None
     """One option per field. Defaults are left out of the namespace, so that it holds what the user gave and no more.
 
     The metadata of a field may hold ``short``, a second name of its option, ``positional=True`` for a list that is
-    given without an option, and ``nargs`` for a list of fixed length.
+    given without an option, ``nargs`` for a list of fixed length, and ``hidden=True`` where it has no option.
     """
     groups: dict[str, argparse._ArgumentGroup] = {}
     for f in fields(kind):
         meta = f.metadata
+        if meta.get("hidden"):
+            continue
         group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
         options = ["--" + f.name.replace("_", "-"), *filter(None, [meta.get("short")])]
         default: Any = f.default if f.default_factory is MISSING else f.default_factory()

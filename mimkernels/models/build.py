@@ -6,12 +6,16 @@ from typing import Any, NamedTuple
 
 from mimkernels.models.base import ImageModel
 from mimkernels.models.dino import DINO
+from mimkernels.models.finetuned import Finetuned
 from mimkernels.models.mae import MAE
 from mimkernels.models.mocov3 import MoCoV3
 from mimkernels.models.simmim import SimMIM
 from mimkernels.models.supervised import Supervised
 
-__all__ = ["METHODS", "PIXEL_STATISTICS", "build_model", "format_statistics", "parse_statistics"]
+__all__ = [
+    "METHODS", "PIXEL_STATISTICS", "build_model", "encoder_name", "format_statistics", "parse_statistics",
+    "pixel_statistics",
+]  # fmt: skip
 
 # Mean and deviation of ImageNet's pixels in [0, 1], by the number of channels: colour, and its luminance.
 PIXEL_STATISTICS = {
@@ -35,10 +39,12 @@ class Recipe(NamedTuple):
     Attributes:
         model: its class, with ``from_config``.
         settings: those that are the method's own, each an argument of the class, and what each may be.
+        name: the setting that holds the encoder's timm name.
     """
 
     model: type[ImageModel]
     settings: _Kinds
+    name: str = "model"
 
 
 METHODS = {
@@ -54,6 +60,11 @@ METHODS = {
     ),
     "simmim": Recipe(SimMIM, {**_MASK_RATIO, "mask_unit": (int, type(None)), "target": (str,), "loss": (str,)}),
     "supervised": Recipe(Supervised, {"num_classes": (int,), "label_smoothing": (float,)}),
+    "finetune": Recipe(
+        Finetuned,
+        {"num_classes": (int,), "label_smoothing": (float,), "readout": (str,), "ema": (float,)},
+        name="arch",
+    ),
     "mocov3": Recipe(
         MoCoV3,
         {
@@ -104,8 +115,7 @@ def build_model(settings: Mapping[str, Any]) -> Any:
     stats = settings.get("pixel_stats", "imagenet")  # of a run before there was the setting: these
     if not isinstance(stats, str):
         raise ValueError(f"setting 'pixel_stats' must be str, got {type(stats).__name__} {str(stats)[:60]!r}")
-    imagenet = stats in ("imagenet", "auto")
-    mean, std = PIXEL_STATISTICS[settings["in_chans"]] if imagenet else parse_statistics(stats, settings["in_chans"])
+    mean, std = pixel_statistics(stats, settings["in_chans"])
     names = ("img_size", "in_chans", "patch_size", *recipe.settings)
     arguments = {**{name: settings[name] for name in names}, "mean": mean, "std": std}
     repeated = sorted({"name", *arguments}.intersection(settings["model_kwargs"]))
@@ -114,12 +124,24 @@ def build_model(settings: Mapping[str, Any]) -> Any:
     for name in recipe.settings:
         if arguments[name] is None:  # the model's own
             del arguments[name]
-    return recipe.model.from_config({"name": settings["model"], **arguments, **settings["model_kwargs"]})
+    _check_kinds(settings, {recipe.name: (str,)})
+    return recipe.model.from_config({"name": settings[recipe.name], **arguments, **settings["model_kwargs"]})
+
+
+def encoder_name(settings: Mapping[str, Any]) -> str:
+    """The timm name of the encoder that ``build_model`` builds by these settings."""
+    name: str = settings[METHODS[settings["method"]].name]
+    return name
 
 
 def format_statistics(mean: Sequence[float], std: Sequence[float]) -> str:
     """``0.4850,0.4560,0.4060/0.2290,0.2240,0.2250``, as settings keep them."""
     return "/".join(",".join(f"{value:.4f}" for value in values) for values in (mean, std))
+
+
+def pixel_statistics(stats: str, in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of each channel by the setting ``pixel_stats``; of "auto", too, those of ImageNet."""
+    return PIXEL_STATISTICS[in_chans] if stats in ("imagenet", "auto") else parse_statistics(stats, in_chans)
 
 
 def parse_statistics(text: str, in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

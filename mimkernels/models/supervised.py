@@ -166,7 +166,7 @@ class Supervised(ImageModel):
         with self._recorded(images, head_stats) as heads:
             logits = self.classify(self.encode(images))
         layer_stats = [layer.stats for layer in heads] if head_stats else None
-        loss = nn.functional.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing)
+        loss = self._loss(logits.float(), targets)
         with torch.no_grad():
             classes = targets if targets.dim() == 1 else targets.argmax(1)
             accuracy = (logits.argmax(1) == classes).float().mean()
@@ -197,6 +197,9 @@ class Supervised(ImageModel):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks' activations in the backward pass."""
         self.encoder.set_grad_checkpointing(enable)
+
+    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
 
     def _check_targets(self, images: Tensor, targets: Tensor) -> None:
         if not isinstance(targets, Tensor):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from mimkernels.commands.finetune.config import FinetuneConfig
 from mimkernels.commands.pretrain.config import METHODS as OFFERED
 from mimkernels.models import MAE
 from mimkernels.models.build import METHODS, build_model, format_statistics, parse_statistics
@@ -31,7 +32,7 @@ def test_pixel_statistics_are_those_of_the_settings():
 
 
 def test_every_method_of_the_command_can_be_built():
-    assert set(METHODS) == set(OFFERED)
+    assert set(METHODS) == {*OFFERED, *FinetuneConfig.methods}
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,16 @@
 """``mimkernels pretrain``: the parser alone; torch is imported when the command runs."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from mimkernels.commands.pretrain.config import PretrainConfig
 from mimkernels.commands.pretrain.presets import PRESETS
+from mimkernels.commands.pretrain.training import TrainingConfig
 from mimkernels.engine.command import exit_code, guarded
 from mimkernels.engine.settings import add_arguments, given_arguments
+
+Config = TypeVar("Config", bound=TrainingConfig)
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -19,11 +23,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "mimkernels pretrain`.",
     )
     add_arguments(parser, PretrainConfig)
-    _add_run_options(parser)
+    add_run_options(parser, PRESETS)
     parser.set_defaults(run=_pretrain)
 
 
-def _add_run_options(parser: argparse.ArgumentParser) -> None:
+def add_run_options(parser: argparse.ArgumentParser, presets: Mapping[str, Any]) -> None:
+    """Options of a command that trains and is no setting: how a run begins, and a recipe among `presets`."""
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -35,7 +40,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--preset",
-        choices=tuple(PRESETS),
+        choices=tuple(presets),
         help="a published recipe: settings in place of the defaults (with --resume: of the checkpoint's); options that "
         "are given come first",
     )
@@ -47,18 +52,18 @@ def _pretrain(args: argparse.Namespace) -> int:
     def prepare() -> Callable[[], int]:
         from mimkernels.commands.pretrain.run import Run
 
-        run = Run(_config(args), resume=args.resume, overwrite=args.overwrite)
+        run = Run(settings_of(args, PretrainConfig, PRESETS), resume=args.resume, overwrite=args.overwrite)
         return lambda: exit_code(run.execute().stopped_by)
 
     return guarded(prepare, args.debug)
 
 
-def _config(args: argparse.Namespace) -> PretrainConfig:
+def settings_of(args: argparse.Namespace, kind: type[Config], presets: Mapping[str, dict[str, Any]]) -> Config:
     """What was given, over the settings of the run that is continued or the defaults."""
-    given = {**PRESETS.get(args.preset, {}), **given_arguments(args, PretrainConfig)}
+    given = {**presets.get(args.preset, {}), **given_arguments(args, kind)}
     if args.resume is None:
-        return PretrainConfig(**given)
+        return kind(**given)
     from mimkernels.commands.pretrain.resume import settings_to_continue
 
-    saved = settings_to_continue(args.resume, given.get("output", PretrainConfig().output))
-    return PretrainConfig.from_dict({**saved, **given})
+    saved = settings_to_continue(args.resume, given.get("output", kind().output), kind)
+    return kind.continued(saved, given)

@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import ClassVar
 
-from mimkernels.commands.pretrain.methods import METHODS, Method, check_method
+from mimkernels.commands.pretrain.methods import METHODS, check_method
+from mimkernels.commands.pretrain.training import SCHEDULES, TrainingConfig
 from mimkernels.data import MAX_PIXELS
-from mimkernels.engine.settings import DEVICES, PRECISIONS, Settings, require, setting
+from mimkernels.engine.settings import DEVICES, PRECISIONS, require, setting
 
 # Those of mimkernels.data.masks for images; to be shown without torch.
 MASKINGS = (
@@ -14,11 +15,10 @@ MASKINGS = (
     "attention_guided",
 )  # fmt: skip
 EMA = "ema"  # a teacher
-SCHEDULES = ("cosine", "step")
 MEASURED = ("auto", "imagenet", "data")  # of pixel_stats, where it has no numbers
 LOSSES = ("l1", "mse", "smooth-l1")
 
-# A checkpoint made with another value of these cannot be continued at all ...
+# As of `TrainingConfig.architecture` ...
 ARCHITECTURE_FIELDS = (
     "method", "model", "img_size", "in_chans", "patch_size", "model_kwargs",
     "decoder_dim", "decoder_depth", "decoder_heads", "mlp_dim", "out_dim", "stop_grad_conv1", "sincos_positions",
@@ -32,11 +32,21 @@ STREAM_FIELDS = (
     "local_crops", "local_size", "local_scale",
     "student_temp", "teacher_temp", "warmup_teacher_temp", "warmup_teacher_temp_epochs",
 )  # fmt: skip
+# ... and what else changes the numbers of a continued run.
+RESULT_FIELDS = (
+    *STREAM_FIELDS, "batch_size", "accum_steps", "epochs", "warmup_epochs", "blr", "lr", "min_lr", "weight_decay",
+    "clip_grad", "precision", "regularize", "min_blr", "warmup_blr", "schedule", "step_epoch", "beta2",
+    "decay_bias_tables", "weight_decay_end",
+)  # fmt: skip
 
 
 @dataclass
-class PretrainConfig(Settings):
+class PretrainConfig(TrainingConfig):
     """Everything a pre-training run depends on. Saved as ``config.json`` in the run folder and in every checkpoint."""
+
+    methods: ClassVar = METHODS
+    architecture: ClassVar = ARCHITECTURE_FIELDS
+    results: ClassVar = RESULT_FIELDS
 
     method: str = setting("mae", "pre-training method", "model", choices=tuple(METHODS))
     model: str = setting(
@@ -254,42 +264,13 @@ class PretrainConfig(Settings):
     pictures: int = setting(12, "reconstructed images in the report", "output")
     title: str = setting("", "title of the report (default: method, model and data)", "output")
 
-    @property
-    def the_method(self) -> type[Method]:
-        return METHODS[self.method]
-
-    def value(self, name: str) -> Any:
-        """The setting `name`, or the method's own value where it is None."""
-        given = getattr(self, name)
-        return getattr(self.the_method, name) if given is None else given
-
     def check(self) -> None:
         """Raise ValueError for values that cannot work, before anything is written."""
-        from mimkernels.data.pixels import Decoder
-
-        for name in (
-            "img_size",
-            "decoder_dim",
-            "decoder_depth",
-            "decoder_heads",
-            "batch_size",
-            "accum_steps",
-        ):
+        super().check()
+        for name in ("decoder_dim", "decoder_depth", "decoder_heads"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("epochs", "log_every", "keep_checkpoints", "head_stats_every", "val_images", "val_masks"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("workers", "pictures", "seed", "local_crops", "warmup_teacher_temp_epochs"):
-            value = getattr(self, name)
-            require(value is None or value >= 0, name, value, "0 or more")
-        if self.data == "torchvision:LSUN":  # the settings may be those of a file, and name a folder that came with it
-            raise ValueError(
-                "data 'torchvision:LSUN' is not opened: torchvision unpickles an index from its folder, which could "
-                "run code; export its images to a folder"
-            )
-        require(self.method in METHODS, "method", self.method, f"one of {', '.join(METHODS)}")
-        require(self.device in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
-        require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
-        require(self.in_chans in (1, 3), "in_chans", self.in_chans, "1 or 3")
+        for name in ("local_crops", "warmup_teacher_temp_epochs"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(self.masking in MASKINGS, "masking", self.masking, f"one of {', '.join(MASKINGS)}")
         ratio = self.mask_ratio
         require(ratio is None or 0 < ratio < 1, "mask_ratio", ratio, "between 0 and 1, both excluded")
@@ -301,14 +282,6 @@ class PretrainConfig(Settings):
                 f"momentum {momentum} and masking {self.masking!r}"
             )
         require(self.loss in LOSSES, "loss", self.loss, f"one of {', '.join(LOSSES)}")
-        require(self.schedule in SCHEDULES, "schedule", self.schedule, f"one of {', '.join(SCHEDULES)}")
-        step = self.step_epoch
-        require(step is None or 0 <= step <= self.epochs, "step_epoch", step, f"in 0..{self.epochs} (epochs)")
-        require(self.beta2 is None or 0 <= self.beta2 < 1, "beta2", self.beta2, "at least 0 and below 1")
-        warmup = self.warmup_epochs
-        require(warmup is None or 0 <= warmup <= self.epochs, "warmup_epochs", warmup, f"in 0..{self.epochs} (epochs)")
-        classes = self.num_classes
-        require(classes is None or classes >= 2, "num_classes", classes, "at least 2")
         for name in ("mask_unit", "mlp_dim", "out_dim", "local_size", "prototypes", "bottleneck_dim"):
             width = getattr(self, name)
             require(width is None or width >= 1, name, width, "at least 1")
@@ -320,25 +293,12 @@ class PretrainConfig(Settings):
         smoothing = self.label_smoothing
         require(0 <= smoothing < 1, "label_smoothing", smoothing, "at least 0 and below 1")
         require(0 < self.local_scale <= 1, "local_scale", self.local_scale, "in (0, 1]")
-        for name in ("blr", "lr", "save_every", "temperature", "student_temp", "teacher_temp", "warmup_teacher_temp"):
+        for name in ("temperature", "student_temp", "teacher_temp", "warmup_teacher_temp"):
             value = getattr(self, name)
-            require(value is None or (value > 0 and math.isfinite(value)), name, value, "positive and finite")
-        for name in (
-            "min_lr",
-            "min_blr",
-            "warmup_blr",
-            "weight_decay",
-            "weight_decay_end",
-            "mixup",
-            "cutmix",
-            "val_every",
-            "analyze_every",
-        ):
+            require(value > 0 and math.isfinite(value), name, value, "positive and finite")
+        for name in ("weight_decay_end", "mixup", "cutmix"):
             value = getattr(self, name)
             require(value is None or (value >= 0 and math.isfinite(value)), name, value, "0 or more and finite")
-        require(self.clip_grad is None or self.clip_grad > 0, "clip_grad", self.clip_grad, "positive")
-        require(self.crop_scale is None or 0 < self.crop_scale <= 1, "crop_scale", self.crop_scale, "in (0, 1]")
-        Decoder.from_settings(self.max_pixels, self.pixel_range)
         share = self.val_split
         require(share is None or 0 < share < 1, "val_split", share, "between 0 and 1, both excluded")
         if share is not None and self.val_data is not None:

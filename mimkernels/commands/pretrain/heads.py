@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimkernels.commands.pretrain.config import PretrainConfig
+from mimkernels.commands.pretrain.training import TrainingConfig
 from mimkernels.data.batches import Augmentation, picture_batch
 from mimkernels.data.sources import Source
 from mimkernels.engine.head_history import QUANTITIES as ON_FIXED_IMAGES
@@ -31,7 +31,7 @@ class HeadWatch:
         ValueError: a name that is unknown, or that cannot be had from row statistics alone.
     """
 
-    def __init__(self, config: PretrainConfig, num_prefix: int) -> None:
+    def __init__(self, config: TrainingConfig, num_prefix: int) -> None:
         self.every = config.head_stats_every
         self.num_prefix = num_prefix
         self.windows: list[int] | None = None

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from mimkernels.commands.pretrain.config import PretrainConfig
 from mimkernels.commands.pretrain.heads import FixedImages, HeadWatch
 from mimkernels.commands.pretrain.history import History
 from mimkernels.commands.pretrain.masking import Masking
 from mimkernels.commands.pretrain.methods import Moment
+from mimkernels.commands.pretrain.training import TrainingConfig
 from mimkernels.commands.pretrain.validation import Validation, calling
 from mimkernels.data.batches import (
     Batch,
@@ -26,6 +26,7 @@ from mimkernels.data.batches import (
     derived_seed,
     make_loader,
 )
+from mimkernels.engine import files
 from mimkernels.engine.checkpoint import CheckpointFolder
 from mimkernels.engine.command import TrainingError
 from mimkernels.engine.progress import Progress
@@ -33,6 +34,7 @@ from mimkernels.engine.schedule import learning_rate, scaled_learning_rate
 from mimkernels.engine.state import state_of
 from mimkernels.engine.stop import StopSignal
 
+BEST = "best.pth"  # in the run folder: weights of the best validation, of methods that have one
 _DROPOUT, _MIX = 4, 5  # streams of the seed; the others are in data/batches.py
 
 
@@ -41,7 +43,7 @@ class Trainer:
 
     def __init__(
         self,
-        config: PretrainConfig,
+        config: TrainingConfig,
         accelerator: Accelerator,
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
@@ -85,9 +87,15 @@ class Trainer:
         self._metrics: list[str] = []
         self._scheduled: dict[str, float] = {}
         self._validated: dict[str, float] = {}  # of the last validation
+        best = [entry[self._best_name] for entry in history.entries if self._best_name in entry] if history else []
+        self._best = max(best, default=-math.inf)
         self._window_began = self._began
         self._last_lr = 0.0
         self._grad_norm: torch.Tensor | float = math.nan
+
+    @property
+    def _best_name(self) -> str:
+        return f"val_{self.method.best}"
 
     @property
     def seconds(self) -> float:
@@ -137,7 +145,7 @@ class Trainer:
         at = Moment(self.step, self.total_steps, self.plan.steps_per_epoch)
         self._last_lr = self._learning_rate(self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = self._last_lr
+            group["lr"] = self._last_lr * group.get("lr_scale", 1.0)
         self._scheduled = scheduled = self.method.schedule(config, at)
         for group in self._decayed if "weight_decay" in scheduled else []:
             group["weight_decay"] = scheduled["weight_decay"]
@@ -249,6 +257,11 @@ class Trainer:
         reduced = accelerator.reduce(torch.stack(list(sums.values())), reduction="sum")
         means = self.validation.values(dict(zip(sums, reduced, strict=True)))
         self._validated = {f"val_{name}": value for name, value in means.items()}
+        value = self._validated.get(self._best_name, -math.inf)
+        # Only of weights that a process has whole.
+        if value > self._best and self.history is not None and accelerator.distributed_type.value != "FSDP":
+            self._best = value
+            files.save(self.checkpoints.folder.parent / BEST, self.method.content(self._plain))
         self._window_began += time.perf_counter() - began  # the images per second are those of training
 
     def _analyze(self) -> None:

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from mimkernels.commands.pretrain.config import ARCHITECTURE_FIELDS, PretrainConfig
+from mimkernels.commands.pretrain.config import PretrainConfig
+from mimkernels.commands.pretrain.training import TrainingConfig
 from mimkernels.data.batches import BatchPlan
 from mimkernels.data.sources import Source
 from mimkernels.engine import checkpoint
@@ -11,15 +12,25 @@ from mimkernels.engine.checkpoint import CheckpointFolder, Newest
 from mimkernels.engine.settings import changes
 
 
-def saved_config(content: dict[str, Any], path: Path) -> PretrainConfig:
-    """The settings that a checkpoint was trained with; ValueError names the file and what is wrong with them."""
+def saved_config(content: dict[str, Any], path: Path, kind: type[TrainingConfig]) -> TrainingConfig:
+    """The settings that a checkpoint was trained with; ValueError names the file and what is wrong with them.
+
+    Args:
+        kind: the settings of the command that is to continue it.
+    """
+    method = content["config"].get("method")
+    if "method" in content["config"] and method not in kind.methods:
+        raise ValueError(
+            f"checkpoint {str(path)!r} is of method {method!r}, which this command does not continue: only "
+            f"{', '.join(kind.methods)}"
+        )
     try:
-        return PretrainConfig.from_dict(content["config"])
+        return kind.from_dict(content["config"])
     except ValueError as e:
         raise ValueError(f"checkpoint {str(path)!r} is malformed: config: {e}") from e
 
 
-def settings_to_continue(resume: str, output: str) -> dict[str, Any]:
+def settings_to_continue(resume: str, output: str, kind: type[TrainingConfig] = PretrainConfig) -> dict[str, Any]:
     """Settings saved in the checkpoint that ``--resume`` means; empty if there is none to continue yet.
 
     A run goes on in the folder that it is found in, wherever that was when it began.
@@ -27,11 +38,11 @@ def settings_to_continue(resume: str, output: str) -> dict[str, Any]:
     newest = checkpoint.find(resume, output)
     if newest.path is None:
         return {}
-    saved = saved_config(newest.content, newest.path).to_dict()
+    saved = saved_config(newest.content, newest.path, kind).to_dict()
     return {**saved, "output": output if resume == "auto" else str(newest.path.parent.parent)}
 
 
-def find_start(config: PretrainConfig, checkpoints: CheckpointFolder, resume: str | None, overwrite: bool) -> Newest:
+def find_start(config: TrainingConfig, checkpoints: CheckpointFolder, resume: str | None, overwrite: bool) -> Newest:
     """The checkpoint to continue from, checked against the settings; its path is None to start anew.
 
     Raises:
@@ -64,13 +75,13 @@ def find_start(config: PretrainConfig, checkpoints: CheckpointFolder, resume: st
             f"{str(output)!r} already holds {other.name}, resuming from {str(start.path)!r} would overwrite what came "
             "after it: choose another --output"
         )
-    _check_same_architecture(saved_config(start.content, start.path), config, str(start.path))
+    _check_same_architecture(saved_config(start.content, start.path, type(config)), config, str(start.path))
     return start._replace(damaged=damaged)
 
 
-def _check_same_architecture(saved: PretrainConfig, now: PretrainConfig, path: str) -> None:
+def _check_same_architecture(saved: TrainingConfig, now: TrainingConfig, path: str) -> None:
     """Refuse a checkpoint of another architecture or method, showing both sides."""
-    different = changes(saved, now, ARCHITECTURE_FIELDS)
+    different = changes(saved, now, now.architecture)
     if different:
         raise ValueError(
             f"checkpoint {path!r} is of another architecture or method (checkpoint -> asked for): "

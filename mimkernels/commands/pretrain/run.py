@@ -11,13 +11,14 @@ from typing import Any, TextIO
 import torch
 from accelerate.utils import broadcast_object_list
 
-from mimkernels.commands.pretrain.config import STREAM_FIELDS, PretrainConfig
+from mimkernels.commands.pretrain.config import PretrainConfig
 from mimkernels.commands.pretrain.heads import FixedImages, HeadWatch
 from mimkernels.commands.pretrain.history import History
-from mimkernels.commands.pretrain.loop import Trainer
+from mimkernels.commands.pretrain.loop import BEST, Trainer
 from mimkernels.commands.pretrain.masking import Masking
 from mimkernels.commands.pretrain.report import References, Report, write_report
 from mimkernels.commands.pretrain.resume import check_same_stream, find_start
+from mimkernels.commands.pretrain.training import TrainingConfig
 from mimkernels.commands.pretrain.validation import Validation
 from mimkernels.data.batches import Augmentation, BatchPlan, PretrainImages, picture_batch, require_readable
 from mimkernels.data.pixels import Decoder
@@ -38,13 +39,6 @@ from mimkernels.models.build import build_model, format_statistics
 from mimkernels.nn.attention import attention_layers
 from mimkernels.nn.windows import window_counts
 
-# What changes the numbers of a continued run; a person is told.
-_RESULT_FIELDS = (
-    *STREAM_FIELDS, "batch_size", "accum_steps", "epochs", "warmup_epochs", "blr", "lr", "min_lr", "weight_decay",
-    "clip_grad", "precision", "regularize", "min_blr", "warmup_blr", "schedule", "step_epoch", "beta2",
-    "decay_bias_tables", "weight_decay_end",
-)  # fmt: skip
-
 
 @dataclass
 class RunResult:
@@ -56,7 +50,7 @@ class RunResult:
     stopped_by: int  # number of the signal that ended it early, 0 if it went to its end
     broken_images: int
     report: Path | None = None
-    content: Report | None = None  # what the report shows
+    content: Any = None  # what the report shows
 
 
 def pretrain(
@@ -76,8 +70,10 @@ def pretrain(
     return Run(config, resume=resume, overwrite=overwrite, stream=stream).execute()
 
 
-class Run:
+class TrainingRun:
     """A run that has been checked and is ready to start: constructing it locks the folder and writes nothing else.
+
+    A subclass says what is trained, on what, and what is reported.
 
     Args:
         config: what to train.
@@ -89,7 +85,7 @@ class Run:
 
     def __init__(
         self,
-        config: PretrainConfig,
+        config: TrainingConfig,
         *,
         resume: str | None = None,
         overwrite: bool = False,
@@ -120,27 +116,21 @@ class Run:
         method = config.the_method
         with self.accelerator.local_main_process_first():  # one process per machine downloads
             self.source, self.held_out = self._open_data()
-        targets = self._targets() if method.labelled else None
-        self.config = replace(self.config, pixel_stats=self._pixel_stats())
-        config = self.config  # which now has what the data alone can tell
+        self.config = config = self._from_data()
+        targets = self.source.targets()[0] if method.labelled else None
         torch.manual_seed(config.seed)
-        self.model = build_model(config.to_dict())
+        self.model = self._new_model()
         if self.start is not None:
             check_fits(self.model, self.start["model"], self.start["optimizer"], str(self.start_path))
         self.heads = HeadWatch(config, getattr(self.model.encoder, "num_prefix_tokens", 0))
         if self.heads.names or self.heads.weights or config.analyze_every:
             layers = attention_layers(self.model.encoder)  # refuses a model whose heads cannot be recorded
             self.heads.windows = window_counts((self.model.encoder,), layers)
-        self.masking = Masking(config, self.model) if method.masks else None
+        self.masking = self._masking()
         follows = self.masking is not None and self.masking.state() is not None
         if follows and self.accelerator.distributed_type.value == "FSDP":
             raise ValueError("the moving average of sharded weights is not kept: give --teacher a run, or train by DDP")
-        self.augmentation = Augmentation(
-            config.img_size,
-            config.in_chans,
-            next(scale for scale in (config.value("crop_scale"), self.source.crop_scale) if scale is not None),
-            self.source.mirrored if config.hflip is None else config.hflip,
-        )
+        self.augmentation = self._augmentation()
         self.fixed_images: FixedImages | None = None
         if config.analyze_every:
             if self.accelerator.distributed_type.value == "FSDP":
@@ -150,6 +140,7 @@ class Run:
         self.images = PretrainImages(self.source, views, config.seed, targets)
         self.validation: Validation | None = None
         if self.held_out is not None:
+            classes = [] if targets is None else self.source.targets()[1]
             self.validation = Validation(
                 config,
                 self.held_out,
@@ -157,7 +148,7 @@ class Run:
                 views=views,
                 masking=self.masking,
                 model=self.model,
-                targets=self._held_out_targets() if method.labelled else None,
+                targets=None if targets is None else class_numbers(self.held_out, self.source.name, classes),
             )
             self.validation.require_readable()
         processes = self.accelerator.num_processes
@@ -175,54 +166,42 @@ class Run:
 
     def _open_data(self) -> tuple[Source, Source | None]:
         """Images to train on, and others to validate on, if there are any."""
+        raise NotImplementedError
+
+    def _from_data(self) -> TrainingConfig:
+        """The settings, with what the data alone can tell."""
+        raise NotImplementedError
+
+    def _new_model(self) -> Any:
+        """The model before its first step; the seed has been set."""
+        return build_model(self.config.to_dict())
+
+    def _augmentation(self) -> Augmentation:
         config = self.config
-        decoder = Decoder.from_settings(config.max_pixels, config.pixel_range)
-        source = open_source(config.data, config.data_root, decoder)
-        if config.val_split is not None:
-            return hold_out(source, config.val_split)
-        if config.val_data is None:
-            return source, open_held_out(config.data, config.data_root)
-        if not is_named(config.val_data):
-            return source, FolderSource(config.val_data, decoder)
-        held_out = open_held_out(config.val_data, config.data_root)
-        if held_out is None:
-            raise ValueError(f"val_data {config.val_data!r} has no test images")
-        return source, held_out
+        return Augmentation(
+            config.img_size,
+            config.in_chans,
+            next(scale for scale in (config.value("crop_scale"), self.source.crop_scale) if scale is not None),
+            self.source.mirrored if config.hflip is None else config.hflip,
+        )
 
-    def _held_out_targets(self) -> list[int]:
-        assert self.held_out is not None
-        return class_numbers(self.held_out, self.source.name, self.source.targets()[1])
+    def _masking(self) -> Masking | None:
+        """Of a method that masks."""
+        return None
 
-    def _pixel_stats(self) -> str:
-        """``pixel_stats`` without what has to be looked up or measured; a run that is continued keeps what it has."""
-        given, in_chans = self.config.pixel_stats, self.config.in_chans
-        if given not in ("auto", "data"):
-            return given
-        if self.start is not None:
-            saved: str = self.start["config"].get("pixel_stats", "imagenet")
-            return saved
-        if given == "auto":
-            known = self.source.statistics
-            return format_statistics([known[0]] * in_chans, [known[1]] * in_chans) if known else "imagenet"
-        measured = [""]
-        if self.accelerator.is_main_process:
-            measured[0] = format_statistics(*measure_statistics(self.source, in_chans))
-        return str(broadcast_object_list(measured)[0])
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        config, method = self.config, self.config.the_method
+        return parameter_groups(
+            self.model.named_parameters(), config.value("weight_decay"), lambda name: method.undecayed(config, name)
+        )
 
-    def _targets(self) -> list[int]:
-        """The images' class numbers; the settings get the number of classes."""
-        targets, classes = self.source.targets()
-        if self.config.num_classes is None:
-            self.config = replace(self.config, num_classes=len(classes))
-        assert self.config.num_classes is not None
-        if self.config.num_classes < len(classes):
-            raise ValueError(
-                f"{self.source.name!r} has {len(classes)} classes, num_classes is {self.config.num_classes}: the "
-                "model could not name them all"
-            )
-        if len(classes) < 2:
-            raise ValueError(f"{self.source.name!r} has {len(classes)} class: supervised training needs at least 2")
-        return targets
+    def _model_facts(self) -> dict[str, str]:
+        """What the model is, by name, and what else comes before the facts of every run."""
+        raise NotImplementedError
+
+    def _finish(self, weights: dict[str, Any], history: History, facts: dict[str, str]) -> tuple[Any, Path]:
+        """Export the weights, write the report; on the first process. Returns what the report shows, and its file."""
+        raise NotImplementedError
 
     def execute(self) -> RunResult:
         """Train to the end of the schedule or to a stop request, then write weights, pictures and the report."""
@@ -278,8 +257,7 @@ class Run:
                             f"{len(trainer.broken)} image files could not be read; others took their place"
                         )
                     assert history is not None
-                    content = self._finish(weights, history, facts)
-                    report = write_report(self.output / "report.html", content)
+                    content, report = self._finish(weights, history, facts)
                     progress.note(f"{config.epochs} epochs in {duration(trainer.seconds)}; report: {report}")
             accelerator.wait_for_everyone()
         except torch.OutOfMemoryError as e:
@@ -302,9 +280,7 @@ class Run:
         if self.config.compile:
             self.model.compile()
         optimizer = torch.optim.AdamW(
-            parameter_groups(
-                self.model.named_parameters(), config.value("weight_decay"), lambda name: method.undecayed(config, name)
-            ),
+            self._parameter_groups(),
             lr=self.peak_lr,
             betas=(0.9, config.value("beta2")),
             fused=True,
@@ -330,6 +306,7 @@ class Run:
                 self.output / "metrics.jsonl",
                 self.output / TRAINING_STEPS,
                 self.output / FIXED_IMAGES,
+                self.output / BEST,
                 *(self.output / "tensorboard").glob("events.out.tfevents.*"),
             ]:
                 path.unlink(missing_ok=True)
@@ -351,18 +328,9 @@ class Run:
 
     def _facts(self) -> dict[str, str]:
         config, plan = self.config, self.plan
-        parameters = sum(p.numel() for p in self.model.parameters())
         processes = self.accelerator.num_processes
-        arguments = {**({"patch_size": config.patch_size} if config.patch_size else {}), **config.model_kwargs}
         return {
-            "Model": ", ".join(
-                [
-                    config.model,
-                    *(f"{k} {v}" for k, v in arguments.items()),
-                    f"{parameters / 1e6:.2g} M parameters"
-                    + (" with decoder" if config.the_method.reconstructs else ""),
-                ]
-            ),
+            **self._model_facts(),
             "Data": f"{self.source.name}, {len(self.source):,} images, {config.img_size} x {config.img_size} pixels",
             **({"Validation": self.validation.told()} if self.validation else {}),
             **({"Masks": self.masking.told()} if self.masking and self.masking.sampler else {}),
@@ -381,7 +349,7 @@ class Run:
             f"continuing at step {self.start['step']} (epoch {self.start['epoch']:.1f})"
             + (f" from {self.start_path}, which is whole" if notes else "")
         )
-        different = changes(PretrainConfig.from_dict(self.start["config"]), self.config, _RESULT_FIELDS)
+        different = changes(type(self.config).from_dict(self.start["config"]), self.config, self.config.results)
         if different:
             notes.append(f"settings that differ from the checkpoint's: {'; '.join(different)}")
         if self.start["step"] >= self.config.epochs * self.plan.steps_per_epoch:
@@ -392,8 +360,82 @@ class Run:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return loading_workers(self.config.workers, self.accelerator.device.type, self.source.in_memory, processes)
 
-    def _finish(self, weights: dict[str, Any], history: History, facts: dict[str, str]) -> Report:
-        """Export the weights and gather what the report shows; on the first process, with an unwrapped model."""
+
+class Run(TrainingRun):
+    """A run of ``mimkernels pretrain``."""
+
+    config: PretrainConfig
+
+    def _open_data(self) -> tuple[Source, Source | None]:
+        """Images to train on, and others to validate on, if there are any."""
+        config = self.config
+        decoder = Decoder.from_settings(config.max_pixels, config.pixel_range)
+        source = open_source(config.data, config.data_root, decoder)
+        if config.val_split is not None:
+            return hold_out(source, config.val_split)
+        if config.val_data is None:
+            return source, open_held_out(config.data, config.data_root)
+        if not is_named(config.val_data):
+            return source, FolderSource(config.val_data, decoder)
+        held_out = open_held_out(config.val_data, config.data_root)
+        if held_out is None:
+            raise ValueError(f"val_data {config.val_data!r} has no test images")
+        return source, held_out
+
+    def _from_data(self) -> PretrainConfig:
+        if self.config.the_method.labelled:
+            self._count_classes()
+        return replace(self.config, pixel_stats=self._pixel_stats())
+
+    def _masking(self) -> Masking | None:
+        return Masking(self.config, self.model) if self.config.the_method.masks else None
+
+    def _pixel_stats(self) -> str:
+        """``pixel_stats`` without what has to be looked up or measured; a run that is continued keeps what it has."""
+        given, in_chans = self.config.pixel_stats, self.config.in_chans
+        if given not in ("auto", "data"):
+            return given
+        if self.start is not None:
+            saved: str = self.start["config"].get("pixel_stats", "imagenet")
+            return saved
+        if given == "auto":
+            known = self.source.statistics
+            return format_statistics([known[0]] * in_chans, [known[1]] * in_chans) if known else "imagenet"
+        measured = [""]
+        if self.accelerator.is_main_process:
+            measured[0] = format_statistics(*measure_statistics(self.source, in_chans))
+        return str(broadcast_object_list(measured)[0])
+
+    def _count_classes(self) -> None:
+        """Give the settings the number of classes."""
+        classes = self.source.targets()[1]
+        if self.config.num_classes is None:
+            self.config = replace(self.config, num_classes=len(classes))
+        assert self.config.num_classes is not None
+        if self.config.num_classes < len(classes):
+            raise ValueError(
+                f"{self.source.name!r} has {len(classes)} classes, num_classes is {self.config.num_classes}: the "
+                "model could not name them all"
+            )
+        if len(classes) < 2:
+            raise ValueError(f"{self.source.name!r} has {len(classes)} class: supervised training needs at least 2")
+
+    def _model_facts(self) -> dict[str, str]:
+        config = self.config
+        parameters = sum(p.numel() for p in self.model.parameters())
+        arguments = {**({"patch_size": config.patch_size} if config.patch_size else {}), **config.model_kwargs}
+        return {
+            "Model": ", ".join(
+                [
+                    config.model,
+                    *(f"{k} {v}" for k, v in arguments.items()),
+                    f"{parameters / 1e6:.2g} M parameters"
+                    + (" with decoder" if config.the_method.reconstructs else ""),
+                ]
+            )
+        }
+
+    def _finish(self, weights: dict[str, Any], history: History, facts: dict[str, str]) -> tuple[Report, Path]:
         config, device = self.config, self.accelerator.device
         model = build_model(config.to_dict())
         model.load_state_dict(weights)
@@ -412,7 +454,7 @@ class Run:
                 mask = self.masking.for_held_out(batch)
                 original, masked, predicted = model.reconstruct(batch, mask=mask, seed=config.seed)
                 pictures = (original.cpu(), masked.cpu(), predicted.cpu())
-        return Report(
+        content = Report(
             config=config,
             run_facts=facts,
             entries=history.entries,
@@ -424,8 +466,9 @@ class Run:
             references=self._references(model),
             masked_share=masked_share,
             versions=versions(),
-            backends=_backends(device, self.precision, config.the_method.ops),
+            backends=backends_of(device, self.precision, config.the_method.ops),
         )
+        return content, write_report(self.output / "report.html", content)
 
     def _references(self, model: torch.nn.Module) -> References | None:
         """What the loss of the trained `model` is to be compared with, on the images of the validation."""
@@ -454,7 +497,7 @@ class Run:
         return References(method.blind, blind, validation.measure(untrained, device), now)
 
 
-def _backends(device: torch.device, precision: str, ops: tuple[str, ...]) -> dict[str, str]:
+def backends_of(device: torch.device, precision: str, ops: tuple[str, ...]) -> dict[str, str]:
     """Which backend each op of the training step runs on."""
     from mimkernels.ops._registry import SPECS
 

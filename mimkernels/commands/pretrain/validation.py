@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mimkernels.commands.pretrain.config import PretrainConfig
 from mimkernels.commands.pretrain.masking import Masking
+from mimkernels.commands.pretrain.training import TrainingConfig
 from mimkernels.data.batches import UNREADABLE, Augmentation, Pixels, Views, derived_seed, reason_of, stacked
 from mimkernels.data.sources import Source
 
@@ -62,7 +62,7 @@ class Validation:
 
     def __init__(
         self,
-        config: PretrainConfig,
+        config: TrainingConfig,
         source: Source,
         *,
         augmentation: Augmentation,

@@ -1,12 +1,14 @@
 """Settings of a probe, and the poolings that its ``--pooling`` names."""
 
-import json
 import math
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from mimkernels.data import MAX_PIXELS
 from mimkernels.engine.settings import DEVICES, PRECISIONS, Settings, require, setting
+
+if TYPE_CHECKING:
+    from mimkernels.nn.pooling_choice import PoolingChoice
 
 OPTIMIZERS = ("lars", "adamw", "sgd")
 
@@ -134,31 +136,8 @@ class ProbeConfig(Settings):
         return max(_TRUST, min(_LONGEST_STEP, _LEAST_TRAVEL / steps) / self.peak_lr)
 
 
-class PoolingChoice(NamedTuple):
-    """One entry of ``--pooling``."""
-
-    label: str  # as given: its name in tables and files
-    name: str
-    options: dict[str, Any]
-
-
-def parse_poolings(text: str) -> list[PoolingChoice]:
+def parse_poolings(text: str) -> "list[PoolingChoice]":
     """``"cls,abmilp:depth=2:content=all"`` to its entries; ValueError shows what is wrong with one."""
-    from mimkernels.nn import poolings
+    from mimkernels.nn.pooling_choice import parse_pooling
 
-    choices = []
-    for label in dict.fromkeys(part.strip() for part in text.split(",")):
-        name, *pairs = label.split(":")
-        if name not in poolings():
-            raise ValueError(f"unknown pooling {name!r}; known: {', '.join(poolings())}")
-        options = {}
-        for pair in pairs:
-            option, equals, value = pair.partition("=")
-            if not option or not equals:
-                raise ValueError(f"pooling {label!r}: expected NAME:OPTION=VALUE, got {pair!r}")
-            try:
-                options[option] = json.loads(value)
-            except json.JSONDecodeError:
-                options[option] = value
-        choices.append(PoolingChoice(label, name, options))
-    return choices
+    return [parse_pooling(label) for label in dict.fromkeys(part.strip() for part in text.split(","))]

@@ -1,12 +1,11 @@
-"""Images with labels for probing: the split into training and test images."""
+"""Images with labels, for probing and fine-tuning: the split into training and test images."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from mimkernels.commands.probe.config import ProbeConfig
 from mimkernels.data.labelled import LabelledImages
 from mimkernels.data.pixels import Decoder
 from mimkernels.data.sources import (
@@ -22,6 +21,19 @@ from mimkernels.data.sources import (
 _TEST_FOLDERS = ("val", "validation", "valid", "test")
 
 
+class SplitChoice(Protocol):
+    """Which images a command takes, as its settings say; ``ProbeConfig`` tells what they mean."""
+
+    data: str
+    data_root: str
+    val_data: str | None
+    val_share: float
+    max_pixels: int
+
+    @property
+    def pixel_range(self) -> str | None: ...
+
+
 class Split(NamedTuple):
     """What a probe trains on, what it is tested on, and how the two came about."""
 
@@ -31,7 +43,7 @@ class Split(NamedTuple):
     description: str
 
 
-def open_split(config: ProbeConfig, pixel_range: str = "auto") -> Split:
+def open_split(config: SplitChoice, pixel_range: str = "auto") -> Split:
     """Training and test images of ``--data``; the same on every run, whatever the seed.
 
     Args:
@@ -56,7 +68,7 @@ def open_split(config: ProbeConfig, pixel_range: str = "auto") -> Split:
         test, how = open_held_out(config.data, config.data_root), "tested on the set's own test images"
     numbers, classes = train.targets()
     if len(classes) < 2:
-        raise ValueError(f"{train.name!r} has {len(classes)} class: a probe needs at least 2")
+        raise ValueError(f"{train.name!r} has {len(classes)} class: at least 2 are needed")
     targets = torch.tensor(numbers, dtype=torch.int64)
     everything = np.arange(len(train))
     if test is not None:

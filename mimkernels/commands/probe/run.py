@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 import torch
 
-from mimkernels.commands.probe.config import PoolingChoice, ProbeConfig, parse_poolings
+from mimkernels.commands.probe.config import ProbeConfig, parse_poolings
 from mimkernels.commands.probe.data import open_split
 from mimkernels.commands.probe.features import Encoded, Extractor, Features
 from mimkernels.commands.probe.report import ProbePictures, ProbeReport, print_results, write_report
@@ -40,6 +40,7 @@ from mimkernels.engine.readout import logistic_accuracy
 from mimkernels.engine.settings import is_of_type
 from mimkernels.models.checkpoint import check_by_name, read_file
 from mimkernels.nn import build_pooling
+from mimkernels.nn.pooling_choice import PoolingChoice
 
 # Settings that change no number of a pooling's result; the range of the pixels is part of the data's fingerprint.
 _FREE = (

@@ -341,7 +341,7 @@ def test_data_without_labels_is_refused(config, tmp_path, flags):
     Image.new("L", (8, 8)).save(folder / "stray.png")
     with pytest.raises(ValueError, match="images outside class folders, such as 'stray.png'"):
         probe(config(data=str(folder)))
-    with pytest.raises(ValueError, match="has 1 class: a probe needs at least 2"):
+    with pytest.raises(ValueError, match="has 1 class: at least 2 are needed"):
         probe(config(data=str(flags("one", classes=("red",)))))
 
 

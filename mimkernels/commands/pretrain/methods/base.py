@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mimkernels.commands.pretrain.config import PretrainConfig
     from mimkernels.commands.pretrain.validation import Means
     from mimkernels.data.batches import Augmentation, Pixels, Views
 
@@ -48,6 +47,8 @@ class Method:
     are complete and clipped, the optimizer, ``after_step``. The hooks take the model without wrappers; its
     parameters may be sharded.
 
+    Settings are those of the command, a ``TrainingConfig``.
+
     Attributes:
         title: the method's name for people.
         options: settings that other methods have no use for.
@@ -63,6 +64,7 @@ class Method:
         blind: what the best answer is that looks at no image, whose loss ``blind_loss`` gives.
         ops: whose backends the report names.
         exported: file of the weights under their published names.
+        best: metric of the validation whose best weights are kept, too, in ``BEST``; None: of none.
         sees_all: whether the encoder has a token for every patch, masked or not.
     """
 
@@ -84,20 +86,21 @@ class Method:
     blind: ClassVar[str] = ""
     ops: ClassVar[tuple[str, ...]]
     exported: ClassVar[str]
+    best: ClassVar[str | None] = None
     sees_all: ClassVar[bool]
 
     @classmethod
-    def check(cls, config: PretrainConfig) -> None:
+    def check(cls, config: Any) -> None:
         """Raise ValueError for settings that cannot work together with this method."""
 
     @staticmethod
-    def views(config: PretrainConfig, augmentation: Augmentation) -> Views:
+    def views(config: Any, augmentation: Augmentation) -> Views:
         """What is made of an image: one view by default, by the settings' crop and flip; see ``Views``."""
         return augmentation
 
     @classmethod
     def call(
-        cls, config: PretrainConfig, images: Pixels, targets: Tensor | None, *, seed: int, training: bool
+        cls, config: Any, images: Pixels, targets: Tensor | None, *, seed: int, training: bool
     ) -> tuple[Any, dict[str, Any]]:
         """What the model is called with for a batch on its device: the images and further arguments by name.
 
@@ -116,7 +119,7 @@ class Method:
         return None
 
     @classmethod
-    def schedule(cls, config: PretrainConfig, at: Moment) -> dict[str, float]:
+    def schedule(cls, config: Any, at: Moment) -> dict[str, float]:
         """Values by name that change with the steps, besides the learning rate; they are logged.
 
         ``weight_decay`` is that of the parameters that are decayed. Others are for the hooks.
@@ -136,7 +139,7 @@ class Method:
         """Follow the optimizer's step, as the weights of a teacher do."""
 
     @staticmethod
-    def undecayed(config: PretrainConfig, name: str) -> bool:
+    def undecayed(config: Any, name: str) -> bool:
         """Whether no weight decay acts on a parameter, by its name, though its shape does not say so."""
         return False
 
@@ -162,21 +165,21 @@ class Method:
         return share
 
     @staticmethod
-    def lead(config: PretrainConfig, masked_share: float | None) -> str:
+    def lead(config: Any, masked_share: float | None) -> str:
         """What the model learns, in one or two sentences; None of a method that masks nothing."""
         raise NotImplementedError
 
     @staticmethod
-    def loss_words(config: PretrainConfig) -> str:
+    def loss_words(config: Any) -> str:
         """What the loss is, as the beginning of a sentence without its end."""
         raise NotImplementedError
 
     @staticmethod
-    def verdict(config: PretrainConfig, untrained: Mapping[str, float], now: Mapping[str, float]) -> str:
+    def verdict(config: Any, untrained: Mapping[str, float], now: Mapping[str, float]) -> str:
         """What loss and metrics on new images say, of the model before its first step and of the trained one."""
         return ""
 
     @staticmethod
-    def picture_words(config: PretrainConfig) -> str:
+    def picture_words(config: Any) -> str:
         """What is to be known of reconstructed pixels; may be empty."""
         return ""

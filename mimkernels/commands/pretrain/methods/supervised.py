@@ -44,18 +44,15 @@ class Supervised(Method):
         mixup, cutmix = mixing(config)
         if not training or not max(mixup, cutmix):
             return images, {"targets": targets}
-        import numpy as np
         from timm.data import Mixup
+
+        from mimkernels.data.batches import drawing_from
 
         assert config.num_classes is not None
         # The model smooths the targets.
         mix = Mixup(mixup, cutmix, label_smoothing=0.0, num_classes=config.num_classes)
-        before = np.random.get_state()
-        np.random.seed(seed % 2**32)  # timm draws from numpy's global generator
-        try:
+        with drawing_from(seed):
             mixed, shares = mix(images.float() / 255, targets)  # type: ignore[union-attr] # one view
-        finally:
-            np.random.set_state(before)
         return mixed, {"targets": shares.to(mixed.dtype)}
 
     @staticmethod
