@@ -18,8 +18,8 @@ from torchvision.io import write_png
 
 from mimkernels.commands.bench.results import machine
 from mimkernels.commands.pretrain.config import PretrainConfig
-from mimkernels.commands.pretrain.loop import Trainer
 from mimkernels.commands.pretrain.run import Run
+from mimkernels.engine.training.loop import Trainer
 
 NAMES = "distance,entropy,prefix_mass,self_mass,patch_entropy,peak"
 

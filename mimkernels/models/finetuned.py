@@ -41,8 +41,11 @@ class Finetuned(Supervised):
 
     Example::
 
-        model = Finetuned.from_timm("vit_base_patch16_224", num_classes=10)
-        model.start_from(pretrained_encoder)
+        import timm
+        from timm.optim import param_groups_layer_decay
+
+        model = Finetuned.from_timm("vit_tiny_patch16_224", num_classes=10, depth=2)
+        model.start_from(timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=2))
         groups = param_groups_layer_decay(model, 0.05, model.no_weight_decay(), layer_decay=0.65)
     """
 

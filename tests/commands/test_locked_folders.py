@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from mimkernels.commands.pretrain.history import read_entries
-from mimkernels.commands.pretrain.loop import Trainer
 from mimkernels.commands.pretrain.run import Run, pretrain
 from mimkernels.commands.probe.config import ProbeConfig
 from mimkernels.commands.probe.run import probe
 from mimkernels.engine.checkpoint import load
 from mimkernels.engine.lock import folder_lock
+from mimkernels.engine.training.history import read_entries
+from mimkernels.engine.training.loop import Trainer
 from tests.engine.test_lock import in_use
 
 

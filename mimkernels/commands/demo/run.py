@@ -4,10 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mimkernels.commands.pretrain.config import PretrainConfig
-from mimkernels.commands.pretrain.run import Run, RunResult
+from mimkernels.commands.pretrain.run import Run
 from mimkernels.commands.probe.config import ProbeConfig
 from mimkernels.commands.probe.run import ProbeRun
 from mimkernels.engine.page import write_page
+from mimkernels.engine.training.run import RunResult
 
 _TITLE = "A masked autoencoder learns handwritten digits"
 

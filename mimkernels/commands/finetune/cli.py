@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 from mimkernels.commands.finetune.config import FinetuneConfig
 from mimkernels.commands.finetune.presets import PRESETS
-from mimkernels.commands.pretrain.cli import add_run_options, settings_of
 from mimkernels.engine.command import exit_code, guarded
 from mimkernels.engine.settings import add_arguments
+from mimkernels.engine.training.cli import add_run_options, settings_of
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:

@@ -1,13 +1,12 @@
 """Settings of a fine-tuning run."""
 
 import math
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
 
 from mimkernels.commands.finetune.method import Finetune
-from mimkernels.commands.pretrain.config import PretrainConfig
-from mimkernels.commands.pretrain.training import TrainingConfig
 from mimkernels.engine.settings import require, setting
+from mimkernels.engine.training.config import TrainingConfig, shared
 
 # As of `TrainingConfig.architecture`, ...
 _ARCHITECTURE = (
@@ -22,14 +21,7 @@ _RESULTS = (
 )  # fmt: skip
 
 SMALL = 5000  # labelled images below which the defaults are others
-_OF_PRETRAIN = {f.name: f for f in fields(PretrainConfig)}
-
-
-def _same(name: str, default: Any = MISSING, help: str | None = None) -> Any:
-    """A setting of ``mimkernels pretrain``, perhaps with another default and text."""
-    f = _OF_PRETRAIN[name]
-    metadata = {**f.metadata, **({} if help is None else {"help": help})}
-    return field(default=f.default if default is MISSING else default, metadata=metadata)
+_FEW_STEPS = 500  # of the optimizer, fewer than which the defaults do not train
 
 
 @dataclass
@@ -100,7 +92,7 @@ class FinetuneConfig(TrainingConfig):
 
     data: str = setting("digits", "digits (embedded), fashion-mnist, a folder of class folders, or a folder with train "
                         "and val folders of them, or torchvision:NAME", "data", metavar="DATA")  # fmt: skip
-    data_root: str = _same("data_root")
+    data_root: str = shared("data_root")
     labels: str = setting(
         "all", "training images to use, equally many of each class, chosen by the seed: 1%%, 10%%, any share; 25, so "
         "many of each class; all", "data", metavar="SHARE|N|all",
@@ -109,67 +101,88 @@ class FinetuneConfig(TrainingConfig):
         None, "folder of class folders to test on (default: the data's own, or held out)", "data", metavar="DIR"
     )
     val_share: float = setting(0.2, "share of every class held out for the test where the data has no split", "data")
-    val_every: float | None = _same("val_every")
+    val_every: float | None = shared("val_every")
     val_images: int = setting(
         0, "most images to test on while it trains, spread over those there are; 0: 10,000. The last test is on all",
         "data",
     )  # fmt: skip
     val_masks: int = setting(1, "", "data", hidden=True)
-    max_pixels: int = _same("max_pixels")
-    pixel_range: str = _same("pixel_range")
+    max_pixels: int = shared("max_pixels")
+    pixel_range: str = shared("pixel_range")
     pixel_stats: str = setting("auto", "", "data", hidden=True)  # those of the encoder
     test_crop: float = setting(1.0, "share of the central square's side that is tested on (published: 0.875)", "data")
-    crop_scale: float | None = _same(
-        "crop_scale", help="smallest area of the random crop, 1 for none (default: 0.2; digits, fashion-mnist: 0.6; "
-        "published: 0.08)",
+    crop_scale: float | None = setting(
+        None, "smallest area of the random crop, 1 for none (default: 0.2; digits, fashion-mnist 0.6; published: 0.08)",
+        "data",
     )  # fmt: skip
-    hflip: bool | None = _same("hflip")
-    workers: int | None = _same("workers")
+    hflip: bool | None = shared("hflip")
+    workers: int | None = shared("workers")
 
-    batch_size: int = _same("batch_size", 0, "images per process and forward pass; 0: 64, a quarter of fewer than 256")
-    accum_steps: int = _same("accum_steps")
-    epochs: int = _same("epochs", 0, f"passes over the data; 0: 50, below {SMALL:,} labels 20")
-    warmup_epochs: float | None = _same(
-        "warmup_epochs", help="epochs of linear learning-rate warm-up (default: a tenth of all)"
+    batch_size: int = setting(
+        0, "images per process and forward pass; 0: 64, a quarter of fewer than 256", "optimisation"
     )
-    blr: float | None = _same("blr", help="base learning rate: lr = blr * effective batch size / 256 (default: 1e-3)")
-    lr: float | None = _same("lr")
-    min_lr: float = _same("min_lr", 1e-6)
-    min_blr: float | None = _same("min_blr")
-    warmup_blr: float = _same("warmup_blr")
-    schedule: str = _same("schedule")
-    step_epoch: float | None = _same("step_epoch")
-    beta2: float | None = _same("beta2", help="decay of AdamW's mean of squared gradients (default: 0.999)")
-    weight_decay: float | None = _same(
-        "weight_decay", help="weight decay, not on biases, norms, positions and the like (default: 0.05)"
+    accum_steps: int = shared("accum_steps")
+    epochs: int = setting(
+        0, f"passes over the data; 0: 50, below {SMALL:,} labels 20, and {_FEW_STEPS} steps at least", "optimisation"
     )
-    clip_grad: float | None = _same("clip_grad", help="clip the gradient norm to this (default: no clipping)")
-    seed: int = _same("seed", help="seed of the labels' choice, weights, order and augmentation")
+    warmup_epochs: float | None = setting(
+        None, "epochs of linear learning-rate warm-up (default: a tenth of all)", "optimisation"
+    )
+    blr: float | None = setting(
+        None, "base learning rate: lr = blr * effective batch size / 256 (default: 1e-3)", "optimisation"
+    )
+    lr: float | None = shared("lr")
+    min_lr: float = shared("min_lr", 1e-6)
+    min_blr: float | None = shared("min_blr")
+    warmup_blr: float = shared("warmup_blr")
+    schedule: str = shared("schedule")
+    step_epoch: float | None = shared("step_epoch")
+    beta2: float | None = setting(None, "decay of AdamW's mean of squared gradients (default: 0.999)", "optimisation")
+    weight_decay: float | None = setting(
+        None, "weight decay, not on biases, norms, positions and the like (default: 0.05)", "optimisation"
+    )
+    clip_grad: float | None = setting(None, "clip the gradient norm to this (default: no clipping)", "optimisation")
+    seed: int = setting(0, "seed of the labels' choice, weights, order and augmentation", "optimisation")
 
-    head_stats: str = _same("head_stats")
-    head_stats_every: int = _same("head_stats_every")
+    head_stats: str = shared("head_stats")
+    head_stats_every: int = shared("head_stats_every")
     analyze_every: float = setting(
         0.0, "epochs between records of what the heads do on 64 images, the same every time; 0: before and after alone",
         "heads",
     )  # fmt: skip
-    regularize: dict = field(default_factory=dict, metadata=_OF_PRETRAIN["regularize"].metadata)
+    regularize: dict = field(
+        default_factory=dict,
+        metadata={
+            "help": "head statistics to add to the loss, such as entropy=1e-3 (a positive weight lowers the statistic)",
+            "group": "heads",
+        },
+    )
 
-    device: str = _same("device")
-    precision: str = _same("precision")
-    compile: bool = _same("compile")
+    device: str = shared("device")
+    precision: str = shared("precision")
+    compile: bool = shared("compile")
 
-    output: str = _same("output", "runs/finetune")
-    save_every: float = _same("save_every")
-    keep_checkpoints: int = _same("keep_checkpoints")
-    log_every: int = _same("log_every")
+    output: str = shared("output", "runs/finetune")
+    save_every: float = shared("save_every")
+    keep_checkpoints: int = shared("keep_checkpoints")
+    log_every: int = shared("log_every")
     pictures: int = setting(24, "mistakes shown in the report, those that the model was surest of", "output")
-    title: str = _same("title", help="title of the report (default: model and data)")
+    title: str = setting("", "title of the report (default: model and data)", "output")
 
     @classmethod
     def continued(cls, saved: dict[str, Any], given: dict[str, Any]) -> Self:
         """As the parent's; saved arguments of the model are complete, and given ones are some of them."""
         arguments = {**saved.get("model_kwargs", {}), **given.get("model_kwargs", {})}
         return super().continued(saved, {**given, **({"model_kwargs": arguments} if saved else {})})
+
+    def completed(self, saved: dict[str, Any]) -> Self:
+        """These settings with what they leave open as a run has it that is continued."""
+        values = self.to_dict()
+        for f in fields(self):
+            value, hidden = values[f.name], f.metadata.get("hidden", False)
+            if f.name in saved and (value is None or hidden or (value == 0 and f.name in self.by_default)):
+                values[f.name] = saved[f.name]
+        return self.continued(saved, values)
 
     def check(self) -> None:
         """Raise ValueError for values that cannot work, before anything is read or written."""
@@ -199,12 +212,14 @@ class FinetuneConfig(TrainingConfig):
         """
         large = images >= SMALL
         augment = self.auto_augment or ("rand-m9-mstd0.5-inc1" if large and not in_memory else "none")
-        epochs = self.epochs or (50 if large else 20)
+        # Even, for pairs to be mixed.
+        batch_size = self.batch_size or max(2, min(64, images // 4 // 2 * 2))
+        least = math.ceil(_FEW_STEPS / max(1, images // (batch_size * self.accum_steps)))
+        epochs = self.epochs or max(50 if large else 20, least)
         return {
             "num_classes": classes,
             "epochs": epochs,
-            # Even, for pairs to be mixed.
-            "batch_size": self.batch_size or max(2, min(64, images // 4 // 2 * 2)),
+            "batch_size": batch_size,
             "layer_decay": (1.0 if self.from_scratch else 0.75) if self.layer_decay is None else self.layer_decay,
             "mixup": (0.8 if large else 0.0) if self.mixup is None else self.mixup,
             "cutmix": (1.0 if large else 0.0) if self.cutmix is None else self.cutmix,

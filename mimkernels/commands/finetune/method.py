@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mimkernels.commands.pretrain.methods import Method, Moment
+from mimkernels.engine.training.method import Method, Moment
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,19 +10,20 @@ from mimkernels.commands.finetune.config import FinetuneConfig
 from mimkernels.commands.finetune.mistakes import Tested, test_all
 from mimkernels.commands.finetune.report import FinetuneReport, write_report
 from mimkernels.commands.finetune.source import as_source, choose_labels, load_source
-from mimkernels.commands.pretrain.history import History
-from mimkernels.commands.pretrain.loop import BEST
-from mimkernels.commands.pretrain.run import RunResult, TrainingRun, backends_of
-from mimkernels.commands.probe.data import open_split
 from mimkernels.data.augment import FinetuneAugmentation
 from mimkernels.data.batches import Augmentation
 from mimkernels.data.labelled import LabelledImages
 from mimkernels.data.sources import Source
+from mimkernels.data.split import open_split
 from mimkernels.engine import files
 from mimkernels.engine.encoder import FrozenEncoder
 from mimkernels.engine.environment import versions
 from mimkernels.engine.head_history import Epochs
 from mimkernels.engine.tables import print_table
+from mimkernels.engine.training.history import History
+from mimkernels.engine.training.loop import BEST
+from mimkernels.engine.training.resume import settings_to_continue
+from mimkernels.engine.training.run import RunResult, TrainingRun, backends_of
 from mimkernels.models.build import build_model, pixel_statistics
 from mimkernels.models.finetuned import Finetuned, check_readout
 from mimkernels.nn.attention import attention_layers
@@ -50,6 +51,9 @@ class FinetuneRun(TrainingRun):
 
     def _check(self, resume: str | None, overwrite: bool, stream: TextIO | None) -> None:
         check_readout(self.config.readout)
+        if resume is not None and self.config.num_classes is None:
+            saved = settings_to_continue(resume, self.config.output, FinetuneConfig)
+            self.config = self.config.completed(saved) if saved else self.config
         super()._check(resume, overwrite, stream)
         if self.config.ema and self.accelerator.distributed_type.value == "FSDP":
             raise ValueError("the moving average of sharded weights is not kept: leave --ema out, or train by DDP")

@@ -13,7 +13,7 @@ from mimkernels.data.sources import Source, SubsetSource
 from mimkernels.engine.encoder import FrozenEncoder, load_encoder
 from mimkernels.models.build import format_statistics
 
-_LABELS = 7  # stream of the seed; the others are in data/batches.py, commands/pretrain/loop.py and validation.py
+_LABELS = 7  # stream of the seed; the others are in data/batches.py, engine/training/loop.py and validation.py
 
 
 @dataclass

@@ -1,16 +1,13 @@
 """``mimkernels pretrain``: the parser alone; torch is imported when the command runs."""
 
 import argparse
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable
 
 from mimkernels.commands.pretrain.config import PretrainConfig
 from mimkernels.commands.pretrain.presets import PRESETS
-from mimkernels.commands.pretrain.training import TrainingConfig
 from mimkernels.engine.command import exit_code, guarded
-from mimkernels.engine.settings import add_arguments, given_arguments
-
-Config = TypeVar("Config", bound=TrainingConfig)
+from mimkernels.engine.settings import add_arguments
+from mimkernels.engine.training.cli import add_run_options, settings_of
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -27,27 +24,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=_pretrain)
 
 
-def add_run_options(parser: argparse.ArgumentParser, presets: Mapping[str, Any]) -> None:
-    """Options of a command that trains and is no setting: how a run begins, and a recipe among `presets`."""
-    parser.add_argument(
-        "--resume",
-        nargs="?",
-        const="auto",
-        default=None,
-        metavar="PATH|auto",
-        help="continue the run in --output where its newest checkpoint ends (start it if there is none), or the "
-        "checkpoint or run folder PATH; settings not given are the checkpoint's",
-    )
-    parser.add_argument(
-        "--preset",
-        choices=tuple(presets),
-        help="a published recipe: settings in place of the defaults (with --resume: of the checkpoint's); options that "
-        "are given come first",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace the run that --output holds")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
-
 def _pretrain(args: argparse.Namespace) -> int:
     def prepare() -> Callable[[], int]:
         from mimkernels.commands.pretrain.run import Run
@@ -56,14 +32,3 @@ def _pretrain(args: argparse.Namespace) -> int:
         return lambda: exit_code(run.execute().stopped_by)
 
     return guarded(prepare, args.debug)
-
-
-def settings_of(args: argparse.Namespace, kind: type[Config], presets: Mapping[str, dict[str, Any]]) -> Config:
-    """What was given, over the settings of the run that is continued or the defaults."""
-    given = {**presets.get(args.preset, {}), **given_arguments(args, kind)}
-    if args.resume is None:
-        return kind(**given)
-    from mimkernels.commands.pretrain.resume import settings_to_continue
-
-    saved = settings_to_continue(args.resume, given.get("output", kind().output), kind)
-    return kind.continued(saved, given)

@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from mimkernels.commands.pretrain.methods import METHODS, check_method
-from mimkernels.commands.pretrain.training import SCHEDULES, TrainingConfig
-from mimkernels.data import MAX_PIXELS
-from mimkernels.engine.settings import DEVICES, PRECISIONS, require, setting
+from mimkernels.engine.settings import require, setting
+from mimkernels.engine.training.config import TrainingConfig, shared
 
 # Those of mimkernels.data.masks for images; to be shown without torch.
 MASKINGS = (
@@ -153,17 +152,9 @@ class PretrainConfig(TrainingConfig):
         "digits", "digits (embedded, no download), fashion-mnist (of the Debian package dataset-fashion-mnist, or in "
         "--data-root), an image folder, or torchvision:NAME", "data", metavar="DATA",
     )  # fmt: skip
-    data_root: str = setting(
-        "data",
-        "where fashion-mnist is looked for, and torchvision sets are kept or downloaded to",
-        "data",
-        metavar="DIR",
-    )
-    max_pixels: int = setting(MAX_PIXELS, "refuse image files of more pixels, before they are decoded", "data")
-    pixel_range: str = setting(
-        "auto", "values that become black and white in grey images of more than 8 bits, with = if one is negative: "
-        "--pixel-range=-1000,3000; auto: 0,65535 for integers, 0,1 for floating point", "data", metavar="LOW,HIGH",
-    )  # fmt: skip
+    data_root: str = shared("data_root")
+    max_pixels: int = shared("max_pixels")
+    pixel_range: str = shared("pixel_range")
     pixel_stats: str = setting(
         "auto", "mean and deviation that pixels are normalised by: imagenet; data, measured on training images once; "
         "MEAN/STD with commas between channels, in [0, 1]; auto: imagenet, those of the set for fashion-mnist", "data",
@@ -176,9 +167,7 @@ class PretrainConfig(TrainingConfig):
     val_split: float | None = setting(
         None, "share of the training images that is held out to validate on, chosen by name", "data", metavar="SHARE"
     )
-    val_every: float | None = setting(
-        None, "epochs between validations; 0: at the end alone (default: a twentieth of all, at least 1)", "data"
-    )
+    val_every: float | None = shared("val_every")
     val_images: int = setting(1024, "most images to validate on, spread over those there are", "data")
     val_masks: int = setting(4, "masks per validation image, the same every time; the loss is their mean", "data")
     crop_scale: float | None = setting(
@@ -187,15 +176,11 @@ class PretrainConfig(TrainingConfig):
         "dino: 0.4)",
         "data",
     )
-    hflip: bool | None = setting(
-        None, "flip half of the images left to right (default: yes; digits and the like: no)", "data"
-    )
-    workers: int | None = setting(
-        None, "data-loading processes per training process; 0 for none (default: by the cores)", "data"
-    )
+    hflip: bool | None = shared("hflip")
+    workers: int | None = shared("workers")
 
     batch_size: int = setting(64, "images per process and forward pass", "optimisation")
-    accum_steps: int = setting(1, "forward passes per optimizer step", "optimisation")
+    accum_steps: int = shared("accum_steps")
     epochs: int = setting(100, "passes over the data", "optimisation")
     warmup_epochs: float | None = setting(
         None,
@@ -208,17 +193,12 @@ class PretrainConfig(TrainingConfig):
         "dino: 5e-4)",
         "optimisation",
     )  # fmt: skip
-    lr: float | None = setting(None, "learning rate as it is, in place of --blr", "optimisation")
-    min_lr: float = setting(0.0, "learning rate at the end of the cosine", "optimisation")
-    min_blr: float | None = setting(None, "the same for 256 images, in place of --min-lr", "optimisation")
-    warmup_blr: float = setting(0.0, "learning rate for 256 images at which warm-up begins", "optimisation")
-    schedule: str = setting(
-        "cosine", "after warm-up, half a cosine, or a tenth of the rate from --step-epoch on", "optimisation",
-        choices=SCHEDULES,
-    )  # fmt: skip
-    step_epoch: float | None = setting(
-        None, "epoch at which --schedule step takes its step (default: after seven eighths)", "optimisation"
-    )
+    lr: float | None = shared("lr")
+    min_lr: float = shared("min_lr")
+    min_blr: float | None = shared("min_blr")
+    warmup_blr: float = shared("warmup_blr")
+    schedule: str = shared("schedule")
+    step_epoch: float | None = shared("step_epoch")
     beta2: float | None = setting(
         None, "decay of AdamW's mean of squared gradients (default: 0.999; mae: 0.95)", "optimisation"
     )
@@ -232,13 +212,8 @@ class PretrainConfig(TrainingConfig):
     )
     seed: int = setting(0, "seed of weights, order, augmentation and masks", "optimisation")
 
-    head_stats: str = setting(
-        "",
-        "statistics of the encoder's heads to record, such as entropy,distance,prefix_mass",
-        "heads",
-        metavar="NAMES",
-    )
-    head_stats_every: int = setting(100, "optimizer steps between records of --head-stats", "heads")
+    head_stats: str = shared("head_stats")
+    head_stats_every: int = shared("head_stats_every")
     analyze_every: float = setting(
         0.0, "epochs between records of what the heads do on 64 images, whole and the same every time, for the report "
         "and `analyze --during`; 0 for none", "heads",
@@ -251,16 +226,14 @@ class PretrainConfig(TrainingConfig):
         },
     )
 
-    device: str = setting("auto", "where to train", "execution", choices=DEVICES)
-    precision: str = setting(
-        "auto", "auto takes bf16 where the device computes it fast", "execution", choices=PRECISIONS
-    )
-    compile: bool = setting(False, "torch.compile the model", "execution")
+    device: str = shared("device")
+    precision: str = shared("precision")
+    compile: bool = shared("compile")
 
-    output: str = setting("runs/pretrain", "run folder", "output", metavar="DIR")
-    save_every: float = setting(10.0, "epochs between checkpoints", "output")
-    keep_checkpoints: int = setting(2, "how many of them to keep, besides the final one", "output")
-    log_every: int = setting(10, "optimizer steps between log entries", "output")
+    output: str = shared("output")
+    save_every: float = shared("save_every")
+    keep_checkpoints: int = shared("keep_checkpoints")
+    log_every: int = shared("log_every")
     pictures: int = setting(12, "reconstructed images in the report", "output")
     title: str = setting("", "title of the report (default: method, model and data)", "output")
 

@@ -13,7 +13,6 @@ from typing import Any, TextIO
 import torch
 
 from mimkernels.commands.probe.config import ProbeConfig, parse_poolings
-from mimkernels.commands.probe.data import open_split
 from mimkernels.commands.probe.features import Encoded, Extractor, Features
 from mimkernels.commands.probe.report import ProbePictures, ProbeReport, print_results, write_report
 from mimkernels.commands.probe.results import PoolingResult, count_tested
@@ -28,6 +27,7 @@ from mimkernels.commands.probe.train import (
 )
 from mimkernels.data.batches import Augmentation, BatchPlan, make_loader
 from mimkernels.data.labelled import EncoderImages, collate_images
+from mimkernels.data.split import open_split
 from mimkernels.engine import files
 from mimkernels.engine.checkpoint import are_tensors
 from mimkernels.engine.command import TrainingError

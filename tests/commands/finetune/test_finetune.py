@@ -14,13 +14,13 @@ from mimkernels.commands.finetune.config import FinetuneConfig
 from mimkernels.commands.finetune.presets import PRESETS
 from mimkernels.commands.finetune.run import FinetuneRun, finetune
 from mimkernels.commands.finetune.source import choose_labels
-from mimkernels.commands.pretrain.history import read_entries
-from mimkernels.commands.pretrain.loop import Trainer
 from mimkernels.commands.pretrain.run import pretrain
 from mimkernels.data.labelled import LabelledImages
 from mimkernels.data.sources import DigitsSource
 from mimkernels.engine.checkpoint import load
 from mimkernels.engine.encoder import load_encoder
+from mimkernels.engine.training.history import read_entries
+from mimkernels.engine.training.loop import Trainer
 
 FINETUNE = {
     "data": "digits", "labels": "10%", "batch_size": 50, "epochs": 2, "lr": 5e-3, "workers": 0, "device": "cpu",
@@ -112,7 +112,8 @@ def test_frozen_layers_stay_and_others_move(settings, tmp_path, pretrained):
 STRONG = {"mixup": 0.8, "cutmix": 1.0, "erasing": 0.5, "auto_augment": "rand-m9-mstd0.5-inc1", "ema": 0.9}
 
 
-def test_a_run_goes_on_bit_for_bit(settings, tmp_path, monkeypatch):
+@pytest.mark.parametrize("by", ["command", "function"])
+def test_a_run_goes_on_bit_for_bit(settings, tmp_path, monkeypatch, by):
     whole = settings(**STRONG, output=str(tmp_path / "whole"))
     run(whole)
     part = settings(**STRONG)
@@ -129,8 +130,10 @@ def test_a_run_goes_on_bit_for_bit(settings, tmp_path, monkeypatch):
             run(part)
     # Nothing but the folder is needed: what it started from may be gone.
     monkeypatch.setattr("mimkernels.commands.finetune.run.load_source", lambda config: pytest.fail("was read again"))
-    words = ["finetune", "--output", part.output, "--resume", "--model", part.model]
-    assert main(words) == 0
+    if by == "command":
+        assert main(["finetune", "--output", part.output, "--resume", "--model", part.model]) == 0
+    else:
+        run(part, resume="auto")
     one, other = (load(tmp_path / name / "checkpoints" / "final.pt")["model"] for name in ("whole", "run"))
     assert one.keys() == other.keys() and any(name.startswith("average.") for name in one)
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -214,8 +217,9 @@ def test_labels_that_are_none_are_refused(settings, labels):
 def test_defaults_are_by_the_number_of_labels():
     config = FinetuneConfig(model="x")
     small = config.filled(600, 10, 10_000, in_memory=True)
-    assert (small["epochs"], small["mixup"], small["auto_augment"], small["erasing"]) == (20, 0.0, "none", 0.0)
-    assert (small["batch_size"], small["layer_decay"], small["analyze_every"]) == (64, 0.75, 20.0)
+    assert (small["epochs"], small["mixup"], small["auto_augment"], small["erasing"]) == (56, 0.0, "none", 0.0)
+    assert (small["batch_size"], small["layer_decay"], small["analyze_every"]) == (64, 0.75, 56.0)  # 504 steps
+    assert config.filled(4_999, 10, 10_000, in_memory=True)["epochs"] == 20
     assert config.filled(15, 10, 10_000, in_memory=True)["batch_size"] == 2
     large = config.filled(50_000, 100, 50_000, in_memory=False)
     assert (large["epochs"], large["mixup"], large["cutmix"], large["erasing"]) == (50, 0.8, 1.0, 0.25)

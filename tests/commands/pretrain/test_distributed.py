@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mimkernels.commands.pretrain.history import read_entries
 from mimkernels.commands.pretrain.run import pretrain
 from mimkernels.engine.checkpoint import load
+from mimkernels.engine.training.history import read_entries
 
 _SIMMIM = {"method": "simmim", "mask_unit": 4, "decoder_dim": 512, "decoder_depth": 8, "decoder_heads": 16}
 METHODS = {

@@ -3,9 +3,9 @@ import json
 import pytest
 import torch
 
-from mimkernels.commands.pretrain.heads import HeadWatch
 from mimkernels.commands.pretrain.run import Run, pretrain
 from mimkernels.engine.head_history import HeadHistory
+from mimkernels.engine.training.heads import HeadWatch
 from mimkernels.heads import HeadStatistics
 
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from mimkernels.commands.pretrain.config import PretrainConfig
-from mimkernels.commands.pretrain.history import History, read_entries
-from mimkernels.commands.pretrain.resume import settings_to_continue
 from mimkernels.commands.pretrain.run import pretrain
 from mimkernels.engine import files
 from mimkernels.engine.checkpoint import CheckpointFolder, load
 from mimkernels.engine.command import TrainingError
 from mimkernels.engine.files import atomic_file, save
 from mimkernels.engine.progress import Progress
+from mimkernels.engine.training.history import History, read_entries
+from mimkernels.engine.training.resume import settings_to_continue
 
 SETTINGS = {"epochs": 2, "save_every": 0.2, "keep_checkpoints": 3, "pictures": 0,
             "head_stats": "entropy", "head_stats_every": 2}  # fmt: skip
@@ -112,7 +112,7 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint(stopped, whole, capsys, 
 def test_settings_come_from_the_newest_whole_checkpoint(stopped):
     config, folder = stopped
     cut(folder.path(7))
-    assert settings_to_continue("auto", config.output)["head_stats_every"] == 2
+    assert settings_to_continue("auto", config.output, PretrainConfig)["head_stats_every"] == 2
 
 
 def test_a_damaged_final_checkpoint_is_trained_again(tiny, whole, tmp_path):

@@ -10,11 +10,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from mimkernels.commands.pretrain.history import read_entries
 from mimkernels.commands.pretrain.methods import METHODS, Method
 from mimkernels.commands.pretrain.run import Run, pretrain
 from mimkernels.data.batches import Augmentation, derived_seed
 from mimkernels.engine.checkpoint import load
+from mimkernels.engine.training.history import read_entries
 from mimkernels.models.base import ImageModel
 from mimkernels.models.build import METHODS as BUILT
 from mimkernels.models.build import Recipe

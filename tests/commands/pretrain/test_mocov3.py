@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from mimkernels.commands.pretrain.history import read_entries
 from mimkernels.commands.pretrain.run import Run, pretrain
 from mimkernels.engine.checkpoint import load
 from mimkernels.engine.encoder import load_encoder
+from mimkernels.engine.training.history import read_entries
 from tests.commands.pretrain.test_run import assert_same_bits, losses, stop_after
 
 MOCO = {

@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from mimkernels.commands.pretrain.history import read_entries
-from mimkernels.commands.pretrain.loop import Trainer
 from mimkernels.commands.pretrain.run import pretrain
 from mimkernels.engine.checkpoint import load
 from mimkernels.engine.command import TrainingError
 from mimkernels.engine.progress import Progress
+from mimkernels.engine.training.history import read_entries
+from mimkernels.engine.training.loop import Trainer
 from mimkernels.models import MAE
 
 
@@ -116,7 +116,7 @@ def test_accumulated_gradients_are_those_of_all_their_images(tiny, tmp_path):
             return super()._log_due(step)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mimkernels.commands.pretrain.run.Trainer", Seen)
+        patch.setattr("mimkernels.engine.training.run.Trainer", Seen)
         from mimkernels.commands.pretrain.run import Run
 
         run = Run(config)

@@ -10,11 +10,11 @@ import torch
 
 from mimkernels.cli import main
 from mimkernels.commands.pretrain.config import PretrainConfig
-from mimkernels.commands.pretrain.history import read_entries
 from mimkernels.commands.pretrain.presets import PRESETS
 from mimkernels.commands.pretrain.run import Run, pretrain
 from mimkernels.engine.checkpoint import load
 from mimkernels.engine.progress import Progress
+from mimkernels.engine.training.history import read_entries
 from mimkernels.heads import HeadStatistics
 from mimkernels.models import SimMIM
 from mimkernels.models.build import build_model

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 from mimkernels.commands.pretrain.config import PretrainConfig
-from mimkernels.commands.pretrain.history import read_entries
 from mimkernels.commands.pretrain.methods import METHODS
 from mimkernels.commands.pretrain.report import References, Report
 from mimkernels.commands.pretrain.run import Run, pretrain
-from mimkernels.commands.pretrain.validation import calling
 from mimkernels.engine.checkpoint import load
+from mimkernels.engine.training.history import read_entries
+from mimkernels.engine.training.validation import calling
 from mimkernels.models.build import METHODS as BUILT
 from mimkernels.models.build import Recipe
 from mimkernels.ops import random_mask

@@ -11,9 +11,9 @@ from torch import nn
 from mimkernels.commands.pretrain.config import PretrainConfig
 from mimkernels.commands.pretrain.run import pretrain
 from mimkernels.commands.probe.config import ProbeConfig, parse_poolings
-from mimkernels.commands.probe.data import open_split
 from mimkernels.commands.probe.run import ProbeRun, probe
 from mimkernels.commands.probe.train import Probe, ProbeTrainer, build_optimizer, knn_accuracy
+from mimkernels.data.split import open_split
 from mimkernels.engine.command import TrainingError
 from mimkernels.engine.encoder import load_encoder
 from mimkernels.engine.progress import Progress

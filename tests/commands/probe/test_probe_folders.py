@@ -10,11 +10,11 @@ import pytest
 from mimkernels.commands.pretrain.config import PretrainConfig
 from mimkernels.commands.pretrain.run import pretrain
 from mimkernels.commands.probe.config import ProbeConfig
-from mimkernels.commands.probe.data import open_split
 from mimkernels.commands.probe.report import print_results
 from mimkernels.commands.probe.results import PoolingResult
 from mimkernels.commands.probe.run import probe
 from mimkernels.data.sources import FolderSource
+from mimkernels.data.split import open_split
 from mimkernels.engine.progress import Progress
 from tests.data.folders import fill, sixteen_bits, warned_of
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING
 
-from mimkernels.commands.pretrain.methods.base import Method, Moment
 from mimkernels.commands.pretrain.methods.dino import DINO
 from mimkernels.commands.pretrain.methods.mae import MAE
 from mimkernels.commands.pretrain.methods.mocov3 import MoCoV3
 from mimkernels.commands.pretrain.methods.simmim import SimMIM
 from mimkernels.commands.pretrain.methods.supervised import Supervised
+from mimkernels.engine.training.method import Method, Moment
 
 if TYPE_CHECKING:
     from mimkernels.commands.pretrain.config import PretrainConfig

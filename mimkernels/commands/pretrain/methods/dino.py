@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mimkernels.commands.pretrain.methods.base import VIEW_OPTIONS, Method, Moment
+from mimkernels.engine.training.method import VIEW_OPTIONS, Method, Moment
 
 if TYPE_CHECKING:
     from mimkernels.commands.pretrain.config import PretrainConfig

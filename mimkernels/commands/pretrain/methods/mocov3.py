@@ -6,14 +6,14 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mimkernels.commands.pretrain.methods.base import VIEW_OPTIONS, Method, Moment
+from mimkernels.engine.training.method import VIEW_OPTIONS, Method, Moment
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mimkernels.commands.pretrain.config import PretrainConfig
-    from mimkernels.commands.pretrain.validation import Means
     from mimkernels.data.batches import Augmentation, Pixels, Views
+    from mimkernels.engine.training.validation import Means
 
 __all__ = ["MoCoV3"]
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mimkernels.commands.pretrain.methods.base import Method
+from mimkernels.engine.training.method import Method
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mimkernels.commands.pretrain.config import PretrainConfig
-    from mimkernels.commands.pretrain.validation import Means
     from mimkernels.data.batches import Pixels
+    from mimkernels.engine.training.validation import Means
 
 __all__ = ["Supervised"]
 

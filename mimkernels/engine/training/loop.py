@@ -11,12 +11,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from mimkernels.commands.pretrain.heads import FixedImages, HeadWatch
-from mimkernels.commands.pretrain.history import History
-from mimkernels.commands.pretrain.masking import Masking
-from mimkernels.commands.pretrain.methods import Moment
-from mimkernels.commands.pretrain.training import TrainingConfig
-from mimkernels.commands.pretrain.validation import Validation, calling
 from mimkernels.data.batches import (
     Batch,
     BatchPlan,
@@ -33,6 +27,12 @@ from mimkernels.engine.progress import Progress
 from mimkernels.engine.schedule import learning_rate, scaled_learning_rate
 from mimkernels.engine.state import state_of
 from mimkernels.engine.stop import StopSignal
+from mimkernels.engine.training.config import TrainingConfig
+from mimkernels.engine.training.heads import FixedImages, HeadWatch
+from mimkernels.engine.training.history import History
+from mimkernels.engine.training.masks import Masks
+from mimkernels.engine.training.method import Moment
+from mimkernels.engine.training.validation import Validation, calling
 
 BEST = "best.pth"  # in the run folder: weights of the best validation, of methods that have one
 _DROPOUT, _MIX = 4, 5  # streams of the seed; the others are in data/batches.py
@@ -56,7 +56,7 @@ class Trainer:
         history: History | None,
         heads: HeadWatch,
         fixed_images: FixedImages | None = None,
-        masking: Masking | None,
+        masking: Masks | None,
         validation: Validation | None = None,
         checkpoints: CheckpointFolder,
         progress: Progress,

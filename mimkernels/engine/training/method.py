@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mimkernels.commands.pretrain.validation import Means
     from mimkernels.data.batches import Augmentation, Pixels, Views
+    from mimkernels.engine.training.validation import Means
 
 __all__ = ["MASK_OPTIONS", "VIEW_OPTIONS", "Method", "Moment"]
 

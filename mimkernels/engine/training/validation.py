@@ -9,16 +9,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mimkernels.commands.pretrain.masking import Masking
-from mimkernels.commands.pretrain.training import TrainingConfig
 from mimkernels.data.batches import UNREADABLE, Augmentation, Pixels, Views, derived_seed, reason_of, stacked
 from mimkernels.data.sources import Source
+from mimkernels.engine.training.config import TrainingConfig
+from mimkernels.engine.training.masks import Masks
 
 __all__ = ["Means", "Validation"]
 
 # Neither masks nor views depend on the run's seed: runs are compared on the same images, masked alike.
 _SEED = 0
 _VIEWS = 6  # stream of the seed; the others are in data/batches.py and loop.py
+_KEPT = 2**31  # bytes of images that are kept; those beyond are read anew
 _OFFSET = 2**41  # of the masks, far from those of training steps
 
 Compute = Callable[[Any, dict[str, Any]], tuple[Tensor, Mapping[str, Tensor]]]
@@ -67,7 +68,7 @@ class Validation:
         *,
         augmentation: Augmentation,
         views: Views,
-        masking: Masking | None,
+        masking: Masks | None,
         model: Any,
         targets: list[int] | None = None,
     ) -> None:
@@ -85,6 +86,7 @@ class Validation:
             if not self._masks.any():
                 raise ValueError(f"masking {masking.name!r} masks none of {count} validation images")
         self._parts: dict[int, _Part | None] = {}
+        self._bytes = 0
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -157,7 +159,7 @@ class Validation:
         return Means(colour, None if self.targets is None else (shares / max(1, count)).float())
 
     def _part(self, number: int) -> _Part | None:
-        """The images of a forward pass, read once and kept; None if none can be read."""
+        """The images of a forward pass, read once and kept where there is room; None if none can be read."""
         if number not in self._parts:
             pixels, rows = [], []
             size = self.config.batch_size
@@ -172,11 +174,16 @@ class Validation:
                     text = f"cannot read {self.source.label(index)}, validation goes without it: {reason_of(e)}"
                     warnings.warn(text, stacklevel=2)
             targets = None if self.targets is None else [self.targets[self.positions[row]] for row in rows]
-            self._parts[number] = (
+            part = (
                 _Part(stacked(pixels), None if targets is None else torch.tensor(targets), torch.tensor(rows))
                 if rows
                 else None
             )
+            views = () if part is None else part.images if isinstance(part.images, tuple) else (part.images,)
+            self._bytes += sum(view.nbytes for view in views)
+            if self._bytes > _KEPT:
+                return part
+            self._parts[number] = part
         return self._parts[number]
 
     def _call(self, part: _Part | None, draw: int, device: torch.device) -> tuple[Any, dict[str, Any], int]:

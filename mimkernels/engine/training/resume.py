@@ -3,13 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from mimkernels.commands.pretrain.config import PretrainConfig
-from mimkernels.commands.pretrain.training import TrainingConfig
 from mimkernels.data.batches import BatchPlan
 from mimkernels.data.sources import Source
 from mimkernels.engine import checkpoint
 from mimkernels.engine.checkpoint import CheckpointFolder, Newest
 from mimkernels.engine.settings import changes
+from mimkernels.engine.training.config import TrainingConfig
 
 
 def saved_config(content: dict[str, Any], path: Path, kind: type[TrainingConfig]) -> TrainingConfig:
@@ -30,7 +29,7 @@ def saved_config(content: dict[str, Any], path: Path, kind: type[TrainingConfig]
         raise ValueError(f"checkpoint {str(path)!r} is malformed: config: {e}") from e
 
 
-def settings_to_continue(resume: str, output: str, kind: type[TrainingConfig] = PretrainConfig) -> dict[str, Any]:
+def settings_to_continue(resume: str, output: str, kind: type[TrainingConfig]) -> dict[str, Any]:
     """Settings saved in the checkpoint that ``--resume`` means; empty if there is none to continue yet.
 
     A run goes on in the folder that it is found in, wherever that was when it began.

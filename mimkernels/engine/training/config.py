@@ -2,12 +2,71 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import MISSING, field
 from typing import Any, ClassVar, Self
 
-from mimkernels.commands.pretrain.methods import Method
-from mimkernels.engine.settings import DEVICES, PRECISIONS, Settings, require
+from mimkernels.data import MAX_PIXELS
+from mimkernels.engine.settings import DEVICES, PRECISIONS, Settings, require, setting
+from mimkernels.engine.training.method import Method
 
 SCHEDULES = ("cosine", "step")
+
+# Settings that mean the same in every command that trains.
+_SHARED: dict[str, Any] = {
+    "data_root": setting(
+        "data",
+        "where fashion-mnist is looked for, and torchvision sets are kept or downloaded to",
+        "data",
+        metavar="DIR",
+    ),
+    "val_every": setting(
+        None, "epochs between validations; 0: at the end alone (default: a twentieth of all, at least 1)", "data"
+    ),
+    "max_pixels": setting(MAX_PIXELS, "refuse image files of more pixels, before they are decoded", "data"),
+    "pixel_range": setting(
+        "auto",
+        "values that become black and white in grey images of more than 8 bits, with = if one is negative: "
+        "--pixel-range=-1000,3000; auto: 0,65535 for integers, 0,1 for floating point",
+        "data",
+        metavar="LOW,HIGH",
+    ),
+    "hflip": setting(None, "flip half of the images left to right (default: yes; digits and the like: no)", "data"),
+    "workers": setting(None, "data-loading processes per training process; 0 for none (default: by the cores)", "data"),
+    "accum_steps": setting(1, "forward passes per optimizer step", "optimisation"),
+    "lr": setting(None, "learning rate as it is, in place of --blr", "optimisation"),
+    "min_lr": setting(0.0, "learning rate at the end of the cosine", "optimisation"),
+    "min_blr": setting(None, "the same for 256 images, in place of --min-lr", "optimisation"),
+    "warmup_blr": setting(0.0, "learning rate for 256 images at which warm-up begins", "optimisation"),
+    "schedule": setting(
+        "cosine",
+        "after warm-up, half a cosine, or a tenth of the rate from --step-epoch on",
+        "optimisation",
+        choices=SCHEDULES,
+    ),
+    "step_epoch": setting(
+        None, "epoch at which --schedule step takes its step (default: after seven eighths)", "optimisation"
+    ),
+    "head_stats": setting(
+        "",
+        "statistics of the encoder's heads to record, such as entropy,distance,prefix_mass",
+        "heads",
+        metavar="NAMES",
+    ),
+    "head_stats_every": setting(100, "optimizer steps between records of --head-stats", "heads"),
+    "device": setting("auto", "where to train", "execution", choices=DEVICES),
+    "precision": setting("auto", "auto takes bf16 where the device computes it fast", "execution", choices=PRECISIONS),
+    "compile": setting(False, "torch.compile the model", "execution"),
+    "output": setting("runs/pretrain", "run folder", "output", metavar="DIR"),
+    "save_every": setting(10.0, "epochs between checkpoints", "output"),
+    "keep_checkpoints": setting(2, "how many of them to keep, besides the final one", "output"),
+    "log_every": setting(10, "optimizer steps between log entries", "output"),
+}
+
+
+def shared(name: str, default: Any = MISSING) -> Any:
+    """A setting that means the same in every command that trains, perhaps with another default."""
+    kept = _SHARED[name]
+    return field(default=kept.default if default is MISSING else default, metadata=kept.metadata)
 
 
 class TrainingConfig(Settings):

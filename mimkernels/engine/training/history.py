@@ -5,10 +5,10 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-from mimkernels.commands.pretrain.heads import layer_means
 from mimkernels.engine import files
 from mimkernels.engine.head_history import FIXED_IMAGES, HeadHistory
 from mimkernels.engine.settings import is_of_type
+from mimkernels.engine.training.heads import layer_means
 from mimkernels.heads import HeadStatistics
 
 _NAMES = ("loss", "lr", "images_per_second", "seconds")  # of every entry, as the report takes them

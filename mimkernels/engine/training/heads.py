@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimkernels.commands.pretrain.training import TrainingConfig
 from mimkernels.data.batches import Augmentation, picture_batch
 from mimkernels.data.sources import Source
 from mimkernels.engine.head_history import QUANTITIES as ON_FIXED_IMAGES
+from mimkernels.engine.training.config import TrainingConfig
 from mimkernels.heads import HeadStatistics, capture, parse_regularizers, regularization_loss
 from mimkernels.heads.presets import QUANTITIES
 from mimkernels.ops.attention.spec import STATISTICS

@@ -1,0 +1,39 @@
+"""What the training loop needs of a run that masks patches."""
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+__all__ = ["Masks"]
+
+
+class Masks(Protocol):
+    """Draws the masks of a run; ``mimkernels pretrain`` has one by its strategies.
+
+    Attributes:
+        name: of the strategy.
+        sampler: None where the model draws.
+        share: of patches that are masked, on average; None: the model's ratio.
+    """
+
+    name: str
+    sampler: Any
+    share: float | None
+
+    def told(self) -> str:
+        """The strategy in words, where there is one."""
+
+    def arguments(self, images: Tensor, offset: int) -> dict[str, Any]:
+        """What a step calls the model with, in addition to `images`."""
+
+    def unguided(self, images: int, seed: int, offset: int) -> Tensor | None:
+        """``[images, h, w]`` bool that no teacher has a say in; None if the model draws."""
+
+    def follow(self) -> None:
+        """To be called after each optimizer step."""
+
+    def state(self) -> dict[str, Tensor] | None:
+        """What a checkpoint keeps."""
+
+    def load(self, state: dict[str, Tensor] | None) -> None:
+        """Continue from what a checkpoint keeps, once the model has."""
