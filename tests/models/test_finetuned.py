@@ -140,6 +140,17 @@ def test_a_shared_table_goes_into_every_block_and_windows_are_resized():
     assert "norm.weight" in report.loaded
 
 
+def test_coordinates_of_swin_v2_stay_scaled_by_the_former_windows():
+    name, arguments = MODELS["swinv2"]
+    source = timm.create_model(name, **{**arguments, "window_size": 4, "img_size": 128}, in_chans=1, num_classes=0)
+    model = made("swinv2", window_size=3, img_size=96)
+    model.start_from(source)
+    again = Finetuned.from_config(model.config)
+    for one, other in zip(model.blocks, again.blocks, strict=True):
+        assert one.attn.pretrained_window_size == other.attn.pretrained_window_size == (4, 4)
+        assert torch.equal(one.attn.relative_coords_table, other.attn.relative_coords_table)
+
+
 def test_frozen_layers_are_those_below():
     model = made("swin")
     model.freeze(3)

@@ -21,6 +21,7 @@ from mimkernels.engine.checkpoint import load
 from mimkernels.engine.encoder import load_encoder
 from mimkernels.engine.training.history import read_entries
 from mimkernels.engine.training.loop import Trainer
+from mimkernels.nn.encoder import create_encoder
 
 FINETUNE = {
     "data": "digits", "labels": "10%", "batch_size": 50, "epochs": 2, "lr": 5e-3, "workers": 0, "device": "cpu",
@@ -285,6 +286,29 @@ def test_from_scratch_has_the_architecture_and_no_weights(settings, pretrained):
         assert {group["lr_scale"] for group in started._parameter_groups()} == {1.0}
 
 
+def started(config) -> FinetuneRun:
+    run_ = FinetuneRun(config, stream=io.StringIO())
+    run_._held.close()
+    return run_
+
+
+def test_published_files_and_other_resolutions_are_started_from(settings, tmp_path, pretrained):
+    size = {"img_size": 24, "in_chans": 3, "patch_size": 4}
+    small = {"embed_dim": 24, "depth": 1, "num_heads": 3}
+    torch.manual_seed(0)
+    encoder = create_encoder("vit_tiny_patch16_224", **size, **small)
+    weights = {**encoder.state_dict(), "mask_token": torch.zeros(1, 1, 24), "decoder_pos_embed": torch.zeros(1, 37, 16)}
+    torch.save({"model": weights}, tmp_path / "mae.pth")
+    config = settings(model=str(tmp_path / "mae.pth"), arch="vit_tiny_patch16_224", model_kwargs=small)
+    run_ = started(config)
+    assert (run_.config.img_size, run_.config.patch_size, run_.config.in_chans) == (24, 4, 3)
+    assert torch.equal(run_.model.encoder.blocks[0].attn.qkv.weight, encoder.blocks[0].attn.qkv.weight)
+    assert run_.config.pixel_stats == "0.4850,0.4560,0.4060/0.2290,0.2240,0.2250"
+    # Of a run, at another resolution.
+    run_ = started(settings(img_size=32))
+    assert run_.model.grid_size == (8, 8) and "resized: pos_embed: 4 x 4 to 8 x 8 patches" in run_.loaded
+
+
 @pytest.mark.parametrize(
     "given",
     [
@@ -295,6 +319,6 @@ def test_from_scratch_has_the_architecture_and_no_weights(settings, pretrained):
     ],
 )  # fmt: skip
 def test_other_families_and_poolings_train(settings, tmp_path, given):
-    result = run(settings(**given, pretrained=False, epochs=1, labels="5", batch_size=25))
+    result = run(settings(**given, pretrained=False, epochs=1, labels="5", batch_size=25, head_stats="entropy"))
     assert result.step == 2 and 0 <= result.content.tested.accuracy <= 1
     assert (result.content.loading == "") == ("readout" in given)
