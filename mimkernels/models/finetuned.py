@@ -14,9 +14,11 @@ from mimkernels.models.checkpoint import CheckpointReport
 from mimkernels.models.masked_encoders import family_of, readout
 from mimkernels.models.simmim_names import load_published, published_buffers
 from mimkernels.models.supervised import Supervised, SupervisedOutput
-from mimkernels.nn import build_pooling
+from mimkernels.nn import build_pooling, cls_attention
+from mimkernels.nn.attention import attention_layers
 from mimkernels.nn.encoder import build_timm, resample_positions
 from mimkernels.nn.pooling_choice import parse_pooling
+from mimkernels.nn.recorder import LayerRecorder
 
 __all__ = ["READOUTS", "Finetuned", "check_readout"]
 
@@ -58,6 +60,7 @@ class Finetuned(Supervised):
         self.readout = readout
         self.fc_norm: nn.Module = nn.Identity()
         self.pooling: nn.Module | None = None
+        self._last: list[nn.Module] = []  # attention of the last block, where the readout needs it
         self._maps = hasattr(self.encoder, "layers")  # of Swin, whose last norm stays before the mean
         if readout == "mean":
             if not self._maps:
@@ -69,12 +72,9 @@ class Finetuned(Supervised):
             prefix = getattr(self.encoder, "num_prefix_tokens", 0)
             choice = parse_pooling(readout)
             self.pooling = build_pooling(choice.name, self.encoder.num_features, prefix, **choice.options)
-            if self.pooling.needs_cls_attention:
-                raise ValueError(
-                    f"readout {readout!r} needs the attention of the last block, which is not kept while it is "
-                    "trained; take mean, cls, abmilp, ep or another pooling by `mimkernels probe --list`"
-                )
-            if self.pooling.needs_cls_token and getattr(self.encoder, "cls_token", None) is None:
+            self._last = attention_layers(self.blocks[-1]) if self.pooling.needs_cls_attention else []
+            needs_cls = self.pooling.needs_cls_token or self.pooling.needs_cls_attention
+            if needs_cls and getattr(self.encoder, "cls_token", None) is None:
                 raise ValueError(f"readout {readout!r} needs a [cls] token, which {self._title()} has not")
             if self.pooling.out_dim != self.head.in_features:
                 self.head = nn.Linear(self.pooling.out_dim, num_classes)
@@ -142,12 +142,18 @@ class Finetuned(Supervised):
         if self.average is not None and not self.training:
             averaged: SupervisedOutput = self.average.module(images, targets=targets, head_stats=head_stats)
             return averaged
+        if self._last and head_stats:
+            raise ValueError(f"head statistics are not recorded with readout {self.readout!r}, which records the heads")
         return super().forward(images, targets=targets, head_stats=head_stats)
 
-    def classify(self, tokens: Tensor) -> Tensor:
-        """Logits ``[B, classes]`` of tokens as ``encode`` gives them."""
+    def classify(self, tokens: Tensor, cls_attention: Tensor | None = None) -> Tensor:
+        """Logits ``[B, classes]`` of tokens as ``encode`` gives them.
+
+        Args:
+            cls_attention: ``[B, H, N]`` of the last block, for readouts that need it.
+        """
         if self.pooling is not None:
-            pooled = self.pooling(tokens)
+            pooled = self.pooling(tokens, cls_attention=cls_attention)
         elif self.readout == "mean":
             pooled = tokens[:, getattr(self.encoder, "num_prefix_tokens", 0) :].mean(1)
         else:
@@ -197,6 +203,14 @@ class Finetuned(Supervised):
             self.average.set(self)
         loaded = tuple(name.removeprefix("encoder.") for name in copied.loaded)
         return CheckpointReport(loaded, (), tuple(left), tuple(told.removeprefix("encoder.") for told in resized))
+
+    def _logits(self, images: Tensor) -> Tensor:
+        if not self._last:
+            return super()._logits(images)
+        with LayerRecorder(self._last, keep=("q", "k")) as heads:
+            tokens = self.encode(images)
+        last = heads[-1]
+        return self.classify(tokens, cls_attention(last.q, last.k, **last.options))
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return nn.functional.cross_entropy(logits, targets, label_smoothing=self.label_smoothing * self.training)

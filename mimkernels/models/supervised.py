@@ -164,7 +164,7 @@ class Supervised(ImageModel):
         self._check_images(images)
         self._check_targets(images, targets)
         with self._recorded(images, head_stats) as heads:
-            logits = self.classify(self.encode(images))
+            logits = self._logits(images)
         layer_stats = [layer.stats for layer in heads] if head_stats else None
         loss = self._loss(logits.float(), targets)
         with torch.no_grad():
@@ -197,6 +197,9 @@ class Supervised(ImageModel):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks' activations in the backward pass."""
         self.encoder.set_grad_checkpointing(enable)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        return self.classify(self.encode(images))
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return nn.functional.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)

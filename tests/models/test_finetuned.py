@@ -183,9 +183,29 @@ def test_the_average_is_what_is_evaluated_and_saved():
     assert not any(weight.requires_grad for weight in model.average.parameters())
 
 
+@pytest.mark.parametrize("readout", ["attn-mn", "attn-lcte", "topk"])
+def test_readouts_by_the_attention_of_the_last_block(readout):
+    model, images = made("vit", readout=readout, drop_path_rate=0.0), torch.rand(2, 1, 16, 16)
+    torch.nn.init.normal_(model.head.weight)
+    out = model(images, targets=torch.tensor([0, 1]))
+    block = model.encoder.blocks[-1].attn
+    seen = []
+    handle = block.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
+    tokens = model.encode(images)
+    handle.remove()
+    q, k, _ = block.qkv(seen[0]).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+    attention = (q[:, :, :1] @ k.transpose(-2, -1) * 8**-0.5).softmax(-1)[:, :, 0]
+    torch.testing.assert_close(out.logits, model.head(model.pooling(tokens, cls_attention=attention)))
+    out.loss.backward()
+    assert all(weight.grad is not None for weight in block.qkv.parameters())
+    with pytest.raises(ValueError, match="head statistics are not recorded with readout"):
+        model(images, targets=torch.tensor([0, 1]), head_stats=("entropy",))
+    with pytest.raises(ValueError, match="needs a .cls. token"):
+        made("swin", readout=readout)
+
+
 def test_readouts_that_cannot_be_are_refused():
     for readout, message in {
-        "attn_mean": "unknown pooling|needs the attention of the last block",
         "nothing": "unknown pooling 'nothing'",
         "abmilp:depth=0": "depth",
     }.items():

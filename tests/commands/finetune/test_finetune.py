@@ -261,7 +261,7 @@ def test_presets_are_the_published_recipes():
         ({"model": ""}, "model is missing"),
         ({"layer_decay": 1.5}, r"layer_decay must be in \(0, 1\], got 1.5"),
         ({"readout": "nothing"}, "unknown pooling 'nothing'"),
-        ({"readout": "attn-mn"}, "needs the attention of the last block"),
+        ({"readout": "attn-mn", "model": "swin_tiny_patch4_window7_224", "pretrained": False}, "needs a .cls. token"),
         ({"freeze": 3}, "freeze must be 0 to 2"),
         ({"mixup": 0.8, "batch_size": 25}, "batch_size must be even, got 25"),
         ({"auto_augment": "rand-x9"}, "auto_augment must be none or an augmentation of timm"),
