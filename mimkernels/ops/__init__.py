@@ -11,6 +11,7 @@ from mimkernels.ops.fill_mask_tokens import fill_mask_tokens
 from mimkernels.ops.gather_tokens import gather_tokens
 from mimkernels.ops.head_divergence import head_divergence
 from mimkernels.ops.mask_from_noise import mask_from_noise
+from mimkernels.ops.masked_feature_loss import masked_feature_loss
 from mimkernels.ops.masked_patch_loss import masked_patch_loss
 from mimkernels.ops.patchify_gather import patchify_gather
 from mimkernels.ops.query_pool import query_pool
@@ -35,6 +36,7 @@ __all__ = [
     "gather_tokens",
     "head_divergence",
     "mask_from_noise",
+    "masked_feature_loss",
     "masked_patch_loss",
     "patchify_gather",
     "query_pool",

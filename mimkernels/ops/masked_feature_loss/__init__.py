@@ -1,0 +1,1 @@
+from mimkernels.ops.masked_feature_loss.api import masked_feature_loss as masked_feature_loss
