@@ -11,7 +11,7 @@
 // cost:     x and y read once, residual and out written once; what is read again of a row is in the
 //           first-level cache; a thread owns a range of rows
 #include "cpu/kernels.h"
-#include "cpu/rows.h"
+#include "cpu/row_statistics.h"
 #include "ops/add_layer_norm/params.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
@@ -44,59 +44,6 @@ float add_branch(T* row, const T* x, const U* y, const float* scale, float facto
     sum = sum + load_some<16>(row + j, rest);
   }
   return sum_lanes(sum);
-}
-
-template <typename T>
-float sum_of(const T* row, int64_t n) {
-  Pack16 sum = broadcast<16>(0.0f);
-  int64_t j = 0;
-  for (; j + 16 <= n; j += 16) sum = sum + load<16>(row + j);
-  if (j < n) sum = sum + load_some<16>(row + j, n - j);
-  return sum_lanes(sum);
-}
-
-// Means of the deviations of a row from a number, and of their squares.
-struct Moments {
-  float first;
-  float second;
-};
-
-template <typename T>
-Moments moments_about(const T* row, float center, int64_t n, float count) {
-  const Pack16 centers = broadcast<16>(center);
-  Pack16 first = broadcast<16>(0.0f);
-  Pack16 second = broadcast<16>(0.0f);
-  int64_t j = 0;
-  for (; j + 16 <= n; j += 16) {
-    const Pack16 deviation = load<16>(row + j) - centers;
-    first = first + deviation;
-    second = second + deviation * deviation;
-  }
-  if (j < n) {
-    const Pack16 deviation = keep_first(load_some<16>(row + j, n - j) - centers, n - j);
-    first = first + deviation;
-    second = second + deviation * deviation;
-  }
-  return {sum_lanes(first) / count, sum_lanes(second) / count};
-}
-
-struct Statistics {
-  float mean;
-  float rstd;
-};
-
-template <typename T>
-Statistics statistics_of(const T* row, float sum, float eps, int64_t n) {
-  const float count = static_cast<float>(max_of(1, n));  // no channels have mean 0
-  float mean = sum / count;
-  Moments about = moments_about(row, mean, n, count);
-  // Where the sum's rounding is not small beside the deviations, their squares say nothing.
-  if (about.first * about.first * 64.0f > about.second) {
-    mean += about.first;
-    about = moments_about(row, mean, n, count);
-  }
-  const float variance = about.second - about.first * about.first;
-  return {mean + about.first, 1.0f / __builtin_sqrtf((variance < 0.0f ? 0.0f : variance) + eps)};
 }
 
 template <bool kStream, typename O, typename T>

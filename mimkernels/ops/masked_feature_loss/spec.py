@@ -47,6 +47,6 @@ SPEC = register(
         },
         fakes={"masked_feature_loss_fwd": _fwd, "masked_feature_loss_bwd": _bwd},
         gradient=Gradient(_save, _gradients),
-        impls=(Impl("reference", ANY_FLOAT),),
+        impls=(Impl("triton"), Impl("cuda"), Impl("cpu"), Impl("reference", ANY_FLOAT)),
     )
 )
