@@ -31,6 +31,9 @@ _SETTINGS: _Kinds = {
     "patch_size": (int, type(None)),
 }  # fmt: skip
 _MASK_RATIO: _Kinds = {"mask_ratio": (float, type(None))}
+_TARGET: _Kinds = {"target": (str,), "target_dim": (int, type(None))}
+# Of settings that runs before them have not.
+_LATER: dict[str, Any] = {"target": "pixels", "target_dim": None}
 
 
 class Recipe(NamedTuple):
@@ -52,13 +55,14 @@ METHODS = {
         MAE,
         {
             **_MASK_RATIO,
+            **_TARGET,
             "decoder_dim": (int,),
             "decoder_depth": (int,),
             "decoder_heads": (int,),
             "norm_pix_loss": (bool,),
         },
     ),
-    "simmim": Recipe(SimMIM, {**_MASK_RATIO, "mask_unit": (int, type(None)), "target": (str,), "loss": (str,)}),
+    "simmim": Recipe(SimMIM, {**_MASK_RATIO, **_TARGET, "mask_unit": (int, type(None)), "loss": (str,)}),
     "supervised": Recipe(Supervised, {"num_classes": (int,), "label_smoothing": (float,)}),
     "finetune": Recipe(
         Finetuned,
@@ -105,6 +109,7 @@ def build_model(settings: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: a setting is missing, of another type, or does not fit the model; names it.
     """
+    settings = {**_LATER, **settings}
     _check_kinds(settings, _SETTINGS)
     recipe = METHODS.get(settings["method"])
     if recipe is None:

@@ -14,6 +14,7 @@ from mimkernels.models.base import ImageModel, check_computed_by
 from mimkernels.models.checkpoint import CheckpointReport, copy_by_name, read_weights
 from mimkernels.models.decoder import DecoderBlock, FusedDecoderBlock
 from mimkernels.models.pictures import Pictures, pictures_of
+from mimkernels.models.targets import parse_target
 from mimkernels.nn import sincos_positions_2d, use_mimkernels_attention, use_mimkernels_block, use_mimkernels_mlp
 from mimkernels.nn._classes import change_class
 from mimkernels.nn.attention import attention_layers
@@ -70,6 +71,9 @@ class MAE(ImageModel):
         decoder_dim, decoder_depth, decoder_heads: the decoder's width, blocks, and heads per block.
         mask_ratio: share of patches removed.
         norm_pix_loss: targets are normalised by each patch's own mean and deviation.
+        target: "pixels"; or a teacher's features, such as "features:vit_base_patch16_224" or "ema" (``parse_target``),
+            which `forward` is then given. This module has no teacher, the name is a note.
+        target_dim: width of these features; None takes that of the encoder.
         mean, std: per channel, for pixels in [0, 1]: images are normalised inside the kernels. uint8 images
             need both. None: images come as the encoder wants them.
         attention: "mimkernels" lets the blocks of decoder and encoder compute attention with
@@ -98,6 +102,8 @@ class MAE(ImageModel):
         decoder_heads: int = 16,
         mask_ratio: float = 0.75,
         norm_pix_loss: bool = True,
+        target: str = "pixels",
+        target_dim: int | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         attention: str = "mimkernels",
@@ -115,6 +121,12 @@ class MAE(ImageModel):
         self._set_encoder(encoder)
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss
+        self.target, self._target = target, parse_target(target).features
+        if self._target is None and (target != "pixels" or target_dim is not None):
+            raise ValueError(
+                f"target must be pixels, features:MODEL or ema, target_dim the width of the latter, got {target!r} and "
+                f"{target_dim}; norm_pix_loss normalises pixels"
+            )
         self._keep(encoder.patch_embed.num_patches)
         self._set_pixel_statistics(mean, std)
 
@@ -129,7 +141,10 @@ class MAE(ImageModel):
             DecoderBlock(decoder_dim, decoder_heads, mlp_ratio=4.0, qkv_bias=True) for _ in range(decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
-        self.decoder_pred = nn.Linear(decoder_dim, self.in_chans * self.patch_size[0] * self.patch_size[1])
+        outputs = self.in_chans * self.patch_size[0] * self.patch_size[1]
+        if self._target is not None:
+            outputs = encoder.embed_dim if target_dim is None else target_dim
+        self.decoder_pred = nn.Linear(decoder_dim, outputs)
         nn.init.normal_(self.mask_token, std=0.02)
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_norm, self.decoder_pred):
             init_linears_and_norms(part)
@@ -157,6 +172,8 @@ class MAE(ImageModel):
         decoder_heads: int = 16,
         mask_ratio: float = 0.75,
         norm_pix_loss: bool = True,
+        target: str = "pixels",
+        target_dim: int | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         attention: str = "mimkernels",
@@ -187,6 +204,8 @@ class MAE(ImageModel):
             "decoder_heads": decoder_heads,
             "mask_ratio": mask_ratio,
             "norm_pix_loss": norm_pix_loss,
+            "target": target,
+            "target_dim": target_dim,
             "mean": mean,
             "std": std,
             "attention": attention,
@@ -204,6 +223,7 @@ class MAE(ImageModel):
         noise: Tensor | None = None,
         seed: int = 0,
         offset: int | Tensor = 0,
+        features: Tensor | None = None,
         full_prediction: bool = False,
         head_stats: Sequence[str] = (),
     ) -> MAEOutput:
@@ -222,6 +242,7 @@ class MAE(ImageModel):
             seed: of the masks.
             offset: usually the training step; the same `seed` and `offset` give the same masks. A 0-d int64
                 tensor on the images' device is read without waiting for it.
+            features: ``[B, N, D]`` of a teacher at every patch, where these are the target.
             full_prediction: predict visible patches too and return the prediction; changes no result.
             head_stats: statistics of ``mimkernels.attention`` to return for every encoder block, over the visible
                 patches; distances are in patches. They carry gradients: terms of them can be added to the loss.
@@ -245,9 +266,23 @@ class MAE(ImageModel):
             layer_stats = [layer.stats for layer in heads]
         else:
             latent = self.encode(images, tokens.ids_keep, present)
-        full = full_prediction or present is not None
+        if (features is None) != (self._target is None):
+            raise ValueError(f"target {self.target!r}, features {'not ' if features is None else ''}given")
+        full = full_prediction or present is not None or (self._target is not None and self._target.tokens == "all")
         pred = self.decode(latent, tokens, self._grid(images), full=full, present=present)
-        loss = masked_patch_loss(
+        loss = self._loss(pred, images, tokens, features, full)
+        return MAEOutput(loss, tokens, pred if full_prediction else None, layer_stats)
+
+    def _loss(self, pred: Tensor, images: Tensor, tokens: TokenMask, features: Tensor | None, full: bool) -> Tensor:
+        """The loss of the masked patches; `full` where `pred` holds all patches."""
+        if features is not None and self._target is not None:
+            if self._target.tokens == "all":
+                return self._target.compare(pred, features, None)
+            if not full:
+                return self._target.compare(pred, features, tokens.ids_masked)
+            ids = tokens.mask.flatten().nonzero().flatten()
+            return self._target.compare(pred.flatten(0, 1)[ids], features, ids)
+        return masked_patch_loss(
             pred,
             images,
             ids=None if full else tokens.ids_masked,
@@ -257,7 +292,6 @@ class MAE(ImageModel):
             mean=self._pixel_mean,
             std=self._pixel_std,
         )
-        return MAEOutput(loss, tokens, pred if full_prediction else None, layer_stats)
 
     def draw_mask(
         self,

@@ -60,7 +60,10 @@ class SimMIM(ImageModel):
         mask_ratio: share of the units that are masked, rounded up.
         target: "pixels"; "patch-norm": each output token's pixels minus their mean over their deviation, as MAE;
             "local-norm:K": each pixel by mean and deviation of the K x K pixels around it (published for Swin V2: 47).
-        loss: "l1", "mse" or "smooth-l1".
+            Or a teacher's features, such as "features:vit_base_patch16_224:norm=ln" or "ema" (``parse_target``), which
+            `forward` is then given; MaskDistill. This module has no teacher, the name is a note.
+        target_dim: width of these features; None takes that of the encoder.
+        loss: "l1", "mse" or "smooth-l1", of pixels.
         mean, std: per channel, for pixels in [0, 1]: images are normalised inside the kernels. uint8 images
             need both. None: images come as the encoder wants them.
         attention: "mimkernels" lets the blocks compute attention with ``mimkernels.attention``, in place; "timm"
@@ -83,6 +86,7 @@ class SimMIM(ImageModel):
         mask_unit: int | None = None,
         mask_ratio: float = 0.6,
         target: str = "pixels",
+        target_dim: int | None = None,
         loss: str = "l1",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -100,6 +104,8 @@ class SimMIM(ImageModel):
         self.mask_ratio = mask_ratio
         self.target, self.loss = target, loss
         self._target = parse_target(target)
+        if target_dim is not None and self._target.features is None:
+            raise ValueError(f"target_dim is the width of a teacher's features, got {target_dim} and target {target!r}")
         if self._target.norm_pix and self.in_chans * math.prod(self.encoder_stride) == 1:
             raise ValueError(
                 "target patch-norm divides by the deviation of what an output token predicts, here a single value, "
@@ -112,7 +118,10 @@ class SimMIM(ImageModel):
         self.mask_token = nn.Parameter(torch.empty(1, 1, self.encoder.patch_embed.proj.out_channels))
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
         # Initialised as the published convolution: both draw from +-1 / sqrt(inputs).
-        self.decoder = nn.Linear(self.encoder.num_features, self.in_chans * math.prod(self.encoder_stride))
+        outputs = self.in_chans * math.prod(self.encoder_stride)
+        if self._target.features is not None:
+            outputs = self.encoder.num_features if target_dim is None else target_dim
+        self.decoder = nn.Linear(self.encoder.num_features, outputs)
         compute_by(encoder, attention=attention, mlp=mlp, block="timm")
 
     @classmethod
@@ -126,6 +135,7 @@ class SimMIM(ImageModel):
         mask_unit: int | None = None,
         mask_ratio: float = 0.6,
         target: str = "pixels",
+        target_dim: int | None = None,
         loss: str = "l1",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -156,6 +166,7 @@ class SimMIM(ImageModel):
             "mask_unit": mask_unit,
             "mask_ratio": mask_ratio,
             "target": target,
+            "target_dim": target_dim,
             "loss": loss,
             "mean": mean,
             "std": std,
@@ -183,10 +194,12 @@ class SimMIM(ImageModel):
         mask: Tensor | None = None,
         seed: int = 0,
         offset: int | Tensor = 0,
+        features: Tensor | None = None,
+        ids: Tensor | None = None,
         full_prediction: bool = False,
         head_stats: Sequence[str] = (),
     ) -> SimMIMOutput:
-        """Mask, encode, predict all pixels, compare the masked ones.
+        """Mask, encode, predict all pixels, compare the masked ones; or predict features of the masked tokens.
 
         Args:
             images: ``[B, C, H, W]`` uint8 (with the model's mean and std) or floating point.
@@ -195,6 +208,8 @@ class SimMIM(ImageModel):
             seed: of the masks.
             offset: usually the training step; the same `seed` and `offset` give the same masks. A 0-d int64
                 tensor on the images' device is read without waiting for it.
+            features: ``[B, L, D]`` of a teacher at every output token, where these are the target.
+            ids: ``masked_ids(mask)``, for who has them: to find them in a given mask waits for the device.
             full_prediction: return the prediction.
             head_stats: statistics of ``mimkernels.attention`` to return for every encoder block, over all patches;
                 distances are in patches. Of Swin, a window counts as an image, and its tokens as patches. They carry
@@ -207,6 +222,8 @@ class SimMIM(ImageModel):
         if mask is None:
             mask = self.draw_mask(images, seed=seed, offset=offset)
             whole = not any(self.mask_unit % step for step in self.encoder_stride)
+            if features is not None and whole:
+                ids = self._drawn_ids(mask)
         else:
             self._check_images(images)
             self._check_mask(mask, images)
@@ -214,10 +231,15 @@ class SimMIM(ImageModel):
                 raise ValueError(f"mask is on {mask.device} but images are on {images.device}")
             # A given mask may hide single patches; to look whether it does would wait for the device.
             whole = self.encoder_stride == self.patch_size
+        if (features is None) != (self._target.features is None):
+            raise ValueError(f"target {self.target!r}, features {'not ' if features is None else ''}given")
         with self._recorded(images, head_stats) as heads:
             latent = self.encode(images, mask)
-        pred = self.decoder(latent)  # [B, L, E]
         layer_stats = [layer.stats for layer in heads] if head_stats else None
+        if features is not None:
+            loss, pred = self._feature_loss(latent, mask, features, ids, full_prediction)
+            return SimMIMOutput(loss, mask, pred, layer_stats)
+        pred = self.decoder(latent)  # [B, L, E]
         return SimMIMOutput(self._loss(pred, images, mask, whole), mask, pred if full_prediction else None, layer_stats)
 
     def draw_mask(self, images: Tensor, *, seed: int = 0, offset: int | Tensor = 0) -> Tensor:
@@ -230,6 +252,22 @@ class SimMIM(ImageModel):
         for axis in (1, 2):
             mask = mask.repeat_interleave(self.mask_unit // self.patch_size[axis - 1], dim=axis)
         return mask
+
+    def masked_ids(self, mask: Tensor) -> Tensor:
+        """Output tokens ``[M]`` of all images, token n of image b as ``b * L + n``, of which ``mask`` hides a patch."""
+        rows, columns = (step // side for step, side in zip(self.encoder_stride, self.patch_size, strict=True))
+        hidden = mask.unflatten(2, (-1, columns)).any(3).unflatten(1, (-1, rows)).any(2)
+        return hidden.flatten().nonzero().flatten()
+
+    def _drawn_ids(self, mask: Tensor) -> Tensor:
+        """``masked_ids`` of a mask that the model drew, of whole tokens; waits for no device."""
+        rows, columns = (step // side for step, side in zip(self.encoder_stride, self.patch_size, strict=True))
+        hidden = mask[:, ::rows, ::columns].flatten(1).to(torch.uint8)
+        masked = self._units((mask.shape[1], mask.shape[2]))[1]
+        count = masked * math.prod(self.mask_unit // step for step in self.encoder_stride)
+        ids = hidden.argsort(dim=1, descending=True, stable=True)[:, :count]
+        first = torch.arange(len(mask), device=mask.device) * hidden.shape[1]
+        return (ids + first[:, None]).flatten()
 
     def encode(self, images: Tensor, mask: Tensor) -> Tensor:
         """The encoder's output ``[B, L, D']``, without prefix tokens, for masked patches ``[B, h, w]`` bool."""
@@ -298,15 +336,18 @@ class SimMIM(ImageModel):
             f"{self.encoder.num_features} features per output token, {_by(self.grid_size)} patches, stride "
             f"{_by(self.encoder_stride)}"
         )
-        weights, stride = read_weights(source), self.encoder_stride
+        weights = read_weights(source)
+        stride = (1, 1) if self._target.features is not None else self.encoder_stride
         return load_published(weights, self.state_dict(), self.encoder, stride, title=title, config=self.config)
 
     def simmim_state_dict(self) -> dict[str, Tensor]:
         """The weights under their published names and in their published layout, with what is published besides.
 
-        The decoder's weights are copies; the other tensors share the model's memory.
+        The decoder's weights are copies; the other tensors share the model's memory. One that predicts features, of
+        which there is no published layout, is a 1x1 convolution, too.
         """
-        return {**to_published(self.state_dict(), self.encoder_stride), **published_buffers(self.encoder)}
+        stride = (1, 1) if self._target.features is not None else self.encoder_stride
+        return {**to_published(self.state_dict(), stride), **published_buffers(self.encoder)}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks' activations in the backward pass."""
@@ -326,6 +367,21 @@ class SimMIM(ImageModel):
             mean=self._pixel_mean,
             std=self._pixel_std,
         )
+
+    def _feature_loss(
+        self, latent: Tensor, mask: Tensor, features: Tensor, ids: Tensor | None, full: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The loss against a teacher's features, and the prediction of every output token where it is wanted."""
+        target = self._target.features
+        assert target is not None
+        if target.tokens == "all":
+            pred = self.decoder(latent)
+            return target.compare(pred, features, None), pred if full else None
+        ids = self.masked_ids(mask) if ids is None else ids
+        if full:
+            pred = self.decoder(latent)
+            return target.compare(pred.flatten(0, 1)[ids], features, ids), pred
+        return target.compare(self.decoder(latent.flatten(0, 1)[ids]), features, ids), None
 
     def _published_unit(self) -> int:
         """32 pixels, or one patch where 32 do not fit."""

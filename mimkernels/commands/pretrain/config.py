@@ -13,6 +13,7 @@ MASKINGS = (
     "random", "unit", "block", "block_exact", "inverse_block", "dinov2", "ibot", "multiblock", "uniform",
     "attention_guided",
 )  # fmt: skip
+NO_MASKING = "none"  # of targets that all tokens have
 EMA = "ema"  # a teacher
 MEASURED = ("auto", "imagenet", "data")  # of pixel_stats, where it has no numbers
 LOSSES = ("l1", "mse", "smooth-l1")
@@ -60,7 +61,7 @@ class PretrainConfig(TrainingConfig):
         default_factory=dict,
         metadata={"help": "further timm model arguments, such as embed_dim=128 depth=4", "group": "model"},
     )
-    masking: str = setting("random", "how the masked patches are chosen", "model", choices=MASKINGS)
+    masking: str = setting("random", "how the masked patches are chosen", "model", choices=(*MASKINGS, NO_MASKING))
     mask_ratio: float | None = setting(
         None, "share of patches that are masked (default: 0.75 of random, simmim 0.6; other strategies' own)", "model"
     )
@@ -84,9 +85,13 @@ class PretrainConfig(TrainingConfig):
         "several such squares)", "SimMIM",
     )  # fmt: skip
     target: str = setting(
-        "pixels", "what is predicted: pixels; patch-norm, normalised by mean and variance of what one output token "
-        "predicts; or local-norm:K, by those of the K x K pixels around each", "SimMIM", metavar="TARGET",
+        "pixels", "what is predicted: pixels; patch-norm (SimMIM), normalised by mean and variance of what one output "
+        "token predicts; local-norm:K (SimMIM), by those of the K x K pixels around each; features:MODEL, those that a "
+        "timm model, run or checkpoint has of the whole image; or ema, those of the encoder's moving average. Options "
+        "of the last two: features:MODEL:layer=8,layers=4,norm=ln,loss=smooth-l1,beta=1,tokens=masked",
+        "MAE and SimMIM", metavar="TARGET",
     )  # fmt: skip
+    target_dim: int | None = setting(None, "width of the features (default: the teacher's)", "MAE and SimMIM")
     loss: str = setting("l1", "how the prediction is compared", "SimMIM", choices=LOSSES)
     decay_bias_tables: bool = setting(
         False, "weight decay on relative position bias tables, their MLPs and scales of logits, too, as in the "
@@ -107,7 +112,7 @@ class PretrainConfig(TrainingConfig):
 
     momentum: float | None = setting(
         None, "share that the moving average keeps at the first step; it rises to 1 along half a cosine (default: "
-        "0.99; dino: 0.996)", "joint embedding",
+        "0.99; dino: 0.996; --target ema: 0.999)", "joint embedding",
     )  # fmt: skip
     mlp_dim: int | None = setting(
         None, "width of the hidden layers behind the encoder (default: 4096; dino: 2048)", "joint embedding"
@@ -244,7 +249,8 @@ class PretrainConfig(TrainingConfig):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("local_crops", "warmup_teacher_temp_epochs"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        require(self.masking in MASKINGS, "masking", self.masking, f"one of {', '.join(MASKINGS)}")
+        maskings = (*MASKINGS, NO_MASKING)
+        require(self.masking in maskings, "masking", self.masking, f"one of {', '.join(maskings)}")
         ratio = self.mask_ratio
         require(ratio is None or 0 < ratio < 1, "mask_ratio", ratio, "between 0 and 1, both excluded")
         momentum = self.teacher_momentum
@@ -255,7 +261,7 @@ class PretrainConfig(TrainingConfig):
                 f"momentum {momentum} and masking {self.masking!r}"
             )
         require(self.loss in LOSSES, "loss", self.loss, f"one of {', '.join(LOSSES)}")
-        for name in ("mask_unit", "mlp_dim", "out_dim", "local_size", "prototypes", "bottleneck_dim"):
+        for name in ("mask_unit", "mlp_dim", "out_dim", "local_size", "prototypes", "bottleneck_dim", "target_dim"):
             width = getattr(self, name)
             require(width is None or width >= 1, name, width, "at least 1")
         for name in ("color_jitter", "blur_prob", "solarize_prob"):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from markupsafe import Markup
 
-from mimkernels.commands.pretrain.config import PretrainConfig
+from mimkernels.commands.pretrain.config import EMA, PretrainConfig
 from mimkernels.engine.figures import loss_curve, png_address
 from mimkernels.engine.head_history import STRIP_WORDS, Epochs, Strip, strips
 from mimkernels.engine.page import write_page
@@ -139,7 +139,8 @@ class Report:
                 "it sees yet. Train longer, or look at the learning rate."
             )
         seen = [(entry["step"], entry["val_loss"]) for entry in self.entries if "val_loss" in entry]
-        if len(seen) > 1 and not method.target_moves:
+        moves = method.target_moves or self.config.target.partition(":")[0] == EMA
+        if len(seen) > 1 and not moves:
             step, lowest = min(seen, key=lambda pair: pair[1])
             last = seen[-1][1]
             if last > lowest + _RISEN * abs(lowest):

@@ -7,8 +7,10 @@ from typing import Any, TextIO
 import torch
 from accelerate.utils import broadcast_object_list
 
-from mimkernels.commands.pretrain.config import PretrainConfig
+from mimkernels.commands.pretrain.config import NO_MASKING, PretrainConfig
+from mimkernels.commands.pretrain.features import FeatureTeacher, load_teacher
 from mimkernels.commands.pretrain.masking import Masking
+from mimkernels.commands.pretrain.methods.feature_targets import predicts_features
 from mimkernels.commands.pretrain.report import References, Report, write_report
 from mimkernels.data.batches import picture_batch
 from mimkernels.data.pixels import Decoder
@@ -64,10 +66,22 @@ class Run(TrainingRun):
     def _from_data(self) -> PretrainConfig:
         if self.config.the_method.labelled:
             self._count_classes()
-        return replace(self.config, pixel_stats=self._pixel_stats())
+        self.config = replace(self.config, pixel_stats=self._pixel_stats())
+        self._teacher = encoder = load_teacher(self.config) if self.config.the_method.masks else None
+        if encoder is None:
+            return self.config
+        if self.config.target_dim not in (None, encoder.dim):
+            raise ValueError(f"target_dim is {self.config.target_dim}, features of {encoder.title} have {encoder.dim}")
+        return replace(self.config, target_dim=encoder.dim)
 
     def _masking(self) -> Masking | None:
-        return Masking(self.config, self.model) if self.config.the_method.masks else None
+        config = self.config
+        return Masking(config, self.model) if config.the_method.masks and config.masking != NO_MASKING else None
+
+    def _features(self) -> FeatureTeacher | None:
+        if not (self.config.the_method.masks and predicts_features(self.config)):
+            return None
+        return FeatureTeacher(self.config, self.model, self._teacher)
 
     def _pixel_stats(self) -> str:
         """``pixel_stats`` without what has to be looked up or measured; a run that is continued keeps what it has."""
@@ -109,7 +123,7 @@ class Run(TrainingRun):
                     config.model,
                     *(f"{k} {v}" for k, v in arguments.items()),
                     f"{parameters / 1e6:.2g} M parameters"
-                    + (" with decoder" if config.the_method.reconstructs else ""),
+                    + (" with decoder" if config.the_method.paints(config) else ""),
                 ]
             )
         }
@@ -125,7 +139,7 @@ class Run(TrainingRun):
         if self.masking is not None:
             share = self.masking.share
             masked_share = config.the_method.masked_share(model) if share is None else share
-        if config.pictures and config.the_method.reconstructs:
+        if config.pictures and config.the_method.paints(config):
             assert self.masking is not None
             batch, _ = picture_batch(self.held_out or self.source, self.augmentation, config.pictures)
             if len(batch):
@@ -145,7 +159,7 @@ class Run(TrainingRun):
             references=self._references(model),
             masked_share=masked_share,
             versions=versions(),
-            backends=backends_of(device, self.precision, config.the_method.ops),
+            backends=backends_of(device, self.precision, _ops(config)),
         )
         return content, write_report(self.output / "report.html", content)
 
@@ -174,3 +188,10 @@ class Run(TrainingRun):
             blind = None if None in known else blind
         now = validation.measure(model, device)
         return References(method.blind, blind, validation.measure(untrained, device), now)
+
+
+def _ops(config: PretrainConfig) -> tuple[str, ...]:
+    """The ops of a training step."""
+    if not predicts_features(config):
+        return config.the_method.ops
+    return tuple("masked_feature_loss" if op == "masked_patch_loss" else op for op in config.the_method.ops)

@@ -30,7 +30,7 @@ from mimkernels.engine.stop import StopSignal
 from mimkernels.engine.training.config import TrainingConfig
 from mimkernels.engine.training.heads import FixedImages, HeadWatch
 from mimkernels.engine.training.history import History
-from mimkernels.engine.training.masks import Masks
+from mimkernels.engine.training.masks import Masks, TeacherTargets
 from mimkernels.engine.training.method import Moment
 from mimkernels.engine.training.validation import Validation, calling
 
@@ -57,6 +57,7 @@ class Trainer:
         heads: HeadWatch,
         fixed_images: FixedImages | None = None,
         masking: Masks | None,
+        features: TeacherTargets | None = None,
         validation: Validation | None = None,
         checkpoints: CheckpointFolder,
         progress: Progress,
@@ -67,7 +68,7 @@ class Trainer:
         self.images, self.plan, self.peak_lr = images, plan, peak_lr
         self.history, self.checkpoints, self.progress, self.workers = history, checkpoints, progress, workers
         self.heads, self.masking, self.validation = heads, masking, validation
-        self.fixed_images = fixed_images
+        self.fixed_images, self.features = fixed_images, features
         self.about = about  # goes into every checkpoint
         self.step = first_step
         self.total_steps = config.epochs * plan.steps_per_epoch
@@ -161,6 +162,10 @@ class Trainer:
             inputs, arguments = self.method.call(config, images, targets, seed=seed, training=True)
             if self.masking is not None:
                 arguments |= self.masking.arguments(inputs, piece)
+            if self.features is not None:
+                with accelerator.autocast():
+                    arguments |= self.features.arguments(inputs, arguments.get("mask"))
+            if self.masking is not None:
                 if "mask" in arguments and self.method.sees_all:
                     arguments["mask"] = arguments["mask"].to(accelerator.device, non_blocking=True)
             if config.compile and "offset" in arguments:
@@ -189,6 +194,8 @@ class Trainer:
         self.method.after_step(self._plain, scheduled, at)
         if self.masking is not None:
             self.masking.follow()
+        if self.features is not None:
+            self.features.follow(at.share)
         self.step += 1
         recorded = self.heads.collect()
         if recorded is not None and self.history is not None:
@@ -350,6 +357,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             self._require_finite_weights(model_state)
             scaler, teacher = self.accelerator.scaler, None if self.masking is None else self.masking.state()
+            target_teacher = None if self.features is None else self.features.state()
             path = self.checkpoints.save(
                 {
                     **self.about,
@@ -360,6 +368,7 @@ class Trainer:
                     "optimizer": optimizer_state,
                     "scaler": scaler.state_dict() if scaler is not None else None,
                     **({"teacher": teacher} if teacher is not None else {}),
+                    **({"target_teacher": target_teacher} if target_teacher is not None else {}),
                 },
                 final=final,
             )

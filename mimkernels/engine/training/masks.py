@@ -1,10 +1,10 @@
-"""What the training loop needs of a run that masks patches."""
+"""What the training loop needs of a run that masks patches, or whose model predicts what a teacher sees."""
 
 from typing import Any, Protocol
 
 from torch import Tensor
 
-__all__ = ["Masks"]
+__all__ = ["Masks", "TeacherTargets"]
 
 
 class Masks(Protocol):
@@ -37,3 +37,30 @@ class Masks(Protocol):
 
     def load(self, state: dict[str, Tensor] | None) -> None:
         """Continue from what a checkpoint keeps, once the model has."""
+
+
+class TeacherTargets(Protocol):
+    """Makes the targets of a run of its images; ``mimkernels pretrain`` has features of a teacher.
+
+    Attributes:
+        told: the target in words.
+        moves: whether the teacher changes while the model learns.
+    """
+
+    @property
+    def told(self) -> str: ...
+
+    @property
+    def moves(self) -> bool: ...
+
+    def arguments(self, images: Tensor, mask: Tensor | None) -> dict[str, Any]:
+        """What a step calls the model with, in addition to `images` and to what masks them."""
+
+    def follow(self, share: float) -> None:
+        """To be called after each optimizer step, after `share` of the training."""
+
+    def state(self) -> dict[str, Tensor] | None:
+        """What a checkpoint keeps; None of a teacher that stays as it is."""
+
+    def load(self, state: dict[str, Tensor] | None) -> None:
+        """Continue from what a checkpoint keeps."""

@@ -93,6 +93,11 @@ class Method:
     def check(cls, config: Any) -> None:
         """Raise ValueError for settings that cannot work together with this method."""
 
+    @classmethod
+    def paints(cls, config: Any) -> bool:
+        """Whether the model gives pictures with these settings."""
+        return cls.reconstructs
+
     @staticmethod
     def views(config: Any, augmentation: Augmentation) -> Views:
         """What is made of an image: one view by default, by the settings' crop and flip; see ``Views``."""

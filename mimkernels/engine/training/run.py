@@ -27,7 +27,7 @@ from mimkernels.engine.training.config import TrainingConfig
 from mimkernels.engine.training.heads import FixedImages, HeadWatch
 from mimkernels.engine.training.history import History
 from mimkernels.engine.training.loop import BEST, Trainer
-from mimkernels.engine.training.masks import Masks
+from mimkernels.engine.training.masks import Masks, TeacherTargets
 from mimkernels.engine.training.resume import check_same_stream, find_start
 from mimkernels.engine.training.validation import Validation
 from mimkernels.models.build import build_model
@@ -105,9 +105,13 @@ class TrainingRun:
             layers = attention_layers(self.model.encoder)  # refuses a model whose heads cannot be recorded
             self.heads.windows = window_counts((self.model.encoder,), layers)
         self.masking = self._masking()
+        self.features = self._features()
         follows = self.masking is not None and self.masking.state() is not None
+        follows = follows or (self.features is not None and self.features.moves)
         if follows and self.accelerator.distributed_type.value == "FSDP":
-            raise ValueError("the moving average of sharded weights is not kept: give --teacher a run, or train by DDP")
+            raise ValueError(
+                "the moving average of sharded weights is not kept: give --teacher or --target a run, or train by DDP"
+            )
         self.augmentation = self._augmentation()
         self.fixed_images: FixedImages | None = None
         if config.analyze_every:
@@ -125,6 +129,7 @@ class TrainingRun:
                 augmentation=self.augmentation,
                 views=views,
                 masking=self.masking,
+                features=self.features,
                 model=self.model,
                 targets=None if targets is None else class_numbers(self.held_out, self.source.name, classes),
             )
@@ -165,6 +170,10 @@ class TrainingRun:
 
     def _masking(self) -> Masks | None:
         """Of a method that masks."""
+        return None
+
+    def _features(self) -> TeacherTargets | None:
+        """Of a method whose targets come from a teacher."""
         return None
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
@@ -215,6 +224,7 @@ class TrainingRun:
             heads=self.heads,
             fixed_images=self.fixed_images,
             masking=self.masking,
+            features=self.features,
             validation=self.validation,
             checkpoints=self.checkpoints,
             progress=progress,
@@ -274,6 +284,8 @@ class TrainingRun:
                 self.accelerator.scaler.load_state_dict(self.start["scaler"])
             if self.masking is not None:
                 self.masking.load(self.start.pop("teacher", None))
+            if self.features is not None:
+                self.features.load(self.start.pop("target_teacher", None))
         return model, optimizer
 
     def _open_folder(self, first_step: int) -> History:
@@ -311,6 +323,7 @@ class TrainingRun:
             **self._model_facts(),
             "Data": f"{self.source.name}, {len(self.source):,} images, {config.img_size} x {config.img_size} pixels",
             **({"Validation": self.validation.told()} if self.validation else {}),
+            **({"Target": self.features.told} if self.features else {}),
             **({"Masks": self.masking.told()} if self.masking and self.masking.sampler else {}),
             "Device": device_name(self.accelerator.device)
             + (f", {processes} processes ({_sharing(self.accelerator)})" if processes > 1 else ""),

@@ -12,7 +12,7 @@ from torch import Tensor
 from mimkernels.data.batches import UNREADABLE, Augmentation, Pixels, Views, derived_seed, reason_of, stacked
 from mimkernels.data.sources import Source
 from mimkernels.engine.training.config import TrainingConfig
-from mimkernels.engine.training.masks import Masks
+from mimkernels.engine.training.masks import Masks, TeacherTargets
 
 __all__ = ["Means", "Validation"]
 
@@ -57,6 +57,7 @@ class Validation:
         augmentation: of the run; images are not augmented by it, but cropped to their central square.
         views: what a method makes of an image, if not that: drawn for each image once.
         masking: of the run; None where nothing is masked.
+        features: of the run; the teacher of a target that needs one.
         model: on the CPU; draws the masks where `masking` leaves them to it.
         targets: class numbers of the source's images.
     """
@@ -69,10 +70,12 @@ class Validation:
         augmentation: Augmentation,
         views: Views,
         masking: Masks | None,
+        features: TeacherTargets | None = None,
         model: Any,
         targets: list[int] | None = None,
     ) -> None:
         self.config, self.method, self.source, self.targets = config, config.the_method, source, targets
+        self.features = features
         self._plain, self._views = augmentation, None if views is augmentation else views
         count = min(config.val_images, len(source))
         self.positions = [number * len(source) // count for number in range(count)]
@@ -202,6 +205,8 @@ class Validation:
         images = tuple(view.to(device) for view in images) if isinstance(images, tuple) else images.to(device)
         targets = None if part.targets is None else part.targets.to(device)
         images, arguments = self.method.call(self.config, images, targets, seed=_SEED, training=False)
+        if self.features is not None:
+            arguments |= self.features.arguments(images, mask)
         if mask is not None:
             arguments["mask"] = mask.to(device) if self.method.sees_all else mask
         return images, arguments, weight

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mimkernels.engine.training.method import MASK_OPTIONS, Method
+from mimkernels.commands.pretrain.methods.feature_targets import (
+    TARGET_OPTIONS,
+    TargetMethod,
+    feature_words,
+    predicts_features,
+)
+from mimkernels.engine.training.method import MASK_OPTIONS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,10 +23,10 @@ if TYPE_CHECKING:
 __all__ = ["MAE"]
 
 
-class MAE(Method):
+class MAE(TargetMethod):
     title = "MAE"
-    options = (*MASK_OPTIONS, "decoder_dim", "decoder_depth", "decoder_heads", "norm_pix_loss")
-    mask_ratio, beta2 = 0.75, 0.95
+    options = (*MASK_OPTIONS, *TARGET_OPTIONS, "decoder_dim", "decoder_depth", "decoder_heads", "norm_pix_loss")
+    mask_ratio, beta2, momentum = 0.75, 0.95, 0.999
     ops = ("random_mask", "patchify_gather", "gather_tokens", "restore_tokens", "masked_patch_loss")
     exported = "mae_checkpoint.pth"
     sees_all = False
@@ -34,6 +40,11 @@ class MAE(Method):
             )
         if config.decoder_dim % 4:
             raise ValueError(f"decoder_dim must be divisible by 4 (2-d sin-cos positions), got {config.decoder_dim}")
+        super().check(config)
+        if config.masking == "none":
+            raise ValueError("masking none is for methods whose encoder sees all patches, such as simmim, got mae")
+        if not predicts_features(config) and config.target != "pixels":
+            raise ValueError(f"target of mae must be pixels, features:MODEL or ema, got {config.target!r}")
 
     @staticmethod
     def draw_masks(model: Any, images: int, seed: int, offset: int) -> Tensor:
@@ -42,6 +53,8 @@ class MAE(Method):
 
     @staticmethod
     def blind_loss(model: Any, images: Pixels, arguments: Mapping[str, Any], means: Means) -> Tensor | None:
+        if "features" in arguments:
+            return None
         loss: Tensor = model.loss_of_mean(images, arguments["mask"], means.colour)
         return loss
 
@@ -57,13 +70,16 @@ class MAE(Method):
     @staticmethod
     def lead(config: PretrainConfig, masked_share: float | None) -> str:
         assert masked_share is not None
+        learns = "predict a teacher's features of" if predicts_features(config) else "paint"
         return (
-            f"The model sees {1 - masked_share:.0%} of each image's patches and learns to paint the other "
+            f"The model sees {1 - masked_share:.0%} of each image's patches and learns to {learns} the other "
             f"{masked_share:.0%}. No labels are used."
         )
 
     @staticmethod
     def loss_words(config: PretrainConfig) -> str:
+        if predicts_features(config):
+            return feature_words(config)
         return "Mean squared error on the masked patches, " + (
             "each patch normalised by its own mean and variance" if config.norm_pix_loss else "of normalised pixels"
         )

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mimkernels.engine.training.method import MASK_OPTIONS, Method
+from mimkernels.commands.pretrain.methods.feature_targets import (
+    TARGET_OPTIONS,
+    TargetMethod,
+    feature_words,
+    predicts_features,
+)
+from mimkernels.engine.training.method import MASK_OPTIONS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,10 +23,10 @@ if TYPE_CHECKING:
 __all__ = ["SimMIM"]
 
 
-class SimMIM(Method):
+class SimMIM(TargetMethod):
     title = "SimMIM"
-    options = (*MASK_OPTIONS, "mask_unit", "target", "loss", "decay_bias_tables")
-    mask_ratio = 0.6
+    options = (*MASK_OPTIONS, *TARGET_OPTIONS, "mask_unit", "loss", "decay_bias_tables")
+    mask_ratio, momentum = 0.6, 0.999
     ops = ("random_mask", "patchify_gather", "fill_mask_tokens", "masked_patch_loss")
     exported = "simmim_checkpoint.pth"
     sees_all = True
@@ -29,6 +35,15 @@ class SimMIM(Method):
     # Parameters without decay in the published code; registers, which it has not, as the other tokens.
     _UNDECAYED = ("mask_token", "cls_token", "reg_token", "pos_embed")
     _BIAS_TABLES = ("relative_position_bias_table", "cpb_mlp", "logit_scale")
+
+    @classmethod
+    def check(cls, config: PretrainConfig) -> None:
+        super().check(config)
+        if predicts_features(config) and config.loss != "l1":
+            raise ValueError(
+                f"loss is that of pixels, got {config.loss!r} and target {config.target!r}: give it there, as "
+                f"{config.target.partition(':')[0]}:...loss={config.loss}"
+            )
 
     @classmethod
     def undecayed(cls, config: PretrainConfig, name: str) -> bool:
@@ -44,6 +59,8 @@ class SimMIM(Method):
 
     @staticmethod
     def blind_loss(model: Any, images: Pixels, arguments: Mapping[str, Any], means: Means) -> Tensor | None:
+        if "features" in arguments:
+            return None
         loss: Tensor = model.loss_of_mean(images, arguments["mask"], means.colour)
         return loss
 
@@ -63,14 +80,18 @@ class SimMIM(Method):
 
     @staticmethod
     def lead(config: PretrainConfig, masked_share: float | None) -> str:
-        assert masked_share is not None
+        if masked_share is None:
+            return "The model sees whole images and learns to predict the features of a teacher. No labels are used."
+        learns = "predict a teacher's features of" if predicts_features(config) else "paint"
         return (
             f"{masked_share:.0%} of each image's area is hidden: its patches become one learned mask token. The model "
-            "sees all tokens and learns to paint what was hidden. No labels are used."
+            f"sees all tokens and learns to {learns} what was hidden. No labels are used."
         )
 
     @staticmethod
     def loss_words(config: PretrainConfig) -> str:
+        if predicts_features(config):
+            return feature_words(config)
         error = {"l1": "Mean absolute error", "mse": "Mean squared error", "smooth-l1": "Smooth L1 loss"}[config.loss]
         return f"{error} of the hidden pixels, " + {
             "pixels": "normalised by mean and deviation of the data",
