@@ -45,7 +45,7 @@ INPUTS = {
     "wide": masked_feature_loss(1, 5, 3, 1100, eps=1e-6),
     "one-column": masked_feature_loss(2, 5, 3, 1, reduction="none"),
     "one-image": masked_feature_loss(1, 9, 4, 24),
-    "many-rows": masked_feature_loss(5, 300, 250, 8, kind="mse"),
+    "many-rows": masked_feature_loss(3, 40, 30, 8, kind="mse"),
     "no-images": masked_feature_loss(0, 5, 2, 16),
     "no-ids": masked_feature_loss(2, 5, 0, 16),
     "no-ids-flat": masked_feature_loss(2, 5, 0, 16, flat=True),
