@@ -85,6 +85,10 @@ def calls(dtype: torch.dtype, device: str) -> dict[str, tuple[Callable[[], objec
             lambda: mk.masked_patch_loss(pred, images, mask=mask, patch_size=4),
             *twice(F.mse_loss, aten.mse_loss.default, pred, pred),
         ),
+        "masked_feature_loss": (
+            lambda: mk.masked_feature_loss(visible, x, ids),
+            *twice(F.smooth_l1_loss, aten.smooth_l1_loss.default, x, x),
+        ),
         "attention": (lambda: mk.attention(q, k, v), *sdpa(q, k, v)),
         "attention, all statistics": (
             lambda: mk.attention(q, k, v, num_prefix=0, positions=positions, stats=MEASURED),

@@ -36,7 +36,7 @@ class Size:
 
 
 def gathering_cases(size: Size, dtype: torch.dtype, device: str, compiled: bool = True) -> Iterator[Benchmark]:
-    losses = (loss, loss_of_masked, loss_by_neighbourhood)
+    losses = (loss, loss_of_masked, loss_by_neighbourhood, loss_of_features)
     for make in (mask_and_gather, gather, restore, fill, *losses, embed_visible, patchify, patchify_uint8):
         benchmark = make(size, dtype, device)
         if compiled:
@@ -205,6 +205,22 @@ def loss_by_neighbourhood(size: Size, dtype: torch.dtype, device: str) -> Benchm
     masked = size.batch * (size.tokens - size.keep) * pred.shape[2]
     moved = 2 * masked * (pred.element_size() + 4) + pred.numel() * pred.element_size()
     return case("masked_patch_loss, local_norm 47, forward + backward", size, ours, plain, moved, tolerance=1e-5)
+
+
+def loss_of_features(size: Size, dtype: torch.dtype, device: str) -> Benchmark:
+    target = torch.randn(size.batch, size.tokens, size.dim, device=device).to(dtype)
+    ids = mk.random_mask(size.batch, size.tokens, size.keep, 0, device=device).ids_masked
+    pred = torch.randn(*ids.shape, size.dim, device=device).to(dtype).requires_grad_()
+
+    def plain():
+        masked = torch.gather(target, 1, ids.unsqueeze(-1).expand(-1, -1, size.dim))
+        return _backward(F.smooth_l1_loss(pred, F.layer_norm(masked, (size.dim,)), beta=2.0), pred)
+
+    def ours():
+        return _backward(mk.masked_feature_loss(pred, target, ids, beta=2.0), pred)
+
+    moved = pred.numel() * (4 * pred.element_size() + pred.element_size())
+    return case("masked_feature_loss, forward + backward", size, ours, plain, moved)
 
 
 def embed_visible(size: Size, dtype: torch.dtype, device: str) -> Benchmark:
