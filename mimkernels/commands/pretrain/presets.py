@@ -23,6 +23,13 @@ _SWIN_B = {"model": "swin_base_patch4_window7_224", "model_kwargs": {"window_siz
 _SWIN_L = {"model": "swin_large_patch4_window7_224", "model_kwargs": {"window_size": 12, "drop_path_rate": 0.0}}
 _SWIN_V2_B = {"model": "swinv2_base_window12_192", "model_kwargs": {"drop_path_rate": 0.1}}
 _VIT_B = {"model": "beit_base_patch16_224", "img_size": 224, "model_kwargs": {"drop_path_rate": 0.1}}
+# As BEiT v2 trains around such targets.
+_TEACHER: dict[str, Any] = {
+    **_VIT_B, "method": "simmim", "mask_unit": 16, "masking": "block", "mask_ratio": 0.4, "crop_scale": 0.2,
+    "hflip": True, "batch_size": 128, "epochs": 300, "warmup_epochs": 10.0, "blr": 1.875e-4, "beta2": 0.999,
+    "weight_decay": 0.05, "clip_grad": 3.0,
+}  # fmt: skip
+_CLIP = "features:vit_base_patch16_clip_224.openai"
 
 PRESETS: dict[str, dict[str, Any]] = {
     "simmim-vit-b-800": {**_SIMMIM_800, **_VIT_B},
@@ -30,4 +37,18 @@ PRESETS: dict[str, dict[str, Any]] = {
     "simmim-swin-b-800": {**_SIMMIM_800, **_SWIN_B},
     "simmim-swin-l-800": {**_SIMMIM_800, **_SWIN_L},
     "simmim-swinv2-b-800": {**_SIMMIM_800, **_SWIN_V2_B, "target": "local-norm:47"},
+    "maskdistill-vit-b-300": {**_TEACHER, "target": f"{_CLIP}:norm=ln,loss=smooth-l1"},
+    "feature-distillation-vit-b-300": {
+        **_TEACHER,
+        "masking": "none",
+        "mask_ratio": None,
+        "target": f"{_CLIP}:tokens=all,beta=2",
+    },
+    "data2vec-vit-b-800": {
+        **_TEACHER,
+        "epochs": 800,
+        "mask_ratio": 0.6,
+        "target": "ema:layers=10,beta=2",
+        "momentum": 0.9998,
+    },
 }
