@@ -45,6 +45,9 @@ def launches(images: int, kept: int) -> Iterator[tuple]:
     loss = (meta(images, masked, DIM), *target)
     yield "masked_patch_loss", "masked_patch_loss_fwd", loss
     yield "masked_patch_loss", "masked_patch_loss_bwd", (meta(dtype=FP32), *loss)
+    features = (meta(images, masked, DIM), x, meta(images, masked, dtype=I64), True, 1e-5, 2, 2.0, True)
+    yield "masked_feature_loss", "masked_feature_loss_fwd", features
+    yield "masked_feature_loss", "masked_feature_loss_bwd", (meta(dtype=FP32), *features)
     wide, bias = meta(images, kept + 1, 4 * DIM), meta(4 * DIM)
     yield "bias_gelu", "bias_gelu_fwd", (wide, bias, False)
     yield "bias_gelu", "bias_gelu_bwd", (wide, wide, bias, False, True, True)

@@ -14,8 +14,9 @@ MSE, L1, SMOOTH_L1, COSINE = (tl.constexpr(kind) for kind in range(4))
 LEAST_SQUARE = tl.constexpr(1e-16)  # of the length of a vector whose cosine is taken
 # Features of a row that a program has in registers at a time.
 MAX_BLOCK = 2048
-# The mean over rows: one program up to MEAN_BLOCK of them, at most MEAN_PROGRAMS and a second launch above.
-MEAN_BLOCK, MEAN_PROGRAMS = 8192, 64
+# The mean over rows, MEAN_BLOCK at a time: one program up to MEAN_ROWS of them, at most MEAN_PROGRAMS and a second
+# launch above.
+MEAN_BLOCK, MEAN_ROWS, MEAN_PROGRAMS = 1024, 8192, 64
 
 
 @triton.jit
@@ -321,15 +322,16 @@ def _blocks(dim: int) -> dict[str, int]:
 
 def _mean(loss: Tensor) -> Tensor:
     count = length = loss.numel()
-    out = loss.new_empty(())
-    if length > MEAN_BLOCK:
-        per_program = triton.cdiv(triton.cdiv(length, MEAN_PROGRAMS), 1024) * 1024
+    if length > MEAN_ROWS:
+        per_program = triton.cdiv(triton.cdiv(length, MEAN_PROGRAMS), MEAN_BLOCK) * MEAN_BLOCK
         programs = triton.cdiv(length, per_program)
-        partial = loss.new_empty(programs)
-        _triton.launch(feature_mean_kernel, programs, loss, loss, partial, length, per_program, 1, BLOCK=1024)
-        loss, length = partial, programs
-    block = max(128, triton.next_power_of_2(length))
-    _triton.launch(
-        feature_mean_kernel, 1, loss, loss, out, length, length, count, BLOCK=block, num_warps=min(8, block // 128)
-    )
-    return out
+        loss, length = _sums(loss, length, per_program, programs, 1), programs
+    return _sums(loss, length, length, 1, count)[0]
+
+
+def _sums(values: Tensor, length: int, per_program: int, programs: int, count: int) -> Tensor:
+    """Sums of `per_program` values each, over `count`."""
+    sums = values.new_empty(programs)
+    sizes = (length, per_program, count)
+    _triton.launch(feature_mean_kernel, programs, values, values, sums, *sizes, BLOCK=MEAN_BLOCK, num_warps=8)
+    return sums
