@@ -68,7 +68,7 @@ def test_a_run_teaches_simmim(tiny, teacher, seen, tmp_path):
         f"{teacher / 'checkpoints' / 'final.pt'}: last layer, LayerNorm without gain; smooth-l1 on masked tokens"
     )
     assert result.content.backends["masked_feature_loss"] and result.content.references.blind is None
-    assert "Smooth L1 loss against the features" in result.report.read_text()
+    assert "Smooth L1 loss of the hidden tokens against the features" in result.report.read_text()
     final = load(result.output / "checkpoints" / "final.pt")
     assert final["config"]["target_dim"] == 24 and "target_teacher" not in final
     assert final["model"]["decoder.weight"].shape == (24, 16)

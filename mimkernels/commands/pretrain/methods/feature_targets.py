@@ -54,6 +54,6 @@ def feature_words(config: PretrainConfig) -> str:
     assert features is not None
     error = {"smooth-l1": "Smooth L1 loss", "mse": "Mean squared error", "l1": "Mean absolute error"}
     whose = "the encoder's moving average" if features.model is None else features.model
-    tokens = "of all tokens" if features.tokens == "all" else "of the hidden tokens"
+    tokens = "all tokens" if features.tokens == "all" else "the hidden tokens"
     words = error.get(features.loss, "1 minus the cosine")
-    return f"{words} against the features that {whose} has {tokens} of the whole image"
+    return f"{words} of {tokens} against the features that {whose} has there, of the whole image"
