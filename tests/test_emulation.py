@@ -80,6 +80,7 @@ MEETINGS = {
     "two_kinds_of_barrier": "thread 32: waits at __syncthreads_or, but thread 0 waits at __syncthreads",
     "barrier_in_half_a_warp": "waits at __syncwarp (mask 0xffffffff), but thread 16 waits at __syncthreads",
     "lane_missing_in_a_shuffle": "waits at __shfl_xor_sync (mask 0xffffffff), but thread 7 has exited",
+    "lane_missing_in_a_product": "waits at multiply_add_tf32 (mask 0xffffffff), but thread 7 has exited",
     "lane_at_another_collective": "waits at __shfl_xor_sync (mask 0xffffffff), but thread 7 waits at a vote",
     "masks_that_differ": "but thread 3 waits at __shfl_xor_sync (mask 0x0000ffff)",
     "own_lane_not_in_the_mask": "thread 31: calls a vote with a mask without its own lane",

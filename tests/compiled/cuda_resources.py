@@ -71,6 +71,20 @@ int main() {
         print("pool_chunk_kernel", type, rest, 32 * kPoolWarps, bytes);
       }
     }
+    for (int vectors : {16, 32}) {
+      if (size == 4) continue;
+      char rest[32];
+      std::snprintf(rest, sizeof(rest), ", %d", vectors);
+      print("matrix_dots_kernel", type, rest, 32 * kMatrixWarps, 0);
+      for (const char* out : {type, "float"}) {
+        std::snprintf(rest, sizeof(rest), ", %d, %s", vectors, out);
+        print("matrix_weigh_kernel", type, rest, 32 * kMatrixWarps, 0);
+      }
+      for (int terms : {1, 2}) {
+        std::snprintf(rest, sizeof(rest), ", %d, %d", vectors, terms);
+        print("matrix_spread_kernel", type, rest, 32 * kMatrixWarps, 0);
+      }
+    }
   }
 }
 """

@@ -10,6 +10,8 @@ using mimkernels::cuda::copy_async;
 using mimkernels::cuda::copy_async_commit;
 using mimkernels::cuda::copy_async_wait;
 using mimkernels::cuda::launch;
+using mimkernels::cuda::multiply_add_tf32;
+using mimkernels::cuda::to_tf32;
 
 constexpr unsigned kWarpMask = 0xffffffffu;
 
@@ -275,6 +277,16 @@ __global__ void lane_missing_in_a_shuffle(bool right, const float* in, float* ou
   out[t] = sum;
 }
 
+__global__ void lane_missing_in_a_product(bool right, const float* in, float* out) {
+  const int t = threadIdx.x;
+  const uint32_t weights[4] = {to_tf32(in[t]), 0u, 0u, 0u};
+  float sums[4] = {};
+  if (right || t % 32 != 7) {
+    multiply_add_tf32(sums, weights, to_tf32(in[t]), 0u);  // fault
+  }
+  out[t] = sums[0];
+}
+
 __global__ void lane_at_another_collective(bool right, const float* in, float* out) {
   const int t = threadIdx.x;
   if (right || t % 32 != 7) {
@@ -411,6 +423,7 @@ const Planted kPlanted[] = {
     PLANTED(two_kinds_of_barrier, 1, 64, 0),
     PLANTED(barrier_in_half_a_warp, 1, 64, 0),
     PLANTED(lane_missing_in_a_shuffle, 1, 64, 0),
+    PLANTED(lane_missing_in_a_product, 1, 64, 0),
     PLANTED(lane_at_another_collective, 1, 64, 0),
     PLANTED(masks_that_differ, 1, 64, 0),
     PLANTED(own_lane_not_in_the_mask, 1, 64, 0),

@@ -108,6 +108,50 @@ def test_a_mask_excludes_tokens_with_their_nan(backend):
         assert (grad[:, [1, 7]] == 0).all()
 
 
+@pytest.mark.parametrize("queries", [16, 17, 33])
+def test_many_strong_queries_pick_their_tokens(backend, queries):
+    x = torch.eye(40, device=DEVICE, dtype=torch.bfloat16).expand(2, 40, 40)
+    strong = 1024 * x[0, :queries]
+    out, weights = mk.query_pool(x, strong, scale=1.0, return_weights=True, backend=backend)
+    assert torch.equal(out, x[:, :queries])
+    assert torch.equal(weights, x[:, :queries].float())
+
+
+@pytest.mark.parametrize("queries", [16, 33])
+def test_many_queries_look_at_no_masked_token(backend, queries):
+    x, mask = tokens(2, 20, 40).bfloat16(), torch.ones(2, 20, dtype=torch.bool, device=DEVICE)
+    masked = torch.tensor([0, 9, 17], device=DEVICE)
+    mask[:, masked] = False
+    q = tokens(queries, 40, seed=1).bfloat16().requires_grad_()
+
+    def run(x):
+        x = x.clone().requires_grad_()
+        out, weights = mk.query_pool(x, q, mask=mask, return_weights=True, backend=backend)
+        return out.detach(), weights.detach(), *torch.autograd.grad((out.float().square().sum(), weights.max()), (x, q))
+
+    spoiled = x.clone()
+    spoiled[:, masked[0]], spoiled[:, masked[1]], spoiled[:, masked[2]] = NAN, float("inf"), float("-inf")
+    clean = run(x)
+    assert all(torch.equal(a, b) for a, b in zip(run(spoiled), clean, strict=True))
+    assert clean[1][..., masked].eq(0).all()
+    assert clean[2][:, masked].eq(0).all()
+
+
+def test_nan_of_one_of_many_queries_stays_with_it(backend):
+    x, q = tokens(1, 20, 40).bfloat16(), tokens(18, 40, seed=1).bfloat16()
+    mask = torch.arange(20, device=DEVICE)[None] < 15
+    clean = mk.query_pool(x, q, mask=mask, backend=backend)
+    q[3, 5] = NAN
+    x.requires_grad_()
+    out = mk.query_pool(x, q, mask=mask, backend=backend)
+    others = torch.arange(18, device=DEVICE) != 3
+    assert out[:, 3].isnan().all()
+    assert torch.equal(out[:, others], clean[:, others])
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    assert grad[:, :15].isnan().all()
+    assert grad[:, 15:].eq(0).all()
+
+
 def test_an_image_without_allowed_tokens_gets_zeros(backend):
     x, mask = tokens(2, 12, 16), torch.ones(2, 12, dtype=torch.bool, device=DEVICE)
     mask[1] = False

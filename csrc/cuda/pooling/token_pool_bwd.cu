@@ -10,9 +10,11 @@ bool needs_scores(const TokenPoolBwdParams& p) {
   return p.dscores != nullptr || (p.has_queries && (p.dx != nullptr || p.dqueries != nullptr));
 }
 
-// Floats of the gradient of the scores, unless it is asked for.
+// Floats of the gradient of the scores, unless it is asked for; what follows them is aligned to 16
+// bytes.
 int64_t score_floats(const TokenPoolBwdParams& p) {
-  return needs_scores(p) && p.dscores == nullptr ? p.batch * p.groups * p.tokens : 0;
+  const int64_t scores = p.batch * p.groups * p.tokens;
+  return needs_scores(p) && p.dscores == nullptr ? ceil_div(scores, 4) * 4 : 0;
 }
 
 // Each image's part of the gradient of shared queries.

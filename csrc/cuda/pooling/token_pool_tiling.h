@@ -1,11 +1,12 @@
-// How a block of the one-pass pooling works; plain C++, which the tests' resource table calls too.
+// How blocks of the poolings work; plain C++, which the tests' resource table calls too.
 #pragma once
 
 #include <cstdint>
 
 namespace mimkernels::cuda {
 
-constexpr int kPoolWarps = 4;
+constexpr int kPoolWarps = 4;    // of pool_chunk_kernel
+constexpr int kMatrixWarps = 4;  // of the products on tensor cores
 
 // Shared memory of pool_chunk_kernel: the queries in 16-byte words, the sums of each warp, and two
 // numbers for each warp and query.

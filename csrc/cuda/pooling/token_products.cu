@@ -1,5 +1,6 @@
 #include "cuda/pooling/token_products.h"
 
+#include "cuda/pooling/matrix_products.h"
 #include "cuda/pooling/pool.cuh"
 
 namespace mimkernels::cuda {
@@ -362,6 +363,7 @@ cudaError_t token_dots(const TokenProducts& p, const Rows& vectors, float* out,
   if (p.batch * p.groups * p.tokens == 0) return cudaSuccess;
   if (too_wide(p)) return cudaErrorInvalidValue;
   const bool aligned = words_fit(p) && rows_aligned(vectors, slice_of(p), p.dtype);
+  if (aligned && !p.sliced && takes_matrices(p)) return matrix_token_dots(p, vectors, out, stream);
   return with_float_type(p.dtype, [&](auto type) {
     using T = decltype(type);
     constexpr int kVec = 16 / sizeof(T);
@@ -375,6 +377,9 @@ cudaError_t weigh_tokens(const TokenProducts& p, const float* weights, void* out
                          cudaStream_t stream) {
   if (p.batch * p.groups * p.dim == 0) return cudaSuccess;
   if (too_wide(p)) return cudaErrorInvalidValue;
+  if (words_fit(p) && !p.sliced && takes_matrices(p)) {
+    return matrix_weigh_tokens(p, weights, out, to_float, stream);
+  }
   return with_float_type(p.dtype, [&](auto type) {
     using T = decltype(type);
     constexpr int kVec = 16 / sizeof(T);
@@ -413,6 +418,10 @@ cudaError_t spread_tokens(const TokenProducts& p, const TokenSpread& first,
   const bool aligned = rows_aligned({out, 0, 0}, p.dim, p.dtype) &&
                        (!has_first || rows_aligned(first.vectors, p.dim, p.dtype)) &&
                        (!has_second || rows_aligned(second.vectors, columns, p.dtype));
+  if (aligned && !sliced && takes_matrices(p)) {
+    return has_first ? matrix_spread_tokens(p, first, second, out, stream)
+                     : matrix_spread_tokens(p, second, first, out, stream);
+  }
   return with_float_type(p.dtype, [&](auto type) {
     using T = decltype(type);
     constexpr int kVec = 16 / sizeof(T);

@@ -28,6 +28,8 @@ INPUTS = {
     "plain": weighted_pool(2, 49, 64, return_weights=True),
     "groups": weighted_pool(3, 50, 48, 6, prefix=1, mask=True, return_weights=True),
     "as-given": weighted_pool(3, 21, 40, 3, normalize=False, mask=True, return_weights=True),
+    "many-groups": weighted_pool(3, 21, 72, 17, prefix=1, mask=True, return_weights=True),
+    "many-groups-as-given": weighted_pool(2, 19, 24, 33, normalize=False, mask=True),
     "odd": weighted_pool(3, 17, 37, prefix=2, mask=True),
     "long": weighted_pool(1, 1025, 16, 2),
     "wide": weighted_pool(1, 9, 1100, 1, normalize=False, prefix=1),
