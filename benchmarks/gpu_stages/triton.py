@@ -26,7 +26,7 @@ _REHEARSED = (
 # Attention's forward kernel in 16 bits without statistics, head dims to 64: block sizes beside the committed ones.
 _BLOCKS = {
     64: ((64, 64, 4, 1), (32, 64, 4, 1), (64, 64, 8, 1)),
-    256: ((128, 256, 8, 1), (64, 256, 8, 1), (64, 64, 4, 2), (128, 64, 8, 3)),
+    256: ((128, 256, 8, 1), (64, 256, 8, 1), (64, 64, 4, 2), (64, 256, 4, 1)),
     triton_configs.ANY: ((128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)),
 }
 _TRITON = "triton"

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cfloat>
+#include <cmath>
 #include <tuple>
 #include <utility>
 
@@ -84,6 +85,11 @@ __forceinline__ uint32_t to_tf32(float x) {
 __forceinline__ float exp2_fast(float x) {
   const float y = exp2f(x);
   return y < FLT_MIN ? 0.0f : y;
+}
+
+__forceinline__ float reciprocal_fast(float x) {
+  const float y = fabsf(x) < FLT_MIN ? copysignf(INFINITY, x) : 1.0f / x;
+  return fabsf(y) < FLT_MIN ? copysignf(0.0f, y) : y;
 }
 
 }  // namespace mimkernels::cuda

@@ -28,7 +28,8 @@ GeluTiling tiling_of(const BiasGeluBwdParams& p) {
 //           of shared memory per element of a word; no atomics, deterministic
 template <typename T, int VEC, bool TANH>
 __global__ void __launch_bounds__(kThreads, 2)
-    bias_gelu_bwd_kernel(BiasGeluBwdParams p, GeluTiling tiling, float* partial) {
+    bias_gelu_bwd_kernel(BiasGeluBwdParams p, GeluRows given, GeluRows upstream, GeluTiling tiling,
+                         float* partial) {
   using W = Word<T, VEC>;
   float* const shared = reinterpret_cast<float*>(shared_memory());  // [2, 8, VEC, 32]
   const int lane = threadIdx.x % kWarp;
@@ -55,10 +56,8 @@ __global__ void __launch_bounds__(kThreads, 2)
         words[r] = W{};
         grads[r] = W{};
         if (i + r < end) {
-          int64_t token;
-          const int64_t image = divide(i + r, p.tokens, token);
-          words[r] = __ldg(reinterpret_cast<const W*>(row_at<T>(p.x, image, token)) + word);
-          grads[r] = __ldg(reinterpret_cast<const W*>(row_at<T>(p.grad, image, token)) + word);
+          words[r] = __ldg(reinterpret_cast<const W*>(given.at<T>(i + r)) + word);
+          grads[r] = __ldg(reinterpret_cast<const W*>(upstream.at<T>(i + r)) + word);
         }
       }
 #pragma unroll
@@ -114,7 +113,8 @@ cudaError_t bias_gelu_bwd(const BiasGeluBwdParams& p, float* workspace, cudaStre
           constexpr int kVec = decltype(vec)::value;
           return launch(bias_gelu_bwd_kernel<decltype(type), kVec, decltype(tanh)::value>,
                         blocks_for(tiling.chunks * tiling.slices, 1), kThreads,
-                        sum_warps_bytes(kVec), stream, p, tiling, partial);
+                        sum_warps_bytes(kVec), stream, p, GeluRows(p.x, p.batch, p.tokens),
+                        GeluRows(p.grad, p.batch, p.tokens), tiling, partial);
         });
     if (error != cudaSuccess) {
       return error;

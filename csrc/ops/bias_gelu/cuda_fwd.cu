@@ -14,7 +14,7 @@ namespace {
 //           flight per thread; no shared memory, no atomics, deterministic
 template <typename T, int VEC, bool TANH>
 __global__ void __launch_bounds__(kThreads, 3)
-    bias_gelu_fwd_kernel(BiasGeluFwdParams p, GeluTiling tiling) {
+    bias_gelu_fwd_kernel(BiasGeluFwdParams p, GeluRows given, GeluTiling tiling) {
   using W = Word<T, VEC>;
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
@@ -37,9 +37,7 @@ __global__ void __launch_bounds__(kThreads, 3)
       for (int r = 0; r < kRowsAtOnce; ++r) {
         words[r] = W{};
         if (i + r < end) {
-          int64_t token;
-          const int64_t image = divide(i + r, p.tokens, token);
-          words[r] = __ldg(reinterpret_cast<const W*>(row_at<T>(p.x, image, token)) + word);
+          words[r] = __ldg(reinterpret_cast<const W*>(given.at<T>(i + r)) + word);
         }
       }
 #pragma unroll
@@ -52,8 +50,7 @@ __global__ void __launch_bounds__(kThreads, 3)
         accumulate<T, VEC>(x, words[r]);
 #pragma unroll
         for (int e = 0; e < VEC; ++e) {
-          const float mass = gelu_tail<TANH>(x[e]).mass;
-          x[e] *= x[e] < 0.0f ? mass : 1.0f - mass;
+          x[e] = gelu<T, TANH>(x[e]);
         }
         if (i + r < end) {
           reinterpret_cast<W*>(static_cast<T*>(p.out) + (i + r) * p.dim)[word] = pack<T, VEC>(x);
@@ -76,7 +73,8 @@ cudaError_t bias_gelu_fwd(const BiasGeluFwdParams& p, cudaStream_t stream) {
   return with_gelu_kind(p.dtype, aligned, p.tanh, [&](auto type, auto vec, auto tanh) {
     const GeluTiling tiling = gelu_tiling(rows, p.dim, vec);
     return launch(bias_gelu_fwd_kernel<decltype(type), decltype(vec)::value, decltype(tanh)::value>,
-                  blocks_for(tiling.chunks * tiling.slices, 1), kThreads, 0, stream, p, tiling);
+                  blocks_for(tiling.chunks * tiling.slices, 1), kThreads, 0, stream, p,
+                  GeluRows(p.x, p.batch, p.tokens), tiling);
   });
 }
 

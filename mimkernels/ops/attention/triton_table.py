@@ -108,7 +108,7 @@ TABLE = {
     ("forward", 90, "half", 64, 64, True): (64, 64, 4, 1),
     ("forward", 90, "half", 64, 128, False): (64, 128, 4, 1),
     ("forward", 90, "half", 64, 128, True): (64, 128, 4, 1),
-    ("forward", 90, "half", 64, 256, False): (64, 256, 4, 1),
+    ("forward", 90, "half", 64, 256, False): (128, 64, 8, 3),
     ("forward", 90, "half", 64, 256, True): (64, 64, 4, 2),
     ("forward", 90, "half", 64, ANY, False): (128, 64, 8, 3),
     ("forward", 90, "half", 64, ANY, True): (128, 64, 8, 3),

@@ -76,6 +76,20 @@ def test_tails_keep_their_relative_accuracy(backend, approximate):
     assert ((plain - expected) / expected).abs().max() > 1e-5  # what the plain expression does not do
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("approximate", KINDS)
+@pytest.mark.parametrize("backend", HERE)
+def test_numbers_of_16_bits_are_rounded_once(backend, approximate, dtype):
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)  # all numbers of the type
+    x = x[x.abs() < 13][::5]
+    got = mk.bias_gelu(x.to(DEVICE), approximate=approximate, backend=backend).cpu().double()
+    expected, _ = exact(x, approximate)
+    half_a_place = torch.finfo(dtype).eps / 2
+    # Half a unit in the last place after a relative 1e-5; in fp32, where kernels compute, 1e-36 may have become nothing.
+    nothing = max(torch.finfo(dtype).smallest_normal * half_a_place, 1e-36)
+    assert ((got - expected).abs() <= (half_a_place + 1e-5) * expected.abs() + nothing).all()
+
+
 @pytest.mark.parametrize("approximate", KINDS)
 @pytest.mark.parametrize("backend", HERE)
 def test_infinities_nan_and_huge_numbers_as_torch_s_exact_gelu(backend, approximate):
