@@ -23,6 +23,13 @@ struct AllowedTokens {
   }
 };
 
+// What a thread has loaded of COUNT tokens while it works on those before.
+template <typename W, int COUNT>
+struct Prefetched {
+  W words[COUNT];
+  bool wanted[COUNT];  // others are zeros
+};
+
 template <typename T, int VEC>
 __device__ __forceinline__ void unpack_word(float (&values)[VEC], Word<T, VEC> word) {
   T elements[VEC];

@@ -24,6 +24,20 @@ constexpr bool sums_fit(int64_t size, int64_t words, int64_t groups) {
          (size == 4 || groups == 1 || words < kMostWords);
 }
 constexpr int kPoolThreads = kPoolWarps * kWarp;
+// Registers of a lane for the sums, for the tokens that it works on and for those it loads meanwhile.
+template <typename T, int WORDS, int GROUPS>
+constexpr int kPoolRegisters = WORDS * (16 / sizeof(T)) * GROUPS +
+                               2 * kAtATime<T, WORDS * (16 / sizeof(T)) * GROUPS> * WORDS * 4;
+// Whether the next tokens are loaded while these are used: where that leaves room for as many blocks.
+template <typename T, int WORDS, int GROUPS>
+constexpr bool kPrefetches = kPoolRegisters<T, WORDS, GROUPS> <= (sizeof(T) == 2 ? 160 : 96);
+// Blocks of a multiprocessor that registers must leave room for.
+template <typename T, int WORDS, int GROUPS>
+constexpr int kPoolBlocks = !kPrefetches<T, WORDS, GROUPS>           ? 2
+                            : kPoolRegisters<T, WORDS, GROUPS> <= 48 ? 5
+                            : kPoolRegisters<T, WORDS, GROUPS> <= 64 ? 4
+                            : kPoolRegisters<T, WORDS, GROUPS> <= 96 ? 3
+                                                                     : 2;
 // Blocks that fill a large device: images are split into chunks until there are as many, of no fewer
 // than 32 tokens. Constants, so that the order of a sum depends on the shape alone.
 constexpr int64_t kBlocksWanted = 512;
@@ -76,14 +90,15 @@ OnePass one_pass_of(const TokenPoolFwdParams& p) {
 //           exp(score - most); every element written exactly once
 // numerics: fp32, online softmax; each warp's tokens in order, then the warps
 // bounds:   tails and tokens that are not allowed read as zeros; offsets are int64
-// cost:     x read once, PAIR * WORDS independent loads in flight per thread; queries, and the sums
+// cost:     x read once, PAIR * WORDS independent loads per thread, prefetched; queries, and the sums
 //           of one query at a time, in shared memory; no atomics, deterministic
 template <typename T, int WORDS, int GROUPS>
-__global__ void __launch_bounds__(kPoolThreads, 2)
+__global__ void __launch_bounds__(kPoolThreads, (kPoolBlocks<T, WORDS, GROUPS>))
     pool_chunk_kernel(TokenPoolFwdParams p, AllowedTokens allowed, OnePass pass, float* sums,
                       float* most) {
   constexpr int VEC = 16 / sizeof(T);
   constexpr int PAIR = kAtATime<T, WORDS * VEC * GROUPS>;
+  constexpr bool PREFETCHES = kPrefetches<T, WORDS, GROUPS>;
   using W = Word<T, VEC>;
   W* const queries = reinterpret_cast<W*>(shared_memory());                        // [G, words]
   float* const parts = reinterpret_cast<float*>(queries + p.groups * pass.words);  // [4, D]
@@ -109,18 +124,40 @@ __global__ void __launch_bounds__(kPoolThreads, 2)
     for (int g = 0; g < GROUPS; ++g) {
       level[g] = kMinusInfinity;
     }
-    for (int64_t n = chunk * pass.per_chunk + warp * PAIR; n < end; n += kPoolWarps * PAIR) {
-      bool wanted[PAIR];
-      W x[PAIR][WORDS];
+    W next[PAIR][WORDS];
+    bool next_wanted[PAIR];
+    const auto load = [&](int64_t n) {
 #pragma unroll
       for (int i = 0; i < PAIR; ++i) {
-        wanted[i] = n + i < end && allowed(b, n + i);
+        next_wanted[i] = n + i < end && allowed(b, n + i);
         const W* const row = reinterpret_cast<const W*>(row_at<T>(p.x, b, n + i));
 #pragma unroll
         for (int c = 0; c < WORDS; ++c) {
           const int v = c * kWarp + lane;
-          x[i][c] = wanted[i] && v < pass.words ? __ldg(row + v) : W{};
+          next[i][c] = next_wanted[i] && v < pass.words ? __ldg(row + v) : W{};
         }
+      }
+    };
+    const int64_t first = chunk * pass.per_chunk + warp * PAIR;
+    if constexpr (PREFETCHES) {
+      load(first);
+    }
+    for (int64_t n = first; n < end; n += kPoolWarps * PAIR) {
+      if constexpr (!PREFETCHES) {
+        load(n);
+      }
+      bool wanted[PAIR];
+      W x[PAIR][WORDS];
+#pragma unroll
+      for (int i = 0; i < PAIR; ++i) {
+        wanted[i] = next_wanted[i];
+#pragma unroll
+        for (int c = 0; c < WORDS; ++c) {
+          x[i][c] = next[i][c];
+        }
+      }
+      if constexpr (PREFETCHES) {
+        load(n + kPoolWarps * PAIR);
       }
 #pragma unroll
       for (int g = 0; g < GROUPS; ++g) {

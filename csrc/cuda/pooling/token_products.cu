@@ -101,10 +101,10 @@ __global__ void __launch_bounds__(kThreads, 2)
 //           contiguous, every element written exactly once
 // numerics: fp32, each warp's tokens in order, then the warps, rounded once
 // bounds:   tails are masked, tokens that are not allowed not read; offsets are int64
-// cost:     x read G / GROUPS times, after the first from L2; 4 independent loads in flight per
-//           thread; 32 * VEC * 32 bytes of shared memory; no atomics, deterministic
+// cost:     x read G / GROUPS times, after the first from L2; 4 independent loads per thread,
+//           prefetched; 32 * VEC * 32 bytes of shared memory; no atomics, deterministic
 template <typename T, int VEC, int GROUPS, bool SLICED, typename Out>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && GROUPS == 1 && !SLICED ? 3 : 2)
     weigh_tokens_kernel(TokenProducts p, AllowedTokens allowed, const float* weights, Out* out,
                         int words, int64_t slice, int64_t group_blocks, int64_t chunks) {
   using W = Word<T, VEC>;
@@ -129,15 +129,21 @@ __global__ void __launch_bounds__(kThreads, 2)
       rows[j] = weights + (b * p.groups + row) * p.tokens;
     }
     float sums[GROUPS][VEC] = {};
-    for (int64_t n = warp * kTokens; n < p.tokens; n += kWarps * kTokens) {
-      bool wanted[kTokens];
-      W x[kTokens];
+    Prefetched<W, kTokens> next;
+    const T* from = row_at<T>(p.x, b, warp * kTokens) + v * VEC;
+    const auto load = [&](int64_t n) {
 #pragma unroll
       for (int i = 0; i < kTokens; ++i) {
-        wanted[i] = active && allowed(b, n + i);
-        const W* const row = reinterpret_cast<const W*>(row_at<T>(p.x, b, n + i));
-        x[i] = wanted[i] ? __ldg(row + v) : W{};
+        next.wanted[i] = active && allowed(b, n + i);
+        const W* const word = reinterpret_cast<const W*>(from + i * p.x.stride1);
+        next.words[i] = next.wanted[i] ? __ldg(word) : W{};
       }
+      from += kWarps * kTokens * p.x.stride1;
+    };
+    load(warp * kTokens);
+    for (int64_t n = warp * kTokens; n < p.tokens; n += kWarps * kTokens) {
+      const auto [x, wanted] = next;
+      load(n + kWarps * kTokens);
 #pragma unroll
       for (int i = 0; i < kTokens; ++i) {
 #pragma unroll

@@ -22,7 +22,7 @@ __device__ __forceinline__ void follow(float& best, int32_t& index, float x, int
 //           contiguous, every element written exactly once
 // numerics: fp32, each warp's tokens in order, then the warps; powers as exp(p log x)
 // bounds:   tails are masked, tokens that are not allowed not read; offsets are int64
-// cost:     x read once, 4 independent loads in flight per thread; 32 * VEC * 32 bytes of shared
+// cost:     x read once, 4 independent loads per thread, prefetched; 32 * VEC * 32 bytes of shared
 //           memory, twice that for the maximum; no atomics, deterministic
 template <typename T, int VEC, ReduceKind KIND>
 __global__ void __launch_bounds__(kThreads, 3)
@@ -44,15 +44,21 @@ __global__ void __launch_bounds__(kThreads, 3)
     for (int e = 0; e < VEC; ++e) {
       index[e] = -1;
     }
-    for (int64_t n = warp * kTokens; n < p.tokens; n += kWarps * kTokens) {
-      bool wanted[kTokens];
-      W words[kTokens];
+    Prefetched<W, kTokens> next;
+    const T* from = row_at<T>(p.x, at.b, warp * kTokens) + at.word * VEC;
+    const auto load = [&](int64_t n) {
 #pragma unroll
       for (int i = 0; i < kTokens; ++i) {
-        wanted[i] = active && allowed(at.b, n + i);
-        const W* const row = reinterpret_cast<const W*>(row_at<T>(p.x, at.b, n + i));
-        words[i] = wanted[i] ? __ldg(row + at.word) : W{};
+        next.wanted[i] = active && allowed(at.b, n + i);
+        const W* const word = reinterpret_cast<const W*>(from + i * p.x.stride1);
+        next.words[i] = next.wanted[i] ? __ldg(word) : W{};
       }
+      from += kWarps * kTokens * p.x.stride1;
+    };
+    load(warp * kTokens);
+    for (int64_t n = warp * kTokens; n < p.tokens; n += kWarps * kTokens) {
+      const auto [words, wanted] = next;
+      load(n + kWarps * kTokens);
 #pragma unroll
       for (int i = 0; i < kTokens; ++i) {
         if (!wanted[i]) {

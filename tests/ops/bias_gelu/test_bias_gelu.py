@@ -85,7 +85,7 @@ def test_numbers_of_16_bits_are_rounded_once(backend, approximate, dtype):
     got = mk.bias_gelu(x.to(DEVICE), approximate=approximate, backend=backend).cpu().double()
     expected, _ = exact(x, approximate)
     half_a_place = torch.finfo(dtype).eps / 2
-    # Half a unit in the last place after a relative 1e-5; in fp32, where kernels compute, 1e-36 may have become nothing.
+    # Half a unit in the last place after a relative 1e-5; in fp32, where kernels compute, 1e-36 may be nothing.
     nothing = max(torch.finfo(dtype).smallest_normal * half_a_place, 1e-36)
     assert ((got - expected).abs() <= (half_a_place + 1e-5) * expected.abs() + nothing).all()
 
