@@ -86,6 +86,7 @@ __forceinline__ float exp2_fast(float x) {
   const float y = exp2f(x);
   return y < FLT_MIN ? 0.0f : y;
 }
+__forceinline__ float sqrt_fast(float x) { return x < FLT_MIN && x > -FLT_MIN ? 0.0f : sqrtf(x); }
 
 __forceinline__ float reciprocal_fast(float x) {
   const float y = fabsf(x) < FLT_MIN ? copysignf(INFINITY, x) : 1.0f / x;

@@ -136,15 +136,20 @@ struct WarpPlace {
   int local_head = 0;  // of the block's heads, the warp's
   int head = 0;
   int first = 0;  // token of the strip
+  int warp = 0;
+  int lane = 0;
   bool busy = false;
 
-  __device__ __forceinline__ WarpPlace(const StripTiling& tiling, int all_heads, int tokens) {
-    const int block = static_cast<int>(blockIdx.x);
-    const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  // With an opaque `zero` of its own a second place is not the first one, kept in registers.
+  __device__ __forceinline__ WarpPlace(const StripTiling& tiling, int all_heads, int tokens,
+                                       int zero = 0)
+      : warp((static_cast<int>(threadIdx.x) + zero) / kWarp),
+        lane((static_cast<int>(threadIdx.x) + zero) % kWarp) {
+    const int block = static_cast<int>(blockIdx.x) + zero;
     first_head = block / tiling.row_blocks * tiling.heads;
     local_head = warp / tiling.strips;
     head = first_head + local_head;
-    first = (block % tiling.row_blocks * tiling.strips + warp % tiling.strips) * kStrip;
+    first = (block % tiling.row_blocks * tiling.strips + warp % tiling.strips) * tiling.own;
     busy = local_head < tiling.heads && head < all_heads && first < tokens;
   }
 };
@@ -186,16 +191,22 @@ __device__ __forceinline__ void load_tile(T* to, int stride, int chunks, const H
 // The address that this lane gives to load one step of 16 rows as left operand (plus step *
 // kStep), or of 16 rows by two chunks of features transposed.
 template <typename T>
+__device__ __forceinline__ int left_offset(int lane, int stride) {
+  return lane % 16 * stride + lane / 16 * kChunk<T>;
+}
+template <typename T>
 __device__ __forceinline__ const T* left_row(const T* rows, int stride) {
-  const int lane = threadIdx.x % kWarp;
-  return rows + (lane % 16) * stride + lane / 16 * kChunk<T>;
+  return rows + left_offset<T>(threadIdx.x % kWarp, stride);
 }
 
 // The same for 16 rows as right operand, whose product contracts features.
 template <typename T>
+__device__ __forceinline__ int right_offset(int lane, int stride) {
+  return (lane % 8 + lane / 16 * 8) * stride + lane / 8 % 2 * kChunk<T>;
+}
+template <typename T>
 __device__ __forceinline__ const T* right_row(const T* rows, int stride) {
-  const int lane = threadIdx.x % kWarp;
-  return rows + (lane % 8 + lane / 16 * 8) * stride + lane / 8 % 2 * kChunk<T>;
+  return rows + right_offset<T>(threadIdx.x % kWarp, stride);
 }
 
 __device__ __forceinline__ void clear(float (&d)[2][4]) {
@@ -327,12 +338,10 @@ __device__ __forceinline__ void add_weighted(float (&acc)[TILES][4], const float
   }
 }
 
-// The strip's rows acc * factor[row], rounded, to `out`; by way of the strip's own shared memory,
-// so that whole chunks are stored.
+// The strip's rows acc * factor[row], rounded, to the strip's own shared memory, for its warp.
 template <typename T, int TILES>
-__device__ __forceinline__ void store_strip(const float (&acc)[TILES][4], float factor0,
-                                            float factor1, T* strip, int stride, T* out,
-                                            int64_t out_stride, int rows, int dim) {
+__device__ __forceinline__ void stage_strip(const float (&acc)[TILES][4], float factor0,
+                                            float factor1, T* strip, int stride) {
   const int lane = threadIdx.x % kWarp;
   __syncwarp();
 #pragma unroll
@@ -351,6 +360,15 @@ __device__ __forceinline__ void store_strip(const float (&acc)[TILES][4], float 
     }
   }
   __syncwarp();
+}
+
+// The same to `out`, of which whole chunks are stored.
+template <typename T, int TILES>
+__device__ __forceinline__ void store_strip(const float (&acc)[TILES][4], float factor0,
+                                            float factor1, T* strip, int stride, T* out,
+                                            int64_t out_stride, int rows, int dim) {
+  stage_strip(acc, factor0, factor1, strip, stride);
+  const int lane = threadIdx.x % kWarp;
   const int chunks = dim / kChunk<T>;
   for (int i = lane; i < kStrip * chunks; i += kWarp) {
     const int row = i / chunks;

@@ -18,7 +18,13 @@ struct StripTiling {
   int heads = 1;       // of a block
   int tile = kStrip;   // tokens of the other side that are visited at a time
   int tiles = 0;
+  int own = kStrip;  // tokens of a warp
   int shared_bytes = 0;
+  // strips_tiling alone: where tokens lie in shared memory, pairs of coordinates of so many tokens.
+  int head_at = 0;
+  int points_at = 0;
+  int planes = 0;
+  int padded = 0;
 
   int warps() const { return heads * strips; }
   unsigned blocks(int all_heads) const {
@@ -78,6 +84,49 @@ constexpr int tile_tokens(int size) { return size == 4 ? 32 : 64; }
 inline StripTiling forward_tiling(int64_t queries, int64_t keys, int dim, int size, bool stats) {
   return tile_strips(queries, keys, 1, 2, row_bytes_of(dim, size), forward_warps(dim, size, stats),
                      tile_tokens(size));
+}
+
+// attention_fwd of 16-bit elements with queries in registers: 16-token strips of a warp, and blocks
+// that the registers of a multiprocessor should hold (128 registers: 4, 168: 3, 255: 2).
+constexpr int kStripWarps = 4;
+constexpr int forward_strips(int dim) { return dim <= 64 ? 2 : 1; }
+template <int DIM>
+constexpr int kForwardStrips = forward_strips(DIM);
+constexpr int strips_blocks(int dim, bool full) { return full ? 2 : dim <= 32 ? 4 : 3; }
+
+// Where tokens lie, in shared memory: pairs of coordinates, of each as many as there are tokens in
+// strips. So many bytes have a place beside two tiles of the widest rows.
+constexpr int kMostPointBytes = 16 * 1024;
+inline int point_planes(const AttentionScores& s, const Positions& positions) {
+  return positions.given && positions.first < s.keys ? (positions.dims + 1) / 2 : 0;
+}
+inline int64_t point_bytes(const AttentionScores& s, const Positions& positions) {
+  return int64_t{8} * point_planes(s, positions) * int_ceil_div(s.keys, kStrip) * kStrip;
+}
+
+inline StripTiling strips_tiling(const AttentionScores& s, const Positions& positions, int dim,
+                                 int size, bool full) {
+  StripTiling tiling;
+  tiling.own = forward_strips(dim) * kStrip;
+  const int row_bytes = row_bytes_of(dim, size);
+  const int units = s.queries > 0 ? int_ceil_div(s.queries, tiling.own) : 1;
+  tiling.padded = s.keys > 0 ? int_ceil_div(s.keys, kStrip) * kStrip : kStrip;
+  tiling.tile = tiling.padded < tile_tokens(size) ? tiling.padded : tile_tokens(size);
+  tiling.tiles = int_ceil_div(s.keys, tiling.tile);
+  tiling.planes = full ? point_planes(s, positions) : 0;
+  for (int most = kStripWarps; most > 0; --most) {
+    tiling.row_blocks = int_ceil_div(units, most);
+    tiling.strips = int_ceil_div(units, tiling.row_blocks);
+    tiling.heads = tiling.tiles <= 1 && tiling.row_blocks == 1 ? most / tiling.strips : 1;
+    // The queries and the output have the place of the second tile.
+    const int slot = 2 * tiling.heads * tiling.tile * row_bytes;
+    const int own = tiling.warps() * tiling.own * row_bytes;
+    tiling.head_at = slot + (tiling.tiles > 1 && slot > own ? slot : own);
+    tiling.points_at = tiling.head_at + 16;
+    tiling.shared_bytes = tiling.points_at + tiling.heads * tiling.planes * tiling.padded * 8;
+    if (tiling.shared_bytes <= kSharedBudget) break;
+  }
+  return tiling;
 }
 
 // attention_bwd, where `own` are the tokens whose strips warps own.
