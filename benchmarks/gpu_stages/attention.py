@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 
 import torch
@@ -45,6 +46,10 @@ OURS = {
 }
 
 
+# Kernels of the forward pass beside the one that a call takes, by what MIMKERNELS_CUDA_ATTENTION calls them.
+KERNELS = ("one-strip",)
+
+
 def run(target: Target) -> None:
     for shape, kind, sets in timed_sets(target):
         case = f"{kind}, {shape}"
@@ -55,6 +60,12 @@ def run(target: Target) -> None:
                 name: [on(target.backend, one.versions[version]) for one in sets]
                 for name, version in OURS[kind].items()
             }
+            if kind == "forward":
+                versions |= {
+                    f"{name}, {kernel}": [_with_kernel(kernel, call) for call in versions[name]]
+                    for kernel in KERNELS
+                    for name in OURS[kind]
+                }
             for name, backend in SDPA.items():
                 calls = [functools.partial(_sdpa, backend, one.versions["sdpa"]) for one in sets]
                 if name == "math" and not target.rehearsal:
@@ -80,6 +91,17 @@ def timed_sets(target: Target) -> Iterator[tuple[Shape, str, list[Benchmark]]]:
             yield shape, kind, [make() for _ in range(sets_for(moved))]
             if target.device == "cuda":
                 torch.cuda.empty_cache()
+
+
+def _with_kernel(kernel: str, call: Call) -> Call:
+    def run() -> object:
+        os.environ["MIMKERNELS_CUDA_ATTENTION"] = kernel
+        try:
+            return call()
+        finally:
+            del os.environ["MIMKERNELS_CUDA_ATTENTION"]
+
+    return run
 
 
 def _sdpa(backend: SDPBackend, call: Call) -> object:

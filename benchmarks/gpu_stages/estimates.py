@@ -22,10 +22,14 @@ class Estimate(NamedTuple):
 _TRITON = "triton, bare"
 
 ESTIMATES = (
-    Estimate("attention", "forward", 50, "bare", 22, 27),
-    Estimate("attention", "forward", 197, "bare", 120, 150),
-    Estimate("attention", "forward", 577, "bare", 1000, 1150),
-    Estimate("attention", "forward", 197, "all statistics", 250, 350),
+    Estimate("attention", "forward", 50, "bare", 20, 20),
+    Estimate("attention", "forward", 197, "bare", 90, 90),
+    Estimate("attention", "forward", 577, "bare", 660, 660),
+    Estimate("attention", "forward", 197, "all statistics", 110, 110),
+    Estimate("attention", "forward", 50, "bare, one-strip", 22, 27),
+    Estimate("attention", "forward", 197, "bare, one-strip", 120, 150),
+    Estimate("attention", "forward", 577, "bare, one-strip", 1000, 1150),
+    Estimate("attention", "forward", 197, "all statistics, one-strip", 250, 350),
     Estimate("attention", "forward", 50, "flash", 43, 43),
     Estimate("attention", "forward", 197, "flash", 183, 183),
     Estimate("attention", "forward", 577, "flash", 1050, 1050),

@@ -38,6 +38,7 @@ LAUNCHES = """
 #include <initializer_list>
 #include "cuda/attention/tiling.h"
 #include "cuda/pooling/token_pool_tiling.h"
+using namespace mimkernels;
 using namespace mimkernels::cuda;
 void print(const char* kernel, const char* type, const char* rest, int threads, int bytes) {
   std::printf("%s<%s%s> %d %d\\n", kernel, type, rest, threads, bytes);
@@ -51,6 +52,15 @@ int main() {
         std::snprintf(rest, sizeof(rest), ", %d, %s", dim, stats ? "true" : "false");
         const StripTiling tiling = forward_tiling(TOKENS, TOKENS, dim, size, stats);
         print("attention_fwd_kernel", type, rest, 32 * tiling.warps(), tiling.shared_bytes);
+        if (size == 2) {
+          AttentionScores scores;
+          scores.queries = scores.keys = TOKENS;
+          Positions positions;
+          positions.given = true;
+          positions.dims = 2;
+          const StripTiling strips = strips_tiling(scores, positions, dim, size, stats);
+          print("attention_fwd_strips_kernel", type, rest, 32 * strips.warps(), strips.shared_bytes);
+        }
       }
       std::snprintf(rest, sizeof(rest), ", %d", dim);
       const StripTiling tiling = backward_tiling(TOKENS, TOKENS, dim, size);

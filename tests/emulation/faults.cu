@@ -2,6 +2,7 @@
 // "// fault"; with several such lines any of them may be named.
 #include <cstring>
 
+#include "cuda/attention/strips.cuh"
 #include "exported.h"
 
 namespace {
@@ -9,11 +10,10 @@ namespace {
 using mimkernels::cuda::copy_async;
 using mimkernels::cuda::copy_async_commit;
 using mimkernels::cuda::copy_async_wait;
+using mimkernels::cuda::kWarpMask;
 using mimkernels::cuda::launch;
 using mimkernels::cuda::multiply_add_tf32;
 using mimkernels::cuda::to_tf32;
-
-constexpr unsigned kWarpMask = 0xffffffffu;
 
 __device__ float* shared_floats() {
   return reinterpret_cast<float*>(mimkernels::cuda::shared_memory());
@@ -389,6 +389,108 @@ __global__ void write_over_another_blocks_read(bool right, const float* in, floa
   out[blockIdx.x == 0 ? t : right ? 128 + t : 64 + t] = seen;  // fault
 }
 
+// ---- Strips of attention: 16 rows of 32 fp16 numbers ----
+
+constexpr int kDim = 32;
+constexpr int kStride = mimkernels::cuda::row_stride<__half>(kDim);
+
+__device__ __half* shared_halves() {
+  return reinterpret_cast<__half*>(mimkernels::cuda::shared_memory());
+}
+
+__device__ __forceinline__ void start_rows(const float* in, int count) {
+  mimkernels::cuda::copy_rows<4>(shared_halves(), kStride, reinterpret_cast<const __half*>(in),
+                                 kDim, count, 16, kDim, static_cast<int>(threadIdx.x),
+                                 static_cast<int>(blockDim.x));
+  copy_async_commit();
+}
+
+__global__ void rows_not_waited_for(bool right, const float* in, float* out) {
+  start_rows(in, 16);
+  if (right) {
+    copy_async_wait<0>();
+  }
+  __syncwarp();
+  uint32_t left[1][2][4];
+  mimkernels::cuda::load_left(left, shared_halves(), kStride);  // fault
+  out[threadIdx.x] = __uint_as_float(left[0][1][3]);
+}
+
+__global__ void rows_past_their_place(bool right, const float* in, float* out) {
+  start_rows(in, right ? 16 : 17);  // fault
+  copy_async_wait<0>();
+  out[threadIdx.x] = 0.0f;
+}
+
+__global__ void rows_over_fragments(bool right, const float* in, float* out) {
+  start_rows(in, 16);
+  copy_async_wait<0>();
+  __syncthreads();
+  uint32_t left[1][2][4];
+  mimkernels::cuda::load_left(left, shared_halves(), kStride);  // fault
+  if (right) {
+    __syncthreads();
+  }
+  start_rows(in, 16);  // fault
+  copy_async_wait<0>();
+  out[threadIdx.x] = __uint_as_float(left[0][1][3]);
+}
+
+__global__ void keys_without_barrier(bool right, const float* in, float* out) {
+  start_rows(in, 16);
+  copy_async_wait<0>();
+  if (right) {
+    __syncthreads();
+  }
+  const uint32_t left[2][2][4] = {};
+  float d[2][1][2][4];
+  const __half* const row = mimkernels::cuda::right_row(shared_halves(), kStride);
+  mimkernels::cuda::multiply_strips<__half>(d, left, row, kStride);  // fault
+  out[threadIdx.x] = d[1][0][1][3];
+}
+
+__global__ void values_without_barrier(bool right, const float* in, float* out) {
+  start_rows(in, 16);
+  copy_async_wait<0>();
+  if (right) {
+    __syncthreads();
+  }
+  const float zeros[2][4] = {};
+  uint32_t weights[2][4];
+  mimkernels::cuda::pack_group<__half>(weights[0], zeros);
+  mimkernels::cuda::pack_group<__half>(weights[1], zeros);
+  float acc[2][4][4] = {};
+  const __half* const row = mimkernels::cuda::left_row(shared_halves(), kStride);
+  mimkernels::cuda::add_weighted_strips(acc, weights, row);  // fault
+  out[threadIdx.x] = acc[1][3][3];
+}
+
+__global__ void strip_stored_too_early(bool right, const float* in, float* out) {
+  const int t = threadIdx.x;
+  for (int i = 0; i < 16; ++i) {
+    shared_halves()[t / 2 * kStride + t % 2 * 16 + i] = __float2half_rn(in[t]);
+  }
+  if (right) {
+    __syncwarp();
+  }
+  __half* const to = reinterpret_cast<__half*>(out);
+  mimkernels::cuda::store_rows<4, 16>(to, kDim, shared_halves(), kStride, 16, kDim);  // fault
+}
+
+__global__ void points_without_barrier(bool right, const float* in, float* out) {
+  const int t = threadIdx.x;
+  float2* const points = reinterpret_cast<float2*>(mimkernels::cuda::shared_memory());
+  if (t < 16) {
+    points[t] = make_float2(in[t], 0.0f);
+  }
+  if (right) {
+    __syncwarp();
+  }
+  float d[2][4];
+  mimkernels::cuda::point_distances(d, points, 16, 1, 15, 0, 0);  // fault
+  out[t] = d[1][3];
+}
+
 struct Planted {
   const char* name;
   void (*kernel)(bool, const float*, float*);
@@ -440,6 +542,13 @@ const Planted kPlanted[] = {
     PLANTED(two_blocks_write, 2, 64, 0),
     PLANTED(read_of_another_blocks_write, 2, 64, 0),
     PLANTED(write_over_another_blocks_read, 2, 64, 0),
+    PLANTED(rows_not_waited_for, 1, 32, 1280),
+    PLANTED(rows_past_their_place, 1, 32, 1280),
+    PLANTED(rows_over_fragments, 1, 64, 1280),
+    PLANTED(keys_without_barrier, 1, 64, 1280),
+    PLANTED(values_without_barrier, 1, 64, 1280),
+    PLANTED(strip_stored_too_early, 1, 32, 1280),
+    PLANTED(points_without_barrier, 1, 32, 128),
 };
 
 }  // namespace

@@ -152,4 +152,35 @@ __device__ __forceinline__ void add_weighted_strips(float (&acc)[STRIPS][TILES][
   }
 }
 
+// ---- positions ----
+
+// Distances of a lane's elements of a group from tokens' places in shared memory: `planes` times
+// `tokens` pairs of coordinates.
+__device__ __forceinline__ void point_distances(float (&d)[2][4], const float2* points, int tokens,
+                                                int planes, int last, int first_row,
+                                                int first_column) {
+  const int lane = threadIdx.x % kWarp;
+  const int row = first_row + lane / 4;
+  const int column = first_column + lane % 4 * 2;
+  clear(d);
+#pragma unroll 1
+  for (int plane = 0; plane < planes; ++plane, points += tokens) {
+    const float2 from[2] = {points[min(row, last)], points[min(row + 8, last)]};
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      const float4 to = *reinterpret_cast<const float4*>(points + column + 8 * u);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float x = from[e / 2].x - (e % 2 == 0 ? to.x : to.z);
+        const float y = from[e / 2].y - (e % 2 == 0 ? to.y : to.w);
+        d[u][e] = fmaf(x, x, fmaf(y, y, d[u][e]));
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    d[i / 4][i % 4] = sqrt_fast(d[i / 4][i % 4]);
+  }
+}
+
 }  // namespace mimkernels::cuda
