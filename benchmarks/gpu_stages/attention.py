@@ -61,6 +61,9 @@ def run(target: Target) -> None:
                 for name, version in OURS[kind].items()
             }
             if kind == "forward":
+                for kernel in KERNELS:
+                    with noted(target, "attention", f"{case}: check, {kernel}"):
+                        _with_kernel(kernel, on(target.backend, sets[0].check))()
                 versions |= {
                     f"{name}, {kernel}": [_with_kernel(kernel, call) for call in versions[name]]
                     for kernel in KERNELS

@@ -19,7 +19,7 @@ def functions(library: Path = LIBRARY) -> dict[str, dict[str, str]]:
         arch = re.search(r"arch = (\w+)", section)[1]
         symbols = re.findall(r"Function (\w+):", section)
         names = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True).stdout
-        found[arch] = dict(zip(map(short_name, names.splitlines()), symbols, strict=True))
+        found.setdefault(arch, {}).update(zip(map(short_name, names.splitlines()), symbols, strict=True))
     return found
 
 
@@ -32,10 +32,11 @@ def instructions(symbol: str, arch: str, library: Path = LIBRARY) -> list[tuple[
 
 def main_loop(code: list[tuple[int, str]]) -> Counter[str]:
     """How often each opcode is in the shortest loop with matrix products; a loop ends in a branch backwards."""
+    places = {at: place for place, (at, _) in enumerate(code)}
     loops = []
-    for end, text in code:
+    for end, (at, text) in enumerate(code):
         branch = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)$", text)
-        if branch is not None and int(branch[1], 16) < end:
-            loops.append([body for at, body in code if int(branch[1], 16) <= at <= end])
+        if branch is not None and int(branch[1], 16) < at:
+            loops.append([body for _, body in code[places[int(branch[1], 16)] : end + 1]])
     opcodes = (Counter(re.sub(r"^@!?U?P\w+ ", "", body).split()[0].split(".")[0] for body in loop) for loop in loops)
     return min((loop for loop in opcodes if loop["HMMA"]), key=Counter.total)

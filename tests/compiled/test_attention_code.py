@@ -35,9 +35,3 @@ def test_16_queries_by_16_keys_take_few_loads(symbols, dim, strips, full):
     assert loop["BAR"] == 0
     if not full:
         assert loop["LDS"] == 0
-
-
-def test_the_kernel_with_queries_in_shared_memory_loads_three_times_as_much(symbols):
-    loop = loop_of(symbols, "attention_fwd_kernel<__nv_bfloat16, 64, false>")
-    groups, rest = divmod(loop["HMMA"], 16)
-    assert rest == 0 and loop["LDSM"] == 12 * groups

@@ -2,6 +2,8 @@
 // side's rows serves all its strips. tile.cuh has groups, rows and fragments.
 #pragma once
 
+#include <bit>
+
 #include "cuda/attention/tile.cuh"
 
 namespace mimkernels::cuda {
@@ -10,9 +12,7 @@ namespace mimkernels::cuda {
 
 // Lanes that share a row of CHUNKS chunks, a power of two: the place of a thread costs no division.
 template <int CHUNKS>
-constexpr int kRowLanes = CHUNKS <= 4   ? 4
-                          : CHUNKS <= 8 ? 8
-                                        : 16;
+constexpr int kRowLanes = static_cast<int>(std::bit_ceil(static_cast<unsigned>(CHUNKS)));
 
 // load_rows where every row of `from` starts on 16 bytes: `workers`, a multiple of a warp, start the
 // copies of `count` rows, of which `valid` exist.
