@@ -55,6 +55,16 @@ def test_nothing_spills_but_the_backward_of_attention(arch):
     assert not [name for name, row in KERNELS[arch].items() if row["stack"] and "attention_bwd" not in name]
 
 
+# Attention of 16 bits, forward, by features of a head: blocks of 4 warps, as strips_blocks asks for.
+@pytest.mark.parametrize("arch", KERNELS)
+def test_attention_with_queries_in_registers_has_the_blocks_it_was_designed_for(arch):
+    plain = {32: 4, 64: 3, 96: 3, 128: 2 if arch == "sm_80" else 3}  # of sm_80, shared memory has room for two
+    for type_ in ("__half", "__nv_bfloat16"):
+        for dim, blocks in plain.items():
+            assert KERNELS[arch][f"attention_fwd_strips_kernel<{type_}, {dim}, false>"]["blocks"] == blocks, REGENERATE
+            assert KERNELS[arch][f"attention_fwd_strips_kernel<{type_}, {dim}, true>"]["blocks"] >= 2, REGENERATE
+
+
 @pytest.mark.parametrize("arch", KERNELS)
 def test_every_kernel_fits_a_multiprocessor(arch):
     for name, row in KERNELS[arch].items():
