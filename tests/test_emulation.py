@@ -19,7 +19,12 @@ LIBRARY = _native.FOLDER / "libmimkernels_emulation_tests.so"
 SOURCES = Path(__file__).resolve().parent / "emulation"
 FLOATS16 = [(torch.float16, "half"), (torch.bfloat16, "bfloat16")]
 # These need AddressSanitizer, which knows where each allocation ends.
-BOUNDS = ("global_past_the_end", "global_store_past_the_end", "copy_from_past_the_end")
+BOUNDS = (
+    "global_past_the_end",
+    "global_store_past_the_end",
+    "copy_from_past_the_end",
+    "left_rows_past_the_end",
+)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +79,10 @@ SHARED = {
     "copy_without_barrier": "which no thread of the block has written so far",
     "copy_overwritten": "to which an asynchronous copy of thread 0 is under way",
     "copy_over_what_is_read": "to which an asynchronous copy of thread 0 is under way",
+    "group_read_too_early": "wrote, with no barrier between them",
+    "group_stored_over": "with no barrier between them",
+    "columns_read_too_early": "which no thread of the block has written so far",
+    "left_rows_not_waited_for": "to which an asynchronous copy of thread 0 is under way",
 }
 MEETINGS = {
     "divergent_barrier": "waits at __syncthreads, but thread 40 has exited",
@@ -121,14 +130,18 @@ def run(kernels, name: str, right: bool) -> str:
     return called(kernels.run_fault, list(FAULTS).index(name), ctypes.c_bool(right), given, taken)
 
 
+def named_lines(text: str) -> set[int]:
+    """The lines of faults.cu where the fault is, or that call the function of the kernels' headers where it is."""
+    first = text.split("\n  the other at ")[0]
+    return set(map(int, re.findall(r"^ +(?:at|inlined into) tests/emulation/faults.cu:(\d+) in ", first, re.M)))
+
+
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_fault_is_found_and_its_line_named(kernels, name):
     text = run(kernels, name, right=False)
     assert re.match(rf"kernel \S*( namespace\)::)?{name}\(.*\), block \(\d, 0, 0\), thread \d+: ", text), text
     assert EXPECTED[name] in text
-    first = text.split("\n  the other at ")[0]
-    places = re.findall(r"^ +(?:at|inlined into) tests/emulation/faults.cu:(\d+) in ", first, re.M)
-    assert set(map(int, places)) & set(FAULTS[name]), text
+    assert named_lines(text) & set(FAULTS[name]), text
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -169,8 +182,7 @@ def test_accesses_past_an_allocation_are_found_under_address_sanitizer():
     for name, wrong, right in zip(BOUNDS, texts[::2], texts[1::2], strict=True):
         assert right == ""
         assert "of global memory, which no allocation holds" in wrong
-        place = re.search(r"^  at tests/emulation/faults.cu:(\d+) in ", wrong, re.M)
-        assert place and int(place[1]) in FAULTS[name], wrong
+        assert named_lines(wrong) & set(FAULTS[name]), wrong
 
 
 @pytest.mark.parametrize(
@@ -210,6 +222,17 @@ def test_products_round_towards_zero(kernels):
     d = torch.ones(16, 8)
     assert not called(kernels.product_half, a, b, d)
     assert (d == 1).all()
+
+
+@pytest.mark.parametrize(("dtype", "name"), FLOATS16)
+def test_a_group_stored_by_one_warp_is_transposed_for_another(kernels, dtype, name):
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(16, 16, generator=generator)
+    b = torch.randn(16, 8, generator=generator).to(dtype)
+    d = torch.randn(16, 8, generator=generator)
+    expected = truncate(w.to(dtype).double().T @ b.double() + d.double())
+    assert not called(getattr(kernels, f"transposed_group_{name}"), w, b, d)
+    torch.testing.assert_close(d, expected, rtol=2.0**-23, atol=1e-30)
 
 
 @pytest.mark.parametrize("rounded", [False, True])

@@ -45,9 +45,13 @@ OURS = {
     "forward + backward": {"bare": "bare", "all statistics": "ours"},
 }
 
-
-# Kernels of the forward pass beside the one that a call takes, by what MIMKERNELS_CUDA_ATTENTION calls them.
-KERNELS = ("one-strip",)
+# Kernels beside those that a call takes: the variable that chooses them, and what it calls them.
+_FORWARD, _BACKWARD = "MIMKERNELS_CUDA_ATTENTION", "MIMKERNELS_CUDA_ATTENTION_BWD"
+KERNELS = {
+    "forward": ((_FORWARD, "one-strip"),),
+    "packed forward + backward": ((_BACKWARD, "two-passes"),),
+    "forward + backward": ((_BACKWARD, "two-passes"),),
+}
 
 
 def run(target: Target) -> None:
@@ -60,15 +64,11 @@ def run(target: Target) -> None:
                 name: [on(target.backend, one.versions[version]) for one in sets]
                 for name, version in OURS[kind].items()
             }
-            if kind == "forward":
-                for kernel in KERNELS:
-                    with noted(target, "attention", f"{case}: check, {kernel}"):
-                        _with_kernel(kernel, on(target.backend, sets[0].check))()
-                versions |= {
-                    f"{name}, {kernel}": [_with_kernel(kernel, call) for call in versions[name]]
-                    for kernel in KERNELS
-                    for name in OURS[kind]
-                }
+            for variable, kernel in KERNELS[kind]:
+                with noted(target, "attention", f"{case}: check, {kernel}"):
+                    _with_kernel(variable, kernel, on(target.backend, sets[0].check))()
+                for name in OURS[kind]:
+                    versions[f"{name}, {kernel}"] = [_with_kernel(variable, kernel, call) for call in versions[name]]
             for name, backend in SDPA.items():
                 calls = [functools.partial(_sdpa, backend, one.versions["sdpa"]) for one in sets]
                 if name == "math" and not target.rehearsal:
@@ -96,13 +96,13 @@ def timed_sets(target: Target) -> Iterator[tuple[Shape, str, list[Benchmark]]]:
                 torch.cuda.empty_cache()
 
 
-def _with_kernel(kernel: str, call: Call) -> Call:
+def _with_kernel(variable: str, kernel: str, call: Call) -> Call:
     def run() -> object:
-        os.environ["MIMKERNELS_CUDA_ATTENTION"] = kernel
+        os.environ[variable] = kernel
         try:
             return call()
         finally:
-            del os.environ["MIMKERNELS_CUDA_ATTENTION"]
+            del os.environ[variable]
 
     return run
 

@@ -30,13 +30,29 @@ def instructions(symbol: str, arch: str, library: Path = LIBRARY) -> list[tuple[
     return [(int(at, 16), code) for at, code in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?) ?;", text, re.M)]
 
 
-def main_loop(code: list[tuple[int, str]]) -> Counter[str]:
-    """How often each opcode is in the shortest loop with matrix products; a loop ends in a branch backwards."""
+def product_loops(code: list[tuple[int, str]]) -> list[Counter[str]]:
+    """How often each opcode is in each innermost loop with matrix products, in their order in memory.
+
+    A loop ends in a branch backwards.
+    """
     places = {at: place for place, (at, _) in enumerate(code)}
-    loops = []
+    loops = {}
     for end, (at, text) in enumerate(code):
         branch = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)$", text)
         if branch is not None and int(branch[1], 16) < at:
-            loops.append([body for _, body in code[places[int(branch[1], 16)] : end + 1]])
-    opcodes = (Counter(re.sub(r"^@!?U?P\w+ ", "", body).split()[0].split(".")[0] for body in loop) for loop in loops)
-    return min((loop for loop in opcodes if loop["HMMA"]), key=Counter.total)
+            start = places[int(branch[1], 16)]
+            bodies = [body for _, body in code[start : end + 1]]
+            opcodes = Counter(re.sub(r"^@!?U?P\w+ ", "", body).split()[0].split(".")[0] for body in bodies)
+            if opcodes["HMMA"]:
+                loops[start, end] = opcodes
+    inner = [
+        (start, end)
+        for start, end in sorted(loops)
+        if not any(start <= a and b <= end and (a, b) != (start, end) for a, b in loops)
+    ]
+    return [loops[place] for place in inner]
+
+
+def main_loop(code: list[tuple[int, str]]) -> Counter[str]:
+    """The shortest of the loops with matrix products."""
+    return min(product_loops(code), key=Counter.total)

@@ -38,6 +38,7 @@ LAUNCHES = """
 #include <initializer_list>
 #include "cuda/attention/tiling.h"
 #include "cuda/pooling/token_pool_tiling.h"
+#include "ops/attention/cuda/head_tiling.h"
 using namespace mimkernels;
 using namespace mimkernels::cuda;
 void print(const char* kernel, const char* type, const char* rest, int threads, int bytes) {
@@ -65,6 +66,15 @@ int main() {
       std::snprintf(rest, sizeof(rest), ", %d", dim);
       const StripTiling tiling = backward_tiling(TOKENS, TOKENS, dim, size);
       print("attention_bwd_kernel", type, rest, 32 * tiling.warps(), tiling.shared_bytes);
+    }
+    for (int dim : {32, 64}) {
+      for (bool coef : {false, true}) {
+        if (size == 4) continue;
+        char rest[32];
+        std::snprintf(rest, sizeof(rest), ", %d, %s", dim, coef ? "true" : "false");
+        const HeadTiling tiling = head_tiling(TOKENS, TOKENS, dim, coef, 2 * coef, 163 * 1024);
+        print("attention_bwd_heads_kernel", type, rest, tiling.threads(), tiling.shared_bytes);
+      }
     }
     const BiasTiling bias = bias_tiling(TOKENS, TOKENS, 64, size);
     print("attention_dbias_kernel", type, "", 32 * bias.warps(), bias.shared_bytes);

@@ -2,6 +2,7 @@
 // "// fault"; with several such lines any of them may be named.
 #include <cstring>
 
+#include "cuda/attention/groups.cuh"
 #include "cuda/attention/strips.cuh"
 #include "exported.h"
 
@@ -236,6 +237,81 @@ __global__ void copy_over_what_is_read(bool right, const float* in, float* out) 
     __syncthreads();
   }
   copy_async(s + 4 * t, in + 4 * t);  // fault
+}
+
+// ---- Operands of attention that other warps or copies write ----
+
+using Half = __half;
+constexpr int kHalfStride = mimkernels::cuda::row_stride<Half>(16);
+
+__global__ void group_read_too_early(bool right, const float* in, float* out) {
+  Half* const group = reinterpret_cast<Half*>(mimkernels::cuda::shared_memory());
+  const int t = threadIdx.x;
+  const uint32_t packed[4] = {__float_as_uint(in[t]), 1, 2, 3};
+  if (t < 32) {
+    mimkernels::cuda::store_group(group, packed);
+  }
+  if (right) {
+    __syncthreads();
+  }
+  if (t >= 32) {
+    uint32_t left[4];
+    mimkernels::cuda::load_transposed_group(left, group);  // fault
+    out[t] = __uint_as_float(left[0]);
+  }
+}
+
+__global__ void group_stored_over(bool right, const float* in, float* out) {
+  Half* const group = reinterpret_cast<Half*>(mimkernels::cuda::shared_memory());
+  const int t = threadIdx.x;
+  const uint32_t packed[4] = {__float_as_uint(in[t]), 1, 2, 3};
+  if (t < 32) {
+    mimkernels::cuda::store_group(group, packed);
+  }
+  __syncthreads();
+  uint32_t left[4];
+  mimkernels::cuda::load_transposed_group(left, group);  // fault
+  out[t] = __uint_as_float(left[0]);
+  if (right) {
+    __syncthreads();
+  }
+  if (t >= 32) {
+    mimkernels::cuda::store_group(group, packed);  // fault
+  }
+}
+
+__global__ void columns_read_too_early(bool right, const float* in, float* out) {
+  float* const s = shared_floats();
+  const int t = threadIdx.x;
+  s[t] = in[t];
+  if (right) {
+    __syncthreads();
+  }
+  float x[4];
+  mimkernels::cuda::load_columns(x, s + t / 16 * 16);  // fault
+  out[t] = x[0] + x[1] + x[2] + x[3];
+}
+
+__global__ void left_rows_not_waited_for(bool right, const float* in, float* out) {
+  Half* const rows = reinterpret_cast<Half*>(mimkernels::cuda::shared_memory());
+  const int t = threadIdx.x;
+  copy_async(rows + t / 2 * kHalfStride + t % 2 * 8, in + 4 * t);
+  copy_async_commit();
+  if (right) {
+    copy_async_wait<0>();
+  }
+  __syncwarp();
+  const mimkernels::cuda::LeftKeys<Half, 1, 1, false> left(rows, kHalfStride, 0, 1);
+  float d[1][2][4] = {};
+  mimkernels::cuda::add_strip_products<Half, 1>(d, rows, kHalfStride, left);  // fault
+  out[t] = d[0][0][0];
+}
+
+__global__ void left_rows_past_the_end(bool right, const float* in, float* out) {
+  uint32_t left[2][1][4];
+  mimkernels::cuda::fetch_left(left, reinterpret_cast<const Half*>(in), 16,  // fault
+                               right ? 16 : 32, 16, true);                   // fault
+  out[threadIdx.x] = __uint_as_float(left[0][0][0]);
 }
 
 // ---- Barriers and collectives ----
@@ -521,6 +597,11 @@ const Planted kPlanted[] = {
     PLANTED(copy_without_barrier, 1, 32, 512),
     PLANTED(copy_overwritten, 1, 32, 512),
     PLANTED(copy_over_what_is_read, 1, 32, 512),
+    PLANTED(group_read_too_early, 1, 64, 512),
+    PLANTED(group_stored_over, 1, 64, 512),
+    PLANTED(columns_read_too_early, 1, 64, 256),
+    PLANTED(left_rows_not_waited_for, 1, 32, 16 * kHalfStride * 2),
+    PLANTED(left_rows_past_the_end, 1, 32, 0),
     PLANTED(divergent_barrier, 1, 64, 0),
     PLANTED(two_kinds_of_barrier, 1, 64, 0),
     PLANTED(barrier_in_half_a_warp, 1, 64, 0),

@@ -1,6 +1,7 @@
 // Matrix fragments, collectives and 16-bit floats, by themselves: the tests compare with torch.
 #include <cstring>
 
+#include "cuda/attention/groups.cuh"
 #include "exported.h"
 
 namespace {
@@ -40,6 +41,43 @@ __global__ void product_kernel(const T* a, const T* b, float* d) {
   d[g * 8 + t + 1] = sums[1];
   d[(g + 8) * 8 + t] = sums[2];
   d[(g + 8) * 8 + t + 1] = sums[3];
+}
+
+// grid: two warps
+// in:   w [16, 16] fp32, b [16, 8] of T, d [16, 8]
+// out:  d + w^T b: one warp stores w as it has a group, the other loads it transposed
+template <typename T>
+__global__ void transposed_group_kernel(const float* w, const T* b, float* d) {
+  T* const group = reinterpret_cast<T*>(shared_memory());
+  T* const shared_b = group + 256;
+  const int lane = threadIdx.x % 32;
+  const int g = lane / 4;
+  const int t = 2 * (lane % 4);
+  for (int i = threadIdx.x; i < 128; i += 64) {
+    shared_b[i] = b[i];
+  }
+  if (threadIdx.x < 32) {
+    float of_lane[2][4];
+    for (int i = 0; i < 8; ++i) {
+      of_lane[i / 4][i % 4] = w[(g + i % 4 / 2 * 8) * 16 + i / 4 * 8 + t + i % 2];
+    }
+    uint32_t packed[4];
+    mimkernels::cuda::pack_group<T>(packed, of_lane);
+    mimkernels::cuda::store_group(group, packed);
+  }
+  __syncthreads();
+  if (threadIdx.x >= 32) {
+    uint32_t left[4];
+    mimkernels::cuda::load_transposed_group(left, group);
+    uint32_t right[4];  // b twice
+    load_matrices_transposed(right, shared_b + lane % 16 * 8);
+    float sums[4] = {d[g * 8 + t], d[g * 8 + t + 1], d[(g + 8) * 8 + t], d[(g + 8) * 8 + t + 1]};
+    multiply_add<T>(sums, left, right[0], right[1]);
+    d[g * 8 + t] = sums[0];
+    d[g * 8 + t + 1] = sums[1];
+    d[(g + 8) * 8 + t] = sums[2];
+    d[(g + 8) * 8 + t + 1] = sums[3];
+  }
 }
 
 // The same for fp32 a [16, 8], b [8, 8], as TF32: rounded, or truncated by the unit itself.
@@ -143,6 +181,14 @@ const char* product(const void* a, const void* b, float* d) {
 }
 
 template <typename T>
+const char* transposed_group(const float* w, const void* b, float* d) {
+  return error_of([&] {
+    return launch(&transposed_group_kernel<T>, dim3(1), 64, 1024, nullptr, w,
+                  static_cast<const T*>(b), d);
+  });
+}
+
+template <typename T>
 const char* convert(const float* wide, void* narrow, float* back, int64_t count) {
   return error_of([&] {
     T* const values = static_cast<T*>(narrow);
@@ -163,6 +209,12 @@ EXPORTED const char* product_half(const void* a, const void* b, float* d) {
 }
 EXPORTED const char* product_bfloat16(const void* a, const void* b, float* d) {
   return product<__nv_bfloat16>(a, b, d);
+}
+EXPORTED const char* transposed_group_half(const float* w, const void* b, float* d) {
+  return transposed_group<__half>(w, b, d);
+}
+EXPORTED const char* transposed_group_bfloat16(const float* w, const void* b, float* d) {
+  return transposed_group<__nv_bfloat16>(w, b, d);
 }
 EXPORTED const char* product_tf32(const float* a, const float* b, float* d, bool rounded) {
   return error_of(

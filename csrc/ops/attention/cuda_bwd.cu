@@ -1,8 +1,13 @@
 // attention_bwd: sums of dS over the images or heads that share a bias or a table, and the choice of
 // the kernels.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
 #include "cuda/row_sums.h"
 #include "cuda/sums.cuh"
 #include "ops/attention/cuda.h"
+#include "ops/attention/cuda/bwd_heads.h"
 #include "ops/attention/cuda/gradient.cuh"
 #include "ops/attention/cuda/sums.h"
 
@@ -219,7 +224,44 @@ struct Workspace {
   }
 };
 
+// dq, dk, dv, and dbias where nothing shares it.
+template <typename T>
+cudaError_t bwd_of(const AttentionBwdParams& p, bool dbias, float* delta, cudaStream_t stream) {
+  if constexpr (!kExact<T>) {
+    HeadTiling tiling;
+    const cudaError_t error = choose_heads(tiling, p);
+    if (error != cudaSuccess) return error;
+    if (tiling.chunk > 0) return attention_bwd_heads<T>(p, tiling, stream);
+  }
+  return attention_bwd_of<T>(p, dbias, delta, stream);
+}
+
 }  // namespace
+
+cudaError_t choose_heads(HeadTiling& tiling, const AttentionBwdParams& p) {
+  const AttentionScores& s = p.scores;
+  const char* const given = std::getenv("MIMKERNELS_CUDA_ATTENTION_BWD");
+  const std::string wanted = given == nullptr || *given == 0 ? "one-pass" : given;
+  if (wanted != "one-pass" && wanted != "two-passes") {
+    throw std::invalid_argument("MIMKERNELS_CUDA_ATTENTION_BWD=" + wanted +
+                                " is none of: one-pass, two-passes");
+  }
+  if (wanted == "two-passes") return cudaSuccess;
+  if (s.bias.given || s.table.given || s.cosine.given) return cudaSuccess;
+  const bool has_points = p.has_coef && p.positions.given;
+  if (has_points && s.queries != s.keys) return cudaSuccess;
+  int device = 0;
+  int budget = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&budget, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  if (error == cudaSuccess) {
+    tiling = head_tiling(s.queries, s.keys, static_cast<int>(s.dim), p.has_coef,
+                         has_points ? p.positions.dims : 0, budget);
+  }
+  return error;
+}
 
 int64_t attention_bwd_workspace(const AttentionBwdParams& p) { return Workspace(p).size; }
 
@@ -242,7 +284,7 @@ cudaError_t attention_bwd(const AttentionBwdParams& given, float* workspace, cud
     using T = decltype(type);
     cudaError_t error = cudaSuccess;
     if (s.batch * s.heads > 0) {
-      error = attention_bwd_of<T>(p, p.dbias != nullptr && !sums_bias, delta, stream);
+      error = bwd_of<T>(p, p.dbias != nullptr && !sums_bias, delta, stream);
     }
     if (error == cudaSuccess && sums_bias) {
       error = sum_scores<T>(p, ScoreSums(s, s.bias.windows, s.bias.heads), delta, partial, p.dbias,

@@ -1,0 +1,8 @@
+#include "ops/attention/cuda/bwd_heads.cuh"
+
+namespace mimkernels::cuda {
+
+template cudaError_t attention_bwd_heads<__half>(const AttentionBwdParams&, const HeadTiling&,
+                                                 cudaStream_t);
+
+}  // namespace mimkernels::cuda
