@@ -25,6 +25,7 @@ from mimkernels.ops import (
     received_attention,
     reduce_pool,
     restore_tokens,
+    upsample_cross_entropy,
     use_backend,
     weighted_pool,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "reduce_pool",
     "restore",
     "restore_tokens",
+    "upsample_cross_entropy",
     "use_backend",
     "weighted_pool",
 ]

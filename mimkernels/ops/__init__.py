@@ -19,6 +19,7 @@ from mimkernels.ops.random_mask import random_mask
 from mimkernels.ops.received_attention import received_attention
 from mimkernels.ops.reduce_pool import reduce_pool
 from mimkernels.ops.restore_tokens import restore_tokens
+from mimkernels.ops.upsample_cross_entropy import upsample_cross_entropy
 from mimkernels.ops.weighted_pool import weighted_pool
 
 _registry.finish_loading()
@@ -44,6 +45,7 @@ __all__ = [
     "received_attention",
     "reduce_pool",
     "restore_tokens",
+    "upsample_cross_entropy",
     "use_backend",
     "weighted_pool",
 ]

@@ -76,6 +76,7 @@ OPTIONS = [
     for name, good in {**given, **numbers(op.__name__)}.items()
     for values, error in WRONG.get(type(good), ())
     for value in values
+    if not (name == "ignore_index" and value == -1)  # any number that is no class
 ]
 
 

@@ -1,0 +1,1 @@
+from mimkernels.ops.upsample_cross_entropy.api import upsample_cross_entropy as upsample_cross_entropy
