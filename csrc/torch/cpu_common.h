@@ -36,7 +36,8 @@ class OnCpu {
   }
 
   // The kernels check ids; this keeps how an error names them, with their mask or without.
-  void check_ids(const std::string&, const char* name, const Tensor&, int64_t, bool masks) {
+  void check_ids(const std::string&, const char* name, const Tensor&, int64_t, bool masks,
+                 std::optional<int64_t> = std::nullopt) {
     ids_name_ = name;
     has_masks_ = masks;
   }

@@ -95,17 +95,17 @@ class OnCuda {
         first_, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
   }
 
-  // With MIMKERNELS_DEBUG=1, refuses ids outside [0, limit), which waits for the device. Otherwise
-  // nothing is checked: kernels read zeros for such ids, or count nothing.
+  // With MIMKERNELS_DEBUG=1, refuses ids outside [0, limit) but `allowed`, which waits for the device.
+  // Otherwise nothing is checked: kernels read zeros for such ids, or count nothing.
   void check_ids(const std::string& op, const char* name, const Tensor& ids_any, int64_t limit,
-                 bool) const {
+                 bool, std::optional<int64_t> allowed = std::nullopt) const {
     const char* const debug = std::getenv("MIMKERNELS_DEBUG");
     if (debug == nullptr || *debug == 0 || std::string(debug) == "0") return;
     const Tensor ids = torch::stable::contiguous(
         torch::stable::to(ids_any, torch::stable::Device(torch::headeronly::DeviceType::CPU)));
     const int64_t* const data = static_cast<const int64_t*>(ids.data_ptr());
     for (int64_t i = 0; i < ids.numel(); ++i) {
-      if (data[i] >= 0 && data[i] < limit) continue;
+      if ((data[i] >= 0 && data[i] < limit) || data[i] == allowed) continue;
       throw std::out_of_range(op + ": " + name + " holds " + std::to_string(data[i]) +
                               ", outside [0, " + std::to_string(limit) + ")");
     }

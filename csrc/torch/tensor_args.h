@@ -9,7 +9,7 @@
 //   static constexpr const char* kOp, kDevice;
 //   bool has(const Tensor&) const;
 //   Tensor empty(Sizes, ScalarType) const;
-//   void check_ids(op, const char* name, const Tensor& ids, int64_t limit, bool masks);
+//   void check_ids(op, const char* name, const Tensor& ids, int64_t limit, bool masks, allowed = {});
 //   void run(const Params&) const;
 #pragma once
 
