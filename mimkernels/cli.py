@@ -26,6 +26,7 @@ COMMANDS = {
     "probe": Command("mimkernels.commands.probe.cli", "compare poolings of a frozen encoder's tokens"),
     "finetune": Command("mimkernels.commands.finetune.cli", "train a pre-trained encoder further, with labels"),
     "analyze": Command("mimkernels.commands.analyze.cli", "what heads and tokens of several models do, side by side"),
+    "dense": Command("mimkernels.commands.dense.cli", "segmentation and depth read from frozen patches"),
     "bench": Command("mimkernels.commands.bench.cli", "micro-benchmarks: run them, compare runs, plot them"),
 }
 

@@ -127,6 +127,25 @@ class FrozenEncoder(nn.Module):
         last = heads[-1]
         return Tokens(tokens, cls_attention(last.q, last.k, **last.options))
 
+    @property
+    def num_layers(self) -> int:
+        """Blocks, or stages of a Swin Transformer, that ``maps`` are taken after; ValueError where timm has none."""
+        info = getattr(self.model, "feature_info", None)
+        if not info or not hasattr(self.model, "forward_intermediates"):
+            raise ValueError(f"{self.title} gives no maps of its layers: it is none of timm's Transformers")
+        return len(info)
+
+    @torch.no_grad()
+    def maps(self, images: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+        """``[B, D, h, w]`` fp32 of each layer, from 1 on: its patches after the last norm, of ``images`` uint8."""
+        model: Any = self.model
+        pixels = (images - self._shift) * self._scale
+        wanted = sorted(set(layers))
+        found = model.forward_intermediates(
+            pixels, indices=[layer - 1 for layer in wanted], norm=self.final_norm, intermediates_only=True
+        )
+        return {layer: values.float() for layer, values in zip(wanted, found, strict=True)}
+
     def check_attention(self, what: str) -> None:
         """Raise ValueError unless the last block's attention can be had, which `what` needs."""
         try:

@@ -1,0 +1,1 @@
+"""``mimkernels dense``: labels and depths of every pixel, read from frozen encoders."""

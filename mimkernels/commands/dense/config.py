@@ -1,0 +1,114 @@
+"""Settings of dense readouts, and the layers that ``--layers`` names."""
+
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from mimkernels.commands.analyze.config import parse_models
+from mimkernels.engine.settings import DEVICES, PRECISIONS, Settings, require, setting
+
+DATA = ("scenes",)
+TASKS = ("segmentation", "depth", "knn")
+
+
+@dataclass
+class DenseConfig(Settings):
+    """Everything that the results depend on. Saved as ``config.json`` in the output folder."""
+
+    models: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "run folder or checkpoint of `mimkernels pretrain`, a published checkpoint, or a timm name; "
+            "NAME=MODEL names it; options follow colons: arch, img_size, pretrained, and timm's own, as in "
+            "small=vit_tiny_patch16_224:img_size=96:patch_size=8",
+            "group": "models", "positional": True, "nargs": "+", "metavar": "MODEL",
+        },
+    )  # fmt: skip
+    layers: str = setting(
+        "last", "layers to read from, each by itself: numbers from 1 on, last, or each for all of them; 3+6+9 are read "
+        "together, quarters are four at equal steps, together", "models", metavar="LAYERS",
+    )  # fmt: skip
+
+    data: str = setting("scenes", "scenes: rooms cast ray by ray, with exact labels and depths", "data", choices=DATA)
+    train_images: int = setting(200, "images to learn from", "data")
+    test_images: int = setting(50, "images to test on", "data")
+    side: int = setting(96, "pixels a side of images and labels; every encoder gets its own size", "data")
+
+    tasks: str = setting(
+        "segmentation,depth,knn", "what is read: segmentation and depth by linear layers, knn: segmentation by the "
+        "nearest patches, without training", "readout", metavar="NAMES",
+    )  # fmt: skip
+    steps: int = setting(1000, "steps of training, of each linear layer", "readout")
+    batch_size: int = setting(16, "images per step", "readout")
+    lr: float = setting(1e-3, "peak learning rate of AdamW", "readout")
+    weight_decay: float = setting(1e-3, "of the segmentation; depth has a tenth, as published", "readout")
+    dropout: float = setting(0.1, "share of channels dropped before the segmentation", "readout")
+    depth_bins: int = setting(256, "depths that the depth is a mean of", "readout")
+    neighbours: int = setting(20, "nearest patches that vote", "readout")
+    seed: int = setting(0, "seed of images, weights and order", "readout")
+
+    encoder_batch: int = setting(32, "images at a time in the encoder", "execution")
+    device: str = setting("auto", "where to compute", "execution", choices=DEVICES)
+    precision: str = setting("auto", "of the encoder; auto takes bf16 where it is fast", "execution",
+                             choices=PRECISIONS)  # fmt: skip
+    output: str = setting("runs/dense", "output folder", "output", metavar="DIR", short="-o")
+    pictures: int = setting(4, "test images in the report", "output")
+    title: str = setting("", "title of the report", "output")
+
+    def check(self) -> None:
+        """Raise ValueError for values that cannot work, before anything is read or written."""
+        if not self.models:
+            raise ValueError("models are missing: name at least one run folder, checkpoint or timm model")
+        for name in ("train_images", "batch_size"):
+            require(getattr(self, name) >= 2, name, getattr(self, name), "at least 2 (batches are normalised)")
+        for name in ("test_images", "steps", "encoder_batch", "neighbours"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(self.side >= 8, "side", self.side, "at least 8")
+        require(self.depth_bins >= 2, "depth_bins", self.depth_bins, "at least 2")
+        for name in ("pictures", "seed"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(self.lr > 0 and math.isfinite(self.lr), "lr", self.lr, "positive and finite")
+        decay = self.weight_decay
+        require(decay >= 0 and math.isfinite(decay), "weight_decay", decay, "0 or more and finite")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
+        for name, known in (("data", DATA), ("device", DEVICES), ("precision", PRECISIONS)):
+            require(getattr(self, name) in known, name, getattr(self, name), f"one of {', '.join(known)}")
+        for task in self.chosen_tasks:
+            require(task in TASKS, "tasks", repr(task), f"among {', '.join(TASKS)}")
+        names = [choice.name for choice in parse_models(self.models)]
+        require(len(set(names)) == len(names), "models", ", ".join(names), "of different names")
+        parse_layers(self.layers, 1 << 30)
+
+    @property
+    def chosen_tasks(self) -> list[str]:
+        return [task.strip() for task in self.tasks.split(",")]
+
+
+class Readout(NamedTuple):
+    """Layers of an encoder that are read together."""
+
+    label: str
+    layers: tuple[int, ...]  # from 1 on
+
+
+def parse_layers(text: str, count: int) -> list[Readout]:
+    """The entries of ``--layers`` for an encoder of `count` layers; ValueError says what is wrong with one."""
+    readouts: list[Readout] = []
+    for part in (part.strip() for part in text.split(",")):
+        if part == "each":
+            readouts += [Readout(str(layer), (layer,)) for layer in range(1, min(count, 1000) + 1)]
+            continue
+        if part == "quarters":
+            layers = tuple(dict.fromkeys(max(1, round(count * quarter / 4)) for quarter in range(1, 5)))
+        else:
+            try:
+                layers = tuple(count if name.strip() == "last" else int(name) for name in part.split("+"))
+            except ValueError:
+                raise ValueError(
+                    f"layers must be numbers, last, quarters or each, joined by + where they are read together, got "
+                    f"{part!r}"
+                ) from None
+        for layer in layers:
+            require(1 <= layer <= count, "layers", layer, f"in 1..{count}")
+        readouts.append(Readout("+".join(map(str, layers)), layers))
+    return list(dict.fromkeys(readouts))

@@ -1,0 +1,159 @@
+"""The readouts: linear layers on feature maps, and votes of the nearest patches."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mimkernels import upsample_cross_entropy
+from mimkernels.commands.dense.config import DenseConfig
+from mimkernels.commands.dense.features import joined
+from mimkernels.commands.dense.metrics import IGNORED
+from mimkernels.engine.command import TrainingError
+from mimkernels.engine.schedule import learning_rate
+
+_WARMUP = 1500 / 40000  # share of the steps, as published
+_MOST_PATCHES = 50_000  # that a test patch is compared with
+_TEMPERATURE = 0.07
+_AT_ONCE = 16  # images that are predicted together
+
+
+class LinearSegmentation(nn.Module):
+    """Channels dropped, normalised over the batch, and one linear layer: logits of classes at the maps' size."""
+
+    def __init__(self, dim: int, classes: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout, self.norm = nn.Dropout2d(dropout), nn.BatchNorm2d(dim)
+        self.linear = nn.Conv2d(dim, classes, 1)
+        nn.init.normal_(self.linear.weight, std=0.01)
+        nn.init.zeros_(self.linear.bias)  # type: ignore[arg-type]
+
+    def forward(self, maps: Tensor) -> Tensor:
+        logits: Tensor = self.linear(self.norm(self.dropout(maps)))
+        return logits
+
+    def loss(self, maps: Tensor, labels: Tensor) -> Tensor:
+        return upsample_cross_entropy(self(maps), labels, ignore_index=IGNORED)
+
+    def predict(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+        """Class numbers ``[B, H, W]`` uint8."""
+        return F.interpolate(self(maps), size, mode="bilinear").argmax(1).to(torch.uint8)
+
+
+class LinearDepth(nn.Module):
+    """One linear layer to weights of fixed depths, whose mean is the depth, at the maps' size."""
+
+    centres: Tensor
+
+    def __init__(self, dim: int, low: float, high: float, bins: int) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm2d(dim), nn.Conv2d(dim, bins, 1)
+        self.register_buffer("centres", torch.linspace(low, high, bins))
+        self.low, self.high = low, high
+
+    def forward(self, maps: Tensor) -> Tensor:
+        weights = self.linear(self.norm(maps)).relu() + 0.1
+        return torch.einsum("bkhw,k->bhw", weights, self.centres) / weights.sum(1)
+
+    def predict(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+        """Depths ``[B, H, W]``."""
+        return F.interpolate(self(maps)[:, None], size, mode="bilinear")[:, 0]
+
+    def loss(self, maps: Tensor, depths: Tensor) -> Tensor:
+        """The root of ``variance + 0.15 mean^2`` of the difference of logarithms (SigLoss)."""
+        valid = (depths > self.low) & (depths < self.high)
+        predicted = self.predict(maps, (depths.shape[1], depths.shape[2]))
+        error = (predicted[valid] + 1e-3).log() - (depths[valid] + 1e-3).log()
+        return (error.var(correction=0) + 0.15 * error.mean().square() + 1e-12).sqrt()
+
+
+def train(
+    head: LinearSegmentation | LinearDepth,
+    maps: list[Tensor],
+    targets: Tensor,
+    config: DenseConfig,
+    weight_decay: float,
+    device: torch.device,
+    what: str,
+) -> list[float]:
+    """Train on all images in an order of the seed's; the loss of every step.
+
+    Args:
+        maps: of the layers that are read together, ``[n, D, h, w]`` on the CPU.
+        targets: ``[n, H, W]`` labels or depths.
+        what: for the error of a loss that is not finite.
+    """
+    head.to(device).train()
+    optimizer = torch.optim.AdamW(head.parameters(), lr=config.lr, weight_decay=weight_decay)
+    generator = torch.Generator().manual_seed(config.seed)
+    batch = min(config.batch_size, len(targets))
+    order = torch.empty(0, dtype=torch.int64)
+    losses = []
+    for step in range(config.steps):
+        if len(order) < batch:
+            order = torch.randperm(len(targets), generator=generator)
+        chosen, order = order[:batch], order[batch:]
+        optimizer.param_groups[0]["lr"] = learning_rate(
+            step + 1, config.steps + 1, max(1, round(_WARMUP * config.steps)), config.lr
+        )
+        features = joined([each[chosen].to(device) for each in maps])
+        loss = head.loss(features, targets[chosen].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(head.parameters(), 35.0)
+        optimizer.step()
+        losses.append(loss.detach())
+    values = [float(loss) for loss in losses]
+    wrong = next((step for step, value in enumerate(values) if not abs(value) < float("inf")), None)
+    if wrong is not None:
+        raise TrainingError(f"the loss of {what} became {values[wrong]} at step {wrong}; try a lower --lr")
+    return values
+
+
+@torch.no_grad()
+def predict(
+    predict_batch: Callable[[Tensor, tuple[int, int]], Tensor],
+    maps: list[Tensor],
+    size: tuple[int, int],
+    device: torch.device,
+) -> Tensor:
+    """Predictions of all images, on the CPU."""
+    parts = [
+        predict_batch(joined([each[start : start + _AT_ONCE].to(device) for each in maps]), size).cpu()
+        for start in range(0, len(maps[0]), _AT_ONCE)
+    ]
+    return torch.cat(parts)
+
+
+class NearestPatches:
+    """Segmentation without training: each patch asks the most similar patches of the training images.
+
+    A training patch votes with the shares of the classes in it, weighted by exp(cosine / 0.07) as in DINO
+    (arXiv:2104.14294); the votes are resized like logits.
+    """
+
+    def __init__(
+        self, maps: list[Tensor], labels: Tensor, classes: int, neighbours: int, seed: int, device: torch.device
+    ) -> None:
+        features = joined(maps)
+        shares = torch.stack(
+            [F.adaptive_avg_pool2d((labels == number).float(), features.shape[-2:]) for number in range(classes)], -1
+        ).flatten(0, 2)
+        patches = features.movedim(1, -1).flatten(0, 2)
+        if len(patches) > _MOST_PATCHES:
+            chosen = torch.randperm(len(patches), generator=torch.Generator().manual_seed(seed))[:_MOST_PATCHES]
+            patches, shares = patches[chosen], shares[chosen]
+        self.patches, self.shares = F.normalize(patches, dim=1).to(device), shares.to(device)
+        self.neighbours = min(neighbours, len(patches))
+
+    def predict(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+        """Class numbers ``[B, H, W]`` uint8."""
+        asked = F.normalize(maps.movedim(1, -1).flatten(0, 2), dim=1)
+        votes = []
+        for part in asked.split(1024):
+            closeness, ids = (part @ self.patches.T).topk(self.neighbours, dim=1)
+            weights = (closeness / _TEMPERATURE).softmax(1)
+            votes.append(torch.einsum("pk,pkc->pc", weights, self.shares[ids]))
+        grid = torch.cat(votes).view(len(maps), *maps.shape[-2:], -1).movedim(-1, 1)
+        return F.interpolate(grid, size, mode="bilinear").argmax(1).to(torch.uint8)
