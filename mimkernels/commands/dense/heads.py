@@ -14,6 +14,7 @@ from mimkernels.engine.command import TrainingError
 from mimkernels.engine.schedule import learning_rate
 
 _WARMUP = 1500 / 40000  # share of the steps, as published
+_EARLY_STEPS = 100  # of the depth's loss, at most a tenth of all
 _MOST_PATCHES = 50_000  # that a test patch is compared with
 _TEMPERATURE = 0.07
 _AT_ONCE = 16  # images that are predicted together
@@ -33,7 +34,7 @@ class LinearSegmentation(nn.Module):
         logits: Tensor = self.linear(self.norm(self.dropout(maps)))
         return logits
 
-    def loss(self, maps: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, maps: Tensor, labels: Tensor, early: bool) -> Tensor:
         return upsample_cross_entropy(self(maps), labels, ignore_index=IGNORED)
 
     def predict(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -60,12 +61,14 @@ class LinearDepth(nn.Module):
         """Depths ``[B, H, W]``."""
         return F.interpolate(self(maps)[:, None], size, mode="bilinear")[:, 0]
 
-    def loss(self, maps: Tensor, depths: Tensor) -> Tensor:
-        """The root of ``variance + 0.15 mean^2`` of the difference of logarithms (SigLoss)."""
+    def loss(self, maps: Tensor, depths: Tensor, early: bool) -> Tensor:
+        """The root of ``variance + 0.15 mean^2`` of the difference of logarithms (SigLoss); `early` of the mean alone,
+        so that the scale is found first."""
         valid = (depths > self.low) & (depths < self.high)
         predicted = self.predict(maps, (depths.shape[1], depths.shape[2]))
         error = (predicted[valid] + 1e-3).log() - (depths[valid] + 1e-3).log()
-        return (error.var(correction=0) + 0.15 * error.mean().square() + 1e-12).sqrt()
+        variance = 0.0 if early else error.var(correction=0)
+        return (variance + 0.15 * error.mean().square() + 1e-12).sqrt()
 
 
 def train(
@@ -98,7 +101,8 @@ def train(
             step + 1, config.steps + 1, max(1, round(_WARMUP * config.steps)), config.lr
         )
         features = joined([each[chosen].to(device) for each in maps])
-        loss = head.loss(features, targets[chosen].to(device))
+        early = step < min(_EARLY_STEPS, config.steps // 10)
+        loss = head.loss(features, targets[chosen].to(device), early)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(head.parameters(), 35.0)

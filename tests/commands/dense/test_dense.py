@@ -1,0 +1,166 @@
+"""mimkernels dense: metrics with known answers, readouts that must succeed, features kept, refusals."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import confusion_matrix, jaccard_score
+
+from mimkernels.cli import main
+from mimkernels.commands.dense.config import DenseConfig, Readout, parse_layers
+from mimkernels.commands.dense.features import fitted_images, joined
+from mimkernels.commands.dense.heads import LinearDepth, LinearSegmentation, NearestPatches, predict, train
+from mimkernels.commands.dense.metrics import confusion, depth_scores, segmentation_scores
+from mimkernels.commands.dense.run import dense
+from mimkernels.engine.encoder import load_encoder
+
+MODEL = "tiny=vit_tiny_patch16_224:pretrained=false:img_size=32:patch_size=8:embed_dim=24:depth=3:num_heads=2"
+CPU = torch.device("cpu")
+
+
+def config(tmp_path, **changes):
+    return DenseConfig(
+        **{
+            "models": [MODEL], "train_images": 6, "test_images": 3, "side": 32, "steps": 4, "batch_size": 3,
+            "pictures": 2, "device": "cpu", "precision": "fp32", "output": str(tmp_path / "dense"), **changes,
+        }
+    )  # fmt: skip
+
+
+# ---- metrics ----
+
+
+def test_segmentation_scores_by_hand():
+    labels = torch.tensor([[0, 0, 0, 1], [1, 1, 255, 255]])
+    predicted = torch.tensor([[0, 0, 1, 1], [1, 0, 2, 0]])
+    scores = segmentation_scores(confusion(predicted, labels, 4))
+    # Class 0: 2 right, 3 labelled, 3 predicted. Class 1 alike. Classes 2 and 3: ignored pixels do not count.
+    assert scores.iou[:2] == [2 / 4, 2 / 4] and all(math.isnan(iou) for iou in scores.iou[2:])
+    assert scores.miou == 0.5
+    assert scores.accuracy == pytest.approx(4 / 6) and scores.class_accuracy == pytest.approx(2 / 3)
+
+
+def test_segmentation_scores_are_those_of_scikit_learn():
+    generator = torch.Generator().manual_seed(0)
+    labels, predicted = torch.randint(5, (2, 3, 8, 9), generator=generator)
+    counts = confusion(predicted, labels, 5)
+    assert counts.tolist() == confusion_matrix(labels.flatten(), predicted.flatten()).tolist()
+    expected = jaccard_score(labels.flatten(), predicted.flatten(), average=None)
+    assert segmentation_scores(counts).iou == pytest.approx(expected.tolist())
+
+
+def test_depth_scores_by_hand_and_image_by_image():
+    depths = torch.tensor([[[1.0, 2.0]], [[4.0, 99.0]]])  # 99 is not valid
+    predicted = torch.tensor([[[1.1, 4.0]], [[4.0, 1.0]]])
+    scores = depth_scores(predicted, depths, 0.5, 10.0)
+    assert scores.rmse == pytest.approx(math.sqrt((0.1**2 + 2**2) / 2) / 2)
+    assert scores.abs_rel == pytest.approx((0.1 + 1.0) / 2 / 2)
+    assert scores.sq_rel == pytest.approx((0.01 + 2.0) / 2 / 2)
+    assert (scores.d1, scores.d2, scores.d3) == (0.75, 0.75, 0.75)  # off by a factor of 2: beyond 1.25 cubed
+    assert scores.log10 == pytest.approx((math.log10(1.1) + math.log10(2)) / 2 / 2)
+    assert scores.rmse_log == pytest.approx(math.sqrt((math.log(1.1) ** 2 + math.log(2) ** 2) / 2) / 2)
+    assert scores.silog == pytest.approx(100 * (math.log(2) - math.log(1.1)) / 2 / 2)
+
+
+# ---- layers and readouts ----
+
+
+def test_layers_by_number_name_and_together():
+    assert parse_layers("last", 12) == [Readout("12", (12,))]
+    assert parse_layers("quarters, 2+last", 12) == [Readout("3+6+9+12", (3, 6, 9, 12)), Readout("2+12", (2, 12))]
+    assert [readout.label for readout in parse_layers("each,3", 3)] == ["1", "2", "3"]
+    with pytest.raises(ValueError, match=r"layers must be in 1\.\.3, got 4"):
+        parse_layers("4", 3)
+    with pytest.raises(ValueError, match="layers must be numbers, last, quarters or each, .* got 'first'"):
+        parse_layers("first", 3)
+
+
+def test_maps_are_the_tokens_of_the_last_layer():
+    from mimkernels.commands.analyze.config import parse_models
+
+    (choice,) = parse_models([MODEL])
+    encoder = load_encoder(choice)
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    maps = encoder.maps(images, [3, 1])
+    assert sorted(maps) == [1, 3] and encoder.num_layers == 3
+    tokens = encoder(images).tokens[:, encoder.num_prefix :]
+    torch.testing.assert_close(maps[3].flatten(2).transpose(1, 2), tokens)
+
+
+def test_images_are_resized_and_turned_grey():
+    images = torch.full((1, 3, 8, 8), 100, dtype=torch.uint8)
+    images[:, 0] = 200
+    assert torch.equal(fitted_images(images, 8, 3), images)
+    grey = fitted_images(images, 16, 1)
+    assert grey.shape == (1, 1, 16, 16) and (grey == round(0.299 * 200 + 0.701 * 100)).all()
+    assert joined([torch.ones(1, 2, 4, 4), torch.ones(1, 3, 2, 2)]).shape == (1, 5, 4, 4)
+
+
+def test_linear_readouts_and_neighbours_find_what_maps_hold(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (12, 4, 4), generator=generator)
+    maps = F.one_hot(labels, 3).permute(0, 3, 1, 2).float() + 0.05 * torch.randn(12, 3, 4, 4, generator=generator)
+    chosen = config(tmp_path, steps=150, lr=0.03, batch_size=6)
+    size = (4, 4)
+    linear = LinearSegmentation(3, 3, 0.0)
+    losses = train(linear, [maps], labels, chosen, 0.0, CPU, "segmentation")
+    assert losses[-1] < 0.2 * losses[0]
+    assert torch.equal(predict(linear.eval().predict, [maps], size, CPU), labels.to(torch.uint8))
+    nearest = NearestPatches([maps[:8]], labels[:8], 3, 5, 0, CPU)
+    assert torch.equal(predict(nearest.predict, [maps[8:]], size, CPU), labels[8:].to(torch.uint8))
+    depths = 1.0 + 3.0 * labels
+    depth = LinearDepth(3, 0.5, 10.0, 32)
+    train(depth, [maps], depths, chosen, 0.0, CPU, "depth")
+    assert depth_scores(predict(depth.eval().predict, [maps], size, CPU), depths, 0.5, 10.0).d1 > 0.95
+
+
+# ---- the command ----
+
+
+def test_the_command_from_nothing_and_again(tmp_path, capsys):
+    arguments = ["dense", MODEL, "--layers", "each,quarters", "--train-images", "6", "--test-images", "3", "--side"]
+    arguments += ["32", "--steps", "3", "--batch-size", "3", "--pictures", "2", "--device", "cpu", "--precision"]
+    arguments += ["fp32", "-o", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "tiny" in printed and "mIoU" in printed and "1+2+3" in printed
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Which layer" in page and "wrong pixels" in page and "relative error" in page
+    assert 'src="http' not in page and 'href="http' not in page
+    numbers = json.loads((tmp_path / "out" / "numbers.json").read_text())
+    assert [result["layers"] for result in numbers["results"]] == [[1], [2], [3], [1, 2, 3]]
+    assert all(0 <= result[task]["miou"] <= 1 for result in numbers["results"] for task in ("segmentation", "knn"))
+    assert main(arguments) == 0
+    assert "kept from before" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "numbers.json").read_text()) == numbers
+    assert main([*arguments, "--overwrite"]) == 0
+    assert "encoded in" in capsys.readouterr().out
+
+
+def test_damaged_features_are_made_anew(tmp_path):
+    chosen = config(tmp_path, tasks="knn")
+    first = dense(chosen)
+    (kept,) = (tmp_path / "dense" / "features").glob("*.pt")
+    kept.write_bytes(kept.read_bytes()[:200])
+    again = dense(chosen)
+    assert first.encoded == again.encoded == 1
+    assert first.results[0].knn == again.results[0].knn
+    assert dense(chosen).encoded == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"models": []}, "models are missing"),
+        ({"tasks": "segmentation,pose"}, "tasks must be among segmentation, depth, knn, got 'pose'"),
+        ({"layers": "5"}, r"layers must be in 1\.\.3, got 5"),
+        ({"train_images": 1}, "train_images must be at least 2"),
+        ({"models": [MODEL, MODEL]}, "models must be of different names, got tiny, tiny"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        dense(config(tmp_path, **changes))
+    assert not (tmp_path / "dense").exists()
