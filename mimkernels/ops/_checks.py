@@ -126,12 +126,17 @@ def without_autocast(tensor: Tensor) -> torch.autocast:
     return torch.autocast("cpu" if device == "meta" else device, enabled=False)  # meta tensors know no autocast
 
 
-def in_range(op: str, name: str, ids: Tensor, size: int) -> None:
-    """For the reference on CPU tensors; kernels check for themselves. On CUDA it would wait for the device."""
+def in_range(op: str, name: str, ids: Tensor, size: int, allowed: int | None = None) -> None:
+    """Ids are in ``[0, size)``, or `allowed`. For the reference on CPU tensors; kernels check for themselves.
+
+    On CUDA it would wait for the device.
+    """
     if torch.compiler.is_compiling() or ids.device.type != "cpu" or ids.numel() == 0:
         return
     if is_functorch_wrapped_tensor(ids):  # many ids as one, whose values vmap does not show
         return
+    if allowed is not None:
+        ids = ids.masked_fill(ids == allowed, 0)
     low, high = (int(v) for v in torch.aminmax(ids))
     if low < 0 or high >= size:
         raise IndexError(f"{op}: {name} holds {low if low < 0 else high}, outside [0, {size})")

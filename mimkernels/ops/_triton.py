@@ -54,14 +54,17 @@ def launch(kernel: Any, programs: int, on: Tensor, *args: object, **options: obj
         kernel[(programs,)](*args, **options)
 
 
-def check_ids(op: str, name: str, ids: Tensor, size: int) -> None:
-    """Refuse ids outside ``[0, size)`` where looking costs no device sync, or where MIMKERNELS_DEBUG asks for it.
+def check_ids(op: str, name: str, ids: Tensor, size: int, allowed: int | None = None) -> None:
+    """Refuse ids outside ``[0, size)``, but for `allowed`.
 
-    Unchecked ids are safe: kernels read zeros for them and write nothing outside their outputs.
+    Only where looking costs no device sync, or where MIMKERNELS_DEBUG asks for it. Unchecked ids are safe:
+    kernels read zeros for them and write nothing outside their outputs.
     """
     debug = os.environ.get("MIMKERNELS_DEBUG", "0") not in ("", "0")
     if ids.numel() == 0 or not (ids.device.type == "cpu" or (ids.device.type == "cuda" and debug)):
         return
+    if allowed is not None:
+        ids = ids.masked_fill(ids == allowed, 0)
     low, high = (int(bound) for bound in torch.aminmax(ids))
     if low < 0 or high >= size:
         raise IndexError(f"{op}: {name} holds {low if low < 0 else high}, outside [0, {size})")

@@ -20,6 +20,7 @@ from mimkernels.commands.bench.cases.mlp import mlp_cases
 from mimkernels.commands.bench.cases.norm import norm_cases
 from mimkernels.commands.bench.cases.pooling import pooling_cases
 from mimkernels.commands.bench.cases.scaling import scaling_cases
+from mimkernels.commands.bench.cases.segmentation import segmentation_cases
 from mimkernels.commands.bench.results import machine, save
 from mimkernels.commands.bench.timing import Benchmark, Timing, measure, prepare
 
@@ -135,6 +136,12 @@ GROUPS = {
         "bias and GELU of an MLP",
         _MEMORY_COLUMNS,
         lambda options, dtype, device: mlp_cases(dtype, device, compiled=not options.no_compile),
+        _memory_line,
+    ),
+    "segmentation": Group(
+        "cross-entropy of resized logits",
+        _MEMORY_COLUMNS,
+        lambda options, dtype, device: segmentation_cases(dtype, device, compiled=not options.no_compile),
         _memory_line,
     ),
     "norm": Group(

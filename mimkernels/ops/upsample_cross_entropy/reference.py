@@ -16,7 +16,7 @@ def upsample_cross_entropy(
     label_smoothing: float,
 ) -> tuple[Tensor]:
     """The mean loss, as a tuple: the kernels return beside it what their gradient needs."""
-    _checks.in_range("upsample_cross_entropy", "labels", labels.masked_fill(labels == ignore_index, 0), logits.shape[1])
+    _checks.in_range("upsample_cross_entropy", "labels", labels, logits.shape[1], ignore_index)
     size = labels.shape[1:]
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if labels.numel() == 0:

@@ -52,6 +52,6 @@ SPEC = register(
         },
         fakes={"upsample_cross_entropy_fwd": _fwd, "upsample_cross_entropy_bwd": _bwd},
         gradient=Gradient(_save, _gradients),
-        impls=(Impl("cuda"), Impl("cpu"), Impl("reference", ANY_FLOAT)),
+        impls=(Impl("triton"), Impl("cuda"), Impl("cpu"), Impl("reference", ANY_FLOAT)),
     )
 )

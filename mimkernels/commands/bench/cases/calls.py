@@ -38,6 +38,7 @@ def calls(dtype: torch.dtype, device: str) -> dict[str, tuple[Callable[[], objec
     token = torch.randn(1, 1, 8, device=device).to(dtype)
     images = torch.rand(1, 3, 8, 8, device=device).to(dtype)
     pred = torch.randn(1, 4, 48, device=device).to(dtype)
+    classes, labels = torch.randn(1, 8, 2, 2, device=device).to(dtype), torch.tensor([[[0, 1], [2, 3]]], device=device)
     q, k, v = torch.randn(3, 1, 2, 4, 8, device=device).to(dtype)
     lse = mk.attention(q, k, v).lse
     positions = torch.rand(4, 2, device=device)
@@ -88,6 +89,10 @@ def calls(dtype: torch.dtype, device: str) -> dict[str, tuple[Callable[[], objec
         "masked_feature_loss": (
             lambda: mk.masked_feature_loss(visible, x, ids),
             *twice(F.smooth_l1_loss, aten.smooth_l1_loss.default, x, x),
+        ),
+        "upsample_cross_entropy": (
+            lambda: mk.upsample_cross_entropy(classes, labels),
+            *twice(F.cross_entropy, aten.cross_entropy_loss.default, classes, labels),
         ),
         "attention": (lambda: mk.attention(q, k, v), *sdpa(q, k, v)),
         "attention, all statistics": (
