@@ -141,8 +141,9 @@ class NearestPatches:
         self, maps: list[Tensor], labels: Tensor, classes: int, neighbours: int, seed: int, device: torch.device
     ) -> None:
         features = joined(maps)
+        grid = (features.shape[-2], features.shape[-1])
         shares = torch.stack(
-            [F.adaptive_avg_pool2d((labels == number).float(), features.shape[-2:]) for number in range(classes)], -1
+            [F.adaptive_avg_pool2d((labels == number).float(), grid) for number in range(classes)], -1
         ).flatten(0, 2)
         patches = features.movedim(1, -1).flatten(0, 2)
         if len(patches) > _MOST_PATCHES:

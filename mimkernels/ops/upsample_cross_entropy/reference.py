@@ -23,5 +23,5 @@ def upsample_cross_entropy(
         full = wide[..., :1, :1].expand(*logits.shape[:2], *size)
     else:
         full = F.interpolate(wide, tuple(size), mode="bilinear", align_corners=align_corners)  # [B, C, H, W]
-    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    return (F.cross_entropy(full, labels, None if weight is None else weight.to(full.dtype), **options),)
+    weight = None if weight is None else weight.to(full.dtype)
+    return (F.cross_entropy(full, labels, weight, ignore_index=ignore_index, label_smoothing=label_smoothing),)
