@@ -46,15 +46,16 @@ def called(function, *arguments) -> str:
     return function(*passed).decode()
 
 
-def planted_faults() -> dict[str, list[int]]:
-    """The kernels of faults.cu, and the lines that are marked in each."""
+def planted_faults() -> dict[str, set[str]]:
+    """The kernels with faults, and the lines that are marked in each, as messages name them."""
     found, name = {}, None
-    for number, line in enumerate((SOURCES / "faults.cu").read_text().splitlines(), 1):
-        if kernel := re.match(r"__global__ void (\w+)\(", line):
-            name = kernel[1]
-            found[name] = []
-        if line.endswith("// fault"):
-            found[name].append(number)
+    for file in ("faults.cu", "attention_faults.cuh"):
+        for number, line in enumerate((SOURCES / file).read_text().splitlines(), 1):
+            if kernel := re.match(r"__global__ void (\w+)\(", line):
+                name = kernel[1]
+                found[name] = set()
+            if line.endswith("// fault"):
+                found[name].add(f"{file}:{number}")
     return found
 
 
@@ -130,10 +131,10 @@ def run(kernels, name: str, right: bool) -> str:
     return called(kernels.run_fault, list(FAULTS).index(name), ctypes.c_bool(right), given, taken)
 
 
-def named_lines(text: str) -> set[int]:
-    """The lines of faults.cu where the fault is, or that call the function of the kernels' headers where it is."""
+def named_lines(text: str) -> set[str]:
+    """The lines of these files where the fault is, or that call the function of the kernels' headers where it is."""
     first = text.split("\n  the other at ")[0]
-    return set(map(int, re.findall(r"^ +(?:at|inlined into) tests/emulation/faults.cu:(\d+) in ", first, re.M)))
+    return set(re.findall(r"^ +(?:at|inlined into) tests/emulation/(\w+\.cuh?:\d+) in ", first, re.M))
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -141,7 +142,7 @@ def test_a_fault_is_found_and_its_line_named(kernels, name):
     text = run(kernels, name, right=False)
     assert re.match(rf"kernel \S*( namespace\)::)?{name}\(.*\), block \(\d, 0, 0\), thread \d+: ", text), text
     assert EXPECTED[name] in text
-    assert named_lines(text) & set(FAULTS[name]), text
+    assert named_lines(text) & FAULTS[name], text
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -182,7 +183,7 @@ def test_accesses_past_an_allocation_are_found_under_address_sanitizer():
     for name, wrong, right in zip(BOUNDS, texts[::2], texts[1::2], strict=True):
         assert right == ""
         assert "of global memory, which no allocation holds" in wrong
-        assert named_lines(wrong) & set(FAULTS[name]), wrong
+        assert named_lines(wrong) & FAULTS[name], wrong
 
 
 @pytest.mark.parametrize(
