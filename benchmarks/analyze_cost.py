@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 
-from mimkernels.commands.analyze.config import AnalyzeConfig, parse_models
+from mimkernels.commands.analyze.config import AnalyzeConfig
 from mimkernels.commands.analyze.measure import measure
 from mimkernels.commands.analyze.run import open_images
 from mimkernels.commands.bench.results import machine
@@ -22,6 +22,7 @@ from mimkernels.data.labelled import EncoderImages, in_order
 from mimkernels.engine.encoder import load_encoder
 from mimkernels.engine.environment import start_accelerator
 from mimkernels.engine.hardware import loading_workers
+from mimkernels.engine.model_names import parse_models
 
 
 def main() -> None:

@@ -5,8 +5,8 @@ import argparse
 import pytest
 import torch
 
-from mimkernels.commands.analyze.config import ModelChoice
 from mimkernels.engine.encoder import load_encoder
+from mimkernels.engine.model_names import ModelChoice
 from mimkernels.nn.encoder import create_encoder
 
 SIZE = {"img_size": 32, "patch_size": 8}

@@ -27,11 +27,12 @@ import torch
 import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 
-from mimkernels.commands.analyze.config import AnalyzeConfig, ModelChoice
+from mimkernels.commands.analyze.config import AnalyzeConfig
 from mimkernels.commands.analyze.run import analyze
 from mimkernels.commands.probe.config import ProbeConfig
 from mimkernels.commands.probe.run import probe
 from mimkernels.engine.encoder import load_encoder
+from mimkernels.engine.model_names import ModelChoice
 from mimkernels.engine.published import LoadReport, read_published
 from mimkernels.models.capi import CapiEncoder
 

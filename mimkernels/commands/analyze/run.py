@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from mimkernels.commands.analyze import results
-from mimkernels.commands.analyze.config import AnalyzeConfig, ModelChoice, parse_models
+from mimkernels.commands.analyze.config import AnalyzeConfig
 from mimkernels.commands.analyze.measure import HEAD_QUANTITIES, OUTPUT_QUANTITIES, STATE_QUANTITIES, measure
 from mimkernels.commands.analyze.report import AnalysisReport, write_report
 from mimkernels.commands.analyze.results import Measured, Model
@@ -26,6 +26,7 @@ from mimkernels.engine.environment import start_accelerator, versions
 from mimkernels.engine.hardware import device_name, loading_workers
 from mimkernels.engine.head_history import FIXED_IMAGES, Epochs
 from mimkernels.engine.lock import folder_lock
+from mimkernels.engine.model_names import ModelChoice, parse_models
 from mimkernels.engine.progress import Progress, duration
 from mimkernels.engine.published import LoadReport
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from mimkernels.commands.analyze.config import parse_models
+from mimkernels.engine.model_names import parse_models
 from mimkernels.engine.settings import DEVICES, PRECISIONS, Settings, require, setting
 
 DATA = ("scenes",)

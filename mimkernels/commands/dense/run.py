@@ -12,7 +12,6 @@ from typing import TextIO
 import torch
 from torch import Tensor
 
-from mimkernels.commands.analyze.config import ModelChoice, parse_models
 from mimkernels.commands.dense.config import DenseConfig, Readout, parse_layers
 from mimkernels.commands.dense.features import kept_maps, layer_maps
 from mimkernels.commands.dense.heads import LinearDepth, LinearSegmentation, NearestPatches, predict, train
@@ -26,6 +25,7 @@ from mimkernels.engine.encoder import FrozenEncoder, load_encoder
 from mimkernels.engine.environment import start_accelerator, versions
 from mimkernels.engine.hardware import device_name
 from mimkernels.engine.lock import folder_lock
+from mimkernels.engine.model_names import ModelChoice, parse_models
 from mimkernels.engine.progress import Progress, duration
 
 

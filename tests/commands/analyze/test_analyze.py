@@ -8,11 +8,12 @@ import torch
 
 from mimkernels.cli import main
 from mimkernels.commands.analyze import findings
-from mimkernels.commands.analyze.config import AnalyzeConfig, parse_models
+from mimkernels.commands.analyze.config import AnalyzeConfig
 from mimkernels.commands.analyze.run import analyze
 from mimkernels.commands.analyze.sections import change
 from mimkernels.commands.analyze.series import Series, limits, series_of
 from mimkernels.engine.command import TrainingError
+from mimkernels.engine.model_names import parse_models
 from mimkernels.heads import HeadStatistics
 
 TIMM = "vit_tiny_patch16_224:pretrained=false:in_chans=1:img_size=16:patch_size=4:embed_dim=16:depth={}:num_heads=2"

@@ -9,13 +9,14 @@ from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mimkernels.commands.analyze.config import AnalyzeConfig, parse_models
+from mimkernels.commands.analyze.config import AnalyzeConfig
 from mimkernels.commands.analyze.measure import accuracy_by_depth, measure
 from mimkernels.commands.analyze.run import analyze, open_images
 from mimkernels.commands.analyze.series import series_of
 from mimkernels.commands.pretrain.config import PretrainConfig
 from mimkernels.commands.pretrain.run import pretrain
 from mimkernels.engine.encoder import load_encoder
+from mimkernels.engine.model_names import parse_models
 from tests.commands.analyze.shown import shown
 
 SIZES = "pretrained=false:in_chans=1:img_size=16"

@@ -5,11 +5,11 @@ import torch
 
 from mimkernels._palette import SERIES
 from mimkernels.commands.analyze import pooled as pooled_module
-from mimkernels.commands.analyze.config import parse_models
 from mimkernels.commands.analyze.pictures import marked_images
 from mimkernels.commands.analyze.pooled import POOLINGS, LastTokens
 from mimkernels.data.labelled import LabelledImages
 from mimkernels.engine.encoder import load_encoder
+from mimkernels.engine.model_names import parse_models
 from mimkernels.engine.readout import train_pooling, why_no_classes
 from tests.commands.analyze.shown import shown
 

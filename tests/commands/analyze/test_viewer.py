@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from mimkernels.commands.analyze import maps as maps_module
-from mimkernels.commands.analyze.config import AnalyzeConfig, parse_models
+from mimkernels.commands.analyze.config import AnalyzeConfig
 from mimkernels.commands.analyze.maps import Maps, queries_of
 from mimkernels.commands.analyze.run import AnalyzeRun, open_images
 from mimkernels.data.batches import Augmentation
 from mimkernels.data.labelled import EncoderImages
 from mimkernels.engine.encoder import load_encoder
+from mimkernels.engine.model_names import parse_models
 from mimkernels.heads import record_heads
 from mimkernels.ops import attention_rows
 from tests.commands.analyze.shown import shown

@@ -78,7 +78,7 @@ def test_layers_by_number_name_and_together():
 
 
 def test_maps_are_the_tokens_of_the_last_layer():
-    from mimkernels.commands.analyze.config import parse_models
+    from mimkernels.engine.model_names import parse_models
 
     (choice,) = parse_models([MODEL])
     encoder = load_encoder(choice)
@@ -99,6 +99,7 @@ def test_images_are_resized_and_turned_grey():
 
 
 def test_linear_readouts_and_neighbours_find_what_maps_hold(tmp_path):
+    torch.manual_seed(0)  # of the layers' weights
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(3, (12, 4, 4), generator=generator)
     maps = F.one_hot(labels, 3).permute(0, 3, 1, 2).float() + 0.05 * torch.randn(12, 3, 4, 4, generator=generator)
@@ -113,7 +114,9 @@ def test_linear_readouts_and_neighbours_find_what_maps_hold(tmp_path):
     depths = 1.0 + 3.0 * labels
     depth = LinearDepth(3, 0.5, 10.0, 32)
     train(depth, [maps], depths, chosen, 0.0, CPU, "depth")
-    assert depth_scores(predict(depth.eval().predict, [maps], size, CPU), depths, 0.5, 10.0).d1 > 0.95
+    scores = depth_scores(predict(depth.eval().predict, [maps], size, CPU), depths, 0.5, 10.0)
+    # Their common scale comes last: the loss takes it for little. Predicting one depth has one of 77.
+    assert scores.silog < 20 and scores.rmse < 1.2
 
 
 # ---- the command ----

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mimkernels.commands.analyze.config import AnalyzeConfig, ModelChoice
+from mimkernels.commands.analyze.config import AnalyzeConfig
 from mimkernels.commands.analyze.run import analyze
 from mimkernels.commands.pretrain.config import PretrainConfig
 from mimkernels.commands.pretrain.run import pretrain
@@ -16,6 +16,7 @@ from mimkernels.data.batches import Augmentation
 from mimkernels.data.sources import open_held_out, open_source
 from mimkernels.engine.encoder import load_encoder
 from mimkernels.engine.head_history import FIXED_IMAGES, QUANTITIES, Epochs, strips
+from mimkernels.engine.model_names import ModelChoice
 from mimkernels.engine.training.heads import FixedImages
 from mimkernels.heads import HeadStatistics, capture
 from mimkernels.models.build import build_model
