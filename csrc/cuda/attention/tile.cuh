@@ -140,16 +140,17 @@ struct WarpPlace {
   int lane = 0;
   bool busy = false;
 
-  // With an opaque `zero` of its own a second place is not the first one, kept in registers.
+  // `own` tokens of a warp. With an opaque `zero` of its own a second place is not the first one, kept
+  // in registers.
   __device__ __forceinline__ WarpPlace(const StripTiling& tiling, int all_heads, int tokens,
-                                       int zero = 0)
+                                       int own = kStrip, int zero = 0)
       : warp((static_cast<int>(threadIdx.x) + zero) / kWarp),
         lane((static_cast<int>(threadIdx.x) + zero) % kWarp) {
     const int block = static_cast<int>(blockIdx.x) + zero;
     first_head = block / tiling.row_blocks * tiling.heads;
     local_head = warp / tiling.strips;
     head = first_head + local_head;
-    first = (block % tiling.row_blocks * tiling.strips + warp % tiling.strips) * tiling.own;
+    first = (block % tiling.row_blocks * tiling.strips + warp % tiling.strips) * own;
     busy = local_head < tiling.heads && head < all_heads && first < tokens;
   }
 };

@@ -45,7 +45,7 @@ __device__ __forceinline__ CellPixel read_pixel(const UpsampleCrossEntropyParams
 // cost:     logits read 4 times, parts written once; one exponential per class and label pixel; 32
 //           bytes of shared memory per thread; no atomics, deterministic
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     upsample_cross_entropy_bwd_kernel(UpsampleCrossEntropyParams p, Places rows, Places columns,
                                       int64_t chunks, float* parts) {
   CellPixel* const pixels = reinterpret_cast<CellPixel*>(shared_memory());

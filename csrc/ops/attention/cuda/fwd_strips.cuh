@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kStripWarps* kWarp, strips_blocks(DIM, FULL))
   const int queries = static_cast<int>(s.queries);
   const int keys = static_cast<int>(s.keys);
   const int dim = static_cast<int>(s.dim);
-  const WarpPlace place(tiling, images * heads, queries);
+  const WarpPlace place(tiling, images * heads, queries, kStrips * kStrip);
   const int b = place.busy ? place.head / heads : 0;
   const int h = place.busy ? place.head % heads : 0;
   const bool fold = !FULL || how.fold;
@@ -314,7 +314,7 @@ __global__ void __launch_bounds__(kStripWarps* kWarp, strips_blocks(DIM, FULL))
   }
 
   // Made anew: there are no registers in which to keep it.
-  const WarpPlace end(tiling, images * heads, queries, opaque(0));
+  const WarpPlace end(tiling, images * heads, queries, kStrips * kStrip, opaque(0));
   const int64_t row = (end.head / heads * s.queries + end.first) * heads + end.head % heads;
   T* const out = static_cast<T*>(p.out) + row * s.dim;
   T* const staged = slots + 2 * matrix + end.warp * kStrips * kStrip * kStride;
