@@ -131,9 +131,9 @@ def test_coordinates_of_swin_v2_are_scaled_by_the_checkpoints_window():
 def test_settings_with_former_windows_build_the_model():
     source, target = build("swinv2"), build("swinv2", window_size=8)
     target.load_checkpoint(source.simmim_state_dict())
-    own = ("name", "img_size", "in_chans", "patch_size", "mask_unit", "mask_ratio", "target", "loss", "mean", "std",
-           "attention", "mlp")  # fmt: skip
-    settings = {name: target.config[name] for name in own[1:8]}
+    own = ("name", "img_size", "in_chans", "patch_size", "mask_unit", "mask_ratio", "target", "target_dim", "loss",
+           "mean", "std", "attention", "mlp")  # fmt: skip
+    settings = {name: target.config[name] for name in own[1:9]}
     arguments = {name: value for name, value in target.config.items() if name not in own}
     built = build_model({"method": "simmim", "model": target.config["name"], "model_kwargs": arguments, **settings})
     assert built.encoder.layers[0].blocks[0].attn.pretrained_window_size == (4, 4)

@@ -76,7 +76,7 @@ def test_a_run_learns_and_is_reported_and_loaded_by_timm(settings, tmp_path, pre
     best = torch.load(tmp_path / "run" / "best.pth", weights_only=True)
     assert best["model"].keys() == model.state_dict().keys() and best["timm"] == content.arguments
     # What analyze and probe make of it, from the folder and from the file.
-    from mimkernels.commands.analyze.config import ModelChoice
+    from mimkernels.engine.model_names import ModelChoice
 
     for place in ("run", "run/final.pth"):
         encoder = load_encoder(ModelChoice("x", str(tmp_path / place)))
