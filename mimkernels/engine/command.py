@@ -1,9 +1,15 @@
 """How a command ends: bad input and failed training are one line and an exit code, anything else is a bug."""
 
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 _BAD_INPUT, _FAILED = 2, 1
 
@@ -13,6 +19,28 @@ class TrainingError(RuntimeError):
 
     Bad arguments are ValueError, raised before any file is written.
     """
+
+
+@contextlib.contextmanager
+def told_failures(output: Path, device: "torch.device", remedy: str) -> Iterator[None]:
+    """Turn a want of memory and what the file system refuses into ``TrainingError``.
+
+    Args:
+        output: the folder that is written.
+        device: where the work is done.
+        remedy: what to do where its memory does not suffice.
+    """
+    import torch
+
+    from mimkernels.engine import files
+    from mimkernels.engine.hardware import device_name
+
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        raise TrainingError(f"out of memory on {device_name(device)}: {remedy} ({str(e).splitlines()[0]})") from e
+    except OSError as e:
+        raise TrainingError(files.refusal(e, output)) from e
 
 
 def guarded(prepare: Callable[[], Callable[[], int]], debug: bool) -> int:

@@ -212,6 +212,13 @@ def load_encoder(choice: EncoderChoice) -> FrozenEncoder:
     return _from_timm(choice)
 
 
+def load_same_encoder(choice: EncoderChoice) -> FrozenEncoder:
+    """As ``load_encoder``; random weights are the same ones every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return load_encoder(choice)
+
+
 def _from_file(choice: EncoderChoice, path: Path) -> FrozenEncoder:
     try:
         content = read_file(path)

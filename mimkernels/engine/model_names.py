@@ -14,7 +14,7 @@ _OPTION = re.compile(r":([A-Za-z_]\w*)=([^:/]*)$")
 
 @dataclass
 class ModelChoice:
-    """One model that is analysed: what ``load_encoder`` needs, and its name in figures."""
+    """One model: what ``load_encoder`` needs, and its name in figures."""
 
     name: str
     model: str

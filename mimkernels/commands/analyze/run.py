@@ -20,8 +20,8 @@ from mimkernels.data.labelled import LabelledImages
 from mimkernels.data.pixels import Decoder
 from mimkernels.data.sources import open_held_out, open_source
 from mimkernels.engine import files
-from mimkernels.engine.command import TrainingError
-from mimkernels.engine.encoder import FrozenEncoder, load_encoder
+from mimkernels.engine.command import told_failures
+from mimkernels.engine.encoder import FrozenEncoder, load_same_encoder
 from mimkernels.engine.environment import start_accelerator, versions
 from mimkernels.engine.hardware import device_name, loading_workers
 from mimkernels.engine.head_history import FIXED_IMAGES, Epochs
@@ -76,7 +76,7 @@ class AnalyzeRun:
         self.keys: list[str] = []
         self.loading: list[LoadReport | None] = []
         for choice in self.choices:
-            encoder = _load(choice)
+            encoder = load_same_encoder(choice)
             self.keys.append(self._key(choice, encoder))
             self.loading.append(encoder.loading)
         stream = stream or (sys.stderr if as_json else sys.stdout)
@@ -87,14 +87,8 @@ class AnalyzeRun:
 
     def execute(self) -> AnalysisResult:
         """Run each model that is not kept from before, and write the page and the numbers."""
-        with self._held:
-            try:
-                return self._execute()
-            except torch.OutOfMemoryError as e:
-                device = device_name(self.accelerator.device)
-                raise TrainingError(f"out of memory on {device}: lower --batch-size ({str(e).splitlines()[0]})") from e
-            except OSError as e:
-                raise TrainingError(files.refusal(e, self.output)) from e
+        with self._held, told_failures(self.output, self.accelerator.device, "lower --batch-size"):
+            return self._execute()
 
     def _execute(self) -> AnalysisResult:
         files.sweep(self.output, self.output / "models")
@@ -127,7 +121,7 @@ class AnalyzeRun:
         return AnalysisResult(report.models, page, numbers, ran)
 
     def _measure(self, choice: ModelChoice) -> Measured:
-        encoder = _load(choice)
+        encoder = load_same_encoder(choice)
         began = noted = time.perf_counter()
 
         def note(text: str) -> None:
@@ -174,13 +168,6 @@ class AnalyzeRun:
             "Device": device_name(self.accelerator.device),
             "Precision": f"{self.precision} ({self.precision_reason})",
         }
-
-
-def _load(choice: ModelChoice) -> FrozenEncoder:
-    """The encoder; random weights are the same ones every time."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return load_encoder(choice)
 
 
 def open_images(config: AnalyzeConfig) -> LabelledImages:

@@ -20,8 +20,8 @@ from mimkernels.commands.dense.report import DenseReport, print_results, write_r
 from mimkernels.commands.dense.results import Pictured, ReadoutResult
 from mimkernels.data.scenes import CLASSES, DEPTHS, Scenes, make_scenes
 from mimkernels.engine import files
-from mimkernels.engine.command import TrainingError
-from mimkernels.engine.encoder import FrozenEncoder, load_encoder
+from mimkernels.engine.command import told_failures
+from mimkernels.engine.encoder import load_same_encoder
 from mimkernels.engine.environment import start_accelerator, versions
 from mimkernels.engine.hardware import device_name
 from mimkernels.engine.lock import folder_lock
@@ -81,7 +81,7 @@ class DenseRun:
         self.readouts: list[list[Readout]] = []
         self.loading: dict[str, str] = {}
         for choice in self.choices:  # one at a time is held later; here each shows that it can be loaded
-            encoder = _load(choice)
+            encoder = load_same_encoder(choice)
             self.readouts.append(parse_layers(config.layers, encoder.num_layers))
             if encoder.loading is not None:
                 self.loading[choice.name] = encoder.loading.text
@@ -92,16 +92,8 @@ class DenseRun:
 
     def execute(self) -> DenseResult:
         """Encode what is not kept from before, read, and write the page and the numbers."""
-        with self._held:
-            try:
-                return self._execute()
-            except torch.OutOfMemoryError as e:
-                device = device_name(self.accelerator.device)
-                raise TrainingError(
-                    f"out of memory on {device}: lower --encoder-batch or --batch-size ({str(e).splitlines()[0]})"
-                ) from e
-            except OSError as e:
-                raise TrainingError(files.refusal(e, self.output)) from e
+        with self._held, told_failures(self.output, self.accelerator.device, "lower --encoder-batch or --batch-size"):
+            return self._execute()
 
     def _execute(self) -> DenseResult:
         config, note = self.config, self.progress.note
@@ -141,7 +133,7 @@ class DenseRun:
     def _maps(self, choice: ModelChoice, readouts: list[Readout], parts: list[Split]) -> tuple[dict[int, Tensor], bool]:
         """Maps of all layers that are read, of training and test images after each other."""
         config = self.config
-        encoder = _load(choice)
+        encoder = load_same_encoder(choice)
         layers = sorted({layer for readout in readouts for layer in readout.layers})
         key = (
             encoder.fingerprint(), type(encoder.model).__name__, choice.model_kwargs, layers, self.precision,
@@ -204,10 +196,3 @@ class DenseRun:
             "Precision": f"{self.precision} ({self.precision_reason})",
             **{f"Loading of {name}": text for name, text in self.loading.items()},
         }
-
-
-def _load(choice: ModelChoice) -> FrozenEncoder:
-    """The encoder; random weights are the same ones every time."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return load_encoder(choice)

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from mimkernels.commands.pretrain.config import NO_MASKING, PretrainConfig
+from mimkernels.commands.pretrain.teacher import TeacherEncoder
 from mimkernels.engine.encoder import FrozenEncoder, load_encoder
-from mimkernels.models.checkpoint import copy_by_name
-from mimkernels.models.momentum import follow, half_cosine
+from mimkernels.engine.model_names import ModelChoice
+from mimkernels.models.momentum import half_cosine
 from mimkernels.models.targets import FeatureTarget, parse_target
 
 __all__ = ["FeatureTeacher", "load_teacher"]
 
 _EPS = 1e-5
-
-
-@dataclass
-class _Choice:
-    """What ``load_encoder`` is asked for."""
-
-    model: str
-    img_size: int | None
-    arch: str | None = None
-    model_kwargs: dict = field(default_factory=dict)
-    pretrained: bool = True
-    final_norm: bool = True
 
 
 def load_teacher(config: PretrainConfig) -> FrozenEncoder | None:
@@ -44,19 +30,19 @@ def load_teacher(config: PretrainConfig) -> FrozenEncoder | None:
     if target is None or target.model is None:
         return None
     try:
-        encoder = load_encoder(_Choice(target.model, None))
+        encoder = load_encoder(ModelChoice(target.model, target.model))
         patch = getattr(getattr(encoder.model, "patch_embed", None), "patch_size", None)
         if not Path(target.model).exists() and patch is not None:
             side = int(patch[0])
             size = max(1, round(config.img_size / side)) * side
             if size != encoder.img_size:
-                encoder = load_encoder(_Choice(target.model, size))
+                encoder = load_encoder(ModelChoice(target.model, target.model, img_size=size))
     except ValueError as e:
         raise ValueError(f"target {config.target!r}: {e}") from e
     return encoder
 
 
-class FeatureTeacher:
+class FeatureTeacher(TeacherEncoder):
     """Features of a teacher without gradients, at the output tokens of the model that learns to predict them.
 
     Args:
@@ -77,19 +63,8 @@ class FeatureTeacher:
         self._mask_grid: tuple[int, int] = tuple(model.grid_size)
         stride = getattr(model, "encoder_stride", model.patch_size)
         self.grid = (config.img_size // stride[0], config.img_size // stride[1])
-        self._student: nn.Module | None = None
-        if encoder is None:
-            self._student = model.encoder
-            encoder = FrozenEncoder(
-                copy.deepcopy(model.encoder),
-                "moving average",
-                f"the encoder {config.model}",
-                img_size=config.img_size,
-                in_chans=config.in_chans,
-                mean=model.mean,
-                std=model.std,
-            )
-        self.encoder = encoder
+        super().__init__(config, model, encoder)
+        encoder = self.encoder
         self._blocks = self._chosen(target, config.target)
         if encoder.grid is None:
             raise ValueError(f"target {config.target!r}: {encoder.title} gives no grid of patches")
@@ -102,7 +77,6 @@ class FeatureTeacher:
     def told(self) -> str:
         """The target in words."""
         target = self.target
-        what = "the encoder's moving average" if self._student is not None else self.encoder.title
         if target.layers is not None:
             where = f"mean of the last {len(self._blocks)} blocks, each normalised"
         else:
@@ -110,7 +84,7 @@ class FeatureTeacher:
         norm = {"ln": "LayerNorm without gain", "instance": "normalised over each image's tokens", "none": "as it is"}
         rows, columns = self.encoder.grid or (0, 0)
         grid = "" if (rows, columns) == self.grid else f", resampled from {rows} x {columns} tokens"
-        return f"features of {what}: {where}, {norm[target.norm]}; {target.loss} on {target.tokens} tokens{grid}"
+        return f"features of {self.named}: {where}, {norm[target.norm]}; {target.loss} on {target.tokens} tokens{grid}"
 
     def arguments(self, images: Tensor, mask: Tensor | None) -> dict[str, Any]:
         """What a step calls the model with, in addition to `images` and to what masks them."""
@@ -144,30 +118,8 @@ class FeatureTeacher:
         return tokens.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tokens
 
     def follow(self, share: float) -> None:
-        """Move by a step of the average, after `share` of the training, where the teacher is one."""
-        if self._student is not None:
-            self.encoder.to(next(self._student.parameters()).device)
-            follow(self.encoder.model, self._student, half_cosine(self.momentum, 1.0, share))
-
-    @property
-    def moves(self) -> bool:
-        """Whether the teacher changes while the model learns."""
-        return self._student is not None
-
-    @property
-    def dim(self) -> int:
-        return self.encoder.dim
-
-    def state(self) -> dict[str, Tensor] | None:
-        """What a checkpoint keeps; None of a teacher that stays as it is."""
-        return None if self._student is None else dict(self.encoder.model.state_dict())
-
-    @torch.no_grad()
-    def load(self, state: Mapping[str, Tensor] | None) -> None:
-        """Continue from what a checkpoint keeps."""
-        if self._student is not None:
-            given = self._student.state_dict() if state is None else state
-            copy_by_name(self.encoder.model.state_dict(), given, title="the teacher")
+        """To be called after each optimizer step, after `share` of the training."""
+        self.move(half_cosine(self.momentum, 1.0, share))
 
     def _chosen(self, target: FeatureTarget, text: str) -> list[int]:
         """Numbers of the blocks whose outputs are read; none for what the encoder gives."""

@@ -59,7 +59,7 @@ class Masking:
     def told(self) -> str:
         """The strategy in words, where there is one."""
         options = ", ".join(f"{name} {value}" for name, value in self.options.items())
-        teacher = f", by the [cls] attention of {self.teacher.told}" if self.teacher is not None else ""
+        teacher = f", by the [cls] attention of {self.teacher.named}" if self.teacher is not None else ""
         return f"{self.name}{f' ({options})' if options else ''}, {self.share:.0%} of the patches on average{teacher}"
 
     def arguments(self, images: Tensor, offset: int) -> dict[str, Any]:

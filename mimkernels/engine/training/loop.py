@@ -165,9 +165,8 @@ class Trainer:
             if self.features is not None:
                 with accelerator.autocast():
                     arguments |= self.features.arguments(inputs, arguments.get("mask"))
-            if self.masking is not None:
-                if "mask" in arguments and self.method.sees_all:
-                    arguments["mask"] = arguments["mask"].to(accelerator.device, non_blocking=True)
+            if "mask" in arguments and self.method.sees_all:
+                arguments["mask"] = arguments["mask"].to(accelerator.device, non_blocking=True)
             if config.compile and "offset" in arguments:
                 # A Python integer would be a constant to the compiler, one recompilation per step.
                 arguments["offset"] = torch.full((), piece, dtype=torch.int64, device=accelerator.device)
