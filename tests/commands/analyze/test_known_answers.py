@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -16,6 +15,7 @@ from mimkernels.commands.analyze.series import series_of
 from mimkernels.commands.pretrain.config import PretrainConfig
 from mimkernels.commands.pretrain.run import pretrain
 from mimkernels.engine.encoder import load_encoder
+from mimkernels.engine.environment import start_accelerator
 from mimkernels.engine.model_names import parse_models
 from tests.commands.analyze.shown import shown
 
@@ -29,7 +29,9 @@ BEIT = f"beit_base_patch16_224:{SIZES}:patch_size=4:embed_dim=16:depth=2:num_hea
 
 def measured(encoder, **changes):
     config = AnalyzeConfig(models=["m"], **{"images": 12, "batch_size": 6, "viewer_images": 0, **changes})
-    return measure(encoder, open_images(config), config, Accelerator(cpu=True), 0, lambda text: None)
+    return measure(
+        encoder, open_images(config), config, start_accelerator("cpu", "fp32").accelerator, 0, lambda text: None
+    )
 
 
 def encoder_of(text):
