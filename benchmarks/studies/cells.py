@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import subprocess
 import sys
@@ -85,15 +86,24 @@ def run_cell(cell: Cell, work: Path, results: Path) -> bool:
     folder = work / cell.name
     folder.mkdir(parents=True, exist_ok=True)
     began_before = (folder / "run" / "metrics.jsonl").exists()
-    seconds = {name: _run(name, arguments, folder) for name, arguments in commands(cell, folder, work / "data").items()}
+    seconds = {
+        name: run_command(name, arguments, folder) for name, arguments in commands(cell, folder, work / "data").items()
+    }
     content = collect(cell, folder, work / "data", {} if began_before else seconds)
     results.mkdir(parents=True, exist_ok=True)
     files.write_text(path, json.dumps(content) + "\n")
     return True
 
 
-def _run(name: str, arguments: Sequence[str], folder: Path) -> float:
-    """Run a command on one thread; the processor time that it took."""
+def run_command(name: str, arguments: Sequence[str], folder: Path) -> float:
+    """Run a command on one thread; the processor time that it took.
+
+    Args:
+        name: of its log in `folder`.
+
+    Raises:
+        CellError: it failed.
+    """
     log = folder / f"{name}.log"
     command = [sys.executable, "-m", "mimkernels", *arguments]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -105,7 +115,7 @@ def _run(name: str, arguments: Sequence[str], folder: Path) -> float:
         child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         last = "\n".join(log.read_text(errors="replace").splitlines()[-_TAIL:])
-        raise CellError(f"`mimkernels {name}` ended with status {child.returncode}; {log} ends with:\n{last}")
+        raise CellError(f"`mimkernels {arguments[0]}` ended with status {child.returncode}; {log} ends with:\n{last}")
     return usage.ru_utime + usage.ru_stime
 
 
@@ -139,7 +149,7 @@ def collect(cell: Cell, folder: Path, data: Path, seconds: dict[str, float]) -> 
             "facts": {name: value for name, value in run["facts"].items() if name != "encoder"},
             **{part: quantities(run[part]) for part in ("heads", "states", "outputs")},
             "accuracy_by_depth": run["accuracy"],
-            "cka": _rounded(analysis["cka"][cell.method]),
+            "cka": rounded(analysis["cka"][cell.method]),
         },
     }  # fmt: skip
 
@@ -149,16 +159,20 @@ def quantities(statistics: dict[str, Any]) -> dict[str, dict[str, list[list[floa
     layers = [statistics["layers"][number] for number in sorted(statistics["layers"], key=int)]
     names = [name for name, value in layers[0].items() if isinstance(value, dict)]
     return {
-        name: {moment: [_rounded(layer[name][moment]) for layer in layers] for moment in ("mean", "std")}
+        name: {moment: [rounded(layer[name][moment]) for layer in layers] for moment in ("mean", "std")}
         for name in names
     }
 
 
-def _rounded(value: Any) -> Any:
-    """Six digits, which is more than seeds have in common."""
+def rounded(value: Any) -> Any:
+    """Six digits, which is more than seeds have in common; None for NaN, which JSON has not."""
     if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+        return [rounded(item) for item in value]
+    if isinstance(value, dict):
+        return {name: rounded(item) for name, item in value.items()}
+    if isinstance(value, float):
+        return None if math.isnan(value) else float(f"{value:.6g}")
+    return value
 
 
 def revision() -> str:

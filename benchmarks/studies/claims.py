@@ -1,4 +1,4 @@
-"""What two papers say of MIM models, as comparisons that results of the study confirm or contradict by a rule."""
+"""What papers say of MIM models, as comparisons that results of the study confirm or contradict by a rule."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.studies.plan import METHODS, PATCHES, SEEDS, Cell
+from benchmarks.studies import plan
+from benchmarks.studies.plan import METRICS, PATCHES, SCRATCH, SEEDS, TITLES, Cell, Metric, Piece
 from mimkernels.commands.analyze.findings import last_quarter, off_diagonal
 
 BEYOND = 2.0  # standard deviations over seeds that a mean must lie beyond
 CONFIRMED, CONTRADICTED, UNSEEN, OPEN = "confirmed", "contradicted", "not seen at this scale", "not yet known"
 DARK_SECRETS, BEYOND_CLS = "2205.13543", "2412.03215"
+MAE, SIMCLR_V2, MAE_CT, CL_VS_MIM, MIM_REFINER = "2111.06377", "2006.10029", "2304.10520", "2305.00729", "2402.10093"
 
 MIM = ("mae", "simmim")
 JOINT = ("mocov3", "dino")
 OTHERS = ("supervised", *JOINT)
+
+CELLS, FINETUNE = "cells", "finetune"  # sources of values, besides the data of dense readouts
 
 Result = Mapping[str, Any]
 
@@ -36,17 +40,33 @@ class Study:
 
     Attributes:
         results: by the name of the cell.
+        pieces: of the second stage, by name.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.results: dict[str, Result] = {
-            path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))
-        }
+        self.results = _read(folder, [cell.name for cell in plan.cells()])
+        self.pieces = _read(folder, [piece.name for piece in plan.pieces()])
 
-    def runs(self, method: str, budget: str) -> dict[int, Result]:
-        """By seed."""
-        found = {seed: self.results.get(Cell(method, budget, seed).run.name) for seed in SEEDS}
+    def runs(self, method: str, budget: str, source: str = CELLS) -> dict[int, Result]:
+        """By seed: results of cells; of fine-tuning; or, with the name of data, ``{"layers": ...}`` of dense readouts.
+
+        The second stage is of models of equal epochs.
+        """
+        if source == CELLS:
+            found = {seed: self.results.get(Cell(method, budget, seed).run.name) for seed in SEEDS}
+        elif budget != "epochs":
+            return {}
+        elif source == FINETUNE:
+            found = {seed: self.pieces.get(Piece("finetune", method, seed).name) for seed in SEEDS}
+        else:
+            read = {seed: self.pieces.get(Piece("dense", source, seed).name) for seed in SEEDS}
+            found = {seed: piece and {"layers": piece["models"][method]} for seed, piece in read.items()}
         return {seed: result for seed, result in found.items() if result is not None}
+
+
+def _read(folder: Path, names: Sequence[str]) -> dict[str, Result]:
+    paths = {name: folder / f"{name}.json" for name in sorted(names)}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
 
 
 def by_head(result: Result, quantity: str) -> Tensor:
@@ -102,6 +122,40 @@ def _gain(of: str, over: str) -> Callable[[Result], float]:
     return lambda result: accuracy(of)(result) - accuracy(over)(result)
 
 
+def fine_tuned(labels: str) -> Callable[[Result], float]:
+    """Accuracy in percent with this share of the labels."""
+    return lambda result: 100 * result["shares"][labels]["accuracy"]
+
+
+def dense_by_layer(metric: Metric) -> Callable[[Result], Tensor]:
+    """``[layers]``, in the unit of the metric."""
+
+    def values(result: Result) -> Tensor:
+        by_layer = {
+            entry["layers"][0]: entry[metric.task][metric.key]
+            for entry in result["layers"]
+            if len(entry["layers"]) == 1
+        }
+        return metric.scale * torch.tensor([by_layer[layer] for layer in sorted(by_layer)], dtype=torch.float64)
+
+    return values
+
+
+def _at_last(task: str) -> Callable[[Result], float]:
+    return lambda result: dense_by_layer(METRICS[task])(result)[-1].item()
+
+
+def _middle_less_last(task: str) -> Callable[[Result], float]:
+    """The mean of the middle third of the layers less the last layer. No layer is chosen by its result."""
+
+    def value(result: Result) -> float:
+        layers = dense_by_layer(METRICS[task])(result)
+        third = len(layers) // 3
+        return (layers[third : len(layers) - third].mean() - layers[-1]).item()
+
+    return value
+
+
 @dataclass(frozen=True)
 class Claim:
     """A sentence of a paper as a comparison.
@@ -114,6 +168,8 @@ class Claim:
         against: methods that each of `of` is compared with, or a bound for all of `of`.
         larger: whether values of `of` are larger than what they are compared with.
         digits: after the decimal point.
+        source: of the results, as of ``Study.runs``.
+        margin: what a difference of methods must be on the claimed side; below 0 where it may be so far on the other.
     """
 
     paper: str
@@ -124,6 +180,8 @@ class Claim:
     against: tuple[str, ...] | float
     larger: bool = True
     digits: int = 2
+    source: str = CELLS
+    margin: float = 0.0
 
 
 CLAIMS = (
@@ -173,6 +231,44 @@ CLAIMS = (
           digits=1),
 )  # fmt: skip
 
+COMPETITIVE = 2.0  # points of accuracy that a model may be behind and still be competitive
+
+# What is known of models of equal epochs alone. Dense readouts are of the last layer unless it says otherwise.
+READOUT_CLAIMS = (
+    Claim(SIMCLR_V2, "Pre-training without labels, then fine-tuning, is a strong way to learn from few of them.",
+          "accuracy (%), fine-tuned with 1% of the labels; larger in every model without labels than from scratch",
+          fine_tuned("1%"), (*MIM, *JOINT), (SCRATCH,), digits=1, source=FINETUNE),
+    Claim(SIMCLR_V2, "The same with a tenth of them.",
+          "the same with 10% of the labels", fine_tuned("10%"), (*MIM, *JOINT), (SCRATCH,), digits=1, source=FINETUNE),
+    Claim(MAE_CT, "MIM models need enough labels to adapt; where they are few, instance discrimination does better.",
+          "accuracy (%), fine-tuned with 1% of the labels; smaller in MIM than in joint-embedding models",
+          fine_tuned("1%"), MIM, JOINT, False, 1, FINETUNE),
+    Claim(DARK_SECRETS, "Where supervised pre-training covers the categories, MIM models remain competitive.",
+          f"accuracy (%), fine-tuned with all labels; in MIM no more than {COMPETITIVE:g} points below supervised",
+          fine_tuned("all"), MIM, ("supervised",), True, 1, FINETUNE, -COMPETITIVE),
+    Claim(DARK_SECRETS, "MIM models are better than supervised ones at geometry: depth.",
+          "RMSE of depth (m); smaller in MIM than supervised",
+          _at_last("depth"), MIM, ("supervised",), False, 3, METRICS["depth"].data),
+    Claim(DARK_SECRETS, "So they are at pose.",
+          "keypoints, PCK@0.1 (%); larger in MIM than supervised",
+          _at_last("keypoints"), MIM, ("supervised",), True, 1, METRICS["keypoints"].data),
+    Claim(DARK_SECRETS, "So they are at motion, which the paper measures by tracking.",
+          "correspondence of patches, PCK@0.1 (%); larger in MIM than supervised",
+          _at_last("correspondence"), MIM, ("supervised",), True, 1, METRICS["correspondence"].data),
+    Claim(MAE, "Transferred to other tasks, MAE does better than supervised pre-training.",
+          "mIoU of segmentation (%); larger in MAE than supervised",
+          _at_last("segmentation"), ("mae",), ("supervised",), True, 1, METRICS["segmentation"].data),
+    Claim(CL_VS_MIM, "Heads of contrastive models grow alike, which harms dense prediction.",
+          "mIoU of segmentation (%); larger in MIM than in joint-embedding models",
+          _at_last("segmentation"), MIM, JOINT, True, 1, METRICS["segmentation"].data),
+    Claim(MIM_REFINER, "Strong representations of MIM models lie in intermediate layers.",
+          "mIoU of nearest patches (points), middle third of the layers less the last; above 0",
+          _middle_less_last("knn"), MIM, 0.0, digits=1, source=METRICS["knn"].data),
+    Claim(MIM_REFINER, "The same, read by a linear layer.",
+          "mIoU of segmentation (points), middle third of the layers less the last; above 0",
+          _middle_less_last("segmentation"), MIM, 0.0, digits=1, source=METRICS["segmentation"].data),
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -195,15 +291,17 @@ class Finding:
 def judge(claim: Claim, study: Study, budget: str) -> Finding:
     """Hold a claim against the results.
 
-    Every method of `of` is compared with every method of `against`, seed by seed, or with the bound. A comparison
-    confirms the claim where the mean of its differences lies beyond ``BEYOND`` standard deviations over seeds from 0 on
-    the claimed side, and contradicts it where it does so on the other side. The claim is confirmed if every comparison
-    confirms it, contradicted if more than half of them contradict it, and otherwise not seen at this scale.
+    Every method of `of` is compared with every method of `against`, seed by seed, less the margin, or with the bound. A
+    comparison confirms the claim where the mean of its differences lies beyond ``BEYOND`` standard deviations over
+    seeds from 0 on the claimed side, and contradicts it where it does so on the other side. The claim is confirmed if
+    every comparison confirms it, contradicted if more than half of them contradict it, and otherwise not seen at this
+    scale.
     """
     bound = claim.against if isinstance(claim.against, float) else None
     methods = claim.of if isinstance(claim.against, float) else (*claim.of, *claim.against)
     by_seed = {
-        method: {seed: claim.value(result) for seed, result in study.runs(method, budget).items()} for method in methods
+        method: {seed: claim.value(result) for seed, result in study.runs(method, budget, claim.source).items()}
+        for method in methods
     }
     values = {method: list(seeds.values()) for method, seeds in by_seed.items() if seeds}
     if any(len(seeds) < len(SEEDS) for seeds in by_seed.values()):
@@ -214,7 +312,7 @@ def judge(claim: Claim, study: Study, budget: str) -> Finding:
     else:
         assert isinstance(claim.against, tuple)
         differences = [
-            [sign * (by_seed[one][seed] - by_seed[other][seed]) for seed in SEEDS]
+            [sign * (by_seed[one][seed] - by_seed[other][seed]) - claim.margin for seed in SEEDS]
             for one, other in product(claim.of, claim.against)
         ]
     sides = [side(each) for each in differences]
@@ -243,4 +341,4 @@ def shown(values: Sequence[float], digits: int) -> str:
 
 
 def title(method: str) -> str:
-    return METHODS[method].title
+    return TITLES[method]

@@ -6,32 +6,53 @@ import statistics
 from collections import Counter
 from pathlib import Path
 
+import torch
 from jinja2 import Environment, StrictUndefined
+from torch import Tensor
 
 from benchmarks.studies import plan
 from benchmarks.studies.claims import (
     BEYOND,
     BEYOND_CLS,
+    CL_VS_MIM,
     CLAIMS,
     CONFIRMED,
     CONTRADICTED,
     DARK_SECRETS,
+    FINETUNE,
+    MAE,
+    MAE_CT,
+    MIM_REFINER,
     OPEN,
+    READOUT_CLAIMS,
+    SIMCLR_V2,
     UNSEEN,
     Claim,
     Finding,
     Study,
     accuracy,
+    dense_by_layer,
+    fine_tuned,
     judge,
     shown,
     title,
 )
 from benchmarks.studies.pictures import CAPTIONS, draw_all
-from benchmarks.studies.plan import BUDGETS, READOUTS, Method
+from benchmarks.studies.plan import BUDGETS, METHODS, METRICS, READOUTS, SCRATCH, SHARES, Cell, Method, Metric
+from benchmarks.studies.readout_pictures import CAPTIONS as READOUT_CAPTIONS
+from benchmarks.studies.readout_pictures import draw_readouts
 
 TITLE = "What heads of MIM, supervised and joint-embedding models do"
 _TEMPLATE = Path(__file__).parent / "page.md.jinja"
-_PAPERS = {DARK_SECRETS: "Revealing the Dark Secrets of Masked Image Modeling", BEYOND_CLS: "Beyond [cls]"}
+_PAPERS = {
+    DARK_SECRETS: "Revealing the Dark Secrets of Masked Image Modeling",
+    BEYOND_CLS: "Beyond [cls]",
+    MAE: "Masked Autoencoders Are Scalable Vision Learners",
+    SIMCLR_V2: "Big Self-Supervised Models are Strong Semi-Supervised Learners",
+    MAE_CT: "Contrastive Tuning: A Little Help to Make Masked Autoencoders Forget",
+    CL_VS_MIM: "What Do Self-Supervised Vision Transformers Learn?",
+    MIM_REFINER: "MIM-Refiner",
+}
 
 
 def write_page(results: Path, docs: Path) -> Path:
@@ -43,7 +64,8 @@ def write_page(results: Path, docs: Path) -> Path:
     study = Study(results)
     if not study.results:
         raise ValueError(f"{str(results)!r} holds no result of the study; run python -m benchmarks study")
-    drawn = draw_all(study, docs / "pictures" / "study")
+    folder = docs / "pictures" / "study"
+    drawn = [*draw_all(study, folder), *draw_readouts(study, folder)]
     path = docs / "study.md"
     path.write_text(text(study, drawn))
     return path
@@ -56,7 +78,9 @@ def text(study: Study, drawn: list[str]) -> str:
         drawn: names of the pictures that there are.
     """
     findings = {(claim, budget): judge(claim, study, budget) for claim in CLAIMS for budget in BUDGETS}
-    results = study.results.values()
+    read = {claim: judge(claim, study, "epochs") for claim in READOUT_CLAIMS}
+    results, pieces = study.results.values(), study.pieces.values()
+    made = [*results, *pieces]
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(_TEMPLATE.read_text())
     return template.render(
         title=TITLE,
@@ -64,6 +88,9 @@ def text(study: Study, drawn: list[str]) -> str:
         beyond=BEYOND,
         papers=_PAPERS,
         claims=CLAIMS,
+        readout_claims=READOUT_CLAIMS,
+        readout_counts=_counted([finding.verdict for finding in read.values()]),
+        read=lambda claim: _told(claim, read[claim]),
         counts={
             name: _counted([findings[claim, budget].verdict for claim in CLAIMS]) for budget, name in BUDGETS.items()
         },
@@ -72,12 +99,23 @@ def text(study: Study, drawn: list[str]) -> str:
         told=lambda claim, budget: _told(claim, findings[claim, budget]),
         accuracies=lambda method, budget: _accuracies(study, method, budget),
         seconds=lambda method: _seconds_per_epoch(study, method),
-        pictures={name: CAPTIONS[name] for name in drawn},
+        pictures={name: caption for name, caption in CAPTIONS.items() if name in drawn},
+        readout_pictures={name: caption for name, caption in READOUT_CAPTIONS.items() if name in drawn},
+        missing_pieces=[piece.name for piece in plan.pieces() if piece.name not in study.pieces],
+        count_of_pieces=len(list(plan.pieces())),
+        other_runs=_other_runs(study),
+        fine_tuned=lambda start: _fine_tuned(study, start),
+        at_last=lambda metric, method: _at_last(study, metric, method),
+        at_best=lambda metric, method: _at_best(study, metric, method),
+        read_metrics=[metric for metric in METRICS.values() if _dense(study, metric, next(iter(METHODS)))],
+        scratch=SCRATCH,
         results=results,
+        pieces=pieces,
+        timed_pieces=[sum(piece["seconds"].values()) for piece in pieces if piece["seconds"]],
         timed=[sum(result["seconds"].values()) for result in results if result["seconds"]],
-        devices=sorted({f"{result['machine']['device']} ({result['machine']['cpu_isa']})" for result in results}),
-        versions=sorted({_versions(result["machine"]) for result in results}),
-        revisions=sorted({result["revision"][:10] for result in results}),
+        devices=sorted({f"{result['machine']['device']} ({result['machine']['cpu_isa']})" for result in made}),
+        versions=sorted({_versions(result["machine"]) for result in made}),
+        revisions=sorted({result["revision"][:10] for result in made}),
     )
 
 
@@ -104,6 +142,40 @@ def _accuracies(study: Study, method: Method, budget: str) -> list[str]:
     by_readout = {name: [accuracy(name)(result) for result in results] for name in READOUTS}
     gains = [after - before for after, before in zip(by_readout["abmilp"], by_readout["cls"], strict=True)]
     return [shown(values, 1) for values in (*by_readout.values(), gains)]
+
+
+def _fine_tuned(study: Study, start: str) -> list[str]:
+    """By share of the labels; empty where there is no result."""
+    results = list(study.runs(start, "epochs", FINETUNE).values())
+    return [shown([fine_tuned(share.labels)(result) for result in results], 1) if results else "" for share in SHARES]
+
+
+def _dense(study: Study, metric: Metric, method: str) -> list[Tensor]:
+    """``[layers]`` of every seed."""
+    return [dense_by_layer(metric)(result) for result in study.runs(method, "epochs", metric.data).values()]
+
+
+def _at_last(study: Study, metric: Metric, method: str) -> str:
+    return shown([values[-1].item() for values in _dense(study, metric, method)], metric.digits)
+
+
+def _at_best(study: Study, metric: Metric, method: str) -> str:
+    """The layer whose mean over seeds is best, and its values."""
+    values = torch.stack(_dense(study, metric, method))  # [seeds, layers]
+    means = values.mean(0)
+    layer = int(means.argmax() if metric.larger else means.argmin())
+    return f"{layer + 1}: {shown(values[:, layer].tolist(), metric.digits)}"
+
+
+def _other_runs(study: Study) -> list[str]:
+    """Models whose run, as the second stage had it, does not end with the losses of its result."""
+    names = {
+        Cell(method, "epochs", piece["seed"]).name
+        for piece in study.pieces.values()
+        for method, same in piece["as_recorded"].items()
+        if same is False
+    }
+    return sorted(names)
 
 
 def _seconds_per_epoch(study: Study, method: Method) -> str:

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from benchmarks.pictures import save
 from benchmarks.studies.claims import Result, Study, by_head, by_layer, title
-from benchmarks.studies.plan import BUDGETS, METHODS, PATCHES
+from benchmarks.studies.plan import BUDGETS, METHODS, PATCHES, TITLES
 from mimkernels._palette import CHART, INK, LINE, MUTED, SERIES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = dict(zip(METHODS, SERIES, strict=False))
+COLOURS = dict(zip(TITLES, SERIES, strict=True))
 _TOKENS = PATCHES + 1
 
 # Dots of heads: quantity, label, and what values are divided by.
@@ -81,7 +81,7 @@ def head_panels(study: Study, quantity: str, label: str, unit: float) -> Figure 
     }
     if not any(runs.values()):
         return None
-    axes = _grid(len(BUDGETS), len(METHODS), (2.6, 2.5))
+    axes = grid(len(BUDGETS), len(METHODS), (2.6, 2.5))
     for row, budget in enumerate(BUDGETS):
         for column, method in enumerate(METHODS):
             panel = axes[row][column]
@@ -93,7 +93,7 @@ def head_panels(study: Study, quantity: str, label: str, unit: float) -> Figure 
                 x = torch.arange(1, len(heads) + 1)
                 panel.scatter(x[:, None].expand_as(heads).flatten(), heads.flatten(), s=12, color=COLOURS[method],
                               alpha=0.45, linewidths=0, zorder=2)  # fmt: skip
-            _line(panel, [heads.nanmean(1) for heads in runs[budget, method]], 1, COLOURS[method], INK)
+            line(panel, [heads.nanmean(1) for heads in runs[budget, method]], 1, COLOURS[method], INK)
         axes[row][0].set_ylabel(f"{BUDGETS[budget]}\n{label}")
     for panel in axes[-1]:
         panel.set_xlabel("layer")
@@ -117,7 +117,7 @@ def lines(
     }
     if not any(runs.values()):
         return None
-    axes = _grid(1, len(BUDGETS), (4.6, 3.4))[0]
+    axes = grid(1, len(BUDGETS), (4.6, 3.4))[0]
     for panel, budget in zip(axes, BUDGETS, strict=True):
         panel.set_title(BUDGETS[budget], loc="left", fontweight="bold")
         if reference is not None:
@@ -127,10 +127,10 @@ def lines(
                            textcoords="offset points", color=MUTED, fontsize=9.5)  # fmt: skip
         for method in METHODS:
             if runs[budget, method]:
-                _line(panel, runs[budget, method], first, COLOURS[method], COLOURS[method])
+                line(panel, runs[budget, method], first, COLOURS[method], COLOURS[method])
         panel.set_xlabel("layer")
     axes[0].set_ylabel(label)
-    _legend(axes[0], [method for method in METHODS if any(runs[budget, method] for budget in BUDGETS)])
+    legend(axes[0], [method for method in METHODS if any(runs[budget, method] for budget in BUDGETS)])
     return axes[0].figure
 
 
@@ -148,7 +148,7 @@ def cka_maps(study: Study) -> Figure | None:
     if not any(len(each) for each in maps.values()):
         return None
     with matplotlib.rc_context(CHART):
-        axes = _grid(len(BUDGETS), len(METHODS), (2.3, 2.3))
+        axes = grid(len(BUDGETS), len(METHODS), (2.3, 2.3))
         image = None
         for row, budget in enumerate(BUDGETS):
             for column, method in enumerate(METHODS):
@@ -170,15 +170,15 @@ def cka_maps(study: Study) -> Figure | None:
         return axes[0][0].figure
 
 
-def _grid(rows: int, columns: int, size: tuple[float, float]) -> Sequence[Sequence[Axes]]:
-    """Axes on one scale, in the style of the project's charts."""
+def grid(rows: int, columns: int, size: tuple[float, float], *, one_scale: bool = True) -> Sequence[Sequence[Axes]]:
+    """Axes in the style of the project's charts, unless it is told otherwise on one scale."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     with matplotlib.rc_context(CHART):
         figure = Figure(figsize=(columns * size[0], rows * size[1]), layout="constrained")
-        axes: Sequence[Sequence[Axes]] = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        axes: Sequence[Sequence[Axes]] = figure.subplots(rows, columns, sharex=True, sharey=one_scale, squeeze=False)
         for row in axes:
             for panel in row:
                 panel.grid(True, axis="y", color=LINE, linewidth=0.6, alpha=0.7)
@@ -188,7 +188,8 @@ def _grid(rows: int, columns: int, size: tuple[float, float]) -> Sequence[Sequen
     return axes
 
 
-def _line(panel: Axes, runs: Sequence[Tensor], first: int, thin: str, colour: str) -> None:
+def line(panel: Axes, runs: Sequence[Tensor], first: int, thin: str, colour: str) -> None:
+    """The mean of runs over layers from number `first` on, and where there are several, each as a thin line."""
     x = torch.arange(first, first + len(runs[0]))
     if len(runs) > 1:
         for run in runs:
@@ -197,9 +198,10 @@ def _line(panel: Axes, runs: Sequence[Tensor], first: int, thin: str, colour: st
     panel.plot(x, mean, color=colour, linewidth=1.9, marker="o", markersize=3.2, zorder=3)
 
 
-def _legend(panel: Axes, methods: Sequence[str]) -> None:
+def legend(panel: Axes, methods: Sequence[str]) -> None:
+    """Name the colours of methods above all panels of the figure."""
     handles = [panel.plot([], [], color=COLOURS[method], linewidth=2.4, label=title(method))[0] for method in methods]
-    panel.figure.legend(handles=handles, loc="outside upper left", ncols=5, frameon=False, labelcolor=INK)
+    panel.figure.legend(handles=handles, loc="outside upper left", ncols=6, frameon=False, labelcolor=INK)
 
 
 def _empty(panel: Axes) -> None:

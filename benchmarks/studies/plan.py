@@ -1,4 +1,4 @@
-"""What the study trains: data, encoder, methods, budgets and the cells that they make.
+"""What the study trains and then reads: data, encoder, methods, budgets, cells, and the pieces of a second stage.
 
 Every setting was fixed before the first result was seen, and none of them is changed after one.
 """
@@ -154,3 +154,146 @@ def cells() -> Iterator[Cell]:
                 cell = Cell(method, budget, seed)
                 if cell.run == cell:
                     yield cell
+
+
+# The second stage: what models of equal epochs are good for once they are trained.
+#
+# Cost, by what the first stage recorded: `supervised-epochs-*` took 425 s of one core for 65,000 images of 378 MFLOP,
+# forward and backward with its tests, 6.5 ms an image; forward alone is 2.2 ms, and 10 ms at 197 tokens (587 MFLOP).
+# - Fine-tuning: 5,000 + 16,320 + 29,952 images are 333 s, testing on 2,000 images and starting, three times, 40 s: 6
+#   starts (five models and random weights) of 3 seeds take 1.9 hours.
+# - Dense readouts of one model, six layers. scenes: encoding 3 s, 300 steps of both linear layers 45 s, 98 GFLOP of
+#   nearest patches a layer 15 s; figures: encoding 3 s, 150 steps on maps of four times the side 55 s; pairs: 5 s. 15
+#   models take 0.5 hours.
+SCRATCH = "scratch"  # the encoder of the runs with random weights
+TITLES = {**{name: method.title for name, method in METHODS.items()}, SCRATCH: "From scratch"}
+TRAINING_TOLERANCE = 1e-3  # of final losses of a run that was trained anew, relative; those of two seeds differ by 1e-2
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of the labels of the training images, and how it is fine-tuned with.
+
+    Attributes:
+        labels: as of ``mimkernels finetune --labels``; equally many of each class, drawn by the seed.
+        images: how many they are.
+    """
+
+    labels: str
+    images: int
+    epochs: int
+    batch_size: int
+
+
+# About 500 steps each: as few as the command's defaults take, however few the images.
+SHARES = (Share("1%", 50, 100, 10), Share("10%", 500, 34, 32), Share("all", TRAIN_IMAGES, 6, 64))
+
+# The published recipe (MAE of ViT-L) as it is scaled down for 5,000 images and fewer: images are neither mixed nor
+# erased. The rate is that of the first stage: 1e-3 x batch / 256 would be 0.04e-3 to 0.25e-3, too little for random
+# weights in so few steps. From scratch all layers learn at it.
+FINETUNE_OPTIONS = (
+    "--readout", "mean", "--lr", str(LR), "--weight-decay", "0.05", "--drop-path", "0.1", "--label-smoothing", "0.1",
+    "--mixup", "0", "--cutmix", "0", "--auto-augment", "none", "--erasing", "0", "--crop-scale", "0.6",
+)  # fmt: skip
+LAYER_DECAY = 0.75  # of the pre-trained
+
+# Positions are resampled to 14 x 14 patches, the grid of published readouts at 224 px. Of 7 x 7 patches, as at 28 px,
+# each would cover 14 x 14 px of a scene of 96, and half of one is 2 of the 2.8 px that PCK@0.1 allows.
+DENSE_SIZE = 56
+DENSE_LAYERS = "each"  # each by itself, the last among them
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Data that patches of frozen encoders are read on.
+
+    Attributes:
+        name: as of ``mimkernels dense --data``.
+        options: further options.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    options: tuple[str, ...]
+
+
+_MADE = ("--side", "96", "--train-images", "200", "--test-images", "50")
+DENSE = {
+    data.name: data
+    for data in (
+        Dense("scenes", ("segmentation", "depth", "knn"), (*_MADE, "--steps", "300")),
+        Dense("figures", ("keypoints",), (*_MADE, "--steps", "150")),
+        Dense(DATA, ("correspondence",), ("--side", str(DENSE_SIZE), "--test-images", "100")),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number of a dense readout: where ``numbers.json`` has it, and how it is shown.
+
+    Attributes:
+        key: of the task's numbers.
+        unit: of what is shown; numbers are multiplied by `scale`.
+        larger: whether larger is better.
+        digits: after the decimal point.
+    """
+
+    data: str
+    task: str
+    key: str
+    title: str
+    unit: str
+    scale: float = 100.0
+    larger: bool = True
+    digits: int = 1
+
+    @property
+    def label(self) -> str:
+        return f"{self.title} ({self.unit})"
+
+
+# All that the study knows of the names of metrics.
+METRICS = {
+    metric.task: metric
+    for metric in (
+        Metric("scenes", "segmentation", "miou", "segmentation, mIoU", "%"),
+        Metric("scenes", "knn", "miou", "nearest patches, mIoU", "%"),
+        Metric("scenes", "depth", "rmse", "depth, RMSE", "m", 1.0, False, 3),
+        Metric("figures", "keypoints", "pck_10", "keypoints, PCK@0.1", "%"),
+        Metric(DATA, "correspondence", "pck_10", "correspondence, PCK@0.1", "%"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A result of the second stage: one start fine-tuned with every share, or the models of a seed read on some data.
+
+    Attributes:
+        kind: "finetune" or "dense".
+        of: a method or ``SCRATCH``; the name of the data.
+    """
+
+    kind: str
+    of: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.of}-{self.seed}"
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """The models that it takes; of one trained from scratch the architecture alone."""
+        methods = tuple(METHODS) if self.kind == "dense" else ("mae" if self.of == SCRATCH else self.of,)
+        return tuple(Cell(method, "epochs", self.seed) for method in methods)
+
+
+def pieces() -> Iterator[Piece]:
+    """All of the second stage, one seed after the other."""
+    for seed in SEEDS:
+        for start in TITLES:
+            yield Piece("finetune", start, seed)
+        for data in DENSE:
+            yield Piece("dense", data, seed)

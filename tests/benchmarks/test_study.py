@@ -132,7 +132,7 @@ class Commands:
 
     def __init__(self, monkeypatch, fail_at=None):
         self.ran, self.fail_at = [], fail_at
-        monkeypatch.setattr(cells, "_run", self.run)
+        monkeypatch.setattr(cells, "run_command", self.run)
         monkeypatch.setattr(cells, "collect", lambda cell, *rest: made_result(cell.method, cell.budget, cell.seed))
         monkeypatch.setattr(cells, "write_data", lambda folder: None)
 
@@ -159,7 +159,7 @@ def test_a_study_goes_on_with_the_cells_that_have_no_result(tmp_path, monkeypatc
 
 def test_a_command_that_fails_shows_the_end_of_its_log(tmp_path):
     with pytest.raises(cells.CellError, match=r"`mimkernels pretrain` ended with status 2; .*pretrain.log ends with"):
-        cells._run("pretrain", ["pretrain", "--epochs", "none"], tmp_path)
+        cells.run_command("pretrain", ["pretrain", "--epochs", "none"], tmp_path)
 
 
 @pytest.mark.parametrize("name", METHODS)
