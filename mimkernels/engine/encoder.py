@@ -35,7 +35,7 @@ class EncoderChoice(Protocol):
         model: a run folder, a checkpoint or a timm name.
         arch, model_kwargs: timm name and arguments of a published checkpoint's encoder.
         pretrained: load the published weights of a timm name.
-        img_size: image side in pixels; None for the encoder's own.
+        img_size: image side in pixels; None for the encoder's own. At another one positions are resampled.
         final_norm: tokens after the encoder's last norm.
 
     An attribute ``adapts``, if there is one and it is true, says that the caller gives the weights of a run to a model
@@ -248,8 +248,10 @@ def _from_run(
 
     `published`: `weights` are what a published file holds, not named tensors of the model.
     """
+    resized = None
     if not getattr(choice, "adapts", False):
-        _not_with(choice, "a checkpoint of `mimkernels pretrain`", "arch", "model_kwargs", "img_size")
+        _not_with(choice, "a checkpoint of `mimkernels pretrain`", "arch", "model_kwargs")
+        resized = choice.img_size
     pixel_range = settings.get("pixel_range", "auto")
     if not is_of_type(pixel_range, str):
         raise ValueError(f"{str(settings_path)!r}: setting 'pixel_range' must be str, got {pixel_range!r}")
@@ -266,13 +268,18 @@ def _from_run(
         copy_by_name(model.state_dict(), weights, title=f"{name} of {settings_path}")
     arguments = ", ".join(f"{argument} {value}" for argument, value in settings["model_kwargs"].items())
     method = type(model).__name__
+    size = settings["img_size"]
+    encoder, told = model.evaluated_encoder, ""
+    if resized is not None and resized != size:
+        told = _resize(encoder, resized, f"{method} {name} of {choice.model}")
+        size = resized
     patch = {} if settings["patch_size"] is None else {"patch_size": settings["patch_size"]}
     assert model.mean is not None and model.std is not None
     return FrozenEncoder(
-        model.evaluated_encoder,
+        encoder,
         f"{method} {name} of {choice.model}",
-        f"{method} {name}{f' ({arguments})' if arguments else ''} from {path}",
-        img_size=settings["img_size"],
+        f"{method} {name}{f' ({arguments})' if arguments else ''} from {path}{told}",
+        img_size=size,
         in_chans=settings["in_chans"],
         mean=model.mean,
         std=model.std,
@@ -280,6 +287,24 @@ def _from_run(
         pixel_range=pixel_range,
         built_by=(name, {**patch, **settings["model_kwargs"]}),
     )
+
+
+def _resize(encoder: nn.Module, size: int, title: str) -> str:
+    """Resample the positions of a Vision Transformer for images of `size` pixels; what was done, in words."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    if not isinstance(encoder, VisionTransformer):
+        raise ValueError(
+            f"img_size {size} cannot be given with {title}: positions of Vision Transformers alone are resampled, this "
+            f"is a {type(encoder).__name__}"
+        )
+    former = tuple(encoder.patch_embed.grid_size)
+    try:
+        encoder.set_input_size(img_size=(size, size))
+    except RuntimeError as e:
+        raise ValueError(f"{title} does not take images of {size} x {size} pixels: {e}") from e
+    grid = tuple(encoder.patch_embed.grid_size)
+    return "" if grid == former or encoder.pos_embed is None else f", positions {_by(former)} to {_by(grid)} patches"
 
 
 def _from_published(choice: EncoderChoice, path: Path, content: Any) -> FrozenEncoder:

@@ -19,6 +19,7 @@ from mimkernels.engine.encoder import load_encoder
 from mimkernels.engine.progress import Progress
 from mimkernels.models import MAE
 from mimkernels.nn import build_pooling
+from mimkernels.nn.encoder import resample_positions
 
 
 @pytest.fixture(scope="module")
@@ -307,6 +308,15 @@ def test_accuracies_are_of_the_test_images_that_can_be_read(config, flags):
     assert f"Accuracy on {result.test_images} test images" in result.report.read_text()
 
 
+def test_a_run_is_read_at_another_size(config):
+    own, other = load_encoder(config()), load_encoder(config(img_size=32))
+    assert (own.img_size, own.grid, other.img_size, other.grid) == (16, (4, 4), 32, (8, 8))
+    positions = resample_positions(own.model.pos_embed, (8, 8), (4, 4), 1)
+    torch.testing.assert_close(other.model.pos_embed, positions, rtol=0, atol=0)
+    assert other.fingerprint() != own.fingerprint()
+    assert load_encoder(config(img_size=16)).fingerprint() == own.fingerprint()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -324,7 +334,8 @@ def test_accuracies_are_of_the_test_images_that_can_be_read(config, flags):
         ({"batch_size": 1}, "batch_size must be at least 2"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"warmup_epochs": 4}, r"warmup_epochs must be in 0..3"),
-        ({"img_size": 32}, "img_size cannot be given with a checkpoint of `mimkernels pretrain`"),
+        ({"model_kwargs": {"depth": 2}}, "model_kwargs cannot be given with a checkpoint of `mimkernels pretrain`"),
+        ({"img_size": 30}, "does not take images of 30 x 30 pixels"),
         ({"lr": 0.0}, "lr must be positive"),
         ({"val_share": 1.0}, "val_share must be between 0 and 1"),
         ({"precision": "fp16"}, "needs a GPU"),

@@ -92,6 +92,10 @@ def test_a_run_of_swin_is_probed(tmp_path, tiny_settings, capsys):
             ValueError, match=rf"pooling '{re.escape(name)}' needs a \[cls\] token, which SimMIM swin.* has not"
         ):
             ProbeRun(ProbeConfig(**config, pooling=f"mean,{name}"))
+    with pytest.raises(
+        ValueError, match=r"img_size 32 cannot be given with SimMIM swin.* of Vision Transformers alone"
+    ):
+        ProbeRun(ProbeConfig(**config, img_size=32))
     result = probe(ProbeConfig(**config, pooling="mean,abmilp:positions=true,topk:by=norm", pictures=2))
     assert [one.label for one in result.results] == ["mean", "abmilp:positions=true", "topk:by=norm"]
     assert "16 tokens of 32, frozen" in json.dumps(result.content.run_facts)
