@@ -77,15 +77,13 @@ def over_layers(study: Study) -> Figure | None:
     axes = grid(-(-len(shown) // columns), columns, (3.4, 3.0), one_scale=False)
     panels = [panel for row in axes for panel in row]
     for task, panel in zip(shown, panels, strict=False):
+        panel.set_xlabel("layer")
+        panel.tick_params(labelbottom=True)
         panel.set_title(METRICS[task].label, loc="left", fontsize=11, color=INK)
         for method, values in runs[task].items():
             if values:
                 line(panel, values, 1, COLOURS[method], COLOURS[method])
-    for number, panel in enumerate(panels):
-        if number >= len(shown):
-            panel.set_axis_off()
-        elif number + columns >= len(shown):
-            panel.set_xlabel("layer")
-            panel.tick_params(labelbottom=True)
+    for panel in panels[len(shown) :]:
+        panel.set_axis_off()
     legend(panels[0], [method for method in METHODS if any(runs[task][method] for task in shown)])
     return panels[0].figure  # type: ignore[return-value]
