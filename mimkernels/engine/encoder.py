@@ -298,11 +298,10 @@ def _resize(encoder: nn.Module, size: int, title: str) -> str:
             f"img_size {size} cannot be given with {title}: positions of Vision Transformers alone are resampled, this "
             f"is a {type(encoder).__name__}"
         )
-    former = tuple(encoder.patch_embed.grid_size)
-    try:
-        encoder.set_input_size(img_size=(size, size))
-    except RuntimeError as e:
-        raise ValueError(f"{title} does not take images of {size} x {size} pixels: {e}") from e
+    former, patch = tuple(encoder.patch_embed.grid_size), encoder.patch_embed.patch_size
+    if any(size % pixels for pixels in patch):
+        raise ValueError(f"img_size must be a multiple of the patches of {title}, {_by(patch)} pixels, got {size}")
+    encoder.set_input_size(img_size=(size, size))
     grid = tuple(encoder.patch_embed.grid_size)
     return "" if grid == former or encoder.pos_embed is None else f", positions {_by(former)} to {_by(grid)} patches"
 

@@ -335,7 +335,7 @@ def test_a_run_is_read_at_another_size(config):
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"warmup_epochs": 4}, r"warmup_epochs must be in 0..3"),
         ({"model_kwargs": {"depth": 2}}, "model_kwargs cannot be given with a checkpoint of `mimkernels pretrain`"),
-        ({"img_size": 30}, "does not take images of 30 x 30 pixels"),
+        ({"img_size": 30}, r"a multiple of the patches of MAE .*, 4 x 4 pixels, got 30"),
         ({"lr": 0.0}, "lr must be positive"),
         ({"val_share": 1.0}, "val_share must be between 0 and 1"),
         ({"precision": "fp16"}, "needs a GPU"),
