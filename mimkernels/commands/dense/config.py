@@ -7,9 +7,6 @@ from typing import NamedTuple
 from mimkernels.engine.model_names import parse_models
 from mimkernels.engine.settings import DEVICES, PRECISIONS, Settings, require, setting
 
-DATA = ("scenes",)
-TASKS = ("segmentation", "depth", "knn")
-
 
 @dataclass
 class DenseConfig(Settings):
@@ -29,14 +26,14 @@ class DenseConfig(Settings):
         "together, quarters are four at equal steps, together", "models", metavar="LAYERS",
     )  # fmt: skip
 
-    data: str = setting("scenes", "scenes: rooms cast ray by ray, with exact labels and depths", "data", choices=DATA)
+    data: str = setting("scenes", "scenes: rooms cast ray by ray, with exact labels and depths", "data")
     train_images: int = setting(200, "images to learn from", "data")
     test_images: int = setting(50, "images to test on", "data")
     side: int = setting(96, "pixels a side of images and labels; every encoder gets its own size", "data")
 
     tasks: str = setting(
-        "segmentation,depth,knn", "what is read: segmentation and depth by linear layers, knn: segmentation by the "
-        "nearest patches, without training", "readout", metavar="NAMES",
+        "all", "what is read: segmentation and depth by linear layers, knn: segmentation by the nearest patches, "
+        "without training; all that the data have targets of", "readout", metavar="NAMES",
     )  # fmt: skip
     steps: int = setting(1000, "steps of training, of each linear layer", "readout")
     batch_size: int = setting(16, "images per step", "readout")
@@ -57,6 +54,10 @@ class DenseConfig(Settings):
 
     def check(self) -> None:
         """Raise ValueError for values that cannot work, before anything is read or written."""
+        # Not above: they import torch, which the parser does without.
+        from mimkernels.commands.dense.data import SOURCES
+        from mimkernels.commands.dense.tasks import TASKS
+
         if not self.models:
             raise ValueError("models are missing: name at least one run folder, checkpoint or timm model")
         for name in ("train_images", "batch_size"):
@@ -71,7 +72,7 @@ class DenseConfig(Settings):
         decay = self.weight_decay
         require(decay >= 0 and math.isfinite(decay), "weight_decay", decay, "0 or more and finite")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
-        for name, known in (("data", DATA), ("device", DEVICES), ("precision", PRECISIONS)):
+        for name, known in (("data", SOURCES), ("device", DEVICES), ("precision", PRECISIONS)):
             require(getattr(self, name) in known, name, getattr(self, name), f"one of {', '.join(known)}")
         for task in self.chosen_tasks:
             require(task in TASKS, "tasks", repr(task), f"among {', '.join(TASKS)}")
@@ -81,7 +82,8 @@ class DenseConfig(Settings):
 
     @property
     def chosen_tasks(self) -> list[str]:
-        return [task.strip() for task in self.tasks.split(",")]
+        """Names of tasks; none for all that the data have targets of."""
+        return [] if self.tasks == "all" else [task.strip() for task in self.tasks.split(",")]
 
 
 class Readout(NamedTuple):

@@ -4,7 +4,6 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -13,12 +12,12 @@ import torch
 from torch import Tensor
 
 from mimkernels.commands.dense.config import DenseConfig, Readout, parse_layers
+from mimkernels.commands.dense.data import DenseData, open_source
 from mimkernels.commands.dense.features import kept_maps, layer_maps
-from mimkernels.commands.dense.heads import LinearDepth, LinearSegmentation, NearestPatches, predict, train
-from mimkernels.commands.dense.metrics import confusion, depth_scores, segmentation_scores
 from mimkernels.commands.dense.report import DenseReport, print_results, write_report
-from mimkernels.commands.dense.results import Pictured, ReadoutResult
-from mimkernels.data.scenes import CLASSES, DEPTHS, Scenes, make_scenes
+from mimkernels.commands.dense.results import ReadoutResult
+from mimkernels.commands.dense.tasks import TASKS
+from mimkernels.commands.dense.tasks.base import Features, Job
 from mimkernels.engine import files
 from mimkernels.engine.command import told_failures
 from mimkernels.engine.encoder import load_same_encoder
@@ -36,19 +35,6 @@ class DenseResult:
     results: list[ReadoutResult]
     report: Path
     encoded: int
-
-
-@dataclass
-class Split:
-    """Images as tensors, with what is true of their pixels."""
-
-    images: Tensor  # [n, 3, S, S] uint8
-    labels: Tensor  # [n, S, S] uint8
-    depths: Tensor  # [n, S, S] fp32
-
-    @classmethod
-    def of(cls, scenes: Scenes) -> "Split":
-        return cls(*map(torch.from_numpy, scenes))
 
 
 def dense(config: DenseConfig, *, overwrite: bool = False, stream: TextIO | None = None) -> DenseResult:
@@ -75,6 +61,11 @@ class DenseRun:
         config.check()
         self.config, self.overwrite, self.output = config, overwrite, Path(config.output)
         self.stream = stream or sys.stdout
+        self.source = open_source(config)
+        names = config.chosen_tasks or [name for name in TASKS if set(TASKS[name].targets) <= set(self.source.targets)]
+        self.tasks = [task for name, task in TASKS.items() if name in names]
+        for task in self.tasks:
+            task.check(self.source)
         files.check_writable(self.output)
         self.accelerator, self.precision, self.precision_reason = start_accelerator(config.device, config.precision)
         self.choices = parse_models(config.models)
@@ -99,99 +90,70 @@ class DenseRun:
         config, note = self.config, self.progress.note
         files.sweep(self.output, self.output / "features")
         began = time.perf_counter()
-        # Other numbers than those of the training images, whatever their count.
-        parts = [
-            Split.of(make_scenes(count, config.side, seed))
-            for count, seed in ((config.train_images, 2 * config.seed), (config.test_images, 2 * config.seed + 1))
-        ]
-        note(f"{config.train_images:,} + {config.test_images:,} scenes in {duration(time.perf_counter() - began)}")
+        data = self.source.load()
+        what = f"{len(data.train):,} + {len(data.test):,} {data.content}"
+        note(f"{what} in {duration(time.perf_counter() - began)}")
         results: list[ReadoutResult] = []
         encoded = 0
         for choice, readouts in zip(self.choices, self.readouts, strict=True):
             if choice.name in self.loading:
                 note(f"{choice.name}: {self.loading[choice.name]}")
             began = time.perf_counter()
-            maps, kept = self._maps(choice, readouts, parts)
+            maps, kept = self._maps(choice, readouts, data)
             encoded += not kept
             seconds = duration(time.perf_counter() - began)
             note(f"{choice.name}: features {'kept from before' if kept else f'encoded in {seconds}'}")
             for readout in readouts:
                 began = time.perf_counter()
-                results.append(self._read(choice.name, readout, maps, parts))
+                results.append(self._read(choice.name, readout, maps, data))
                 note(f"{results[-1].label}: {results[-1].summary} ({duration(time.perf_counter() - began)})")
-        shown = slice(0, config.pictures)
-        pictured = Pictured(*(part[shown] for part in (parts[1].images, parts[1].labels, parts[1].depths)))
-        report = DenseReport(config, list(CLASSES), results, pictured, self._facts(), versions())
+        report = DenseReport(config, data, results, self._facts(data), versions())
         page = write_report(self.output / "report.html", report)
-        numbers = {"classes": list(CLASSES), "results": [result.numbers for result in results]}
+        numbers = {"classes": list(data.classes), "results": [result.numbers for result in results]}
         files.write_text(self.output / "numbers.json", json.dumps(numbers, indent=1) + "\n")
         files.write_text(self.output / "config.json", config.to_json())
-        print_results(results, config.test_images, self.stream)
+        print_results(results, len(data.test), self.stream)
         note(f"report: {page}")
         return DenseResult(results, page, encoded)
 
-    def _maps(self, choice: ModelChoice, readouts: list[Readout], parts: list[Split]) -> tuple[dict[int, Tensor], bool]:
+    def _maps(self, choice: ModelChoice, readouts: list[Readout], data: DenseData) -> tuple[dict[int, Tensor], bool]:
         """Maps of all layers that are read, of training and test images after each other."""
-        config = self.config
         encoder = load_same_encoder(choice)
         layers = sorted({layer for readout in readouts for layer in readout.layers})
         key = (
             encoder.fingerprint(), type(encoder.model).__name__, choice.model_kwargs, layers, self.precision,
-            config.data, config.side, config.seed, config.train_images, config.test_images,
+            *self.source.key(),
         )  # fmt: skip
 
         def make() -> dict[int, Tensor]:
             encoder.to(self.accelerator.device)
-            images = torch.cat([part.images for part in parts])
+            images = torch.cat([data.train.images, data.test.images])
             return layer_maps(
-                encoder, images, layers, self.accelerator, config.encoder_batch,
+                encoder, images, layers, self.accelerator, self.config.encoder_batch,
                 lambda text: self.progress.note(f"{choice.name}: {text}"),
             )  # fmt: skip
 
         return kept_maps(self.output / "features", key, make, anew=self.overwrite)
 
-    def _read(self, model: str, readout: Readout, maps: dict[int, Tensor], parts: list[Split]) -> ReadoutResult:
-        config, device, (fitted, tested) = self.config, self.accelerator.device, parts
-        count = config.train_images
-        chosen = [maps[layer] for layer in readout.layers]
-        train_maps, test_maps = [each[:count] for each in chosen], [each[count:] for each in chosen]
-        channels, size = sum(each.shape[1] for each in chosen), (config.side, config.side)
+    def _read(self, model: str, readout: Readout, maps: dict[int, Tensor], data: DenseData) -> ReadoutResult:
+        count, chosen = len(data.train), [maps[layer] for layer in readout.layers]
+        train = Features([each[:count] for each in chosen], data.train)
+        test = Features([each[count:] for each in chosen], data.test)
+        channels = sum(each.shape[1] for each in chosen)
         result = ReadoutResult(model, readout, channels, (chosen[0].shape[2], chosen[0].shape[3]))
-
-        def keep(task: str, reads: Callable[[Tensor, tuple[int, int]], Tensor]) -> Tensor:
-            predicted = predict(reads, test_maps, size, device)
-            result.predictions[task] = predicted[: config.pictures].clone()
-            return predicted
-
-        for task in config.chosen_tasks:
-            torch.manual_seed(config.seed)
-            what = f"{task} of {result.label}"
-            if task == "depth":
-                depth = LinearDepth(channels, *DEPTHS, config.depth_bins)
-                decay = config.weight_decay / 10
-                result.losses[task] = train(depth, train_maps, fitted.depths, config, decay, device, what)
-                result.depth = depth_scores(keep(task, depth.eval().predict), tested.depths, *DEPTHS)
-                continue
-            if task == "segmentation":
-                linear = LinearSegmentation(channels, len(CLASSES), config.dropout)
-                result.losses[task] = train(
-                    linear, train_maps, fitted.labels, config, config.weight_decay, device, what
-                )
-                predicted = keep(task, linear.eval().predict)
-                result.segmentation = segmentation_scores(confusion(predicted, tested.labels, len(CLASSES)))
-            else:
-                nearest = NearestPatches(
-                    train_maps, fitted.labels, len(CLASSES), config.neighbours, config.seed, device
-                )
-                predicted = keep(task, nearest.predict)
-                result.knn = segmentation_scores(confusion(predicted, tested.labels, len(CLASSES)))
+        for task in self.tasks:
+            torch.manual_seed(self.config.seed)
+            what = f"{task.name} of {result.label}"
+            reading = task.read(Job(self.config, data, train, test, self.accelerator.device, what))
+            reading.predictions = reading.predictions[: self.config.pictures].clone()
+            result.readings[task.name] = reading
         return result
 
-    def _facts(self) -> dict[str, str]:
-        config = self.config
+    def _facts(self, data: DenseData) -> dict[str, str]:
+        side = self.config.side
         return {
-            "Data": f"{config.train_images:,} rooms to learn from, {config.test_images:,} to test on, {config.side} x "
-            f"{config.side} pixels",
+            "Data": f"{len(data.train):,} {data.content} to learn from, {len(data.test):,} to test on, {side} x {side} "
+            "pixels",
             "Device": device_name(self.accelerator.device),
             "Precision": f"{self.precision} ({self.precision_reason})",
             **{f"Loading of {name}": text for name, text in self.loading.items()},

@@ -10,6 +10,7 @@ from sklearn.metrics import confusion_matrix, jaccard_score
 
 from mimkernels.cli import main
 from mimkernels.commands.dense.config import DenseConfig, Readout, parse_layers
+from mimkernels.commands.dense.data import ScenesSource
 from mimkernels.commands.dense.features import fitted_images, joined
 from mimkernels.commands.dense.heads import LinearDepth, LinearSegmentation, NearestPatches, predict, train
 from mimkernels.commands.dense.metrics import confusion, depth_scores, segmentation_scores
@@ -149,15 +150,25 @@ def test_damaged_features_are_made_anew(tmp_path):
     kept.write_bytes(kept.read_bytes()[:200])
     again = dense(chosen)
     assert first.encoded == again.encoded == 1
-    assert first.results[0].knn == again.results[0].knn
+    assert first.results[0].readings["knn"].scores == again.results[0].readings["knn"].scores
     assert dense(chosen).encoded == 0
+
+
+def test_data_without_its_target_are_refused_by_a_task_and_left_out_of_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(ScenesSource, "targets", ("labels",))
+    with pytest.raises(ValueError, match="task 'depth' needs data with depths, but data 'scenes' have labels"):
+        dense(config(tmp_path, tasks="knn,depth"))
+    assert not (tmp_path / "dense").exists()
+    (result,) = dense(config(tmp_path)).results
+    assert list(result.readings) == ["segmentation", "knn"]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"models": []}, "models are missing"),
-        ({"tasks": "segmentation,pose"}, "tasks must be among segmentation, depth, knn, got 'pose'"),
+        ({"tasks": "segmentation,pose"}, "tasks must be among segmentation, knn, depth, got 'pose'"),
+        ({"data": "rooms"}, "data must be one of scenes, got rooms"),
         ({"layers": "5"}, r"layers must be in 1\.\.3, got 5"),
         ({"train_images": 1}, "train_images must be at least 2"),
         ({"models": [MODEL, MODEL]}, "models must be of different names, got tiny, tiny"),

@@ -1,0 +1,106 @@
+"""Images whose pixels are read: by name, as tensors, with what is true of them."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mimkernels.commands.dense.config import DenseConfig
+from mimkernels.data.scenes import CLASSES, DEPTHS, Scenes, make_scenes
+
+
+@dataclass
+class DenseImages:
+    """Images, and what is true of them; a target that the data do not have is None.
+
+    Attributes:
+        images: ``[n, 3, S, S]`` uint8.
+        labels: ``[n, S, S]`` uint8 class numbers, 255 where there is none.
+        depths: ``[n, S, S]`` fp32, in metres.
+    """
+
+    images: Tensor
+    labels: Tensor | None = None
+    depths: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def target(self, name: str) -> Tensor:
+        """The tensor of a target that the data have."""
+        values: Tensor | None = getattr(self, name)
+        assert values is not None, name  # DenseSource.targets says which are there
+        return values
+
+    def first(self, count: int) -> "DenseImages":
+        """The first `count` images with their targets."""
+        parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return DenseImages(**{name: None if values is None else values[:count] for name, values in parts.items()})
+
+
+@dataclass
+class DenseData:
+    """What is learnt from and what is tested on.
+
+    Attributes:
+        content: what the images show, in the plural.
+        classes: names of the numbers in ``labels``.
+        depth_range: between which a depth is valid, in metres.
+    """
+
+    train: DenseImages
+    test: DenseImages
+    content: str
+    classes: tuple[str, ...] = ()
+    depth_range: tuple[float, float] = (0.0, float("inf"))
+
+
+class DenseSource(ABC):
+    """Data that ``--data`` names. The constructor refuses what cannot be loaded; nothing large is read before ``load``.
+
+    Attributes:
+        targets: names of the attributes of ``DenseImages`` that its images have besides ``images``.
+    """
+
+    targets: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: DenseConfig) -> None:
+        self.config = config
+
+    @abstractmethod
+    def load(self) -> DenseData:
+        """``config.train_images`` and ``config.test_images`` images of ``config.side`` pixels."""
+
+    def key(self) -> tuple[object, ...]:
+        """Changes when the images change."""
+        config = self.config
+        return config.data, config.side, config.seed, config.train_images, config.test_images
+
+
+class ScenesSource(DenseSource):
+    """Rooms cast ray by ray."""
+
+    targets = ("labels", "depths")
+
+    def load(self) -> DenseData:
+        config = self.config
+        # Other numbers than those of the training images, whatever their count.
+        train, test = (
+            _from_scenes(make_scenes(count, config.side, seed))
+            for count, seed in ((config.train_images, 2 * config.seed), (config.test_images, 2 * config.seed + 1))
+        )
+        return DenseData(train, test, "rooms", CLASSES, DEPTHS)
+
+
+def _from_scenes(scenes: Scenes) -> DenseImages:
+    return DenseImages(*map(torch.from_numpy, scenes))
+
+
+SOURCES: dict[str, type[DenseSource]] = {"scenes": ScenesSource}
+
+
+def open_source(config: DenseConfig) -> DenseSource:
+    """The data that ``config.data`` names; ValueError says what cannot be loaded."""
+    return SOURCES[config.data](config)

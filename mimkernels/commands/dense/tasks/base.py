@@ -1,0 +1,145 @@
+"""What every task says of itself; the run, the terminal and the report go by this alone."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+import torch
+from markupsafe import Markup
+from torch import Tensor
+
+from mimkernels.commands.dense.config import DenseConfig
+from mimkernels.commands.dense.data import DenseData, DenseImages, DenseSource
+
+Scores = TypeVar("Scores", bound=NamedTuple)
+
+
+class Features(NamedTuple):
+    """Images with their maps of the layers that are read together, ``[n, D, h, w]`` each, on the CPU."""
+
+    maps: list[Tensor]
+    truth: DenseImages
+
+
+@dataclass
+class Job:
+    """One task on one choice of layers.
+
+    Attributes:
+        what: the task, the model and the layers, for errors.
+    """
+
+    config: DenseConfig
+    data: DenseData
+    train: Features
+    test: Features
+    device: torch.device
+    what: str
+
+    @property
+    def channels(self) -> int:
+        return sum(maps.shape[1] for maps in self.train.maps)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns of pixels."""
+        return self.config.side, self.config.side
+
+
+@dataclass
+class Reading(Generic[Scores]):
+    """What a task read.
+
+    Attributes:
+        predictions: of the test images, the first dimension; the run keeps those of the pictures.
+        losses: of every step; empty where nothing is trained.
+    """
+
+    scores: Scores
+    predictions: Tensor
+    losses: list[float] = field(default_factory=list)
+
+
+class ChartSection(NamedTuple):
+    """A chart of the page beneath a heading."""
+
+    title: str
+    text: str
+    chart: Markup
+
+
+PictureRow = tuple[str, list[str]]  # name, and a data address per test image
+
+
+class Task(ABC, Generic[Scores]):
+    """A way to read images from their feature maps.
+
+    Attributes:
+        name: as ``--tasks`` has it.
+        targets: attributes of ``DenseImages`` that it needs.
+        explanation: sentences of the page on what its scores are.
+        columns: of the table, those of ``cells``.
+        curves: scores over the layers, by the name of their axis.
+        picture_title, picture_text: of the table of pictures; tasks of one title share theirs.
+    """
+
+    name: ClassVar[str]
+    targets: ClassVar[tuple[str, ...]]
+    explanation: ClassVar[str]
+    columns: ClassVar[tuple[str, ...]]
+    curves: ClassVar[Mapping[str, Callable[[Any], float]]]
+    picture_title: ClassVar[str]
+
+    def check(self, source: DenseSource) -> None:
+        """Raise ValueError unless the data have what the task needs."""
+        for target in self.targets:
+            if target not in source.targets:
+                held = ", ".join(source.targets) or "images alone"
+                raise ValueError(
+                    f"task {self.name!r} needs data with {target}, but data {source.config.data!r} have {held}"
+                )
+
+    @abstractmethod
+    def read(self, job: Job) -> Reading[Scores]:
+        """Learn from the training images where anything is learnt, and score the test images."""
+
+    @abstractmethod
+    def worth(self, scores: Scores) -> float:
+        """By which readouts are compared: more is better."""
+
+    @abstractmethod
+    def summary(self, scores: Scores) -> str:
+        """The main score, for a line of progress."""
+
+    @abstractmethod
+    def cells(self, scores: Scores) -> list[str]:
+        """A row of the table."""
+
+    def numbers(self, scores: Scores) -> dict[str, Any]:
+        """Every score, for JSON."""
+        return scores._asdict()
+
+    def sections(self, data: DenseData, scores: Mapping[str, Scores]) -> list[ChartSection]:
+        """Charts of the best readout of every model, by its label."""
+        return []
+
+    def picture_text(self, data: DenseData, shown: DenseImages) -> str:
+        """What the colours of the pictures mean."""
+        return ""
+
+    def legend(self, data: DenseData) -> list[tuple[str, str]]:
+        """Names and their colours."""
+        return []
+
+    @abstractmethod
+    def true_rows(self, data: DenseData, shown: DenseImages) -> list[PictureRow]:
+        """Pictures of what is true of the test images, between the images and what was read."""
+
+    @abstractmethod
+    def read_rows(self, data: DenseData, shown: DenseImages, label: str, predictions: Tensor) -> list[PictureRow]:
+        """Pictures of what a readout, by its label, read from the test images, and of where it is wrong."""
+
+
+def percent(values: Sequence[float]) -> list[str]:
+    return [f"{100 * value:.1f} %" for value in values]

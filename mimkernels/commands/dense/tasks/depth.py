@@ -1,0 +1,73 @@
+"""Depths of pixels, by a linear layer."""
+
+import torch
+from torch import Tensor
+
+from mimkernels.commands.dense.data import DenseData, DenseImages
+from mimkernels.commands.dense.heads import LinearDepth, predict, train
+from mimkernels.commands.dense.metrics import DepthScores, depth_scores
+from mimkernels.commands.dense.tasks.base import Job, PictureRow, Reading, Task, percent
+from mimkernels.engine.figures import enlarged, png_address
+
+_NEAR, _WRONG = 1.0, 0.5  # metres and relative error: the ends of the colours of depth and of its errors
+
+
+class Depth(Task[DepthScores]):
+    """One linear layer to weights of fixed depths, whose mean is the depth."""
+
+    name = "depth"
+    targets = ("depths",)
+    explanation = (
+        "Depth of each image by itself, then averaged: d1, d2 and d3 are the shares of pixels off by a factor of less "
+        "than 1.25, its square and its cube."
+    )
+    columns = ("RMSE, m", "abs rel", "d1", "d2", "d3")
+    curves = {"RMSE of depth, m": lambda scores: scores.rmse}  # noqa: RUF012
+    picture_title = "Depth"
+
+    def read(self, job: Job) -> Reading[DepthScores]:
+        config, (low, high) = job.config, job.data.depth_range
+        head = LinearDepth(job.channels, low, high, config.depth_bins)
+        depths = job.train.truth.target("depths")
+        losses = train(head, job.train.maps, depths, config, config.weight_decay / 10, job.device, job.what)
+        predicted = predict(head.eval().predict, job.test.maps, job.size, job.device)
+        return Reading(depth_scores(predicted, job.test.truth.target("depths"), low, high), predicted, losses)
+
+    def worth(self, scores: DepthScores) -> float:
+        return -scores.rmse
+
+    def summary(self, scores: DepthScores) -> str:
+        return f"RMSE {scores.rmse:.3f} m"
+
+    def cells(self, scores: DepthScores) -> list[str]:
+        return [f"{scores.rmse:.3f}", f"{scores.abs_rel:.3f}", *percent([scores.d1, scores.d2, scores.d3])]
+
+    def picture_text(self, data: DenseData, shown: DenseImages) -> str:
+        most = float(shown.target("depths").max())
+        return (
+            f"Bright is near, from {_NEAR:g} m to {most:.1f} m. Errors from 0, black, to {_WRONG:.0%} of the depth or "
+            "more, bright."
+        )
+
+    def true_rows(self, data: DenseData, shown: DenseImages) -> list[PictureRow]:
+        depths = shown.target("depths")
+        return [("depth", _mapped(depths, _NEAR, float(depths.max()), "viridis_r"))]
+
+    def read_rows(self, data: DenseData, shown: DenseImages, label: str, predictions: Tensor) -> list[PictureRow]:
+        depths = shown.target("depths")
+        error = (predictions - depths).abs() / depths
+        return [
+            (label, _mapped(predictions, _NEAR, float(depths.max()), "viridis_r")),
+            ("relative error", _mapped(error, 0.0, _WRONG, "magma")),
+        ]
+
+
+def _mapped(values: Tensor, low: float, high: float, name: str) -> list[str]:
+    import matplotlib
+
+    colours = matplotlib.colormaps[name]
+    made = []
+    for each in values:
+        scaled = ((each.float() - low) / (high - low)).clamp(0, 1)
+        made.append(png_address(enlarged(torch.from_numpy(colours(scaled.numpy())[..., :3]).permute(2, 0, 1).float())))
+    return made
