@@ -26,14 +26,18 @@ class DenseConfig(Settings):
         "together, quarters are four at equal steps, together", "models", metavar="LAYERS",
     )  # fmt: skip
 
-    data: str = setting("scenes", "scenes: rooms cast ray by ray, with exact labels and depths", "data")
+    data: str = setting(
+        "scenes",
+        "scenes: rooms cast ray by ray, with exact labels and depths; figures: bodies with exact joints",
+        "data",
+    )
     train_images: int = setting(200, "images to learn from", "data")
     test_images: int = setting(50, "images to test on", "data")
     side: int = setting(96, "pixels a side of images and labels; every encoder gets its own size", "data")
 
     tasks: str = setting(
-        "all", "what is read: segmentation and depth by linear layers, knn: segmentation by the nearest patches, "
-        "without training; all that the data have targets of", "readout", metavar="NAMES",
+        "all", "what is read: segmentation, depth and keypoints by linear layers, knn: segmentation by the nearest "
+        "patches, without training; all that the data have targets of", "readout", metavar="NAMES",
     )  # fmt: skip
     steps: int = setting(1000, "steps of training, of each linear layer", "readout")
     batch_size: int = setting(16, "images per step", "readout")

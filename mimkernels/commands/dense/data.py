@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from mimkernels.commands.dense.config import DenseConfig
+from mimkernels.data.figures import make_figures
+from mimkernels.data.joints import Persons
 from mimkernels.data.scenes import CLASSES, DEPTHS, Scenes, make_scenes
 
 
@@ -19,11 +21,18 @@ class DenseImages:
         images: ``[n, 3, S, S]`` uint8.
         labels: ``[n, S, S]`` uint8 class numbers, 255 where there is none.
         depths: ``[n, S, S]`` fp32, in metres.
+        keypoints: ``[n, 17, 3]`` fp32 x, y and flag of COCO's joints: 0 not labelled, 1 hidden, 2 visible. Pixel i
+            covers i to i + 1.
+        boxes: ``[n, 4]`` fp32 left, top, width and height of the person, in pixels.
+        areas: ``[n]`` fp32 pixels that the person covers.
     """
 
     images: Tensor
     labels: Tensor | None = None
     depths: Tensor | None = None
+    keypoints: Tensor | None = None
+    boxes: Tensor | None = None
+    areas: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -94,11 +103,30 @@ class ScenesSource(DenseSource):
         return DenseData(train, test, "rooms", CLASSES, DEPTHS)
 
 
+class FiguresSource(DenseSource):
+    """Articulated figures with exact joints."""
+
+    targets = ("keypoints", "boxes", "areas")
+
+    def load(self) -> DenseData:
+        config = self.config
+        train, test = (
+            _from_persons(make_figures(count, config.side, seed))
+            for count, seed in ((config.train_images, 2 * config.seed), (config.test_images, 2 * config.seed + 1))
+        )
+        return DenseData(train, test, "figures")
+
+
 def _from_scenes(scenes: Scenes) -> DenseImages:
     return DenseImages(*map(torch.from_numpy, scenes))
 
 
-SOURCES: dict[str, type[DenseSource]] = {"scenes": ScenesSource}
+def _from_persons(persons: Persons) -> DenseImages:
+    images, joints, boxes, areas = map(torch.from_numpy, persons)
+    return DenseImages(images, keypoints=joints, boxes=boxes, areas=areas)
+
+
+SOURCES: dict[str, type[DenseSource]] = {"scenes": ScenesSource, "figures": FiguresSource}
 
 
 def open_source(config: DenseConfig) -> DenseSource:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mimkernels import upsample_cross_entropy
 from mimkernels.commands.dense.config import DenseConfig
 from mimkernels.commands.dense.features import joined
+from mimkernels.commands.dense.heat_maps import LinearKeypoints
 from mimkernels.commands.dense.metrics import IGNORED
 from mimkernels.engine.command import TrainingError
 from mimkernels.engine.schedule import learning_rate
@@ -72,7 +73,7 @@ class LinearDepth(nn.Module):
 
 
 def train(
-    head: LinearSegmentation | LinearDepth,
+    head: LinearSegmentation | LinearDepth | LinearKeypoints,
     maps: list[Tensor],
     targets: Tensor,
     config: DenseConfig,
@@ -84,7 +85,7 @@ def train(
 
     Args:
         maps: of the layers that are read together, ``[n, D, h, w]`` on the CPU.
-        targets: ``[n, H, W]`` labels or depths.
+        targets: labels or depths ``[n, H, W]``, or joints ``[n, K, 3]``.
         what: for the error of a loss that is not finite.
     """
     head.to(device).train()
