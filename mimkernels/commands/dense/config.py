@@ -27,12 +27,12 @@ class DenseConfig(Settings):
     )  # fmt: skip
 
     data: str = setting(
-        "scenes",
-        "scenes: rooms cast ray by ray, with exact labels and depths; figures: bodies with exact joints",
-        "data",
-    )
-    train_images: int = setting(200, "images to learn from", "data")
-    test_images: int = setting(50, "images to test on", "data")
+        "scenes", "scenes: rooms cast ray by ray, with exact labels and depths; figures: bodies with exact joints; "
+        "coco-keypoints: persons of COCO's folders, cut out by their boxes", "data",
+    )  # fmt: skip
+    data_root: str = setting("", "folder of data that are not made", "data", metavar="DIR")
+    train_images: int = setting(200, "images to learn from; of a folder, at most", "data")
+    test_images: int = setting(50, "images to test on; of a folder, at most", "data")
     side: int = setting(96, "pixels a side of images and labels; every encoder gets its own size", "data")
 
     tasks: str = setting(

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from mimkernels.commands.dense.config import DenseConfig
+from mimkernels.data.coco_keypoints import CocoPersons
 from mimkernels.data.figures import make_figures
 from mimkernels.data.joints import Persons
 from mimkernels.data.scenes import CLASSES, DEPTHS, Scenes, make_scenes
+from mimkernels.engine.command import TrainingError
+from mimkernels.engine.settings import require
 
 
 @dataclass
@@ -67,13 +70,15 @@ class DenseData:
 
 
 class DenseSource(ABC):
-    """Data that ``--data`` names. The constructor refuses what cannot be loaded; nothing large is read before ``load``.
+    """Data that ``--data`` names. The constructor refuses what cannot be loaded; images are read by ``load``.
 
     Attributes:
         targets: names of the attributes of ``DenseImages`` that its images have besides ``images``.
+        in_folder: it lies in the folder ``config.data_root``; others are made.
     """
 
     targets: ClassVar[tuple[str, ...]] = ()
+    in_folder: ClassVar[bool] = False
 
     def __init__(self, config: DenseConfig) -> None:
         self.config = config
@@ -117,6 +122,29 @@ class FiguresSource(DenseSource):
         return DenseData(train, test, "figures")
 
 
+class CocoKeypointsSource(DenseSource):
+    """Persons of COCO's keypoints, each in a square around its box."""
+
+    targets = ("keypoints", "boxes", "areas")
+    in_folder = True
+
+    def __init__(self, config: DenseConfig) -> None:
+        super().__init__(config)
+        self.train = CocoPersons(config.data_root, "train", config.train_images, config.seed)
+        self.test = CocoPersons(config.data_root, "val", config.test_images, config.seed)
+        require(len(self.train) >= 2, "data_root", repr(config.data_root), "of at least 2 persons to learn from")
+
+    def load(self) -> DenseData:
+        try:
+            train, test = (_from_persons(persons.load(self.config.side)) for persons in (self.train, self.test))
+        except ValueError as e:
+            raise TrainingError(str(e)) from e
+        return DenseData(train, test, "persons")
+
+    def key(self) -> tuple[object, ...]:
+        return self.config.data, self.config.side, self.train.fingerprint(), self.test.fingerprint()
+
+
 def _from_scenes(scenes: Scenes) -> DenseImages:
     return DenseImages(*map(torch.from_numpy, scenes))
 
@@ -126,9 +154,18 @@ def _from_persons(persons: Persons) -> DenseImages:
     return DenseImages(images, keypoints=joints, boxes=boxes, areas=areas)
 
 
-SOURCES: dict[str, type[DenseSource]] = {"scenes": ScenesSource, "figures": FiguresSource}
+SOURCES: dict[str, type[DenseSource]] = {
+    "scenes": ScenesSource,
+    "figures": FiguresSource,
+    "coco-keypoints": CocoKeypointsSource,
+}
 
 
 def open_source(config: DenseConfig) -> DenseSource:
     """The data that ``config.data`` names; ValueError says what cannot be loaded."""
-    return SOURCES[config.data](config)
+    kind = SOURCES[config.data]
+    if kind.in_folder and not config.data_root:
+        raise ValueError(f"data {config.data!r} lie in a folder: give it as --data-root DIR")
+    if config.data_root and not kind.in_folder:
+        raise ValueError(f"data {config.data!r} are made, not read: leave out data_root, got {config.data_root!r}")
+    return kind(config)

@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 
 from mimkernels.cli import main
-from mimkernels.commands.dense.data import DenseData, DenseImages
+from mimkernels.commands.dense.data import DenseData, DenseImages, open_source
 from mimkernels.commands.dense.heads import predict, train
 from mimkernels.commands.dense.heat_maps import LinearKeypoints, decoded, gaussian_maps
 from mimkernels.commands.dense.keypoint_metrics import average_precision, keypoint_scores, keypoint_similarity
 from mimkernels.commands.dense.tasks.keypoints import Keypoints
 from mimkernels.data.joints import JOINTS, SIGMAS
 from tests.commands.dense.test_dense import CPU, MODEL, config
+from tests.data.coco import make_coco
 
 # ---- heat maps ----
 
@@ -199,15 +200,9 @@ def test_figures_from_nothing(tmp_path, capsys):
 
 def test_scenes_have_no_keypoints_and_figures_no_depths(tmp_path):
     with pytest.raises(ValueError, match="task 'keypoints' needs data with keypoints, but data 'scenes' have labels"):
-        Keypoints().check(_source("scenes", tmp_path))
+        Keypoints().check(open_source(config(tmp_path)))
     assert main(["dense", MODEL, "--data", "figures", "--tasks", "keypoints,depth", "-o", str(tmp_path / "no")]) == 2
     assert not (tmp_path / "no").exists()
-
-
-def _source(name, tmp_path):
-    from mimkernels.commands.dense.data import open_source
-
-    return open_source(config(tmp_path, data=name))
 
 
 def test_pictures_show_what_is_off_in_red(tmp_path, monkeypatch):
@@ -228,3 +223,26 @@ def test_pictures_show_what_is_off_in_red(tmp_path, monkeypatch):
     rows, columns = red.nonzero().T / 4  # pixels of the picture are a quarter as large
     assert name == "tiny" and red.any()
     assert 22 <= rows.min() <= rows.max() <= 26 and columns.min() <= 9 and columns.max() >= 15
+
+
+def test_cocos_folders(tmp_path, capsys):
+    make_coco(tmp_path / "coco")
+    arguments = ["dense", MODEL, "--data", "coco-keypoints", "--side", "32", "--steps", "2", "--batch-size", "2"]
+    arguments += ["--pictures", "1", "--device", "cpu", "--precision", "fp32", "-o", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert "data 'coco-keypoints' lie in a folder: give it as --data-root DIR" in capsys.readouterr().err
+    assert main([*arguments, "--data-root", str(tmp_path / "nowhere")]) == 2
+    assert not (tmp_path / "out").exists()
+    arguments += ["--data-root", str(tmp_path / "coco")]
+    assert main(arguments) == 0
+    assert "2 + 2 persons" in capsys.readouterr().out
+    (result,) = json.loads((tmp_path / "out" / "numbers.json").read_text())["results"]
+    assert sorted(result["losses"]) == ["keypoints"]
+    (tmp_path / "coco" / "val2017" / "a.png").write_bytes(b"")
+    assert main(arguments) == 1
+    assert "a.png' cannot be read" in capsys.readouterr().err
+
+
+def test_made_data_take_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="data 'scenes' are made, not read: leave out data_root, got 'here'"):
+        open_source(config(tmp_path, data_root="here"))
