@@ -2,8 +2,8 @@
 
 A body is a tree of joints in three dimensions, posed within the limits of human joints and seen by parallel rays. Limbs
 are capsules around its bones; the one in front covers the others, which decides what is visible. Colours and patterns
-of limbs are drawn for each figure and each side of it, and the clutter behind has limbs of its own, so that neither
-colour nor thickness tells a joint. Left and right are told apart by the face, which is in profile at most.
+of limbs are drawn for each figure and each side of it, so that they tell no joint, and the clutter behind has limbs of
+its own. Left and right are told apart by the face, which is in profile at most.
 """
 
 from typing import NamedTuple

@@ -1,1 +1,1 @@
-"""``mimkernels dense``: labels and depths of every pixel, read from frozen encoders."""
+"""``mimkernels dense``: labels and depths of every pixel, and joints, read from frozen encoders."""

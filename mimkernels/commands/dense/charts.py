@@ -42,6 +42,9 @@ def layer_chart(name: str, curves: Mapping[str, Sequence[tuple[int, float]]]) ->
         axes = named_panel((4.6, 3.2), colours)
         for model, points in curves.items():
             axes.plot(*zip(*points, strict=True), "o-", color=colours[model], markersize=4, linewidth=1.8)
+        values = [value for points in curves.values() for _, value in points]
+        if min(values) == max(values):  # such as an AP of 0: no scale of tiny parts of it
+            axes.set_ylim(values[0] - 1, values[0] + 1)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("layer")
         axes.set_ylabel(name)

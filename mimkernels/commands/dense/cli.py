@@ -12,10 +12,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add ``dense``; its ``run`` returns the exit code."""
     parser = subparsers.add_parser(
         "dense",
-        help="segmentation and depth that a linear layer reads from the patches of frozen encoders",
-        description="Read labels and depths of every pixel from the patch tokens of frozen encoders, by linear layers "
-        "and by nearest neighbours: several models and layers side by side, as one page. Each model runs once over the "
-        "images; its features are kept in the output folder.",
+        help="segmentation, depth and joints that a linear layer reads from the patches of frozen encoders",
+        description="Read labels and depths of every pixel, and places of joints, from the patch tokens of frozen "
+        "encoders, by linear layers and by nearest neighbours: several models and layers side by side, as one page. "
+        "Each model runs once over the images; its features are kept in the output folder.",
     )
     add_arguments(parser, DenseConfig)
     parser.add_argument("--overwrite", action="store_true", help="forget the features that --output holds")

@@ -42,7 +42,7 @@ class DenseConfig(Settings):
     steps: int = setting(1000, "steps of training, of each linear layer", "readout")
     batch_size: int = setting(16, "images per step", "readout")
     lr: float = setting(1e-3, "peak learning rate of AdamW", "readout")
-    weight_decay: float = setting(1e-3, "of the segmentation; depth has a tenth, as published", "readout")
+    weight_decay: float = setting(1e-3, "of segmentation and keypoints; depth has a tenth, as published", "readout")
     dropout: float = setting(0.1, "share of channels dropped before the segmentation", "readout")
     depth_bins: int = setting(256, "depths that the depth is a mean of", "readout")
     neighbours: int = setting(20, "nearest patches that vote", "readout")

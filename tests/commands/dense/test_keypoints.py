@@ -219,7 +219,7 @@ def test_pictures_show_what_is_off_in_red(tmp_path, monkeypatch):
     predictions = joints.clone()
     predictions[0, 10, 0] += 8
     ((name, _),) = Keypoints().read_rows(DenseData(shown, shown, ""), shown, "tiny", predictions)
-    red = (pictures[0] - torch.tensor([0xE0, 0x1E, 0x1E]).view(3, 1, 1) / 255).abs().amax(0) < 0.01
+    red = (pictures[0] - torch.tensor([0xFF, 0x3B, 0x3B]).view(3, 1, 1) / 255).abs().amax(0) < 0.01
     rows, columns = red.nonzero().T / 4  # pixels of the picture are a quarter as large
     assert name == "tiny" and red.any()
     assert 22 <= rows.min() <= rows.max() <= 26 and columns.min() <= 9 and columns.max() >= 15

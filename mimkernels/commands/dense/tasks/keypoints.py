@@ -7,7 +7,6 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from mimkernels._palette import SERIES
 from mimkernels.commands.dense.charts import bar_chart
 from mimkernels.commands.dense.data import DenseData, DenseImages
 from mimkernels.commands.dense.heads import predict, train
@@ -17,8 +16,8 @@ from mimkernels.commands.dense.tasks.base import ChartSection, Job, PictureRow, 
 from mimkernels.data.joints import BONES, HIDDEN, JOINTS, SIGMAS
 from mimkernels.engine.figures import as_colour, enlarged, png_address
 
-_LEFT, _RIGHT, _MIDDLE = SERIES[1], SERIES[0], "#f5f7f9"  # bones of the person's left and right, and between them
-_OFF = "#e01e1e"
+_LEFT, _RIGHT, _MIDDLE = "#ff9d3c", "#5cb8ff", "#f5f7f9"  # of bones, on grey
+_OFF = "#ff3b3b"
 _SHARE = 0.1  # of the box's larger side, from which a joint counts as wrong in pictures
 
 
@@ -94,21 +93,20 @@ class Keypoints(Task[KeypointScores]):
 
 
 def _skeleton(image: Tensor, joints: Tensor, places: Tensor, box_side: float | None = None) -> str:
-    """Bones between `places` of the joints that are labelled, over the image in pale colours.
+    """Bones between `places` of the joints that are labelled, over the image in grey.
 
     Args:
         joints: ``[K, 3]`` true places and flags.
         box_side: if it is given, lines lead from places that are off to the true ones.
     """
-    base = enlarged(0.55 * as_colour(image) + 0.2)
+    base = enlarged(0.5 * as_colour(image).mean(0, keepdim=True) + 0.1)
     scale = base.shape[-1] / image.shape[-1]
-    pixels = (base.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    picture = Image.fromarray(pixels)
+    picture = Image.fromarray((base[0] * 255).round().to(torch.uint8).numpy()).convert("RGB")
     draw = ImageDraw.Draw(picture)
     true = [(scale * float(x), scale * float(y)) for x, y, _ in joints]
     read = [(scale * float(x), scale * float(y)) for x, y, _ in places]
     flags = joints[:, 2].tolist()
-    width = max(2, round(picture.width / 90))
+    width = max(2, round(picture.width / 64))
     for a, b in BONES:
         if flags[a] and flags[b]:
             draw.line([read[a], read[b]], fill=_colour(a, b), width=width)
@@ -117,7 +115,7 @@ def _skeleton(image: Tensor, joints: Tensor, places: Tensor, box_side: float | N
             continue
         off = box_side is not None and np.hypot(x - true[number][0], y - true[number][1]) >= _SHARE * box_side * scale
         if off:
-            draw.line([(x, y), true[number]], fill=_OFF, width=1)
+            draw.line([(x, y), true[number]], fill=_OFF, width=max(1, width // 2))
         ends = [x - width, y - width, x + width, y + width]
         inside = None if flags[number] == HIDDEN else _colour(number)
         draw.ellipse(ends, fill=inside, outline=_OFF if off else _colour(number), width=1)
