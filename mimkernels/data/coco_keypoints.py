@@ -195,5 +195,5 @@ def _cut_out(
         np.asarray(pixels).transpose(2, 0, 1),
         joints.astype(np.float32),
         placed.astype(np.float32),
-        np.float32(person.area * scale**2),
+        np.array(person.area * scale**2, np.float32),
     )

@@ -68,7 +68,7 @@ def _figure(side: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray
         0, 0.02, (side, side, 3)
     )
     image = (255 * np.clip(pixels, 0, 1)).astype(np.uint8).transpose(2, 0, 1)
-    return image, _flagged(body, side), box, np.float32(covered.sum() / _SAMPLES**2)
+    return image, _flagged(body, side), box, np.array(covered.sum() / _SAMPLES**2, np.float32)
 
 
 def _flagged(body: _Body, side: int) -> np.ndarray:

@@ -48,8 +48,11 @@ class DenseImages:
 
     def first(self, count: int) -> "DenseImages":
         """The first `count` images with their targets."""
-        parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return DenseImages(**{name: None if values is None else values[:count] for name, values in parts.items()})
+        parts: dict[str, Any] = {}
+        for field in fields(self):
+            values = getattr(self, field.name)
+            parts[field.name] = None if values is None else values[:count]
+        return DenseImages(**parts)
 
 
 @dataclass

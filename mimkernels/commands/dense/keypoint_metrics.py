@@ -45,18 +45,20 @@ def keypoint_scores(
     """
     labelled = joints[..., 2] > 0
     errors = _distances(predicted, joints) / boxes[:, 2:].double().amax(1)[:, None]
-    right = [(errors < share) & labelled for share in (0.1, 0.2)]
+    right_10, right_20 = ((errors < share) & labelled for share in (0.1, 0.2))
     total = labelled.sum().double()
     kept = labelled.any(1)
     similarity = keypoint_similarity(predicted, joints, areas, sigmas)[kept]
     confidence = predicted[..., 2].double().mean(1)[kept]
     precisions = [average_precision(similarity, confidence, threshold) for threshold in THRESHOLDS]
     return KeypointScores(
-        *(float(each.sum() / total) for each in right),
+        float(right_10.sum() / total),
+        float(right_20.sum() / total),
         sum(precisions) / len(precisions),
         precisions[0],
         precisions[5],
-        *((each.sum(0) / labelled.sum(0)).tolist() for each in right),
+        (right_10.sum(0) / labelled.sum(0)).tolist(),
+        (right_20.sum(0) / labelled.sum(0)).tolist(),
     )
 
 

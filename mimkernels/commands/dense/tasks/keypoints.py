@@ -44,8 +44,8 @@ class Keypoints(Task[KeypointScores]):
         joints = job.train.truth.target("keypoints")
         losses = train(head, job.train.maps, joints, config, config.weight_decay, job.device, job.what)
         predicted = predict(head.eval().predict, job.test.maps, job.size, job.device)
-        targets = (truth.target(name) for name in self.targets)
-        return Reading(keypoint_scores(predicted, *targets, SIGMAS), predicted, losses)
+        joints, boxes, areas = (truth.target(name) for name in self.targets)
+        return Reading(keypoint_scores(predicted, joints, boxes, areas, SIGMAS), predicted, losses)
 
     def worth(self, scores: KeypointScores) -> float:
         return scores.pck_10
@@ -123,5 +123,8 @@ def _skeleton(image: Tensor, joints: Tensor, places: Tensor, box_side: float | N
 
 
 def _colour(*joints: int) -> str:
+    """Of a joint, or of a bone between two of them."""
     sides = {JOINTS[joint].split()[0] for joint in joints} & {"left", "right"}
-    return {("left",): _LEFT, ("right",): _RIGHT}.get(tuple(sides), _MIDDLE)
+    if len(sides) != 1:
+        return _MIDDLE
+    return _LEFT if "left" in sides else _RIGHT
