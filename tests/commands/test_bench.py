@@ -179,8 +179,10 @@ def test_a_stopped_run_keeps_the_cases_it_measured(tmp_path, monkeypatch, capsys
 
 
 def test_run_then_plot(tmp_path, capsys, monkeypatch):
-    # Images of 112 pixels, 3 rounds: what runs is the same, and published targets of boxes take seconds of larger ones.
+    # Images of 112 pixels, few rows, 3 rounds: what runs is the same, and takes seconds of larger ones.
     monkeypatch.setattr("mimkernels.commands.bench.timing._LONG", 0.0)
+    monkeypatch.setattr("mimkernels.commands.bench.cases.mlp.SHAPES", ((49, 512), (98, 768)))
+    monkeypatch.setattr("mimkernels.commands.bench.cases.norm.SHAPES", ((1, 49, 512), (2, 49, 768)))
     monkeypatch.setattr(bench_run, "Size", functools.partial(Size, tokens=49, keep=12))
     run = ["bench", "run", "--seconds", "0.001", "--batch", "1", "--no-compile", "--output", str(tmp_path)]
     assert main([*run, "--group", "gathering", "pooling", "mlp", "norm", "calls"]) == 0
