@@ -10,7 +10,7 @@ import torch
 
 from mimkernels import attention, head_divergence, received_attention
 from mimkernels.ops import _native
-from tests.test_instruction_sets import ISAS
+from tests.test_instruction_sets import ISAS, skip_what_is_too_wide
 
 pytestmark = pytest.mark.skipif(not _native.library("cpu").loaded, reason="the CPU library is not built")
 
@@ -184,6 +184,7 @@ def test_the_gradient_of_a_bias_is_exact_where_all_keys_have_one_value(dtype):
 
 def on_an_isa(isa: str, code: str, *arguments: str) -> None:
     """Run code in a process whose kernels are those of one instruction set; skip where it has none."""
+    skip_what_is_too_wide(isa)
     command = [sys.executable, "-c", code, os.path.dirname(__file__), *arguments]
     done = subprocess.run(command, env={**os.environ, "MIMKERNELS_CPU_ISA": isa}, capture_output=True, text=True)
     if done.returncode and ("does not support it" in done.stderr or "is not an instruction set" in done.stderr):
