@@ -91,7 +91,7 @@ def timed_sets(target: Target) -> Iterator[tuple[Shape, str, list[Benchmark]]]:
     for shape in shapes(target):
         moved = 8 * shape.batch * shape.heads * shape.tokens * shape.dim  # q, k, v and the result in 16 bits
         for kind, make in kinds(shape, target).items():
-            yield shape, kind, [make() for _ in range(sets_for(moved))]
+            yield shape, kind, [make() for _ in range(sets_for(moved, target))]
             if target.device == "cuda":
                 torch.cuda.empty_cache()
 

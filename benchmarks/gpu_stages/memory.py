@@ -36,7 +36,7 @@ def timed_sets(target: Target, batch: int) -> Iterator[list[Benchmark]]:
     """Every case with the sets of inputs that take turns."""
     several = [all_cases(batch, target) for _ in range(4)]
     for first, *others in zip(*several, strict=True):
-        yield [first, *others[: sets_for(first.moved_bytes) - 1]]
+        yield [first, *others[: sets_for(first.moved_bytes, target) - 1]]
         if target.device == "cuda":
             torch.cuda.empty_cache()
 

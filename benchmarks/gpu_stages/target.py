@@ -83,9 +83,16 @@ def read(results: Path) -> list[dict]:
     return lines
 
 
-def sets_for(moved_bytes: int | None) -> int:
-    """How many sets of inputs take turns, for a call that moves so many bytes."""
+def sets_for(moved_bytes: int | None, target: Target) -> int:
+    """How many sets of inputs take turns, for a call that moves so many bytes; two in a rehearsal."""
+    if target.rehearsal:
+        return 2
     return next((sets for most, sets in _SETS if (moved_bytes or 0) < most), 2)
+
+
+def rounds_for(once: float, seconds: float, target: Target) -> int:
+    """How many rounds of `once` seconds fill `seconds`, from 5 to 60; two in a rehearsal, whose times say nothing."""
+    return 2 if target.rehearsal else max(5, min(60, int(seconds / max(once, 1e-6))))
 
 
 @contextlib.contextmanager
@@ -108,14 +115,12 @@ def lost(error: Exception) -> bool:
     )  # fmt: skip
 
 
-def medians(
-    versions: Mapping[str, Sequence[Call]], target: Target, seconds: float = 0.4, most_rounds: int = 60
-) -> dict[str, dict[str, Any]]:
+def medians(versions: Mapping[str, Sequence[Call]], target: Target, seconds: float = 0.4) -> dict[str, dict[str, Any]]:
     """Microseconds of one call of each version, in turns in an order drawn anew for every round.
 
     Args:
         versions: by name, the same call on several sets of inputs.
-        seconds: about so long, and at least 5 rounds.
+        seconds: about so long, in 5 to 60 rounds.
 
     Returns:
         By version ``us`` (median), ``spread`` (of the middle half), ``rounds`` and ``graph``: on a device, whether a
@@ -123,7 +128,7 @@ def medians(
     """
     timers = {name: _timer(calls, target) for name, calls in versions.items()}
     once = sum(timer() * len(versions[name]) for name, (timer, _) in timers.items())
-    rounds = max(2 if target.rehearsal else 5, min(most_rounds, int(seconds / max(once, 1e-6))))
+    rounds = rounds_for(once, seconds, target)
     taken: dict[str, list[float]] = {name: [] for name in versions}
     order, shuffle = list(versions), random.Random(0).shuffle
     for _ in range(rounds):

@@ -15,7 +15,7 @@ pytest.importorskip("timm")
 from benchmarks import gpu, tune_attention
 from benchmarks.gpu_stages import contract
 from benchmarks.gpu_stages.reader import report
-from benchmarks.gpu_stages.target import Target, lost, medians, noted, read, sets_for
+from benchmarks.gpu_stages.target import Target, lost, medians, noted, read, rounds_for, sets_for
 from mimkernels import testing
 
 
@@ -111,11 +111,14 @@ def test_what_a_case_raises_becomes_its_line(tmp_path):
 def test_versions_are_timed_in_turns_over_all_sets(tmp_path):
     calls = []
     versions = {name: [lambda name=name, k=k: calls.append((name, k)) for k in range(3)] for name in "ab"}
-    timings = medians(versions, Target(tmp_path, rehearsal=True), most_rounds=4)
-    assert {name: t["rounds"] for name, t in timings.items()} == {"a": 4, "b": 4}
+    rehearsal, device = Target(tmp_path, rehearsal=True), Target(tmp_path)
+    timings = medians(versions, rehearsal)
+    assert {name: t["rounds"] for name, t in timings.items()} == {"a": 2, "b": 2}
     # To warm up, to see how long it takes, and the rounds: each time all the sets.
-    assert all(calls.count((name, k)) == 6 for name in "ab" for k in range(3))
-    assert [sets_for(n) for n in (None, 1, 100 * 2**20, 2**30)] == [4, 4, 3, 2]
+    assert all(calls.count((name, k)) == 4 for name in "ab" for k in range(3))
+    assert [rounds_for(once, 0.4, device) for once in (0.0, 1e-4, 0.02, 0.1)] == [60, 60, 20, 5]
+    assert [sets_for(n, device) for n in (None, 1, 100 * 2**20, 2**30)] == [4, 4, 3, 2]
+    assert {sets_for(n, rehearsal) for n in (None, 2**30)} == {2}
 
 
 def test_a_line_that_was_cut_is_left_out(tmp_path):
