@@ -30,17 +30,19 @@ build: $(BUILT) $(TESTERS) ## create the environment, install, compile the kerne
 demo: $(RUNNABLE) ## pre-train a small MAE on handwritten digits and write runs/demo/report.html
 	$(BIN)/mimkernels demo $(ARGS)
 
-# A process per core, with one thread each: most tests are too small for more.
+# A process per core, with one thread each: most tests are too small for more. With APART=1 without what `make sanitize`
+# runs, too, for one after the other.
 test: $(BUILT) $(TESTERS) ## run every test (ARGS="-k gather": some), the contract on every instruction set of this CPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(if $(APART),-k "not (test_contract.py and $(SANITIZED))") $(ARGS)
 
 # libstdc++ as well: Python brings no exceptions of C++ for AddressSanitizer to intercept. The planted accesses of
 # test_emulation.py show that it is there and at work.
 # Not in fp16: its kernels are those of bf16, whose numbers are as wide, at the same addresses.
+SANITIZED := cuda-emulated and oracle and not length-1025 and not -float16-
 sanitize: $(BUILT) $(TESTERS) ## run the CUDA kernels on the host under AddressSanitizer
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_emulation.py tests/test_contract.py tests/ops/attention/test_attention_cuda.py \
-	-k "red_zones or (cuda-emulated and oracle and not length-1025 and not -float16-)" $(ARGS)
+	-k "red_zones or ($(SANITIZED))" $(ARGS)
 
 bench: $(RUNNABLE) ## time the ops against plain PyTorch
 	$(BIN)/mimkernels bench run $(ARGS)
