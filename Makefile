@@ -10,6 +10,7 @@ DOCS_VENV ?= .venv-docs
 BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 PIP := $(BIN)/python -m pip
+TORCH := $(VENV)/.mimkernels-torch
 INSTALLED := $(VENV)/.mimkernels-installed
 RUNNABLE := mimkernels/_lib/.runnable
 BUILT := mimkernels/_lib/.built
@@ -27,7 +28,7 @@ help: ## show the targets
 build: $(BUILT) $(TESTERS) ## create the environment, install, compile the kernels
 	@$(BIN)/mimkernels info
 
-demo: $(RUNNABLE) ## pre-train a small MAE on handwritten digits and write runs/demo/report.html
+demo: $(RUNNABLE) $(INSTALLED) ## pre-train a small MAE on handwritten digits and write runs/demo/report.html
 	$(BIN)/mimkernels demo $(ARGS)
 
 # A process per core, with one thread each: most tests are too small for more. With APART=1 without what `make sanitize`
@@ -44,7 +45,7 @@ sanitize: $(BUILT) $(TESTERS) ## run the CUDA kernels on the host under AddressS
 	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_emulation.py tests/test_contract.py tests/ops/attention/test_attention_cuda.py \
 	-k "red_zones or ($(SANITIZED))" $(ARGS)
 
-bench: $(RUNNABLE) ## time the ops against plain PyTorch
+bench: $(RUNNABLE) $(INSTALLED) ## time the ops against plain PyTorch
 	$(BIN)/mimkernels bench run $(ARGS)
 
 # Not through the environment above: a machine with a GPU often has its own torch, and no way to install another.
@@ -71,14 +72,14 @@ docs: $(SITE_TOOLS) ## build the site, build/site/index.html; warnings are error
 clean: ## remove what was built here, but not the environment
 	rm -rf build dist mimkernels/_lib *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -not -path "./.venv*" -prune -exec rm -rf {} +
-	rm -f $(INSTALLED)
+	rm -f $(TORCH) $(INSTALLED)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# torch first: the kernels are compiled against the one that is there. An environment that already has a torch
-# keeps it, so the versions that belong to the known-good one are then not asked for.
-$(INSTALLED): pyproject.toml setup.py constraints.txt | $(BIN)/python
+# torch first: the kernels are compiled against the one that is there, while pip installs the rest (make -j2). An
+# environment that already has a torch keeps it, so the versions that belong to the known-good one are then not asked for.
+$(TORCH): pyproject.toml setup.py constraints.txt | $(BIN)/python
 	@$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) install $(PIP_FLAGS) -c constraints.txt torch
 	@have=$$($(BIN)/python -c "from importlib.metadata import version; print(version('torch'))"); \
 	case "$$have" in \
@@ -86,15 +87,22 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt | $(BIN)/python
 	  *) { grep -v '^torch' constraints.txt; echo "torch==$$have"; } > $(VENV)/constraints.txt ;; \
 	esac
 	$(PIP) install -q $(PIP_FLAGS) -c $(VENV)/constraints.txt setuptools cmake ninja pybind11
-	MIMKERNELS_BUILD=off $(PIP) install $(PIP_FLAGS) -c $(VENV)/constraints.txt --no-build-isolation -e '.[train]'
+	MIMKERNELS_BUILD=off $(PIP) install $(PIP_FLAGS) -c $(VENV)/constraints.txt --no-build-isolation --no-deps -e .
+	@touch $@
+
+# Not as mimkernels[train]: installing mimkernels takes libraries away that may be there by now.
+$(INSTALLED): $(TORCH)
+	@$(BIN)/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	print('\n'.join(project['dependencies'] + project['optional-dependencies']['train']))" > $(VENV)/train.txt
+	$(PIP) install $(PIP_FLAGS) -c $(VENV)/constraints.txt -r $(VENV)/train.txt
 	@touch $@
 
 # Two builds in one folder: what this machine runs, and everything. Nothing is compiled twice, and nothing above.
-$(RUNNABLE): $(INSTALLED) $(SOURCES)
+$(RUNNABLE): $(TORCH) $(SOURCES)
 	$(BIN)/python setup.py -q build_native --inplace --runnable
 	@rm -f $(BUILT) && touch $@
 
-$(BUILT): $(INSTALLED) $(SOURCES)
+$(BUILT): $(TORCH) $(SOURCES)
 	$(BIN)/python setup.py -q build_native --inplace
 	@touch $(RUNNABLE) $@
 
