@@ -2,7 +2,7 @@
 
 `python -m tests.compiled.cuda_resources` reads the built library and writes cuda_resources.json beside this file, which
 the tests compare the next build with. The table has a digest of what nvcc read. Where that is unchanged, which
-`--unchanged` answers, nvcc has nothing to add to the table, and `.ci/run` compiles for one architecture of several.
+`--unchanged` answers, nvcc has nothing to add to the table, and `.ci/run` has it write PTX alone.
 """
 
 from __future__ import annotations
@@ -186,9 +186,12 @@ def sources() -> str:
 
 
 def built_for() -> list[str]:
-    """The architectures of the built library as cuobjdump names them."""
+    """The architectures that the built library, if there is one, has machine code for, as cuobjdump names them."""
+    if not LIBRARY.exists():
+        return []
     build = json.loads((LIBRARY.parent / "build.json").read_text())
-    return [f"sm_{name.removesuffix('-real')}" for name in build["cuda_architectures"].split()]
+    names = build["cuda_architectures"].split()
+    return [f"sm_{name.removesuffix('-real')}" for name in names if not name.endswith("-virtual")]
 
 
 def unchanged() -> bool:

@@ -5,7 +5,7 @@ import pytest
 from tests.compiled import cuda_code, cuda_resources
 
 pytestmark = [
-    pytest.mark.skipif(not cuda_resources.LIBRARY.exists(), reason="the CUDA library is not built here"),
+    pytest.mark.skipif(not cuda_resources.built_for(), reason="no CUDA library with machine code is built here"),
     pytest.mark.skipif(cuda_resources.find_cuobjdump() is None, reason="no cuobjdump to read the CUDA library with"),
 ]
 

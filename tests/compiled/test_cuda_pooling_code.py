@@ -22,7 +22,9 @@ LOOPS = {
 }
 ELEMENT = "__nv_bfloat16"
 
-pytestmark = pytest.mark.skipif(not cuda_resources.LIBRARY.exists(), reason="the CUDA library is not built here")
+pytestmark = pytest.mark.skipif(
+    not cuda_resources.built_for(), reason="no CUDA library with machine code is built here"
+)
 
 
 def dump(*options: str) -> str:
