@@ -144,7 +144,8 @@ def compile_libraries(folder: Path, report: dict, names: list[str]) -> dict[str,
         [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
          f"-DMIMKERNELS_TORCH_DIR={torch_dir}", f"-DMIMKERNELS_EMULATION={int(EMULATED[0] in names)}",
          f"-DMIMKERNELS_PYTHON={sys.executable}",
-         "-DMIMKERNELS_CUDA_ARCHITECTURES=",  # not those that an earlier build in this folder was given
+         # Not those that an earlier build in this folder was given.
+         "-DMIMKERNELS_CUDA_ARCHITECTURES=", f"-DCMAKE_CUDA_FLAGS={os.environ.get('CUDAFLAGS', '')}",
          *shlex.split(os.environ.get("MIMKERNELS_CMAKE_ARGS", ""))],
         "CMake's configuration", "mend what it names",
     )  # fmt: skip
