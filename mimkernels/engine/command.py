@@ -22,13 +22,16 @@ class TrainingError(RuntimeError):
 
 
 @contextlib.contextmanager
-def told_failures(output: Path, device: "torch.device", remedy: str) -> Iterator[None]:
+def told_failures(
+    output: Path, device: "torch.device", remedy: str, going_on: Callable[[], str] | None = None
+) -> Iterator[None]:
     """Turn a want of memory and what the file system refuses into ``TrainingError``.
 
     Args:
         output: the folder that is written.
         device: where the work is done.
         remedy: what to do where its memory does not suffice.
+        going_on: says how to go on when files can be written again.
     """
     import torch
 
@@ -37,10 +40,16 @@ def told_failures(output: Path, device: "torch.device", remedy: str) -> Iterator
 
     try:
         yield
-    except torch.OutOfMemoryError as e:
-        raise TrainingError(f"out of memory on {device_name(device)}: {remedy} ({str(e).splitlines()[0]})") from e
+    except (RuntimeError, MemoryError) as e:
+        # Of the CPU's memory torch says so in words alone.
+        wants = isinstance(e, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(e)
+        if not wants:
+            raise
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise TrainingError(f"out of memory on {device_name(device)}: {remedy} ({reason})") from e
     except OSError as e:
-        raise TrainingError(files.refusal(e, output)) from e
+        more = f"; {going_on()}" if going_on is not None else ""
+        raise TrainingError(f"{files.refusal(e, output)}{more}") from e
 
 
 def guarded(prepare: Callable[[], Callable[[], int]], debug: bool) -> int:

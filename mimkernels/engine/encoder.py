@@ -37,9 +37,6 @@ class EncoderChoice(Protocol):
         pretrained: load the published weights of a timm name.
         img_size: image side in pixels; None for the encoder's own. At another one positions are resampled.
         final_norm: tokens after the encoder's last norm.
-
-    An attribute ``adapts``, if there is one and it is true, says that the caller gives the weights of a run to a model
-    of its own: ``model_kwargs`` and ``img_size`` are then of that model, and the run is loaded as it is.
     """
 
     model: str
@@ -128,6 +125,13 @@ class FrozenEncoder(nn.Module):
         return Tokens(tokens, cls_attention(last.q, last.k, **last.options))
 
     @property
+    def stages(self) -> list[list[nn.Module]]:
+        """Blocks by stage: of a Swin Transformer as it has them, of others one stage of all; empty without blocks."""
+        model: Any = self.model
+        layers = [list(stage.blocks) for stage in getattr(model, "layers", ()) if hasattr(stage, "blocks")]
+        return layers or [list(getattr(model, "blocks", ()))]
+
+    @property
     def num_layers(self) -> int:
         """Blocks, or stages of a Swin Transformer, that ``maps`` are taken after; ValueError where timm has none."""
         info = getattr(self.model, "feature_info", None)
@@ -192,8 +196,12 @@ class FrozenEncoder(nn.Module):
         return (side, side) if side * side == patches else None
 
 
-def load_encoder(choice: EncoderChoice) -> FrozenEncoder:
+def load_encoder(choice: EncoderChoice, *, to_copy: bool = False) -> FrozenEncoder:
     """The encoder that ``--model`` names.
+
+    Args:
+        to_copy: the caller gives the weights of a run to a model of its own, which ``model_kwargs`` and ``img_size``
+            are then of: the run is loaded as it is. Otherwise ``model_kwargs`` are refused with a run.
 
     Raises:
         ValueError: there is no such run, checkpoint or timm model, or it gives no tokens.
@@ -204,9 +212,9 @@ def load_encoder(choice: EncoderChoice) -> FrozenEncoder:
         found = newest or next((path / name for name in _EXPORTED if (path / name).is_file()), None)
         if found is None:
             raise ValueError(f"{choice.model!r} holds no run: neither checkpoints/ nor {' nor '.join(_EXPORTED)}")
-        return _from_file(choice, found)
+        return _from_file(choice, found, to_copy)
     if path.is_file():
-        return _from_file(choice, path)
+        return _from_file(choice, path, to_copy)
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".tar") or "/" in choice.model.removeprefix("hf-hub:"):
         raise ValueError(f"model {choice.model!r} does not exist (looked for {path.absolute()})")
     return _from_timm(choice)
@@ -219,7 +227,7 @@ def load_same_encoder(choice: EncoderChoice) -> FrozenEncoder:
         return load_encoder(choice)
 
 
-def _from_file(choice: EncoderChoice, path: Path) -> FrozenEncoder:
+def _from_file(choice: EncoderChoice, path: Path, to_copy: bool) -> FrozenEncoder:
     try:
         content = read_file(path)
     except DamagedFileError as e:
@@ -227,12 +235,12 @@ def _from_file(choice: EncoderChoice, path: Path) -> FrozenEncoder:
         raise ValueError(f"{e}; whole beside it, as --model: {whole}" if whole else str(e)) from None
     if is_checkpoint(content):
         check_content(content, str(path))
-        return _from_run(choice, path, path, content["config"], content["model"])
+        return _from_run(choice, path, path, content["config"], content["model"], to_copy=to_copy)
     beside = path.parent / "config.json"
     if choice.arch is not None or not beside.is_file():
         return _from_published(choice, path, content)
     # Exported by a run, whose settings lie beside it.
-    return _from_run(choice, path, beside, read_settings(beside), content, published=True)
+    return _from_run(choice, path, beside, read_settings(beside), content, published=True, to_copy=to_copy)
 
 
 def _from_run(
@@ -243,15 +251,14 @@ def _from_run(
     weights: Any,
     *,
     published: bool = False,
+    to_copy: bool,
 ) -> FrozenEncoder:
     """The encoder of a model that `settings`, read from `settings_path`, build and `weights`, from `path`, fill.
 
     `published`: `weights` are what a published file holds, not named tensors of the model.
     """
-    resized = None
-    if not getattr(choice, "adapts", False):
-        _not_with(choice, "a checkpoint of `mimkernels pretrain`", "arch", "model_kwargs")
-        resized = choice.img_size
+    _not_with(choice, "a checkpoint of `mimkernels pretrain`", "arch", *(() if to_copy else ("model_kwargs",)))
+    resized = None if to_copy else choice.img_size
     pixel_range = settings.get("pixel_range", "auto")
     if not is_of_type(pixel_range, str):
         raise ValueError(f"{str(settings_path)!r}: setting 'pixel_range' must be str, got {pixel_range!r}")
@@ -324,7 +331,7 @@ def _from_published(choice: EncoderChoice, path: Path, content: Any) -> FrozenEn
         assert published.grid is not None
         size = choice.img_size or published.grid * published.patch
         kwargs = {"patch_size": published.patch, **published.options, **choice.model_kwargs}
-        encoder = create_encoder(name, img_size=size, in_chans=published.channels, **kwargs)
+        encoder = create_encoder(name, **{"img_size": size, "in_chans": published.channels, **kwargs})
     weights, resampled = _fitted(published, encoder)
     copied = copy_by_name(encoder.state_dict(), weights, title=f"{name}, {size} x {size} pixels")
     report = published.report(name, len(copied.loaded), resampled)

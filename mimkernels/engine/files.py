@@ -7,12 +7,13 @@ import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from mimkernels.engine.settings import is_of_type
+from mimkernels.engine.settings import Settings, is_of_type
 
 _TEMPORARY = re.compile(r"^\..+\.[a-z0-9_]{8}\.tmp$")  # as atomic_file names them
 
@@ -82,6 +83,24 @@ def check_writable(folder: Path) -> None:
         raise ValueError(f"output {str(folder)!r}: {str(existing)!r} is a file, expected a folder")
     if not os.access(existing, os.W_OK):
         raise ValueError(f"output {str(folder)!r}: no permission to write in {str(existing)!r}")
+
+
+def check_own_folder(folder: Path, kind: type[Settings]) -> None:
+    """Raise ValueError if `folder` holds the results of another command than that with settings of `kind`.
+
+    Its ``config.json`` tells, which every command writes; one that is damaged does not.
+    """
+    try:
+        saved = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return
+    others = sorted(set(saved) - {f.name for f in fields(kind)}) if isinstance(saved, dict) else [type(saved).__name__]
+    if others:
+        shown = ", ".join(others[:4]) + (", ..." if len(others) > 4 else "")
+        raise ValueError(
+            f"output {str(folder)!r} holds what another command wrote: its config.json has {shown}, which are no "
+            "settings of this one; choose another --output"
+        )
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -67,6 +67,7 @@ class DenseRun:
         for task in self.tasks:
             task.check(self.source)
         files.check_writable(self.output)
+        files.check_own_folder(self.output, DenseConfig)
         self.accelerator, self.precision, self.precision_reason = start_accelerator(config.device, config.precision)
         self.choices = parse_models(config.models)
         self.readouts: list[list[Readout]] = []

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 from mimkernels.commands.finetune.method import Finetune
 from mimkernels.engine.settings import require, setting
 from mimkernels.engine.training.config import TrainingConfig, shared
+from mimkernels.engine.training.mixing import check_pairs
 
 # As of `TrainingConfig.architecture`, ...
 _ARCHITECTURE = (
@@ -15,9 +16,9 @@ _ARCHITECTURE = (
 # ... and of `results`.
 _RESULTS = (
     "data", "val_data", "val_share", "labels", "max_pixels", "pixel_range", "pixel_stats", "seed", "crop_scale",
-    "hflip", "test_crop", "auto_augment", "erasing", "mixup", "cutmix", "label_smoothing", "layer_decay", "batch_size",
-    "accum_steps", "epochs", "warmup_epochs", "blr", "lr", "min_lr", "min_blr", "warmup_blr", "schedule", "step_epoch",
-    "beta2", "weight_decay", "clip_grad", "precision", "regularize",
+    "hflip", "test_crop", "auto_augment", "erasing", "mixup", "cutmix", "label_smoothing", "drop_path", "layer_decay",
+    "batch_size", "accum_steps", "epochs", "warmup_epochs", "blr", "lr", "min_lr", "min_blr", "warmup_blr", "schedule",
+    "step_epoch", "beta2", "weight_decay", "clip_grad", "precision", "regularize",
 )  # fmt: skip
 
 SMALL = 5000  # labelled images below which the defaults are others
@@ -150,13 +151,7 @@ class FinetuneConfig(TrainingConfig):
         0.0, "epochs between records of what the heads do on 64 images, the same every time; 0: before and after alone",
         "heads",
     )  # fmt: skip
-    regularize: dict = field(
-        default_factory=dict,
-        metadata={
-            "help": "head statistics to add to the loss, such as entropy=1e-3 (a positive weight lowers the statistic)",
-            "group": "heads",
-        },
-    )
+    regularize: dict = shared("regularize")  # noqa: RUF009 # a field
 
     device: str = shared("device")
     precision: str = shared("precision")
@@ -192,17 +187,13 @@ class FinetuneConfig(TrainingConfig):
         decay = self.layer_decay
         require(decay is None or 0 < decay <= 1, "layer_decay", decay, "in (0, 1]")
         require(self.freeze >= 0, "freeze", self.freeze, "0 or more")
-        for name in ("drop_path", "label_smoothing", "ema"):
+        for name in ("drop_path", "ema"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and below 1")
-        for name in ("mixup", "cutmix"):
-            value = getattr(self, name)
-            require(value is None or (value >= 0 and math.isfinite(value)), name, value, "0 or more and finite")
         require(self.erasing is None or 0 <= self.erasing <= 1, "erasing", self.erasing, "in [0, 1]")
         require(0 < self.val_share < 1, "val_share", self.val_share, "between 0 and 1, both excluded")
         require(0 < self.test_crop <= 1, "test_crop", self.test_crop, "in (0, 1]")
         parse_labels(self.labels)
-        if (self.mixup or self.cutmix) and self.batch_size % 2:
-            raise ValueError(f"mixup and cutmix mix pairs of images: batch_size must be even, got {self.batch_size}")
+        check_pairs(self.mixup or 0.0, self.cutmix or 0.0, self.batch_size)
 
     def filled(self, images: int, classes: int, held_out: int, in_memory: bool) -> dict[str, Any]:
         """The settings that are left open, for so many labelled images to train on.

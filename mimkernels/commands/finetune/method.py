@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mimkernels.engine.training.method import Method, Moment
+from mimkernels.engine.training.mixing import mix_pairs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +33,6 @@ class Finetune(Method):
         mixes = max(config.mixup, config.cutmix) > 0
         if not training or not (config.erasing or mixes):
             return images, {"targets": targets}
-        from timm.data import Mixup
         from timm.data.random_erasing import RandomErasing
 
         from mimkernels.data.batches import drawing_from
@@ -50,10 +50,9 @@ class Finetune(Method):
                 erase = RandomErasing(config.erasing, mode="pixel", device=pixels.device)
                 pixels = erase((pixels - mean) / std) * std + mean
             if mixes:
-                mix = Mixup(config.mixup, config.cutmix, label_smoothing=0.0, num_classes=config.num_classes)
-                pixels, targets = mix(pixels, targets)
                 assert targets is not None
-                targets = targets.to(pixels.dtype)
+                alphas = {"mixup": config.mixup, "cutmix": config.cutmix}
+                pixels, targets = mix_pairs(pixels, targets, **alphas, num_classes=config.num_classes)
         return pixels, {"targets": targets}
 
     @staticmethod

@@ -68,6 +68,7 @@ class FinetuneRun(TrainingRun):
             # Its weights and its settings are all that it needs; what it started from may be gone.
             saved = self.start["config"]
             config = replace(config, **{name: saved[name] for name in _OF_MODEL})
+            config.model_kwargs["drop_path_rate"] = config.drop_path
         split = open_split(config)
         self.classes, self.split = split.classes, split
         source = choose_labels(split.train, config.labels, config.seed, split.classes)

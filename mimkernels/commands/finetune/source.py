@@ -1,7 +1,6 @@
 """What a run starts from: an encoder, how it was built, and which labelled images."""
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,39 +10,40 @@ from mimkernels.data.batches import derived_seed
 from mimkernels.data.labelled import LabelledImages
 from mimkernels.data.sources import Source, SubsetSource
 from mimkernels.engine.encoder import FrozenEncoder, load_encoder
+from mimkernels.engine.model_names import ModelChoice
 from mimkernels.models.build import format_statistics
 
 _LABELS = 7  # stream of the seed; the others are in data/batches.py, engine/training/loop.py and validation.py
 
-
-@dataclass
-class _Choice:
-    """For ``load_encoder``; of a run the arguments are those of the model that its weights are given to."""
-
-    adapts: ClassVar[bool] = True
-    model: str
-    arch: str | None
-    pretrained: bool
-    img_size: int | None
-    model_kwargs: dict = field(default_factory=dict)
-    final_norm: bool = True
+# Arguments of timm's models that have an option of their own here, or follow from the data.
+_ELSEWHERE = {"img_size": "--img-size", "num_classes": "the data", "global_pool": "--readout"}
 
 
 def load_source(config: FinetuneConfig) -> tuple[FrozenEncoder, dict[str, Any]]:
     """The encoder that ``--model`` names, and the settings that it tells: those of the architecture and of pixels.
 
     Raises:
-        ValueError: there is no such encoder, or timm has none that it could be given to.
+        ValueError: there is no such encoder, timm has none that it could be given to, or ``model_kwargs`` names what
+            has an option of its own.
     """
+    given = config.model_kwargs
+    said = [f"{name} ({by} says it)" for name, by in _ELSEWHERE.items() if name in given]
+    if given.get("drop_path_rate", config.drop_path) != config.drop_path:
+        said.append(f"drop_path_rate {given['drop_path_rate']} (--drop-path says {config.drop_path})")
+    if said:
+        raise ValueError(f"model_kwargs has {', '.join(said)}: leave it out there")
     pretrained = config.pretrained and not config.from_scratch
-    choice = _Choice(config.model, config.arch, pretrained, config.img_size or None, config.model_kwargs)
-    encoder = load_encoder(choice)
+    choice = ModelChoice(config.model, config.model, config.arch, given, pretrained, config.img_size or None)
+    encoder = load_encoder(choice, to_copy=True)
     if encoder.built_by is None:
         raise ValueError(f"{encoder.title} is not fine-tuned: timm has no equal model")
     arch, kwargs = encoder.built_by
-    arguments = {**kwargs, **_of_beit(encoder.model), **config.model_kwargs, "drop_path_rate": config.drop_path}
+    arguments = {**kwargs, **_of_beit(encoder.model), **given, "drop_path_rate": config.drop_path}
     for name in ("img_size", "in_chans", "num_classes", "global_pool"):
         arguments.pop(name, None)
+    channels = given.get("in_chans", encoder.in_chans)
+    if channels != encoder.in_chans:
+        raise ValueError(f"model_kwargs has in_chans {channels}, {encoder.title} takes {encoder.in_chans}")
     stats = [tuple(float(value) for value in values) for values in _statistics(encoder)]
     return encoder, {
         "arch": arch,

@@ -1,8 +1,9 @@
 """Settings of a pre-training run."""
 
 import math
+import re
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 from mimkernels.commands.pretrain.methods import METHODS, check_method
 from mimkernels.engine.settings import require, setting
@@ -88,7 +89,8 @@ class PretrainConfig(TrainingConfig):
         "pixels", "what is predicted: pixels; patch-norm (SimMIM), normalised by mean and variance of what one output "
         "token predicts; local-norm:K (SimMIM), by those of the K x K pixels around each; features:MODEL, those that a "
         "timm model, run or checkpoint has of the whole image; or ema, those of the encoder's moving average. Options "
-        "of the last two: features:MODEL:layer=8,layers=4,norm=ln,loss=smooth-l1,beta=1,tokens=masked",
+        "of the last two: features:MODEL:layer=8,layers=4,norm=ln,loss=smooth-l1,beta=1,tokens=masked; of a MODEL "
+        "also pretrained=false, img_size=N, arch=NAME and timm's arguments",
         "MAE and SimMIM", metavar="TARGET",
     )  # fmt: skip
     target_dim: int | None = setting(None, "width of the features (default: the teacher's)", "MAE and SimMIM")
@@ -223,13 +225,7 @@ class PretrainConfig(TrainingConfig):
         0.0, "epochs between records of what the heads do on 64 images, whole and the same every time, for the report "
         "and `analyze --during`; 0 for none", "heads",
     )  # fmt: skip
-    regularize: dict = field(
-        default_factory=dict,
-        metadata={
-            "help": "head statistics to add to the loss, such as entropy=1e-3 (a positive weight lowers the statistic)",
-            "group": "heads",
-        },
-    )
+    regularize: dict = shared("regularize")  # noqa: RUF009 # a field
 
     device: str = shared("device")
     precision: str = shared("precision")
@@ -241,6 +237,22 @@ class PretrainConfig(TrainingConfig):
     log_every: int = shared("log_every")
     pictures: int = setting(12, "reconstructed images in the report", "output")
     title: str = setting("", "title of the report (default: method, model and data)", "output")
+
+    @classmethod
+    def continued(cls, saved: dict[str, Any], given: dict[str, Any]) -> Self:
+        """As the parent's; a teacher outside timm and the file system has to be given again.
+
+        Raises:
+            ValueError: the settings of the checkpoint alone name one: a file makes nobody reach a hub.
+        """
+        for name in ("target", "teacher"):
+            model = str(saved.get(name, "")).removeprefix("features:")
+            if name not in given and re.match(r"[a-z-]+hub:|[a-z]+-dir:", model):
+                raise ValueError(
+                    f"the checkpoint names a teacher that is fetched, {name} {saved[name]!r}: give --{name} again to "
+                    "load it"
+                )
+        return super().continued(saved, given)
 
     def check(self) -> None:
         """Raise ValueError for values that cannot work, before anything is written."""
@@ -269,15 +281,12 @@ class PretrainConfig(TrainingConfig):
             require(share is None or 0 <= share <= 1, name, share, "in [0, 1]")
         kept = self.momentum
         require(kept is None or 0 <= kept <= 1, "momentum", kept, "in [0, 1]")
-        smoothing = self.label_smoothing
-        require(0 <= smoothing < 1, "label_smoothing", smoothing, "at least 0 and below 1")
         require(0 < self.local_scale <= 1, "local_scale", self.local_scale, "in (0, 1]")
         for name in ("temperature", "student_temp", "teacher_temp", "warmup_teacher_temp"):
             value = getattr(self, name)
             require(value > 0 and math.isfinite(value), name, value, "positive and finite")
-        for name in ("weight_decay_end", "mixup", "cutmix"):
-            value = getattr(self, name)
-            require(value is None or (value >= 0 and math.isfinite(value)), name, value, "0 or more and finite")
+        value = self.weight_decay_end
+        require(value >= 0 and math.isfinite(value), "weight_decay_end", value, "0 or more and finite")
         share = self.val_split
         require(share is None or 0 < share < 1, "val_split", share, "between 0 and 1, both excluded")
         if share is not None and self.val_data is not None:

@@ -6,40 +6,142 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mimkernels.commands.pretrain.config import NO_MASKING, PretrainConfig
-from mimkernels.commands.pretrain.teacher import TeacherEncoder
-from mimkernels.engine.encoder import FrozenEncoder, load_encoder
+from mimkernels.commands.pretrain.teacher import Autocast, TeacherEncoder, full_precision
+from mimkernels.engine.encoder import FrozenEncoder, load_same_encoder
 from mimkernels.engine.model_names import ModelChoice
 from mimkernels.models.momentum import half_cosine
 from mimkernels.models.targets import FeatureTarget, parse_target
 
-__all__ = ["FeatureTeacher", "load_teacher"]
+__all__ = ["FeatureReader", "FeatureTeacher", "load_teacher"]
 
 _EPS = 1e-5
 
 
-def load_teacher(config: PretrainConfig) -> FrozenEncoder | None:
-    """The encoder that ``--target features:MODEL`` names; None of other targets.
+class FeatureReader:
+    """Patch features of an encoder at the layers that a target names, before they are normalised.
 
-    A run or checkpoint has images of its own size; of a timm name it is that of the run, in whole patches.
+    Args:
+        encoder: gives the features.
+        target: which ones.
+        text: of the target, for refusals.
+
+    Attributes:
+        grid, dim: rows and columns of the patches, and the width of their features.
+
+    Raises:
+        ValueError: the encoder has no such blocks, or gives no grid of patches; shows both sides.
+    """
+
+    def __init__(self, encoder: FrozenEncoder, target: FeatureTarget, text: str) -> None:
+        self.encoder, self.target = encoder, target
+        self.numbers: list[int] = []  # of the blocks that are read; none: what the encoder gives
+        self._blocks: list[nn.Module] = []
+        self._parts: list[nn.Module] = []
+        if target.layer != -1 or target.layers is not None or target.part != "block":
+            self._choose(text)
+        blank = torch.zeros(1, encoder.in_chans, encoder.img_size, encoder.img_size, dtype=torch.uint8)
+        tokens, grid = self._read(blank)
+        if grid is None:
+            raise ValueError(f"target {text!r}: {encoder.title} gives no grid of patches")
+        self.grid, self.dim = grid, tokens.shape[2]
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """``[B, N, D]`` fp32 of images ``[B, C, S, S]`` as the encoder takes them; the mean over several blocks."""
+        return self._read(pixels)[0]
+
+    @property
+    def told(self) -> str:
+        """The layers in words."""
+        part = "MLPs of the " if self.target.part == "mlp" else ""
+        if not self.numbers:
+            return "last layer"
+        if self.target.layers is None:
+            return f"MLP of block {self.numbers[0]}" if part else f"block {self.numbers[0]}"
+        if self.target.layer == -1:
+            return f"mean of the {part}last {len(self.numbers)} blocks, each normalised"
+        return f"mean of the {part}blocks {self.numbers[0]} to {self.numbers[-1]}, each normalised"
+
+    def _choose(self, text: str) -> None:
+        target, stages = self.target, self.encoder.stages
+        blocks = [block for stage in stages for block in stage]
+        depth = len(blocks)
+        last = target.layer + depth if target.layer < 0 else target.layer
+        if not 0 <= last < depth:
+            raise ValueError(
+                f"target {text!r} wants block {target.layer}, {self.encoder.title} has {depth} blocks"
+                + (f", 0 to {depth - 1}" if depth else "")
+            )
+        # Those of other stages have other widths and grids.
+        first, begins = last + 1 - (target.layers or 1), 0
+        for stage in stages:
+            if begins <= last < begins + len(stage):
+                first = max(first, begins)
+            begins += len(stage)
+        self.numbers = list(range(first, last + 1))
+        self._blocks = [blocks[number] for number in self.numbers]
+        if target.part == "mlp":
+            # Behind LayerScale, where a block has it.
+            parts = [block._modules.get("drop_path2") for block in self._blocks]
+            self._parts = [part for part in parts if part is not None]
+            if len(self._parts) < len(self._blocks):
+                kind = type(self._blocks[0]).__name__
+                raise ValueError(f"target {text!r}: part=mlp reads the MLPs of timm's blocks, {kind} has none to read")
+
+    def _read(self, pixels: Tensor) -> tuple[Tensor, tuple[int, int] | None]:
+        encoder = self.encoder
+        if not self._blocks:
+            return encoder(pixels).tokens[:, encoder.num_prefix :], encoder.grid
+        outputs: list[Tensor] = []
+        parts: list[Tensor] = []
+        hooks = [block.register_forward_hook(lambda _, __, out: outputs.append(out)) for block in self._blocks]
+        hooks += [part.register_forward_hook(lambda _, __, out: parts.append(out)) for part in self._parts]
+        try:
+            encoder(pixels)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        grid = encoder.grid
+        if outputs[0].dim() == 4:  # Swin's maps
+            grid = outputs[0].shape[1], outputs[0].shape[2]
+        rows = [out.flatten(1, -2)[:, encoder.num_prefix :].float() for out in parts or outputs]
+        if self.target.layers is None:
+            return rows[0], grid
+        mean = torch.stack([F.layer_norm(each, each.shape[-1:], eps=_EPS) for each in rows]).mean(0)
+        return mean, grid
+
+
+def load_teacher(config: PretrainConfig) -> FeatureReader | None:
+    """The encoder that ``--target features:MODEL`` names; None of other targets. Random weights are the same always.
+
+    A run or checkpoint has images of its own size; of a timm name it is that of the run, in whole tokens. The target's
+    ``img_size`` comes before both, but for a run, whose positions are of its size.
+
+    Raises:
+        ValueError: there is no such model, or it gives no such features.
     """
     target = parse_target(config.target).features
     if target is None or target.model is None:
         return None
+    model = target.model
+
+    def load(img_size: int | None) -> FrozenEncoder:
+        named = ModelChoice(model, model, target.arch, dict(target.model_kwargs), target.pretrained, img_size)
+        return load_same_encoder(named)
+
     try:
-        encoder = load_encoder(ModelChoice(target.model, target.model))
-        patch = getattr(getattr(encoder.model, "patch_embed", None), "patch_size", None)
-        if not Path(target.model).exists() and patch is not None:
-            side = int(patch[0])
-            size = max(1, round(config.img_size / side)) * side
+        encoder = load(target.img_size)
+        if target.img_size is None and not Path(model).exists() and encoder.grid is not None:
+            stride = encoder.img_size // encoder.grid[0]
+            size = max(1, round(config.img_size / stride)) * stride
             if size != encoder.img_size:
-                encoder = load_encoder(ModelChoice(target.model, target.model, img_size=size))
+                encoder = load(size)
     except ValueError as e:
         raise ValueError(f"target {config.target!r}: {e}") from e
-    return encoder
+    return FeatureReader(encoder, target, config.target)
 
 
 class FeatureTeacher(TeacherEncoder):
@@ -48,13 +150,17 @@ class FeatureTeacher(TeacherEncoder):
     Args:
         config: ``target``, ``momentum`` and the size of the images are read.
         model: what is trained, with an ``encoder`` of timm.
-        encoder: what ``load_teacher`` gives; None takes the moving average of the trained encoder.
+        reader: what ``load_teacher`` gives; None takes the moving average of the trained encoder.
+        autocast: enters the precision of the run.
 
     Raises:
-        ValueError: the teacher gives no grid of patches, no such blocks, or takes other channels; shows both sides.
+        ValueError: the teacher gives no grid of patches, no such blocks, takes other channels, or has features of
+            another width than the model predicts; shows both sides.
     """
 
-    def __init__(self, config: PretrainConfig, model: Any, encoder: FrozenEncoder | None) -> None:
+    def __init__(
+        self, config: PretrainConfig, model: Any, reader: FeatureReader | None, autocast: Autocast = full_precision
+    ) -> None:
         target = parse_target(config.target).features
         assert target is not None
         self.target, self.momentum = target, config.value("momentum")
@@ -63,28 +169,31 @@ class FeatureTeacher(TeacherEncoder):
         self._mask_grid: tuple[int, int] = tuple(model.grid_size)
         stride = getattr(model, "encoder_stride", model.patch_size)
         self.grid = (config.img_size // stride[0], config.img_size // stride[1])
-        super().__init__(config, model, encoder)
-        encoder = self.encoder
-        self._blocks = self._chosen(target, config.target)
-        if encoder.grid is None:
-            raise ValueError(f"target {config.target!r}: {encoder.title} gives no grid of patches")
-        if encoder.in_chans not in (config.in_chans, 3):
+        super().__init__(config, model, None if reader is None else reader.encoder, autocast)
+        self.reader = FeatureReader(self.encoder, target, config.target) if reader is None else reader
+        if self.encoder.in_chans not in (config.in_chans, 3):
             raise ValueError(
-                f"target {config.target!r} takes images of {encoder.in_chans} channels, the model of {config.in_chans}"
+                f"target {config.target!r} takes images of {self.encoder.in_chans} channels, the model of "
+                f"{config.in_chans}"
+            )
+        predicted = model.encoder.num_features if config.target_dim is None else config.target_dim
+        if self.reader.dim != predicted:
+            raise ValueError(
+                f"target {config.target!r}: features of {self.encoder.title} have {self.reader.dim} values, the model "
+                f"predicts {predicted}: give --target-dim {self.reader.dim}"
             )
 
     @property
     def told(self) -> str:
         """The target in words."""
         target = self.target
-        if target.layers is not None:
-            where = f"mean of the last {len(self._blocks)} blocks, each normalised"
-        else:
-            where = f"block {self._blocks[0]}" if self._blocks else "last layer"
         norm = {"ln": "LayerNorm without gain", "instance": "normalised over each image's tokens", "none": "as it is"}
-        rows, columns = self.encoder.grid or (0, 0)
+        rows, columns = self.reader.grid
         grid = "" if (rows, columns) == self.grid else f", resampled from {rows} x {columns} tokens"
-        return f"features of {self.named}: {where}, {norm[target.norm]}; {target.loss} on {target.tokens} tokens{grid}"
+        return (
+            f"features of {self.named}: {self.reader.told}, {norm[target.norm]}; {target.loss} on {target.tokens} "
+            f"tokens{grid}"
+        )
 
     def arguments(self, images: Tensor, mask: Tensor | None) -> dict[str, Any]:
         """What a step calls the model with, in addition to `images` and to what masks them."""
@@ -98,52 +207,29 @@ class FeatureTeacher(TeacherEncoder):
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """``[B, L, D]`` of uint8 `images`: those of every output token, not yet normalised by LayerNorm."""
-        encoder = self.encoder.to(images.device)
+        """``[B, L, D]`` of uint8 `images`: those of every output token, not yet normalised by LayerNorm.
+
+        In bf16 where the run computes in it; of fp16, whose range a block's output may leave, in fp32.
+        """
+        encoder, grid = self.encoder.to(images.device), self.reader.grid
         pixels = images
         if encoder.in_chans == 3 and images.shape[1] == 1:
             pixels = pixels.expand(-1, 3, -1, -1)
         side = encoder.img_size
         if tuple(pixels.shape[2:]) != (side, side):
             pixels = F.interpolate(pixels.float(), (side, side), mode="bilinear", antialias=True)
-        tokens = self._tokens(pixels)  # [B, N, D]
+        with self.autocast():
+            tokens = self.reader(pixels)  # [B, N, D]
+            kind = images.device.type
+            half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
         if self.target.norm == "instance":
             variance, mean = torch.var_mean(tokens, 1, keepdim=True, correction=0)
             tokens = (tokens - mean) / (variance + _EPS).sqrt()
-        if encoder.grid != self.grid:
-            assert encoder.grid is not None
-            maps = tokens.transpose(1, 2).unflatten(2, encoder.grid)
+        if grid != self.grid:
+            maps = tokens.transpose(1, 2).unflatten(2, grid)
             tokens = F.interpolate(maps, self.grid, mode="bilinear").flatten(2).transpose(1, 2)
-        kind = images.device.type
-        return tokens.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tokens
+        return tokens.bfloat16() if half else tokens
 
     def follow(self, share: float) -> None:
         """To be called after each optimizer step, after `share` of the training."""
         self.move(half_cosine(self.momentum, 1.0, share))
-
-    def _chosen(self, target: FeatureTarget, text: str) -> list[int]:
-        """Numbers of the blocks whose outputs are read; none for what the encoder gives."""
-        if target.layer == -1 and target.layers is None:
-            return []
-        depth = len(getattr(self.encoder.model, "blocks", ()))
-        last = target.layer + depth if target.layer < 0 else target.layer
-        if not 0 <= last < depth:
-            raise ValueError(f"target {text!r} wants block {target.layer}, {self.encoder.title} has {depth} blocks")
-        return list(range(max(0, last + 1 - (target.layers or 1)), last + 1))
-
-    def _tokens(self, pixels: Tensor) -> Tensor:
-        encoder = self.encoder
-        if not self._blocks:
-            return encoder(pixels).tokens[:, encoder.num_prefix :]
-        outputs: list[Tensor] = []
-        blocks: Any = encoder.model.blocks
-        hooks = [blocks[i].register_forward_hook(lambda _, __, out: outputs.append(out)) for i in self._blocks]
-        try:
-            encoder(pixels)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        rows = [out[:, encoder.num_prefix :].float() for out in outputs]
-        if self.target.layers is None:
-            return rows[0]
-        return torch.stack([F.layer_norm(each, each.shape[-1:], eps=_EPS) for each in rows]).mean(0)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mimkernels.commands.pretrain.config import PretrainConfig
-from mimkernels.commands.pretrain.teacher import Teacher
+from mimkernels.commands.pretrain.teacher import Autocast, Teacher, full_precision
 from mimkernels.data.masks import MaskSampler
 
 _DRAWS = 100  # of a batch until one masks something: ratios may be drawn, and be 0
@@ -23,13 +23,14 @@ class Masking:
     Args:
         config: ``masking``, ``masking_kwargs``, ``mask_ratio``, ``teacher``, ``seed`` and the size of batches are read.
         model: what is trained.
+        autocast: enters the precision of the run, for a teacher.
 
     Raises:
         ValueError: the strategy refuses the grid or an option, or masks nothing of such a batch; or it leaves images
             different numbers of patches, of which heads have no statistics; or the teacher does not fit.
     """
 
-    def __init__(self, config: PretrainConfig, model: Any) -> None:
+    def __init__(self, config: PretrainConfig, model: Any, autocast: Autocast = full_precision) -> None:
         grid: tuple[int, int] = model.grid_size
         self.seed, self.name, self.batch_size = config.seed, config.masking, config.batch_size
         self.options = given = config.masking_kwargs
@@ -49,7 +50,7 @@ class Masking:
                 f"regularize have no statistics: take one of equal counts, such as block_exact"
             )
         if self.sampler.needs_scores:
-            self.teacher = Teacher(config, model)
+            self.teacher = Teacher(config, model, autocast)
             one = self.sampler.sample(1, self.seed, scores=torch.zeros(1, grid[0] * grid[1]))
             self.share = float(one.mask.float().mean())
             return
@@ -78,6 +79,11 @@ class Masking:
         if self.teacher is not None:
             sampler = MaskSampler(sampler.grid, "random", ratio=self.share)
         return sampler.sample(images, seed, offset, device="cpu").mask
+
+    @property
+    def identity(self) -> str | None:
+        """Of a teacher that stays as it is: changes with its weights; None of others."""
+        return None if self.teacher is None else self.teacher.identity
 
     def follow(self) -> None:
         """To be called after each optimizer step."""

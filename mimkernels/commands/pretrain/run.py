@@ -67,21 +67,25 @@ class Run(TrainingRun):
         if self.config.the_method.labelled:
             self._count_classes()
         self.config = replace(self.config, pixel_stats=self._pixel_stats())
-        self._teacher = encoder = load_teacher(self.config) if self.config.the_method.masks else None
-        if encoder is None:
+        self._teacher = reader = load_teacher(self.config) if self.config.the_method.masks else None
+        if reader is None:
             return self.config
-        if self.config.target_dim not in (None, encoder.dim):
-            raise ValueError(f"target_dim is {self.config.target_dim}, features of {encoder.title} have {encoder.dim}")
-        return replace(self.config, target_dim=encoder.dim)
+        if self.config.target_dim not in (None, reader.dim):
+            raise ValueError(
+                f"target_dim is {self.config.target_dim}, features of {reader.encoder.title} have {reader.dim}"
+            )
+        return replace(self.config, target_dim=reader.dim)
 
     def _masking(self) -> Masking | None:
         config = self.config
-        return Masking(config, self.model) if config.the_method.masks and config.masking != NO_MASKING else None
+        if not config.the_method.masks or config.masking == NO_MASKING:
+            return None
+        return Masking(config, self.model, self.accelerator.autocast)
 
     def _features(self) -> FeatureTeacher | None:
         if not (self.config.the_method.masks and predicts_features(self.config)):
             return None
-        return FeatureTeacher(self.config, self.model, self._teacher)
+        return FeatureTeacher(self.config, self.model, self._teacher, self.accelerator.autocast)
 
     def _pixel_stats(self) -> str:
         """``pixel_stats`` without what has to be looked up or measured; a run that is continued keeps what it has."""

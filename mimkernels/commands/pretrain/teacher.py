@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,11 @@ from mimkernels.engine.model_names import ModelChoice
 from mimkernels.models.checkpoint import copy_by_name
 from mimkernels.models.momentum import follow
 
-__all__ = ["Teacher", "TeacherEncoder"]
+__all__ = ["Autocast", "Teacher", "TeacherEncoder", "full_precision"]
+
+Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
+
+full_precision: Autocast = contextlib.nullcontext
 
 
 class TeacherEncoder:
@@ -26,10 +31,14 @@ class TeacherEncoder:
         config: the model's name and the size of its images are read.
         model: what is trained, with an ``encoder`` of timm and the mean and deviation of its pixels.
         given: None takes the moving average, which begins as a copy.
+        autocast: enters the precision of the run, which is the teacher's, too.
     """
 
-    def __init__(self, config: PretrainConfig, model: Any, given: FrozenEncoder | None) -> None:
+    def __init__(
+        self, config: PretrainConfig, model: Any, given: FrozenEncoder | None, autocast: Autocast = full_precision
+    ) -> None:
         self._student = model.encoder if given is None else None
+        self.autocast = autocast
         self.encoder = given or FrozenEncoder(
             copy.deepcopy(model.encoder),
             "moving average",
@@ -49,6 +58,11 @@ class TeacherEncoder:
     def named(self) -> str:
         """The encoder in words."""
         return "the encoder's moving average" if self.moves else self.encoder.title
+
+    @property
+    def identity(self) -> str | None:
+        """Of a teacher that stays as it is: changes with its weights."""
+        return None if self.moves else self.encoder.fingerprint()
 
     def move(self, momentum: float) -> None:
         """Move by a step of the average, where the teacher is one."""
@@ -74,27 +88,29 @@ class Teacher(TeacherEncoder):
     Args:
         config: ``teacher``, ``teacher_momentum`` and the size of the images are read.
         model: what is trained, with an ``encoder`` of timm and the mean and deviation of its pixels.
+        autocast: enters the precision of the run.
 
     Raises:
         ValueError: there is no such teacher, it has no [cls] token, or it sees other patches; shows both sides.
     """
 
-    def __init__(self, config: PretrainConfig, model: Any) -> None:
+    def __init__(self, config: PretrainConfig, model: Any, autocast: Autocast = full_precision) -> None:
         self.momentum = config.teacher_momentum
         given = None
         if config.teacher != EMA:
             # A file knows the size of its images, a name of timm's takes any.
             size = None if Path(config.teacher).exists() else config.img_size
             given = load_encoder(ModelChoice(config.teacher, config.teacher, img_size=size))
-        super().__init__(config, model, given)
+        super().__init__(config, model, given, autocast)
         self._check(config, model.grid_size)
 
     def scores(self, images: Tensor) -> Tensor:
         """``[B, N]`` fp32: the last block's [cls] attention to the patches of uint8 `images`, mean over heads."""
         self.encoder.to(images.device)
-        attention = self.encoder(images, with_attention=True).cls_attention  # [B, H, P + N]
+        with self.autocast():
+            attention = self.encoder(images, with_attention=True).cls_attention  # [B, H, P + N]
         assert attention is not None
-        return attention[..., self.encoder.num_prefix :].mean(1)
+        return attention[..., self.encoder.num_prefix :].float().mean(1)
 
     def follow(self) -> None:
         """To be called after each optimizer step."""

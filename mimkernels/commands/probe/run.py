@@ -30,7 +30,7 @@ from mimkernels.data.labelled import EncoderImages, collate_images
 from mimkernels.data.split import open_split
 from mimkernels.engine import files
 from mimkernels.engine.checkpoint import are_tensors
-from mimkernels.engine.command import TrainingError
+from mimkernels.engine.command import TrainingError, told_failures
 from mimkernels.engine.encoder import load_encoder
 from mimkernels.engine.environment import start_accelerator, versions
 from mimkernels.engine.hardware import device_name, loading_workers
@@ -104,6 +104,7 @@ class ProbeRun:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("a probe runs in one process; start it without torchrun or accelerate launch")
         files.check_writable(self.output)
+        files.check_own_folder(self.output, ProbeConfig)
         self.overwrite, self.stream = overwrite, stream
         with contextlib.ExitStack() as held:
             held.enter_context(folder_lock(self.output))
@@ -133,13 +134,16 @@ class ProbeRun:
 
     def execute(self) -> ProbeResult:
         """Encode, train what is not finished, test, write the report."""
-        with self._held:
-            try:
-                return self._execute()
-            except OSError as e:
-                raise TrainingError(
-                    f"{files.refusal(e, self.output)}; the same command goes on with what {self.output} holds"
-                ) from e
+        with (
+            self._held,
+            told_failures(
+                self.output,
+                self.accelerator.device,
+                "lower --batch-size or --cache-gib",
+                lambda: f"the same command goes on with what {self.output} holds",
+            ),
+        ):
+            return self._execute()
 
     def _execute(self) -> ProbeResult:
         progress = self.progress
@@ -153,26 +157,18 @@ class ProbeRun:
         if self.finished:
             kept = [choice.label for choice in self.choices if choice.label in self.finished]
             progress.note(f"kept from {self.output}: {', '.join(kept) or 'none of these'}")
-        device = self.accelerator.device
         self.extractor = Extractor(self.encoder, self.accelerator, self.config.batch_size, self._workers(), progress)
-        stopped_by = 0
-        try:
-            if to_train:
-                stopped_by = self._train(to_train)
-            results = [self.finished[choice.label] for choice in self.choices if choice.label in self.finished]
-            report = content = None
-            if not stopped_by:
-                if self.extractor.encoded:
-                    images = self.extractor.encoded
-                    facts["Encoding"] = f"{images:,} images in {duration(self.extractor.seconds)}"
-                content = self._report(results, facts)
-                report = write_report(self.output / "report.html", content)
-                print_results(results, self.stream)
-                progress.note(f"report: {report}")
-        except torch.OutOfMemoryError as e:
-            raise TrainingError(
-                f"out of memory on {device_name(device)}: lower --batch-size or --cache-gib ({str(e).splitlines()[0]})"
-            ) from e
+        stopped_by = self._train(to_train) if to_train else 0
+        results = [self.finished[choice.label] for choice in self.choices if choice.label in self.finished]
+        report = content = None
+        if not stopped_by:
+            if self.extractor.encoded:
+                images = self.extractor.encoded
+                facts["Encoding"] = f"{images:,} images in {duration(self.extractor.seconds)}"
+            content = self._report(results, facts)
+            report = write_report(self.output / "report.html", content)
+            print_results(results, self.stream)
+            progress.note(f"report: {report}")
         return ProbeResult(self.output, results, stopped_by, report, content)
 
     def _train(self, choices: list[PoolingChoice]) -> int:

@@ -53,6 +53,13 @@ _SHARED: dict[str, Any] = {
         metavar="NAMES",
     ),
     "head_stats_every": setting(100, "optimizer steps between records of --head-stats", "heads"),
+    "regularize": field(
+        default_factory=dict,
+        metadata={
+            "help": "head statistics to add to the loss, such as entropy=1e-3 (a positive weight lowers the statistic)",
+            "group": "heads",
+        },
+    ),
     "device": setting("auto", "where to train", "execution", choices=DEVICES),
     "precision": setting("auto", "auto takes bf16 where the device computes it fast", "execution", choices=PRECISIONS),
     "compile": setting(False, "torch.compile the model", "execution"),
@@ -66,6 +73,8 @@ _SHARED: dict[str, Any] = {
 def shared(name: str, default: Any = MISSING) -> Any:
     """A setting that means the same in every command that trains, perhaps with another default."""
     kept = _SHARED[name]
+    if kept.default_factory is not MISSING:
+        return field(default_factory=kept.default_factory, metadata=kept.metadata)
     return field(default=kept.default if default is MISSING else default, metadata=kept.metadata)
 
 
@@ -98,6 +107,9 @@ class TrainingConfig(Settings):
     val_masks: int
     crop_scale: float | None
     hflip: bool | None
+    label_smoothing: float
+    mixup: float | None
+    cutmix: float | None
     workers: int | None
     batch_size: int
     accum_steps: int
@@ -174,9 +186,13 @@ class TrainingConfig(Settings):
         for name in ("blr", "lr", "save_every"):
             value = getattr(self, name)
             require(value is None or (value > 0 and math.isfinite(value)), name, value, "positive and finite")
-        for name in ("min_lr", "min_blr", "warmup_blr", "weight_decay", "val_every", "analyze_every"):
+        for name in (
+            "min_lr", "min_blr", "warmup_blr", "weight_decay", "val_every", "analyze_every", "mixup", "cutmix",
+        ):  # fmt: skip
             value = getattr(self, name)
             require(value is None or (value >= 0 and math.isfinite(value)), name, value, "0 or more and finite")
+        smoothing = self.label_smoothing
+        require(0 <= smoothing < 1, "label_smoothing", smoothing, "at least 0 and below 1")
         require(self.clip_grad is None or self.clip_grad > 0, "clip_grad", self.clip_grad, "positive")
         require(self.crop_scale is None or 0 < self.crop_scale <= 1, "crop_scale", self.crop_scale, "in (0, 1]")
         Decoder.from_settings(self.max_pixels, self.pixel_range)

@@ -163,8 +163,7 @@ class Trainer:
             if self.masking is not None:
                 arguments |= self.masking.arguments(inputs, piece)
             if self.features is not None:
-                with accelerator.autocast():
-                    arguments |= self.features.arguments(inputs, arguments.get("mask"))
+                arguments |= self.features.arguments(inputs, arguments.get("mask"))
             if "mask" in arguments and self.method.sees_all:
                 arguments["mask"] = arguments["mask"].to(accelerator.device, non_blocking=True)
             if config.compile and "offset" in arguments:

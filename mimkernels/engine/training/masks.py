@@ -14,11 +14,15 @@ class Masks(Protocol):
         name: of the strategy.
         sampler: None where the model draws.
         share: of patches that are masked, on average; None: the model's ratio.
+        identity: of a teacher that stays as it is: changes with its weights; None without one.
     """
 
     name: str
     sampler: Any
     share: float | None
+
+    @property
+    def identity(self) -> str | None: ...
 
     def told(self) -> str:
         """The strategy in words, where there is one."""
@@ -45,6 +49,7 @@ class TeacherTargets(Protocol):
     Attributes:
         told: the target in words.
         moves: whether the teacher changes while the model learns.
+        identity: of one that does not: changes with its weights.
     """
 
     @property
@@ -52,6 +57,9 @@ class TeacherTargets(Protocol):
 
     @property
     def moves(self) -> bool: ...
+
+    @property
+    def identity(self) -> str | None: ...
 
     def arguments(self, images: Tensor, mask: Tensor | None) -> dict[str, Any]:
         """What a step calls the model with, in addition to `images` and to what masks them."""

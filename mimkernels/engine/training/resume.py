@@ -88,6 +88,17 @@ def _check_same_architecture(saved: TrainingConfig, now: TrainingConfig, path: s
         )
 
 
+def check_same_teachers(start: dict[str, Any], now: dict[str, str]) -> None:
+    """Refuse to continue with another teacher than that of the checkpoint, which would give another run."""
+    saved = start.get("teachers")  # what the checkpoints of before have not
+    for name, identity in now.items():
+        if isinstance(saved, dict) and name in saved and saved[name] != identity:
+            raise ValueError(
+                f"the {name}'s teacher is not that of the checkpoint: {str(saved[name])[:32]} in the checkpoint, "
+                f"{identity} now (digests of the weights); restore its file or start a new run"
+            )
+
+
 def check_same_stream(start: dict[str, Any], source: Source, plan: BatchPlan) -> None:
     """Refuse to continue on other images, or with another effective batch; both would give another run."""
     if start["data"] != source.fingerprint():

@@ -14,7 +14,7 @@ from mimkernels.data.batches import Augmentation, BatchPlan, PretrainImages, req
 from mimkernels.data.sources import Source, class_numbers
 from mimkernels.engine import files
 from mimkernels.engine.checkpoint import FORMAT, CheckpointFolder
-from mimkernels.engine.command import TrainingError
+from mimkernels.engine.command import told_failures
 from mimkernels.engine.environment import start_accelerator, versions
 from mimkernels.engine.hardware import device_name, loading_workers
 from mimkernels.engine.head_history import FIXED_IMAGES, TRAINING_STEPS
@@ -28,7 +28,7 @@ from mimkernels.engine.training.heads import FixedImages, HeadWatch
 from mimkernels.engine.training.history import History
 from mimkernels.engine.training.loop import BEST, Trainer
 from mimkernels.engine.training.masks import Masks, TeacherTargets
-from mimkernels.engine.training.resume import check_same_stream, find_start
+from mimkernels.engine.training.resume import check_same_stream, check_same_teachers, find_start
 from mimkernels.engine.training.validation import Validation
 from mimkernels.models.build import build_model
 from mimkernels.nn.attention import attention_layers
@@ -74,6 +74,7 @@ class TrainingRun:
         self.output = Path(config.output)
         self.checkpoints = CheckpointFolder(self.output / "checkpoints", config.keep_checkpoints)
         files.check_writable(self.output)
+        files.check_own_folder(self.output, type(config))
         with contextlib.ExitStack() as held:
             if os.environ.get("RANK", "0") == "0":  # of several processes the first one writes
                 held.enter_context(folder_lock(self.output))
@@ -106,6 +107,11 @@ class TrainingRun:
             self.heads.windows = window_counts((self.model.encoder,), layers)
         self.masking = self._masking()
         self.features = self._features()
+        teachers = {"masking": self.masking, "target": self.features}
+        #: Digests of the teachers that stay as they are, by what they teach.
+        self.teachers = {name: part.identity for name, part in teachers.items() if part and part.identity}
+        if self.start is not None:
+            check_same_teachers(self.start, self.teachers)
         follows = self.masking is not None and self.masking.state() is not None
         follows = follows or (self.features is not None and self.features.moves)
         if follows and self.accelerator.distributed_type.value == "FSDP":
@@ -192,15 +198,21 @@ class TrainingRun:
 
     def execute(self) -> RunResult:
         """Train to the end of the schedule or to a stop request, then write weights, pictures and the report."""
-        with self._held:
-            try:
-                return self._execute()
-            except OSError as e:
-                newest = self.checkpoints.latest()
-                remedy = (
-                    f"--output {self.output} --resume goes on from {newest}" if newest else "nothing had been saved yet"
-                )
-                raise TrainingError(f"{files.refusal(e, self.output)}; {remedy}") from e
+        config = self.config
+        with (
+            self._held,
+            told_failures(
+                self.output,
+                self.accelerator.device,
+                f"lower --batch-size {config.batch_size} and raise --accum-steps by the same factor",
+                self._going_on,
+            ),
+        ):
+            return self._execute()
+
+    def _going_on(self) -> str:
+        newest = self.checkpoints.latest()
+        return f"--output {self.output} --resume goes on from {newest}" if newest else "nothing had been saved yet"
 
     def _execute(self) -> RunResult:
         config, accelerator, progress = self.config, self.accelerator, self.progress
@@ -248,11 +260,6 @@ class TrainingRun:
                     content, report = self._finish(weights, history, facts)
                     progress.note(f"{config.epochs} epochs in {duration(trainer.seconds)}; report: {report}")
             accelerator.wait_for_everyone()
-        except torch.OutOfMemoryError as e:
-            raise TrainingError(
-                f"out of memory on {device_name(accelerator.device)} with batch_size {config.batch_size}: lower it and "
-                f"raise --accum-steps by the same factor ({str(e).splitlines()[0]})"
-            ) from e
         finally:
             if history is not None:
                 history.close()
@@ -314,6 +321,7 @@ class TrainingRun:
             "data": self.source.fingerprint(),
             "effective_batch": self.plan.effective_batch,
             "versions": versions(),
+            **({"teachers": self.teachers} if self.teachers else {}),
         }
 
     def _facts(self) -> dict[str, str]:

@@ -145,6 +145,31 @@ def test_a_run_goes_on_bit_for_bit(settings, tmp_path, monkeypatch, by):
     assert losses[0] == losses[1]
 
 
+def test_stochastic_depth_of_a_run_that_goes_on_is_the_one_given(settings, tmp_path, monkeypatch, capsys):
+    run(settings(epochs=1, drop_path=0.1))
+    seen = []
+    step = Trainer._train_step
+
+    def watched(self, batches):
+        seen.append(self._plain.encoder.blocks[-1].drop_path2.drop_prob)
+        step(self, batches)
+
+    monkeypatch.setattr(Trainer, "_train_step", watched)
+    words = ["finetune", "--output", str(tmp_path / "run"), "--resume", "--epochs", "2", "--drop-path", "0.5"]
+    assert main(words) == 0
+    assert set(seen) == {0.5} and "drop_path: 0.1 -> 0.5" in capsys.readouterr().out
+    assert main([*words[:-4], "--epochs", "3"]) == 0
+    assert set(seen[-3:]) == {0.5}
+
+
+def test_the_folder_of_a_pretraining_is_not_taken(settings, pretrained):
+    before = {path: path.read_bytes() for path in pretrained.rglob("*") if path.is_file()}
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="holds what another command wrote: its config.json has beta|bottleneck"):
+            run(settings(output=str(pretrained)), overwrite=overwrite)
+    assert before == {path: path.read_bytes() for path in pretrained.rglob("*") if path.is_file()}
+
+
 def test_other_architectures_and_commands_are_not_continued(settings, pretrained, tmp_path, capsys):
     run(settings(epochs=1))
     with pytest.raises(ValueError, match="already holds a run"):
@@ -268,6 +293,11 @@ def test_presets_are_the_published_recipes():
         ({"model": "resnet18", "pretrained": False}, "not tokens"),
         ({"batch_size": 1000}, "the data holds 150 images, fewer than one optimizer step takes: 1000"),
         ({"ema": 1.0}, "ema must be at least 0 and below 1"),
+        ({"arch": "vit_tiny_patch16_224"}, "arch cannot be given with a checkpoint of `mimkernels pretrain`"),
+        ({"model_kwargs": {"img_size": 32}}, r"model_kwargs has img_size \(--img-size says it\)"),
+        ({"model_kwargs": {"drop_path_rate": 0.3}}, r"drop_path_rate 0.3 \(--drop-path says 0.1\)"),
+        ({"model_kwargs": {"in_chans": 3}}, "model_kwargs has in_chans 3, MAE vit_tiny.* takes 1"),
+        ({"img_size": 18}, "18"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(settings, tmp_path, changes, message):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mimkernels.engine.training.method import Method
+from mimkernels.engine.training.mixing import check_pairs, mix_pairs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,8 +35,7 @@ class Supervised(Method):
 
     @classmethod
     def check(cls, config: PretrainConfig) -> None:
-        if max(mixing(config)) > 0 and config.batch_size % 2:
-            raise ValueError(f"mixup and cutmix mix pairs of images: batch_size must be even, got {config.batch_size}")
+        check_pairs(*mixing(config), config.batch_size)
 
     @classmethod
     def call(
@@ -44,16 +44,14 @@ class Supervised(Method):
         mixup, cutmix = mixing(config)
         if not training or not max(mixup, cutmix):
             return images, {"targets": targets}
-        from timm.data import Mixup
-
         from mimkernels.data.batches import drawing_from
 
-        assert config.num_classes is not None
-        # The model smooths the targets.
-        mix = Mixup(mixup, cutmix, label_smoothing=0.0, num_classes=config.num_classes)
+        assert config.num_classes is not None and targets is not None
+        alphas = {"mixup": mixup, "cutmix": cutmix}
+        pixels = images.float() / 255  # type: ignore[union-attr] # one view
         with drawing_from(seed):
-            mixed, shares = mix(images.float() / 255, targets)  # type: ignore[union-attr] # one view
-        return mixed, {"targets": shares.to(mixed.dtype)}
+            mixed, shares = mix_pairs(pixels, targets, **alphas, num_classes=config.num_classes)
+        return mixed, {"targets": shares}
 
     @staticmethod
     def blind_loss(model: Any, images: Pixels, arguments: Mapping[str, Any], means: Means) -> Tensor | None:

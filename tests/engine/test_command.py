@@ -1,0 +1,69 @@
+"""How a command ends where memory or the disk fails, and whose folder it refuses."""
+
+import errno
+
+import pytest
+import torch
+
+from mimkernels.commands.analyze.config import AnalyzeConfig
+from mimkernels.commands.dense.config import DenseConfig
+from mimkernels.commands.finetune.config import FinetuneConfig
+from mimkernels.commands.pretrain.config import PretrainConfig
+from mimkernels.commands.probe.config import ProbeConfig
+from mimkernels.engine.command import TrainingError, told_failures
+from mimkernels.engine.files import check_own_folder
+
+CONFIGS = {
+    "pretrain": PretrainConfig(), "finetune": FinetuneConfig(), "probe": ProbeConfig(), "dense": DenseConfig(),
+    "analyze": AnalyzeConfig(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory\nmore"), MemoryError(),
+     RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory")],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+def test_a_want_of_memory_is_one_line_with_a_remedy(tmp_path, error):
+    with pytest.raises(TrainingError, match=r"^out of memory on .*: lower it \(.+\)$") as caught:
+        with told_failures(tmp_path, torch.device("cpu"), "lower it"):
+            raise error
+    assert "\n" not in str(caught.value)
+
+
+def test_other_errors_stay_what_they_are(tmp_path):
+    with pytest.raises(RuntimeError, match="^a bug$") as caught, told_failures(tmp_path, torch.device("cpu"), "x"):
+        raise RuntimeError("a bug")
+    assert not isinstance(caught.value, TrainingError)
+
+
+def test_a_full_disk_says_how_to_go_on(tmp_path):
+    full = OSError(errno.ENOSPC, "No space left on device", "file")
+    with pytest.raises(TrainingError, match="^No space left on device: 'file'; again$"):
+        with told_failures(tmp_path, torch.device("cpu"), "x", lambda: "again"):
+            raise full
+
+
+@pytest.mark.parametrize("writer", CONFIGS)
+def test_a_folder_of_another_command_is_refused(tmp_path, writer):
+    (tmp_path / "config.json").write_text(CONFIGS[writer].to_json())
+    for name, config in CONFIGS.items():
+        if name == writer:
+            check_own_folder(tmp_path, type(config))
+            continue
+        with pytest.raises(ValueError, match=f"output '{tmp_path}' holds what another command wrote: its config.json"):
+            check_own_folder(tmp_path, type(config))
+
+
+@pytest.mark.parametrize("content", ["{", "", "\xff"])
+def test_a_damaged_config_is_nobodys(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
+    check_own_folder(tmp_path, ProbeConfig)
+    check_own_folder(tmp_path / "nowhere", ProbeConfig)
+
+
+def test_somebody_elses_config_is_not_replaced(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["ViT"]}')
+    with pytest.raises(ValueError, match="its config.json has architectures, which are no settings of this one"):
+        check_own_folder(tmp_path, ProbeConfig)
