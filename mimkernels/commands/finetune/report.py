@@ -72,7 +72,7 @@ class FinetuneReport:
         top5 = "" if tested.top5 is None else f", {tested.top5:.1%} among five"
         return (
             f"accuracy {tested.accuracy:.2%} ± {tested.standard_error:.2%} of {len(tested):,} test images{top5}"
-            + (f"; best while training {self.best[0]:.2%} at epoch {self.best[1]:.3g}" if self.best else "")
+            + (f"; best while training {self.best[0]:.2%} at epoch {self.best[1]:.3g}{self._fewer}" if self.best else "")
         )  # fmt: skip
 
     @property
@@ -85,6 +85,12 @@ class FinetuneReport:
         return accuracy, -step / self.steps_per_epoch
 
     @property
+    def _fewer(self) -> str:
+        """How many images the validations saw, where those were not all."""
+        seen = self.config.val_images
+        return f", of {seen:,} images" if seen < len(self.tested) else ""
+
+    @property
     def tiles(self) -> list[tuple[str, str]]:
         tested = self.tested
         tiles = [(f"{tested.accuracy:.1%}", f"of {len(tested):,} test images named correctly, ± "
@@ -92,7 +98,7 @@ class FinetuneReport:
         if tested.top5 is not None:
             tiles.append((f"{tested.top5:.1%}", "have their class among the five likeliest"))
         if self.best:
-            tiles.append((f"{self.best[0]:.1%}", f"best while training, at epoch {self.best[1]:.3g}"))
+            tiles.append((f"{self.best[0]:.1%}", f"best while training, at epoch {self.best[1]:.3g}{self._fewer}"))
         if self.entries:
             rates = sorted(entry["images_per_second"] for entry in self.entries)
             last = self.entries[-1]

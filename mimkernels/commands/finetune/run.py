@@ -126,7 +126,8 @@ class FinetuneRun(TrainingRun):
     def _model_facts(self) -> dict[str, str]:
         config = self.config
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]
-        start = "random weights" if config.from_scratch else config.model
+        untrained = config.from_scratch or (self.encoder is not None and self.encoder.title.endswith("random weights"))
+        start = f"{config.model}, with random weights" if untrained else config.model
         scale = f"{config.layer_decay:g} per layer" if config.layer_decay != 1 else "the same for all layers"
         images = [name for name in ("mixup", "cutmix") if getattr(config, name)]
         images += [f"random erasing {config.erasing:g}"] if config.erasing else []
@@ -137,7 +138,8 @@ class FinetuneRun(TrainingRun):
             + f"; readout {config.readout}, {config.num_classes} classes"
             + (f"; moving average of {config.ema:g}" if config.ema else ""),
             "From": f"{start}" + (f": {self.loaded}" if self.loaded else ""),
-            "Labels": f"{config.labels}: {len(self.source):,} of {len(self.split.train):,}, seed {config.seed}; "
+            "Labels": f"{_labels_in_words(config.labels)}{len(self.source):,} of {len(self.split.train):,} images, seed "
+            f"{config.seed}; "
             f"{self.split.description}",
             "Images": f"crops from {self.augmentation.crop_scale:g} of the area"
             + (", mirrored" if self.augmentation.hflip else "")
@@ -211,3 +213,8 @@ class FinetuneRun(TrainingRun):
             return test_all(
                 model, images, self.augmentation, self.config.batch_size, self._workers(), self.accelerator.device
             )
+
+
+def _labels_in_words(labels: str) -> str:
+    """The setting, before what came of it."""
+    return "" if labels == "all" else f"{labels}, " if labels.endswith("%") else f"{labels} of each class, "

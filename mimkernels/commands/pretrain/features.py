@@ -60,8 +60,9 @@ class FeatureReader:
         mlps = target.part == "mlp"
         if not numbers:
             return "last layer"
-        if target.layers is None:
-            return f"{'MLP of ' if mlps else ''}block {numbers[0]}"
+        if len(numbers) == 1:
+            alone = "" if target.layers is None else ", normalised"
+            return f"{'MLP of ' if mlps else ''}block {numbers[0]}{alone}"
         which = f"the last {len(numbers)} blocks" if target.layer == -1 else f"blocks {numbers[0]} to {numbers[-1]}"
         return f"mean of {'the MLPs of ' if mlps else ''}{which}, each normalised"
 

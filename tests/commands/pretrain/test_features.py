@@ -111,7 +111,7 @@ def test_the_moving_average_teaches(tiny, seen, tmp_path):
     name = "blocks.0.attn.qkv.weight"
     between = (final["target_teacher"][name] - first.encoder.state_dict()[name]).norm()
     assert 0 < between < 0.2 * (final["model"][f"encoder.{name}"] - first.encoder.state_dict()[name]).norm()
-    assert "mean of the MLPs of the last 1 blocks, each normalised" in result.content.run_facts["Target"]
+    assert "moving average: MLP of block 0, normalised, LayerNorm without gain" in result.content.run_facts["Target"]
 
 
 def test_an_interrupted_run_continues_bit_for_bit(tiny, tmp_path, monkeypatch):
