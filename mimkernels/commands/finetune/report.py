@@ -72,7 +72,8 @@ class FinetuneReport:
         top5 = "" if tested.top5 is None else f", {tested.top5:.1%} among five"
         return (
             f"accuracy {tested.accuracy:.2%} ± {tested.standard_error:.2%} of {len(tested):,} test images{top5}"
-            + (f"; best while training {self.best[0]:.2%} at epoch {self.best[1]:.3g}{self._fewer}" if self.best else "")
+            + (f"; best while training {self.best[0]:.2%} at epoch {self.best[1]:.3g}{self._fewer}" if self.best
+               else "")
         )  # fmt: skip
 
     @property
