@@ -139,9 +139,8 @@ class FinetuneRun(TrainingRun):
             + f"; readout {config.readout}, {config.num_classes} classes"
             + (f"; moving average of {config.ema:g}" if config.ema else ""),
             "From": f"{start}" + (f": {self.loaded}" if self.loaded and not untrained else ""),
-            "Labels": f"{_labels_in_words(config.labels)}{len(self.source):,} of {len(self.split.train):,} images, seed "
-            f"{config.seed}; "
-            f"{self.split.description}",
+            "Labels": f"{_labels_in_words(config.labels)}{len(self.source):,} of {len(self.split.train):,} images, "
+            f"seed {config.seed}; {self.split.description}",
             "Images": f"crops from {self.augmentation.crop_scale:g} of the area"
             + (", mirrored" if self.augmentation.hflip else "")
             + "".join(f", {name}" for name in images),
