@@ -1,8 +1,9 @@
 """What every CUDA kernel takes of a multiprocessor, as the compiler reports it.
 
 `python -m tests.compiled.cuda_resources` reads the built library and writes cuda_resources.json beside this file, which
-the tests compare the next build with. The table has a digest of what nvcc read. Where that is unchanged, which
-`--unchanged` answers, nvcc has nothing to add to the table, and `.ci/run` has it write PTX alone.
+the tests compare the next build with. Tests of the machine code must pass before. The table has a digest of what nvcc
+read, and one of these tests. Where both are unchanged, which `--unchanged` answers, machine code has nothing to add to
+the table, and `.ci/run` has nvcc write PTX alone.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 LIBRARY = ROOT / "mimkernels" / "_lib" / "libmimkernels_cuda.so"
 TABLE = HERE / "cuda_resources.json"
+CODE_TESTS = ("cuda_code.py", "test_attention_code.py", "test_cuda_pooling_code.py")  # with what they share
 
 # Of one multiprocessor: shared memory (of which the system takes 1 KiB per block), registers, warps, blocks.
 SHARED = {"sm_80": 164 * 1024, "sm_90a": 228 * 1024, "sm_100": 228 * 1024}
@@ -185,6 +187,11 @@ def sources() -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
+def code_tests() -> str:
+    """A digest of the tests of machine code, which passed when the table was written."""
+    return hashlib.sha256("\n".join((HERE / name).read_text() for name in CODE_TESTS).encode()).hexdigest()[:16]
+
+
 def built_for() -> list[str]:
     """The architectures that the built library, if there is one, has machine code for, as cuobjdump names them."""
     if not LIBRARY.exists():
@@ -195,11 +202,11 @@ def built_for() -> list[str]:
 
 
 def unchanged() -> bool:
-    """Whether the table is of these sources and of the nvcc that is found."""
+    """Whether the table is of these sources, of these tests of machine code, and of the nvcc that is found."""
     nvcc = shutil.which("nvcc")
     told = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout if nvcc else ""
     table = json.loads(TABLE.read_text())
-    return f"V{table['nvcc']}" in told.split() and table["sources"] == sources()
+    return f"V{table['nvcc']}" in told.split() and (table["sources"], table["code_tests"]) == (sources(), code_tests())
 
 
 def make_table() -> dict:
@@ -207,7 +214,8 @@ def make_table() -> dict:
     known = launches()
     build = json.loads((LIBRARY.parent / "build.json").read_text())
     assert built_for() == list(SHARED), f"the library is built for {built_for()} alone: rebuild it for {list(SHARED)}"
-    table: dict = {"nvcc": build["nvcc"], "sources": sources(), "tokens": TOKENS, "kernels": {}}
+    table: dict = {"nvcc": build["nvcc"], "sources": sources(), "code_tests": code_tests(), "tokens": TOKENS}
+    table["kernels"] = {}
     for arch, kernels in read_report().items():
         for name, usage in sorted(kernels.items()):
             threads, shared = known.get(name, (THREADS, 0))
@@ -218,12 +226,16 @@ def make_table() -> dict:
 
 
 def write_table() -> None:
+    """Write the table, unless the tests of machine code fail."""
     table = make_table()
+    run = subprocess.run([sys.executable, "-m", "pytest", "-q", *(str(HERE / name) for name in CODE_TESTS)])
+    if run.returncode:
+        sys.exit("the table is not written: a test of machine code failed")
     lines = []
     for arch, kernels in table["kernels"].items():
         rows = ",\n".join(f"   {json.dumps(name)}: {json.dumps(row)}" for name, row in kernels.items())
         lines.append(f'  "{arch}": {{\n{rows}\n  }}')
-    head = "".join(f' "{key}": {json.dumps(table[key])},\n' for key in ("nvcc", "sources", "tokens"))
+    head = "".join(f' "{key}": {json.dumps(table[key])},\n' for key in ("nvcc", "sources", "code_tests", "tokens"))
     TABLE.write_text("{\n" + head + ' "kernels": {\n' + ",\n".join(lines) + "\n }\n}\n")
 
 

@@ -30,8 +30,9 @@ def test_the_table_has_every_kernel_and_no_other(report):
 
 
 @built
-def test_the_table_is_of_these_sources():
+def test_the_table_is_of_these_sources_and_tests():
     assert TABLE["sources"] == cuda_resources.sources(), REGENERATE
+    assert TABLE["code_tests"] == cuda_resources.code_tests(), REGENERATE
 
 
 @has_code
