@@ -220,11 +220,11 @@ def load_encoder(choice: EncoderChoice, *, to_copy: bool = False) -> FrozenEncod
     return _from_timm(choice)
 
 
-def load_same_encoder(choice: EncoderChoice) -> FrozenEncoder:
-    """As ``load_encoder``; random weights are the same ones every time."""
+def load_same_encoder(choice: EncoderChoice, *, to_copy: bool = False, seed: int = 0) -> FrozenEncoder:
+    """As ``load_encoder``; random weights are the same ones every time, those of the `seed`."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return load_encoder(choice)
+        torch.manual_seed(seed)
+        return load_encoder(choice, to_copy=to_copy)
 
 
 def _from_file(choice: EncoderChoice, path: Path, to_copy: bool) -> FrozenEncoder:

@@ -9,7 +9,7 @@ from mimkernels.commands.finetune.config import FinetuneConfig, parse_labels
 from mimkernels.data.batches import derived_seed
 from mimkernels.data.labelled import LabelledImages
 from mimkernels.data.sources import Source, SubsetSource
-from mimkernels.engine.encoder import FrozenEncoder, load_encoder
+from mimkernels.engine.encoder import FrozenEncoder, load_same_encoder
 from mimkernels.engine.model_names import ModelChoice
 from mimkernels.models.build import format_statistics
 
@@ -34,7 +34,7 @@ def load_source(config: FinetuneConfig) -> tuple[FrozenEncoder, dict[str, Any]]:
         raise ValueError(f"model_kwargs has {', '.join(said)}: leave it out there")
     pretrained = config.pretrained and not config.from_scratch
     choice = ModelChoice(config.model, config.model, config.arch, given, pretrained, config.img_size or None)
-    encoder = load_encoder(choice, to_copy=True)
+    encoder = load_same_encoder(choice, to_copy=True, seed=config.seed)
     if encoder.built_by is None:
         raise ValueError(f"{encoder.title} is not fine-tuned: timm has no equal model")
     arch, kwargs = encoder.built_by

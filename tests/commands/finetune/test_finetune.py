@@ -320,6 +320,15 @@ def started(config) -> FinetuneRun:
     return run_
 
 
+def test_random_weights_of_a_timm_name_are_those_of_the_seed(settings):
+    kwargs = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "in_chans": 1}
+    given = {"model": "vit_tiny_patch16_224", "img_size": 16, "pretrained": False, "model_kwargs": kwargs}
+    first, again, other = (
+        started(settings(**given, seed=seed)).model.encoder.blocks[0].mlp.fc1.weight for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
 def test_published_files_and_other_resolutions_are_started_from(settings, tmp_path, pretrained):
     size = {"img_size": 24, "in_chans": 3, "patch_size": 4}
     small = {"embed_dim": 24, "depth": 1, "num_heads": 3}
