@@ -167,8 +167,8 @@ def test_data_without_its_target_are_refused_by_a_task_and_left_out_of_all(tmp_p
     ("changes", "message"),
     [
         ({"models": []}, "models are missing"),
-        ({"tasks": "segmentation,pose"}, "tasks must be among segmentation, knn, depth, got 'pose'"),
-        ({"data": "rooms"}, "data must be one of scenes, got rooms"),
+        ({"tasks": "segmentation,pose"}, "tasks must be among segmentation, knn, depth, .*, got 'pose'"),
+        ({"data": "rooms"}, "data must be one of scenes, .*, got rooms"),
         ({"layers": "5"}, r"layers must be in 1\.\.3, got 5"),
         ({"train_images": 1}, "train_images must be at least 2"),
         ({"models": [MODEL, MODEL]}, "models must be of different names, got tiny, tiny"),
