@@ -57,11 +57,8 @@ class DenseConfig(Settings):
     title: str = setting("", "title of the report", "output")
 
     def check(self) -> None:
-        """Raise ValueError for values that cannot work, before anything is read or written."""
-        # Not above: they import torch, which the parser does without.
-        from mimkernels.commands.dense.data import SOURCES
-        from mimkernels.commands.dense.tasks import TASKS
-
+        """Raise ValueError for values that cannot work, before anything is read or written; the run checks the names of
+        data and tasks, which need torch."""
         if not self.models:
             raise ValueError("models are missing: name at least one run folder, checkpoint or timm model")
         for name in ("train_images", "batch_size"):
@@ -76,10 +73,8 @@ class DenseConfig(Settings):
         decay = self.weight_decay
         require(decay >= 0 and math.isfinite(decay), "weight_decay", decay, "0 or more and finite")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
-        for name, known in (("data", SOURCES), ("device", DEVICES), ("precision", PRECISIONS)):
+        for name, known in (("device", DEVICES), ("precision", PRECISIONS)):
             require(getattr(self, name) in known, name, getattr(self, name), f"one of {', '.join(known)}")
-        for task in self.chosen_tasks:
-            require(task in TASKS, "tasks", repr(task), f"among {', '.join(TASKS)}")
         names = [choice.name for choice in parse_models(self.models)]
         require(len(set(names)) == len(names), "models", ", ".join(names), "of different names")
         parse_layers(self.layers, 1 << 30)

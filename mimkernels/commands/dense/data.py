@@ -166,6 +166,7 @@ SOURCES: dict[str, type[DenseSource]] = {
 
 def open_source(config: DenseConfig) -> DenseSource:
     """The data that ``config.data`` names; ValueError says what cannot be loaded."""
+    require(config.data in SOURCES, "data", config.data, f"one of {', '.join(SOURCES)}")
     kind = SOURCES[config.data]
     if kind.in_folder and not config.data_root:
         raise ValueError(f"data {config.data!r} lie in a folder: give it as --data-root DIR")

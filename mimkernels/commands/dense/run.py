@@ -26,6 +26,7 @@ from mimkernels.engine.hardware import device_name
 from mimkernels.engine.lock import folder_lock
 from mimkernels.engine.model_names import ModelChoice, parse_models
 from mimkernels.engine.progress import Progress, duration
+from mimkernels.engine.settings import require
 
 
 @dataclass
@@ -61,6 +62,8 @@ class DenseRun:
         config.check()
         self.config, self.overwrite, self.output = config, overwrite, Path(config.output)
         self.stream = stream or sys.stdout
+        for name in config.chosen_tasks:
+            require(name in TASKS, "tasks", repr(name), f"among {', '.join(TASKS)}")
         self.source = open_source(config)
         names = config.chosen_tasks or [name for name in TASKS if set(TASKS[name].targets) <= set(self.source.targets)]
         self.tasks = [task for name, task in TASKS.items() if name in names]
