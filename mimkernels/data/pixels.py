@@ -88,6 +88,23 @@ class Decoder:
             return int(np.asarray(image).max()) if sixteen else None
 
 
+def read_levels(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The values ``[H, W]`` of a grey image or the numbers of a palette's, as the file has them.
+
+    Returns:
+        uint8 of images of 8 bits, integers of 16 or 32 bits of others.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or has colours or floats; the message does not name the file.
+    """
+    with _opened(path, max_pixels) as image:
+        if image.mode not in ("L", "P") and not image.mode.startswith("I"):
+            raise ValueError(
+                f"expected one value per pixel, integers of 8 or 16 bits, got an image of mode {image.mode}"
+            )
+        return np.asarray(image)
+
+
 @contextlib.contextmanager
 def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
     """The image file at `path`, its header read; OSError or ValueError for whatever happens in the block."""

@@ -7,6 +7,8 @@ from typing import NamedTuple
 from mimkernels.engine.model_names import parse_models
 from mimkernels.engine.settings import DEVICES, PRECISIONS, Settings, require, setting
 
+TEST_ON = ("square", "whole")
+
 
 @dataclass
 class DenseConfig(Settings):
@@ -27,17 +29,28 @@ class DenseConfig(Settings):
     )  # fmt: skip
 
     data: str = setting(
-        "scenes", "scenes: rooms cast ray by ray, with exact labels and depths; figures: bodies with exact joints; "
-        "coco-keypoints: persons of COCO's folders, cut out by their boxes", "data",
+        "scenes", "scenes: rooms cast ray by ray, with exact labels and depths; figures: bodies with exact joints; of "
+        "--data-root, ade20k: labels, nyuv2: depths, coco-keypoints: persons, cut out by their boxes; or images alone: "
+        "digits, fashion-mnist, torchvision:NAME or a folder", "data",
     )  # fmt: skip
     data_root: str = setting("", "folder of data that are not made", "data", metavar="DIR")
+    depth_scale: float = setting(1000.0, "of nyuv2: levels of its depth pictures per metre", "data")
     train_images: int = setting(200, "images to learn from; of a folder, at most", "data")
     test_images: int = setting(50, "images to test on; of a folder, at most", "data")
+    copies: int = setting(
+        0, "learn from so many crops of each image, zoomed by 0.5 to 2, some mirrored, in its place; segmentation only",
+        "data",
+    )  # fmt: skip
+    test_on: str = setting(
+        "square", "of ade20k and nyuv2: the middle square of each test image, or the whole of it, by sliding windows "
+        "of --side", "data", choices=TEST_ON,
+    )  # fmt: skip
     side: int = setting(96, "pixels a side of images and labels; every encoder gets its own size", "data")
 
     tasks: str = setting(
         "all", "what is read: segmentation, depth and keypoints by linear layers, knn: segmentation by the nearest "
-        "patches, without training; all that the data have targets of", "readout", metavar="NAMES",
+        "patches, correspondence: points found again in the image warped, both without training; all that the data "
+        "have targets of", "readout", metavar="NAMES",
     )  # fmt: skip
     steps: int = setting(1000, "steps of training, of each linear layer", "readout")
     batch_size: int = setting(16, "images per step", "readout")
@@ -67,13 +80,15 @@ class DenseConfig(Settings):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.side >= 8, "side", self.side, "at least 8")
         require(self.depth_bins >= 2, "depth_bins", self.depth_bins, "at least 2")
-        for name in ("pictures", "seed"):
+        require(self.depth_scale > 0 and math.isfinite(self.depth_scale), "depth_scale", self.depth_scale,
+                "positive and finite")  # fmt: skip
+        for name in ("pictures", "seed", "copies"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(self.lr > 0 and math.isfinite(self.lr), "lr", self.lr, "positive and finite")
         decay = self.weight_decay
         require(decay >= 0 and math.isfinite(decay), "weight_decay", decay, "0 or more and finite")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
-        for name, known in (("device", DEVICES), ("precision", PRECISIONS)):
+        for name, known in (("test_on", TEST_ON), ("device", DEVICES), ("precision", PRECISIONS)):
             require(getattr(self, name) in known, name, getattr(self, name), f"one of {', '.join(known)}")
         names = [choice.name for choice in parse_models(self.models)]
         require(len(set(names)) == len(names), "models", ", ".join(names), "of different names")

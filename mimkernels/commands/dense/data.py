@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from mimkernels.commands.dense.config import DenseConfig
+from mimkernels.commands.dense.windows import Windows
 from mimkernels.data.coco_keypoints import CocoPersons
 from mimkernels.data.figures import make_figures
 from mimkernels.data.joints import Persons
+from mimkernels.data.pixel_targets import augmented_copies
 from mimkernels.data.scenes import CLASSES, DEPTHS, Scenes, make_scenes
 from mimkernels.engine.command import TrainingError
 from mimkernels.engine.settings import require
@@ -28,6 +30,7 @@ class DenseImages:
             covers i to i + 1.
         boxes: ``[n, 4]`` fp32 left, top, width and height of the person, in pixels.
         areas: ``[n]`` fp32 pixels that the person covers.
+        warps: ``[n, 3, 3]`` maps to the points of a second image, which ``warped_images`` makes; of test images.
     """
 
     images: Tensor
@@ -36,6 +39,7 @@ class DenseImages:
     keypoints: Tensor | None = None
     boxes: Tensor | None = None
     areas: Tensor | None = None
+    warps: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -56,10 +60,30 @@ class DenseImages:
 
 
 @dataclass
+class WholeImages:
+    """Whole test images by sliding windows, with what is true of their pixels at their own size.
+
+    Attributes:
+        labels, depths: ``[H, W]`` of every image, as those of ``DenseImages``.
+    """
+
+    windows: Windows
+    labels: list[Tensor] | None = None
+    depths: list[Tensor] | None = None
+
+    def target(self, name: str) -> list[Tensor]:
+        values: list[Tensor] | None = getattr(self, name)
+        assert values is not None, name
+        return values
+
+
+@dataclass
 class DenseData:
     """What is learnt from and what is tested on.
 
     Attributes:
+        train: no images where the data have no targets.
+        whole: what scores are of, in place of ``test``, with ``config.test_on`` whole.
         content: what the images show, in the plural.
         classes: names of the numbers in ``labels``.
         depth_range: between which a depth is valid, in metres.
@@ -70,6 +94,7 @@ class DenseData:
     content: str
     classes: tuple[str, ...] = ()
     depth_range: tuple[float, float] = (0.0, float("inf"))
+    whole: WholeImages | None = None
 
 
 class DenseSource(ABC):
@@ -78,10 +103,12 @@ class DenseSource(ABC):
     Attributes:
         targets: names of the attributes of ``DenseImages`` that its images have besides ``images``.
         in_folder: it lies in the folder ``config.data_root``; others are made.
+        has_whole: whether ``config.test_on`` may be whole.
     """
 
     targets: ClassVar[tuple[str, ...]] = ()
     in_folder: ClassVar[bool] = False
+    has_whole: ClassVar[bool] = False
 
     def __init__(self, config: DenseConfig) -> None:
         self.config = config
@@ -93,7 +120,8 @@ class DenseSource(ABC):
     def key(self) -> tuple[object, ...]:
         """Changes when the images change."""
         config = self.config
-        return config.data, config.side, config.seed, config.train_images, config.test_images
+        counts = (config.train_images, config.test_images, config.copies)
+        return config.data, config.side, config.seed, *counts, config.test_on
 
 
 class ScenesSource(DenseSource):
@@ -108,6 +136,11 @@ class ScenesSource(DenseSource):
             _from_scenes(make_scenes(count, config.side, seed))
             for count, seed in ((config.train_images, 2 * config.seed), (config.test_images, 2 * config.seed + 1))
         )
+        if config.copies:
+            images, labels = augmented_copies(
+                zip(train.images, train.target("labels"), strict=True), config.side, config.copies, config.seed
+            )
+            train = DenseImages(images, labels)
         return DenseData(train, test, "rooms", CLASSES, DEPTHS)
 
 
@@ -155,21 +188,3 @@ def _from_scenes(scenes: Scenes) -> DenseImages:
 def _from_persons(persons: Persons) -> DenseImages:
     images, joints, boxes, areas = map(torch.from_numpy, persons)
     return DenseImages(images, keypoints=joints, boxes=boxes, areas=areas)
-
-
-SOURCES: dict[str, type[DenseSource]] = {
-    "scenes": ScenesSource,
-    "figures": FiguresSource,
-    "coco-keypoints": CocoKeypointsSource,
-}
-
-
-def open_source(config: DenseConfig) -> DenseSource:
-    """The data that ``config.data`` names; ValueError says what cannot be loaded."""
-    require(config.data in SOURCES, "data", config.data, f"one of {', '.join(SOURCES)}")
-    kind = SOURCES[config.data]
-    if kind.in_folder and not config.data_root:
-        raise ValueError(f"data {config.data!r} lie in a folder: give it as --data-root DIR")
-    if config.data_root and not kind.in_folder:
-        raise ValueError(f"data {config.data!r} are made, not read: leave out data_root, got {config.data_root!r}")
-    return kind(config)

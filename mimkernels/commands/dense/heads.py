@@ -1,6 +1,7 @@
 """The readouts: linear layers on feature maps, and votes of the nearest patches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from mimkernels.commands.dense.config import DenseConfig
 from mimkernels.commands.dense.features import joined
 from mimkernels.commands.dense.heat_maps import LinearKeypoints
 from mimkernels.commands.dense.metrics import IGNORED
+from mimkernels.commands.dense.windows import Windows, merged
 from mimkernels.engine.command import TrainingError
 from mimkernels.engine.schedule import learning_rate
 
@@ -19,6 +21,20 @@ _EARLY_STEPS = 100  # of the depth's loss, at most a tenth of all
 _MOST_PATCHES = 50_000  # that a test patch is compared with
 _TEMPERATURE = 0.07
 _AT_ONCE = 16  # images that are predicted together
+_PIXELS_AT_ONCE = 2**20  # of which there are fewer where these are large
+
+
+class Reader(Protocol):
+    """What reads maps: values of every pixel, which may be averaged, and what they mean."""
+
+    def values(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+        """``[B, C, H, W]`` from maps ``[B, D, h, w]``."""
+
+    def decide(self, values: Tensor) -> Tensor:
+        """Predictions ``[B, H, W]``."""
+
+    def predict(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+        """The same of maps at once."""
 
 
 class LinearSegmentation(nn.Module):
@@ -38,9 +54,16 @@ class LinearSegmentation(nn.Module):
     def loss(self, maps: Tensor, labels: Tensor, early: bool) -> Tensor:
         return upsample_cross_entropy(self(maps), labels, ignore_index=IGNORED)
 
-    def predict(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+    def values(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+        """Logits ``[B, classes, H, W]``."""
+        return F.interpolate(self(maps), size, mode="bilinear")
+
+    def decide(self, values: Tensor) -> Tensor:
         """Class numbers ``[B, H, W]`` uint8."""
-        return F.interpolate(self(maps), size, mode="bilinear").argmax(1).to(torch.uint8)
+        return values.argmax(1).to(torch.uint8)
+
+    def predict(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.decide(self.values(maps, size))
 
 
 class LinearDepth(nn.Module):
@@ -58,9 +81,16 @@ class LinearDepth(nn.Module):
         weights = self.linear(self.norm(maps)).relu() + 0.1
         return torch.einsum("bkhw,k->bhw", weights, self.centres) / weights.sum(1)
 
+    def values(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+        """Depths ``[B, 1, H, W]``."""
+        return F.interpolate(self(maps)[:, None], size, mode="bilinear")
+
+    def decide(self, values: Tensor) -> Tensor:
+        return values[:, 0]
+
     def predict(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
         """Depths ``[B, H, W]``."""
-        return F.interpolate(self(maps)[:, None], size, mode="bilinear")[:, 0]
+        return self.decide(self.values(maps, size))
 
     def loss(self, maps: Tensor, depths: Tensor, early: bool) -> Tensor:
         """The root of ``variance + 0.15 mean^2`` of the difference of logarithms (SigLoss); `early` of the mean alone,
@@ -124,11 +154,34 @@ def predict(
     device: torch.device,
 ) -> Tensor:
     """Predictions of all images, on the CPU."""
-    parts = [
-        predict_batch(joined([each[start : start + _AT_ONCE].to(device) for each in maps]), size).cpu()
-        for start in range(0, len(maps[0]), _AT_ONCE)
-    ]
-    return torch.cat(parts)
+    return torch.cat([predict_batch(part, size).cpu() for part in _batches(maps, size, device)])
+
+
+@torch.no_grad()
+def predict_whole(
+    reader: Reader,
+    maps: list[Tensor],
+    windows: Windows,
+    sizes: list[tuple[int, int]],
+    device: torch.device,
+) -> Iterator[Tensor]:
+    """Predictions ``[H, W]`` of whole images, on the CPU: values of their windows averaged, then resized.
+
+    Args:
+        maps: of all windows.
+        sizes: of the predictions.
+    """
+    side = (windows.images.shape[-2], windows.images.shape[-1])
+    for number, span in windows.spans():
+        parts = [reader.values(part, side) for part in _batches([each[span] for each in maps], side, device)]
+        values = merged(torch.cat(parts), windows.sizes[number], windows.corners[number])
+        yield reader.decide(F.interpolate(values[None], sizes[number], mode="bilinear"))[0].cpu()
+
+
+def _batches(maps: list[Tensor], size: tuple[int, int], device: torch.device) -> Iterator[Tensor]:
+    count = max(1, min(_AT_ONCE, _PIXELS_AT_ONCE // (size[0] * size[1])))
+    for start in range(0, len(maps[0]), count):
+        yield joined([each[start : start + count].to(device) for each in maps])
 
 
 class NearestPatches:
@@ -141,20 +194,24 @@ class NearestPatches:
     def __init__(
         self, maps: list[Tensor], labels: Tensor, classes: int, neighbours: int, seed: int, device: torch.device
     ) -> None:
-        features = joined(maps)
-        grid = (features.shape[-2], features.shape[-1])
-        shares = torch.stack(
-            [F.adaptive_avg_pool2d((labels == number).float(), grid) for number in range(classes)], -1
-        ).flatten(0, 2)
-        patches = features.movedim(1, -1).flatten(0, 2)
-        if len(patches) > _MOST_PATCHES:
-            chosen = torch.randperm(len(patches), generator=torch.Generator().manual_seed(seed))[:_MOST_PATCHES]
-            patches, shares = patches[chosen], shares[chosen]
-        self.patches, self.shares = F.normalize(patches, dim=1).to(device), shares.to(device)
-        self.neighbours = min(neighbours, len(patches))
+        grid = (maps[0].shape[-2], maps[0].shape[-1])
+        total = len(labels) * grid[0] * grid[1]
+        chosen = torch.ones(total, dtype=torch.bool)
+        if total > _MOST_PATCHES:
+            ids = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:_MOST_PATCHES]
+            chosen = torch.zeros(total, dtype=torch.bool).index_fill(0, ids, True)
+        patches, shares = [], []
+        for start in range(0, len(labels), _AT_ONCE):  # those of all images may not fit in memory
+            part = slice(start, start + _AT_ONCE)
+            kept = chosen.view(-1, *grid)[part].flatten()
+            each = [F.adaptive_avg_pool2d((labels[part] == number).float(), grid) for number in range(classes)]
+            shares.append(torch.stack(each, -1).flatten(0, 2)[kept])
+            patches.append(joined([layer[part] for layer in maps]).movedim(1, -1).flatten(0, 2)[kept])
+        self.patches, self.shares = F.normalize(torch.cat(patches), dim=1).to(device), torch.cat(shares).to(device)
+        self.neighbours = min(neighbours, len(self.patches))
 
-    def predict(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
-        """Class numbers ``[B, H, W]`` uint8."""
+    def values(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+        """Votes ``[B, classes, H, W]``."""
         asked = F.normalize(maps.movedim(1, -1).flatten(0, 2), dim=1)
         votes = []
         for part in asked.split(1024):
@@ -162,4 +219,11 @@ class NearestPatches:
             weights = (closeness / _TEMPERATURE).softmax(1)
             votes.append(torch.einsum("pk,pkc->pc", weights, self.shares[ids]))
         grid = torch.cat(votes).view(len(maps), *maps.shape[-2:], -1).movedim(-1, 1)
-        return F.interpolate(grid, size, mode="bilinear").argmax(1).to(torch.uint8)
+        return F.interpolate(grid, size, mode="bilinear")
+
+    def decide(self, values: Tensor) -> Tensor:
+        """Class numbers ``[B, H, W]`` uint8."""
+        return values.argmax(1).to(torch.uint8)
+
+    def predict(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.decide(self.values(maps, size))

@@ -1,11 +1,12 @@
 """What predictions of labels and depths are worth."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-IGNORED = 255
+from mimkernels.data.pixel_targets import IGNORED
 
 
 class SegmentationScores(NamedTuple):
@@ -62,10 +63,13 @@ class DepthScores(NamedTuple):
     silog: float
 
 
-def depth_scores(predicted: Tensor, depths: Tensor, low: float, high: float) -> DepthScores:
-    """Scores of ``[n, H, W]`` depths; a pixel is valid where ``low < depth < high``, an image if it has one."""
+def depth_scores(pairs: Iterable[tuple[Tensor, Tensor]], low: float, high: float) -> DepthScores:
+    """Scores of predictions and depths ``[H, W]``, a pair per image.
+
+    A pixel is valid where ``low < depth < high``, an image if it has one.
+    """
     rows = []
-    for p, g in zip(predicted.double(), depths.double(), strict=True):
+    for p, g in ((p.double(), g.double()) for p, g in pairs):
         valid = (g > low) & (g < high)
         p, g = p[valid].clamp(min=1e-6), g[valid]
         if not len(g):

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from mimkernels.commands.dense.config import DenseConfig, Readout, parse_layers
-from mimkernels.commands.dense.data import DenseData, open_source
+from mimkernels.commands.dense.data import DenseData
 from mimkernels.commands.dense.features import kept_maps, layer_maps
 from mimkernels.commands.dense.report import DenseReport, print_results, write_report
 from mimkernels.commands.dense.results import ReadoutResult
+from mimkernels.commands.dense.sources import open_source
 from mimkernels.commands.dense.tasks import TASKS
 from mimkernels.commands.dense.tasks.base import Features, Job
+from mimkernels.data.warps import random_warps
 from mimkernels.engine import files
-from mimkernels.engine.command import told_failures
+from mimkernels.engine.command import TrainingError, told_failures
 from mimkernels.engine.encoder import load_same_encoder
 from mimkernels.engine.environment import start_accelerator, versions
 from mimkernels.engine.hardware import device_name
@@ -94,16 +96,16 @@ class DenseRun:
         config, note = self.config, self.progress.note
         files.sweep(self.output, self.output / "features")
         began = time.perf_counter()
-        data = self.source.load()
-        what = f"{len(data.train):,} + {len(data.test):,} {data.content}"
-        note(f"{what} in {duration(time.perf_counter() - began)}")
+        data, further = self._load()
+        learnt = f"{len(data.train):,} + " if self._learns else ""
+        note(f"{learnt}{len(data.test):,} {data.content} in {duration(time.perf_counter() - began)}")
         results: list[ReadoutResult] = []
         encoded = 0
         for choice, readouts in zip(self.choices, self.readouts, strict=True):
             if choice.name in self.loading:
                 note(f"{choice.name}: {self.loading[choice.name]}")
             began = time.perf_counter()
-            maps, kept = self._maps(choice, readouts, data)
+            maps, kept = self._maps(choice, readouts, data, further)
             encoded += not kept
             seconds = duration(time.perf_counter() - began)
             note(f"{choice.name}: features {'kept from before' if kept else f'encoded in {seconds}'}")
@@ -120,44 +122,71 @@ class DenseRun:
         note(f"report: {page}")
         return DenseResult(results, page, encoded)
 
-    def _maps(self, choice: ModelChoice, readouts: list[Readout], data: DenseData) -> tuple[dict[int, Tensor], bool]:
-        """Maps of all layers that are read, of training and test images after each other."""
+    def _load(self) -> tuple[DenseData, dict[str, Tensor]]:
+        """The data, and further images by the tasks that want them."""
+        try:
+            data = self.source.load()
+        except ValueError as e:
+            raise TrainingError(str(e)) from e
+        if not self._learns:
+            data.train = data.train.first(0)
+        data.test.warps = random_warps(len(data.test), self.config.seed)
+        wanted = {task.name: task.further_images(data) for task in self.tasks}
+        return data, {name: images for name, images in wanted.items() if images is not None}
+
+    @property
+    def _learns(self) -> bool:
+        return any(task.targets for task in self.tasks)
+
+    def _maps(
+        self, choice: ModelChoice, readouts: list[Readout], data: DenseData, further: dict[str, Tensor]
+    ) -> tuple[dict[str, dict[int, Tensor]], bool]:
+        """Maps of all layers that are read: of "train" and "test" images, "whole" ones, and further ones by task."""
         encoder = load_same_encoder(choice)
         layers = sorted({layer for readout in readouts for layer in readout.layers})
         key = (
             encoder.fingerprint(), type(encoder.model).__name__, choice.model_kwargs, layers, self.precision,
-            *self.source.key(),
+            *self.source.key(), self._learns, dict.fromkeys(further, self.config.seed),
         )  # fmt: skip
+        parts = {"train": data.train.images, "test": data.test.images, **further}
+        if data.whole is not None:
+            parts["whole"] = data.whole.windows.images
 
         def make() -> dict[int, Tensor]:
             encoder.to(self.accelerator.device)
-            images = torch.cat([data.train.images, data.test.images])
             return layer_maps(
-                encoder, images, layers, self.accelerator, self.config.encoder_batch,
+                encoder, torch.cat(list(parts.values())), layers, self.accelerator, self.config.encoder_batch,
                 lambda text: self.progress.note(f"{choice.name}: {text}"),
             )  # fmt: skip
 
-        return kept_maps(self.output / "features", key, make, anew=self.overwrite)
+        maps, kept = kept_maps(self.output / "features", key, make, anew=self.overwrite)
+        counts = [len(images) for images in parts.values()]
+        split = {layer: dict(zip(parts, values.split(counts), strict=True)) for layer, values in maps.items()}
+        return {name: {layer: values[name] for layer, values in split.items()} for name in parts}, kept
 
-    def _read(self, model: str, readout: Readout, maps: dict[int, Tensor], data: DenseData) -> ReadoutResult:
-        count, chosen = len(data.train), [maps[layer] for layer in readout.layers]
-        train = Features([each[:count] for each in chosen], data.train)
-        test = Features([each[count:] for each in chosen], data.test)
-        channels = sum(each.shape[1] for each in chosen)
-        result = ReadoutResult(model, readout, channels, (chosen[0].shape[2], chosen[0].shape[3]))
+    def _read(self, model: str, readout: Readout, maps: dict[str, dict[int, Tensor]], data: DenseData) -> ReadoutResult:
+        chosen = {name: [part[layer] for layer in readout.layers] for name, part in maps.items()}
+        train, test = Features(chosen["train"], data.train), Features(chosen["test"], data.test)
+        result = ReadoutResult(
+            model, readout, sum(each.shape[1] for each in test.maps), (test.maps[0].shape[2], test.maps[0].shape[3])
+        )
         for task in self.tasks:
             torch.manual_seed(self.config.seed)
-            what = f"{task.name} of {result.label}"
-            reading = task.read(Job(self.config, data, train, test, self.accelerator.device, what))
+            job = Job(
+                self.config, data, train, test, self.accelerator.device, f"{task.name} of {result.label}",
+                whole=chosen.get("whole", []), further=chosen.get(task.name, []),
+            )  # fmt: skip
+            reading = task.read(job)
             reading.predictions = reading.predictions[: self.config.pictures].clone()
             result.readings[task.name] = reading
         return result
 
     def _facts(self, data: DenseData) -> dict[str, str]:
         side = self.config.side
+        learnt = f"{len(data.train):,} {data.content} to learn from, " if len(data.train) else ""
+        windows = "" if data.whole is None else f", whole, by {len(data.whole.windows.images):,} windows"
         return {
-            "Data": f"{len(data.train):,} {data.content} to learn from, {len(data.test):,} to test on, {side} x {side} "
-            "pixels",
+            "Data": f"{learnt}{len(data.test):,} {data.content} to test on{windows}, {side} x {side} pixels",
             "Device": device_name(self.accelerator.device),
             "Precision": f"{self.precision} ({self.precision_reason})",
             **{f"Loading of {name}": text for name, text in self.loading.items()},

@@ -55,7 +55,7 @@ def test_segmentation_scores_are_those_of_scikit_learn():
 def test_depth_scores_by_hand_and_image_by_image():
     depths = torch.tensor([[[1.0, 2.0]], [[4.0, 99.0]]])  # 99 is not valid
     predicted = torch.tensor([[[1.1, 4.0]], [[4.0, 1.0]]])
-    scores = depth_scores(predicted, depths, 0.5, 10.0)
+    scores = depth_scores(zip(predicted, depths, strict=True), 0.5, 10.0)
     assert scores.rmse == pytest.approx(math.sqrt((0.1**2 + 2**2) / 2) / 2)
     assert scores.abs_rel == pytest.approx((0.1 + 1.0) / 2 / 2)
     assert scores.sq_rel == pytest.approx((0.01 + 2.0) / 2 / 2)
@@ -115,7 +115,7 @@ def test_linear_readouts_and_neighbours_find_what_maps_hold(tmp_path):
     depths = 1.0 + 3.0 * labels
     depth = LinearDepth(3, 0.5, 10.0, 32)
     train(depth, [maps], depths, chosen, 0.0, CPU, "depth")
-    scores = depth_scores(predict(depth.eval().predict, [maps], size, CPU), depths, 0.5, 10.0)
+    scores = depth_scores(zip(predict(depth.eval().predict, [maps], size, CPU), depths, strict=True), 0.5, 10.0)
     # Their common scale comes last: the loss takes it for little. Predicting one depth has one of 77.
     assert scores.silog < 20 and scores.rmse < 1.2
 
@@ -160,15 +160,18 @@ def test_data_without_its_target_are_refused_by_a_task_and_left_out_of_all(tmp_p
         dense(config(tmp_path, tasks="knn,depth"))
     assert not (tmp_path / "dense").exists()
     (result,) = dense(config(tmp_path)).results
-    assert list(result.readings) == ["segmentation", "knn"]
+    assert list(result.readings) == ["segmentation", "knn", "correspondence"]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"models": []}, "models are missing"),
-        ({"tasks": "segmentation,pose"}, "tasks must be among segmentation, knn, depth, .*, got 'pose'"),
-        ({"data": "rooms"}, "data must be one of scenes, .*, got rooms"),
+        (
+            {"tasks": "segmentation,pose"},
+            "tasks must be among segmentation, knn, depth, keypoints, correspondence, got 'pose'",
+        ),
+        ({"data": "rooms"}, "data must be one of scenes, .* there is no folder 'rooms'"),
         ({"layers": "5"}, r"layers must be in 1\.\.3, got 5"),
         ({"train_images": 1}, "train_images must be at least 2"),
         ({"models": [MODEL, MODEL]}, "models must be of different names, got tiny, tiny"),

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from mimkernels.cli import main
-from mimkernels.commands.dense.data import DenseData, DenseImages, open_source
+from mimkernels.commands.dense.data import DenseData, DenseImages
 from mimkernels.commands.dense.heads import predict, train
 from mimkernels.commands.dense.heat_maps import LinearKeypoints, decoded, gaussian_maps
 from mimkernels.commands.dense.keypoint_metrics import average_precision, keypoint_scores, keypoint_similarity
+from mimkernels.commands.dense.sources import open_source
 from mimkernels.commands.dense.tasks.keypoints import Keypoints
 from mimkernels.data.joints import JOINTS, SIGMAS
 from tests.commands.dense.test_dense import CPU, MODEL, config

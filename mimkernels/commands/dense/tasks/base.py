@@ -1,7 +1,7 @@
 """What every task says of itself; the run, the terminal and the report go by this alone."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mimkernels.commands.dense.config import DenseConfig
 from mimkernels.commands.dense.data import DenseData, DenseImages, DenseSource
+from mimkernels.commands.dense.heads import Reader, predict, predict_whole
 
 Scores = TypeVar("Scores", bound=NamedTuple)
 
@@ -27,6 +28,8 @@ class Job:
     """One task on one choice of layers.
 
     Attributes:
+        whole: maps of the windows of ``data.whole``, where that is there.
+        further: maps of the task's ``further_images``.
         what: the task, the model and the layers, for errors.
     """
 
@@ -36,10 +39,24 @@ class Job:
     test: Features
     device: torch.device
     what: str
+    whole: list[Tensor] = field(default_factory=list)
+    further: list[Tensor] = field(default_factory=list)
 
     @property
     def channels(self) -> int:
         return sum(maps.shape[1] for maps in self.train.maps)
+
+    def predictions(self, reader: Reader, target: str) -> tuple[Tensor, Iterable[tuple[Tensor, Tensor]]]:
+        """What a reader makes of the squares for pictures, and predictions with targets ``[H, W]`` for scores."""
+        whole = self.data.whole
+        if whole is None:
+            squares = predict(reader.predict, self.test.maps, self.size, self.device)
+            return squares, zip(squares, self.test.truth.target(target), strict=True)
+        shown = [maps[: max(1, self.config.pictures)] for maps in self.test.maps]
+        targets = whole.target(target)
+        sizes = [(values.shape[0], values.shape[1]) for values in targets]
+        predicted = predict_whole(reader, self.whole, whole.windows, sizes, self.device)
+        return predict(reader.predict, shown, self.size, self.device), zip(predicted, targets, strict=True)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -92,13 +109,22 @@ class Task(ABC, Generic[Scores]):
     picture_title: ClassVar[str]
 
     def check(self, source: DenseSource) -> None:
-        """Raise ValueError unless the data have what the task needs."""
+        """Raise ValueError unless the data have what the task needs, and what is learnt stays true of ``copies``."""
         for target in self.targets:
             if target not in source.targets:
                 held = ", ".join(source.targets) or "images alone"
                 raise ValueError(
                     f"task {self.name!r} needs data with {target}, but data {source.config.data!r} have {held}"
                 )
+            if source.config.copies and target != "labels":
+                raise ValueError(
+                    f"copies must be 0 for task {self.name!r}, got {source.config.copies}: they are zoomed and "
+                    f"cropped, and labels go along, but not {target}; name other --tasks"
+                )
+
+    def further_images(self, data: DenseData) -> Tensor | None:
+        """Images ``[n, 3, S, S]`` uint8 that are encoded besides those of the data."""
+        return None
 
     @abstractmethod
     def read(self, job: Job) -> Reading[Scores]:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mimkernels.commands.dense.data import DenseData, DenseImages
-from mimkernels.commands.dense.heads import LinearDepth, predict, train
+from mimkernels.commands.dense.heads import LinearDepth, train
 from mimkernels.commands.dense.metrics import DepthScores, depth_scores
 from mimkernels.commands.dense.tasks.base import Job, PictureRow, Reading, Task, percent
 from mimkernels.engine.figures import enlarged, png_address
@@ -30,8 +30,8 @@ class Depth(Task[DepthScores]):
         head = LinearDepth(job.channels, low, high, config.depth_bins)
         depths = job.train.truth.target("depths")
         losses = train(head, job.train.maps, depths, config, config.weight_decay / 10, job.device, job.what)
-        predicted = predict(head.eval().predict, job.test.maps, job.size, job.device)
-        return Reading(depth_scores(predicted, job.test.truth.target("depths"), low, high), predicted, losses)
+        shown, pairs = job.predictions(head.eval(), "depths")
+        return Reading(depth_scores(pairs, low, high), shown, losses)
 
     def worth(self, scores: DepthScores) -> float:
         return -scores.rmse
@@ -51,23 +51,25 @@ class Depth(Task[DepthScores]):
 
     def true_rows(self, data: DenseData, shown: DenseImages) -> list[PictureRow]:
         depths = shown.target("depths")
-        return [("depth", _mapped(depths, _NEAR, float(depths.max()), "viridis_r"))]
+        return [("depth", _mapped(depths, _NEAR, float(depths.max()), "viridis_r", depths > data.depth_range[0]))]
 
     def read_rows(self, data: DenseData, shown: DenseImages, label: str, predictions: Tensor) -> list[PictureRow]:
         depths = shown.target("depths")
-        error = (predictions - depths).abs() / depths
+        error, valid = (predictions - depths).abs() / depths, depths > data.depth_range[0]
         return [
-            (label, _mapped(predictions, _NEAR, float(depths.max()), "viridis_r")),
-            ("relative error", _mapped(error, 0.0, _WRONG, "magma")),
+            (label, _mapped(predictions, _NEAR, float(depths.max()), "viridis_r", torch.ones_like(valid))),
+            ("relative error", _mapped(error, 0.0, _WRONG, "magma", valid)),
         ]
 
 
-def _mapped(values: Tensor, low: float, high: float, name: str) -> list[str]:
+def _mapped(values: Tensor, low: float, high: float, name: str, valid: Tensor) -> list[str]:
+    """Colours of values, black where they are not valid."""
     import matplotlib
 
     colours = matplotlib.colormaps[name]
     made = []
-    for each in values:
+    for each, known in zip(values, valid, strict=True):
         scaled = ((each.float() - low) / (high - low)).clamp(0, 1)
-        made.append(png_address(enlarged(torch.from_numpy(colours(scaled.numpy())[..., :3]).permute(2, 0, 1).float())))
+        picture = torch.from_numpy(colours(scaled.numpy())[..., :3]).permute(2, 0, 1).float()
+        made.append(png_address(enlarged(picture * known)))
     return made

@@ -3,17 +3,19 @@
 from collections.abc import Mapping
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
 from mimkernels._palette import SERIES
 from mimkernels.commands.dense.charts import bar_chart
 from mimkernels.commands.dense.data import DenseData, DenseImages
-from mimkernels.commands.dense.heads import LinearSegmentation, NearestPatches, predict, train
+from mimkernels.commands.dense.heads import LinearSegmentation, NearestPatches, Reader, train
 from mimkernels.commands.dense.metrics import IGNORED, SegmentationScores, confusion, segmentation_scores
 from mimkernels.commands.dense.tasks.base import ChartSection, Job, PictureRow, Reading, Task, percent
 from mimkernels.engine.figures import as_colour, enlarged, png_address
 
 _WRONG = (0.85, 0.1, 0.1)
+_MOST_CLASSES, _IN_A_CHART = 30, 10  # that are named and drawn one by one
 
 
 class _Classes(Task[SegmentationScores]):
@@ -27,10 +29,12 @@ class _Classes(Task[SegmentationScores]):
         return scores.miou
 
     def picture_text(self, data: DenseData, shown: DenseImages) -> str:
-        return "Classes by colour; wrong pixels in red."
+        more = len(data.classes) - _MOST_CLASSES
+        told = f" The first {_MOST_CLASSES} of {len(data.classes)} classes:" if more > 0 else ""
+        return f"Classes by colour; wrong pixels in red.{told}"
 
     def legend(self, data: DenseData) -> list[tuple[str, str]]:
-        return [(name, _colour(number)) for number, name in enumerate(data.classes)]
+        return [(name, _colour(number)) for number, name in enumerate(data.classes[:_MOST_CLASSES])]
 
     def true_rows(self, data: DenseData, shown: DenseImages) -> list[PictureRow]:
         return [("labels", _labelled(shown.images, shown.target("labels")))]
@@ -41,9 +45,13 @@ class _Classes(Task[SegmentationScores]):
             ("wrong pixels", _wrong(shown.images, predictions, shown.target("labels"))),
         ]
 
-    def _scored(self, job: Job, predicted: Tensor, losses: list[float]) -> Reading[SegmentationScores]:
-        counts = confusion(predicted, job.test.truth.target("labels"), len(job.data.classes))
-        return Reading(segmentation_scores(counts), predicted, losses)
+    def _scored(self, job: Job, reader: Reader, losses: list[float]) -> Reading[SegmentationScores]:
+        shown, pairs = job.predictions(reader, "labels")
+        classes = len(job.data.classes)
+        counts = torch.zeros(classes, classes, dtype=torch.int64)
+        for predicted, labels in pairs:
+            counts += confusion(predicted, labels, classes)
+        return Reading(segmentation_scores(counts), shown, losses)
 
 
 class Segmentation(_Classes):
@@ -62,7 +70,7 @@ class Segmentation(_Classes):
         config, labels = job.config, job.train.truth.target("labels")
         head = LinearSegmentation(job.channels, len(job.data.classes), config.dropout)
         losses = train(head, job.train.maps, labels, config, config.weight_decay, job.device, job.what)
-        return self._scored(job, predict(head.eval().predict, job.test.maps, job.size, job.device), losses)
+        return self._scored(job, head.eval(), losses)
 
     def summary(self, scores: SegmentationScores) -> str:
         return f"mIoU {100 * scores.miou:.1f} %"
@@ -71,9 +79,16 @@ class Segmentation(_Classes):
         return percent(scores[:3])
 
     def sections(self, data: DenseData, scores: Mapping[str, SegmentationScores]) -> list[ChartSection]:
-        bars = {label: [100 * iou for iou in each.iou] for label, each in scores.items()}
+        shown = data.classes[:_MOST_CLASSES]
+        charts = []
+        for start in range(0, len(shown), _IN_A_CHART):
+            part = slice(start, start + _IN_A_CHART)
+            bars = {label: [100 * iou for iou in each.iou[part]] for label, each in scores.items()}
+            charts.append(bar_chart(shown[part], bars, "IoU, %", 100))
         text = "Of every model, the layers that are best at segmentation."
-        return [ChartSection("Class by class", text, bar_chart(data.classes, bars, "IoU, %", 100))]
+        if len(shown) < len(data.classes):
+            text += f" The first {len(shown)} of {len(data.classes)} classes; numbers.json has all."
+        return [ChartSection("Class by class", text, Markup("").join(charts))]
 
 
 class NearestSegmentation(_Classes):
@@ -90,7 +105,7 @@ class NearestSegmentation(_Classes):
         nearest = NearestPatches(
             job.train.maps, labels, len(job.data.classes), config.neighbours, config.seed, job.device
         )
-        return self._scored(job, predict(nearest.predict, job.test.maps, job.size, job.device), [])
+        return self._scored(job, nearest, [])
 
     def summary(self, scores: SegmentationScores) -> str:
         return f"mIoU of k-NN {100 * scores.miou:.1f} %"
@@ -100,7 +115,13 @@ class NearestSegmentation(_Classes):
 
 
 def _colour(number: int) -> str:
-    return SERIES[number % len(SERIES)]
+    """Of many classes, hues at steps of the golden angle, which stay apart longest."""
+    if number < len(SERIES):
+        return SERIES[number]
+    import matplotlib
+
+    hue, light = number * 0.618034 % 1, (1.0, 0.75, 0.5)[number % 3]
+    return matplotlib.colors.to_hex(matplotlib.colors.hsv_to_rgb((hue, 0.75, light)))
 
 
 def _labelled(images: Tensor, labels: Tensor) -> list[str]:

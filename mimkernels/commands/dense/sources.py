@@ -1,0 +1,157 @@
+"""The data that ``--data`` names: made scenes, folders with targets of every pixel, and images alone."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mimkernels.commands.dense.config import DenseConfig
+from mimkernels.commands.dense.data import (
+    CocoKeypointsSource,
+    DenseData,
+    DenseImages,
+    DenseSource,
+    FiguresSource,
+    ScenesSource,
+    WholeImages,
+)
+from mimkernels.commands.dense.windows import slide
+from mimkernels.data.batches import UNREADABLE, Augmentation, reason_of
+from mimkernels.data.pixel_targets import (
+    NYU_DEPTHS,
+    ADE20KFolder,
+    NYUv2Folder,
+    PixelTargets,
+    augmented_copies,
+    middle_square,
+    resized,
+)
+from mimkernels.data.sources import is_named, open_held_out
+from mimkernels.data.sources import open_source as open_images
+
+
+class _FolderSource(DenseSource):
+    """Images with a target of every pixel: some of both parts, chosen by the seed."""
+
+    in_folder = has_whole = True
+    target: str  # the attribute of ``DenseImages``
+    train: PixelTargets
+    test: PixelTargets
+
+    def key(self) -> tuple[object, ...]:
+        return *super().key(), self.train.fingerprint(), self.test.fingerprint()
+
+    def load(self) -> DenseData:
+        config = self.config
+        learnt = self.train.chosen(config.train_images, config.seed)
+        tested = self.test.chosen(config.test_images, config.seed)
+        if config.copies:
+            pairs = (self.train.read(number) for number in learnt)
+            train = self._images(*augmented_copies(pairs, config.side, config.copies, config.seed))
+        else:
+            train = self._squares(self.train.read(number) for number in learnt)
+        data = DenseData(train, self._squares(self.test.read(number) for number in tested), "images")
+        if config.test_on == "whole":
+            pictures, targets = zip(*(self.test.read(number) for number in tested), strict=True)
+            # The images alone are resized: what is read is resized to their targets.
+            enlarged = [resized(*pair, config.side)[0] for pair in zip(pictures, targets, strict=True)]
+            data.whole = WholeImages(slide(enlarged, config.side), **self._targets(list(targets)))
+        return data
+
+    def _squares(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> DenseImages:
+        squares = [middle_square(*pair, self.config.side) for pair in pairs]
+        return self._images(*(torch.stack(parts) for parts in zip(*squares, strict=True)))
+
+    def _images(self, images: Tensor, targets: Tensor) -> DenseImages:
+        return DenseImages(images, **self._targets(targets))
+
+    def _targets(self, values: Any) -> dict[str, Any]:
+        return {self.target: values}
+
+
+class ADE20KSource(_FolderSource):
+    """ADE20K in the folders of the scene parsing challenge."""
+
+    targets = ("labels",)
+    target = "labels"
+
+    def __init__(self, config: DenseConfig) -> None:
+        super().__init__(config)
+        self.train, self.test = (ADE20KFolder(config.data_root, train) for train in (True, False))
+
+    def load(self) -> DenseData:
+        data = super().load()
+        data.classes = tuple(self.test.classes)
+        return data
+
+
+class NYUv2Source(_FolderSource):
+    """NYU Depth v2 in folders of pictures."""
+
+    targets = ("depths",)
+    target = "depths"
+
+    def __init__(self, config: DenseConfig) -> None:
+        super().__init__(config)
+        self.train, self.test = (NYUv2Folder(config.data_root, train, config.depth_scale) for train in (True, False))
+
+    def load(self) -> DenseData:
+        data = super().load()
+        data.depth_range = NYU_DEPTHS
+        return data
+
+
+class ImagesSource(DenseSource):
+    """Images without targets: of a set that other commands know by name, or of a folder."""
+
+    def __init__(self, config: DenseConfig) -> None:
+        super().__init__(config)
+        known = ", ".join(SOURCES)
+        if not is_named(config.data) and not Path(config.data).is_dir():
+            raise ValueError(
+                f"data must be one of {known}, or images alone: digits, fashion-mnist, torchvision:NAME or a folder; "
+                f"there is no folder {config.data!r}"
+            )
+        root = config.data_root or "data"  # where other commands look
+        self.images = open_held_out(config.data, root) or open_images(config.data, root)
+
+    def key(self) -> tuple[object, ...]:
+        return *super().key(), self.images.fingerprint()
+
+    def load(self) -> DenseData:
+        config, squares = self.config, Augmentation(self.config.side, 3, 1.0, False)
+        order = np.random.default_rng(config.seed).permutation(len(self.images))[: config.test_images]
+        made = []
+        for number in sorted(order.tolist()):
+            try:
+                made.append(squares.plain(self.images.read(number)))
+            except UNREADABLE as e:
+                raise ValueError(f"{self.images.label(number)} cannot be read: {reason_of(e)}") from e
+        test = torch.stack(made)
+        return DenseData(DenseImages(test[:0]), DenseImages(test), "images")
+
+
+SOURCES: dict[str, type[DenseSource]] = {
+    "scenes": ScenesSource,
+    "figures": FiguresSource,
+    "ade20k": ADE20KSource,
+    "nyuv2": NYUv2Source,
+    "coco-keypoints": CocoKeypointsSource,
+}
+
+
+def open_source(config: DenseConfig) -> DenseSource:
+    """The data that ``config.data`` names; ValueError says what cannot be loaded."""
+    kind = SOURCES.get(config.data, ImagesSource)
+    if config.data in SOURCES:
+        if kind.in_folder and not config.data_root:
+            raise ValueError(f"data {config.data!r} lie in a folder: give it as --data-root DIR")
+        if config.data_root and not kind.in_folder:
+            raise ValueError(f"data {config.data!r} are made, not read: leave out data_root, got {config.data_root!r}")
+    if config.test_on == "whole" and not kind.has_whole:
+        able = ", ".join(name for name, each in SOURCES.items() if each.has_whole)
+        raise ValueError(f"test_on must be square with data {config.data!r}; whole images are those of {able}")
+    return kind(config)

@@ -1,0 +1,143 @@
+"""Data of `mimkernels dense`: folders of ADE20K and NYUv2, whole images, augmented copies, images alone."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mimkernels.cli import main
+from mimkernels.commands.dense.config import DenseConfig
+from mimkernels.commands.dense.run import dense
+from mimkernels.commands.dense.sources import open_source
+from mimkernels.engine.command import TrainingError
+from tests.data.folders import fill
+from tests.data.pixel_folders import ade, colour, nyu, values
+
+MODEL = "tiny=vit_tiny_patch16_224:pretrained=false:img_size=32:patch_size=8:embed_dim=24:depth=1:num_heads=2"
+
+
+def config(tmp_path, **changes):
+    in_folder = {"data_root": str(tmp_path / "data")} if changes.get("data") in ("ade20k", "nyuv2") else {}
+    return DenseConfig(
+        **{
+            "models": [MODEL], "train_images": 6, "test_images": 3, "side": 32,
+            "steps": 3, "batch_size": 2, "pictures": 1, "device": "cpu", "precision": "fp32",
+            "output": str(tmp_path / "dense"), **in_folder, **changes,
+        }
+    )  # fmt: skip
+
+
+def test_ade_square_and_whole(tmp_path):
+    """Whole images are scored at their own size, with every labelled pixel of theirs."""
+    ade(tmp_path / "data")
+    data = open_source(config(tmp_path, data="ade20k", side=8, test_on="whole")).load()
+    assert len(data.train) == 2 and len(data.test) == 1 and data.classes[1] == "building"
+    assert data.test.images.shape == (1, 3, 8, 8) and data.whole.labels[0].shape == (6, 8)
+    assert data.whole.windows.sizes == [(8, 11)] and data.whole.windows.corners == [[(0, 0), (0, 3)]]
+    (result,) = dense(config(tmp_path, data="ade20k", side=32, test_on="whole", tasks="segmentation,knn")).results
+    (square,) = dense(config(tmp_path, data="ade20k", side=32, tasks="segmentation,knn")).results
+    assert 0 <= result.readings["segmentation"].scores.miou <= 1 and 0 <= square.readings["knn"].scores.miou <= 1
+    page = (tmp_path / "dense" / "report.html").read_text()
+    assert "The first 30 of 150 classes" in page and "building" in page
+
+
+def test_whole_images_that_are_squares_score_as_squares(tmp_path):
+    rng = np.random.default_rng(0)
+    for part, count in (("training", 3), ("validation", 2)):
+        for number in range(count):
+            image = rng.integers(256, size=(32, 32, 3), dtype=np.uint8)
+            colour(tmp_path / "data" / "images" / part / f"{number}.png")
+            Image.fromarray(image).save(tmp_path / "data" / "images" / part / f"{number}.png")
+            labels = (image[..., 0] // 64).repeat(1, 0)
+            values(tmp_path / "data" / "annotations" / part / f"{number}.png", labels)
+    scores = []
+    for test_on in ("square", "whole"):
+        chosen = config(tmp_path, data="ade20k", test_on=test_on, tasks="segmentation,knn")
+        (result,) = dense(chosen).results
+        scores.append([result.readings[name].scores for name in ("segmentation", "knn")])
+    for square, whole in zip(*scores, strict=True):
+        assert square[:3] == pytest.approx(whole[:3])
+
+
+def test_nyu_square_and_whole(tmp_path):
+    nyu(tmp_path / "data", level=2500)
+    data = open_source(config(tmp_path, data="nyuv2", side=48, test_on="whole")).load()
+    assert data.depth_range == (0.001, 10.0) and data.whole.windows.sizes == [(48, 64)]
+    assert data.whole.depths[0].shape == (480, 640) and (data.whole.depths[0] == 2.5).sum() == 426 * 560
+    nyu(tmp_path / "data", level=5005)
+    colour(tmp_path / "data" / "sync" / "rgb_2.png")
+    values(tmp_path / "data" / "sync" / "sync_depth_2.png", np.full((6, 8), 5005, np.uint16))
+    for test_on in ("square", "whole"):
+        # Untrained, the layer says what lies in the middle of 0.001 m to 10 m, about what is there.
+        chosen = config(tmp_path, data="nyuv2", test_on=test_on, tasks="depth", steps=1, lr=1e-9)
+        (result,) = dense(chosen).results
+        assert result.readings["depth"].scores.rmse < 1
+
+
+def test_copies_are_learnt_in_place_of_the_images(tmp_path):
+    ade(tmp_path / "data")
+    data = open_source(config(tmp_path, data="ade20k", copies=8)).load()
+    assert data.train.images.shape == (16, 3, 32, 32) and data.train.labels.shape == (16, 32, 32)
+    assert len({tuple(each.flatten().tolist()) for each in data.train.labels}) == 16
+    beyond = (data.train.labels == 255).flatten(1).float().mean(1)
+    assert (beyond == 0).any() and (beyond > 0.2).any()
+    scenes = open_source(config(tmp_path, copies=2)).load()
+    assert len(scenes.train) == 12 and scenes.train.depths is None and len(scenes.test) == 3
+    plain = open_source(config(tmp_path)).load()
+    assert len(plain.train) == 6 and torch.equal(plain.test.images, scenes.test.images)
+
+
+def test_images_alone_have_correspondence(tmp_path, capsys):
+    fill(tmp_path / "images", count=5)
+    arguments = ["dense", MODEL, "--data", str(tmp_path / "images"), "--test-images", "4", "--side", "32", "--device"]
+    arguments += ["cpu", "--precision", "fp32", "--pictures", "2", "-o", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "match@0.1" in printed and "mIoU" not in printed and "4 images in" in printed
+    numbers = json.loads((tmp_path / "out" / "numbers.json").read_text())
+    (result,) = numbers["results"]
+    scores = result["correspondence"]
+    assert 0 <= scores["pck_5"] <= scores["pck_10"] <= 1 and 0 < scores["points"] <= 4 * 256 and result["losses"] == {}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "right places" in page and page.count("data:image/png") == 2 * 3
+    assert main(arguments) == 0
+    assert "kept from before" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "numbers.json").read_text()) == numbers
+    assert main([*arguments, "--seed", "1"]) == 0  # other warps, which are encoded
+    assert "encoded in" in capsys.readouterr().out
+
+
+def test_images_alone_have_no_labels(tmp_path):
+    images = str(fill(tmp_path / "images", count=2))
+    with pytest.raises(ValueError, match="task 'knn' needs data with labels, but data '.*images' have images alone"):
+        dense(config(tmp_path, data=images, tasks="knn"))
+
+
+def test_a_broken_picture_ends_the_run_with_its_name(tmp_path):
+    ade(tmp_path / "data")
+    (tmp_path / "data" / "images" / "validation" / "0.jpg").write_bytes(b"no picture")
+    with pytest.raises(TrainingError, match="image '.*validation/0.jpg' cannot be read"):
+        dense(config(tmp_path, data="ade20k", tasks="knn"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"data": "nowhere"},
+            "data must be one of scenes, .*ade20k.*, or images alone: .*; there is no folder 'nowhere'",
+        ),
+        ({"data": "ade20k"}, "data 'ade20k': no folder '.*data' .* name it with --data-root"),
+        ({"test_on": "whole"}, "test_on must be square with data 'scenes'; whole images are those of ade20k, nyuv2"),
+        ({"test_on": "all"}, "test_on must be one of square, whole, got all"),
+        ({"copies": 2}, "copies must be 0 for task 'depth', got 2: .* but not depths"),
+        ({"copies": -1}, "copies must be 0 or more, got -1"),
+        ({"depth_scale": 0.0}, "depth_scale must be positive and finite, got 0.0"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        dense(config(tmp_path, **changes))
+    assert not (tmp_path / "dense").exists()
