@@ -119,7 +119,7 @@ def load_teacher(config: PretrainConfig) -> FeatureReader | None:
     """The encoder that ``--target features:MODEL`` names; None of other targets. Random weights are the same always.
 
     A run or checkpoint has images of its own size; of a timm name it is that of the run, in whole tokens. The target's
-    ``img_size`` comes before both, but for a run, whose positions are of its size.
+    ``img_size`` comes before both.
 
     Raises:
         ValueError: there is no such model, or it gives no such features.

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mimkernels.commands.pretrain.features import FeatureTeacher, load_teacher
 from mimkernels.commands.pretrain.run import pretrain
 from mimkernels.engine.checkpoint import load
 from mimkernels.models import MAE, SimMIM
@@ -126,18 +125,6 @@ def test_an_interrupted_run_continues_bit_for_bit(tiny, tmp_path, monkeypatch):
     one, other = (load(tmp_path / name / "checkpoints" / "final.pt") for name in ("whole", "part"))
     assert_same_bits(one["model"], other["model"])
     assert_same_bits(one["target_teacher"], other["target_teacher"])
-
-
-def test_a_teacher_of_larger_images_and_colour_gets_them(tiny):
-    config = tiny(**DENSE, target="ema")
-    model = build_model(config.to_dict())
-    averaged = FeatureTeacher(config, model, None)
-    colour = build_model({**config.to_dict(), "in_chans": 3, "img_size": 32, "patch_size": 8, "mask_unit": 8})
-    averaged.encoder = type(averaged.encoder)(
-        colour.encoder, "x", "x", img_size=32, in_chans=3, mean=colour.mean, std=colour.std
-    )
-    assert averaged.features(torch.zeros(2, 1, 16, 16, dtype=torch.uint8)).shape == (2, 16, 16)
-    assert load_teacher(config) is None
 
 
 @pytest.mark.parametrize(
