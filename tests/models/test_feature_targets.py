@@ -16,9 +16,9 @@ SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_head
         ("features:vit_base_patch16_224", FeatureTarget("vit_base_patch16_224")),
         ("features:hf-hub:timm/x:norm=none", FeatureTarget("hf-hub:timm/x", norm="none")),
         ("features:a:b", FeatureTarget("a:b")),
-        ("ema", FeatureTarget(None, layers=10)),
+        ("ema", FeatureTarget(None, layers=10, part="mlp")),
         ("ema:layer=-2,layers=3,beta=2,loss=cosine,tokens=all",
-         FeatureTarget(None, -2, 3, beta=2.0, loss="cosine", tokens="all")),
+         FeatureTarget(None, -2, 3, "mlp", beta=2.0, loss="cosine", tokens="all")),
     ],
 )  # fmt: skip
 def test_targets_in_words(text, target):
