@@ -2,9 +2,9 @@
 
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,20 +24,12 @@ _NYU_TRAIN, _NYU_TEST = ("sync", "official_splits/train", "train"), ("official_s
 _EIGEN_CROP = (slice(45, 471), slice(41, 601))  # of 480 x 640 pixels: where NYUv2 is tested
 
 
-class PixelTargets(Protocol):
-    """Images of a folder with a target of every pixel."""
+class PixelTargets(ABC):
+    """Images below one folder with a target of every pixel.
 
-    name: str
-    files: list[tuple[Path, Path]]  # image and target
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: int) -> tuple[Tensor, Tensor]:
-        """An image ``[3, H, W]`` uint8, and its labels uint8 or depths fp32 ``[H, W]``; ValueError names a bad file."""
-
-
-class _Pairs:
-    """What both sets share: pairs of files below one folder."""
+    Attributes:
+        files: of every image, and of its target.
+    """
 
     def __init__(self, name: str, root: Path, files: Sequence[tuple[Path, Path]], decoder: Decoder | None) -> None:
         self.name, self.root, self.files = name, root, list(files)
@@ -45,6 +37,10 @@ class _Pairs:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    @abstractmethod
+    def read(self, index: int) -> tuple[Tensor, Tensor]:
+        """An image ``[3, H, W]`` uint8, and its labels uint8 or depths fp32 ``[H, W]``; ValueError names a bad file."""
 
     def chosen(self, count: int, seed: int) -> list[int]:
         """`count` of the pairs at random, all if there are no more, in their order."""
@@ -89,7 +85,7 @@ class _Pairs:
         return path
 
 
-class ADE20KFolder(_Pairs):
+class ADE20KFolder(PixelTargets):
     """One part of ADE20K as the scene parsing challenge of 2016 has it: 150 classes.
 
     ::
@@ -132,7 +128,7 @@ class ADE20KFolder(_Pairs):
         return image, torch.from_numpy(labels)
 
 
-class NYUv2Folder(_Pairs):
+class NYUv2Folder(PixelTargets):
     """One part of NYU Depth v2 as folders of pictures.
 
     ::

@@ -11,8 +11,8 @@ from mimkernels import upsample_cross_entropy
 from mimkernels.commands.dense.config import DenseConfig
 from mimkernels.commands.dense.features import joined
 from mimkernels.commands.dense.heat_maps import LinearKeypoints
-from mimkernels.commands.dense.metrics import IGNORED
 from mimkernels.commands.dense.windows import Windows, merged
+from mimkernels.data.pixel_targets import IGNORED
 from mimkernels.engine.command import TrainingError
 from mimkernels.engine.schedule import learning_rate
 

@@ -77,6 +77,7 @@ class ADE20KSource(_FolderSource):
 
     targets = ("labels",)
     target = "labels"
+    test: ADE20KFolder
 
     def __init__(self, config: DenseConfig) -> None:
         super().__init__(config)

@@ -10,8 +10,9 @@ from mimkernels._palette import SERIES
 from mimkernels.commands.dense.charts import bar_chart
 from mimkernels.commands.dense.data import DenseData, DenseImages
 from mimkernels.commands.dense.heads import LinearSegmentation, NearestPatches, Reader, train
-from mimkernels.commands.dense.metrics import IGNORED, SegmentationScores, confusion, segmentation_scores
+from mimkernels.commands.dense.metrics import SegmentationScores, confusion, segmentation_scores
 from mimkernels.commands.dense.tasks.base import ChartSection, Job, PictureRow, Reading, Task, percent
+from mimkernels.data.pixel_targets import IGNORED
 from mimkernels.engine.figures import as_colour, enlarged, png_address
 
 _WRONG = (0.85, 0.1, 0.1)
@@ -121,7 +122,8 @@ def _colour(number: int) -> str:
     import matplotlib
 
     hue, light = number * 0.618034 % 1, (1.0, 0.75, 0.5)[number % 3]
-    return matplotlib.colors.to_hex(matplotlib.colors.hsv_to_rgb((hue, 0.75, light)))
+    red, green, blue = matplotlib.colors.hsv_to_rgb((hue, 0.75, light)).tolist()
+    return matplotlib.colors.to_hex((red, green, blue))
 
 
 def _labelled(images: Tensor, labels: Tensor) -> list[str]:
