@@ -34,7 +34,7 @@ def batches(target: Target) -> tuple[int, ...]:
 
 def timed_sets(target: Target, batch: int) -> Iterator[list[Benchmark]]:
     """Every case with the sets of inputs that take turns."""
-    several = [all_cases(batch, target) for _ in range(4)]
+    several = [all_cases(batch, target) for _ in range(sets_for(0, target))]  # the most that any takes
     for first, *others in zip(*several, strict=True):
         yield [first, *others[: sets_for(first.moved_bytes, target) - 1]]
         if target.device == "cuda":

@@ -18,6 +18,7 @@ import numpy as np
 from benchmarks.studies import plan
 from benchmarks.studies.plan import METHODS, Cell
 from mimkernels.data.fashion_mnist import FashionMNISTSource
+from mimkernels.data.pixels import drawn
 from mimkernels.engine import files
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +37,7 @@ def write_data(folder: Path) -> None:
         if all((folder / f"{name}.gz").is_file() for name in names):
             continue
         source = FashionMNISTSource(folder / "whole", train)
-        chosen = np.sort(np.random.default_rng(plan.DATA_SEED).permutation(len(source))[:count])
+        chosen = drawn(len(source), count, plan.DATA_SEED)
         images = np.stack([source.read(index)[0].numpy() for index in chosen])
         labels = np.array(source.targets()[0], dtype=np.uint8)[chosen]
         for name, values in zip(names, (images, labels), strict=True):
@@ -121,8 +122,6 @@ def run_command(name: str, arguments: Sequence[str], folder: Path) -> float:
 
 def collect(cell: Cell, folder: Path, data: Path, seconds: dict[str, float]) -> dict[str, Any]:
     """The result of a cell whose commands are done, without paths of the machine."""
-    from mimkernels.commands.bench.results import machine
-
     config = json.loads((folder / "run" / "config.json").read_text())
     entries = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     probe = json.loads((folder / "probe" / "results.json").read_text())
@@ -138,10 +137,7 @@ def collect(cell: Cell, folder: Path, data: Path, seconds: dict[str, float]) -> 
         "encoder_flops_per_image": METHODS[cell.method].flops,
         "data": {"train": train, "test": test, "analyzed": run["facts"]["images"]},
         "settings": {name: value for name, value in config.items() if name not in ("output", "data_root", "resume")},
-        "revision": revision(),
-        "machine": {**machine("cpu"), "threads": 1},
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        **circumstances(seconds),
         "training": entries[-1],
         "probe": {entry["label"]: {"accuracy": entry["accuracy"], "knn": entry["knn"],
                                    "parameters": entry["pooling_parameters"]} for entry in probe["results"]},
@@ -152,6 +148,18 @@ def collect(cell: Cell, folder: Path, data: Path, seconds: dict[str, float]) -> 
             "cka": rounded(analysis["cka"][cell.method]),
         },
     }  # fmt: skip
+
+
+def circumstances(seconds: dict[str, float]) -> dict[str, Any]:
+    """By what, where and when a result was made, and the processor time of each command."""
+    from mimkernels.commands.bench.results import machine
+
+    return {
+        "revision": revision(),
+        "machine": {**machine("cpu"), "threads": 1},
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+    }
 
 
 def quantities(statistics: dict[str, Any]) -> dict[str, dict[str, list[list[float | None]]]]:

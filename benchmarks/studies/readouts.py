@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks.studies import cells, plan
-from benchmarks.studies.cells import CellError, revision, rounded
+from benchmarks.studies.cells import CellError, circumstances, rounded
 from benchmarks.studies.plan import DENSE, METRICS, SCRATCH, SHARES, Cell, Piece, Share
 from mimkernels.data.fashion_mnist import FashionMNISTSource
 from mimkernels.engine import files
@@ -121,8 +120,6 @@ def collect(piece: Piece, folder: Path, work: Path, results: Path, seconds: dict
     Raises:
         CellError: the command has not written a metric that the page shows.
     """
-    from mimkernels.commands.bench.results import machine
-
     train, test = (FashionMNISTSource(work / "data", part).fingerprint() for part in (True, False))
     return {
         "format": 1,
@@ -131,10 +128,7 @@ def collect(piece: Piece, folder: Path, work: Path, results: Path, seconds: dict
         "seed": piece.seed,
         "as_recorded": {cell.method: as_recorded(cell, work, results) for cell in piece.cells},
         "data": {"train": train, "test": test},
-        "revision": revision(),
-        "machine": {**machine("cpu"), "threads": 1},
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        **circumstances(seconds),
         **(_read(piece, folder / "dense") if piece.kind == "dense" else {"shares": _fine_tuned(folder)}),
     }
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from mimkernels.data.joints import JOINTS, UNLABELLED, VISIBLE, Persons
-from mimkernels.data.pixels import Decoder
+from mimkernels.data.pixels import Decoder, drawn
 
 _PADDED = 1.25  # side of the square that is cut out, over the larger side of the box
 
@@ -53,10 +53,7 @@ class CocoPersons:
             raise ValueError(f"COCO keypoints need a folder of images, {' or '.join(repr(str(f)) for f in folders)}")
         self.folder = folder
         persons = self._read_annotations()
-        if len(persons) > count:
-            chosen = np.random.default_rng(seed).permutation(len(persons))[:count]
-            persons = [persons[i] for i in sorted(chosen)]
-        self.persons = persons
+        self.persons = persons = [persons[i] for i in drawn(len(persons), count, seed)]
         names = sorted({person.file for person in persons})
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimkernels.data.pixels import Decoder, read_levels
+from mimkernels.data.pixels import Decoder, drawn, read_levels
 
 IGNORED = 255  # the label of pixels that do not count
 NYU_DEPTHS = (0.001, 10.0)  # metres, between which depths are valid
@@ -44,9 +44,7 @@ class PixelTargets(ABC):
 
     def chosen(self, count: int, seed: int) -> list[int]:
         """`count` of the pairs at random, all if there are no more, in their order."""
-        if count >= len(self):
-            return list(range(len(self)))
-        return sorted(np.random.default_rng(seed).permutation(len(self))[:count].tolist())
+        return drawn(len(self), count, seed)
 
     def fingerprint(self) -> str:
         """Changes with the files' names, sizes and times of change."""

@@ -88,6 +88,11 @@ class Decoder:
             return int(np.asarray(image).max()) if sixteen else None
 
 
+def drawn(total: int, count: int, seed: int) -> list[int]:
+    """`count` of the numbers below `total` at random, all if there are no more, in their order."""
+    return sorted(np.random.default_rng(seed).permutation(total)[:count].tolist())
+
+
 def read_levels(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """The values ``[H, W]`` of a grey image or the numbers of a palette's, as the file has them.
 

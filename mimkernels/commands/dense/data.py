@@ -14,7 +14,6 @@ from mimkernels.data.figures import make_figures
 from mimkernels.data.joints import Persons
 from mimkernels.data.pixel_targets import augmented_copies
 from mimkernels.data.scenes import CLASSES, DEPTHS, Scenes, make_scenes
-from mimkernels.engine.command import TrainingError
 from mimkernels.engine.settings import require
 
 
@@ -115,7 +114,11 @@ class DenseSource(ABC):
 
     @abstractmethod
     def load(self) -> DenseData:
-        """``config.train_images`` and ``config.test_images`` images of ``config.side`` pixels."""
+        """``config.train_images`` and ``config.test_images`` images of ``config.side`` pixels.
+
+        Raises:
+            ValueError: an image cannot be read.
+        """
 
     def key(self) -> tuple[object, ...]:
         """Changes when the images change."""
@@ -131,11 +134,7 @@ class ScenesSource(DenseSource):
 
     def load(self) -> DenseData:
         config = self.config
-        # Other numbers than those of the training images, whatever their count.
-        train, test = (
-            _from_scenes(make_scenes(count, config.side, seed))
-            for count, seed in ((config.train_images, 2 * config.seed), (config.test_images, 2 * config.seed + 1))
-        )
+        train, test = (_from_scenes(make_scenes(count, config.side, seed)) for count, seed in _parts(config))
         if config.copies:
             images, labels = augmented_copies(
                 zip(train.images, train.target("labels"), strict=True), config.side, config.copies, config.seed
@@ -151,10 +150,7 @@ class FiguresSource(DenseSource):
 
     def load(self) -> DenseData:
         config = self.config
-        train, test = (
-            _from_persons(make_figures(count, config.side, seed))
-            for count, seed in ((config.train_images, 2 * config.seed), (config.test_images, 2 * config.seed + 1))
-        )
+        train, test = (_from_persons(make_figures(count, config.side, seed)) for count, seed in _parts(config))
         return DenseData(train, test, "figures")
 
 
@@ -171,14 +167,16 @@ class CocoKeypointsSource(DenseSource):
         require(len(self.train) >= 2, "data_root", repr(config.data_root), "of at least 2 persons to learn from")
 
     def load(self) -> DenseData:
-        try:
-            train, test = (_from_persons(persons.load(self.config.side)) for persons in (self.train, self.test))
-        except ValueError as e:
-            raise TrainingError(str(e)) from e
+        train, test = (_from_persons(persons.load(self.config.side)) for persons in (self.train, self.test))
         return DenseData(train, test, "persons")
 
     def key(self) -> tuple[object, ...]:
         return self.config.data, self.config.side, self.train.fingerprint(), self.test.fingerprint()
+
+
+def _parts(config: DenseConfig) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Counts and seeds of made training and test images; no image of one is in the other, whatever the counts."""
+    return (config.train_images, 2 * config.seed), (config.test_images, 2 * config.seed + 1)
 
 
 def _from_scenes(scenes: Scenes) -> DenseImages:

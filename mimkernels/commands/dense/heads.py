@@ -1,7 +1,6 @@
 """The readouts: linear layers on feature maps, and votes of the nearest patches."""
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,20 +23,23 @@ _AT_ONCE = 16  # images that are predicted together
 _PIXELS_AT_ONCE = 2**20  # of which there are fewer where these are large
 
 
-class Reader(Protocol):
+class Reader:
     """What reads maps: values of every pixel, which may be averaged, and what they mean."""
 
     def values(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
         """``[B, C, H, W]`` from maps ``[B, D, h, w]``."""
+        raise NotImplementedError
 
     def decide(self, values: Tensor) -> Tensor:
-        """Predictions ``[B, H, W]``."""
+        """Predictions ``[B, H, W]``: numbers of the largest values, uint8."""
+        return values.argmax(1).to(torch.uint8)
 
     def predict(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
         """The same of maps at once."""
+        return self.decide(self.values(maps, size))
 
 
-class LinearSegmentation(nn.Module):
+class LinearSegmentation(Reader, nn.Module):
     """Channels dropped, normalised over the batch, and one linear layer: logits of classes at the maps' size."""
 
     def __init__(self, dim: int, classes: int, dropout: float) -> None:
@@ -58,15 +60,8 @@ class LinearSegmentation(nn.Module):
         """Logits ``[B, classes, H, W]``."""
         return F.interpolate(self(maps), size, mode="bilinear")
 
-    def decide(self, values: Tensor) -> Tensor:
-        """Class numbers ``[B, H, W]`` uint8."""
-        return values.argmax(1).to(torch.uint8)
 
-    def predict(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
-        return self.decide(self.values(maps, size))
-
-
-class LinearDepth(nn.Module):
+class LinearDepth(Reader, nn.Module):
     """One linear layer to weights of fixed depths, whose mean is the depth, at the maps' size."""
 
     centres: Tensor
@@ -86,11 +81,8 @@ class LinearDepth(nn.Module):
         return F.interpolate(self(maps)[:, None], size, mode="bilinear")
 
     def decide(self, values: Tensor) -> Tensor:
-        return values[:, 0]
-
-    def predict(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
         """Depths ``[B, H, W]``."""
-        return self.decide(self.values(maps, size))
+        return values[:, 0]
 
     def loss(self, maps: Tensor, depths: Tensor, early: bool) -> Tensor:
         """The root of ``variance + 0.15 mean^2`` of the difference of logarithms (SigLoss); `early` of the mean alone,
@@ -184,7 +176,7 @@ def _batches(maps: list[Tensor], size: tuple[int, int], device: torch.device) ->
         yield joined([each[start : start + count].to(device) for each in maps])
 
 
-class NearestPatches:
+class NearestPatches(Reader):
     """Segmentation without training: each patch asks the most similar patches of the training images.
 
     A training patch votes with the shares of the classes in it, weighted by exp(cosine / 0.07) as in DINO
@@ -220,10 +212,3 @@ class NearestPatches:
             votes.append(torch.einsum("pk,pkc->pc", weights, self.shares[ids]))
         grid = torch.cat(votes).view(len(maps), *maps.shape[-2:], -1).movedim(-1, 1)
         return F.interpolate(grid, size, mode="bilinear")
-
-    def decide(self, values: Tensor) -> Tensor:
-        """Class numbers ``[B, H, W]`` uint8."""
-        return values.argmax(1).to(torch.uint8)
-
-    def predict(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
-        return self.decide(self.values(maps, size))

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +28,7 @@ from mimkernels.data.pixel_targets import (
     middle_square,
     resized,
 )
+from mimkernels.data.pixels import drawn
 from mimkernels.data.sources import is_named, open_held_out
 from mimkernels.data.sources import open_source as open_images
 
@@ -124,9 +124,8 @@ class ImagesSource(DenseSource):
 
     def load(self) -> DenseData:
         config, squares = self.config, Augmentation(self.config.side, 3, 1.0, False)
-        order = np.random.default_rng(config.seed).permutation(len(self.images))[: config.test_images]
         made = []
-        for number in sorted(order.tolist()):
+        for number in drawn(len(self.images), config.test_images, config.seed):
             try:
                 made.append(squares.plain(self.images.read(number)))
             except UNREADABLE as e:

@@ -51,8 +51,9 @@ class Finetune(Method):
                 pixels = erase((pixels - mean) / std) * std + mean
             if mixes:
                 assert targets is not None
-                alphas = {"mixup": config.mixup, "cutmix": config.cutmix}
-                pixels, targets = mix_pairs(pixels, targets, **alphas, num_classes=config.num_classes)
+                pixels, targets = mix_pairs(
+                    pixels, targets, mixup=config.mixup, cutmix=config.cutmix, num_classes=config.num_classes
+                )
         return pixels, {"targets": targets}
 
     @staticmethod

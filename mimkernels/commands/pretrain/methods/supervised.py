@@ -47,10 +47,9 @@ class Supervised(Method):
         from mimkernels.data.batches import drawing_from
 
         assert config.num_classes is not None and targets is not None
-        alphas = {"mixup": mixup, "cutmix": cutmix}
         pixels = images.float() / 255  # type: ignore[union-attr] # one view
         with drawing_from(seed):
-            mixed, shares = mix_pairs(pixels, targets, **alphas, num_classes=config.num_classes)
+            mixed, shares = mix_pairs(pixels, targets, mixup=mixup, cutmix=cutmix, num_classes=config.num_classes)
         return mixed, {"targets": shares}
 
     @staticmethod
