@@ -103,8 +103,8 @@ def run_readouts(chosen: Sequence[Piece], work: Path, results: Path, jobs: int) 
     done: list[bool] = []
     for _, group in groupby(chosen, lambda piece: piece.seed):
         of_seed = list(group)
-        models = [cell for piece in of_seed if not _done(piece, results) for cell in piece.cells]
-        _side_by_side(list(dict.fromkeys(models)), trained, jobs)
+        models = dict.fromkeys(cell for piece in of_seed if not _done(piece, results) for cell in piece.cells)
+        _side_by_side(sorted(models, key=lambda cell: cell.flops, reverse=True), trained, jobs)  # the longest first
         done += _side_by_side(of_seed, lambda piece: run_piece(piece, work, results), jobs)
     print(f"{sum(done)} of {len(done)} pieces are done")
     return 0 if all(done) else 1

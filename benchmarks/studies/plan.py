@@ -140,6 +140,11 @@ class Cell:
         return METHODS[self.method].epochs(self.budget)
 
     @property
+    def flops(self) -> int:
+        """Encoder FLOPs of the training, per image of the data set."""
+        return self.epochs * METHODS[self.method].flops
+
+    @property
     def run(self) -> Cell:
         """The cell whose run this one shares: that of equal epochs, where both budgets pay for as many."""
         shared = Cell(self.method, "epochs", self.seed)
