@@ -12,14 +12,15 @@ from torch import Tensor
 
 from benchmarks.pictures import save
 from benchmarks.studies.claims import Result, Study, by_head, by_layer, title
-from benchmarks.studies.plan import BUDGETS, METHODS, PATCHES, TITLES
+from benchmarks.studies.plan import BUDGETS, METHODS, PATCHES, SCRATCH, SLOW_SCRATCH
 from mimkernels._palette import CHART, INK, LINE, MUTED, SERIES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = dict(zip(TITLES, SERIES, strict=True))
+COLOURS = dict(zip([*METHODS, SCRATCH], SERIES, strict=True)) | {SLOW_SCRATCH: SERIES[-1]}
+DASHES: dict[str, Any] = {SCRATCH: (0, (5, 3)), SLOW_SCRATCH: (0, (1, 2))}
 _TOKENS = PATCHES + 1
 
 # Dots of heads: quantity, label, and what values are divided by.
@@ -200,7 +201,10 @@ def line(panel: Axes, runs: Sequence[Tensor], first: int, thin: str, colour: str
 
 def legend(panel: Axes, methods: Sequence[str]) -> None:
     """Name the colours of methods above all panels of the figure."""
-    handles = [panel.plot([], [], color=COLOURS[method], linewidth=2.4, label=title(method))[0] for method in methods]
+    handles = [
+        panel.plot([], [], color=COLOURS[m], linewidth=2.4, linestyle=DASHES.get(m, "-"), label=title(m))[0]
+        for m in methods
+    ]
     panel.figure.legend(handles=handles, loc="outside upper left", ncols=6, frameon=False, labelcolor=INK)
 
 

@@ -9,8 +9,8 @@ import torch
 
 from benchmarks.pictures import save
 from benchmarks.studies.claims import FINETUNE, Study, dense_by_layer, fine_tuned
-from benchmarks.studies.pictures import COLOURS, grid, legend, line
-from benchmarks.studies.plan import METHODS, METRICS, SCRATCH, SHARES, TITLES
+from benchmarks.studies.pictures import COLOURS, DASHES, grid, legend, line
+from benchmarks.studies.plan import METHODS, METRICS, SHARES, TITLES
 from mimkernels._palette import INK
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def over_labels(study: Study) -> Figure | None:
             ]
         )  # [seeds, shares]
         apart = places + 0.03 * (number - (len(starts) - 1) / 2)  # so that marks of several starts can be seen
-        dashes = (0, (5, 3)) if start == SCRATCH else "-"
+        dashes = DASHES.get(start, "-")
         panel.plot(apart, accuracy.mean(0), color=COLOURS[start], linewidth=1.9, linestyle=dashes, zorder=3)
         panel.scatter(apart.expand_as(accuracy).flatten(), accuracy.flatten(), marker="_", s=60, linewidths=1.0,
                       color=COLOURS[start], zorder=4)  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.studies import cells, plan
 from benchmarks.studies.cells import CellError, circumstances, rounded
-from benchmarks.studies.plan import DENSE, METRICS, SCRATCH, SHARES, Cell, Piece, Share
+from benchmarks.studies.plan import DENSE, METRICS, SHARES, Cell, Piece, Share
 from mimkernels.data.fashion_mnist import FashionMNISTSource
 from mimkernels.engine import files
 
@@ -62,13 +62,12 @@ def _folder(share: Share) -> str:
 
 def _finetune(piece: Piece, share: Share, folder: Path, work: Path) -> list[str]:
     (cell,) = piece.cells
-    start = (
-        ["--from-scratch", "--layer-decay", "1"] if piece.of == SCRATCH else ["--layer-decay", str(plan.LAYER_DECAY)]
-    )
+    from_scratch = piece.of in plan.FROM_SCRATCH
+    start = ["--from-scratch", "--layer-decay", "1"] if from_scratch else ["--layer-decay", str(plan.LAYER_DECAY)]
     return [
         "finetune", "--model", str(work / cell.name / "run"), *start, "--data", plan.DATA,
         "--data-root", str(work / "data"), "--workers", "0", *_ON_CPU, "--labels", share.labels,
-        "--epochs", str(share.epochs), "--batch-size", str(share.batch_size),
+        "--epochs", str(share.epochs), "--batch-size", str(share.batch_size), "--lr", str(plan.finetune_lr(piece.of)),
         "--warmup-epochs", str(plan.WARMUP_SHARE * share.epochs), *plan.FINETUNE_OPTIONS, "--seed", str(piece.seed),
         "--val-every", "0", "--save-every", str(share.epochs / 2), "--keep-checkpoints", "1", "--pictures", "0",
         "--output", str(folder / _folder(share)), "--resume", "auto",

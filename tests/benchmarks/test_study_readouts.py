@@ -13,7 +13,20 @@ pytest.importorskip("timm")
 
 from benchmarks import study as tool
 from benchmarks.studies import cells, claims, page, plan, readout_pictures, readouts
-from benchmarks.studies.plan import DENSE, METHODS, METRICS, SCRATCH, SEEDS, SHARES, TITLES, Cell, Dense, Piece, Share
+from benchmarks.studies.plan import (
+    DENSE,
+    METHODS,
+    METRICS,
+    SCRATCH,
+    SEEDS,
+    SHARES,
+    SLOW_SCRATCH,
+    TITLES,
+    Cell,
+    Dense,
+    Piece,
+    Share,
+)
 from mimkernels.cli import build_parser, main
 from mimkernels.commands.dense.tasks import TASKS
 from mimkernels.commands.finetune.config import SMALL, FinetuneConfig, parse_labels
@@ -73,7 +86,7 @@ def write(folder, results):
 
 def test_every_model_is_fine_tuned_and_read_with_every_seed():
     every = list(plan.pieces())
-    assert len(every) == len({piece.name for piece in every}) == len(SEEDS) * (len(METHODS) + 1 + len(DENSE))
+    assert len(every) == len({piece.name for piece in every}) == len(SEEDS) * (len(METHODS) + 2 + len(DENSE))
     assert not {piece.name for piece in every} & {cell.name for cell in plan.cells()}
     assert [piece.seed for piece in every] == sorted(piece.seed for piece in every)
     assert Piece("finetune", "dino", 2).cells == (Cell("dino", "epochs", 2),)
@@ -98,7 +111,7 @@ def test_methods_are_fine_tuned_alike(tmp_path):
         ran = readouts.commands(Piece("finetune", start, seed), tmp_path / "piece", tmp_path)
         return {name: vars(options_of(command)) for name, command in ran.items()}
 
-    mae, dino, scratch = of("mae"), of("dino"), of(SCRATCH)
+    mae, dino, scratch, slow = of("mae"), of("dino"), of(SCRATCH), of(SLOW_SCRATCH)
     assert list(mae) == ["labels-1", "labels-10", "labels-all"]
     for name in mae:
         assert Path(mae[name]["output"]) == tmp_path / "piece" / name
@@ -106,6 +119,8 @@ def test_methods_are_fine_tuned_alike(tmp_path):
         assert {key for key, value in dino[name].items() if mae[name].get(key) != value} == {"model"}
         other = {key for key, value in scratch[name].items() if mae[name].get(key) != value}
         assert other == {"from_scratch", "layer_decay"}
+        assert {key for key, value in slow[name].items() if scratch[name].get(key) != value} == {"lr"}
+        assert (mae[name]["lr"], slow[name]["lr"]) == (1e-3, 3e-4)
         fields = {field.name for field in dataclasses.fields(FinetuneConfig)}
         config = FinetuneConfig(**{key: mae[name][key] for key in fields if mae[name].get(key) is not None})
         config.check()
@@ -176,7 +191,7 @@ def test_a_stage_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     chosen = [Piece("finetune", "mae", 0), Piece("finetune", SCRATCH, 0), Piece("finetune", "dino", 0)]
     broken = Commands(monkeypatch, fail_at="finetune-mae-0 labels-10")
     assert tool.run_readouts(chosen, work, results, jobs=1) == 1
-    assert [name for name in broken.ran if "pretrain" in name] == ["mae-epochs-0 pretrain", "dino-epochs-0 pretrain"]
+    assert [name for name in broken.ran if "pretrain" in name] == ["dino-epochs-0 pretrain", "mae-epochs-0 pretrain"]
     assert [path.stem for path in sorted(results.iterdir())] == ["finetune-dino-0", "finetune-scratch-0"]
     out, err = capsys.readouterr()
     assert "2 of 3 pieces are done" in out and "finetune-mae-0: `mimkernels finetune` ended with status 2" in err
@@ -219,7 +234,9 @@ def test_pieces_are_listed_with_their_models(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", arguments)
     assert tool.main() == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split() for line in lines] == [["finetune-mae-1", "done"], ["finetune-dino-1"], ["finetune-scratch-1"]]
+    assert [line.split() for line in lines] == [
+        ["finetune-mae-1", "done"], ["finetune-dino-1"], ["finetune-scratch-1"], ["finetune-slow-scratch-1"],
+    ]  # fmt: skip
 
 
 def small_set(folder):
@@ -309,10 +326,13 @@ def test_competitive_is_no_more_than_two_points_behind(tmp_path):
 
 
 def test_models_trained_without_labels_are_held_against_scratch(tmp_path):
-    better = accuracies(mae=60, simmim=60, mocov3=60, dino=60, scratch=50, supervised=10)
+    others = {"mae": 60, "simmim": 60, "mocov3": 60, "dino": 60, "supervised": 10}
+    better = accuracies(**others, **{SCRATCH: 10, SLOW_SCRATCH: 50})
     found = judged(tmp_path / "a", "a strong way to learn from few", better)
-    assert (found.verdict, found.comparisons, found.values["scratch"]) == (claims.CONFIRMED, 4, [50, 50.1, 50.2])
+    assert (found.verdict, found.comparisons, found.values[SLOW_SCRATCH]) == (claims.CONFIRMED, 8, [50, 50.1, 50.2])
     assert judged(tmp_path / "b", "a tenth", better).verdict == claims.CONFIRMED
+    better = accuracies(**others, **{SCRATCH: 10, SLOW_SCRATCH: 70})  # than the other start is not enough
+    assert judged(tmp_path / "c", "a strong way to learn from few", better).verdict == claims.UNSEEN
 
 
 def read_on(data, task, **by_method):
@@ -351,7 +371,7 @@ def rendered(folder, results):
 
 def test_a_page_without_readouts_says_so(tmp_path):
     text = rendered(tmp_path, [made_cell("mae", 0)])
-    assert "**Not complete:** 27 of 27 pieces of the second stage are still to be run.\n" in text
+    assert "**Not complete:** 30 of 30 pieces of the second stage are still to be run.\n" in text
     assert text.count("No results yet.") == 2 and "Other weights" not in text
     assert f"- Fine-tuning and dense readouts: {len(claims.READOUT_CLAIMS)} not yet known.\n" in text
 
@@ -365,14 +385,14 @@ def test_a_page_with_some_readouts_has_their_numbers(tmp_path):
         made_finetune("mae", 0, [0.5, 0.6, 0.7]), made_finetune("mae", 1, [0.52, 0.6, 0.7]),
         made_dense("scenes", 0, {"segmentation": segmentation, "depth": depth}, as_recorded=compared),
     ])  # fmt: skip
-    assert "24 of 27 pieces of the second stage are still to be run:\nfinetune-supervised-0, finetune-simmim-0" in text
+    assert "27 of 30 pieces of the second stage are still to be run:\nfinetune-supervised-0, finetune-simmim-0" in text
     assert "| | 1% (50) | 10% (500) | all (5,000) |\n" in text
     assert "| MAE | 51.0 ± 1.4 | 60.0 ± 0.0 | 70.0 ± 0.0 |\n" in text and "| From scratch |  |  |  |\n" in text
     assert "| | segmentation, mIoU (%) | nearest patches, mIoU (%) | depth, RMSE (m) |\n" in text
     assert "| MAE | 20.0 | 0.0 | 1.750 |\n" in text and "| MAE | 4: 40.0 | 1: 0.0 | 3: 1.000 |\n" in text
     assert "had runs of dino-epochs-0 whose last losses differ by more than\n0.1 % from" in text
     assert "MAE&nbsp;51.0&nbsp;±&nbsp;1.4" in text
-    assert "3 of 27 pieces are there; those that ran\nuninterrupted (3) took 0.0 processor hours." in text
+    assert "3 of 30 pieces are there; those that ran\nuninterrupted (3) took 0.0 processor hours." in text
 
 
 def test_a_page_with_all_readouts_knows_every_sentence(tmp_path):
@@ -388,7 +408,7 @@ def test_a_page_with_all_readouts_knows_every_sentence(tmp_path):
     text = rendered(tmp_path, results)
     assert "pieces of the second stage are still to be run" not in text and "No results yet." not in text
     (line,) = (line for line in text.splitlines() if line.startswith("- Fine-tuning and dense readouts"))
-    assert "not yet known" not in line and "27 of 27 pieces are there" in text
+    assert "not yet known" not in line and "30 of 30 pieces are there" in text
     assert "keypoints, PCK@0.1 (%) | correspondence, PCK@0.1 (%) |\n" in text
 
 
