@@ -38,7 +38,7 @@ from benchmarks.studies.claims import (
     title,
 )
 from benchmarks.studies.pictures import CAPTIONS, draw_all
-from benchmarks.studies.plan import BUDGETS, METHODS, METRICS, READOUTS, SCRATCH, SHARES, Cell, Method, Metric
+from benchmarks.studies.plan import BUDGETS, DATA, METHODS, METRICS, READOUTS, SHARES, Cell, Method, Metric
 from benchmarks.studies.readout_pictures import CAPTIONS as READOUT_CAPTIONS
 from benchmarks.studies.readout_pictures import draw_readouts
 
@@ -108,7 +108,7 @@ def text(study: Study, drawn: list[str]) -> str:
         at_last=lambda metric, method: _at_last(study, metric, method),
         at_best=lambda metric, method: _at_best(study, metric, method),
         read_metrics=[metric for metric in METRICS.values() if _dense(study, metric, next(iter(METHODS)))],
-        scratch=SCRATCH,
+        unmoved=_unmoved(study),
         results=results,
         pieces=pieces,
         timed_pieces=[sum(piece["seconds"].values()) for piece in pieces if piece["seconds"]],
@@ -165,6 +165,13 @@ def _at_best(study: Study, metric: Metric, method: str) -> str:
     means = values.mean(0)
     layer = int(means.argmax() if metric.larger else means.argmin())
     return f"{layer + 1}: {shown(values[:, layer].tolist(), metric.digits)}"
+
+
+def _unmoved(study: Study) -> str:
+    """PCK@0.1 (%) of correspondence if every point were found at its own place; empty where there is no result."""
+    pieces = [piece for piece in study.pieces.values() if piece["kind"] == "dense" and piece["of"] == DATA]
+    values = [100 * next(iter(piece["models"].values()))[-1]["correspondence"]["unmoved_pck_10"] for piece in pieces]
+    return shown(values, 1) if values else ""
 
 
 def _other_runs(study: Study) -> list[str]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = dict(zip([*METHODS, SCRATCH], SERIES, strict=True)) | {SLOW_SCRATCH: SERIES[-1]}
-DASHES: dict[str, Any] = {SCRATCH: (0, (5, 3)), SLOW_SCRATCH: (0, (1, 2))}
+DASHES: dict[str, Any] = {SCRATCH: (0, (3, 1.2)), SLOW_SCRATCH: (0, (1, 1))}
 _TOKENS = PATCHES + 1
 
 # Dots of heads: quantity, label, and what values are divided by.

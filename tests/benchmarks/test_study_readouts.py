@@ -54,7 +54,10 @@ def made_dense(data, seed, values, **more):
         method: [
             {
                 "layers": [layer + 1],
-                **{m.task: {m.key: values.get(m.task, {}).get(method, [0.0] * DEPTH)[layer]} for m in tasks},
+                **{
+                    m.task: {m.key: values.get(m.task, {}).get(method, [0.0] * DEPTH)[layer], "unmoved_pck_10": 0.125}
+                    for m in tasks
+                },
             }
             for layer in range(DEPTH)
         ]
@@ -410,6 +413,7 @@ def test_a_page_with_all_readouts_knows_every_sentence(tmp_path):
     (line,) = (line for line in text.splitlines() if line.startswith("- Fine-tuning and dense readouts"))
     assert "not yet known" not in line and "30 of 30 pieces are there" in text
     assert "keypoints, PCK@0.1 (%) | correspondence, PCK@0.1 (%) |\n" in text
+    assert " If nothing had moved, PCK@0.1 of correspondence would be 12.5 ± 0.0 %.\n" in text
 
 
 def test_starts_are_drawn_over_the_labels_and_methods_over_layers(tmp_path):
