@@ -202,6 +202,12 @@ class Share:
 # About 500 steps each: as few as the command's defaults take, however few the images.
 SHARES = (Share("1%", 50, 100, 10), Share("10%", 500, 34, 32), Share("all", TRAIN_IMAGES, 6, 64))
 
+
+def shares_of(start: str) -> tuple[Share, ...]:
+    """The shares that a start is fine-tuned with: of ``SLOW_SCRATCH`` those that sentences hold it against."""
+    return SHARES[:2] if start == SLOW_SCRATCH else SHARES
+
+
 # The published recipe (MAE of ViT-L) as it is scaled down for 5,000 images and fewer: images are neither mixed nor
 # erased. The rate is that of the first stage: 1e-3 x batch / 256 would be 0.04e-3 to 0.25e-3, too little for random
 # weights in so few steps. From scratch all layers learn at it.

@@ -10,7 +10,7 @@ import torch
 from benchmarks.pictures import save
 from benchmarks.studies.claims import FINETUNE, Study, dense_by_layer, fine_tuned
 from benchmarks.studies.pictures import COLOURS, DASHES, grid, legend, line
-from benchmarks.studies.plan import METHODS, METRICS, SHARES, TITLES
+from benchmarks.studies.plan import METHODS, METRICS, SHARES, TITLES, shares_of
 from mimkernels._palette import INK
 
 if TYPE_CHECKING:
@@ -45,11 +45,12 @@ def over_labels(study: Study) -> Figure | None:
     for number, start in enumerate(starts):
         accuracy = torch.tensor(
             [
-                [fine_tuned(share.labels)(result) for share in SHARES]
+                [fine_tuned(share.labels)(result) for share in shares_of(start)]
                 for result in study.runs(start, "epochs", FINETUNE).values()
             ]
         )  # [seeds, shares]
-        apart = places + 0.03 * (number - (len(starts) - 1) / 2)  # so that marks of several starts can be seen
+        beside = 0.03 * (number - (len(starts) - 1) / 2)  # so that marks of several starts can be seen
+        apart = places[: accuracy.shape[1]] + beside
         dashes = DASHES.get(start, "-")
         panel.plot(apart, accuracy.mean(0), color=COLOURS[start], linewidth=1.9, linestyle=dashes, zorder=3)
         panel.scatter(apart.expand_as(accuracy).flatten(), accuracy.flatten(), marker="_", s=60, linewidths=1.0,

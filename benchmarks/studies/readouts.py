@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.studies import cells, plan
 from benchmarks.studies.cells import CellError, circumstances, rounded
-from benchmarks.studies.plan import DENSE, METRICS, SHARES, Cell, Piece, Share
+from benchmarks.studies.plan import DENSE, METRICS, Cell, Piece, Share
 from mimkernels.data.fashion_mnist import FashionMNISTSource
 from mimkernels.engine import files
 
@@ -53,7 +53,7 @@ def commands(piece: Piece, folder: Path, work: Path) -> dict[str, list[str]]:
     """Arguments of ``mimkernels`` for a piece, by the name of the folder that each writes."""
     if piece.kind == "dense":
         return {"dense": _dense(piece, folder, work)}
-    return {_folder(share): _finetune(piece, share, folder, work) for share in SHARES}
+    return {_folder(share): _finetune(piece, share, folder, work) for share in plan.shares_of(piece.of)}
 
 
 def _folder(share: Share) -> str:
@@ -128,14 +128,14 @@ def collect(piece: Piece, folder: Path, work: Path, results: Path, seconds: dict
         "as_recorded": {cell.method: as_recorded(cell, work, results) for cell in piece.cells},
         "data": {"train": train, "test": test},
         **circumstances(seconds),
-        **(_read(piece, folder / "dense") if piece.kind == "dense" else {"shares": _fine_tuned(folder)}),
+        **(_read(piece, folder / "dense") if piece.kind == "dense" else {"shares": _fine_tuned(piece.of, folder)}),
     }
 
 
-def _fine_tuned(folder: Path) -> dict[str, Any]:
+def _fine_tuned(start: str, folder: Path) -> dict[str, Any]:
     """By share of the labels: scores on the test images, and the settings."""
     shares = {}
-    for share in SHARES:
+    for share in plan.shares_of(start):
         run = folder / _folder(share)
         scores = json.loads((run / "results.json").read_text())
         shares[share.labels] = {

@@ -43,7 +43,7 @@ DEPTH = 6
 
 
 def made_finetune(start, seed, accuracies, **more):
-    shares = {share.labels: {"accuracy": value} for share, value in zip(SHARES, accuracies, strict=True)}
+    shares = {share.labels: {"accuracy": value} for share, value in zip(SHARES, accuracies, strict=False)}
     return {**ABOUT, "kind": "finetune", "of": start, "seed": seed, "as_recorded": {}, "shares": shares, **more}
 
 
@@ -115,15 +115,16 @@ def test_methods_are_fine_tuned_alike(tmp_path):
         return {name: vars(options_of(command)) for name, command in ran.items()}
 
     mae, dino, scratch, slow = of("mae"), of("dino"), of(SCRATCH), of(SLOW_SCRATCH)
-    assert list(mae) == ["labels-1", "labels-10", "labels-all"]
+    assert list(mae) == ["labels-1", "labels-10", "labels-all"] and list(slow) == ["labels-1", "labels-10"]
     for name in mae:
         assert Path(mae[name]["output"]) == tmp_path / "piece" / name
         assert Path(mae[name]["model"]) == tmp_path / "mae-epochs-1" / "run"
         assert {key for key, value in dino[name].items() if mae[name].get(key) != value} == {"model"}
         other = {key for key, value in scratch[name].items() if mae[name].get(key) != value}
         assert other == {"from_scratch", "layer_decay"}
-        assert {key for key, value in slow[name].items() if scratch[name].get(key) != value} == {"lr"}
-        assert (mae[name]["lr"], slow[name]["lr"]) == (1e-3, 3e-4)
+        if name in slow:
+            assert {key for key, value in slow[name].items() if scratch[name].get(key) != value} == {"lr"}
+            assert (mae[name]["lr"], slow[name]["lr"]) == (1e-3, 3e-4)
         fields = {field.name for field in dataclasses.fields(FinetuneConfig)}
         config = FinetuneConfig(**{key: mae[name][key] for key in fields if mae[name].get(key) is not None})
         config.check()
@@ -261,7 +262,7 @@ def test_a_tiny_stage_from_training_to_results(tmp_path, monkeypatch):
     for name, value in settings.items():
         monkeypatch.setattr(plan, name, value)
     monkeypatch.setattr(Piece, "cells", property(lambda piece: (Cell("mae", "epochs", piece.seed),)))
-    monkeypatch.setattr(readouts, "SHARES", (Share("25%", 30, 1, 10),))
+    monkeypatch.setattr(plan, "SHARES", (Share("25%", 30, 1, 10),))
     options = ("--side", "24", "--train-images", "4", "--test-images", "2", "--steps", "2", "--batch-size", "2")
     monkeypatch.setitem(DENSE, "scenes", Dense("scenes", DENSE["scenes"].tasks, options))
     monkeypatch.setattr(cells, "write_data", lambda folder: None)
