@@ -1,11 +1,11 @@
 """The models that arguments of a command name: ``NAME=MODEL:OPTION=VALUE``."""
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mimkernels._options import option_value
 from mimkernels.engine.settings import require
 
 _NAME = re.compile(r"([\w .+@-]+)=(.+)", re.DOTALL)
@@ -38,7 +38,7 @@ def parse_models(texts: list[str]) -> list[ModelChoice]:
         given, model = (match[1].strip(), match[2]) if match else (None, text)
         options: dict[str, Any] = {}
         while not Path(model).exists() and (option := _OPTION.search(model)):
-            options = {option[1]: _value(option[2]), **options}
+            options = {option[1]: option_value(option[2]), **options}
             model = model[: option.start()]
         choice = ModelChoice(given or _name_of(model), model, options.pop("arch", None))
         choice.pretrained = options.pop("pretrained", True)
@@ -56,13 +56,6 @@ def parse_models(texts: list[str]) -> list[ModelChoice]:
         choices.append(choice)
         named.append(given is not None)
     return choices
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
 
 
 def _name_of(model: str) -> str:

@@ -1,6 +1,5 @@
 """What a model predicts: pixels, themselves or normalised by their patch or neighbourhood, or a teacher's features."""
 
-import json
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -8,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from mimkernels._options import option_value
 from mimkernels.models.architecture import ARCHITECTURE_ARGUMENTS, check_sizes
 from mimkernels.ops import masked_feature_loss
 
@@ -132,7 +132,7 @@ def _options(given: str, text: str, known: tuple[str, ...]) -> dict[str, Any]:
             elif name == "arch":
                 options[name] = value
             elif name not in _CHOICES:
-                arguments[name] = _plain(value)
+                arguments[name] = option_value(value)
             elif value in _CHOICES[name]:
                 options[name] = value
             else:
@@ -150,10 +150,3 @@ def _options(given: str, text: str, known: tuple[str, ...]) -> dict[str, Any]:
         raise ValueError(f"target {text!r}: img_size must be at least 1, got {options['img_size']}")
     check_sizes(arguments)
     return {**options, **({"model_kwargs": arguments} if arguments else {})}
-
-
-def _plain(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text

@@ -1,8 +1,8 @@
 """A pooling with its options as one word, such as ``abmilp:depth=2``: for command lines and saved settings."""
 
-import json
 from typing import Any, NamedTuple
 
+from mimkernels._options import option_value
 from mimkernels.nn.pooling import poolings
 
 __all__ = ["PoolingChoice", "parse_pooling"]
@@ -21,13 +21,10 @@ def parse_pooling(label: str) -> PoolingChoice:
     name, *pairs = label.split(":")
     if name not in poolings():
         raise ValueError(f"unknown pooling {name!r}; known: {', '.join(poolings())}")
-    options = {}
+    options: dict[str, Any] = {}
     for pair in pairs:
         option, equals, value = pair.partition("=")
         if not option or not equals:
             raise ValueError(f"pooling {label!r}: expected NAME:OPTION=VALUE, got {pair!r}")
-        try:
-            options[option] = json.loads(value)
-        except json.JSONDecodeError:
-            options[option] = value
+        options[option] = option_value(value)
     return PoolingChoice(label, name, options)
