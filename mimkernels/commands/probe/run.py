@@ -31,7 +31,7 @@ from mimkernels.data.split import open_split
 from mimkernels.engine import files
 from mimkernels.engine.checkpoint import are_tensors
 from mimkernels.engine.command import TrainingError, told_failures
-from mimkernels.engine.encoder import load_encoder
+from mimkernels.engine.encoder import load_same_encoder
 from mimkernels.engine.environment import start_accelerator, versions
 from mimkernels.engine.hardware import device_name, loading_workers
 from mimkernels.engine.lock import folder_lock
@@ -115,7 +115,7 @@ class ProbeRun:
         """Check everything that can be wrong before training begins."""
         config = self.config
         self.accelerator, self.precision, self.precision_reason = start_accelerator(config.device, config.precision)
-        self.encoder = load_encoder(config)
+        self.encoder = load_same_encoder(config)
         self.choices = parse_poolings(config.pooling)
         self.split = open_split(config, self.encoder.pixel_range)
         self.probes = {choice.label: self._build(choice) for choice in self.choices}

@@ -215,6 +215,15 @@ def test_another_encoder_is_another_probe(config, trained, tmp_path):
         probe(config(pooling="mean", epochs=1, model=str(tmp_path / "other.pth")))
 
 
+def test_random_weights_are_the_same_ones_every_time(config, flags):
+    """Whatever was drawn before: the same command goes on with what is finished, and adds poolings to it."""
+    settings = {**TIMM, "data": str(flags()), "batch_size": 8, "epochs": 1}
+    (first,) = probe(config(**settings, pooling="mean")).results
+    torch.randn(3)
+    both = probe(config(**settings, pooling="mean,cls")).results
+    assert [result.label for result in both] == ["mean", "cls"] and both[0].accuracy == first.accuracy
+
+
 def test_run_folder_checkpoint_and_export_are_the_same_encoder(config, trained):
     images = torch.randint(256, (2, 1, 16, 16), dtype=torch.uint8)
     places = [trained, trained / "checkpoints" / "final.pt", trained / "mae_checkpoint.pth"]
