@@ -1,11 +1,13 @@
 """Correspondence of frozen features: points of an image found again in a second one, by the most similar patch."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mimkernels.commands.dense.features import joined
 from mimkernels.data.warps import moved_points, pixel_middles
 
 POINTS = 16  # asked for along each side of an image
@@ -34,20 +36,27 @@ def queries(images: Tensor, warps: Tensor) -> Queries:
     points = pixel_middles(POINTS, POINTS).view(-1, 2)
     places = moved_points(warps, points)
     visible = (places.abs() < 1).all(-1)
+    varied = [_spread(part) >= _FLAT for part in images.split(_AT_ONCE)]
+    return Queries(points, places, visible & torch.cat(varied))
+
+
+def _spread(images: Tensor) -> Tensor:
+    """``[n, Q]``: how many levels of grey there are around each point."""
     grey = images.float().mean(1, keepdim=True)
     high, low = F.adaptive_max_pool2d(grey, POINTS), -F.adaptive_max_pool2d(-grey, POINTS)
-    return Queries(points, places, visible & ((high - low) >= _FLAT).flatten(1))
+    return (high - low).flatten(1)
 
 
 @torch.no_grad()
-def matched(first: Tensor, second: Tensor, points: Tensor, device: torch.device) -> Tensor:
+def matched(first: Sequence[Tensor], second: Sequence[Tensor], points: Tensor, device: torch.device) -> Tensor:
     """Where points of the first images look most alike in the second.
 
     The features of a point are sampled from the first map bilinearly. The patch of the second map with the largest
     cosine is refined to the mean of the 3 x 3 patches around it, weighted by ``exp(cosine / 0.05)``.
 
     Args:
-        first, second: maps ``[n, D, h, w]`` of the two images.
+        first, second: maps ``[n, D, h, w]`` of the two images, of the layers that are read together. Of no more than
+            a few images at a time they are joined, in fp32 on `device`.
         points: ``[Q, 2]``.
         device: where cosines are computed.
 
@@ -55,10 +64,12 @@ def matched(first: Tensor, second: Tensor, points: Tensor, device: torch.device)
         ``[n, Q, 2]`` float64, on the CPU.
     """
     places = points.to(device)
-    parts = [
-        _matched(one.to(device).float(), other.to(device).float(), places)
-        for one, other in zip(first.split(_AT_ONCE), second.split(_AT_ONCE), strict=True)
-    ]
+    parts = []
+    for start in range(0, len(first[0]), _AT_ONCE):
+        one, other = (
+            joined([layer[start : start + _AT_ONCE].to(device) for layer in maps]) for maps in (first, second)
+        )
+        parts.append(_matched(one, other, places))
     return torch.cat(parts).cpu()
 
 

@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
+from mimkernels.commands.dense import matching
 from mimkernels.commands.dense.config import DenseConfig
 from mimkernels.commands.dense.data import DenseData, DenseImages
+from mimkernels.commands.dense.features import joined
 from mimkernels.commands.dense.matching import Queries, correspondence_scores, matched, queries
 from mimkernels.commands.dense.tasks import correspondence as module
 from mimkernels.commands.dense.tasks.base import Features, Job
@@ -27,7 +29,7 @@ def test_the_same_image_is_found_everywhere():
     noise = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     asked = queries(noise, IDENTITY.expand(2, 3, 3))
     assert asked.asked.all() and asked.asked.shape == (2, 256)
-    scores = correspondence_scores(matched(maps, maps, asked.points, CPU), asked, 64)
+    scores = correspondence_scores(matched([maps], [maps], asked.points, CPU), asked, 64)
     assert (scores.pck_10, scores.pck_5, scores.unmoved_pck_10, scores.points) == (1, 1, 1, 512)
     assert scores.error < 0.5  # pixels
 
@@ -36,7 +38,7 @@ def test_a_shift_by_whole_patches_is_exact():
     maps = distinct_maps(1, 4, 8)
     shifted = maps.roll((1, -2), dims=(2, 3))  # a patch down, two to the left
     points = pixel_middles(4, 8)[:3, 2:].reshape(-1, 2)
-    found = matched(maps, shifted, points, CPU)[0]
+    found = matched([maps], [shifted], points, CPU)[0]
     expected = points + torch.tensor([-2 * 2 / 8, 2 / 4])
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
@@ -44,9 +46,24 @@ def test_a_shift_by_whole_patches_is_exact():
 def test_a_point_between_patches_is_found_between_them():
     maps = distinct_maps(1, 4, 4)
     points = torch.tensor([[0.0, 0.25], [-0.75, -0.75], [-1.0, 1.0]])  # a border of two patches, a middle, a corner
-    found = matched(maps, maps, points, CPU)[0]
+    found = matched([maps], [maps], points, CPU)[0]
     torch.testing.assert_close(found[0], torch.tensor([0.0, 0.25], dtype=torch.float64), atol=1e-5, rtol=0)
     torch.testing.assert_close(found[1:], torch.tensor([[-0.75, -0.75], [-0.75, 0.75]]).double(), atol=1e-5, rtol=0)
+
+
+def test_layers_are_joined_for_a_few_images_at_a_time(monkeypatch):
+    drawn = torch.Generator().manual_seed(0)
+    first, second = ([torch.randn(40, 4, side, side, generator=drawn) for side in (8, 4)] for _ in range(2))
+    points, counts = pixel_middles(4, 4).view(-1, 2), []
+    together = matched([joined(first)], [joined(second)], points, CPU)
+
+    def counted(maps):
+        counts.append(len(maps[0]))
+        return joined(maps)
+
+    monkeypatch.setattr(matching, "joined", counted)
+    assert torch.equal(matched(first, second, points, CPU), together)
+    assert max(counts) <= 16 and sum(counts) == 2 * 40
 
 
 def test_what_leaves_the_picture_and_plain_colours_are_not_asked_for():

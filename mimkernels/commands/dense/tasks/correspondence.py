@@ -5,7 +5,6 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from mimkernels.commands.dense.data import DenseData, DenseImages
-from mimkernels.commands.dense.features import joined
 from mimkernels.commands.dense.matching import (
     POINTS,
     CorrespondenceScores,
@@ -44,7 +43,7 @@ class Correspondence(Task[CorrespondenceScores]):
 
     def read(self, job: Job) -> Reading[CorrespondenceScores]:
         asked = _queries(job.data.test)
-        found = matched(joined(job.test.maps), joined(job.further), asked.points, job.device)
+        found = matched(job.test.maps, job.further, asked.points, job.device)
         return Reading(correspondence_scores(found, asked, job.config.side), found)
 
     def worth(self, scores: CorrespondenceScores) -> float:
