@@ -86,9 +86,10 @@ def check_writable(folder: Path) -> None:
 
 
 def check_own_folder(folder: Path, kind: type[Settings]) -> None:
-    """Raise ValueError if `folder` holds the results of another command than that with settings of `kind`.
+    """Raise ValueError if `folder` holds results of a command whose settings are not those of `kind`.
 
-    Its ``config.json`` tells, which every command writes; one that is damaged does not.
+    Its ``config.json`` tells, which every command writes; one that is damaged does not. Settings with other names are
+    those of another command, or of this one in another version: the file does not say which.
     """
     try:
         saved = json.loads((folder / "config.json").read_text())
@@ -98,8 +99,8 @@ def check_own_folder(folder: Path, kind: type[Settings]) -> None:
     if others:
         shown = ", ".join(others[:4]) + (", ..." if len(others) > 4 else "")
         raise ValueError(
-            f"output {str(folder)!r} holds what another command wrote: its config.json has {shown}, which are no "
-            "settings of this one; choose another --output"
+            f"output {str(folder)!r} holds what another command, or another version of this one, wrote: its "
+            f"config.json has {shown}, which are no settings of this command; choose another --output"
         )
 
 

@@ -1,6 +1,7 @@
 """How a command ends where memory or the disk fails, and whose folder it refuses."""
 
 import errno
+import json
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def test_a_folder_of_another_command_is_refused(tmp_path, writer):
         if name == writer:
             check_own_folder(tmp_path, type(config))
             continue
-        with pytest.raises(ValueError, match=f"output '{tmp_path}' holds what another command wrote: its config.json"):
+        with pytest.raises(ValueError, match=f"output '{tmp_path}' holds what another command, .* its config.json has"):
             check_own_folder(tmp_path, type(config))
 
 
@@ -65,5 +66,12 @@ def test_a_damaged_config_is_nobodys(tmp_path, content):
 
 def test_somebody_elses_config_is_not_replaced(tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["ViT"]}')
-    with pytest.raises(ValueError, match="its config.json has architectures, which are no settings of this one"):
+    with pytest.raises(ValueError, match="its config.json has architectures, which are no settings of this command"):
         check_own_folder(tmp_path, ProbeConfig)
+
+
+def test_a_folder_of_another_version_is_not_called_one_of_another_command(tmp_path):
+    saved = {**DenseConfig().to_dict(), "reader": "linear"}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=r"or another version of this one, wrote: its config\.json has reader, which"):
+        check_own_folder(tmp_path, DenseConfig)
