@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from mimkernels.data.joints import JOINTS, UNLABELLED, VISIBLE, Persons
-from mimkernels.data.pixels import Decoder, drawn
+from mimkernels.data.pixels import Decoder, data_folder, drawn
 
 _PADDED = 1.25  # side of the square that is cut out, over the larger side of the box
 
@@ -41,16 +41,17 @@ class CocoPersons:
     """
 
     def __init__(self, root: str | Path, split: str, count: int, seed: int, decoder: Decoder | None = None) -> None:
-        self.root, self.decoder = Path(root), decoder or Decoder()
-        if not self.root.is_dir():
-            raise ValueError(f"data root {str(root)!r} is no folder (looked for {self.root.absolute()})")
+        self.root, self.decoder = data_folder(root, "coco-keypoints"), decoder or Decoder()
         self.annotations = self.root / "annotations" / f"person_keypoints_{split}2017.json"
         folders = [self.root / f"{split}2017", self.root / "images" / f"{split}2017"]
         if not self.annotations.is_file():
-            raise ValueError(f"COCO keypoints need {str(self.annotations)!r}, which is no file")
+            raise ValueError(
+                f"data 'coco-keypoints': no file {str(self.annotations)!r}; {str(root)!r} must hold annotations/ with "
+                "person_keypoints_train2017.json and person_keypoints_val2017.json"
+            )
         folder = next((folder for folder in folders if folder.is_dir()), None)
         if folder is None:
-            raise ValueError(f"COCO keypoints need a folder of images, {' or '.join(repr(str(f)) for f in folders)}")
+            raise ValueError(f"data 'coco-keypoints': no folder {' or '.join(repr(str(place)) for place in folders)}")
         self.folder = folder
         persons = self._read_annotations()
         self.persons = persons = [persons[i] for i in drawn(len(persons), count, seed)]

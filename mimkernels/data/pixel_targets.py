@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimkernels.data.pixels import Decoder, drawn, read_levels
+from mimkernels.data.pixels import Decoder, data_folder, drawn, read_levels
 
 IGNORED = 255  # the label of pixels that do not count
 NYU_DEPTHS = (0.001, 10.0)  # metres, between which depths are valid
@@ -102,7 +102,7 @@ class ADE20KFolder(PixelTargets):
     """
 
     def __init__(self, root: str | Path, train: bool = True, decoder: Decoder | None = None) -> None:
-        root, part = _existing(root, "ade20k"), "training" if train else "validation"
+        root, part = data_folder(root, "ade20k"), "training" if train else "validation"
         images, labels = root / "images" / part, root / "annotations" / part
         for folder in (images, labels):
             if not folder.is_dir():
@@ -151,7 +151,7 @@ class NYUv2Folder(PixelTargets):
     def __init__(
         self, root: str | Path, train: bool = True, scale: float = 1000.0, decoder: Decoder | None = None
     ) -> None:
-        root, wanted = _existing(root, "nyuv2"), _NYU_TRAIN if train else _NYU_TEST
+        root, wanted = data_folder(root, "nyuv2"), _NYU_TRAIN if train else _NYU_TEST
         folder = next((root / name for name in wanted if (root / name).is_dir()), None)
         if folder is None:
             packed = sorted(path.name for path in root.glob("*.mat"))
@@ -181,15 +181,6 @@ class NYUv2Folder(PixelTargets):
 
     def fingerprint(self) -> str:
         return f"{super().fingerprint()}/{self.scale:g}"
-
-
-def _existing(root: str | Path, data: str) -> Path:
-    root = Path(root)
-    if not root.is_dir():
-        raise ValueError(
-            f"data {data!r}: no folder {str(root)!r} (looked for {root.absolute()}); name it with --data-root"
-        )
-    return root
 
 
 def _pictures(folder: Path) -> list[Path]:

@@ -93,6 +93,16 @@ def drawn(total: int, count: int, seed: int) -> list[int]:
     return sorted(np.random.default_rng(seed).permutation(total)[:count].tolist())
 
 
+def data_folder(root: str | Path, data: str) -> Path:
+    """The folder `root` of the set that ``--data`` calls `data`; ValueError if there is none."""
+    folder = Path(root)
+    if not folder.is_dir():
+        raise ValueError(
+            f"data {data!r}: no folder {str(root)!r} (looked for {folder.absolute()}); name it with --data-root"
+        )
+    return folder
+
+
 def read_levels(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """The values ``[H, W]`` of a grey image or the numbers of a palette's, as the file has them.
 
