@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,9 +16,21 @@ from mimkernels.data.pixel_targets import augmented_copies
 from mimkernels.data.scenes import CLASSES, DEPTHS, Scenes, make_scenes
 from mimkernels.engine.settings import require
 
+Values = TypeVar("Values")
+
+
+class _Targets(Generic[Values]):
+    """What is true of images, by the names of the attributes that hold it."""
+
+    def target(self, name: str) -> Values:
+        """The values of a target that the data have."""
+        values: Values | None = getattr(self, name)
+        assert values is not None, name  # DenseSource.targets says which are there
+        return values
+
 
 @dataclass
-class DenseImages:
+class DenseImages(_Targets[Tensor]):
     """Images, and what is true of them; a target that the data do not have is None.
 
     Attributes:
@@ -43,12 +55,6 @@ class DenseImages:
     def __len__(self) -> int:
         return len(self.images)
 
-    def target(self, name: str) -> Tensor:
-        """The tensor of a target that the data have."""
-        values: Tensor | None = getattr(self, name)
-        assert values is not None, name  # DenseSource.targets says which are there
-        return values
-
     def first(self, count: int) -> "DenseImages":
         """The first `count` images with their targets."""
         parts: dict[str, Any] = {}
@@ -59,7 +65,7 @@ class DenseImages:
 
 
 @dataclass
-class WholeImages:
+class WholeImages(_Targets[list[Tensor]]):
     """Whole test images by sliding windows, with what is true of their pixels at their own size.
 
     Attributes:
@@ -69,11 +75,6 @@ class WholeImages:
     windows: Windows
     labels: list[Tensor] | None = None
     depths: list[Tensor] | None = None
-
-    def target(self, name: str) -> list[Tensor]:
-        values: list[Tensor] | None = getattr(self, name)
-        assert values is not None, name
-        return values
 
 
 @dataclass
