@@ -14,8 +14,8 @@ from mimkernels.nn.pooling_choice import parse_pooling
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("7", 7), ("0.5", 0.5), ("true", True), ("null", None), ("[2,2]", [2, 2]), ("gelu", "gelu"), ("", ""), ("2x", "2x"),
-     ("1" * 5000, "1" * 5000), ("[" * 100_000, "[" * 100_000)],
+    [("7", 7), ("0.5", 0.5), ("true", True), ("null", None), ("[2,2]", [2, 2]), ("gelu", "gelu"), ("", ""),
+     ("2x", "2x"), ("1" * 5000, "1" * 5000), ("[" * 100_000, "[" * 100_000)],
     ids=lambda value: str(value)[:8],
 )  # fmt: skip
 def test_a_value_is_json_or_the_word_itself(text, value):
