@@ -11,7 +11,8 @@ from mimkernels.engine.training.mixing import check_pairs
 
 # As of `TrainingConfig.architecture`, ...
 _ARCHITECTURE = (
-    "arch", "model_kwargs", "img_size", "in_chans", "patch_size", "num_classes", "readout", "freeze", "ema",
+    "model", "from_scratch", "pretrained", "arch", "model_kwargs", "img_size", "in_chans", "patch_size", "num_classes",
+    "readout", "freeze", "ema",
 )  # fmt: skip
 # ... and of `results`.
 _RESULTS = (
