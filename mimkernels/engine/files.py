@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import tempfile
@@ -108,6 +109,17 @@ def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8. Bytes of a path that are not UTF-8, surrogates in Python, are written escaped: ``\\udce9``."""
     with atomic_file(path) as file:
         file.write(text.encode(errors="backslashreplace"))
+
+
+def json_numbers(value: Any) -> Any:
+    """A value of dicts, lists, tensors and numbers for JSON, whose numbers are finite: others become None, null."""
+    if isinstance(value, dict):
+        return {key: json_numbers(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_numbers(item) for item in value]
+    if isinstance(value, torch.Tensor):
+        return json_numbers(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def save(path: str | Path, content: dict[str, Any], writer: Callable[[Any, BinaryIO], None] = torch.save) -> None:

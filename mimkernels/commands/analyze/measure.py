@@ -159,13 +159,15 @@ def measure(
             tokens.update()
             read.append(batch.positions)
             note(f"{seen:,}/{len(images):,} images")
-    notes = [f"{name} was not seen: {why}" for name, why in heads.missed.items()]
-    if broken:
-        position, reason = broken[0]
-        text = f"{len(broken)} of {len(images)} images cannot be read, such as {images.label(position)}: {reason}"
+        unread = ""
+        if broken:
+            position, reason = broken[0]
+            unread = f"{len(broken)} of {len(images)} images cannot be read, such as {images.label(position)}: {reason}"
         if not seen:
-            raise TrainingError(text)
-        notes.append(f"{text}; they are left out")
+            raise TrainingError(unread)
+    notes = [f"{name} was not seen: {why}" for name, why in heads.missed.items()]
+    if unread:
+        notes.append(f"{unread}; they are left out")
     if not tokens.grams:
         notes.append("no CKA: its blocks give no tokens [B, N, D]")
     statistics = heads.statistics

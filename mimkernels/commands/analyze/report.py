@@ -3,13 +3,11 @@
 import functools
 import itertools
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from markupsafe import Markup
 from torch import Tensor
 
@@ -19,6 +17,7 @@ from mimkernels.commands.analyze.maps import Maps
 from mimkernels.commands.analyze.pictures import MarkedImage, marked_images
 from mimkernels.commands.analyze.results import Model
 from mimkernels.commands.analyze.sections import Drawer, Figure, Section
+from mimkernels.engine import files
 from mimkernels.engine.command import TrainingError
 from mimkernels.engine.figures import as_colour, png_address
 from mimkernels.engine.head_history import STRIP_WORDS, Epochs, strips
@@ -175,13 +174,16 @@ class AnalysisReport:
         """Every number of the page, for JSON: NaN is null."""
         parts = ("facts", "notes", "heads", "states", "outputs", "accuracy", "importance")
         models = [
-            {"name": model.name, "runs": [{part: _plain(getattr(run, part)) for part in parts} for run in model.runs]}
+            {
+                "name": model.name,
+                "runs": [{part: files.json_numbers(getattr(run, part)) for part in parts} for run in model.runs],
+            }
             for model in self.models
         ]
-        cka = {name: _plain(matrix.tolist()) for name, matrix in self.similarities.items()}
+        cka = {name: files.json_numbers(matrix.tolist()) for name, matrix in self.similarities.items()}
         during = {
             run: [
-                {"epoch": epoch, "heads": _plain(seen.to_dict())}
+                {"epoch": epoch, "heads": files.json_numbers(seen.to_dict())}
                 for epoch, seen in zip(epochs.epochs.tolist(), epochs.seen, strict=True)
             ]
             for _, run, epochs in _named_runs(self.epochs)
@@ -216,14 +218,3 @@ def _span(counts: Iterable[int]) -> str:
     """What counts are, from the lowest to the highest."""
     counts = sorted(counts)
     return f"{counts[0]}" if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
-
-
-def _plain(value: Any) -> Any:
-    """Numbers that JSON has no word for become None."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, Tensor):
-        return _plain(torch.as_tensor(value).tolist())
-    return None if isinstance(value, float) and not math.isfinite(value) else value

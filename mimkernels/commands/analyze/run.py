@@ -27,7 +27,7 @@ from mimkernels.engine.hardware import device_name, loading_workers
 from mimkernels.engine.head_history import FIXED_IMAGES, Epochs
 from mimkernels.engine.lock import folder_lock
 from mimkernels.engine.model_names import ModelChoice, parse_models
-from mimkernels.engine.progress import Progress, duration
+from mimkernels.engine.progress import Progress, counted, duration
 from mimkernels.engine.published import LoadReport
 
 
@@ -88,8 +88,11 @@ class AnalyzeRun:
 
     def execute(self) -> AnalysisResult:
         """Run each model that is not kept from before, and write the page and the numbers."""
-        with self._held, told_failures(self.output, self.accelerator.device, "lower --batch-size"):
+        with self._held, told_failures(self.output, self.accelerator.device, "lower --batch-size", self._going_on):
             return self._execute()
+
+    def _going_on(self) -> str:
+        return f"the same command goes on with the models that {self.output} holds"
 
     def _execute(self) -> AnalysisResult:
         files.sweep(self.output, self.output / "models")
@@ -181,6 +184,6 @@ def open_images(config: AnalyzeConfig) -> LabelledImages:
     except ValueError:
         numbers = [-1] * len(source)
     if len(source) < 4:
-        raise ValueError(f"{source.name!r} has {len(source)} images; CKA needs at least 4")
+        raise ValueError(f"{source.name!r} has {counted(len(source), 'image')}; CKA needs at least 4")
     chosen = np.linspace(0, len(source) - 1, min(config.images, len(source))).round().astype(int)
     return LabelledImages(source, chosen, torch.tensor(numbers, dtype=torch.int64)[torch.from_numpy(chosen)])

@@ -69,6 +69,16 @@ def test_refusals_say_what_is_wrong_and_write_nothing(tmp_path, changes, told):
     assert not (tmp_path / "out").exists()
 
 
+def test_images_none_of_which_can_be_read_end_it_in_a_line(tmp_path, capsys):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number in range(4):
+        (folder / f"{number}.png").write_bytes(b"no image")
+    words = ["analyze", A, "--data", str(folder), "--workers", "0", "--device", "cpu", "-o", str(tmp_path / "out")]
+    assert main(words) == 1
+    assert "error: 4 of 4 images cannot be read, such as" in capsys.readouterr().err
+
+
 def test_bands_of_shares_end_at_zero():
     mean, spread = torch.tensor([[0.1, 0.5]]), torch.tensor([0.2, 0.2])
     shares = Series("a", torch.arange(2.0), mean, spread)
