@@ -19,7 +19,7 @@ from mimkernels.engine.environment import start_accelerator, versions
 from mimkernels.engine.hardware import device_name, loading_workers
 from mimkernels.engine.head_history import FIXED_IMAGES, TRAINING_STEPS
 from mimkernels.engine.lock import folder_lock
-from mimkernels.engine.progress import Progress, count, duration
+from mimkernels.engine.progress import Progress, count, counted, duration
 from mimkernels.engine.schedule import parameter_groups, scaled_learning_rate
 from mimkernels.engine.settings import changes
 from mimkernels.engine.state import check_fits, load_state
@@ -119,11 +119,6 @@ class TrainingRun:
                 "the moving average of sharded weights is not kept: give --teacher or --target a run, or train by DDP"
             )
         self.augmentation = self._augmentation()
-        self.fixed_images: FixedImages | None = None
-        if config.analyze_every:
-            if self.accelerator.distributed_type.value == "FSDP":
-                raise ValueError("analyze_every needs whole weights, which FSDP shards: leave it out, or train by DDP")
-            self.fixed_images = FixedImages(self.held_out or self.source, self.augmentation)
         views = method.views(config, self.augmentation)
         self.images = PretrainImages(self.source, views, config.seed, targets)
         self.validation: Validation | None = None
@@ -143,6 +138,11 @@ class TrainingRun:
         processes = self.accelerator.num_processes
         self.plan = BatchPlan(len(self.source), config.batch_size, config.accum_steps, processes, config.seed)
         require_readable(self.images)
+        self.fixed_images: FixedImages | None = None
+        if config.analyze_every:
+            if self.accelerator.distributed_type.value == "FSDP":
+                raise ValueError("analyze_every needs whole weights, which FSDP shards: leave it out, or train by DDP")
+            self.fixed_images = FixedImages(self.held_out or self.source, self.augmentation)
         if self.start is not None:
             check_same_stream(self.start, self.source, self.plan)
         self.peak_lr = config.lr or scaled_learning_rate(config.value("blr"), self.plan.effective_batch)
@@ -258,7 +258,7 @@ class TrainingRun:
                         )
                     assert history is not None
                     content, report = self._finish(weights, history, facts)
-                    progress.note(f"{config.epochs} epochs in {duration(trainer.seconds)}; report: {report}")
+                    progress.note(f"{counted(config.epochs, 'epoch')} in {duration(trainer.seconds)}; report: {report}")
             accelerator.wait_for_everyone()
         finally:
             if history is not None:
@@ -296,6 +296,7 @@ class TrainingRun:
         return model, optimizer
 
     def _open_folder(self, first_step: int) -> History:
+        config = self.config
         files.sweep(self.output, self.checkpoints.folder)
         if self.start is None:
             self.checkpoints.clear()
@@ -304,12 +305,15 @@ class TrainingRun:
                 self.output / TRAINING_STEPS,
                 self.output / FIXED_IMAGES,
                 self.output / BEST,
+                # Weights and results of the run before would pass for this one's if it ended before its own.
+                *(self.output / method.exported for method in config.methods.values()),
+                *(self.output / name for name in ("report.html", "results.json")),
                 *(self.output / "tensorboard").glob("events.out.tfevents.*"),
             ]:
                 path.unlink(missing_ok=True)
         else:
             self.checkpoints.reopen(first_step, self.damaged)
-        files.write_text(self.output / "config.json", self.config.to_json())
+        files.write_text(self.output / "config.json", config.to_json())
         return History(self.output, first_step)
 
     def _about(self) -> dict[str, Any]:
@@ -336,8 +340,8 @@ class TrainingRun:
             "Device": device_name(self.accelerator.device)
             + (f", {processes} processes ({_sharing(self.accelerator)})" if processes > 1 else ""),
             "Precision": f"{self.precision} ({self.precision_reason})",
-            "Schedule": f"{config.epochs} epochs of {plan.steps_per_epoch} steps, effective batch "
-            f"{plan.effective_batch}, peak learning rate {self.peak_lr:.3g}",
+            "Schedule": f"{counted(config.epochs, 'epoch')} of {counted(plan.steps_per_epoch, 'step')}, effective "
+            f"batch {plan.effective_batch}, peak learning rate {self.peak_lr:.3g}",
         }
 
     def _continuation_notes(self) -> list[str]:

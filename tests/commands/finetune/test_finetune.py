@@ -19,6 +19,7 @@ from mimkernels.data.labelled import LabelledImages
 from mimkernels.data.sources import DigitsSource
 from mimkernels.engine.checkpoint import load
 from mimkernels.engine.encoder import load_encoder
+from mimkernels.engine.model_names import ModelChoice
 from mimkernels.engine.training.history import read_entries
 from mimkernels.engine.training.loop import Trainer
 from mimkernels.nn.encoder import create_encoder
@@ -176,10 +177,39 @@ def test_other_architectures_and_commands_are_not_continued(settings, pretrained
         words = [word for name, value in change.items() for word in (f"--{name}", str(value))]
         assert main(["finetune", "--output", str(tmp_path / "run"), "--resume", *words]) == 2
         assert "another architecture" in capsys.readouterr().err
+    for words, change in ((["--model", "elsewhere"], "model: "), (["--from-scratch"], "from_scratch: False -> True")):
+        assert main(["finetune", "--output", str(tmp_path / "run"), "--resume", *words]) == 2
+        assert change in capsys.readouterr().err  # the report would name it as what the weights began with
     assert main(["finetune", "--output", str(tmp_path / "x"), "--resume", str(pretrained)]) == 2
     assert "is of method 'mae', which this command does not continue" in capsys.readouterr().err
     assert main(["pretrain", "--output", str(tmp_path / "x"), "--resume", str(tmp_path / "run")]) == 2
     assert "is of method 'finetune', which this command does not continue" in capsys.readouterr().err
+
+
+def test_a_run_that_replaces_another_leaves_none_of_its_weights_and_results(settings, tmp_path, monkeypatch):
+    run(settings(epochs=1))
+    results = [tmp_path / "run" / name for name in ("final.pth", "best.pth", "report.html", "results.json")]
+    assert all(path.is_file() for path in results)
+
+    def crash(self, batches):
+        raise RuntimeError
+
+    monkeypatch.setattr(Trainer, "_train_step", crash)
+    with pytest.raises(RuntimeError):
+        run(settings(epochs=1, seed=1), overwrite=True)
+    assert not any(path.exists() for path in results)
+    with pytest.raises(ValueError, match="holds no run"):
+        load_encoder(ModelChoice("run", str(tmp_path / "run")))
+
+
+def test_images_none_of_which_can_be_read_are_refused_with_the_first(settings, tmp_path):
+    for number in range(8):
+        place = tmp_path / "data" / "ab"[number % 2] / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"^none of the 2 images of .*; the first, .*png: not an image of a known"):
+        run(settings(data=str(tmp_path / "data"), labels="all", batch_size=2))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_dry_run_shows_the_layers_and_writes_nothing(settings, tmp_path, capsys):
