@@ -4,14 +4,16 @@ import contextlib
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
 _BAD_INPUT, _FAILED = 2, 1
+_PACKAGE = Path(__file__).parents[1]
 
 
 class TrainingError(RuntimeError):
@@ -25,13 +27,13 @@ class TrainingError(RuntimeError):
 def told_failures(
     output: Path, device: "torch.device", remedy: str, going_on: Callable[[], str] | None = None
 ) -> Iterator[None]:
-    """Turn a want of memory and what the file system refuses into ``TrainingError``.
+    """Turn a want of memory and what the file system refuses into ``TrainingError``; an interruption says how to go on.
 
     Args:
         output: the folder that is written.
         device: where the work is done.
         remedy: what to do where its memory does not suffice.
-        going_on: says how to go on when files can be written again.
+        going_on: says how to go on, when files can be written again or after an interruption.
     """
     import torch
 
@@ -50,6 +52,8 @@ def told_failures(
     except OSError as e:
         more = f"; {going_on()}" if going_on is not None else ""
         raise TrainingError(f"{files.refusal(e, output)}{more}") from e
+    except KeyboardInterrupt as e:
+        raise KeyboardInterrupt(*(() if going_on is None else (going_on(),))) from e
 
 
 def guarded(prepare: Callable[[], Callable[[], int]], debug: bool) -> int:
@@ -59,6 +63,11 @@ def guarded(prepare: Callable[[], Callable[[], int]], debug: bool) -> int:
         prepare: checks everything and returns what then does the work, whose result is the exit code.
         debug: show the traceback of every error.
     """
+    with _warnings_of_one_line():
+        return _guarded(prepare, debug)
+
+
+def _guarded(prepare: Callable[[], Callable[[], int]], debug: bool) -> int:
     try:
         execute = prepare()
     except (ValueError, TypeError, NotImplementedError, OSError, ImportError, TrainingError) as e:
@@ -71,8 +80,25 @@ def guarded(prepare: Callable[[], Callable[[], int]], debug: bool) -> int:
         if debug:
             raise
         return _complain(e, _FAILED)
-    except KeyboardInterrupt:  # the second one: the first ends training in good order
-        return _complain("interrupted", exit_code(signal.SIGINT))
+    except KeyboardInterrupt as e:  # while it trains the second one: the first ends training in good order
+        return _complain(f"interrupted{f'; {e}' if str(e) else ''}", exit_code(signal.SIGINT))
+
+
+@contextlib.contextmanager
+def _warnings_of_one_line() -> Iterator[None]:
+    """Inside the block, this package's warnings are shown without the place in its code; others as Python does."""
+    former: Callable[..., str] = warnings.formatwarning
+
+    def formatted(message: Any, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+        if category is UserWarning and Path(filename).is_relative_to(_PACKAGE):
+            return f"mimkernels: warning: {message}\n"
+        return former(message, category, filename, lineno, line)
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = former
 
 
 def _complain(error: Exception | str, code: int) -> int:

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from mimkernels.commands.dense.config import DenseConfig
 from mimkernels.commands.finetune.config import FinetuneConfig
 from mimkernels.commands.pretrain.config import PretrainConfig
 from mimkernels.commands.probe.config import ProbeConfig
-from mimkernels.engine.command import TrainingError, told_failures
+from mimkernels.engine import files
+from mimkernels.engine.command import TrainingError, guarded, told_failures
 from mimkernels.engine.files import check_own_folder
 
 CONFIGS = {
@@ -44,6 +47,31 @@ def test_a_full_disk_says_how_to_go_on(tmp_path):
     with pytest.raises(TrainingError, match="^No space left on device: 'file'; again$"):
         with told_failures(tmp_path, torch.device("cpu"), "x", lambda: "again"):
             raise full
+
+
+def interrupted(going_on):
+    with told_failures(Path("output"), torch.device("cpu"), "x", going_on):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("going_on", "shown"), [(None, "interrupted\n"), (lambda: "it goes on", "interrupted; it goes on\n")]
+)
+def test_an_interruption_says_how_to_go_on(capsys, going_on, shown):
+    assert guarded(lambda: lambda: interrupted(going_on), debug=False) == 130
+    assert capsys.readouterr().err == f"mimkernels: error: {shown}"
+
+
+def test_warnings_are_one_line_without_the_place_in_the_code(capsys):
+    def told():
+        for text, place in (("a file is broken", files.__file__), ("of another package", __file__)):
+            print(warnings.formatwarning(UserWarning(text), UserWarning, place, 3), end="")
+        return 0
+
+    before = warnings.formatwarning
+    assert guarded(lambda: told, debug=False) == 0 and warnings.formatwarning is before
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first == "mimkernels: warning: a file is broken" and others[0].endswith("of another package")
 
 
 @pytest.mark.parametrize("writer", CONFIGS)
