@@ -172,6 +172,13 @@ class FolderSource:
             )
         named = [folder for folder in folders if folder is not None]
         classes = sorted(set(named))
+        with os.scandir(self.folder) as entries:
+            others = {entry.name for entry in entries if not entry.name.startswith(".") and _is_folder(entry)}
+        empty = sorted(others - set(classes))
+        if empty:
+            shown = ", ".join(map(repr, empty[:4])) + (", ..." if len(empty) > 4 else "")
+            # Of this line, whoever asks, so that it is shown once.
+            warnings.warn(f"{self.name}: folders without images are no classes: {shown}", stacklevel=1)
         numbers = {name: number for number, name in enumerate(classes)}
         return [numbers[folder] for folder in named], classes
 

@@ -71,6 +71,16 @@ def test_a_folder_without_permission_is_told_of(classes, monkeypatch):
     assert told == [f"cannot read the folder {classes / 'dogs'}, its images are left out: Permission denied"]
 
 
+def test_class_folders_without_images_are_named_once(classes):
+    for name in ("d", "e", ".hidden"):
+        (classes / name).mkdir()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        names = [FolderSource(classes).targets()[1] for _ in range(3)]
+    assert [str(w.message) for w in caught] == [f"{classes}: folders without images are no classes: 'd', 'e'"]
+    assert all(known == sorted(p.name for p in classes.iterdir() if any(p.iterdir())) for known in names)
+
+
 def test_images_that_become_nearly_black_are_told_of_with_their_range(tmp_path):
     folder = sixteen_bits(tmp_path / "twelve", 4000)
     with pytest.warns(UserWarning, match=r"twelve: .* reach 4000 of 65535 .* nearly black; .*--pixel-range 0,4095"):
