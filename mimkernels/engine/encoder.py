@@ -84,6 +84,8 @@ class FrozenEncoder(nn.Module):
         built_by: tuple[str, dict[str, Any]] | None = None,
     ) -> None:
         super().__init__()
+        if in_chans not in PIXEL_STATISTICS:
+            raise ValueError(f"{title} takes images of {in_chans} channels; those that are read have 3, or 1 in grey")
         self.built_by = built_by
         self.model = model.requires_grad_(False)
         self.eval()

@@ -14,7 +14,7 @@ from mimkernels.ops import masked_feature_loss
 __all__ = ["FeatureTarget", "Target", "parse_target"]
 
 _LOCAL = re.compile(r"local-norm:(\d+)")
-_OPTION = re.compile(r"[a-z_]+=")
+_OPTION = re.compile(r"[a-z_]+=[^/]*$")  # a slash is of a path
 _COMMA = re.compile(r",(?![^\[]*\])")  # between options, not within a list
 _CHOICES = {
     "norm": ("ln", "instance", "none"),

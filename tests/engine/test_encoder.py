@@ -22,6 +22,13 @@ def named(prefix: str, weights: dict[str, torch.Tensor], *others: str) -> dict[s
     return {**{prefix + name: value for name, value in weights.items()}, **{name: torch.ones(3) for name in others}}
 
 
+@pytest.mark.parametrize("channels", [2, 4])
+def test_encoders_of_other_than_grey_or_colour_images_are_refused(channels):
+    choice = ModelChoice("m", "vit_tiny_patch16_224", None, {**SMALL, "in_chans": channels}, False, 32)
+    with pytest.raises(ValueError, match=f"takes images of {channels} channels; those that are read have 3, or 1"):
+        load_encoder(choice)
+
+
 W, OTHER = encoder_weights(0), encoder_weights(1)
 FLAT = encoder_weights(0, class_token=False)
 PUBLISHED = {

@@ -25,6 +25,14 @@ def test_targets_in_words(text, target):
     assert parse_target(text).features == target
 
 
+@pytest.mark.parametrize(("text", "model", "layer"), [
+    ("features:/a=b:c=d/run", "/a=b:c=d/run", -1), ("features:/a b:c=d/run:layer=2", "/a b:c=d/run", 2),
+])  # fmt: skip
+def test_a_path_with_a_colon_is_no_option(text, model, layer):
+    features = parse_target(text).features
+    assert (features.model, features.layer) == (model, layer)
+
+
 def test_simmim_compares_the_masked_tokens():
     torch.manual_seed(0)
     model = SimMIM.from_timm("vit_tiny_patch16_224", **SMALL, mask_unit=8, target="features:x:beta=0.5", target_dim=12)
