@@ -207,8 +207,9 @@ class BatchPlan:
         self.processes, self.seed = processes, seed
         self.steps_per_epoch = length // self.effective_batch
         if self.steps_per_epoch == 0:
+            images = f"{length} image{'' if length == 1 else 's'}"
             raise ValueError(
-                f"the data holds {length} images, fewer than one optimizer step takes: {self.effective_batch} = "
+                f"the data holds {images}, fewer than one optimizer step takes: {self.effective_batch} = "
                 f"batch_size {batch_size} x accum_steps {accum_steps} x {processes} process(es); lower --batch-size"
             )
 

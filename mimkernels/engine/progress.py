@@ -20,6 +20,11 @@ def count(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.1f}"
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 epoch``, ``1,200 steps``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def printable(text: str, stream: TextIO) -> str:
     """`text` with what `stream` cannot encode, such as bytes of a path that are no text, as Python shows it."""
     encoding = getattr(stream, "encoding", None) or "utf-8"

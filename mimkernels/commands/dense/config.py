@@ -9,6 +9,8 @@ from mimkernels.engine.settings import DEVICES, PRECISIONS, Settings, require, s
 
 TEST_ON = ("square", "whole")
 
+_MOST_LAYERS = 1000  # of an encoder
+
 
 @dataclass
 class DenseConfig(Settings):
@@ -92,7 +94,7 @@ class DenseConfig(Settings):
             require(getattr(self, name) in known, name, getattr(self, name), f"one of {', '.join(known)}")
         names = [choice.name for choice in parse_models(self.models)]
         require(len(set(names)) == len(names), "models", ", ".join(names), "of different names")
-        parse_layers(self.layers, 1 << 30)
+        parse_layers(self.layers)
 
     @property
     def chosen_tasks(self) -> list[str]:
@@ -107,12 +109,17 @@ class Readout(NamedTuple):
     layers: tuple[int, ...]  # from 1 on
 
 
-def parse_layers(text: str, count: int) -> list[Readout]:
-    """The entries of ``--layers`` for an encoder of `count` layers; ValueError says what is wrong with one."""
+def parse_layers(text: str, count: int | None = None, model: str = "") -> list[Readout]:
+    """The entries of ``--layers`` for an encoder of `count` layers, called `model`; ValueError says what is wrong.
+
+    Without `count` what is wrong for every encoder.
+    """
+    wanted = "at least 1" if count is None else f"in 1..{count} of {model!r}"
+    count = 1 << 30 if count is None else count
     readouts: list[Readout] = []
     for part in (part.strip() for part in text.split(",")):
         if part == "each":
-            readouts += [Readout(str(layer), (layer,)) for layer in range(1, min(count, 1000) + 1)]
+            readouts += [Readout(str(layer), (layer,)) for layer in range(1, min(count, _MOST_LAYERS) + 1)]
             continue
         if part == "quarters":
             layers = tuple(dict.fromkeys(max(1, round(count * quarter / 4)) for quarter in range(1, 5)))
@@ -125,6 +132,6 @@ def parse_layers(text: str, count: int) -> list[Readout]:
                     f"{part!r}"
                 ) from None
         for layer in layers:
-            require(1 <= layer <= count, "layers", layer, f"in 1..{count}")
+            require(1 <= layer <= count, "layers", layer, wanted)
         readouts.append(Readout("+".join(map(str, layers)), layers))
     return list(dict.fromkeys(readouts))

@@ -43,6 +43,9 @@ def queries(images: Tensor, warps: Tensor) -> Queries:
 def _spread(images: Tensor) -> Tensor:
     """``[n, Q]``: how many levels of grey there are around each point."""
     grey = images.float().mean(1, keepdim=True)
+    if min(grey.shape[2:]) <= POINTS:  # a point has one pixel or none to itself: with its neighbours
+        high, low = F.max_pool2d(grey, 3, 1, 1), -F.max_pool2d(-grey, 3, 1, 1)
+        return F.adaptive_max_pool2d(high - low, POINTS).flatten(1)
     high, low = F.adaptive_max_pool2d(grey, POINTS), -F.adaptive_max_pool2d(-grey, POINTS)
     return (high - low).flatten(1)
 

@@ -17,6 +17,7 @@ from mimkernels.commands.dense.tasks.base import ChartSection, PictureRow, Task
 from mimkernels.engine import tables
 from mimkernels.engine.figures import as_colour, enlarged, png_address
 from mimkernels.engine.page import write_page
+from mimkernels.engine.progress import counted
 
 
 class PictureTable(NamedTuple):
@@ -131,7 +132,7 @@ def write_report(path: Path, report: DenseReport) -> Path:
 def print_results(results: Sequence[ReadoutResult], images: int, stream: TextIO | None = None) -> None:
     """Show the results in the terminal, one line per readout; the best one stands out."""
     best = max(range(len(results)), key=lambda i: results[i].worth)
-    title = f"Read from frozen patches, {images:,} test images"
+    title = f"Read from frozen patches, {counted(images, 'test image')}"
     tables.print_table(_columns(results), _rows(results), title=title, left=(0, 1), bold=(best,), stream=stream)
 
 

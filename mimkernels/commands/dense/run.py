@@ -79,7 +79,7 @@ class DenseRun:
         self.loading: dict[str, str] = {}
         for choice in self.choices:  # one at a time is held later; here each shows that it can be loaded
             encoder = load_same_encoder(choice)
-            self.readouts.append(parse_layers(config.layers, encoder.num_layers))
+            self.readouts.append(parse_layers(config.layers, encoder.num_layers, choice.name))
             if encoder.loading is not None:
                 self.loading[choice.name] = encoder.loading.text
         self.progress = Progress(total_steps=1, steps_per_epoch=1, quiet=False, stream=self.stream)
@@ -89,8 +89,12 @@ class DenseRun:
 
     def execute(self) -> DenseResult:
         """Encode what is not kept from before, read, and write the page and the numbers."""
-        with self._held, told_failures(self.output, self.accelerator.device, "lower --encoder-batch or --batch-size"):
+        remedy = "lower --encoder-batch or --batch-size"
+        with self._held, told_failures(self.output, self.accelerator.device, remedy, self._going_on):
             return self._execute()
+
+    def _going_on(self) -> str:
+        return f"the same command goes on with the features that {self.output} holds"
 
     def _execute(self) -> DenseResult:
         config, note = self.config, self.progress.note
@@ -116,7 +120,7 @@ class DenseRun:
         report = DenseReport(config, data, results, self._facts(data), versions())
         page = write_report(self.output / "report.html", report)
         numbers = {"classes": list(data.classes), "results": [result.numbers for result in results]}
-        files.write_text(self.output / "numbers.json", json.dumps(numbers, indent=1) + "\n")
+        files.write_text(self.output / "numbers.json", json.dumps(files.json_numbers(numbers), indent=1) + "\n")
         files.write_text(self.output / "config.json", config.to_json())
         print_results(results, len(data.test), self.stream)
         note(f"report: {page}")

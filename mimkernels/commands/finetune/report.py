@@ -14,7 +14,7 @@ from mimkernels.commands.finetune.mistakes import Mistake, Tested
 from mimkernels.engine.figures import as_colour, bare_map, enlarged, loss_curve, png_address, svg
 from mimkernels.engine.head_history import STRIP_WORDS, Epochs, Strip, strips
 from mimkernels.engine.page import write_page
-from mimkernels.engine.progress import count, duration
+from mimkernels.engine.progress import count, counted, duration
 
 _NUMBERED, _DRAWN, _PAIRS = 15, 100, 12  # classes with numbers in the map, classes in a map at all; pairs in the table
 
@@ -104,7 +104,12 @@ class FinetuneReport:
             rates = sorted(entry["images_per_second"] for entry in self.entries)
             last = self.entries[-1]
             tiles.append((count(rates[len(rates) // 2]), "images per second, median"))
-            tiles.append((duration(last["seconds"]), f"for {self.config.epochs} epochs, {last['step']:,} steps"))
+            tiles.append(
+                (
+                    duration(last["seconds"]),
+                    f"for {counted(self.config.epochs, 'epoch')}, {counted(last['step'], 'step')}",
+                )
+            )
         return tiles
 
     @property

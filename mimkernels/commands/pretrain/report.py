@@ -12,7 +12,7 @@ from mimkernels.commands.pretrain.config import EMA, PretrainConfig
 from mimkernels.engine.figures import loss_curve, png_address
 from mimkernels.engine.head_history import STRIP_WORDS, Epochs, Strip, strips
 from mimkernels.engine.page import write_page
-from mimkernels.engine.progress import count, duration
+from mimkernels.engine.progress import count, counted, duration
 
 _PICTURE_WIDTH = 128  # pixels on the page that a small picture is enlarged to, at least
 _LEARNED, _RISEN = 0.02, 0.02  # shares of a loss that count as a difference
@@ -90,7 +90,7 @@ class Report:
         tiles = [
             (f"{last['loss']:.4g}", f"training loss, from {self.entries[0]['loss']:.4g}"),
             (count(rates[len(rates) // 2]), "images per second, median"),
-            (duration(last["seconds"]), f"for {self.config.epochs} epochs, {last['step']:,} steps"),
+            (duration(last["seconds"]), f"for {counted(self.config.epochs, 'epoch')}, {counted(last['step'], 'step')}"),
         ]
         if self.held_out_loss is not None:
             tiles.insert(1, (f"{self.held_out_loss:.4g}", "loss on new images"))

@@ -35,7 +35,7 @@ from mimkernels.engine.encoder import load_same_encoder
 from mimkernels.engine.environment import start_accelerator, versions
 from mimkernels.engine.hardware import device_name, loading_workers
 from mimkernels.engine.lock import folder_lock
-from mimkernels.engine.progress import Progress, duration
+from mimkernels.engine.progress import Progress, counted, duration
 from mimkernels.engine.readout import logistic_accuracy
 from mimkernels.engine.settings import is_of_type
 from mimkernels.models.checkpoint import check_by_name, read_file
@@ -429,7 +429,9 @@ class ProbeRun:
 
     def _facts(self) -> dict[str, str]:
         config, split, encoder = self.config, self.split, self.encoder
-        rate = f"{config.optimizer}, {config.epochs} epochs, batch {config.batch_size}, lr {config.peak_lr:.3g}"
+        rate = (
+            f"{config.optimizer}, {counted(config.epochs, 'epoch')}, batch {config.batch_size}, lr {config.peak_lr:.3g}"
+        )
         if config.optimizer == "lars":
             rate += f", trust coefficient {config.trust_coefficient(self.steps):.2g}"
         return {

@@ -9,7 +9,7 @@ from mimkernels.commands.dense import matching
 from mimkernels.commands.dense.config import DenseConfig
 from mimkernels.commands.dense.data import DenseData, DenseImages
 from mimkernels.commands.dense.features import joined
-from mimkernels.commands.dense.matching import Queries, correspondence_scores, matched, queries
+from mimkernels.commands.dense.matching import CorrespondenceScores, Queries, correspondence_scores, matched, queries
 from mimkernels.commands.dense.tasks import correspondence as module
 from mimkernels.commands.dense.tasks.base import Features, Job
 from mimkernels.commands.dense.tasks.correspondence import Correspondence
@@ -76,6 +76,22 @@ def test_what_leaves_the_picture_and_plain_colours_are_not_asked_for():
     torch.testing.assert_close(asked.places[..., 0], points[..., 0] - 0.5)
     expected = (points[..., 0] > -0.5) & (points[..., 0] < 0)
     assert torch.equal(asked.asked, expected) and int(expected.sum()) == 4 * 16
+
+
+@pytest.mark.parametrize("side", [8, 16])
+def test_small_images_have_points_where_their_neighbours_differ(side):
+    images = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+    images[..., : side // 2] = 200  # one edge, in the middle
+    asked = queries(images, IDENTITY[None])
+    columns = asked.asked.view(16, 16)
+    beside = pixel_middles(16, 16)[0, :, 0].abs() < 2 / side  # pixels at the edge
+    assert torch.equal(columns, beside.expand(16, 16))
+
+
+def test_what_was_not_asked_for_is_no_number():
+    scores = CorrespondenceScores(math.nan, math.nan, math.nan, math.nan, 0)
+    task = Correspondence()
+    assert task.cells(scores) == ["–", "–", "–"] and task.summary(scores) == "match@0.1 –"
 
 
 def test_scores_by_hand():

@@ -1,11 +1,13 @@
 """mimkernels dense: metrics with known answers, readouts that must succeed, features kept, refusals."""
 
+import io
 import json
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from sklearn.metrics import confusion_matrix, jaccard_score
 
 from mimkernels.cli import main
@@ -72,8 +74,11 @@ def test_layers_by_number_name_and_together():
     assert parse_layers("last", 12) == [Readout("12", (12,))]
     assert parse_layers("quarters, 2+last", 12) == [Readout("3+6+9+12", (3, 6, 9, 12)), Readout("2+12", (2, 12))]
     assert [readout.label for readout in parse_layers("each,3", 3)] == ["1", "2", "3"]
-    with pytest.raises(ValueError, match=r"layers must be in 1\.\.3, got 4"):
-        parse_layers("4", 3)
+    with pytest.raises(ValueError, match=r"layers must be in 1\.\.3 of 'small', got 4"):
+        parse_layers("4", 3, "small")
+    with pytest.raises(ValueError, match="layers must be at least 1, got 0"):  # of every encoder
+        parse_layers("0")
+    assert parse_layers("4000") == [Readout("4000", (4000,))]
     with pytest.raises(ValueError, match="layers must be numbers, last, quarters or each, .* got 'first'"):
         parse_layers("first", 3)
 
@@ -143,6 +148,17 @@ def test_the_command_from_nothing_and_again(tmp_path, capsys):
     assert "encoded in" in capsys.readouterr().out
 
 
+def test_scores_that_there_are_not_are_null(tmp_path):
+    """Plain images have no points to find again; a JSON file has no NaN."""
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    Image.new("RGB", (16, 16), "red").save(folder / "red.png")
+    dense(config(tmp_path, data=str(folder), tasks="all", layers="last", test_images=1), stream=io.StringIO())
+    text = (tmp_path / "dense" / "numbers.json").read_text()
+    (result,) = json.loads(text, parse_constant=lambda word: pytest.fail(word))["results"]
+    assert result["correspondence"]["pck_10"] is None and result["correspondence"]["points"] == 0
+
+
 def test_damaged_features_are_made_anew(tmp_path):
     chosen = config(tmp_path, tasks="knn")
     first = dense(chosen)
@@ -172,7 +188,7 @@ def test_data_without_its_target_are_refused_by_a_task_and_left_out_of_all(tmp_p
             "tasks must be among segmentation, knn, depth, keypoints, correspondence, got 'pose'",
         ),
         ({"data": "rooms"}, "data must be one of scenes, .* there is no folder 'rooms'"),
-        ({"layers": "5"}, r"layers must be in 1\.\.3, got 5"),
+        ({"layers": "5"}, r"layers must be in 1\.\.3 of 'tiny', got 5"),
         ({"train_images": 1}, "train_images must be at least 2"),
         ({"models": [MODEL, MODEL]}, "models must be of different names, got tiny, tiny"),
     ],

@@ -1,5 +1,6 @@
 """What every task says of itself; the run, the terminal and the report go by this alone."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -167,5 +168,10 @@ class Task(ABC, Generic[Scores]):
         """Pictures of what a readout, by its label, read from the test images, and of where it is wrong."""
 
 
+def figure(value: float, form: str, unit: str = "") -> str:
+    """A number in the format `form` with its unit; a dash where there is none, NaN."""
+    return "–" if math.isnan(value) else f"{value:{form}}{unit}"
+
+
 def percent(values: Sequence[float]) -> list[str]:
-    return [f"{100 * value:.1f} %" for value in values]
+    return [figure(100 * value, ".1f", " %") for value in values]

@@ -6,7 +6,7 @@ from torch import Tensor
 from mimkernels.commands.dense.data import DenseData, DenseImages
 from mimkernels.commands.dense.heads import LinearDepth, train
 from mimkernels.commands.dense.metrics import DepthScores, depth_scores
-from mimkernels.commands.dense.tasks.base import Job, PictureRow, Reading, Task, percent
+from mimkernels.commands.dense.tasks.base import Job, PictureRow, Reading, Task, figure, percent
 from mimkernels.engine.figures import enlarged, png_address
 
 _NEAR, _WRONG = 1.0, 0.5  # metres and relative error: the ends of the colours of depth and of its errors
@@ -37,10 +37,13 @@ class Depth(Task[DepthScores]):
         return -scores.rmse
 
     def summary(self, scores: DepthScores) -> str:
-        return f"RMSE {scores.rmse:.3f} m"
+        return f"RMSE {figure(scores.rmse, '.3f', ' m')}"
 
     def cells(self, scores: DepthScores) -> list[str]:
-        return [f"{scores.rmse:.3f}", f"{scores.abs_rel:.3f}", *percent([scores.d1, scores.d2, scores.d3])]
+        return [
+            *(figure(value, ".3f") for value in (scores.rmse, scores.abs_rel)),
+            *percent([scores.d1, scores.d2, scores.d3]),
+        ]
 
     def picture_text(self, data: DenseData, shown: DenseImages) -> str:
         most = float(shown.target("depths").max())

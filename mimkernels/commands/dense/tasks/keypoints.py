@@ -51,7 +51,7 @@ class Keypoints(Task[KeypointScores]):
         return scores.pck_10
 
     def summary(self, scores: KeypointScores) -> str:
-        return f"PCK@0.1 {100 * scores.pck_10:.1f} %"
+        return f"PCK@0.1 {percent([scores.pck_10])[0]}"
 
     def cells(self, scores: KeypointScores) -> list[str]:
         return percent(scores[:5])

@@ -74,7 +74,7 @@ class Segmentation(_Classes):
         return self._scored(job, head.eval(), losses)
 
     def summary(self, scores: SegmentationScores) -> str:
-        return f"mIoU {100 * scores.miou:.1f} %"
+        return f"mIoU {percent([scores.miou])[0]}"
 
     def cells(self, scores: SegmentationScores) -> list[str]:
         return percent(scores[:3])
@@ -109,7 +109,7 @@ class NearestSegmentation(_Classes):
         return self._scored(job, nearest, [])
 
     def summary(self, scores: SegmentationScores) -> str:
-        return f"mIoU of k-NN {100 * scores.miou:.1f} %"
+        return f"mIoU of k-NN {percent([scores.miou])[0]}"
 
     def cells(self, scores: SegmentationScores) -> list[str]:
         return percent([scores.miou])
