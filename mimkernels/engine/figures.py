@@ -162,7 +162,7 @@ def loss_curve(entries: list[dict[str, float]], steps_per_epoch: int) -> Markup:
             bbox={"facecolor": top.get_facecolor(), "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )  # fmt: skip
         if len(val_loss):
-            top.plot(val_epoch, val_loss, color=SERIES[1], linewidth=1.8, marker="o", markersize=3.5)
+            top.plot(val_epoch, val_loss, color=SERIES[1], linewidth=1.8, marker="o", markersize=3.5, clip_on=False)
             top.annotate(
                 f"{val_loss[-1]:.4g} on new images", (val_epoch[-1], val_loss[-1]), xytext=(0, -16 if above else 9),
                 textcoords="offset points", ha="right", color=SERIES[1], fontweight="bold",
@@ -201,8 +201,13 @@ def _known(entries: list[dict[str, float]], name: str, steps_per_epoch: int) -> 
     return np.array([entry["step"] / steps_per_epoch for entry in have]), np.array([entry[name] for entry in have])
 
 
-def svg(figure: "Figure") -> Markup:
-    """A chart as SVG, from the root element on: an HTML page takes no XML prologue."""
+def svg(figure: "Figure", *, fitted: bool = False) -> Markup:
+    """A chart as SVG, from the root element on: an HTML page takes no XML prologue.
+
+    Args:
+        fitted: as large as what is drawn, which a layout cannot foresee where axes keep their aspect.
+    """
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    box = "tight" if fitted else None
+    figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True, bbox_inches=box)
     return Markup(buffer.getvalue()[buffer.getvalue().index("<svg") :])

@@ -43,8 +43,8 @@ def layer_chart(name: str, curves: Mapping[str, Sequence[tuple[int, float]]]) ->
         for model, points in curves.items():
             axes.plot(*zip(*points, strict=True), "o-", color=colours[model], markersize=4, linewidth=1.8)
         values = [value for points in curves.values() for _, value in points]
-        if min(values) == max(values):  # such as an AP of 0: no scale of tiny parts of it
-            axes.set_ylim(values[0] - 1, values[0] + 1)
+        if min(values) == max(values):  # such as an AP of 0: no scale of tiny parts of it, nor of what is below 0
+            axes.set_ylim(max(0.0, values[0] - 1), values[0] + 1)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("layer")
         axes.set_ylabel(name)

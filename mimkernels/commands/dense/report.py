@@ -56,6 +56,10 @@ class DenseReport:
         return _rows(self.results)
 
     @property
+    def best_row(self) -> int:
+        return _best_row(self.results)
+
+    @property
     def layer_charts(self) -> list[Markup]:
         """Scores over the layers that are read by themselves, of models that have several."""
         single = [result for result in self.results if len(result.readout.layers) == 1]
@@ -131,9 +135,14 @@ def write_report(path: Path, report: DenseReport) -> Path:
 
 def print_results(results: Sequence[ReadoutResult], images: int, stream: TextIO | None = None) -> None:
     """Show the results in the terminal, one line per readout; the best one stands out."""
-    best = max(range(len(results)), key=lambda i: results[i].worth)
     title = f"Read from frozen patches, {counted(images, 'test image')}"
-    tables.print_table(_columns(results), _rows(results), title=title, left=(0, 1), bold=(best,), stream=stream)
+    tables.print_table(
+        _columns(results), _rows(results), title=title, left=(0, 1), bold=(_best_row(results),), stream=stream
+    )
+
+
+def _best_row(results: Sequence[ReadoutResult]) -> int:
+    return max(range(len(results)), key=lambda i: results[i].worth)
 
 
 def _tasks(results: Sequence[ReadoutResult]) -> list[Task[Any]]:

@@ -210,7 +210,7 @@ def confusion_map(matrix: np.ndarray, classes: list[str]) -> Markup:
         bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.02)
         bar.set_label("share of the class")
         bar.outline.set_visible(False)
-        return svg(figure)
+        return svg(figure, fitted=True)
 
 
 def _percent(value: float) -> str:

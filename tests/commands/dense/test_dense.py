@@ -11,6 +11,7 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix, jaccard_score
 
 from mimkernels.cli import main
+from mimkernels.commands.dense.charts import layer_chart
 from mimkernels.commands.dense.config import DenseConfig, Readout, parse_layers
 from mimkernels.commands.dense.data import ScenesSource
 from mimkernels.commands.dense.features import fitted_images, joined
@@ -125,6 +126,11 @@ def test_linear_readouts_and_neighbours_find_what_maps_hold(tmp_path):
     assert scores.silog < 20 and scores.rmse < 1.2
 
 
+def test_charts_of_equal_scores_do_not_go_below_zero():
+    assert "<!-- −" not in str(layer_chart("AP, %", {"a": [(1, 0.0), (2, 0.0)]}))  # as matplotlib names its ticks
+    assert "<!-- 5.0 -->" in str(layer_chart("AP, %", {"a": [(1, 5.0), (2, 5.0)]}))
+
+
 # ---- the command ----
 
 
@@ -137,6 +143,7 @@ def test_the_command_from_nothing_and_again(tmp_path, capsys):
     assert "tiny" in printed and "mIoU" in printed and "1+2+3" in printed
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Which layer" in page and "wrong pixels" in page and "relative error" in page
+    assert page.count('class="best"') == 1
     assert 'src="http' not in page and 'href="http' not in page
     numbers = json.loads((tmp_path / "out" / "numbers.json").read_text())
     assert [result["layers"] for result in numbers["results"]] == [[1], [2], [3], [1, 2, 3]]

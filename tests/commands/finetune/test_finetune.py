@@ -12,6 +12,7 @@ import torch
 from mimkernels.cli import main
 from mimkernels.commands.finetune.config import FinetuneConfig
 from mimkernels.commands.finetune.presets import PRESETS
+from mimkernels.commands.finetune.report import confusion_map
 from mimkernels.commands.finetune.run import FinetuneRun, finetune
 from mimkernels.commands.finetune.source import choose_labels
 from mimkernels.commands.pretrain.run import pretrain
@@ -164,7 +165,9 @@ def test_stochastic_depth_of_a_run_that_goes_on_is_the_one_given(settings, tmp_p
 def test_the_folder_of_a_pretraining_is_not_taken(settings, pretrained):
     before = {path: path.read_bytes() for path in pretrained.rglob("*") if path.is_file()}
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match="holds what another command, .* its config.json has (beta|bottleneck)"):
+        with pytest.raises(
+            ValueError, match="holds what another command, .* its config.json has blur_prob, bottleneck_dim"
+        ):
             run(settings(output=str(pretrained)), overwrite=overwrite)
     assert before == {path: path.read_bytes() for path in pretrained.rglob("*") if path.is_file()}
 
@@ -235,6 +238,14 @@ def test_a_dry_run_shows_the_layers_and_writes_nothing(settings, tmp_path, capsy
         ("3", "1", "0.001", "0.05"), ("3", "1", "0.001", "0"),
     ]  # fmt: skip
     assert "head.weight" in rows[6][4] and not list(tmp_path.iterdir())
+
+
+def test_a_map_of_confusions_is_as_large_as_its_names():
+    """The name of the rows was cut off at the left."""
+    names = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+    chart = str(confusion_map(100 * np.eye(10, dtype=int), names))
+    x = re.search(r"<!-- true class -->\s*<g [^>]*translate\(([-.\d]+) ", chart)
+    assert x is not None and float(x[1]) > 10  # points, of the line below letters that stand upright
 
 
 def test_labels_are_balanced_nested_and_drawn_by_the_seed():
