@@ -1,5 +1,6 @@
 """Charts of scores, as SVG."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup
@@ -8,6 +9,8 @@ from mimkernels._palette import CHART, INK, LINE, SERIES
 from mimkernels.engine.figures import named_panel, svg
 
 MOST_SERIES = 6  # models or readouts in one chart: those whose colours differ
+
+_LEAST_SPAN = 0.1  # of the axis of scores, over the largest: differences far below are not blown up
 
 
 def bar_chart(
@@ -42,9 +45,13 @@ def layer_chart(name: str, curves: Mapping[str, Sequence[tuple[int, float]]]) ->
         axes = named_panel((4.6, 3.2), colours)
         for model, points in curves.items():
             axes.plot(*zip(*points, strict=True), "o-", color=colours[model], markersize=4, linewidth=1.8)
-        values = [value for points in curves.values() for _, value in points]
-        if min(values) == max(values):  # such as an AP of 0: no scale of tiny parts of it, nor of what is below 0
-            axes.set_ylim(max(0.0, values[0] - 1), values[0] + 1)
+        values = [value for points in curves.values() for _, value in points if not math.isnan(value)]
+        if values:
+            low, high = min(values), max(values)
+            least = _LEAST_SPAN * high or 1.0  # an AP of 0 is drawn on a scale of its own
+            if high - low < least:
+                bottom = max(0.0, (low + high - least) / 2)
+                axes.set_ylim(bottom, bottom + least)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("layer")
         axes.set_ylabel(name)

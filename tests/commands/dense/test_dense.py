@@ -126,7 +126,10 @@ def test_linear_readouts_and_neighbours_find_what_maps_hold(tmp_path):
     assert scores.silog < 20 and scores.rmse < 1.2
 
 
-def test_charts_of_equal_scores_do_not_go_below_zero():
+def test_charts_of_nearly_equal_scores_have_a_scale_of_their_size():
+    close = str(layer_chart("RMSE, m", {"a": [(1, 2.8341)], "b": [(1, 2.8327)]}))  # five decimals ran out of the chart
+    assert "<!-- 2.8" in close and "<!-- 2.833" not in close
+    assert "layer" in str(layer_chart("match@0.1, %", {"a": [(1, math.nan), (2, math.nan)]}))
     assert "<!-- −" not in str(layer_chart("AP, %", {"a": [(1, 0.0), (2, 0.0)]}))  # as matplotlib names its ticks
     assert "<!-- 5.0 -->" in str(layer_chart("AP, %", {"a": [(1, 5.0), (2, 5.0)]}))
 

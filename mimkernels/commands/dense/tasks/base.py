@@ -98,7 +98,7 @@ class Task(ABC, Generic[Scores]):
         targets: attributes of ``DenseImages`` that it needs.
         explanation: sentences of the page on what its scores are.
         columns: of the table, those of ``cells``.
-        curves: scores over the layers, by the name of their axis.
+        curves: scores over the layers, by the name of their axis, short: it has the height of a chart.
         picture_title, picture_text: of the table of pictures; tasks of one title share theirs.
     """
 

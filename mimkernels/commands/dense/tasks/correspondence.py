@@ -35,7 +35,7 @@ class Correspondence(Task[CorrespondenceScores]):
         "errors are in pixels."
     )
     columns = ("match@0.1", "match@0.05", "error, px")
-    curves = {"matches within 0.1 of the side, %": lambda scores: 100 * scores.pck_10}  # noqa: RUF012
+    curves = {"match@0.1, %": lambda scores: 100 * scores.pck_10}  # noqa: RUF012
     picture_title = "Correspondence"
 
     def further_images(self, data: DenseData) -> Tensor:

@@ -22,7 +22,7 @@ class Depth(Task[DepthScores]):
         "than 1.25, its square and its cube."
     )
     columns = ("RMSE, m", "abs rel", "d1", "d2", "d3")
-    curves = {"RMSE of depth, m": lambda scores: scores.rmse}  # noqa: RUF012
+    curves = {"RMSE, m": lambda scores: scores.rmse}  # noqa: RUF012
     picture_title = "Depth"
 
     def read(self, job: Job) -> Reading[DepthScores]:

@@ -34,7 +34,7 @@ class Keypoints(Task[KeypointScores]):
     columns = ("PCK@0.1", "PCK@0.2", "AP", "AP50", "AP75")
     curves = {  # noqa: RUF012
         "PCK@0.1, %": lambda scores: 100 * scores.pck_10,
-        "AP of keypoints, %": lambda scores: 100 * scores.ap,
+        "AP, %": lambda scores: 100 * scores.ap,
     }
     picture_title = "Keypoints"
 

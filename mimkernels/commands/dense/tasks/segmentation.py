@@ -98,7 +98,7 @@ class NearestSegmentation(_Classes):
     name = "knn"
     explanation = "k-NN: the most similar patches of the training images vote; nothing is trained."
     columns = ("k-NN mIoU",)
-    curves = {"mIoU of the nearest patches, %": lambda scores: 100 * scores.miou}  # noqa: RUF012
+    curves = {"k-NN mIoU, %": lambda scores: 100 * scores.miou}  # noqa: RUF012
     reader = "nearest patches"
 
     def read(self, job: Job) -> Reading[SegmentationScores]:
