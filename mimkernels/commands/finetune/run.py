@@ -46,6 +46,7 @@ def finetune(
 class FinetuneRun(TrainingRun):
     """A run of ``mimkernels finetune``."""
 
+    pages = ("report.html", "results.json")
     config: FinetuneConfig
     model: Finetuned
 

@@ -6,7 +6,7 @@ import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, ClassVar, TextIO
 
 import torch
 
@@ -59,7 +59,12 @@ class TrainingRun:
             or the path of a checkpoint or run folder.
         overwrite: replace a run that ``config.output`` holds already.
         stream: where progress goes (default: standard output).
+
+    Attributes:
+        pages: files of its results in the folder, besides weights.
     """
+
+    pages: ClassVar[tuple[str, ...]] = ("report.html",)
 
     def __init__(
         self,
@@ -305,9 +310,7 @@ class TrainingRun:
                 self.output / TRAINING_STEPS,
                 self.output / FIXED_IMAGES,
                 self.output / BEST,
-                # Weights and results of the run before would pass for this one's if it ended before its own.
-                *(self.output / method.exported for method in config.methods.values()),
-                *(self.output / name for name in ("report.html", "results.json")),
+                *self._results_before(),
                 *(self.output / "tensorboard").glob("events.out.tfevents.*"),
             ]:
                 path.unlink(missing_ok=True)
@@ -315,6 +318,13 @@ class TrainingRun:
             self.checkpoints.reopen(first_step, self.damaged)
         files.write_text(self.output / "config.json", config.to_json())
         return History(self.output, first_step)
+
+    def _results_before(self) -> list[Path]:
+        """Weights and results of a run that is replaced, which would pass for this one's if it ended before its own."""
+        if not (self.output / "config.json").is_file():  # nobody's: files of such names are not a run's
+            return []
+        names = [method.exported for method in self.config.methods.values()]
+        return [self.output / name for name in (*names, *self.pages)]
 
     def _about(self) -> dict[str, Any]:
         return {

@@ -205,6 +205,17 @@ def test_a_run_that_replaces_another_leaves_none_of_its_weights_and_results(sett
         load_encoder(ModelChoice("run", str(tmp_path / "run")))
 
 
+def test_a_folder_without_a_run_keeps_what_it_has(settings, tmp_path):
+    (tmp_path / "run").mkdir()
+    own = {name: tmp_path / "run" / name for name in ("final.pth", "results.json")}
+    for path in own.values():
+        path.write_text("mine")
+    started = FinetuneRun(settings(epochs=1), stream=io.StringIO())
+    with started._held:
+        started._open_folder(0).close()
+    assert all(path.read_text() == "mine" for path in own.values())
+
+
 def test_images_none_of_which_can_be_read_are_refused_with_the_first(settings, tmp_path):
     for number in range(8):
         place = tmp_path / "data" / "ab"[number % 2] / f"{number}.png"
