@@ -107,7 +107,7 @@ class FinetuneReport:
             tiles.append(
                 (
                     duration(last["seconds"]),
-                    f"for {counted(self.config.epochs, 'epoch')}, {counted(last['step'], 'step')}",
+                    f"for {counted(self.config.epochs, 'epoch')}, {counted(int(last['step']), 'step')}",
                 )
             )
         return tiles

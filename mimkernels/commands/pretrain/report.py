@@ -90,7 +90,10 @@ class Report:
         tiles = [
             (f"{last['loss']:.4g}", f"training loss, from {self.entries[0]['loss']:.4g}"),
             (count(rates[len(rates) // 2]), "images per second, median"),
-            (duration(last["seconds"]), f"for {counted(self.config.epochs, 'epoch')}, {counted(last['step'], 'step')}"),
+            (
+                duration(last["seconds"]),
+                f"for {counted(self.config.epochs, 'epoch')}, {counted(int(last['step']), 'step')}",
+            ),
         ]
         if self.held_out_loss is not None:
             tiles.insert(1, (f"{self.held_out_loss:.4g}", "loss on new images"))
