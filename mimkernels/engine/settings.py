@@ -75,7 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser, kind: type[Settings]) -> None
     """One option per field. Defaults are left out of the namespace, so that it holds what the user gave and no more.
 
     The metadata of a field may hold ``short``, a second name of its option, ``positional=True`` for a list that is
-    given without an option, ``nargs`` for a list of fixed length, and ``hidden=True`` where it has no option.
+    given without an option, ``nargs`` for a list of fixed length, ``hidden=True`` where it has no option, and
+    ``joined``, what stands between the values of an option that is given several times.
     """
     groups: dict[str, argparse._ArgumentGroup] = {}
     for f in fields(kind):
@@ -99,7 +100,21 @@ def add_arguments(parser: argparse.ArgumentParser, kind: type[Settings]) -> None
             group.add_argument(*options, action=argparse.BooleanOptionalAction, **common)
         else:
             metavar = None if "choices" in meta else meta.get("metavar", {int: "N", float: "X", str: "NAME"}[scalar])
+            if "joined" in meta:
+                common |= {"action": _Joined, "joined": meta["joined"]}
             group.add_argument(*options, type=scalar, choices=meta.get("choices"), metavar=metavar, **common)
+
+
+class _Joined(argparse.Action):
+    """Values of an option that is given several times, as one text."""
+
+    def __init__(self, *args: Any, joined: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.joined = joined
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        before = getattr(namespace, self.dest, None)
+        setattr(namespace, self.dest, values if before is None else f"{before}{self.joined}{values}")
 
 
 def given_arguments(args: argparse.Namespace, kind: type[Settings]) -> dict[str, Any]:
@@ -111,10 +126,9 @@ def given_arguments(args: argparse.Namespace, kind: type[Settings]) -> dict[str,
 
 def is_of_type(value: Any, annotation: Any) -> bool:
     """Whether a value read from a file is what a field of a dataclass is annotated with; an int is also a float."""
-    kind, optional = _scalar_type(annotation)
-    kind, items = typing.get_origin(kind) or kind, typing.get_args(kind)
-    if value is None:
-        return optional
+    if isinstance(annotation, types.UnionType):
+        return any(is_of_type(value, kind) for kind in typing.get_args(annotation))
+    kind, items = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
     if isinstance(value, bool):
         return kind is bool
     if not isinstance(value, (int, float) if kind is float else kind):

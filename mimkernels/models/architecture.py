@@ -30,8 +30,9 @@ _LARGEST = {
     "depths": 1_024, "num_heads": 4_096, "head_dim": 65_536, "window_size": 256, "reg_tokens": 65_536,
     "num_classes": 10_000_000, "decoder_dim": 65_536, "decoder_depth": 1_024, "decoder_heads": 4_096,
     "mlp_dim": 65_536, "out_dim": 65_536, "prototypes": 1_048_576, "bottleneck_dim": 65_536,
+    "target_dim": 65_536,
 }  # fmt: skip
-_LISTS = ("img_size", "patch_size", "window_size", "depths", "num_heads")  # may be lists of such numbers
+_LISTS = ("img_size", "patch_size", "window_size", "depths", "num_heads", "target_dim")  # may be lists of such numbers
 _MOST_WEIGHTS = 200_000_000_000
 
 
@@ -72,7 +73,9 @@ def check_sizes(arguments: Mapping[str, Any]) -> None:
     for key, largest in _LARGEST.items():
         value = arguments.get(key)
         parts = value if key in _LISTS and isinstance(value, (list, tuple)) else [value]
-        for part in parts if value is not None else []:
+        if value is None or key == "target_dim":  # of the model, or of one of its targets: the encoder's
+            parts = [part for part in parts if part is not None]
+        for part in parts:
             if not isinstance(part, int) or isinstance(part, bool) or not 0 <= part <= largest:
                 raise ValueError(f"model argument {key!r} must be a whole number up to {largest:,}, got {value!r}")
     for width, blocks in (("embed_dim", "depth"), ("embed_dim", "depths"), ("decoder_dim", "decoder_depth")):

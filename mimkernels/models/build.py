@@ -31,7 +31,7 @@ _SETTINGS: _Kinds = {
     "patch_size": (int, type(None)),
 }  # fmt: skip
 _MASK_RATIO: _Kinds = {"mask_ratio": (float, type(None))}
-_TARGET: _Kinds = {"target": (str,), "target_dim": (int, type(None))}
+_TARGET: _Kinds = {"target": (str,), "target_dim": (int, list, type(None))}
 # Of settings that runs before them have not.
 _LATER: dict[str, Any] = {"target": "pixels", "target_dim": None}
 

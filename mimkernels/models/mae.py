@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,8 @@ from mimkernels.models.base import ImageModel, check_computed_by
 from mimkernels.models.checkpoint import CheckpointReport, copy_by_name, read_weights
 from mimkernels.models.decoder import DecoderBlock, FusedDecoderBlock
 from mimkernels.models.pictures import Pictures, pictures_of
-from mimkernels.models.targets import parse_target
+from mimkernels.models.target_sum import FeatureWidths, Heads, TargetSum
+from mimkernels.models.targets import Target
 from mimkernels.nn import sincos_positions_2d, use_mimkernels_attention, use_mimkernels_block, use_mimkernels_mlp
 from mimkernels.nn._classes import change_class
 from mimkernels.nn.attention import attention_layers
@@ -40,20 +42,22 @@ class MAEOutput(NamedTuple):
     """What one forward pass gives.
 
     Attributes:
-        loss: fp32 scalar, the mean over all masked patches of the batch.
+        loss: fp32 scalar, the mean over all masked patches of the batch; of several targets the weighted sum.
         mask: which patches were visible. Of masks that leave the images different numbers of them, ``ids_keep`` has
             as many as the image with most: others go on with masked patches, as ``mask.mask`` says.
         pred: ``[B, N, E]`` the prediction for every patch, E pixels as (height, width, channel), where it was
-            asked for; else None.
+            asked for; else None. Of several targets, that of pixels, or the first.
         head_stats: ``LayerHeads.stats`` of every encoder block: each asked statistic ``[B, H, P + K]`` fp32 with
             gradients, by name, in plain containers, through which DistributedDataParallel finds tensors; None if none
             was asked for.
+        metrics: of several targets the loss of each without its weight, without gradients, as ``loss_pixels``.
     """
 
     loss: Tensor
     mask: TokenMask
     pred: Tensor | None = None
     head_stats: list[dict[str, Tensor]] | None = None
+    metrics: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class MAE(ImageModel):
@@ -72,8 +76,10 @@ class MAE(ImageModel):
         mask_ratio: share of patches removed.
         norm_pix_loss: targets are normalised by each patch's own mean and deviation.
         target: "pixels"; or a teacher's features, such as "features:vit_base_patch16_224" or "ema" (``parse_target``),
-            which `forward` is then given. This module has no teacher, the name is a note.
-        target_dim: width of these features; None takes that of the encoder.
+            which `forward` is then given. This module has no teacher, the name is a note. Or several with weights,
+            ``"pixels + 0.5*features:NAME"`` (``parse_targets``): behind the one decoder each has a linear layer of its
+            own, and the loss is the weighted sum.
+        target_dim: width of these features, of several targets of features a list; None takes that of the encoder.
         mean, std: per channel, for pixels in [0, 1]: images are normalised inside the kernels. uint8 images
             need both. None: images come as the encoder wants them.
         attention: "mimkernels" lets the blocks of decoder and encoder compute attention with
@@ -103,7 +109,7 @@ class MAE(ImageModel):
         mask_ratio: float = 0.75,
         norm_pix_loss: bool = True,
         target: str = "pixels",
-        target_dim: int | None = None,
+        target_dim: FeatureWidths = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         attention: str = "mimkernels",
@@ -121,12 +127,13 @@ class MAE(ImageModel):
         self._set_encoder(encoder)
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss
-        self.target, self._target = target, parse_target(target).features
-        if self._target is None and (target != "pixels" or target_dim is not None):
-            raise ValueError(
-                f"target must be pixels, features:MODEL or ema, target_dim the width of the latter, got {target!r} and "
-                f"{target_dim}; norm_pix_loss normalises pixels"
-            )
+        self.target, self._targets = target, TargetSum(target, target_dim)
+        for term in self._targets.terms:
+            if term.target.features is None and term.target != Target():
+                raise ValueError(
+                    f"target must be pixels, features:MODEL or ema, or a sum of these, got {target!r}; norm_pix_loss "
+                    "normalises pixels"
+                )
         self._keep(encoder.patch_embed.num_patches)
         self._set_pixel_statistics(mean, std)
 
@@ -141,10 +148,11 @@ class MAE(ImageModel):
             DecoderBlock(decoder_dim, decoder_heads, mlp_ratio=4.0, qkv_bias=True) for _ in range(decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
-        outputs = self.in_chans * self.patch_size[0] * self.patch_size[1]
-        if self._target is not None:
-            outputs = encoder.embed_dim if target_dim is None else target_dim
-        self.decoder_pred = nn.Linear(decoder_dim, outputs)
+        outputs = self._targets.outputs(
+            pixels=self.in_chans * self.patch_size[0] * self.patch_size[1], encoder=encoder.embed_dim
+        )
+        layers = [nn.Linear(decoder_dim, size) for size in outputs]
+        self.decoder_pred = layers[0] if len(layers) == 1 else Heads(layers)
         nn.init.normal_(self.mask_token, std=0.02)
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_norm, self.decoder_pred):
             init_linears_and_norms(part)
@@ -173,7 +181,7 @@ class MAE(ImageModel):
         mask_ratio: float = 0.75,
         norm_pix_loss: bool = True,
         target: str = "pixels",
-        target_dim: int | None = None,
+        target_dim: FeatureWidths = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         attention: str = "mimkernels",
@@ -223,7 +231,7 @@ class MAE(ImageModel):
         noise: Tensor | None = None,
         seed: int = 0,
         offset: int | Tensor = 0,
-        features: Tensor | None = None,
+        features: Tensor | Sequence[Tensor] | None = None,
         full_prediction: bool = False,
         head_stats: Sequence[str] = (),
     ) -> MAEOutput:
@@ -242,7 +250,8 @@ class MAE(ImageModel):
             seed: of the masks.
             offset: usually the training step; the same `seed` and `offset` give the same masks. A 0-d int64
                 tensor on the images' device is read without waiting for it.
-            features: ``[B, N, D]`` of a teacher at every patch, where these are the target.
+            features: ``[B, N, D]`` of a teacher at every patch, where these are the target; where several targets are
+                features, a list in their order.
             full_prediction: predict visible patches too and return the prediction; changes no result.
             head_stats: statistics of ``mimkernels.attention`` to return for every encoder block, over the visible
                 patches; distances are in patches. They carry gradients: terms of them can be added to the loss.
@@ -266,22 +275,27 @@ class MAE(ImageModel):
             layer_stats = [layer.stats for layer in heads]
         else:
             latent = self.encode(images, tokens.ids_keep, present)
-        if (features is None) != (self._target is None):
-            raise ValueError(f"target {self.target!r}, features {'not ' if features is None else ''}given")
-        full = full_prediction or present is not None or (self._target is not None and self._target.tokens == "all")
-        pred = self.decode(latent, tokens, self._grid(images), full=full, present=present)
-        loss = self._loss(pred, images, tokens, features, full)
-        return MAEOutput(loss, tokens, pred if full_prediction else None, layer_stats)
+        given = self._targets.given(features)
+        full = full_prediction or present is not None or self._targets.any_of_all_tokens
+        preds = self._predicted(latent, tokens, self._grid(images), full=full, present=present)
+        loss, metrics = self._targets.total([
+            self._loss(term.target, pred, images, tokens, each, full)
+            for term, pred, each in zip(self._targets.terms, preds, given, strict=True)
+        ])  # fmt: skip
+        shown = preds[self._targets.painted] if full_prediction else None
+        return MAEOutput(loss, tokens, shown, layer_stats, metrics)
 
-    def _loss(self, pred: Tensor, images: Tensor, tokens: TokenMask, features: Tensor | None, full: bool) -> Tensor:
-        """The loss of the masked patches; `full` where `pred` holds all patches."""
-        if features is not None and self._target is not None:
-            if self._target.tokens == "all":
-                return self._target.compare(pred, features, None)
+    def _loss(
+        self, target: Target, pred: Tensor, images: Tensor, tokens: TokenMask, features: Tensor | None, full: bool
+    ) -> Tensor:
+        """The loss of the masked patches against one target; `full` where `pred` holds all patches."""
+        if features is not None and target.features is not None:
+            if target.features.tokens == "all":
+                return target.features.compare(pred, features, None)
             if not full:
-                return self._target.compare(pred, features, tokens.ids_masked)
+                return target.features.compare(pred, features, tokens.ids_masked)
             ids = tokens.mask.flatten().nonzero().flatten()
-            return self._target.compare(pred.flatten(0, 1)[ids], features, ids)
+            return target.features.compare(pred.flatten(0, 1)[ids], features, ids)
         return masked_patch_loss(
             pred,
             images,
@@ -362,8 +376,14 @@ class MAE(ImageModel):
         """Predicted pixels ``[B, N - K, E]`` of the masked patches, in the order of ``mask.ids_masked``.
 
         With ``full``, ``[B, N, E]`` of every patch of the grid (rows, columns), in its order. Tokens that are not
-        `present` ``[B, P + K]`` count as masked.
+        `present` ``[B, P + K]`` count as masked. Of several targets, those of pixels, or of the first.
         """
+        return self._predicted(latent, mask, grid, full=full, present=present)[self._targets.painted]
+
+    def _predicted(
+        self, latent: Tensor, mask: TokenMask, grid: tuple[int, int], *, full: bool, present: Tensor | None
+    ) -> list[Tensor]:
+        """``decode`` of every target."""
         prefix = self.encoder.num_prefix_tokens
         pos = resample_positions(self.decoder_pos_embed, grid, self.grid_size, prefix)
         # Under autocast the projection is in its dtype; tokens go on in that of mask token and positions, the
@@ -383,7 +403,8 @@ class MAE(ImageModel):
             x = run_blocks_in_a_row([*((block, {}) for block in blocks), (last, {"ids": ids})], x)
         if full:
             x = x[:, prefix:]
-        return self.decoder_pred(self.decoder_norm(x))
+        preds = self.decoder_pred(self.decoder_norm(x))
+        return [preds] if isinstance(preds, Tensor) else preds
 
     @torch.no_grad()
     def loss_of_mean(self, images: Tensor, mask: Tensor, colour: Tensor) -> Tensor:
@@ -419,12 +440,14 @@ class MAE(ImageModel):
         Runs without dropout and gradients. Predictions are brought back to pixels: with norm_pix_loss by each
         patch's true mean and deviation, then by the model's mean and std. One channel becomes a grey picture.
         """
+        tokens, present = self._masks(images, mask, noise=noise, seed=seed, offset=offset)
         with self._in_eval_mode():
-            out = self(images, mask=mask, noise=noise, seed=seed, offset=offset, full_prediction=True)
+            latent = self.encode(images, tokens.ids_keep, present)
+            pred = self.decode(latent, tokens, self._grid(images), full=True, present=present)
         return pictures_of(
             images,
-            out.pred,
-            out.mask.mask.unflatten(1, self._grid(images)),
+            pred,
+            tokens.mask.unflatten(1, self._grid(images)),
             self.patch_size,
             norm_pix=self.norm_pix_loss,
             mean=self._pixel_mean,

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,8 @@ from mimkernels.models.checkpoint import CheckpointReport, read_weights
 from mimkernels.models.masked_encoders import compute_by, create_masked_encoder, family_of
 from mimkernels.models.pictures import Pictures, pictures_of
 from mimkernels.models.simmim_names import load_published, published_buffers, to_published
-from mimkernels.models.targets import parse_target
+from mimkernels.models.target_sum import FeatureWidths, Heads, TargetSum
+from mimkernels.models.targets import FeatureTarget, Target
 from mimkernels.nn import embed_visible
 from mimkernels.ops import fill_mask_tokens, masked_patch_loss, random_mask
 
@@ -27,17 +29,19 @@ class SimMIMOutput(NamedTuple):
     """What one forward pass gives.
 
     Attributes:
-        loss: fp32 scalar, the mean over all masked pixels and channels of the batch.
+        loss: fp32 scalar, the mean over all masked pixels and channels of the batch; of several targets the weighted
+            sum.
         mask: ``[B, h, w]`` bool, the masked patches.
         pred: ``[B, L, E]`` the prediction of every output token, E pixels as (height, width, channel), where it was
-            asked for; else None.
-        head_stats: as of ``MAEOutput``, over all tokens.
+            asked for; else None. Of several targets, that of the first of pixels, or the first.
+        head_stats, metrics: as of ``MAEOutput``, the first over all tokens.
     """
 
     loss: Tensor
     mask: Tensor
     pred: Tensor | None = None
     head_stats: list[dict[str, Tensor]] | None = None
+    metrics: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class SimMIM(ImageModel):
@@ -61,8 +65,10 @@ class SimMIM(ImageModel):
         target: "pixels"; "patch-norm": each output token's pixels minus their mean over their deviation, as MAE;
             "local-norm:K": each pixel by mean and deviation of the K x K pixels around it (published for Swin V2: 47).
             Or a teacher's features, such as "features:vit_base_patch16_224:norm=ln" or "ema" (``parse_target``), which
-            `forward` is then given; MaskDistill. This module has no teacher, the name is a note.
-        target_dim: width of these features; None takes that of the encoder.
+            `forward` is then given; MaskDistill. This module has no teacher, the name is a note. Or several with
+            weights, ``"pixels + 0.5*features:NAME"`` (``parse_targets``): each has a linear layer of its own, in
+            ``decoders``, and the loss is the weighted sum.
+        target_dim: width of these features, of several targets of features a list; None takes that of the encoder.
         loss: "l1", "mse" or "smooth-l1", of pixels.
         mean, std: per channel, for pixels in [0, 1]: images are normalised inside the kernels. uint8 images
             need both. None: images come as the encoder wants them.
@@ -86,7 +92,7 @@ class SimMIM(ImageModel):
         mask_unit: int | None = None,
         mask_ratio: float = 0.6,
         target: str = "pixels",
-        target_dim: int | None = None,
+        target_dim: FeatureWidths = None,
         loss: str = "l1",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -103,10 +109,9 @@ class SimMIM(ImageModel):
         self.mask_unit = self._published_unit() if mask_unit is None else mask_unit
         self.mask_ratio = mask_ratio
         self.target, self.loss = target, loss
-        self._target = parse_target(target)
-        if target_dim is not None and self._target.features is None:
-            raise ValueError(f"target_dim is the width of a teacher's features, got {target_dim} and target {target!r}")
-        if self._target.norm_pix and self.in_chans * math.prod(self.encoder_stride) == 1:
+        self._targets = TargetSum(target, target_dim)
+        single = self.in_chans * math.prod(self.encoder_stride) == 1
+        if single and any(term.target.norm_pix for term in self._targets.terms):
             raise ValueError(
                 "target patch-norm divides by the deviation of what an output token predicts, here a single value, "
                 "which has none; take larger patches, or another target"
@@ -118,10 +123,12 @@ class SimMIM(ImageModel):
         self.mask_token = nn.Parameter(torch.empty(1, 1, self.encoder.patch_embed.proj.out_channels))
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
         # Initialised as the published convolution: both draw from +-1 / sqrt(inputs).
-        outputs = self.in_chans * math.prod(self.encoder_stride)
-        if self._target.features is not None:
-            outputs = self.encoder.num_features if target_dim is None else target_dim
-        self.decoder = nn.Linear(self.encoder.num_features, outputs)
+        width = self.encoder.num_features
+        outputs = self._targets.outputs(pixels=self.in_chans * math.prod(self.encoder_stride), encoder=width)
+        if len(outputs) == 1:
+            self.decoder = nn.Linear(width, outputs[0])
+        else:
+            self.decoders = Heads(nn.Linear(width, size) for size in outputs)
         compute_by(encoder, attention=attention, mlp=mlp, block="timm")
 
     @classmethod
@@ -135,7 +142,7 @@ class SimMIM(ImageModel):
         mask_unit: int | None = None,
         mask_ratio: float = 0.6,
         target: str = "pixels",
-        target_dim: int | None = None,
+        target_dim: FeatureWidths = None,
         loss: str = "l1",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -187,6 +194,11 @@ class SimMIM(ImageModel):
         """The encoder's transformer blocks, in their order."""
         return list(self._family.blocks(self.encoder))
 
+    @property
+    def _heads(self) -> list[nn.Module]:
+        """The linear layer of each target."""
+        return [self.decoder] if len(self._targets.terms) == 1 else list(self.decoders)
+
     def forward(
         self,
         images: Tensor,
@@ -194,7 +206,7 @@ class SimMIM(ImageModel):
         mask: Tensor | None = None,
         seed: int = 0,
         offset: int | Tensor = 0,
-        features: Tensor | None = None,
+        features: Tensor | Sequence[Tensor] | None = None,
         ids: Tensor | None = None,
         full_prediction: bool = False,
         head_stats: Sequence[str] = (),
@@ -208,7 +220,8 @@ class SimMIM(ImageModel):
             seed: of the masks.
             offset: usually the training step; the same `seed` and `offset` give the same masks. A 0-d int64
                 tensor on the images' device is read without waiting for it.
-            features: ``[B, L, D]`` of a teacher at every output token, where these are the target.
+            features: ``[B, L, D]`` of a teacher at every output token, where these are the target; where several
+                targets are features, a list in their order.
             ids: ``masked_ids(mask)``, for who has them: to find them in a given mask waits for the device.
             full_prediction: return the prediction.
             head_stats: statistics of ``mimkernels.attention`` to return for every encoder block, over all patches;
@@ -231,16 +244,26 @@ class SimMIM(ImageModel):
                 raise ValueError(f"mask is on {mask.device} but images are on {images.device}")
             # A given mask may hide single patches; to look whether it does would wait for the device.
             whole = self.encoder_stride == self.patch_size
-        if (features is None) != (self._target.features is None):
-            raise ValueError(f"target {self.target!r}, features {'not ' if features is None else ''}given")
+        given = self._targets.given(features)
         with self._recorded(images, head_stats) as heads:
             latent = self.encode(images, mask)
         layer_stats = [layer.stats for layer in heads] if head_stats else None
-        if features is not None:
-            loss, pred = self._feature_loss(latent, mask, features, ids, full_prediction)
-            return SimMIMOutput(loss, mask, pred, layer_stats)
-        pred = self.decoder(latent)  # [B, L, E]
-        return SimMIMOutput(self._loss(pred, images, mask, whole), mask, pred if full_prediction else None, layer_stats)
+        if ids is None and any(term.of_masked_tokens for term in self._targets.terms):
+            ids = self.masked_ids(mask)
+        losses: list[Tensor] = []
+        preds: list[Tensor | None] = []
+        for term, head, each in zip(self._targets.terms, self._heads, given, strict=True):
+            pred: Tensor | None
+            if each is None or term.target.features is None:
+                pred = head(latent)  # [B, L, E]
+                loss = self._loss(term.target, pred, images, mask, whole)
+            else:
+                loss, pred = self._feature_loss(term.target.features, head, latent, each, ids, full_prediction)
+            losses.append(loss)
+            preds.append(pred)
+        loss, metrics = self._targets.total(losses)
+        shown = preds[self._targets.painted] if full_prediction else None
+        return SimMIMOutput(loss, mask, shown, layer_stats, metrics)
 
     def draw_mask(self, images: Tensor, *, seed: int = 0, offset: int | Tensor = 0) -> Tensor:
         """The mask ``[B, h, w]`` bool that `forward` uses for these images and arguments."""
@@ -280,14 +303,19 @@ class SimMIM(ImageModel):
     def loss_of_mean(self, images: Tensor, mask: Tensor, colour: Tensor) -> Tensor:
         """The loss of predicting the mean everywhere, that of its neighbourhood where the target has one.
 
+        All targets are of pixels.
+
         Args:
             images, mask: as of ``forward``.
             colour: ``[C]`` in [0, 1], the mean colour of the data.
         """
         tokens = math.prod(side // step for side, step in zip(images.shape[2:], self.encoder_stride, strict=True))
-        normalised = self._target.norm_pix or self._target.local_norm is not None
-        pred = self._constant(None if normalised else colour, images, tokens, self.encoder_stride)
-        return self._loss(pred, images, mask, self.encoder_stride == self.patch_size)
+        losses = []
+        for term in self._targets.terms:
+            normalised = term.target.norm_pix or term.target.local_norm is not None
+            pred = self._constant(None if normalised else colour, images, tokens, self.encoder_stride)
+            losses.append(self._loss(term.target, pred, images, mask, self.encoder_stride == self.patch_size))
+        return self._targets.total(losses)[0]
 
     @torch.no_grad()
     def reconstruct(
@@ -298,15 +326,18 @@ class SimMIM(ImageModel):
         Runs without dropout and gradients. Predictions are brought back to pixels: by the true mean and deviation that
         the target is normalised by, then by the model's mean and std. One channel becomes a grey picture.
         """
+        mask = self.draw_mask(images, seed=seed, offset=offset) if mask is None else mask
+        place = self._targets.painted
+        target = self._targets.terms[place].target
         with self._in_eval_mode():
-            out = self(images, mask=mask, seed=seed, offset=offset, full_prediction=True)
+            pred = self._heads[place](self.encode(images, mask))
         return pictures_of(
             images,
-            out.pred,
-            out.mask,
+            pred,
+            mask,
             self.encoder_stride,
-            norm_pix=self._target.norm_pix,
-            local_norm=self._target.local_norm,
+            norm_pix=target.norm_pix,
+            local_norm=target.local_norm,
             mean=self._pixel_mean,
             std=self._pixel_std,
         )
@@ -337,51 +368,55 @@ class SimMIM(ImageModel):
             f"{_by(self.encoder_stride)}"
         )
         weights = read_weights(source)
-        stride = (1, 1) if self._target.features is not None else self.encoder_stride
+        stride = (1, 1) if self._targets.of_features else self.encoder_stride
         return load_published(weights, self.state_dict(), self.encoder, stride, title=title, config=self.config)
 
     def simmim_state_dict(self) -> dict[str, Tensor]:
         """The weights under their published names and in their published layout, with what is published besides.
 
         The decoder's weights are copies; the other tensors share the model's memory. One that predicts features, of
-        which there is no published layout, is a 1x1 convolution, too.
+        which there is no published layout, is a 1x1 convolution, too; those of several targets stay as they are here.
         """
-        stride = (1, 1) if self._target.features is not None else self.encoder_stride
+        stride = (1, 1) if self._targets.of_features else self.encoder_stride
         return {**to_published(self.state_dict(), stride), **published_buffers(self.encoder)}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks' activations in the backward pass."""
         self.encoder.set_grad_checkpointing(enable)
 
-    def _loss(self, pred: Tensor, images: Tensor, mask: Tensor, whole: bool) -> Tensor:
-        """The loss; `whole` where the mask hides all or nothing of what an output token predicts."""
+    def _loss(self, target: Target, pred: Tensor, images: Tensor, mask: Tensor, whole: bool) -> Tensor:
+        """The loss of pixels; `whole` where the mask hides all or nothing of what an output token predicts."""
         rows, columns = (step // side for step, side in zip(self.encoder_stride, self.patch_size, strict=True))
         return masked_patch_loss(
             pred,
             images,
             mask=mask[:, ::rows, ::columns].flatten(1) if whole else mask,
             patch_size=self.encoder_stride,
-            norm_pix=self._target.norm_pix,
-            local_norm=self._target.local_norm,
+            norm_pix=target.norm_pix,
+            local_norm=target.local_norm,
             kind=_LOSSES[self.loss],
             mean=self._pixel_mean,
             std=self._pixel_std,
         )
 
     def _feature_loss(
-        self, latent: Tensor, mask: Tensor, features: Tensor, ids: Tensor | None, full: bool
+        self,
+        target: FeatureTarget,
+        head: nn.Module,
+        latent: Tensor,
+        features: Tensor,
+        ids: Tensor | None,
+        full: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """The loss against a teacher's features, and the prediction of every output token where it is wanted."""
-        target = self._target.features
-        assert target is not None
         if target.tokens == "all":
-            pred = self.decoder(latent)
+            pred = head(latent)
             return target.compare(pred, features, None), pred if full else None
-        ids = self.masked_ids(mask) if ids is None else ids
+        assert ids is not None
         if full:
-            pred = self.decoder(latent)
+            pred = head(latent)
             return target.compare(pred.flatten(0, 1)[ids], features, ids), pred
-        return target.compare(self.decoder(latent.flatten(0, 1)[ids]), features, ids), None
+        return target.compare(head(latent.flatten(0, 1)[ids]), features, ids), None
 
     def _published_unit(self) -> int:
         """32 pixels, or one patch where 32 do not fit."""

@@ -62,7 +62,7 @@ def split_published(
     Takes the published names, with and without ``encoder.``, those of ``SimMIM.state_dict()``, and for Swin those of
     timm, whose stages begin with the merging of patches that the published ones end with.
     """
-    if "decoder.weight" in weights:
+    if "decoder.weight" in weights or {"decoders.0.weight", "mask_token"} <= weights.keys():
         named = to_published(weights, stride)
     else:
         bare = not any(name.startswith("encoder.") for name in weights)
@@ -101,7 +101,7 @@ def load_published(
         ValueError: as ``SimMIM.load_checkpoint``.
     """
     weights, left = split_published(weights, stride)
-    if "decoder.weight" not in own:
+    if not any(_is_decoder(name) for name in own):
         left |= {name: weights.pop(name) for name in list(weights) if _beyond_encoder(name)}
     encoder_only = not any(_is_decoder(name) for name in weights)
     weights, resized = resize_tables(weights, encoder)
@@ -128,4 +128,4 @@ def _moved_stage(name: str, by: int) -> str:
 
 
 def _is_decoder(name: str) -> bool:
-    return name.startswith("decoder.")
+    return name.startswith(("decoder.", "decoders."))  # the latter of several targets

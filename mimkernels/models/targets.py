@@ -1,5 +1,9 @@
-"""What a model predicts: pixels, themselves or normalised by their patch or neighbourhood, or a teacher's features."""
+"""What a model predicts: pixels, themselves or normalised by their patch or neighbourhood, or a teacher's features.
 
+Or a weighted sum of these, each with a head of its own.
+"""
+
+import math
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -11,11 +15,14 @@ from mimkernels._options import option_value
 from mimkernels.models.architecture import ARCHITECTURE_ARGUMENTS, check_sizes
 from mimkernels.ops import masked_feature_loss
 
-__all__ = ["FeatureTarget", "Target", "parse_target"]
+__all__ = ["FeatureTarget", "Target", "Term", "parse_target", "parse_targets", "split_targets"]
 
 _LOCAL = re.compile(r"local-norm:(\d+)")
 _OPTION = re.compile(r"[a-z_]+=[^/]*$")  # a slash is of a path
 _COMMA = re.compile(r",(?![^\[]*\])")  # between options, not within a list
+_PLUS = re.compile(r"\s+\+\s+")  # between the targets of a sum
+_WEIGHT = re.compile(r"([-+.\d][^\s*:]*)\s*\*\s*(.*)", re.DOTALL)
+_MOST = 8  # targets of a sum: a file shall not keep a machine busy
 _CHOICES = {
     "norm": ("ln", "instance", "none"),
     "loss": ("smooth-l1", "mse", "l1", "cosine"),
@@ -77,6 +84,80 @@ class Target(NamedTuple):
     features: FeatureTarget | None = None
 
 
+class Term(NamedTuple):
+    """One target of a sum, or the only one.
+
+    Attributes:
+        text: as ``parse_target`` takes it.
+        target: what that means.
+        weight: its loss counts so often.
+        name: what its loss is called, ``pixels``, ``features`` ..., a second one of a kind ``features_2``.
+    """
+
+    text: str
+    target: Target
+    weight: float = 1.0
+    name: str = ""
+
+    @property
+    def of_masked_tokens(self) -> bool:
+        """Whether features of the masked tokens alone are compared."""
+        return self.target.features is not None and self.target.features.tokens == "masked"
+
+
+def split_targets(text: str) -> list[tuple[float, str]]:
+    """Weight and text of each target of a sum, ``"pixels + 0.5*features:MODEL"``; the texts are not looked at.
+
+    Raises:
+        ValueError: a weight is no positive number.
+    """
+    parts = _PLUS.split(text)
+    if len(parts) == 1:
+        return [(1.0, text)]
+    split = []
+    for part in parts:
+        match = _WEIGHT.fullmatch(part.strip())
+        try:
+            weight = 1.0 if match is None else float(match[1])
+        except ValueError:
+            weight = math.nan
+        if not 0 < weight < math.inf:
+            raise ValueError(
+                f"target {text!r}: a weight must be a positive number before a *, as in pixels + 0.5*features:MODEL, "
+                f"got {part.strip()!r}"
+            )
+        split.append((weight, part.strip() if match is None else match[2]))
+    return split
+
+
+def parse_targets(text: str) -> tuple[Term, ...]:
+    """A target, or several with weights: ``"pixels + 0.5*features:runs/mae:layer=8"``, spaces around each plus.
+
+    Raises:
+        ValueError: what ``parse_target`` refuses, a weight that is no positive number, a target given twice, two that
+            follow the trained encoder, or more than eight.
+    """
+    split = split_targets(text) if isinstance(text, str) else [(1.0, text)]
+    if len(split) > _MOST:
+        raise ValueError(f"target is a sum of {len(split)} targets; at most {_MOST} are summed")
+    terms: list[Term] = []
+    counts: dict[str, int] = {}
+    for weight, each in split:
+        target = parse_target(each)
+        if any(term.target == target for term in terms):
+            raise ValueError(f"target {text!r} has {each!r} twice: give it once, with the sum of the weights")
+        kind = each.partition(":")[0].replace("-", "_")
+        counts[kind] = counts.get(kind, 0) + 1
+        terms.append(Term(each, target, weight, kind + (f"_{counts[kind]}" if counts[kind] > 1 else "")))
+    own = [term.text for term in terms if term.target.features is not None and term.target.features.model is None]
+    if len(own) > 1:
+        raise ValueError(
+            f"target {text!r}: {' and '.join(map(repr, own))} both keep a copy of the trained encoder, of which a "
+            "checkpoint holds one: give one of them"
+        )
+    return tuple(terms)
+
+
 def parse_target(text: str) -> Target:
     """``"pixels"``, ``"patch-norm"``, ``"local-norm:K"``, K odd and at least 3, ``"features:MODEL"`` or ``"ema"``.
 
@@ -106,7 +187,7 @@ def parse_target(text: str) -> Target:
     raise ValueError(
         f"target must be pixels, patch-norm, local-norm:K with an odd number of pixels K of at least 3 (published: "
         f"local-norm:47), features:MODEL or ema, the last two perhaps with options (features:MODEL:layer=-1,norm=ln), "
-        f"got {text!r}"
+        f"or a sum of several with weights (pixels + 0.5*features:MODEL), got {text!r}"
     )
 
 

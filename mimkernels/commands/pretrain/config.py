@@ -90,10 +90,13 @@ class PretrainConfig(TrainingConfig):
         "token predicts; local-norm:K (SimMIM), by those of the K x K pixels around each; features:MODEL, those that a "
         "timm model, run or checkpoint has of the whole image; or ema, those of the encoder's moving average. Options "
         "of the last two: features:MODEL:layer=8,layers=4,norm=ln,loss=smooth-l1,beta=1,tokens=masked; of a MODEL "
-        "also pretrained=false, img_size=N, arch=NAME and timm's arguments",
-        "MAE and SimMIM", metavar="TARGET",
+        "also pretrained=false, img_size=N, arch=NAME and timm's arguments. Given several times, each perhaps with a "
+        "weight as in 0.5*features:MODEL, the weighted sum is trained, a head for each",
+        "MAE and SimMIM", metavar="TARGET", joined=" + ",
     )  # fmt: skip
-    target_dim: int | None = setting(None, "width of the features (default: the teacher's)", "MAE and SimMIM")
+    target_dim: int | list[int | None] | None = setting(  # noqa: RUF009 # a field
+        None, "width of the features (default: the teacher's)", "MAE and SimMIM"
+    )
     loss: str = setting("l1", "how the prediction is compared", "SimMIM", choices=LOSSES)
     decay_bias_tables: bool = setting(
         False, "weight decay on relative position bias tables, their MLPs and scales of logits, too, as in the "
@@ -245,8 +248,13 @@ class PretrainConfig(TrainingConfig):
         Raises:
             ValueError: the settings of the checkpoint alone name one: a file makes nobody reach a hub.
         """
-        for name in ("target", "teacher"):
-            model = str(saved.get(name, "")).removeprefix("features:")
+        from mimkernels.models.targets import split_targets
+
+        named = {name: str(saved.get(name, "")) for name in ("target", "teacher")}
+        for name, model in [
+            *(("target", text.removeprefix("features:")) for _, text in split_targets(named["target"])),
+            ("teacher", named["teacher"]),
+        ]:
             if name not in given and re.match(r"[a-z-]+hub:|[a-z]+-dir:", model):
                 raise ValueError(
                     f"the checkpoint names a teacher that is fetched, {name} {saved[name]!r}: give --{name} again to "
@@ -273,7 +281,7 @@ class PretrainConfig(TrainingConfig):
                 f"momentum {momentum} and masking {self.masking!r}"
             )
         require(self.loss in LOSSES, "loss", self.loss, f"one of {', '.join(LOSSES)}")
-        for name in ("mask_unit", "mlp_dim", "out_dim", "local_size", "prototypes", "bottleneck_dim", "target_dim"):
+        for name in ("mask_unit", "mlp_dim", "out_dim", "local_size", "prototypes", "bottleneck_dim"):
             width = getattr(self, name)
             require(width is None or width >= 1, name, width, "at least 1")
         for name in ("color_jitter", "blur_prob", "solarize_prob"):

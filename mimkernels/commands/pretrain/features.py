@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from mimkernels.commands.pretrain.teacher import Autocast, TeacherEncoder, full_
 from mimkernels.engine.encoder import FrozenEncoder, load_same_encoder
 from mimkernels.engine.model_names import ModelChoice
 from mimkernels.models.momentum import half_cosine
-from mimkernels.models.targets import FeatureTarget, parse_target
+from mimkernels.models.target_sum import TargetSum
+from mimkernels.models.targets import FeatureTarget, parse_target, parse_targets
 
-__all__ = ["FeatureReader", "FeatureTeacher", "load_teacher"]
+__all__ = ["FeatureReader", "FeatureTeacher", "FeatureTeachers", "load_teacher", "load_teachers"]
 
 _EPS = 1e-5
 
@@ -115,8 +117,13 @@ class FeatureReader:
         return mean, grid
 
 
-def load_teacher(config: PretrainConfig) -> FeatureReader | None:
-    """The encoder that ``--target features:MODEL`` names; None of other targets. Random weights are the same always.
+def load_teachers(config: PretrainConfig) -> list[FeatureReader | None]:
+    """``load_teacher`` of every target that is features; an encoder that several of them name is loaded for each."""
+    return [load_teacher(config, term.text) for term in parse_targets(config.target) if term.target.features]
+
+
+def load_teacher(config: PretrainConfig, text: str) -> FeatureReader | None:
+    """The encoder that target `text`, ``features:MODEL``, names; None of others. Random weights are the same always.
 
     A run or checkpoint has images of its own size; of a timm name it is that of the run, in whole tokens. The target's
     ``img_size`` comes before both.
@@ -124,7 +131,7 @@ def load_teacher(config: PretrainConfig) -> FeatureReader | None:
     Raises:
         ValueError: there is no such model, or it gives no such features.
     """
-    target = parse_target(config.target).features
+    target = parse_target(text).features
     if target is None or target.model is None:
         return None
     model = target.model
@@ -141,16 +148,18 @@ def load_teacher(config: PretrainConfig) -> FeatureReader | None:
             if size != encoder.img_size:
                 encoder = load(size)
     except ValueError as e:
-        raise ValueError(f"target {config.target!r}: {e}") from e
-    return FeatureReader(encoder, target, config.target)
+        raise ValueError(f"target {text!r}: {e}") from e
+    return FeatureReader(encoder, target, text)
 
 
 class FeatureTeacher(TeacherEncoder):
     """Features of a teacher without gradients, at the output tokens of the model that learns to predict them.
 
     Args:
-        config: ``target``, ``momentum`` and the size of the images are read.
+        config: ``masking``, ``momentum`` and the size of the images are read.
         model: what is trained, with an ``encoder`` of timm.
+        text: the target, of a sum one of it.
+        width: of the features that the model predicts; None: that of its encoder.
         reader: what ``load_teacher`` gives; None takes the moving average of the trained encoder.
         autocast: enters the precision of the run.
 
@@ -160,9 +169,15 @@ class FeatureTeacher(TeacherEncoder):
     """
 
     def __init__(
-        self, config: PretrainConfig, model: Any, reader: FeatureReader | None, autocast: Autocast = full_precision
+        self,
+        config: PretrainConfig,
+        model: Any,
+        text: str,
+        width: int | None,
+        reader: FeatureReader | None,
+        autocast: Autocast = full_precision,
     ) -> None:
-        target = parse_target(config.target).features
+        target = parse_target(text).features
         assert target is not None
         self.target, self.momentum = target, config.value("momentum")
         self._hides = config.masking != NO_MASKING
@@ -171,16 +186,15 @@ class FeatureTeacher(TeacherEncoder):
         stride = getattr(model, "encoder_stride", model.patch_size)
         self.grid = (config.img_size // stride[0], config.img_size // stride[1])
         super().__init__(config, model, None if reader is None else reader.encoder, autocast)
-        self.reader = FeatureReader(self.encoder, target, config.target) if reader is None else reader
+        self.reader = FeatureReader(self.encoder, target, text) if reader is None else reader
         if self.encoder.in_chans not in (config.in_chans, 3):
             raise ValueError(
-                f"target {config.target!r} takes images of {self.encoder.in_chans} channels, the model of "
-                f"{config.in_chans}"
+                f"target {text!r} takes images of {self.encoder.in_chans} channels, the model of {config.in_chans}"
             )
-        predicted = model.encoder.num_features if config.target_dim is None else config.target_dim
+        predicted = model.encoder.num_features if width is None else width
         if self.reader.dim != predicted:
             raise ValueError(
-                f"target {config.target!r}: features of {self.encoder.title} have {self.reader.dim} values, the model "
+                f"target {text!r}: features of {self.encoder.title} have {self.reader.dim} values, the model "
                 f"predicts {predicted}: give --target-dim {self.reader.dim}"
             )
 
@@ -234,3 +248,79 @@ class FeatureTeacher(TeacherEncoder):
     def follow(self, share: float) -> None:
         """To be called after each optimizer step, after `share` of the training."""
         self.move(half_cosine(self.momentum, 1.0, share))
+
+
+class FeatureTeachers:
+    """The teachers of all targets of a run that are features, in their order; a ``TeacherTargets``.
+
+    Args:
+        config: ``target``, ``target_dim``, ``masking``, ``momentum`` and the size of the images are read.
+        model: what is trained, with an ``encoder`` of timm.
+        readers: what ``load_teachers`` gives.
+        autocast: enters the precision of the run.
+
+    Raises:
+        ValueError: as ``FeatureTeacher``.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        model: Any,
+        readers: Sequence[FeatureReader | None],
+        autocast: Autocast = full_precision,
+    ) -> None:
+        targets = TargetSum(config.target, config.target_dim)
+        self.terms = targets.terms
+        self.teachers = {
+            place: FeatureTeacher(config, model, self.terms[place].text, width, reader, autocast)
+            for place, width, reader in zip(targets.of_features, targets.widths, readers, strict=True)
+        }
+        # One at most: ``parse_targets`` refuses others.
+        self._moving = next((teacher for teacher in self.teachers.values() if teacher.moves), None)
+
+    @property
+    def told(self) -> str:
+        """The target in words, or the sum."""
+        words = [
+            self.teachers[place].told if place in self.teachers else term.text for place, term in enumerate(self.terms)
+        ]
+        if len(words) == 1:
+            return words[0]
+        return " + ".join(f"{term.weight:g} * ({said})" for term, said in zip(self.terms, words, strict=True))
+
+    @property
+    def moves(self) -> bool:
+        """Whether a teacher changes while the model learns."""
+        return self._moving is not None
+
+    @property
+    def identities(self) -> dict[str, str]:
+        """Of the teachers that stay as they are, by what they teach: change with the weights."""
+        several = len(self.terms) > 1
+        return {
+            f"{self.terms[place].name} target" if several else "target": identity
+            for place, teacher in self.teachers.items()
+            if (identity := teacher.identity) is not None
+        }
+
+    def arguments(self, images: Tensor, mask: Tensor | None) -> dict[str, Any]:
+        """What a step calls the model with, in addition to `images` and to what masks them."""
+        given = [teacher.arguments(images, mask) for teacher in self.teachers.values()]
+        features = [each.pop("features") for each in given]
+        merged = {name: value for each in given for name, value in each.items()}
+        return {"features": features[0] if len(features) == 1 else features, **merged}
+
+    def follow(self, share: float) -> None:
+        """To be called after each optimizer step, after `share` of the training."""
+        if self._moving is not None:
+            self._moving.follow(share)
+
+    def state(self) -> dict[str, Tensor] | None:
+        """What a checkpoint keeps; None where all stay as they are."""
+        return None if self._moving is None else self._moving.state()
+
+    def load(self, state: Mapping[str, Tensor] | None) -> None:
+        """Continue from what a checkpoint keeps."""
+        if self._moving is not None:
+            self._moving.load(state)

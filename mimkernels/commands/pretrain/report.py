@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from markupsafe import Markup
 
-from mimkernels.commands.pretrain.config import EMA, PretrainConfig
+from mimkernels.commands.pretrain.config import PretrainConfig
+from mimkernels.commands.pretrain.methods.feature_targets import follows_encoder
 from mimkernels.engine.figures import loss_curve, png_address
 from mimkernels.engine.head_history import STRIP_WORDS, Epochs, Strip, strips
 from mimkernels.engine.page import write_page
@@ -119,6 +120,10 @@ class Report:
         if references.blind is not None:
             rows.append((f"{references.blind_words}, on new images", references.blind))
         rows.append(("the trained model, on new images", references.now["loss"]))
+        for name, loss in references.now.items():
+            if name.startswith("loss_"):
+                part = name.removeprefix("loss_").replace("_", " ")
+                rows.append((f"the trained model, on new images, {part} alone", loss))
         if self.entries:
             rows.append(("the trained model, on training images", self.entries[-1]["loss"]))
         return [(words, f"{loss:.4g}") for words, loss in rows]
@@ -142,7 +147,7 @@ class Report:
                 "it sees yet. Train longer, or look at the learning rate."
             )
         seen = [(entry["step"], entry["val_loss"]) for entry in self.entries if "val_loss" in entry]
-        moves = method.target_moves or self.config.target.partition(":")[0] == EMA
+        moves = method.target_moves or follows_encoder(self.config)
         if len(seen) > 1 and not moves:
             step, lowest = min(seen, key=lambda pair: pair[1])
             last = seen[-1][1]

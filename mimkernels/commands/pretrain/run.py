@@ -8,9 +8,9 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from mimkernels.commands.pretrain.config import NO_MASKING, PretrainConfig
-from mimkernels.commands.pretrain.features import FeatureTeacher, load_teacher
+from mimkernels.commands.pretrain.features import FeatureReader, FeatureTeachers, load_teachers
 from mimkernels.commands.pretrain.masking import Masking
-from mimkernels.commands.pretrain.methods.feature_targets import predicts_features
+from mimkernels.commands.pretrain.methods.feature_targets import predicts_features, predicts_pixels
 from mimkernels.commands.pretrain.report import References, Report, write_report
 from mimkernels.data.batches import picture_batch
 from mimkernels.data.pixels import Decoder
@@ -22,6 +22,7 @@ from mimkernels.engine.head_history import Epochs
 from mimkernels.engine.training.history import History
 from mimkernels.engine.training.run import RunResult, TrainingRun, backends_of
 from mimkernels.models.build import build_model, format_statistics
+from mimkernels.models.target_sum import TargetSum
 
 
 def pretrain(
@@ -67,14 +68,20 @@ class Run(TrainingRun):
         if self.config.the_method.labelled:
             self._count_classes()
         self.config = replace(self.config, pixel_stats=self._pixel_stats())
-        self._teacher = reader = load_teacher(self.config) if self.config.the_method.masks else None
-        if reader is None:
+        self._teachers: list[FeatureReader | None] = []
+        if not self.config.the_method.masks:
             return self.config
-        if self.config.target_dim not in (None, reader.dim):
-            raise ValueError(
-                f"target_dim is {self.config.target_dim}, features of {reader.encoder.title} have {reader.dim}"
-            )
-        return replace(self.config, target_dim=reader.dim)
+        self._teachers = load_teachers(self.config)
+        widths = TargetSum(self.config.target, self.config.target_dim).widths
+        for place, reader in enumerate(self._teachers):
+            if reader is None:
+                continue
+            if widths[place] not in (None, reader.dim):
+                raise ValueError(f"target_dim is {widths[place]}, features of {reader.encoder.title} have {reader.dim}")
+            widths[place] = reader.dim
+        if not widths:
+            return self.config
+        return replace(self.config, target_dim=widths[0] if len(widths) == 1 else widths)
 
     def _masking(self) -> Masking | None:
         config = self.config
@@ -82,10 +89,10 @@ class Run(TrainingRun):
             return None
         return Masking(config, self.model, self.accelerator.autocast)
 
-    def _features(self) -> FeatureTeacher | None:
-        if not (self.config.the_method.masks and predicts_features(self.config)):
+    def _features(self) -> FeatureTeachers | None:
+        if not self._teachers:
             return None
-        return FeatureTeacher(self.config, self.model, self._teacher, self.accelerator.autocast)
+        return FeatureTeachers(self.config, self.model, self._teachers, self.accelerator.autocast)
 
     def _pixel_stats(self) -> str:
         """``pixel_stats`` without what has to be looked up or measured; a run that is continued keeps what it has."""
@@ -196,6 +203,8 @@ class Run(TrainingRun):
 
 def _ops(config: PretrainConfig) -> tuple[str, ...]:
     """The ops of a training step."""
-    if not predicts_features(config):
-        return config.the_method.ops
-    return tuple("masked_feature_loss" if op == "masked_patch_loss" else op for op in config.the_method.ops)
+    ops = config.the_method.ops
+    if not (config.the_method.masks and predicts_features(config)):
+        return ops
+    kept = ops if predicts_pixels(config) else tuple(op for op in ops if op != "masked_patch_loss")
+    return (*kept, "masked_feature_loss")

@@ -48,8 +48,8 @@ class TeacherTargets(Protocol):
 
     Attributes:
         told: the target in words.
-        moves: whether the teacher changes while the model learns.
-        identity: of one that does not: changes with its weights.
+        moves: whether a teacher changes while the model learns.
+        identities: of those that do not, each by what it teaches: change with the weights.
     """
 
     @property
@@ -59,7 +59,7 @@ class TeacherTargets(Protocol):
     def moves(self) -> bool: ...
 
     @property
-    def identity(self) -> str | None: ...
+    def identities(self) -> dict[str, str]: ...
 
     def arguments(self, images: Tensor, mask: Tensor | None) -> dict[str, Any]:
         """What a step calls the model with, in addition to `images` and to what masks them."""

@@ -112,9 +112,10 @@ class TrainingRun:
             self.heads.windows = window_counts((self.model.encoder,), layers)
         self.masking = self._masking()
         self.features = self._features()
-        teachers = {"masking": self.masking, "target": self.features}
         #: Digests of the teachers that stay as they are, by what they teach.
-        self.teachers = {name: part.identity for name, part in teachers.items() if part and part.identity}
+        self.teachers = {} if self.features is None else dict(self.features.identities)
+        if self.masking is not None and (identity := self.masking.identity):
+            self.teachers["masking"] = identity
         if self.start is not None:
             check_same_teachers(self.start, self.teachers)
         follows = self.masking is not None and self.masking.state() is not None

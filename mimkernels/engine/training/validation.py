@@ -132,7 +132,8 @@ class Validation:
                     images, arguments, weight = self._call(part, draw, device)
                     loss, metrics = compute(images, arguments)
                     seen = 0 if part is None else len(part.rows)
-                    for name, value, count in (("loss", loss, weight), *((key, m, seen) for key, m in metrics.items())):
+                    for name, value in {"loss": loss, **metrics}.items():
+                        count = weight if name.startswith("loss") else seen  # also the losses of several targets
                         term = torch.stack((value.double() * count, value.new_full((), count, dtype=torch.float64)))
                         totals[name] = totals.get(name, torch.zeros_like(term)) + (term if count else 0)
         return totals

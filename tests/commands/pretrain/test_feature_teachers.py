@@ -33,10 +33,10 @@ def digits(batch=3):
 
 
 def teacher_of(config, **options) -> FeatureTeacher:
-    reader = load_teacher(config)
+    reader = load_teacher(config, config.target)
     if reader is not None:
         config = replace(config, target_dim=reader.dim)
-    return FeatureTeacher(config, build_model(config.to_dict()), reader, **options)
+    return FeatureTeacher(config, build_model(config.to_dict()), config.target, config.target_dim, reader, **options)
 
 
 def as_seen(images, statistics):
@@ -60,7 +60,9 @@ def test_a_timm_name_of_other_patches_teaches(tiny):
     assert teacher.told.endswith("resampled from 2 x 2 tokens") and "with random weights" in teacher.told
     # Weights that nobody has trained are the same in every process and whenever a run goes on.
     torch.manual_seed(7)
-    assert load_teacher(config).encoder.fingerprint() == teacher.encoder.fingerprint() == teacher.identity
+    assert (
+        load_teacher(config, config.target).encoder.fingerprint() == teacher.encoder.fingerprint() == teacher.identity
+    )
 
 
 def test_a_teacher_sees_images_of_the_size_that_the_target_says(tiny):
@@ -95,7 +97,7 @@ def test_a_swin_teaches_its_last_stage_or_a_block_of_another(tiny):
     torch.testing.assert_close(mean.features(digits()), wanted, rtol=1e-4, atol=1e-5)
     assert "mean of the last 2 blocks, each normalised" in mean.told
     with pytest.raises(ValueError, match="wants block 3, swin_tiny.* has 3 blocks, 0 to 2"):
-        load_teacher(tiny(**DENSE, target=f"features:{SWIN},layer=3"))
+        load_teacher(tiny(**DENSE), f"features:{SWIN},layer=3")
 
 
 def test_the_average_of_a_swin_teaches_itself(tiny):
@@ -164,7 +166,7 @@ def test_scaled_gradients_of_fp16_are_those_of_fp32(tiny):
     autocast = functools.partial(torch.autocast, "cpu", torch.float16)
     gradients = []
     for precision in (functools.partial(torch.autocast, "cpu", enabled=False), autocast):
-        teacher = FeatureTeacher(config, model, load_teacher(config), precision)
+        teacher = FeatureTeacher(config, model, config.target, 24, load_teacher(config, config.target), precision)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=precision is autocast)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         optimizer.zero_grad()

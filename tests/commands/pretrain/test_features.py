@@ -136,7 +136,7 @@ def test_an_interrupted_run_continues_bit_for_bit(tiny, tmp_path, monkeypatch):
         ({**DENSE, "target": "ema:norm=l2"}, r"an option must be .*norm=ln\|instance\|none.* got 'norm=l2'"),
         ({**DENSE, "target": "ema", "loss": "mse"}, "loss is that of pixels, got 'mse' and target 'ema'"),
         ({**DENSE, "momentum": 0.9}, "momentum is that of target ema, got 0.9 and target 'pixels'"),
-        ({**DENSE, "target_dim": 8}, "target_dim is the width of features, got 8 and target 'pixels'"),
+        ({**DENSE, "target_dim": 8}, "target_dim is the width of a teacher's features, got 8 and target 'pixels'"),
         ({**DENSE, "masking": "none"}, "masking none leaves no masked token to compare.* got 'pixels'"),
         ({**QUICK, "target": "ema:tokens=all", "masking": "none"}, "masking none is for methods whose encoder sees"),
         ({**QUICK, "target": "patch-norm"}, "target of mae must be pixels, features:MODEL or ema, got 'patch-norm'"),

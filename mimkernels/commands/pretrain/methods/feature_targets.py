@@ -1,4 +1,4 @@
-"""Methods that predict pixels or, instead, a teacher's features: what their settings may be and how they are told."""
+"""Methods that predict pixels, a teacher's features, or both: what their settings may be and how they are told."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from mimkernels.engine.training.method import Method
 
 if TYPE_CHECKING:
     from mimkernels.commands.pretrain.config import PretrainConfig
+    from mimkernels.models.targets import Term
 
-__all__ = ["TARGET_OPTIONS", "TargetMethod", "feature_words", "predicts_features"]
+__all__ = ["TARGET_OPTIONS", "TargetMethod", "follows_encoder", "predicts_features", "predicts_pixels", "terms_of"]
 
 TARGET_OPTIONS = ("target", "target_dim", "momentum")
 
@@ -19,18 +20,15 @@ class TargetMethod(Method):
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """Raise ValueError for settings of a teacher's features that cannot work."""
-        from mimkernels.models.targets import parse_target
+        """Raise ValueError for targets, and settings of a teacher's features, that cannot work."""
+        from mimkernels.models.target_sum import TargetSum
 
         super().check(config)
-        features = parse_target(config.target).features
-        if config.momentum is not None and (features is None or features.model is not None):
+        TargetSum(config.target, config.target_dim)
+        terms = terms_of(config)
+        if config.momentum is not None and not follows_encoder(config):
             raise ValueError(f"momentum is that of target ema, got {config.momentum} and target {config.target!r}")
-        if config.target_dim is not None and features is None:
-            raise ValueError(
-                f"target_dim is the width of features, got {config.target_dim} and target {config.target!r}"
-            )
-        if config.masking == "none" and (features is None or features.tokens != "all"):
+        if config.masking == "none" and any(not term.target.features or term.of_masked_tokens for term in terms):
             raise ValueError(
                 f"masking none leaves no masked token to compare: give a target of all tokens, such as "
                 f"features:MODEL:tokens=all, got {config.target!r}"
@@ -38,19 +36,65 @@ class TargetMethod(Method):
 
     @classmethod
     def paints(cls, config: Any) -> bool:
-        return cls.reconstructs and not predicts_features(config)
+        return cls.reconstructs and predicts_pixels(config)
+
+    @classmethod
+    def pixel_words(cls, config: Any, text: str) -> str:
+        """What a loss of pixels is, as ``loss_words``.
+
+        Args:
+            text: the target, of a sum one of it.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def loss_words(cls, config: Any) -> str:
+        terms = terms_of(config)
+        words = [_feature_words(term) if term.target.features else cls.pixel_words(config, term.text) for term in terms]
+        if len(words) == 1:
+            return words[0]
+        each = (
+            f"{term.weight:g} times {term.name.replace('_', ' ')}, the {said[0].lower()}{said[1:]}"
+            for term, said in zip(terms, words, strict=True)
+        )
+        return f"The weighted sum of {len(words)} losses, each of which is drawn below it without its weight: " + (
+            "; ".join(each)
+        )
+
+
+def terms_of(config: PretrainConfig) -> tuple[Term, ...]:
+    """The target, or those that are summed."""
+    from mimkernels.models.targets import parse_targets
+
+    return parse_targets(config.target)
 
 
 def predicts_features(config: PretrainConfig) -> bool:
-    """Whether a teacher's features are the target."""
-    return config.target.partition(":")[0] in ("features", "ema")
+    """Whether a teacher's features are the target, or one of several."""
+    return any(term.target.features is not None for term in terms_of(config))
 
 
-def feature_words(config: PretrainConfig) -> str:
+def predicts_pixels(config: PretrainConfig) -> bool:
+    """Whether pixels are the target, or one of several."""
+    return any(term.target.features is None for term in terms_of(config))
+
+
+def follows_encoder(config: PretrainConfig) -> bool:
+    """Whether features of the encoder that is trained are the target, or one of several."""
+    return any(term.target.features is not None and term.target.features.model is None for term in terms_of(config))
+
+
+def learns_words(config: PretrainConfig) -> str:
+    """What the model learns to do with what is hidden, which follows as the object."""
+    features = "predict a teacher's features of"
+    if not predicts_features(config):
+        return "paint"
+    return f"paint, and to {features}," if predicts_pixels(config) else features
+
+
+def _feature_words(term: Term) -> str:
     """What a loss against features is, as ``Method.loss_words``."""
-    from mimkernels.models.targets import parse_target
-
-    features = parse_target(config.target).features
+    features = term.target.features
     assert features is not None
     error = {"smooth-l1": "Smooth L1 loss", "mse": "Mean squared error", "l1": "Mean absolute error"}
     whose = "the encoder's moving average" if features.model is None else features.model

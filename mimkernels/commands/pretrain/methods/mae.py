@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from mimkernels.commands.pretrain.methods.feature_targets import (
     TARGET_OPTIONS,
     TargetMethod,
-    feature_words,
-    predicts_features,
+    learns_words,
+    terms_of,
 )
 from mimkernels.engine.training.method import MASK_OPTIONS
 
@@ -43,7 +43,7 @@ class MAE(TargetMethod):
         super().check(config)
         if config.masking == "none":
             raise ValueError("masking none is for methods whose encoder sees all patches, such as simmim, got mae")
-        if not predicts_features(config) and config.target != "pixels":
+        if any(term.target.features is None and term.text != "pixels" for term in terms_of(config)):
             raise ValueError(f"target of mae must be pixels, features:MODEL or ema, got {config.target!r}")
 
     @staticmethod
@@ -70,16 +70,13 @@ class MAE(TargetMethod):
     @staticmethod
     def lead(config: PretrainConfig, masked_share: float | None) -> str:
         assert masked_share is not None
-        learns = "predict a teacher's features of" if predicts_features(config) else "paint"
         return (
-            f"The model sees {1 - masked_share:.0%} of each image's patches and learns to {learns} the other "
-            f"{masked_share:.0%}. No labels are used."
+            f"The model sees {1 - masked_share:.0%} of each image's patches and learns to {learns_words(config)} the "
+            f"other {masked_share:.0%}. No labels are used."
         )
 
-    @staticmethod
-    def loss_words(config: PretrainConfig) -> str:
-        if predicts_features(config):
-            return feature_words(config)
+    @classmethod
+    def pixel_words(cls, config: PretrainConfig, text: str) -> str:
         return "Mean squared error on the masked patches, " + (
             "each patch normalised by its own mean and variance" if config.norm_pix_loss else "of normalised pixels"
         )

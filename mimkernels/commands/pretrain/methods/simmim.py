@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from mimkernels.commands.pretrain.methods.feature_targets import (
     TARGET_OPTIONS,
     TargetMethod,
-    feature_words,
-    predicts_features,
+    learns_words,
+    predicts_pixels,
+    terms_of,
 )
 from mimkernels.engine.training.method import MASK_OPTIONS
 
@@ -39,7 +40,7 @@ class SimMIM(TargetMethod):
     @classmethod
     def check(cls, config: PretrainConfig) -> None:
         super().check(config)
-        if predicts_features(config) and config.loss != "l1":
+        if not predicts_pixels(config) and config.loss != "l1":
             raise ValueError(
                 f"loss is that of pixels, got {config.loss!r} and target {config.target!r}: give it there, as "
                 f"{config.target.partition(':')[0]}:...loss={config.loss}"
@@ -82,25 +83,23 @@ class SimMIM(TargetMethod):
     def lead(config: PretrainConfig, masked_share: float | None) -> str:
         if masked_share is None:
             return "The model sees whole images and learns to predict the features of a teacher. No labels are used."
-        learns = "predict a teacher's features of" if predicts_features(config) else "paint"
         return (
             f"{masked_share:.0%} of each image's area is hidden: its patches become one learned mask token. The model "
-            f"sees all tokens and learns to {learns} what was hidden. No labels are used."
+            f"sees all tokens and learns to {learns_words(config)} what was hidden. No labels are used."
         )
 
-    @staticmethod
-    def loss_words(config: PretrainConfig) -> str:
-        if predicts_features(config):
-            return feature_words(config)
+    @classmethod
+    def pixel_words(cls, config: PretrainConfig, text: str) -> str:
         error = {"l1": "Mean absolute error", "mse": "Mean squared error", "smooth-l1": "Smooth L1 loss"}[config.loss]
         return f"{error} of the hidden pixels, " + {
             "pixels": "normalised by mean and deviation of the data",
             "patch-norm": "each normalised by mean and variance of the patch that is predicted with it",
-        }.get(config.target, "each normalised by mean and variance of its neighbourhood")
+        }.get(text, "each normalised by mean and variance of its neighbourhood")
 
     @staticmethod
     def picture_words(config: PretrainConfig) -> str:
-        if config.target == "pixels":
+        text = next(term.text for term in terms_of(config) if term.target.features is None)
+        if text == "pixels":
             return ""
-        where = "in each patch" if config.target == "patch-norm" else "around each pixel"
+        where = "in each patch" if text == "patch-norm" else "around each pixel"
         return f"Brightness and contrast {where} are those of the original, as the loss ignores them."
