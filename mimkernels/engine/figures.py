@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -121,10 +121,11 @@ def bare_map(axes: "Axes") -> None:
         spine.set_visible(False)
 
 
-def loss_curve(entries: list[dict[str, float]], steps_per_epoch: int) -> Markup:
+def loss_curve(entries: list[dict[str, float]], steps_per_epoch: int, *, ends: Sequence[float] = ()) -> Markup:
     """Loss over epochs (below) and steps (above), as SVG; strips of their own show what else was logged, as accuracy.
 
-    Entries with ``val_`` and a name have what was measured on new images, a second line in the same axes.
+    Entries with ``val_`` and a name have what was measured on new images, a second line in the same axes. Dashed lines
+    mark `ends`, the epochs at which a stage of the training ends.
     """
     import matplotlib
 
@@ -186,6 +187,13 @@ def loss_curve(entries: list[dict[str, float]], steps_per_epoch: int) -> Markup:
             axes.grid(True, color=LINE, linewidth=0.6, alpha=0.7)
             axes.set_axisbelow(True)
             axes.tick_params(which="both", length=0)
+            for epoch_of_end in ends:
+                axes.axvline(epoch_of_end, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        for number, epoch_of_end in enumerate(ends, 2):
+            top.annotate(
+                f"stage {number}", (epoch_of_end, 1), xycoords=top.get_xaxis_transform(), xytext=(5, -5),
+                textcoords="offset points", va="top", color=INK, fontsize=10,
+            )  # fmt: skip
         return svg(figure)
 
 

@@ -131,8 +131,8 @@ class MAE(ImageModel):
         for term in self._targets.terms:
             if term.target.features is None and term.target != Target():
                 raise ValueError(
-                    f"target must be pixels, features:MODEL or ema, or a sum of these, got {target!r}; norm_pix_loss "
-                    "normalises pixels"
+                    f"target must be pixels, features:MODEL, ema or bootstrap, or a sum of these, got {target!r}; "
+                    "norm_pix_loss normalises pixels"
                 )
         self._keep(encoder.patch_embed.num_patches)
         self._set_pixel_statistics(mean, std)

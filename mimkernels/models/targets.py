@@ -35,7 +35,8 @@ class FeatureTarget(NamedTuple):
     """Features of a teacher that see the whole image.
 
     Attributes:
-        model: a timm name, run folder or checkpoint; None is the moving average of the encoder that is trained.
+        model: a timm name, run folder or checkpoint; None is the encoder that is trained: its moving average, or as
+            it was at the end of the stage before.
         layer: the block whose output they are; -1 is what the encoder gives, after its last norm.
         layers: the mean of so many blocks (where there are fewer, of all), the last one that of `layer`, each
             normalised by LayerNorm without gain; None takes the output of one as it is.
@@ -48,6 +49,7 @@ class FeatureTarget(NamedTuple):
         arch, model_kwargs: timm name of a published checkpoint's encoder, and arguments of the timm model.
         pretrained: load the published weights of a timm name.
         img_size: side of the images that the teacher sees, in pixels; None: by the model.
+        stages: in how many equal stages the trained encoder becomes the teacher at the end of one; None of others.
     """
 
     model: str | None
@@ -62,6 +64,7 @@ class FeatureTarget(NamedTuple):
     model_kwargs: Mapping[str, Any] = MappingProxyType({})
     pretrained: bool = True
     img_size: int | None = None
+    stages: int | None = None
 
     def compare(self, pred: Tensor, features: Tensor, ids: Tensor | None) -> Tensor:
         """The mean loss of ``pred``, as ``masked_feature_loss`` takes it."""
@@ -159,9 +162,10 @@ def parse_targets(text: str) -> tuple[Term, ...]:
 
 
 def parse_target(text: str) -> Target:
-    """``"pixels"``, ``"patch-norm"``, ``"local-norm:K"``, K odd and at least 3, ``"features:MODEL"`` or ``"ema"``.
+    """``"pixels"``, ``"patch-norm"``, ``"local-norm:K"``, K odd and at least 3, or features of a teacher.
 
-    The last two may be followed by a colon and options of ``FeatureTarget``: ``"features:runs/mae:layer=8,norm=ln"``.
+    These are ``"features:MODEL"``, ``"ema"`` or ``"bootstrap"``, perhaps followed by a colon and options of
+    ``FeatureTarget``: ``"features:runs/mae:layer=8,norm=ln"``.
 
     Raises:
         ValueError: anything else.
@@ -178,6 +182,8 @@ def parse_target(text: str) -> Target:
         return Target(
             features=FeatureTarget(None, **{"layers": 10, "part": "mlp", **_options(rest, text, _OF_FEATURES)})
         )
+    if kind == "bootstrap":
+        return Target(features=FeatureTarget(None, **{"stages": 2, **_options(rest, text, (*_OF_FEATURES, "stages"))}))
     if kind == "features":
         model, _, options = rest.rpartition(":")  # a name may have a colon, too, as hf-hub:NAME
         if not model or not _OPTION.match(options):
@@ -186,7 +192,8 @@ def parse_target(text: str) -> Target:
             return Target(features=FeatureTarget(model, **_options(options, text, (*_OF_FEATURES, *_OF_MODELS))))
     raise ValueError(
         f"target must be pixels, patch-norm, local-norm:K with an odd number of pixels K of at least 3 (published: "
-        f"local-norm:47), features:MODEL or ema, the last two perhaps with options (features:MODEL:layer=-1,norm=ln), "
+        f"local-norm:47), features:MODEL, ema or bootstrap, these perhaps with options "
+        f"(features:MODEL:layer=-1,norm=ln), "
         f"or a sum of several with weights (pixels + 0.5*features:MODEL), got {text!r}"
     )
 
@@ -204,7 +211,7 @@ def _options(given: str, text: str, known: tuple[str, ...]) -> dict[str, Any]:
         try:
             if name not in known:
                 raise ValueError
-            if name in ("layer", "layers", "img_size"):
+            if name in ("layer", "layers", "img_size", "stages"):
                 options[name] = int(value)
             elif name == "beta":
                 options[name] = float(value)
@@ -223,11 +230,12 @@ def _options(given: str, text: str, known: tuple[str, ...]) -> dict[str, Any]:
             of_models = ", arch=NAME, pretrained=true|false, img_size=NUMBER, or an argument of the timm model"
             raise ValueError(
                 f"target {text!r}: an option must be layer=NUMBER, layers=NUMBER, beta=NUMBER, {choices}"
-                f"{of_models if 'arch' in known else ''}, got {part!r}"
+                f"{', stages=NUMBER' if 'stages' in known else ''}{of_models if 'arch' in known else ''}, got {part!r}"
             ) from None
     if options.get("layers", 1) < 1 or not 0 < options.get("beta", 1.0) < float("inf"):
         raise ValueError(f"target {text!r}: layers must be at least 1 and beta positive")
-    if options.get("img_size", 1) < 1:
-        raise ValueError(f"target {text!r}: img_size must be at least 1, got {options['img_size']}")
+    for name in ("img_size", "stages"):
+        if options.get(name, 1) < 1:
+            raise ValueError(f"target {text!r}: {name} must be at least 1, got {options[name]}")
     check_sizes(arguments)
     return {**options, **({"model_kwargs": arguments} if arguments else {})}

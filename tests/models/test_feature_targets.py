@@ -87,5 +87,5 @@ def test_features_and_target_must_agree():
         model(torch.randn(1, 3, 16, 16), features=torch.randn(1, 16, 16))
     with pytest.raises(ValueError, match="target_dim is the width of a teacher's features, got 3"):
         SimMIM.from_timm("vit_tiny_patch16_224", **SMALL, target_dim=3)
-    with pytest.raises(ValueError, match="target must be pixels, features:MODEL or ema"):
+    with pytest.raises(ValueError, match="target must be pixels, features:MODEL, ema or bootstrap"):
         MAE.from_timm("vit_tiny_patch16_224", **SMALL, target="patch-norm")

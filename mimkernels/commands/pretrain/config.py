@@ -88,10 +88,11 @@ class PretrainConfig(TrainingConfig):
     target: str = setting(
         "pixels", "what is predicted: pixels; patch-norm (SimMIM), normalised by mean and variance of what one output "
         "token predicts; local-norm:K (SimMIM), by those of the K x K pixels around each; features:MODEL, those that a "
-        "timm model, run or checkpoint has of the whole image; or ema, those of the encoder's moving average. Options "
-        "of the last two: features:MODEL:layer=8,layers=4,norm=ln,loss=smooth-l1,beta=1,tokens=masked; of a MODEL "
-        "also pretrained=false, img_size=N, arch=NAME and timm's arguments. Given several times, each perhaps with a "
-        "weight as in 0.5*features:MODEL, the weighted sum is trained, a head for each",
+        "timm model, run or checkpoint has of the whole image; ema, those of the encoder's moving average; "
+        "bootstrap:stages=N, those of the encoder at the end of the stage before, each stage beginning from new "
+        "weights. Options of the last three: features:MODEL:layer=8,layers=4,norm=ln,loss=smooth-l1,beta=1,"
+        "tokens=masked; of a MODEL also pretrained=false, img_size=N, arch=NAME and timm's arguments. Given several "
+        "times, each perhaps with a weight as in 0.5*features:MODEL, the weighted sum is trained, a head for each",
         "MAE and SimMIM", metavar="TARGET", joined=" + ",
     )  # fmt: skip
     target_dim: int | list[int | None] | None = setting(  # noqa: RUF009 # a field

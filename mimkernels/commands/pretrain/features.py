@@ -1,4 +1,4 @@
-"""The teacher whose features ``--target features:MODEL`` and ``--target ema`` predict."""
+"""The teacher whose features ``--target features:MODEL``, ``--target ema`` and ``--target bootstrap`` predict."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mimkernels.commands.pretrain.config import NO_MASKING, PretrainConfig
+from mimkernels.commands.pretrain.methods.feature_targets import stages_of
 from mimkernels.commands.pretrain.teacher import Autocast, TeacherEncoder, full_precision
+from mimkernels.data.batches import derived_seed, drawing_from
 from mimkernels.engine.encoder import FrozenEncoder, load_same_encoder
 from mimkernels.engine.model_names import ModelChoice
+from mimkernels.models.build import build_model
 from mimkernels.models.momentum import half_cosine
 from mimkernels.models.target_sum import TargetSum
 from mimkernels.models.targets import FeatureTarget, parse_target, parse_targets
@@ -21,6 +24,8 @@ from mimkernels.models.targets import FeatureTarget, parse_target, parse_targets
 __all__ = ["FeatureReader", "FeatureTeacher", "FeatureTeachers", "load_teacher", "load_teachers"]
 
 _EPS = 1e-5
+_STAGES = 7  # stream of the seed; the others are in data/batches.py, engine/training/loop.py and validation.py
+_KEPT = "encoder.patch_embed.proj.bias"  # from stage to stage
 
 
 class FeatureReader:
@@ -160,7 +165,8 @@ class FeatureTeacher(TeacherEncoder):
         model: what is trained, with an ``encoder`` of timm.
         text: the target, of a sum one of it.
         width: of the features that the model predicts; None: that of its encoder.
-        reader: what ``load_teacher`` gives; None takes the moving average of the trained encoder.
+        reader: what ``load_teacher`` gives; None takes a copy of the trained encoder: its moving average, or the one
+            of the stage before.
         autocast: enters the precision of the run.
 
     Raises:
@@ -245,9 +251,21 @@ class FeatureTeacher(TeacherEncoder):
             tokens = F.interpolate(maps, self.grid, mode="bilinear").flatten(2).transpose(1, 2)
         return tokens.bfloat16() if half else tokens
 
+    @property
+    def named(self) -> str:
+        """The encoder in words."""
+        if self.target.stages is None:
+            return super().named
+        return f"the encoder of the stage before, at first with random weights, in {self.target.stages} stages"
+
     def follow(self, share: float) -> None:
         """To be called after each optimizer step, after `share` of the training."""
-        self.move(half_cosine(self.momentum, 1.0, share))
+        if self.target.stages is None:
+            self.move(half_cosine(self.momentum, 1.0, share))
+
+    def become_student(self) -> None:
+        """Take the weights of the trained encoder."""
+        self.load(None)
 
 
 class FeatureTeachers:
@@ -271,7 +289,7 @@ class FeatureTeachers:
         autocast: Autocast = full_precision,
     ) -> None:
         targets = TargetSum(config.target, config.target_dim)
-        self.terms = targets.terms
+        self.config, self.model, self.terms = config, model, targets.terms
         self.teachers = {
             place: FeatureTeacher(config, model, self.terms[place].text, width, reader, autocast)
             for place, width, reader in zip(targets.of_features, targets.widths, readers, strict=True)
@@ -303,6 +321,32 @@ class FeatureTeachers:
             for place, teacher in self.teachers.items()
             if (identity := teacher.identity) is not None
         }
+
+    @property
+    def stages(self) -> int:
+        """In how many stages the model is trained, each from new weights on."""
+        return stages_of(self.config)
+
+    @torch.no_grad()
+    def begin_stage(self, number: int) -> str:
+        """The trained encoder becomes the teacher, and the model begins anew; returns that in words.
+
+        As published: all weights are drawn again but the bias of the patch projection, which the published
+        initialisation leaves out; the optimizer keeps its moments.
+
+        Args:
+            number: of the stage; the first is 0 and begins by itself.
+
+        Source: dBOT, arXiv:2209.03917.
+        """
+        assert self._moving is not None
+        self._moving.become_student()
+        with drawing_from(derived_seed(self.config.seed, _STAGES, number)):
+            fresh = build_model(self.config.to_dict()).state_dict()
+        for name, tensor in self.model.state_dict().items():
+            if name != _KEPT:
+                tensor.copy_(fresh[name])
+        return f"stage {number + 1} of {self.stages}: the encoder is the teacher, the model begins anew"
 
     def arguments(self, images: Tensor, mask: Tensor | None) -> dict[str, Any]:
         """What a step calls the model with, in addition to `images` and to what masks them."""

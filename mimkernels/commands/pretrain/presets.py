@@ -1,7 +1,7 @@
 """Published recipes as settings; what the command line gives besides comes before them.
 
-Learning rates are for 256 images here and for 512 in the published tables: half as large for the same run. Batches are
-those of one process in the published runs, which had 16.
+Learning rates are for 256 images here and for 512 in most published tables: half as large for the same run. Batches are
+those of one process in the published runs, which had 16, of dBOT 32.
 """
 
 from typing import Any
@@ -29,6 +29,13 @@ _TEACHER: dict[str, Any] = {
     "hflip": True, "batch_size": 128, "epochs": 300, "warmup_epochs": 10.0, "blr": 1.875e-4, "beta2": 0.999,
     "weight_decay": 0.05, "clip_grad": 3.0,
 }  # fmt: skip
+# Random teacher, encoder and decoder as of MAE; the published rate is for 256 images, too, in batches of 4096.
+_DBOT: dict[str, Any] = {
+    "method": "mae", "model": "vit_base_patch16_224", "model_kwargs": {"drop_path_rate": 0.2}, "img_size": 224,
+    "decoder_dim": 512, "decoder_depth": 8, "decoder_heads": 16, "masking": "random", "mask_ratio": 0.75,
+    "target": "bootstrap:stages=2,layer=11,norm=ln,loss=smooth-l1,beta=2", "crop_scale": 0.2, "hflip": True,
+    "batch_size": 128, "beta2": 0.95, "blr": 1.5e-4, "weight_decay": 0.05, "clip_grad": 3.0,
+}  # fmt: skip
 _CLIP = "features:vit_base_patch16_clip_224.openai"
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -51,4 +58,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "target": "ema:layers=10,beta=2",
         "momentum": 0.9998,
     },
+    # Two stages of 800 epochs, each with a warm-up of 40.
+    "dbot-vit-b-1600": {**_DBOT, "epochs": 1600, "warmup_epochs": 40.0},
 }

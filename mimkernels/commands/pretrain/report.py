@@ -9,7 +9,7 @@ import torch
 from markupsafe import Markup
 
 from mimkernels.commands.pretrain.config import PretrainConfig
-from mimkernels.commands.pretrain.methods.feature_targets import follows_encoder
+from mimkernels.commands.pretrain.methods.feature_targets import follows_encoder, stages_of
 from mimkernels.engine.figures import loss_curve, png_address
 from mimkernels.engine.head_history import STRIP_WORDS, Epochs, Strip, strips
 from mimkernels.engine.page import write_page
@@ -75,7 +75,19 @@ class Report:
 
     @property
     def loss_words(self) -> str:
-        return self.config.the_method.loss_words(self.config)
+        words = self.config.the_method.loss_words(self.config)
+        if not self.stage_ends:
+            return words
+        return (
+            f"{words}. Dashed lines end a stage: the encoder becomes the teacher, and the model begins anew, so that "
+            "losses of two stages do not compare"
+        )
+
+    @property
+    def stage_ends(self) -> list[float]:
+        """Epochs at which a stage ends and another begins."""
+        stages = stages_of(self.config) if self.config.the_method.masks else 1
+        return [self.config.epochs / stages * number for number in range(1, stages)]
 
     @property
     def picture_words(self) -> str:
@@ -163,7 +175,7 @@ class Report:
 
     @property
     def curve(self) -> Markup:
-        return loss_curve(self.entries, self.steps_per_epoch)
+        return loss_curve(self.entries, self.steps_per_epoch, ends=self.stage_ends)
 
     @property
     def strips(self) -> list[Strip]:

@@ -10,7 +10,7 @@ from accelerate.utils import broadcast_object_list
 from mimkernels.commands.pretrain.config import NO_MASKING, PretrainConfig
 from mimkernels.commands.pretrain.features import FeatureReader, FeatureTeachers, load_teachers
 from mimkernels.commands.pretrain.masking import Masking
-from mimkernels.commands.pretrain.methods.feature_targets import predicts_features, predicts_pixels
+from mimkernels.commands.pretrain.methods.feature_targets import predicts_features, predicts_pixels, stages_of
 from mimkernels.commands.pretrain.report import References, Report, write_report
 from mimkernels.data.batches import picture_batch
 from mimkernels.data.pixels import Decoder
@@ -92,6 +92,13 @@ class Run(TrainingRun):
     def _features(self) -> FeatureTeachers | None:
         if not self._teachers:
             return None
+        stages = stages_of(self.config)
+        before = self.config.epochs if self.start is None else self.start["config"].get("epochs")
+        if stages > 1 and before != self.config.epochs:
+            raise ValueError(
+                f"epochs {before} -> {self.config.epochs} would move the ends of the {stages} stages of target "
+                f"{self.config.target!r}, of which some may lie behind: keep --epochs {before}, or start a new run"
+            )
         return FeatureTeachers(self.config, self.model, self._teachers, self.accelerator.autocast)
 
     def _pixel_stats(self) -> str:

@@ -73,7 +73,10 @@ class Trainer:
         self.step = first_step
         self.total_steps = config.epochs * plan.steps_per_epoch
         self.method = config.the_method
-        warmup = config.epochs * self.method.warmup_share if config.warmup_epochs is None else config.warmup_epochs
+        stages = 1 if features is None else features.stages
+        self.stage_steps = self.total_steps // stages  # the learning rate begins anew after so many
+        self.stage_epochs = config.epochs // stages
+        warmup = self.stage_epochs * self.method.warmup_share if config.warmup_epochs is None else config.warmup_epochs
         self.warmup_steps = round(warmup * plan.steps_per_epoch)
         every = max(1.0, config.epochs / 20) if config.val_every is None else config.val_every
         self.val_steps = max(1, round(every * plan.steps_per_epoch)) if every else self.total_steps
@@ -126,6 +129,8 @@ class Trainer:
             with StopSignal() as stop:
                 batches = iter(loader)
                 while self.step < self.total_steps:
+                    if self.features is not None and self.step and self.step % self.stage_steps == 0:
+                        self.progress.note(self.features.begin_stage(self.step // self.stage_steps))
                     self._train_step(batches)
                     if self._validation_due(self.step):
                         self._validate()
@@ -215,11 +220,12 @@ class Trainer:
         config, batch = self.config, self.plan.effective_batch
         tenth_from = None
         if config.schedule == "step":
-            epoch = config.epochs * 7 / 8 if config.step_epoch is None else config.step_epoch  # as SimMIM: 700 of 800
+            # As SimMIM: after 700 epochs of 800.
+            epoch = self.stage_epochs * 7 / 8 if config.step_epoch is None else config.step_epoch
             tenth_from = round(epoch * self.plan.steps_per_epoch)
         return learning_rate(
-            step,
-            self.total_steps,
+            step % self.stage_steps,
+            self.stage_steps,
             self.warmup_steps,
             self.peak_lr,
             config.min_lr if config.min_blr is None else scaled_learning_rate(config.min_blr, batch),

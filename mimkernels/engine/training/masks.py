@@ -49,6 +49,7 @@ class TeacherTargets(Protocol):
     Attributes:
         told: the target in words.
         moves: whether a teacher changes while the model learns.
+        stages: in how many equal stages the model is trained, each from new weights on; 1 of most targets.
         identities: of those that do not, each by what it teaches: change with the weights.
     """
 
@@ -59,10 +60,16 @@ class TeacherTargets(Protocol):
     def moves(self) -> bool: ...
 
     @property
+    def stages(self) -> int: ...
+
+    @property
     def identities(self) -> dict[str, str]: ...
 
     def arguments(self, images: Tensor, mask: Tensor | None) -> dict[str, Any]:
         """What a step calls the model with, in addition to `images` and to what masks them."""
+
+    def begin_stage(self, number: int) -> str:
+        """To be called before the first step of every stage but the first, which is number 0; tells what it did."""
 
     def follow(self, share: float) -> None:
         """To be called after each optimizer step, after `share` of the training."""

@@ -67,7 +67,7 @@ def test_an_unknown_setting_is_refused_with_the_close_one():
         ({"step_epoch": 101.0}, "step_epoch must be in 0..100"),
         ({"schedule": "linear"}, "schedule must be one of cosine, step"),
         ({"method": "simmim", "decoder_dim": 64}, "decoder_dim is an option of MAE, got 64 and method 'simmim'"),
-        ({"target": "patch-norm"}, "target of mae must be pixels, features:MODEL or ema, got 'patch-norm'"),
+        ({"target": "patch-norm"}, "target of mae must be pixels, features:MODEL, ema or bootstrap, got 'patch-norm'"),
         ({"method": "simmim", "mask_unit": 0}, "mask_unit must be at least 1, got 0"),
     ],
 )

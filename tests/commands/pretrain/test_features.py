@@ -139,7 +139,10 @@ def test_an_interrupted_run_continues_bit_for_bit(tiny, tmp_path, monkeypatch):
         ({**DENSE, "target_dim": 8}, "target_dim is the width of a teacher's features, got 8 and target 'pixels'"),
         ({**DENSE, "masking": "none"}, "masking none leaves no masked token to compare.* got 'pixels'"),
         ({**QUICK, "target": "ema:tokens=all", "masking": "none"}, "masking none is for methods whose encoder sees"),
-        ({**QUICK, "target": "patch-norm"}, "target of mae must be pixels, features:MODEL or ema, got 'patch-norm'"),
+        (
+            {**QUICK, "target": "patch-norm"},
+            "target of mae must be pixels, features:MODEL, ema or bootstrap, got",
+        ),
         ({**QUICK, **OTHERS, "method": "mocov3", "target": "ema"}, "target is an option of MAE and SimMIM, got 'ema'"),
     ],
 )

@@ -109,7 +109,7 @@ def test_widths_of_several_teachers_are_settings():
         ({**DENSE, "target": "pixels + features:x", "momentum": 0.9}, "momentum is that of target ema"),
         ({**DENSE, "target": f"{SUM} + ema", "target_dim": 8}, "2 targets that are features, .* got 8"),
         ({**DENSE, "target": SUM, "target_dim": 8}, "target_dim is 8, features of vit_tiny.* have 24"),
-        ({**QUICK, "target": "pixels + patch-norm"}, "target of mae must be pixels, features:MODEL or ema"),
+        ({**QUICK, "target": "pixels + patch-norm"}, "target of mae must be pixels, features:MODEL, ema or bootstrap"),
         ({**QUICK, **OTHERS, "method": "mocov3", "target": SUM}, "target is an option of MAE and SimMIM"),
     ],
 )

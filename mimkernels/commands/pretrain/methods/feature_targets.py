@@ -10,7 +10,10 @@ if TYPE_CHECKING:
     from mimkernels.commands.pretrain.config import PretrainConfig
     from mimkernels.models.targets import Term
 
-__all__ = ["TARGET_OPTIONS", "TargetMethod", "follows_encoder", "predicts_features", "predicts_pixels", "terms_of"]
+__all__ = [
+    "TARGET_OPTIONS", "TargetMethod", "follows_encoder", "learns_words", "predicts_features", "predicts_pixels",
+    "stages_of", "terms_of",
+]  # fmt: skip
 
 TARGET_OPTIONS = ("target", "target_dim", "momentum")
 
@@ -26,8 +29,9 @@ class TargetMethod(Method):
         super().check(config)
         TargetSum(config.target, config.target_dim)
         terms = terms_of(config)
-        if config.momentum is not None and not follows_encoder(config):
+        if config.momentum is not None and all(term.text.partition(":")[0] != "ema" for term in terms):
             raise ValueError(f"momentum is that of target ema, got {config.momentum} and target {config.target!r}")
+        _check_stages(config)
         if config.masking == "none" and any(not term.target.features or term.of_masked_tokens for term in terms):
             raise ValueError(
                 f"masking none leaves no masked token to compare: give a target of all tokens, such as "
@@ -84,6 +88,31 @@ def follows_encoder(config: PretrainConfig) -> bool:
     return any(term.target.features is not None and term.target.features.model is None for term in terms_of(config))
 
 
+def stages_of(config: PretrainConfig) -> int:
+    """In how many stages the model is trained, each from new weights on."""
+    return next((term.target.features.stages for term in terms_of(config) if _staged(term)), 1)
+
+
+def _staged(term: Term) -> bool:
+    return term.target.features is not None and term.target.features.stages is not None
+
+
+def _check_stages(config: PretrainConfig) -> None:
+    """Raise ValueError unless the stages are of whole epochs, and what happens in each of them fits into it."""
+    stages = stages_of(config)
+    if config.epochs % stages:
+        raise ValueError(
+            f"target {config.target!r} has {stages} equal stages, epochs must be a multiple of it, got {config.epochs}"
+        )
+    for name in ("warmup_epochs", "step_epoch"):
+        epoch = getattr(config, name)
+        if epoch is not None and epoch > config.epochs // stages:
+            raise ValueError(
+                f"{name} is counted in each of the {stages} stages of target {config.target!r}, which have "
+                f"{config.epochs // stages} epochs, got {epoch}"
+            )
+
+
 def learns_words(config: PretrainConfig) -> str:
     """What the model learns to do with what is hidden, which follows as the object."""
     features = "predict a teacher's features of"
@@ -98,6 +127,8 @@ def _feature_words(term: Term) -> str:
     assert features is not None
     error = {"smooth-l1": "Smooth L1 loss", "mse": "Mean squared error", "l1": "Mean absolute error"}
     whose = "the encoder's moving average" if features.model is None else features.model
+    if features.stages is not None:
+        whose = "the encoder of the stage before, at first one with random weights,"
     tokens = "all tokens" if features.tokens == "all" else "the hidden tokens"
     words = error.get(features.loss, "1 minus the cosine")
     return f"{words} of {tokens} against the features that {whose} has there, of the whole image"

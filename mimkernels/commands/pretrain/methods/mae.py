@@ -44,7 +44,7 @@ class MAE(TargetMethod):
         if config.masking == "none":
             raise ValueError("masking none is for methods whose encoder sees all patches, such as simmim, got mae")
         if any(term.target.features is None and term.text != "pixels" for term in terms_of(config)):
-            raise ValueError(f"target of mae must be pixels, features:MODEL or ema, got {config.target!r}")
+            raise ValueError(f"target of mae must be pixels, features:MODEL, ema or bootstrap, got {config.target!r}")
 
     @staticmethod
     def draw_masks(model: Any, images: int, seed: int, offset: int) -> Tensor:
