@@ -189,10 +189,11 @@ def loss_curve(entries: list[dict[str, float]], steps_per_epoch: int, *, ends: S
             axes.tick_params(which="both", length=0)
             for epoch_of_end in ends:
                 axes.axvline(epoch_of_end, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-        for number, epoch_of_end in enumerate(ends, 2):
+        for number, epoch_of_end in enumerate(ends, 1):
+            # At its left, where the loss has fallen.
             top.annotate(
-                f"stage {number}", (epoch_of_end, 1), xycoords=top.get_xaxis_transform(), xytext=(5, -5),
-                textcoords="offset points", va="top", color=INK, fontsize=10,
+                f"end of stage {number}", (epoch_of_end, 1), xycoords=top.get_xaxis_transform(), xytext=(-5, -5),
+                textcoords="offset points", ha="right", va="top", color=INK, fontsize=10,
             )  # fmt: skip
         return svg(figure)
 

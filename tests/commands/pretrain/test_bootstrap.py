@@ -89,7 +89,7 @@ def test_each_stage_has_its_own_warm_up_and_cosine(whole):
     entries = read_entries(whole[0].output / "metrics.jsonl")
     assert [entry["lr"] for entry in entries] == pytest.approx([0.0, 1e-3] * 3)
     page = whole[0].report.read_text()
-    assert "Dashed lines end a stage" in page and page.count("stage 2") and whole[0].content.stage_ends == [1.0, 2.0]
+    assert "Dashed lines end a stage" in page and "end of stage 2" in page and whole[0].content.stage_ends == [1.0, 2.0]
     assert (
         "the encoder of the stage before, at first with random weights, in 3 stages"
         in (whole[0].content.run_facts["Target"])
