@@ -21,6 +21,9 @@ _ADE_NAMES = "objectInfo150.txt"
 _MOST_NAMES = 100_000  # bytes of the file of names
 _PICTURES = (".jpg", ".jpeg", ".png")
 _NYU_TRAIN, _NYU_TEST = ("sync", "official_splits/train", "train"), ("official_splits/test", "test")
+NYU_SIZE = (480, 640)
+_NYU_FRAME = (slice(45, 472), slice(43, 608))  # of these: the picture without the white border of its registration
+NYU_CROP = (416, 544)  # of these: what readouts of depth are trained on
 _EIGEN_CROP = (slice(45, 471), slice(41, 601))  # of 480 x 640 pixels: where NYUv2 is tested
 
 
@@ -173,7 +176,7 @@ class NYUv2Folder(PixelTargets):
         if levels.dtype == np.uint8:
             raise ValueError(f"target {str(target)!r} has 8 bits, expected depths of 16 bits")
         depths = (levels / self.scale).astype(np.float32)
-        if not self.train and depths.shape == (480, 640):
+        if not self.train and depths.shape == NYU_SIZE:
             counted = np.zeros_like(depths)
             counted[_EIGEN_CROP] = depths[_EIGEN_CROP]
             depths = counted
@@ -260,9 +263,9 @@ def resized(image: Tensor, target: Tensor, side: int) -> tuple[Tensor, Tensor]:
     return pixels.round().clamp(0, 255).to(torch.uint8), nearest.to(target.dtype)
 
 
-def middle_square(image: Tensor, target: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """The middle `side` x `side` pixels of an image and its target that are ``resized``."""
-    image, target = resized(image, target, side)
+def middle_square(image: Tensor, target: Tensor, side: int, shorter: int | None = None) -> tuple[Tensor, Tensor]:
+    """The middle `side` x `side` pixels of an image and its target that are ``resized`` to `shorter`, or to `side`."""
+    image, target = resized(image, target, shorter or side)
     top, left = ((size - side) // 2 for size in image.shape[1:])
     return image[:, top : top + side, left : left + side], target[top : top + side, left : left + side]
 
@@ -284,6 +287,23 @@ def augmented_crop(image: Tensor, labels: Tensor, side: int, rng: np.random.Gene
     if rng.random() < 0.5:
         square, target = square.flip(2), target.flip(1)
     return square, target
+
+
+def nyu_crop(image: Tensor, depths: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """A random crop as readouts of depth are trained on: 416 x 544 of 480 x 640 pixels, mirrored or not.
+
+    It is not zoomed, so that depths stay true, and lies within rows 45 to 471 and columns 43 to 607. Of an image of
+    another size it has the same share of rows and columns, and lies anywhere.
+    """
+    sizes = [
+        max(1, round(size * part / whole)) for size, part, whole in zip(depths.shape, NYU_CROP, NYU_SIZE, strict=True)
+    ]
+    if tuple(depths.shape) == NYU_SIZE:
+        image, depths = image[(slice(None), *_NYU_FRAME)], depths[_NYU_FRAME]
+    top, left = (int(rng.integers(size - part + 1)) for size, part in zip(depths.shape, sizes, strict=True))
+    rows, columns = slice(top, top + sizes[0]), slice(left, left + sizes[1])
+    image, depths = image[:, rows, columns], depths[rows, columns]
+    return (image.flip(2), depths.flip(1)) if rng.random() < 0.5 else (image, depths)
 
 
 def augmented_copies(

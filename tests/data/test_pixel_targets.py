@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mimkernels.data.pixel_targets import ADE20KFolder, NYUv2Folder, augmented_crop, middle_square, resized
+from mimkernels.data.pixel_targets import ADE20KFolder, NYUv2Folder, augmented_crop, middle_square, nyu_crop, resized
 from tests.data.pixel_folders import ade, colour, nyu, values
 
 
@@ -149,3 +149,26 @@ def test_refusals_of_nyu(tmp_path):
     values(tmp_path / "sync" / "sync_depth_1.png", np.zeros((6, 8), np.uint8))
     with pytest.raises(ValueError, match="sync_depth_1.png' has 8 bits, expected depths of 16 bits"):
         NYUv2Folder(tmp_path).read(0)
+
+
+def test_crops_of_depths_are_416_by_544_within_the_frame_and_keep_depths():
+    depths = torch.arange(480)[:, None] * 1000.0 + torch.arange(640)
+    rows, columns = torch.arange(480)[:, None].expand(480, 640) // 2, torch.arange(640).expand(480, 640) // 4
+    image = torch.stack((rows, columns, columns)).to(torch.uint8)
+    corners, mirrored = set(), []
+    for seed in range(60):
+        pixels, crop = nyu_crop(image, depths, np.random.default_rng(seed))
+        assert pixels.shape == (3, 416, 544) and crop.shape == (416, 544)
+        mirrored.append(bool(crop[0, 0] > crop[0, 1]))
+        first = int(crop[0, -1] if mirrored[-1] else crop[0, 0])
+        top, left = divmod(first, 1000)
+        corners.add((top, left))
+        whole = depths[top : top + 416, left : left + 544]
+        assert torch.equal(crop.flip(1) if mirrored[-1] else crop, whole)
+        assert torch.equal(pixels[1], (crop % 1000 // 4).to(torch.uint8))
+        assert torch.equal(pixels[0], (crop // 1000 // 2).to(torch.uint8))
+    tops, lefts = ({corner[axis] for corner in corners} for axis in (0, 1))
+    assert (min(tops), max(tops)) == (45, 56) and 43 <= min(lefts) < 46 and 61 < max(lefts) <= 64
+    assert 15 < sum(mirrored) < 45
+    # Of another size, the same share of it.
+    assert nyu_crop(image[:, ::4, ::4], depths[::4, ::4], np.random.default_rng(0))[1].shape == (104, 136)

@@ -40,8 +40,12 @@ class DenseConfig(Settings):
     train_images: int = setting(200, "images to learn from; of a folder, at most", "data")
     test_images: int = setting(50, "images to test on; of a folder, at most", "data")
     copies: int = setting(
-        0, "learn from so many crops of each image, zoomed by 0.5 to 2, some mirrored, in its place; segmentation only",
-        "data",
+        0, "learn from so many crops of each image, some mirrored, in its place: for labels zoomed by 0.5 to 2, of "
+        "nyuv2 416 x 544 of 480 x 640 pixels, by windows of --side", "data",
+    )  # fmt: skip
+    flip_test: bool | None = setting(
+        None, "average labels or depths that are read of each test image with those of its mirror image (default: of "
+        "nyuv2 yes, as published; else no)", "data",
     )  # fmt: skip
     test_on: str = setting(
         "square", "of ade20k and nyuv2: the middle square of each test image, or the whole of it, by sliding windows "

@@ -104,11 +104,15 @@ class DenseSource(ABC):
         targets: names of the attributes of ``DenseImages`` that its images have besides ``images``.
         in_folder: it lies in the folder ``config.data_root``; others are made.
         has_whole: whether ``config.test_on`` may be whole.
+        copied: targets that stay true of ``config.copies``.
+        flip_test: whether ``config.flip_test`` is on by default.
     """
 
     targets: ClassVar[tuple[str, ...]] = ()
     in_folder: ClassVar[bool] = False
     has_whole: ClassVar[bool] = False
+    copied: ClassVar[tuple[str, ...]] = ("labels",)
+    flip_test: ClassVar[bool] = False
 
     def __init__(self, config: DenseConfig) -> None:
         self.config = config

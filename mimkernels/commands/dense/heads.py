@@ -1,5 +1,6 @@
 """The readouts: linear layers on feature maps, and votes of the nearest patches."""
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -150,24 +151,50 @@ def predict(
 
 
 @torch.no_grad()
+def predict_squares(
+    reader: Reader, maps: list[Tensor], size: tuple[int, int], device: torch.device, mirrored: list[Tensor]
+) -> Tensor:
+    """Predictions ``[n, H, W]`` of all images, on the CPU.
+
+    Args:
+        mirrored: maps of the mirror images, whose values are averaged with those of the images; none: of the images.
+    """
+    return torch.cat([reader.decide(values).cpu() for values in _values(reader, maps, size, device, mirrored)])
+
+
+@torch.no_grad()
 def predict_whole(
     reader: Reader,
     maps: list[Tensor],
     windows: Windows,
     sizes: list[tuple[int, int]],
     device: torch.device,
+    mirrored: list[Tensor],
 ) -> Iterator[Tensor]:
     """Predictions ``[H, W]`` of whole images, on the CPU: values of their windows averaged, then resized.
 
     Args:
         maps: of all windows.
         sizes: of the predictions.
+        mirrored: maps of all windows mirrored, as of ``predict_squares``.
     """
     side = (windows.images.shape[-2], windows.images.shape[-1])
     for number, span in windows.spans():
-        parts = [reader.values(part, side) for part in _batches([each[span] for each in maps], side, device)]
-        values = merged(torch.cat(parts), windows.sizes[number], windows.corners[number])
+        own, other = ([each[span] for each in of_windows] for of_windows in (maps, mirrored))
+        values = merged(
+            torch.cat(list(_values(reader, own, side, device, other))), windows.sizes[number], windows.corners[number]
+        )
         yield reader.decide(F.interpolate(values[None], sizes[number], mode="bilinear"))[0].cpu()
+
+
+def _values(
+    reader: Reader, maps: list[Tensor], size: tuple[int, int], device: torch.device, mirrored: list[Tensor]
+) -> Iterator[Tensor]:
+    """Values ``[B, C, H, W]`` of some images after others, averaged with those of their mirror images if there are."""
+    others = _batches(mirrored, size, device) if mirrored else itertools.repeat(None)
+    for part, other in zip(_batches(maps, size, device), others, strict=False):
+        values = reader.values(part, size)
+        yield values if other is None else (values + reader.values(other, size).flip(-1)) / 2
 
 
 def _batches(maps: list[Tensor], size: tuple[int, int], device: torch.device) -> Iterator[Tensor]:

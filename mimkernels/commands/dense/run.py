@@ -30,6 +30,8 @@ from mimkernels.engine.model_names import ModelChoice, parse_models
 from mimkernels.engine.progress import Progress, duration
 from mimkernels.engine.settings import require
 
+_MIRRORED = {"test": "test mirrored", "whole": "whole mirrored"}  # parts of what is encoded
+
 
 @dataclass
 class DenseResult:
@@ -71,6 +73,13 @@ class DenseRun:
         self.tasks = [task for name, task in TASKS.items() if name in names]
         for task in self.tasks:
             task.check(self.source)
+        averaged = any({"labels", "depths"} & {*task.targets} for task in self.tasks)
+        if config.flip_test and not averaged:
+            raise ValueError(
+                f"flip_test averages what is read of labels or depths, the tasks are "
+                f"{', '.join(task.name for task in self.tasks)}"
+            )
+        self.mirrors = averaged and (self.source.flip_test if config.flip_test is None else config.flip_test)
         files.check_writable(self.output)
         files.check_own_folder(self.output, DenseConfig)
         self.accelerator, self.precision, self.precision_reason = start_accelerator(config.device, config.precision)
@@ -151,10 +160,13 @@ class DenseRun:
         key = (
             encoder.fingerprint(), type(encoder.model).__name__, choice.model_kwargs, layers, self.precision,
             *self.source.key(), self._learns, dict.fromkeys(further, self.config.seed),
+            *(["mirrored"] if self.mirrors else []),
         )  # fmt: skip
         parts = {"train": data.train.images, "test": data.test.images, **further}
         if data.whole is not None:
             parts["whole"] = data.whole.windows.images
+        if self.mirrors:
+            parts |= {_MIRRORED[name]: parts[name].flip(-1) for name in _MIRRORED if name in parts}
 
         def make() -> dict[int, Tensor]:
             encoder.to(self.accelerator.device)
@@ -179,6 +191,7 @@ class DenseRun:
             job = Job(
                 self.config, data, train, test, self.accelerator.device, f"{task.name} of {result.label}",
                 whole=chosen.get("whole", []), further=chosen.get(task.name, []),
+                mirrored=chosen.get(_MIRRORED["test"], []), whole_mirrored=chosen.get(_MIRRORED["whole"], []),
             )  # fmt: skip
             reading = task.read(job)
             reading.predictions = reading.predictions[: self.config.pictures].clone()
@@ -189,8 +202,9 @@ class DenseRun:
         side = self.config.side
         learnt = f"{len(data.train):,} {data.content} to learn from, " if len(data.train) else ""
         windows = "" if data.whole is None else f", whole, by {len(data.whole.windows.images):,} windows"
+        mirrored = ", each averaged with its mirror image" if self.mirrors else ""
         return {
-            "Data": f"{learnt}{len(data.test):,} {data.content} to test on{windows}, {side} x {side} pixels",
+            "Data": f"{learnt}{len(data.test):,} {data.content} to test on{windows}{mirrored}, {side} x {side} pixels",
             "Device": device_name(self.accelerator.device),
             "Precision": f"{self.precision} ({self.precision_reason})",
             **{f"Loading of {name}": text for name, text in self.loading.items()},

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,12 +21,15 @@ from mimkernels.commands.dense.data import (
 from mimkernels.commands.dense.windows import slide
 from mimkernels.data.batches import UNREADABLE, Augmentation, reason_of
 from mimkernels.data.pixel_targets import (
+    NYU_CROP,
     NYU_DEPTHS,
+    NYU_SIZE,
     ADE20KFolder,
     NYUv2Folder,
     PixelTargets,
     augmented_copies,
     middle_square,
+    nyu_crop,
     resized,
 )
 from mimkernels.data.pixels import drawn
@@ -49,20 +53,29 @@ class _FolderSource(DenseSource):
         learnt = self.train.chosen(config.train_images, config.seed)
         tested = self.test.chosen(config.test_images, config.seed)
         if config.copies:
-            pairs = (self.train.read(number) for number in learnt)
-            train = self._images(*augmented_copies(pairs, config.side, config.copies, config.seed))
+            train = self._copies(self.train.read(number) for number in learnt)
         else:
             train = self._squares(self.train.read(number) for number in learnt)
         data = DenseData(train, self._squares(self.test.read(number) for number in tested), "images")
         if config.test_on == "whole":
             pictures, targets = zip(*(self.test.read(number) for number in tested), strict=True)
             # The images alone are resized: what is read is resized to their targets.
-            enlarged = [resized(*pair, config.side)[0] for pair in zip(pictures, targets, strict=True)]
+            enlarged = [resized(*pair, self._shorter)[0] for pair in zip(pictures, targets, strict=True)]
             data.whole = WholeImages(slide(enlarged, config.side), **self._targets(list(targets)))
         return data
 
+    @property
+    def _shorter(self) -> int:
+        """The shorter side that whole images are resized to, so that what is learnt from has their scale."""
+        return self.config.side
+
+    def _copies(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> DenseImages:
+        """``config.copies`` augmented crops of each image."""
+        config = self.config
+        return self._images(*augmented_copies(pairs, config.side, config.copies, config.seed))
+
     def _squares(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> DenseImages:
-        squares = [middle_square(*pair, self.config.side) for pair in pairs]
+        squares = [middle_square(*pair, self.config.side, self._shorter) for pair in pairs]
         return self._images(*(torch.stack(parts) for parts in zip(*squares, strict=True)))
 
     def _images(self, images: Tensor, targets: Tensor) -> DenseImages:
@@ -94,10 +107,33 @@ class NYUv2Source(_FolderSource):
 
     targets = ("depths",)
     target = "depths"
+    copied = ("depths",)
+    flip_test = True
 
     def __init__(self, config: DenseConfig) -> None:
         super().__init__(config)
         self.train, self.test = (NYUv2Folder(config.data_root, train, config.depth_scale) for train in (True, False))
+
+    @property
+    def _shorter(self) -> int:
+        side = self.config.side
+        return round(side * NYU_SIZE[0] / NYU_CROP[0]) if self.config.copies else side
+
+    def _copies(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> DenseImages:
+        """Crops of 416 x 544 pixels, their shorter side at ``config.side``, by windows as whole images."""
+        config = self.config
+        crops = [
+            resized(*nyu_crop(image, depths, np.random.default_rng((config.seed, number, copy))), config.side)
+            for number, (image, depths) in enumerate(pairs)
+            for copy in range(config.copies)
+        ]
+        windows = slide([image for image, _ in crops], config.side)
+        squares = [
+            depths[top : top + config.side, left : left + config.side]
+            for (_, depths), corners in zip(crops, windows.corners, strict=True)
+            for top, left in corners
+        ]
+        return self._images(windows.images, torch.stack(squares))
 
     def load(self) -> DenseData:
         data = super().load()

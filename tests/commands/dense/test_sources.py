@@ -9,6 +9,7 @@ from PIL import Image
 
 from mimkernels.cli import main
 from mimkernels.commands.dense.config import DenseConfig
+from mimkernels.commands.dense.heads import Reader, predict_squares
 from mimkernels.commands.dense.run import dense
 from mimkernels.commands.dense.sources import open_source
 from mimkernels.engine.command import TrainingError
@@ -76,6 +77,67 @@ def test_nyu_square_and_whole(tmp_path):
         assert result.readings["depth"].scores.rmse < 1
 
 
+def test_nyu_is_learnt_from_crops_at_the_scale_that_it_is_tested_at(tmp_path):
+    """Of 416 x 544 pixels, 416 become the side; of a whole image of 480 x 640, 480 become 480 / 416 of it."""
+    nyu(tmp_path / "data")
+    depths = np.add.outer(np.arange(480) * 5, np.arange(640) * 8).astype(np.uint16) + 1
+    colour(tmp_path / "data" / "sync" / "rgb_2.png", 480, 640)
+    values(tmp_path / "data" / "sync" / "sync_depth_2.png", depths)
+    data = open_source(config(tmp_path, data="nyuv2", side=208, copies=3, test_on="whole")).load()
+    # The large image and the small one, three crops each of two windows.
+    assert data.train.images.shape == (12, 3, 208, 208) and data.train.depths.shape == (12, 208, 208)
+    assert data.whole.windows.sizes == [(240, 320)] and data.test.images.shape == (1, 3, 208, 208)
+    assert data.whole.windows.corners == [[(0, 0), (0, 112), (32, 0), (32, 112)]]
+    left, right = data.train.depths[:6].unflatten(0, (3, 2)).unbind(1)
+    # Windows of a crop overlap but for 272 - 208 pixels, at half its pixels; depths are levels of the file.
+    assert torch.equal(left[:, :, 64:], right[:, :, :-64])
+    steps = (left[:, :, 1:] - left[:, :, :-1]).abs()
+    assert torch.allclose(steps, torch.tensor(0.016), atol=1e-6)
+    assert not torch.equal(left[0], left[1])
+
+
+def test_what_is_read_is_averaged_with_the_mirror_image(tmp_path):
+    """With it, mirrored test images have the same scores, mirrored; without, others."""
+    rng = np.random.default_rng(0)
+    for name in ("plain", "mirrored"):
+        nyu(tmp_path / name)
+    for number in range(4):
+        picture = rng.integers(256, size=(480, 640, 3), dtype=np.uint8)
+        depths = rng.integers(1000, 9000, size=(24, 32), dtype=np.uint16).repeat(20, 0).repeat(20, 1)
+        depths[:45], depths[471:], depths[:, :41], depths[:, 599:] = 0, 0, 0, 0  # Eigen's crop, made symmetric
+        for name, turn in (("plain", 1), ("mirrored", -1)):
+            part = "sync" if number < 2 else "official_splits/test"
+            for file, array in ((f"rgb_{number}.png", picture), (f"sync_depth_{number}.png", depths)):
+                turned = array if number < 2 else np.ascontiguousarray(array[:, ::turn])
+                values(tmp_path / name / part / file, turned)
+    scores = {}
+    for name in ("plain", "mirrored"):
+        for flip in (None, False):
+            chosen = config(tmp_path, data="nyuv2", data_root=str(tmp_path / name), tasks="depth", test_on="whole",
+                            flip_test=flip, test_images=2)  # fmt: skip
+            chosen.data_root, chosen.output = str(tmp_path / name), str(tmp_path / f"{name}-{flip}")
+            result = dense(chosen)
+            scores[name, flip] = result.results[0].readings["depth"].scores
+            assert ("averaged with its mirror image" in result.report.read_text()) == (flip is None)
+    assert scores["plain", None] == pytest.approx(scores["mirrored", None], rel=1e-3)
+    assert scores["plain", False] != pytest.approx(scores["mirrored", False], rel=1e-3)
+    assert scores["plain", None] != scores["plain", False]
+
+
+def test_the_mean_of_an_image_and_its_mirror_image_by_hand():
+    class Plain(Reader):
+        def values(self, maps, size):
+            return maps
+
+        def decide(self, values):
+            return values[:, 0]
+
+    maps, mirrored = torch.tensor([[[[1.0, 2.0]]]]), torch.tensor([[[[10.0, 20.0]]]])
+    cpu = torch.device("cpu")
+    assert predict_squares(Plain(), [maps], (1, 2), cpu, [mirrored]).tolist() == [[[10.5, 6.0]]]
+    assert predict_squares(Plain(), [maps], (1, 2), cpu, []).tolist() == [[[1.0, 2.0]]]
+
+
 def test_copies_are_learnt_in_place_of_the_images(tmp_path):
     ade(tmp_path / "data")
     data = open_source(config(tmp_path, data="ade20k", copies=8)).load()
@@ -133,6 +195,7 @@ def test_a_broken_picture_ends_the_run_with_its_name(tmp_path):
         ({"test_on": "whole"}, "test_on must be square with data 'scenes'; whole images are those of ade20k, nyuv2"),
         ({"test_on": "all"}, "test_on must be one of square, whole, got all"),
         ({"copies": 2}, "copies must be 0 for task 'depth', got 2: .* but not depths"),
+        ({"flip_test": True, "tasks": "correspondence"}, "flip_test averages .* labels or depths, the tasks are corr"),
         ({"copies": -1}, "copies must be 0 or more, got -1"),
         ({"depth_scale": 0.0}, "depth_scale must be positive and finite, got 0.0"),
     ],

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mimkernels.commands.dense.config import DenseConfig
 from mimkernels.commands.dense.data import DenseData, DenseImages, DenseSource
-from mimkernels.commands.dense.heads import Reader, predict, predict_whole
+from mimkernels.commands.dense.heads import Reader, predict_squares, predict_whole
 
 Scores = TypeVar("Scores", bound=NamedTuple)
 
@@ -31,6 +31,7 @@ class Job:
     Attributes:
         whole: maps of the windows of ``data.whole``, where that is there.
         further: maps of the task's ``further_images``.
+        mirrored, whole_mirrored: maps of the test images and of the windows, each mirrored, where both are averaged.
         what: the task, the model and the layers, for errors.
     """
 
@@ -42,6 +43,8 @@ class Job:
     what: str
     whole: list[Tensor] = field(default_factory=list)
     further: list[Tensor] = field(default_factory=list)
+    mirrored: list[Tensor] = field(default_factory=list)
+    whole_mirrored: list[Tensor] = field(default_factory=list)
 
     @property
     def channels(self) -> int:
@@ -51,13 +54,15 @@ class Job:
         """What a reader makes of the squares for pictures, and predictions with targets ``[H, W]`` for scores."""
         whole = self.data.whole
         if whole is None:
-            squares = predict(reader.predict, self.test.maps, self.size, self.device)
+            squares = predict_squares(reader, self.test.maps, self.size, self.device, self.mirrored)
             return squares, zip(squares, self.test.truth.target(target), strict=True)
-        shown = [maps[: max(1, self.config.pictures)] for maps in self.test.maps]
+        count = max(1, self.config.pictures)
+        shown, mirrored = ([maps[:count] for maps in of_test] for of_test in (self.test.maps, self.mirrored))
         targets = whole.target(target)
         sizes = [(values.shape[0], values.shape[1]) for values in targets]
-        predicted = predict_whole(reader, self.whole, whole.windows, sizes, self.device)
-        return predict(reader.predict, shown, self.size, self.device), zip(predicted, targets, strict=True)
+        predicted = predict_whole(reader, self.whole, whole.windows, sizes, self.device, self.whole_mirrored)
+        squares = predict_squares(reader, shown, self.size, self.device, mirrored)
+        return squares, zip(predicted, targets, strict=True)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -117,10 +122,11 @@ class Task(ABC, Generic[Scores]):
                 raise ValueError(
                     f"task {self.name!r} needs data with {target}, but data {source.config.data!r} have {held}"
                 )
-            if source.config.copies and target != "labels":
+            if source.config.copies and target not in source.copied:
                 raise ValueError(
-                    f"copies must be 0 for task {self.name!r}, got {source.config.copies}: they are zoomed and "
-                    f"cropped, and labels go along, but not {target}; name other --tasks"
+                    f"copies must be 0 for task {self.name!r}, got {source.config.copies}: of data "
+                    f"{source.config.data!r} they keep {', '.join(source.copied)} true, but not {target}; name other "
+                    "--tasks"
                 )
 
     def further_images(self, data: DenseData) -> Tensor | None:
