@@ -90,11 +90,10 @@ def follows_encoder(config: PretrainConfig) -> bool:
 
 def stages_of(config: PretrainConfig) -> int:
     """In how many stages the model is trained, each from new weights on."""
-    return next((term.target.features.stages for term in terms_of(config) if _staged(term)), 1)
-
-
-def _staged(term: Term) -> bool:
-    return term.target.features is not None and term.target.features.stages is not None
+    for term in terms_of(config):
+        if term.target.features is not None and term.target.features.stages is not None:
+            return term.target.features.stages
+    return 1
 
 
 def _check_stages(config: PretrainConfig) -> None:
