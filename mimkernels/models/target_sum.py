@@ -43,7 +43,7 @@ class TargetSum:
         given = [widths] * count if widths is None or (isinstance(widths, int) and count == 1) else widths
         if isinstance(given, int) or len(given) != count:
             raise ValueError(
-                f"target {text!r} has {count} targets that are features, target_dim has one width for each, got "
+                f"target_dim must be one width for each target that is features, of which {text!r} has {count}, got "
                 f"{widths}"
             )
         if any(width is not None and width < 1 for width in given):
@@ -92,7 +92,8 @@ class TargetSum:
         several: Sequence[Tensor] = [features] if isinstance(features, Tensor) else features or ()
         if len(several) != len(places):
             raise ValueError(
-                f"target {self.text!r} has {len(places)} targets that are features, features of {len(several)} given"
+                f"features must be those of each target that is features, of which {self.text!r} has {len(places)}, "
+                f"got {len(several)}"
             )
         by_term: list[Tensor | None] = [None] * len(self.terms)
         for place, each in zip(places, several, strict=True):

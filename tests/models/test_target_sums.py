@@ -130,7 +130,7 @@ def test_features_are_given_in_the_order_of_the_targets():
     assert [head.out_features for head in model.decoders] == [12, 48, 16]
     images, first, second = torch.randn(1, 3, 16, 16), torch.randn(1, 16, 12), torch.randn(1, 16, 16)
     assert list(model(images, features=[first, second]).metrics) == ["loss_features", "loss_pixels", "loss_features_2"]
-    with pytest.raises(ValueError, match="has 2 targets that are features, features of 1 given"):
+    with pytest.raises(ValueError, match="features must be those of each target .* has 2, got 1"):
         model(images, features=first)
     with pytest.raises(ValueError, match="features not given"):
         model(images)
@@ -139,8 +139,8 @@ def test_features_are_given_in_the_order_of_the_targets():
 @pytest.mark.parametrize(
     ("target", "widths", "message"),
     [
-        ("features:x + features:y", 12, "has 2 targets that are features, target_dim has one width for each, got 12"),
-        ("features:x + pixels", [12, 3], r"has 1 targets that are features, .* got \[12, 3\]"),
+        ("features:x + features:y", 12, "target_dim must be one width for each target .*, of which .* has 2, got 12"),
+        ("features:x + pixels", [12, 3], r"of which .* has 1, got \[12, 3\]"),
         ("pixels + patch-norm", 12, "target_dim is the width of a teacher's features, got 12"),
         ("features:x + features:y", [12, 0], r"target_dim must be at least 1, got \[12, 0\]"),
     ],

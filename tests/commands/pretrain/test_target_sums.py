@@ -107,7 +107,7 @@ def test_widths_of_several_teachers_are_settings():
         ({**DENSE, "target": "pixels + ema:tokens=all", "masking": "none"}, "masking none leaves no masked token"),
         ({**DENSE, "target": "ema + features:x", "loss": "mse"}, r"loss is that of pixels, got 'mse'"),
         ({**DENSE, "target": "pixels + features:x", "momentum": 0.9}, "momentum is that of target ema"),
-        ({**DENSE, "target": f"{SUM} + ema", "target_dim": 8}, "2 targets that are features, .* got 8"),
+        ({**DENSE, "target": f"{SUM} + ema", "target_dim": 8}, "one width for each target .* has 2, got 8"),
         ({**DENSE, "target": SUM, "target_dim": 8}, "target_dim is 8, features of vit_tiny.* have 24"),
         ({**QUICK, "target": "pixels + patch-norm"}, "target of mae must be pixels, features:MODEL, ema or bootstrap"),
         ({**QUICK, **OTHERS, "method": "mocov3", "target": SUM}, "target is an option of MAE and SimMIM"),
