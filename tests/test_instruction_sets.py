@@ -59,11 +59,12 @@ def test_every_instruction_set_meets_the_contract(isa, plain_errors, tmp_path):
 
 @pytest.fixture(scope="module")
 def plain_errors(tmp_path_factory) -> dict:
-    """What the kernels' errors are compared with: torch's, the same beside all of our instruction sets."""
+    """What the kernels' errors are compared with first: torch's in one draw, the same beside all instruction sets."""
 
     def measure() -> dict:
         return {
-            (str(case), dtype): testing.plain_errors(case, dtype, "cpu", "contiguous") for case, dtype in of_kernels()
+            (str(case), dtype): testing.plain_errors(case, dtype, "cpu", "contiguous", 1)
+            for case, dtype in of_kernels()
         }
 
     return once(tmp_path_factory, "plain-errors", measure)
@@ -81,7 +82,12 @@ def main() -> int:
     isa, file = sys.argv[1:]
     assert torch.ops.mimkernels.cpu_isa() == isa
     known = pickle.loads(Path(file).read_bytes())
-    testing.plain_errors = lambda case, dtype, *_: known[str(case), dtype]
+    measured = testing.plain_errors
+
+    def plain_errors(case: testing.Case, dtype: torch.dtype, device: str, layout: str, draws: int) -> dict[str, float]:
+        return known[str(case), dtype] if draws == 1 else measured(case, dtype, device, layout, draws)
+
+    testing.plain_errors = plain_errors
     failed = 0
     for case, dtype in of_kernels(isa):
         try:
