@@ -134,6 +134,10 @@ def run_stage(name: str, output: Path, *, rehearsal: bool) -> int:
     from benchmarks.gpu_stages import attention, contract, floors, memory, profilers, step, triton
     from benchmarks.gpu_stages.target import Target
 
+    if rehearsal:
+        from tests.interpreter import quicken_interpreter
+
+        quicken_interpreter()
     target = Target(output, rehearsal)
     name, _, part = name.partition(":")
     if name == "triton-compile":

@@ -12,6 +12,11 @@ if not torch.cuda.is_available():
 
 import pytest
 
+from tests.interpreter import quicken_interpreter
+
+if "TRITON_INTERPRET" in os.environ:
+    quicken_interpreter()
+
 LONG = ("test_fuzz.py", "test_instruction_sets.py", "test_packaging.py", "test_distributed.py")
 MODULES = 300  # imported since the objects of the modules were last taken out of garbage collections
 

@@ -27,6 +27,7 @@ from mimkernels.testing import DEVICE
 from tests.cases import OPS as CONTRACT_OPS
 from tests.cases import stated
 from tests.configurations import OPS, Configuration, configuration
+from tests.interpreter import quicken_interpreter
 from tests.test_instruction_sets import ISAS, OF_ATTENTION, is_of, on_an_instruction_set
 
 # How many of each are drawn where --configurations does not say it: about a minute of one core for the CPU and one for
@@ -149,6 +150,8 @@ def main() -> int:
     asked = parser.parse_args()
     if (missing := backend_state(asked.backend)) is not None:
         parser.exit(1, f"{missing}\n")
+    if asked.backend == "triton" and DEVICE == "cpu":
+        quicken_interpreter()
     if asked.number is not None:
         print(describe(drawn(asked.backend, asked.op, asked.number)))
         some = [(asked.op, asked.number)]

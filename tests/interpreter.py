@@ -1,0 +1,59 @@
+"""Triton's interpreter, without what takes more than half of its time."""
+
+import functools
+import importlib.util
+from typing import Any
+
+
+def quicken_interpreter() -> None:
+    """Leave out what the interpreter does again and again, to the same effect.
+
+    Before a kernel runs, it replaces the functions of ``triton.language``, which it finds by looking at every name
+    there; and so again whenever the kernel calls another function, thousands of times per launch. Here what a launch
+    has replaced stays until it ends. And for numpy's dtype of a number it makes a table each time; here it keeps them.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch: Any = interpreter._patch_lang
+    if hasattr(patch, "__wrapped__"):
+        return
+    run, numpy_dtype = interpreter.GridExecutor.__call__, interpreter._get_np_dtype
+    patched: set[str] | None = None  # by the launch that runs
+    known: dict[str, Any] = {}
+
+    @functools.cache
+    def languages(fn) -> frozenset[str]:
+        return frozenset(value.__name__ for value in fn.__globals__.values() if value is tl or value is tl.core)
+
+    @functools.wraps(patch)
+    def patch_new(fn):
+        if patched is not None:
+            if languages(fn) <= patched:
+                return interpreter._LangPatchScope()
+            patched.update(languages(fn))
+        return patch(fn)
+
+    @functools.wraps(run)
+    def launch(self, *args, **kwargs):
+        nonlocal patched
+        patched = set()
+        try:
+            return run(self, *args, **kwargs)
+        finally:
+            patched = None
+
+    @functools.wraps(numpy_dtype)
+    def known_dtype(of):
+        element = of.element_ty if isinstance(of, tl.block_type) else of
+        if isinstance(element, tl.pointer_type):
+            return numpy_dtype(element)
+        if element.name not in known:
+            known[element.name] = numpy_dtype(element)
+        return known[element.name]
+
+    interpreter._patch_lang = patch_new
+    interpreter.GridExecutor.__call__ = launch
+    interpreter._get_np_dtype = known_dtype

@@ -1,0 +1,54 @@
+"""Triton's interpreter, as the tests quicken it."""
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if not triton.knobs.runtime.interpret:
+    pytest.skip("Triton is not interpreted", allow_module_level=True)
+
+import triton.language as tl  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
+
+from tests.interpreter import quicken_interpreter  # noqa: E402
+
+
+@triton.jit
+def doubled(x):
+    return x + x
+
+
+@triton.jit
+def add_up_kernel(x_ptr, out_ptr, rows, COLUMNS: tl.constexpr):
+    row = tl.program_id(0)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for _ in range(3):
+        total += doubled(tl.load(x_ptr + row * COLUMNS + tl.arange(0, COLUMNS)))
+    tl.store(out_ptr + row, tl.sum(total, 0))
+    tl.store(out_ptr + rows + row, tl.cdiv(row, 2))
+
+
+def test_the_language_is_replaced_once_per_launch_and_put_back(monkeypatch):
+    replaced = []
+    before = interpreter._patch_lang.__wrapped__
+    monkeypatch.setattr(interpreter, "_patch_lang", lambda fn: replaced.append(fn) or before(fn))
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", interpreter.GridExecutor.__call__.__wrapped__)
+    monkeypatch.setattr(interpreter, "_get_np_dtype", interpreter._get_np_dtype.__wrapped__)
+    quicken_interpreter()
+    load = tl.load
+    for _ in range(2):
+        replaced.clear()
+        x, out = torch.arange(12.0).view(3, 4), torch.zeros(2, 3)
+        add_up_kernel[(3,)](x, out, 3, COLUMNS=4)
+        assert out.tolist() == [[36.0, 132.0, 228.0], [0.0, 1.0, 1.0]]
+        assert 1 <= len(replaced) <= 2, "the kernel's, and that of triton.language's own functions"
+        assert tl.load is load
+
+
+def test_dtypes_are_those_of_the_interpreter():
+    plain = interpreter._get_np_dtype.__wrapped__
+    kinds = [getattr(tl, name) for name in ("int1", "int32", "uint8", "int64", "float16", "bfloat16", "float32")]
+    kinds += [tl.pointer_type(tl.float32), tl.block_type(tl.pointer_type(tl.int8), [4])]
+    kinds += [tl.block_type(kind, [2, 8]) for kind in kinds[:7]]
+    for _ in range(2):
+        assert [interpreter._get_np_dtype(kind) for kind in kinds] == [plain(kind) for kind in kinds]
