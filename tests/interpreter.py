@@ -10,7 +10,8 @@ def quicken_interpreter() -> None:
 
     Before a kernel runs, it replaces the functions of ``triton.language``, which it finds by looking at every name
     there; and so again whenever the kernel calls another function, thousands of times per launch. Here what a launch
-    has replaced stays until it ends. And for numpy's dtype of a number it makes a table each time; here it keeps them.
+    has replaced stays until it ends. And it makes a table each time for numpy's dtype of a number, lists and names for
+    the shape of every tensor; here it keeps them.
     """
     if importlib.util.find_spec("triton") is None:
         return
@@ -54,6 +55,31 @@ def quicken_interpreter() -> None:
             known[element.name] = numpy_dtype(element)
         return known[element.name]
 
+    of_block, of_tensor = tl.block_type.__init__, tl.tensor.__init__
+    blocks: dict[Any, dict[str, Any]] = {}  # by shape and dtype, what is not their own in types of blocks
+    tensors: dict[Any, dict[str, Any]] = {}  # by shape, what is not their own in tensors
+
+    @functools.wraps(of_block)
+    def block(self, element_ty, shape):
+        key = (element_ty.name, *(size.value if isinstance(size, tl.constexpr) else size for size in shape))
+        if key in blocks and isinstance(shape, (list, tl.tuple)):
+            self.__dict__.update(blocks[key], element_ty=element_ty)
+        else:
+            of_block(self, element_ty, shape)
+            blocks[key] = dict(vars(self))
+
+    @functools.wraps(of_tensor)
+    def tensor(self, handle, type):
+        key = (*type.shape,) if type.is_block() else ()
+        if key in tensors:
+            self.__dict__.update(tensors[key], handle=handle, type=type, dtype=type.scalar)
+        else:
+            of_tensor(self, handle, type)
+            tensors[key] = {
+                name: value for name, value in vars(self).items() if name not in ("handle", "type", "dtype")
+            }
+
+    tl.block_type.__init__, tl.tensor.__init__ = block, tensor
     interpreter._patch_lang = patch_new
     interpreter.GridExecutor.__call__ = launch
     interpreter._get_np_dtype = known_dtype

@@ -32,8 +32,13 @@ def test_the_language_is_replaced_once_per_launch_and_put_back(monkeypatch):
     replaced = []
     before = interpreter._patch_lang.__wrapped__
     monkeypatch.setattr(interpreter, "_patch_lang", lambda fn: replaced.append(fn) or before(fn))
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", interpreter.GridExecutor.__call__.__wrapped__)
-    monkeypatch.setattr(interpreter, "_get_np_dtype", interpreter._get_np_dtype.__wrapped__)
+    for place, name in (
+        (interpreter.GridExecutor, "__call__"),
+        (interpreter, "_get_np_dtype"),
+        (tl.block_type, "__init__"),
+        (tl.tensor, "__init__"),
+    ):
+        monkeypatch.setattr(place, name, getattr(place, name).__wrapped__)
     quicken_interpreter()
     load = tl.load
     for _ in range(2):
@@ -52,3 +57,29 @@ def test_dtypes_are_those_of_the_interpreter():
     kinds += [tl.block_type(kind, [2, 8]) for kind in kinds[:7]]
     for _ in range(2):
         assert [interpreter._get_np_dtype(kind) for kind in kinds] == [plain(kind) for kind in kinds]
+
+
+@pytest.mark.parametrize("element", [tl.float32, tl.pointer_type(tl.int8)], ids=str)
+@pytest.mark.parametrize("shape", [[4], [tl.constexpr(2), 8], tl.tuple([1, 2, 4])], ids=str)
+def test_types_and_tensors_are_those_of_the_interpreter(element, shape):
+    for _ in range(2):
+        made, plain = tl.block_type(element, shape), tl.block_type.__new__(tl.block_type)
+        tl.block_type.__init__.__wrapped__(plain, element, shape)
+        assert made == plain and vars(made).keys() == vars(plain).keys() and made.element_ty is element
+        assert (made.shape.values, made.numel, made.name) == (plain.shape.values, plain.numel, plain.name)
+        for kind in (made, element):
+            handle = object()
+            ours, theirs = tl.tensor(handle, kind), tl.tensor.__new__(tl.tensor)
+            tl.tensor.__init__.__wrapped__(theirs, handle, kind)
+            assert vars(ours).keys() == vars(theirs).keys()
+            assert ours.handle is handle and ours.type is kind and ours.dtype == theirs.dtype
+            assert str(ours.shape) == str(theirs.shape) and ours.numel.value == theirs.numel.value
+
+
+def test_shapes_that_are_none_are_refused():
+    for _ in range(2):
+        with pytest.raises(ValueError, match="power of 2"):
+            tl.block_type(tl.int32, [3])
+        assert tl.block_type(tl.int32, [4]).numel == 4
+        with pytest.raises(AssertionError):  # only lists and tuples of triton.language
+            tl.block_type(tl.int32, (4,))
