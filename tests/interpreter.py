@@ -1,5 +1,6 @@
 """Triton's interpreter, without what takes more than half of its time."""
 
+import dataclasses
 import functools
 import importlib.util
 from typing import Any
@@ -11,7 +12,8 @@ def quicken_interpreter() -> None:
     Before a kernel runs, it replaces the functions of ``triton.language``, which it finds by looking at every name
     there; and so again whenever the kernel calls another function, thousands of times per launch. Here what a launch
     has replaced stays until it ends. And it makes a table each time for numpy's dtype of a number, lists and names for
-    the shape of every tensor; here it keeps them.
+    the shape of every tensor; here it keeps them. Whether sums and products of integers overflow it finds out for an
+    assertion that only its debug mode has; here, only there.
     """
     if importlib.util.find_spec("triton") is None:
         return
@@ -80,6 +82,8 @@ def quicken_interpreter() -> None:
             }
 
     tl.block_type.__init__, tl.tensor.__init__ = block, tensor
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
     interpreter._patch_lang = patch_new
     interpreter.GridExecutor.__call__ = launch
     interpreter._get_np_dtype = known_dtype

@@ -1,5 +1,6 @@
 """Triton's interpreter, as the tests quicken it."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,6 +40,7 @@ def test_the_language_is_replaced_once_per_launch_and_put_back(monkeypatch):
         (tl.tensor, "__init__"),
     ):
         monkeypatch.setattr(place, name, getattr(place, name).__wrapped__)
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", interpreter.InterpreterOptions())
     quicken_interpreter()
     load = tl.load
     for _ in range(2):
@@ -83,3 +85,18 @@ def test_shapes_that_are_none_are_refused():
         assert tl.block_type(tl.int32, [4]).numel == 4
         with pytest.raises(AssertionError):  # only lists and tuples of triton.language
             tl.block_type(tl.int32, (4,))
+
+
+def test_without_debug_mode_nobody_asks_whether_integers_overflow(monkeypatch):
+    builder = interpreter.interpreter_builder
+    assert not builder.options.debug and not builder.options.sanitize_overflow
+    values = [tl.tensor(interpreter.TensorHandle(np.array([2**31 - 1], np.int32), tl.int32), tl.int32)] * 2
+    semantic = interpreter.interpreter_semantic
+    quick = semantic.add(*values, True).handle.data
+    for debug in (False, True):
+        monkeypatch.setattr(builder, "options", interpreter.InterpreterOptions(debug=debug))
+        if debug:
+            with pytest.raises(AssertionError, match="int32 overflow detected for operation add"):
+                semantic.add(*values, True)
+        else:
+            assert semantic.add(*values, True).handle.data == quick == -2
