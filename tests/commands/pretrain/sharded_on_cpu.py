@@ -1,4 +1,4 @@
-"""Starts the trainer with FSDP2 on CPU processes, which accelerate itself does for accelerators only."""
+"""Runs of the trainer in turn with FSDP2 on CPU processes, which accelerate itself does for accelerators only."""
 
 import sys
 
@@ -6,8 +6,8 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
-from mimkernels.cli import main
 from mimkernels.commands.pretrain.run import Run
+from tests.commands.pretrain.in_turn import in_turn
 
 _init, _prepare = AcceleratorState.__init__, Run._prepare
 
@@ -31,4 +31,4 @@ def prepare(self):
 AcceleratorState.__init__, Run._prepare = init, prepare
 
 if __name__ == "__main__":
-    sys.exit(main(["pretrain", *sys.argv[1:]]))
+    sys.exit(in_turn(sys.argv[1:]))

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,11 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from mimkernels.commands.pretrain.config import PretrainConfig
 from mimkernels.commands.pretrain.run import pretrain
 from mimkernels.engine.checkpoint import load
 from mimkernels.engine.training.history import read_entries
+from tests.once import once
 
+ROOT = Path(__file__).parents[3]
 _SIMMIM = {"method": "simmim", "mask_unit": 4, "decoder_dim": 512, "decoder_depth": 8, "decoder_heads": 16}
+_FEATURES = {**_SIMMIM, "masking": "block", "mask_ratio": 0.4, "pictures": 0, "val_images": 16}
+_TEACHER = "vit_tiny_patch16_224:pretrained=false,patch_size=8,embed_dim=16,depth=1,num_heads=2"
 METHODS = {
     "mae": {},
     "simmim-beit": {**_SIMMIM, "model": "beit_base_patch16_224"},
@@ -22,7 +28,11 @@ METHODS = {
         **_SIMMIM, "model": "swinv2_tiny_window8_256", "patch_size": 2,
         "model_kwargs": {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
     },
+    "features": {**_FEATURES, "target": f"features:{_TEACHER}"},
+    "ema": {**_FEATURES, "target": "ema:layers=1", "momentum": 0.5},
+    "bootstrap": {**_FEATURES, "target": "0.5*pixels + bootstrap"},
 }  # fmt: skip
+BY_TWO = ("mae", "simmim-swinv2", "features", "ema", "bootstrap")
 SHARDED = {
     "mae": "['FSDPBlock', 'FSDPFusedDecoderBlock'",
     "simmim-beit": "['FSDPBlock', 'FSDPSimMIM']",
@@ -51,14 +61,18 @@ def options(config) -> list[str]:
     return words
 
 
-def launch(words: list[str], *, expect: int = 0, program=("-m", "mimkernels", "pretrain"), **environment: str) -> str:
+def launch(parts: list[list[str]], *, expect: int = 0, module: str = "in_turn", **environment: str) -> list[str]:
+    """Run the parts in turn in two processes; returns what each part printed."""
     launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    words = [word for part in parts for word in ("then", *part)][1:]
     done = subprocess.run(
-        [sys.executable, "-m", *launcher, *program, *words],
-        env={**os.environ, **environment}, capture_output=True, text=True, timeout=300,
+        [sys.executable, "-m", *launcher, "-m", f"tests.commands.pretrain.{module}", *words],
+        env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == expect, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    _, *printed = re.split(r"^in turn: .*\n", done.stdout, flags=re.M)
+    assert len(printed) == len(parts), done.stdout + done.stderr
+    return [*printed[:-1], printed[-1] + done.stderr]
 
 
 def losses(folder, name="loss") -> list[float]:
@@ -74,69 +88,98 @@ def assert_same_training(one, two):
         torch.testing.assert_close(b["model"][name], value, rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("method", ["mae", "simmim-swinv2"])
-def test_two_processes_train_as_one_and_resume(tiny, tmp_path, method):
-    settings = {**SETTINGS, **METHODS[method]}
-    pretrain(tiny(**settings, accum_steps=2, output=str(tmp_path / "one")))
-    config = tiny(**settings, output=str(tmp_path / "two"))
-    out = launch(options(config))
+@pytest.fixture(scope="module")
+def of_method(tiny_settings):
+    """Settings of the runs of this file."""
+
+    def make(method: str, output: Path, **changes) -> PretrainConfig:
+        return PretrainConfig(**{**tiny_settings, **SETTINGS, **METHODS[method], "output": str(output), **changes})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def by_two(of_method, tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    """A folder of runs by two processes, and what they printed.
+
+    One run of every method, another of MAE from the end of its first epoch, and one that cannot begin.
+    """
+
+    def run() -> tuple[Path, dict[str, str]]:
+        folder = tmp_path_factory.mktemp("two")
+        parts = {method: options(of_method(method, folder / method)) for method in BY_TWO}
+        parts["copy"] = ["copy", str(folder / "mae"), str(folder / "again")]
+        parts["again"] = ["--output", str(folder / "again"), "--resume"]
+        parts["bad"] = options(of_method("mae", folder / "bad", data=str(folder / "nowhere")))
+        return folder, dict(zip(parts, launch(list(parts.values()), expect=1), strict=True))
+
+    return once(tmp_path_factory, "by-two", run)
+
+
+@pytest.mark.parametrize("method", BY_TWO)
+def test_two_processes_train_as_one(by_two, of_method, tmp_path, method):
+    folder, printed = by_two
+    out, two = printed[method], folder / method
+    pretrain(of_method(method, tmp_path / "one", accum_steps=2))
     assert len(re.findall(r"saved .*step-00000005\.pt", out)) == 1 and len(re.findall(r"saved .*final\.pt", out)) == 1
     assert len(re.findall(r"^Device .*2 processes", out, re.M)) == 1
-    assert_same_training(tmp_path / "one", tmp_path / "two")
-    assert (tmp_path / "two" / "report.html").exists()
-    if method != "mae":  # two processes that continue a run of SimMIM: below, sharded
-        return
-
-    # Again from the end of the first epoch.
-    (tmp_path / "two" / "checkpoints" / "final.pt").unlink()
-    out = launch(["--output", str(tmp_path / "two"), "--resume"])
-    assert "continuing at step 5" in out
-    assert_same_training(tmp_path / "one", tmp_path / "two")
-
-
-_TEACHER = "features:vit_tiny_patch16_224:pretrained=false,patch_size=8,embed_dim=16,depth=1,num_heads=2"
-
-
-@pytest.mark.parametrize("target", [_TEACHER, "ema:layers=1", "0.5*pixels + bootstrap"])
-def test_two_processes_learn_from_one_teacher(tiny, tmp_path, target):
-    settings = {
-        **SETTINGS, **_SIMMIM, "target": target, "masking": "block", "mask_ratio": 0.4, "pictures": 0, "val_images": 16,
-        "momentum": 0.5 if target.startswith("ema") else None,
-    }  # fmt: skip
-    pretrain(tiny(**settings, accum_steps=2, output=str(tmp_path / "one")))
-    out = launch(options(tiny(**settings, output=str(tmp_path / "two"))))
-    assert len(re.findall(r"^Target .*features of", out, re.M)) == 1
-    assert_same_training(tmp_path / "one", tmp_path / "two")
-    a, b = (load(tmp_path / name / "checkpoints" / "final.pt") for name in ("one", "two"))
-    assert a.get("teachers") == b.get("teachers") and ("target_teacher" in a) == (target != _TEACHER)
+    assert_same_training(tmp_path / "one", two)
+    assert (two / "report.html").exists()
+    a, b = (load(run / "checkpoints" / "final.pt") for run in (tmp_path / "one", two))
+    assert len(re.findall(r"^Target .*features of", out, re.M)) == (method in ("features", "ema", "bootstrap"))
+    assert a.get("teachers") == b.get("teachers") and bool(a.get("teachers")) == (method == "features")
+    assert ("target_teacher" in a) == ("target_teacher" in b) == (method in ("ema", "bootstrap"))
     for name, value in a.get("target_teacher", {}).items():
         torch.testing.assert_close(b["target_teacher"][name], value, rtol=1e-3, atol=2e-5)
 
 
-def test_bad_input_ends_every_process(tiny, tmp_path):
-    config = tiny(data=str(tmp_path / "nowhere"))
-    out = launch(options(config), expect=1)
-    assert "mimkernels: error: image folder" in out
-    assert not (tmp_path / "run").exists()
+def test_two_processes_continue_as_two(by_two, of_method):
+    """From the end of the first epoch. A run of SimMIM is continued below, sharded."""
+    folder, printed = by_two
+    assert "continuing at step 5" in printed["again"]
+    assert_same_training(folder / "mae", folder / "again")
+    assert (folder / "again" / "report.html").exists()
+
+
+def test_bad_input_ends_every_process(by_two):
+    folder, printed = by_two
+    assert "mimkernels: error: image folder" in printed["bad"]
+    assert not (folder / "bad").exists()
+
+
+@pytest.fixture(scope="module")
+def sharded(of_method, tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    """A folder of runs of one process, and of the same, continued by FSDP2 from the end of the first epoch, and what
+    these printed."""
+
+    def run() -> tuple[Path, dict[str, str]]:
+        folder = tmp_path_factory.mktemp("sharded")
+        parts = {}
+        for method in SHARDED:
+            one, two = folder / "one" / method, folder / "two" / method
+            pretrain(of_method(method, one, accum_steps=2))
+            shutil.copytree(one, two, ignore=shutil.ignore_patterns("final.pt"))
+            parts[method] = ["--output", str(two), "--resume", "--accum-steps", "1"]
+        printed = launch(
+            list(parts.values()),
+            module="sharded_on_cpu",
+            ACCELERATE_USE_FSDP="true",
+            FSDP_VERSION="2",
+            FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
+            FSDP_CPU_RAM_EFFICIENT_LOADING="false",
+        )
+        return folder, dict(zip(parts, printed, strict=True))
+
+    return once(tmp_path_factory, "sharded", run)
 
 
 @pytest.mark.parametrize("method", SHARDED)
-def test_sharded_parameters_continue_what_one_process_began(tiny, tmp_path, method):
+def test_sharded_parameters_continue_what_one_process_began(sharded, method):
     """FSDP2 reads a checkpoint of a single process, trains as one, and writes a checkpoint like its."""
-    for name in ("one", "two"):
-        pretrain(tiny(**{**SETTINGS, **METHODS[method]}, accum_steps=2, output=str(tmp_path / name)))
-    (tmp_path / "two" / "checkpoints" / "final.pt").unlink()
-    out = launch(
-        ["--output", str(tmp_path / "two"), "--resume", "--accum-steps", "1"],
-        program=[str(Path(__file__).with_name("sharded_on_cpu.py"))],
-        ACCELERATE_USE_FSDP="true",
-        FSDP_VERSION="2",
-        FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
-        FSDP_CPU_RAM_EFFICIENT_LOADING="false",
-    )
-    assert "2 processes (FSDP2)" in out and "continuing at step 5" in out
-    assert f"sharded: {SHARDED[method]}" in out
-    assert_same_training(tmp_path / "one", tmp_path / "two")
+    folder, printed = sharded
+    assert "2 processes (FSDP2)" in printed[method] and "continuing at step 5" in printed[method]
+    assert f"sharded: {SHARDED[method]}" in printed[method]
+    assert_same_training(folder / "one" / method, folder / "two" / method)
 
 
 def test_sharding_on_the_cpu_is_refused_not_ignored(tiny, monkeypatch):
