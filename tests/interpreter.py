@@ -20,8 +20,8 @@ def quicken_interpreter() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
-    patch: Any = interpreter._patch_lang
-    if hasattr(patch, "__wrapped__"):
+    patch: Any = getattr(interpreter, "_patch_lang", None)
+    if patch is None or hasattr(patch, "__wrapped__"):  # another Triton is left as it is; or done already
         return
     run, numpy_dtype = interpreter.GridExecutor.__call__, interpreter._get_np_dtype
     patched: set[str] | None = None  # by the launch that runs
