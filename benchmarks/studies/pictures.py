@@ -205,7 +205,8 @@ def legend(panel: Axes, methods: Sequence[str]) -> None:
         panel.plot([], [], color=COLOURS[m], linewidth=2.4, linestyle=DASHES.get(m, "-"), label=title(m))[0]
         for m in methods
     ]
-    panel.figure.legend(handles=handles, loc="outside upper left", ncols=6, frameon=False, labelcolor=INK)
+    columns = 6 if len(handles) <= 6 else 4
+    panel.figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False, labelcolor=INK)
 
 
 def _empty(panel: Axes) -> None:

@@ -445,5 +445,5 @@ def test_committed_pieces_are_whole():
             assert "+changes" not in result["revision"], path.stem
     study = claims.Study(committed)
     for claim in claims.READOUT_CLAIMS:
-        for method in TITLES if claim.source == claims.FINETUNE else METHODS:
+        for method in (*claim.of, *(claim.against if isinstance(claim.against, tuple) else ())):
             assert all(math.isfinite(claim.value(r)) for r in study.runs(method, "epochs", claim.source).values())
