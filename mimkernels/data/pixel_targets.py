@@ -306,15 +306,20 @@ def nyu_crop(image: Tensor, depths: Tensor, rng: np.random.Generator) -> tuple[T
     return (image.flip(2), depths.flip(1)) if rng.random() < 0.5 else (image, depths)
 
 
+def with_draws(
+    pairs: Iterable[tuple[Tensor, Tensor]], copies: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor, np.random.Generator]]:
+    """Each image and its target `copies` times, with what a crop of it is drawn from."""
+    for number, (image, target) in enumerate(pairs):
+        for copy in range(copies):
+            yield image, target, np.random.default_rng((seed, number, copy))
+
+
 def augmented_copies(
     pairs: Iterable[tuple[Tensor, Tensor]], side: int, copies: int, seed: int
 ) -> tuple[Tensor, Tensor]:
     """`copies` different ``augmented_crop`` of each image: ``[copies * n, 3, S, S]`` with their labels."""
-    crops = [
-        augmented_crop(image, labels, side, np.random.default_rng((seed, number, copy)))
-        for number, (image, labels) in enumerate(pairs)
-        for copy in range(copies)
-    ]
+    crops = [augmented_crop(image, labels, side, rng) for image, labels, rng in with_draws(pairs, copies, seed)]
     images, labels = (torch.stack(parts) for parts in zip(*crops, strict=True))
     return images, labels
 

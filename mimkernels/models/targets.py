@@ -107,6 +107,11 @@ class Term(NamedTuple):
         """Whether features of the masked tokens alone are compared."""
         return self.target.features is not None and self.target.features.tokens == "masked"
 
+    @property
+    def of_own_encoder(self) -> bool:
+        """Whether features of the encoder that is trained are compared: of its average, or of the stage before."""
+        return self.target.features is not None and self.target.features.model is None
+
 
 def split_targets(text: str) -> list[tuple[float, str]]:
     """Weight and text of each target of a sum, ``"pixels + 0.5*features:MODEL"``; the texts are not looked at.
@@ -152,7 +157,7 @@ def parse_targets(text: str) -> tuple[Term, ...]:
         kind = each.partition(":")[0].replace("-", "_")
         counts[kind] = counts.get(kind, 0) + 1
         terms.append(Term(each, target, weight, kind + (f"_{counts[kind]}" if counts[kind] > 1 else "")))
-    own = [term.text for term in terms if term.target.features is not None and term.target.features.model is None]
+    own = [term.text for term in terms if term.of_own_encoder]
     if len(own) > 1:
         raise ValueError(
             f"target {text!r}: {' and '.join(map(repr, own))} both keep a copy of the trained encoder, of which a "

@@ -43,7 +43,7 @@ DEPTH = 6
 
 
 def made_finetune(start, seed, accuracies, **more):
-    shares = {share.labels: {"accuracy": value} for share, value in zip(SHARES, accuracies, strict=False)}
+    shares = {share.labels: {"accuracy": value} for share, value in zip(SHARES, accuracies, strict=True)}
     return {**ABOUT, "kind": "finetune", "of": start, "seed": seed, "as_recorded": {}, "shares": shares, **more}
 
 
@@ -443,7 +443,11 @@ def test_committed_pieces_are_whole():
             assert (result["kind"], result["of"], result["seed"]) == (piece.kind, piece.of, piece.seed), path.stem
             assert set(result["as_recorded"]) == {cell.method for cell in piece.cells}, path.stem
             assert "+changes" not in result["revision"], path.stem
+            if piece.kind == "finetune":
+                assert list(result["shares"]) == [share.labels for share in plan.shares_of(piece.of)], path.stem
+                assert all(0 < share["accuracy"] < 1 for share in result["shares"].values()), path.stem
     study = claims.Study(committed)
     for claim in claims.READOUT_CLAIMS:
-        for method in (*claim.of, *(claim.against if isinstance(claim.against, tuple) else ())):
+        compared = (*claim.of, *(claim.against if isinstance(claim.against, tuple) else ()))
+        for method in compared if claim.source == claims.FINETUNE else METHODS:
             assert all(math.isfinite(claim.value(r)) for r in study.runs(method, "epochs", claim.source).values())

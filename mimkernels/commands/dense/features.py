@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -82,3 +82,9 @@ def joined(maps: Sequence[Tensor]) -> Tensor:
         each.float() if each.shape[-2:] == size else F.interpolate(each.float(), size, mode="bilinear") for each in maps
     ]
     return torch.cat(resized, 1)
+
+
+def joined_batches(maps: Sequence[Tensor], count: int, device: torch.device) -> Iterator[Tensor]:
+    """Maps of several layers ``joined`` on the device, those of `count` images after others."""
+    for start in range(0, len(maps[0]), count):
+        yield joined([each[start : start + count].to(device) for each in maps])

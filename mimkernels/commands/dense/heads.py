@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mimkernels import upsample_cross_entropy
 from mimkernels.commands.dense.config import DenseConfig
-from mimkernels.commands.dense.features import joined
+from mimkernels.commands.dense.features import joined, joined_batches
 from mimkernels.commands.dense.heat_maps import LinearKeypoints
 from mimkernels.commands.dense.windows import Windows, merged
 from mimkernels.data.pixel_targets import IGNORED
@@ -199,8 +199,7 @@ def _values(
 
 def _batches(maps: list[Tensor], size: tuple[int, int], device: torch.device) -> Iterator[Tensor]:
     count = max(1, min(_AT_ONCE, _PIXELS_AT_ONCE // (size[0] * size[1])))
-    for start in range(0, len(maps[0]), count):
-        yield joined([each[start : start + count].to(device) for each in maps])
+    return joined_batches(maps, count, device)
 
 
 class NearestPatches(Reader):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mimkernels.commands.dense.features import joined
+from mimkernels.commands.dense.features import joined_batches
 from mimkernels.data.warps import moved_points, pixel_middles
 
 POINTS = 16  # asked for along each side of an image
@@ -67,13 +67,8 @@ def matched(first: Sequence[Tensor], second: Sequence[Tensor], points: Tensor, d
         ``[n, Q, 2]`` float64, on the CPU.
     """
     places = points.to(device)
-    parts = []
-    for start in range(0, len(first[0]), _AT_ONCE):
-        one, other = (
-            joined([layer[start : start + _AT_ONCE].to(device) for layer in maps]) for maps in (first, second)
-        )
-        parts.append(_matched(one, other, places))
-    return torch.cat(parts).cpu()
+    batches = zip(*(joined_batches(maps, _AT_ONCE, device) for maps in (first, second)), strict=True)
+    return torch.cat([_matched(one, other, places) for one, other in batches]).cpu()
 
 
 def _matched(first: Tensor, second: Tensor, points: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +30,7 @@ from mimkernels.data.pixel_targets import (
     middle_square,
     nyu_crop,
     resized,
+    with_draws,
 )
 from mimkernels.data.pixels import drawn
 from mimkernels.data.sources import is_named, open_held_out
@@ -123,9 +123,7 @@ class NYUv2Source(_FolderSource):
         """Crops of 416 x 544 pixels, their shorter side at ``config.side``, by windows as whole images."""
         config = self.config
         crops = [
-            resized(*nyu_crop(image, depths, np.random.default_rng((config.seed, number, copy))), config.side)
-            for number, (image, depths) in enumerate(pairs)
-            for copy in range(config.copies)
+            resized(*nyu_crop(*drawn_from), config.side) for drawn_from in with_draws(pairs, config.copies, config.seed)
         ]
         windows = slide([image for image, _ in crops], config.side)
         squares = [

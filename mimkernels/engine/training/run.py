@@ -302,7 +302,6 @@ class TrainingRun:
         return model, optimizer
 
     def _open_folder(self, first_step: int) -> History:
-        config = self.config
         files.sweep(self.output, self.checkpoints.folder)
         if self.start is None:
             self.checkpoints.clear()
@@ -317,7 +316,7 @@ class TrainingRun:
                 path.unlink(missing_ok=True)
         else:
             self.checkpoints.reopen(first_step, self.damaged)
-        files.write_text(self.output / "config.json", config.to_json())
+        files.write_text(self.output / "config.json", self.config.to_json())
         return History(self.output, first_step)
 
     def _results_before(self) -> list[Path]:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mimkernels.commands.dense import matching
+from mimkernels.commands.dense import features
 from mimkernels.commands.dense.config import DenseConfig
 from mimkernels.commands.dense.data import DenseData, DenseImages
 from mimkernels.commands.dense.features import joined
@@ -61,7 +61,7 @@ def test_layers_are_joined_for_a_few_images_at_a_time(monkeypatch):
         counts.append(len(maps[0]))
         return joined(maps)
 
-    monkeypatch.setattr(matching, "joined", counted)
+    monkeypatch.setattr(features, "joined", counted)
     assert torch.equal(matched(first, second, points, CPU), together)
     assert max(counts) <= 16 and sum(counts) == 2 * 40
 

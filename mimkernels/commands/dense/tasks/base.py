@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -179,5 +179,5 @@ def figure(value: float, form: str, unit: str = "") -> str:
     return "–" if math.isnan(value) else f"{value:{form}}{unit}"
 
 
-def percent(values: Sequence[float]) -> list[str]:
-    return [figure(100 * value, ".1f", " %") for value in values]
+def percent(share: float) -> str:
+    return figure(100 * share, ".1f", " %")

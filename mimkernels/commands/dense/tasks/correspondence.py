@@ -50,10 +50,10 @@ class Correspondence(Task[CorrespondenceScores]):
         return scores.pck_10
 
     def summary(self, scores: CorrespondenceScores) -> str:
-        return f"match@0.1 {percent([scores.pck_10])[0]}"
+        return f"match@0.1 {percent(scores.pck_10)}"
 
     def cells(self, scores: CorrespondenceScores) -> list[str]:
-        return [*percent([scores.pck_10, scores.pck_5]), figure(scores.error, ".1f")]
+        return [percent(scores.pck_10), percent(scores.pck_5), figure(scores.error, ".1f")]
 
     def picture_text(self, data: DenseData, shown: DenseImages) -> str:
         asked = _queries(data.test)
@@ -61,7 +61,7 @@ class Correspondence(Task[CorrespondenceScores]):
         return (
             "Above the image, below it the same warped; lines lead from points, one of 16, to where they were found: "
             "green within 0.1 of the image's side of the right place, red elsewhere. Points left where they were would "
-            f"have a match@0.1 of {percent([unmoved.pck_10])[0]}."
+            f"have a match@0.1 of {percent(unmoved.pck_10)}."
         )
 
     def true_rows(self, data: DenseData, shown: DenseImages) -> list[PictureRow]:

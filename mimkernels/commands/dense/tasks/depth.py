@@ -42,7 +42,7 @@ class Depth(Task[DepthScores]):
     def cells(self, scores: DepthScores) -> list[str]:
         return [
             *(figure(value, ".3f") for value in (scores.rmse, scores.abs_rel)),
-            *percent([scores.d1, scores.d2, scores.d3]),
+            *map(percent, (scores.d1, scores.d2, scores.d3)),
         ]
 
     def picture_text(self, data: DenseData, shown: DenseImages) -> str:

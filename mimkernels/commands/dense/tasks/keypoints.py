@@ -51,10 +51,10 @@ class Keypoints(Task[KeypointScores]):
         return scores.pck_10
 
     def summary(self, scores: KeypointScores) -> str:
-        return f"PCK@0.1 {percent([scores.pck_10])[0]}"
+        return f"PCK@0.1 {percent(scores.pck_10)}"
 
     def cells(self, scores: KeypointScores) -> list[str]:
-        return percent(scores[:5])
+        return [percent(score) for score in scores[:5]]
 
     def numbers(self, scores: KeypointScores) -> dict[str, object]:
         return {**scores._asdict(), "joints": list(JOINTS)}

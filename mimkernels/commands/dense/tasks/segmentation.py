@@ -74,10 +74,10 @@ class Segmentation(_Classes):
         return self._scored(job, head.eval(), losses)
 
     def summary(self, scores: SegmentationScores) -> str:
-        return f"mIoU {percent([scores.miou])[0]}"
+        return f"mIoU {percent(scores.miou)}"
 
     def cells(self, scores: SegmentationScores) -> list[str]:
-        return percent(scores[:3])
+        return [percent(score) for score in scores[:3]]
 
     def sections(self, data: DenseData, scores: Mapping[str, SegmentationScores]) -> list[ChartSection]:
         shown = data.classes[:_MOST_CLASSES]
@@ -109,10 +109,10 @@ class NearestSegmentation(_Classes):
         return self._scored(job, nearest, [])
 
     def summary(self, scores: SegmentationScores) -> str:
-        return f"mIoU of k-NN {percent([scores.miou])[0]}"
+        return f"mIoU of k-NN {percent(scores.miou)}"
 
     def cells(self, scores: SegmentationScores) -> list[str]:
-        return percent([scores.miou])
+        return [percent(scores.miou)]
 
 
 def _colour(number: int) -> str:

@@ -85,7 +85,7 @@ def predicts_pixels(config: PretrainConfig) -> bool:
 
 def follows_encoder(config: PretrainConfig) -> bool:
     """Whether features of the encoder that is trained are the target, or one of several."""
-    return any(term.target.features is not None and term.target.features.model is None for term in terms_of(config))
+    return any(term.of_own_encoder for term in terms_of(config))
 
 
 def stages_of(config: PretrainConfig) -> int:
