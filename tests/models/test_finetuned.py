@@ -121,6 +121,18 @@ def test_encoders_are_copied_whole_and_resampled():
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("readout", ["mean", "abmilp"])
+@pytest.mark.parametrize("family", MODELS)
+def test_the_classifier_begins_near_0_behind_a_pretrained_vit_alone(family, readout):
+    """As published: random weights behind a classifier of 2e-5 hardly learn at rates such as 1e-3."""
+    name, arguments = MODELS[family]
+    model = Finetuned.from_timm(name, num_classes=1000, in_chans=1, readout=readout, **arguments)
+    assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    model.start_from(create_masked_encoder(name, in_chans=1, **arguments))
+    assert model.head.weight.std().item() == pytest.approx(0.02 if family.startswith("swin") else 2e-5, rel=0.1)
+    assert not model.head.bias.any()
+
+
 def test_a_shared_table_goes_into_every_block_and_windows_are_resized():
     torch.manual_seed(1)
     options = {**BEIT, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}

@@ -127,9 +127,7 @@ class FinetuneRun(TrainingRun):
     def _model_facts(self) -> dict[str, str]:
         config = self.config
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]
-        timms = self.encoder is not None and self.encoder.title.endswith("with random weights")
-        untrained = config.from_scratch or timms
-        start = f"the architecture of {config.model}, random weights" if untrained else config.model
+        start = f"the architecture of {config.model}, random weights" if config.from_scratch else config.model
         scale = f"{config.layer_decay:g} per layer" if config.layer_decay != 1 else "the same for all layers"
         images = [name for name in ("mixup", "cutmix") if getattr(config, name)]
         images += [f"random erasing {config.erasing:g}"] if config.erasing else []
@@ -139,7 +137,7 @@ class FinetuneRun(TrainingRun):
             + (f", {config.freeze} blocks frozen" if config.freeze else "")
             + f"; readout {config.readout}, {config.num_classes} classes"
             + (f"; moving average of {config.ema:g}" if config.ema else ""),
-            "From": f"{start}" + (f": {self.loaded}" if self.loaded and not untrained else ""),
+            "From": f"{start}" + (f": {self.loaded}" if self.loaded else ""),
             "Labels": f"{_labels_in_words(config.labels)}{len(self.source):,} of {len(self.split.train):,} images, "
             f"seed {config.seed}; {self.split.description}",
             "Images": f"crops from {self.augmentation.crop_scale:g} of the area"

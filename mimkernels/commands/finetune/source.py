@@ -22,6 +22,8 @@ _ELSEWHERE = {"img_size": "--img-size", "num_classes": "the data", "global_pool"
 def load_source(config: FinetuneConfig) -> tuple[FrozenEncoder, dict[str, Any]]:
     """The encoder that ``--model`` names, and the settings that it tells: those of the architecture and of pixels.
 
+    A timm name without its published weights is trained from scratch.
+
     Raises:
         ValueError: there is no such encoder, timm has none that it could be given to, or ``model_kwargs`` names what
             has an option of its own.
@@ -46,6 +48,7 @@ def load_source(config: FinetuneConfig) -> tuple[FrozenEncoder, dict[str, Any]]:
         raise ValueError(f"model_kwargs has in_chans {channels}, {encoder.title} takes {encoder.in_chans}")
     stats = [tuple(float(value) for value in values) for values in _statistics(encoder)]
     return encoder, {
+        "from_scratch": config.from_scratch or encoder.title.endswith("with random weights"),
         "arch": arch,
         "patch_size": arguments.pop("patch_size", None),
         "model_kwargs": arguments,

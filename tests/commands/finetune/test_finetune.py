@@ -381,6 +381,14 @@ def test_random_weights_of_a_timm_name_are_those_of_the_seed(settings):
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
+def test_a_timm_name_without_weights_is_trained_from_scratch(settings):
+    kwargs = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "in_chans": 1}
+    given = {"model": "vit_tiny_patch16_224", "img_size": 16, "pretrained": False, "model_kwargs": kwargs}
+    of_timm = started(settings(**given))
+    assert of_timm.config.from_scratch and of_timm.config.layer_decay == 1.0
+    assert of_timm.model.head.weight.std() > 0.01 and "random weights" in of_timm._facts()["From"]
+
+
 def test_published_files_and_other_resolutions_are_started_from(settings, tmp_path, pretrained):
     size = {"img_size": 24, "in_chans": 3, "patch_size": 4}
     small = {"embed_dim": 24, "depth": 1, "num_heads": 3}
