@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.studies import plan
-from benchmarks.studies.plan import FROM_SCRATCH, METRICS, PATCHES, SEEDS, TITLES, Cell, Metric, Piece
+from benchmarks.studies.plan import METRICS, PATCHES, SCRATCH, SEEDS, STARTS, Cell, Metric, Piece
 from mimkernels.commands.analyze.findings import last_quarter, off_diagonal
 
 BEYOND = 2.0  # standard deviations over seeds that a mean must lie beyond
@@ -237,9 +237,9 @@ COMPETITIVE = 2.0  # points of accuracy that a model may be behind and still be 
 READOUT_CLAIMS = (
     Claim(SIMCLR_V2, "Pre-training without labels, then fine-tuning, is a strong way to learn from few of them.",
           "accuracy (%), fine-tuned with 1% of the labels; larger in every model without labels than from scratch",
-          fine_tuned("1%"), (*MIM, *JOINT), FROM_SCRATCH, digits=1, source=FINETUNE),
+          fine_tuned("1%"), (*MIM, *JOINT), (SCRATCH,), digits=1, source=FINETUNE),
     Claim(SIMCLR_V2, "The same with a tenth of them.",
-          "the same with 10% of the labels", fine_tuned("10%"), (*MIM, *JOINT), FROM_SCRATCH, digits=1,
+          "the same with 10% of the labels", fine_tuned("10%"), (*MIM, *JOINT), (SCRATCH,), digits=1,
           source=FINETUNE),
     Claim(MAE_CT, "MIM models need enough labels to adapt; where they are few, instance discrimination does better.",
           "accuracy (%), fine-tuned with 1% of the labels; smaller in MIM than in joint-embedding models",
@@ -342,4 +342,4 @@ def shown(values: Sequence[float], digits: int) -> str:
 
 
 def title(method: str) -> str:
-    return TITLES[method]
+    return STARTS[method].title

@@ -147,7 +147,7 @@ def _accuracies(study: Study, method: Method, budget: str) -> list[str]:
 def _fine_tuned(study: Study, start: str) -> list[str]:
     """By share of the labels; empty where there is no result."""
     results = list(study.runs(start, "epochs", FINETUNE).values())
-    shares = plan.shares_of(start) if results else ()
+    shares = plan.STARTS[start].shares if results else ()
     told = [shown([fine_tuned(share.labels)(result) for result in results], 1) for share in shares]
     return told + [""] * (len(SHARES) - len(shares))
 

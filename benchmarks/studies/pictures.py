@@ -12,15 +12,16 @@ from torch import Tensor
 
 from benchmarks.pictures import save
 from benchmarks.studies.claims import Result, Study, by_head, by_layer, title
-from benchmarks.studies.plan import BUDGETS, METHODS, PATCHES, SCRATCH, SLOW_SCRATCH
+from benchmarks.studies.plan import BUDGETS, METHODS, PATCHES, PLAIN_HEAD, SCRATCH
 from mimkernels._palette import CHART, INK, LINE, MUTED, SERIES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = dict(zip([*METHODS, SCRATCH], SERIES, strict=True)) | {SLOW_SCRATCH: SERIES[-1]}
-DASHES: dict[str, Any] = {SCRATCH: (0, (3, 1.2)), SLOW_SCRATCH: (0, (1, 1))}
+COLOURS = dict(zip([*METHODS, SCRATCH], SERIES, strict=True))
+COLOURS |= {start: COLOURS[method] for method, start in PLAIN_HEAD.items()}
+DASHES: dict[str, Any] = {SCRATCH: (0, (3, 1.2)), **dict.fromkeys(PLAIN_HEAD.values(), (0, (1, 1)))}
 _TOKENS = PATCHES + 1
 
 # Dots of heads: quantity, label, and what values are divided by.

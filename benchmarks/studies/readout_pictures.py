@@ -10,7 +10,7 @@ import torch
 from benchmarks.pictures import save
 from benchmarks.studies.claims import FINETUNE, Study, dense_by_layer, fine_tuned
 from benchmarks.studies.pictures import COLOURS, DASHES, grid, legend, line
-from benchmarks.studies.plan import METHODS, METRICS, SHARES, TITLES, shares_of
+from benchmarks.studies.plan import METHODS, METRICS, SHARES, STARTS
 from mimkernels._palette import INK
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def draw_readouts(study: Study, folder: Path) -> list[str]:
 
 def over_labels(study: Study) -> Figure | None:
     """A line of every start over the share of the labels, its seeds as marks beside each other."""
-    starts = [start for start in TITLES if study.runs(start, "epochs", FINETUNE)]
+    starts = [start for start in STARTS if study.runs(start, "epochs", FINETUNE)]
     if not starts:
         return None
     panel = grid(1, 1, (7.2, 4.0))[0][0]
@@ -45,7 +45,7 @@ def over_labels(study: Study) -> Figure | None:
     for number, start in enumerate(starts):
         accuracy = torch.tensor(
             [
-                [fine_tuned(share.labels)(result) for share in shares_of(start)]
+                [fine_tuned(share.labels)(result) for share in STARTS[start].shares]
                 for result in study.runs(start, "epochs", FINETUNE).values()
             ]
         )  # [seeds, shares]

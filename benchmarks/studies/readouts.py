@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.studies import cells, plan
 from benchmarks.studies.cells import CellError, circumstances, rounded
-from benchmarks.studies.plan import DENSE, METRICS, Cell, Piece, Share
+from benchmarks.studies.plan import DENSE, METRICS, STARTS, Cell, Piece, Share
 from mimkernels.data.fashion_mnist import FashionMNISTSource
 from mimkernels.engine import files
 
@@ -53,7 +53,7 @@ def commands(piece: Piece, folder: Path, work: Path) -> dict[str, list[str]]:
     """Arguments of ``mimkernels`` for a piece, by the name of the folder that each writes."""
     if piece.kind == "dense":
         return {"dense": _dense(piece, folder, work)}
-    return {_folder(share): _finetune(piece, share, folder, work) for share in plan.shares_of(piece.of)}
+    return {_folder(share): _finetune(piece, share, folder, work) for share in STARTS[piece.of].shares}
 
 
 def _folder(share: Share) -> str:
@@ -62,12 +62,12 @@ def _folder(share: Share) -> str:
 
 def _finetune(piece: Piece, share: Share, folder: Path, work: Path) -> list[str]:
     (cell,) = piece.cells
-    from_scratch = piece.of in plan.FROM_SCRATCH
-    start = ["--from-scratch", "--layer-decay", "1"] if from_scratch else ["--layer-decay", str(plan.LAYER_DECAY)]
+    start = STARTS[piece.of]
+    weights = ["--from-scratch", "--layer-decay", "1"] if start.random else ["--layer-decay", str(plan.LAYER_DECAY)]
     return [
-        "finetune", "--model", str(work / cell.name / "run"), *start, "--data", plan.DATA,
-        "--data-root", str(work / "data"), "--workers", "0", *_ON_CPU, "--labels", share.labels,
-        "--epochs", str(share.epochs), "--batch-size", str(share.batch_size), "--lr", str(plan.finetune_lr(piece.of)),
+        "finetune", "--model", str(work / cell.name / "run"), *weights, "--head-std", str(start.head_std),
+        "--data", plan.DATA, "--data-root", str(work / "data"), "--workers", "0", *_ON_CPU, "--labels", share.labels,
+        "--epochs", str(share.epochs), "--batch-size", str(share.batch_size), "--lr", str(plan.LR),
         "--warmup-epochs", str(plan.WARMUP_SHARE * share.epochs), *plan.FINETUNE_OPTIONS, "--seed", str(piece.seed),
         "--val-every", "0", "--save-every", str(share.epochs / 2), "--keep-checkpoints", "1", "--pictures", "0",
         "--output", str(folder / _folder(share)), "--resume", "auto",
@@ -135,7 +135,7 @@ def collect(piece: Piece, folder: Path, work: Path, results: Path, seconds: dict
 def _fine_tuned(start: str, folder: Path) -> dict[str, Any]:
     """By share of the labels: scores on the test images, and the settings."""
     shares = {}
-    for share in plan.shares_of(start):
+    for share in STARTS[start].shares:
         run = folder / _folder(share)
         scores = json.loads((run / "results.json").read_text())
         shares[share.labels] = {

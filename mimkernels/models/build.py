@@ -33,7 +33,7 @@ _SETTINGS: _Kinds = {
 _MASK_RATIO: _Kinds = {"mask_ratio": (float, type(None))}
 _TARGET: _Kinds = {"target": (str,), "target_dim": (int, list, type(None))}
 # Of settings that runs before them have not.
-_LATER: dict[str, Any] = {"target": "pixels", "target_dim": None}
+_LATER: dict[str, Any] = {"target": "pixels", "target_dim": None, "head_std": 0.02}
 
 
 class Recipe(NamedTuple):
@@ -66,7 +66,7 @@ METHODS = {
     "supervised": Recipe(Supervised, {"num_classes": (int,), "label_smoothing": (float,)}),
     "finetune": Recipe(
         Finetuned,
-        {"num_classes": (int,), "label_smoothing": (float,), "readout": (str,), "ema": (float,)},
+        {"num_classes": (int,), "label_smoothing": (float,), "readout": (str,), "head_std": (float,), "ema": (float,)},
         name="arch",
     ),
     "mocov3": Recipe(

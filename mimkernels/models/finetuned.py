@@ -24,7 +24,6 @@ __all__ = ["READOUTS", "Finetuned", "check_readout"]
 
 READOUTS = ("mean", "cls")  # that timm has, too; others are poolings of ``mimkernels.nn``
 _SHARED = "rel_pos_bias.relative_position_bias_table"  # of BEiT
-_HEAD_STD = 2e-5  # behind a pre-trained ViT or BEiT, of the published MAE and SimMIM; of others 0.02
 
 
 class Finetuned(Supervised):
@@ -36,6 +35,8 @@ class Finetuned(Supervised):
         readout: "mean", the mean of the patch tokens, behind which a ViT or BEiT is normalised anew (``fc_norm``) in
             place of its last norm, as MAE and SimMIM are fine-tuned; "cls", the normalised [cls] token; or a pooling of
             ``mimkernels.nn`` over the normalised tokens, such as ``abmilp:depth=2``.
+        head_std: standard deviation of the classifier's first weights. Published are 2e-5 behind a pre-trained ViT or
+            BEiT of MAE and SimMIM, and 0.02 behind a Swin and from scratch. Behind 2e-5 random weights hardly learn.
         ema: decay of a moving average of all weights, which is what an evaluated model computes with; 0 for none. It
             begins as a simple average and reaches the decay later (timm's ``ModelEmaV3`` with ``use_warmup``).
 
@@ -52,9 +53,18 @@ class Finetuned(Supervised):
     """
 
     def __init__(
-        self, encoder: nn.Module, *, num_classes: int, readout: str = "mean", ema: float = 0.0, **options: Any
+        self,
+        encoder: nn.Module,
+        *,
+        num_classes: int,
+        readout: str = "mean",
+        head_std: float = 0.02,
+        ema: float = 0.0,
+        **options: Any,
     ) -> None:
         super().__init__(encoder, num_classes=num_classes, **options)
+        if not 0 < head_std < float("inf"):
+            raise ValueError(f"head_std must be a number above 0, got {head_std}")
         if not 0 <= ema < 1:
             raise ValueError(f"ema must be at least 0 and below 1, got {ema}")
         self.readout = readout
@@ -78,8 +88,8 @@ class Finetuned(Supervised):
                 raise ValueError(f"readout {readout!r} needs a [cls] token, which {self._title()} has not")
             if self.pooling.out_dim != self.head.in_features:
                 self.head = nn.Linear(self.pooling.out_dim, num_classes)
-                nn.init.trunc_normal_(self.head.weight, std=0.02)
-                nn.init.zeros_(self.head.bias)
+        nn.init.trunc_normal_(self.head.weight, std=head_std)
+        nn.init.zeros_(self.head.bias)
         # After everything else: the average reads and writes weights in the order in which they were made.
         self.average: ModelEmaV3 | None = None
         if ema:
@@ -97,6 +107,7 @@ class Finetuned(Supervised):
         patch_size: int | Sequence[int] | None = None,
         label_smoothing: float = 0.1,
         readout: str = "mean",
+        head_std: float = 0.02,
         ema: float = 0.0,
         drop_path_rate: float = 0.1,
         mean: Sequence[float] | None = None,
@@ -122,6 +133,7 @@ class Finetuned(Supervised):
             "num_classes": num_classes,
             "label_smoothing": label_smoothing,
             "readout": readout,
+            "head_std": head_std,
             "ema": ema,
             "mean": mean,
             "std": std,
@@ -171,8 +183,7 @@ class Finetuned(Supervised):
 
         As published: positions and tables of relative positions are resampled for other grids and windows, a table that
         all blocks of a BEiT share is copied into each, and where the readout has a norm of its own, the encoder's last
-        norm is left out. The classifier behind a ViT or BEiT begins near 0, at a deviation of 2e-5, so that what the
-        encoder knows is not disturbed. Random weights hardly learn behind one: without this call it has 0.02.
+        norm is left out.
 
         Raises:
             ValueError: `source` is of another architecture; shows both sides.
@@ -200,8 +211,6 @@ class Finetuned(Supervised):
         stride = self._family.stride(encoder)
         copied = load_published(named, own, encoder, stride, title=self._title(), config=self.config)
         resized += copied.resized
-        if not self._maps:
-            nn.init.trunc_normal_(self.head.weight, std=_HEAD_STD)
         if self.average is not None:
             self.average.set(self)
         loaded = tuple(name.removeprefix("encoder.") for name in copied.loaded)
@@ -275,7 +284,7 @@ class Finetuned(Supervised):
         """What ``timm.create_model`` needs for ``timm_state_dict``; None where timm has no such readout."""
         if self.readout not in READOUTS or self.config is None:
             return None
-        own = ("readout", "ema", "label_smoothing", "mean", "std", "name")
+        own = ("readout", "head_std", "ema", "label_smoothing", "mean", "std", "name")
         arguments = {key: value for key, value in self.config.items() if key not in own and value is not None}
         arguments["global_pool"] = "avg" if self.readout == "mean" else "token"
         return {"model_name": self.config["name"], **arguments}

@@ -121,16 +121,17 @@ def test_encoders_are_copied_whole_and_resampled():
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("readout", ["mean", "abmilp"])
-@pytest.mark.parametrize("family", MODELS)
-def test_the_classifier_begins_near_0_behind_a_pretrained_vit_alone(family, readout):
-    """As published: random weights behind a classifier of 2e-5 hardly learn at rates such as 1e-3."""
-    name, arguments = MODELS[family]
-    model = Finetuned.from_timm(name, num_classes=1000, in_chans=1, readout=readout, **arguments)
-    assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.1)
-    model.start_from(create_masked_encoder(name, in_chans=1, **arguments))
-    assert model.head.weight.std().item() == pytest.approx(0.02 if family.startswith("swin") else 2e-5, rel=0.1)
-    assert not model.head.bias.any()
+@pytest.mark.parametrize("readout", ["mean", "abmilp", "ep"])
+def test_first_weights_of_the_classifier(readout):
+    name, arguments = MODELS["vit"]
+    for given, deviation in (({}, 0.02), ({"head_std": 2e-5}, 2e-5)):
+        model = Finetuned.from_timm(name, num_classes=1000, in_chans=1, readout=readout, **arguments, **given)
+        model.start_from(create_masked_encoder(name, in_chans=1, **arguments))
+        assert model.head.weight.std().item() == pytest.approx(deviation, rel=0.1)
+        assert not model.head.bias.any()
+    for deviation in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="head_std must be a number above 0, got"):
+            made("vit", head_std=deviation)
 
 
 def test_a_shared_table_goes_into_every_block_and_windows_are_resized():

@@ -18,8 +18,8 @@ _ARCHITECTURE = (
 _RESULTS = (
     "data", "val_data", "val_share", "labels", "max_pixels", "pixel_range", "pixel_stats", "seed", "crop_scale",
     "hflip", "test_crop", "auto_augment", "erasing", "mixup", "cutmix", "label_smoothing", "drop_path", "layer_decay",
-    "batch_size", "accum_steps", "epochs", "warmup_epochs", "blr", "lr", "min_lr", "min_blr", "warmup_blr", "schedule",
-    "step_epoch", "beta2", "weight_decay", "clip_grad", "precision", "regularize",
+    "head_std", "batch_size", "accum_steps", "epochs", "warmup_epochs", "blr", "lr", "min_lr", "min_blr", "warmup_blr",
+    "schedule", "step_epoch", "beta2", "weight_decay", "clip_grad", "precision", "regularize",
 )  # fmt: skip
 
 SMALL = 5000  # labelled images below which the defaults are others
@@ -63,6 +63,10 @@ class FinetuneConfig(TrainingConfig):
     readout: str = setting(
         "mean", "what the classifier reads: mean (of patches, with a norm of its own, as published), cls, or a pooling "
         "of `mimkernels probe --list`, such as abmilp:depth=2", "fine-tuning", metavar="NAME",
+    )  # fmt: skip
+    head_std: float | None = setting(
+        None, f"standard deviation of the classifier's first weights (default: 0.02; from {SMALL:,} labels on 2e-5 "
+        "behind a pre-trained ViT or BEiT, as published)", "fine-tuning",
     )  # fmt: skip
     layer_decay: float | None = setting(
         None, "each layer learns at this share of the rate of the layer above it (default: 0.75; 1 with "
@@ -187,6 +191,8 @@ class FinetuneConfig(TrainingConfig):
             raise ValueError("model is missing: --model takes a run folder, a checkpoint or a timm name")
         decay = self.layer_decay
         require(decay is None or 0 < decay <= 1, "layer_decay", decay, "in (0, 1]")
+        std = self.head_std
+        require(std is None or 0 < std < math.inf, "head_std", std, "a number above 0")
         require(self.freeze >= 0, "freeze", self.freeze, "0 or more")
         for name in ("drop_path", "ema"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and below 1")
@@ -208,8 +214,10 @@ class FinetuneConfig(TrainingConfig):
         batch_size = self.batch_size or max(2, min(64, images // 4 // 2 * 2))
         least = math.ceil(_FEW_STEPS / max(1, images // (batch_size * self.accum_steps)))
         epochs = self.epochs or max(50 if large else 20, least)
+        near_zero = large and not self.from_scratch and not (self.arch or "").startswith("swin")
         return {
             "num_classes": classes,
+            "head_std": (2e-5 if near_zero else 0.02) if self.head_std is None else self.head_std,
             "epochs": epochs,
             "batch_size": batch_size,
             "layer_decay": (1.0 if self.from_scratch else 0.75) if self.layer_decay is None else self.layer_decay,

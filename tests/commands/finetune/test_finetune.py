@@ -304,6 +304,23 @@ def test_defaults_are_by_the_number_of_labels():
     assert FinetuneConfig(model="x", from_scratch=True).filled(9, 3, 3, in_memory=True)["layer_decay"] == 1.0
 
 
+@pytest.mark.parametrize(
+    ("images", "changes", "deviation"),
+    [
+        (600, {}, 0.02),
+        (50_000, {"arch": "vit_base_patch16_224"}, 2e-5),
+        (50_000, {"arch": "beit_base_patch16_224"}, 2e-5),
+        (50_000, {"arch": "swinv2_base_window8_256"}, 0.02),
+        (50_000, {"arch": "vit_base_patch16_224", "from_scratch": True}, 0.02),
+        (50_000, {"arch": "vit_base_patch16_224", "head_std": 0.01}, 0.01),
+    ],
+)
+def test_first_weights_of_the_classifier_are_small_where_published(images, changes, deviation):
+    """Random weights hardly learn behind a classifier of 2e-5."""
+    config = FinetuneConfig(model="x", **changes)
+    assert config.filled(images, 10, 10_000, in_memory=False)["head_std"] == deviation
+
+
 def test_presets_are_the_published_recipes():
     """Layer decay, stochastic depth, epochs, warm-up and the rate of 1024 or 2048 images."""
     published = {
