@@ -52,7 +52,7 @@ def commands(cell: Cell, folder: Path, data: Path) -> dict[str, list[str]]:
     run = str(folder / "run")
     return {
         "pretrain": [
-            "pretrain", "--method", cell.method, "--model", "vit_tiny_patch16_224", "--in-chans", "1",
+            "pretrain", "--method", cell.method, "--model", plan.MODEL, "--in-chans", "1",
             "--img-size", str(plan.IMG_SIZE), "--patch-size", str(plan.PATCH_SIZE),
             "--model-kwargs", *(f"{name}={value}" for name, value in plan.ENCODER.items()), *here,
             *METHODS[cell.method].options,

@@ -59,7 +59,8 @@ class Study:
         elif source == FINETUNE:
             found = {seed: self.pieces.get(Piece("finetune", method, seed).name) for seed in SEEDS}
         else:
-            read = {seed: self.pieces.get(Piece("dense", source, seed).name) for seed in SEEDS}
+            kind = "control" if method == plan.RANDOM else "dense"
+            read = {seed: self.pieces.get(Piece(kind, source, seed).name) for seed in SEEDS}
             found = {seed: piece and {"layers": piece["models"][method]} for seed, piece in read.items()}
         return {seed: result for seed, result in found.items() if result is not None}
 
@@ -342,4 +343,4 @@ def shown(values: Sequence[float], digits: int) -> str:
 
 
 def title(method: str) -> str:
-    return STARTS[method].title
+    return plan.RANDOM_TITLE if method == plan.RANDOM else STARTS[method].title

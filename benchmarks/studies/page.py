@@ -81,6 +81,8 @@ def text(study: Study, drawn: list[str]) -> str:
     read = {claim: judge(claim, study, "epochs") for claim in READOUT_CLAIMS}
     results, pieces = study.results.values(), study.pieces.values()
     made = [*results, *pieces]
+    read_metrics = [metric for metric in METRICS.values() if _dense(study, metric, next(iter(METHODS)))]
+    control = [plan.RANDOM] if all(_dense(study, metric, plan.RANDOM) for metric in read_metrics) else []
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(_TEMPLATE.read_text())
     return template.render(
         title=TITLE,
@@ -107,7 +109,8 @@ def text(study: Study, drawn: list[str]) -> str:
         fine_tuned=lambda start: _fine_tuned(study, start),
         at_last=lambda metric, method: _at_last(study, metric, method),
         at_best=lambda metric, method: _at_best(study, metric, method),
-        read_metrics=[metric for metric in METRICS.values() if _dense(study, metric, next(iter(METHODS)))],
+        read_metrics=read_metrics,
+        readers={method: title(method) for method in (*METHODS, *control)},
         unmoved=_unmoved(study),
         results=results,
         pieces=pieces,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.pictures import save
 from benchmarks.studies.claims import Result, Study, by_head, by_layer, title
-from benchmarks.studies.plan import BUDGETS, METHODS, PATCHES, PLAIN_HEAD, SCRATCH
+from benchmarks.studies.plan import BUDGETS, METHODS, PATCHES, PLAIN_HEAD, RANDOM, SCRATCH
 from mimkernels._palette import CHART, INK, LINE, MUTED, SERIES
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = dict(zip([*METHODS, SCRATCH], SERIES, strict=True))
-COLOURS |= {start: COLOURS[method] for method, start in PLAIN_HEAD.items()}
+COLOURS |= {start: COLOURS[method] for method, start in PLAIN_HEAD.items()} | {RANDOM: MUTED}
 DASHES: dict[str, Any] = {SCRATCH: (0, (3, 1.2)), **dict.fromkeys(PLAIN_HEAD.values(), (0, (1, 1)))}
 _TOKENS = PATCHES + 1
 
@@ -126,7 +126,8 @@ def lines(
             text, height = reference
             panel.axhline(height, color=MUTED, linewidth=1.2, linestyle=(0, (5, 4)), zorder=1)
             panel.annotate(text, (0.0, height), xycoords=("axes fraction", "data"), xytext=(4, 3),
-                           textcoords="offset points", color=MUTED, fontsize=9.5)  # fmt: skip
+                           textcoords="offset points", color=MUTED, fontsize=9.5, zorder=4,
+                           bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1})  # fmt: skip
         for method in METHODS:
             if runs[budget, method]:
                 line(panel, runs[budget, method], first, COLOURS[method], COLOURS[method])

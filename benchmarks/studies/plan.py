@@ -16,6 +16,7 @@ DATA_SEED = 0
 ANALYZED_IMAGES = 1_000  # of the test images
 SEEDS = (0, 1, 2)
 
+MODEL = "vit_tiny_patch16_224"
 ENCODER = {"embed_dim": 128, "depth": 6, "num_heads": 4}
 IMG_SIZE, PATCH_SIZE = 28, 4
 PATCHES = (IMG_SIZE // PATCH_SIZE) ** 2  # 49, and [cls]
@@ -223,9 +224,9 @@ class Start:
 
 
 # The published code of MAE begins with a classifier of 2e-5 behind pre-trained weights alone. From scratch it was 2e-5
-# here, too, until results of three seeds were there: 26, 21 and 19 % with 1 %, 10 % and all labels, of which nothing can
-# be learned but that such weights do not train. Those results were replaced; those of the pre-trained were not. Two
-# starts were added then, which say what the same classifier as from scratch does for the pre-trained.
+# here, too, until results of three seeds were there: 26, 21 and 19 % with 1 %, 10 % and all labels, which say nothing
+# but that such weights do not train. Those results were replaced; those of the pre-trained were not. Two starts were
+# added then, which show what the classifier of those from scratch does for the pre-trained.
 SCRATCH = "scratch"
 PLAIN_HEAD = {name: f"{name}-plain-head" for name in ("mae", "simmim")}
 STARTS = {
@@ -242,6 +243,8 @@ STARTS = {
 # each would cover 14 x 14 px of a scene of 96, and half of one is 2 of the 2.8 px that PCK@0.1 allows.
 DENSE_SIZE = 56
 DENSE_LAYERS = "each"  # each by itself, the last among them
+# The control, added after results: what patches of an encoder with random weights tell, which no sentence is about.
+RANDOM, RANDOM_TITLE = "random", "Random weights"
 
 
 @dataclass(frozen=True)
@@ -312,7 +315,7 @@ class Piece:
     """A result of the second stage: one start fine-tuned with every share, or the models of a seed read on some data.
 
     Attributes:
-        kind: "finetune" or "dense".
+        kind: "finetune", "dense", or "control", an encoder with random weights read like those of "dense".
         of: a name in ``STARTS``; the name of the data.
     """
 
@@ -327,6 +330,8 @@ class Piece:
     @property
     def cells(self) -> tuple[Cell, ...]:
         """The models that it takes; of one trained from scratch the architecture alone."""
+        if self.kind == "control":
+            return ()
         methods = tuple(METHODS) if self.kind == "dense" else (STARTS[self.of].method,)
         return tuple(Cell(method, "epochs", self.seed) for method in methods)
 
@@ -338,3 +343,4 @@ def pieces() -> Iterator[Piece]:
             yield Piece("finetune", start, seed)
         for data in DENSE:
             yield Piece("dense", data, seed)
+            yield Piece("control", data, seed)

@@ -51,7 +51,7 @@ def as_recorded(cell: Cell, work: Path, results: Path) -> bool | None:
 
 def commands(piece: Piece, folder: Path, work: Path) -> dict[str, list[str]]:
     """Arguments of ``mimkernels`` for a piece, by the name of the folder that each writes."""
-    if piece.kind == "dense":
+    if piece.kind != "finetune":
         return {"dense": _dense(piece, folder, work)}
     return {_folder(share): _finetune(piece, share, folder, work) for share in STARTS[piece.of].shares}
 
@@ -77,6 +77,10 @@ def _finetune(piece: Piece, share: Share, folder: Path, work: Path) -> list[str]
 def _dense(piece: Piece, folder: Path, work: Path) -> list[str]:
     data = DENSE[piece.of]
     models = [f"{cell.method}={work / cell.name / 'run'}:img_size={plan.DENSE_SIZE}" for cell in piece.cells]
+    if piece.kind == "control":
+        shape = {"img_size": plan.DENSE_SIZE, "patch_size": plan.PATCH_SIZE, "in_chans": 1, **plan.ENCODER}
+        words = [f"{name}={value}" for name, value in {"pretrained": "false", **shape}.items()]
+        models = [f"{plan.RANDOM}={':'.join([plan.MODEL, *words])}"]
     # Only these images lie in files.
     where = ["--data-root", str(work / "data")] if data.name == plan.DATA else []
     return [
@@ -128,7 +132,7 @@ def collect(piece: Piece, folder: Path, work: Path, results: Path, seconds: dict
         "as_recorded": {cell.method: as_recorded(cell, work, results) for cell in piece.cells},
         "data": {"train": train, "test": test},
         **circumstances(seconds),
-        **(_read(piece, folder / "dense") if piece.kind == "dense" else {"shares": _fine_tuned(piece.of, folder)}),
+        **({"shares": _fine_tuned(piece.of, folder)} if piece.kind == "finetune" else _read(piece, folder / "dense")),
     }
 
 
@@ -147,7 +151,7 @@ def _fine_tuned(start: str, folder: Path) -> dict[str, Any]:
 
 def _read(piece: Piece, run: Path) -> dict[str, Any]:
     """By model: scores of every layer, and the settings."""
-    models: dict[str, list[dict[str, Any]]] = {cell.method: [] for cell in piece.cells}
+    models: dict[str, list[dict[str, Any]]] = {cell.method: [] for cell in piece.cells} or {plan.RANDOM: []}
     for entry in json.loads((run / "numbers.json").read_text())["results"]:
         for metric in METRICS.values():
             if metric.data == piece.of and metric.key not in entry.get(metric.task, {}):

@@ -47,7 +47,7 @@ def made_finetune(start, seed, accuracies, **more):
     return {**ABOUT, "kind": "finetune", "of": start, "seed": seed, "as_recorded": {}, "shares": shares, **more}
 
 
-def made_dense(data, seed, values, **more):
+def made_dense(data, seed, values, kind="dense", **more):
     """``values``: by task, by method the numbers of every layer as the command writes them; 0 where there is none."""
     tasks = [metric for metric in METRICS.values() if metric.data == data]
     models = {
@@ -61,9 +61,9 @@ def made_dense(data, seed, values, **more):
             }
             for layer in range(DEPTH)
         ]
-        for method in METHODS
+        for method in (METHODS if kind == "dense" else (plan.RANDOM,))
     }
-    return {**ABOUT, "kind": "dense", "of": data, "seed": seed, "as_recorded": {}, "models": models, **more}
+    return {**ABOUT, "kind": kind, "of": data, "seed": seed, "as_recorded": {}, "models": models, **more}
 
 
 def made_cell(method, seed):
@@ -89,7 +89,7 @@ def write(folder, results):
 
 def test_every_model_is_fine_tuned_and_read_with_every_seed():
     every = list(plan.pieces())
-    assert len(every) == len({piece.name for piece in every}) == len(SEEDS) * (len(STARTS) + len(DENSE))
+    assert len(every) == len({piece.name for piece in every}) == len(SEEDS) * (len(STARTS) + 2 * len(DENSE))
     assert not {piece.name for piece in every} & {cell.name for cell in plan.cells()}
     assert [piece.seed for piece in every] == sorted(piece.seed for piece in every)
     assert Piece("finetune", "dino", 2).cells == (Cell("dino", "epochs", 2),)
@@ -142,6 +142,11 @@ def test_models_of_a_seed_are_read_in_one_call(data, tmp_path):
     assert options.models == [f"{name}={tmp_path / f'{name}-epochs-2' / 'run'}:img_size=56" for name in METHODS]
     assert (options.data, options.tasks, options.layers, options.seed) == (data.name, ",".join(data.tasks), "each", 2)
     assert Path(options.output).parent == tmp_path / "piece"
+    (command,) = readouts.commands(Piece("control", data.name, 2), tmp_path / "piece", tmp_path).values()
+    control = options_of(command)
+    assert {name for name, value in vars(control).items() if vars(options)[name] != value} == {"models"}
+    (random,) = control.models
+    assert random.startswith("random=vit_tiny_patch16_224:pretrained=false:img_size=56:patch_size=4:in_chans=1:")
 
 
 def a_run(work, cell, **losses):
@@ -241,7 +246,7 @@ def test_pieces_are_listed_with_their_models(tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines] == [
         ["finetune-mae-1", "done"], ["finetune-dino-1"], ["finetune-scratch-1"],
-        ["finetune-mae-plain-head-1"],
+        ["finetune-mae-plain-head-1"], *([f"control-{data}-1"] for data in DENSE),
     ]  # fmt: skip
 
 
@@ -378,7 +383,7 @@ def rendered(folder, results):
 
 def test_a_page_without_readouts_says_so(tmp_path):
     text = rendered(tmp_path, [made_cell("mae", 0)])
-    assert "**Not complete:** 33 of 33 pieces of the second stage are still to be run.\n" in text
+    assert "**Not complete:** 42 of 42 pieces of the second stage are still to be run.\n" in text
     assert text.count("No results yet.") == 2 and "Other weights" not in text
     assert f"- Fine-tuning and dense readouts: {len(claims.READOUT_CLAIMS)} not yet known.\n" in text
 
@@ -392,14 +397,14 @@ def test_a_page_with_some_readouts_has_their_numbers(tmp_path):
         made_finetune("mae", 0, [0.5, 0.6, 0.7]), made_finetune("mae", 1, [0.52, 0.6, 0.7]),
         made_dense("scenes", 0, {"segmentation": segmentation, "depth": depth}, as_recorded=compared),
     ])  # fmt: skip
-    assert "30 of 33 pieces of the second stage are still to be run:\nfinetune-supervised-0, finetune-simmim-0" in text
+    assert "39 of 42 pieces of the second stage are still to be run:\nfinetune-supervised-0, finetune-simmim-0" in text
     assert "| | 1% (50) | 10% (500) | all (5,000) |\n" in text
     assert "| MAE | 51.0 ± 1.4 | 60.0 ± 0.0 | 70.0 ± 0.0 |\n" in text and "| From scratch |  |  |  |\n" in text
     assert "| | segmentation, mIoU (%) | nearest patches, mIoU (%) | depth, RMSE (m) |\n" in text
     assert "| MAE | 20.0 | 0.0 | 1.750 |\n" in text and "| MAE | 4: 40.0 | 1: 0.0 | 3: 1.000 |\n" in text
     assert "had runs of dino-epochs-0 whose last losses differ by more than\n0.1 % from" in text
     assert "MAE&nbsp;51.0&nbsp;±&nbsp;1.4" in text
-    assert "3 of 33 pieces are there; those that ran\nuninterrupted (3) took 0.0 processor hours." in text
+    assert "3 of 42 pieces are there; those that ran\nuninterrupted (3) took 0.0 processor hours." in text
 
 
 def test_a_page_with_all_readouts_knows_every_sentence(tmp_path):
@@ -409,13 +414,13 @@ def test_a_page_with_all_readouts_knows_every_sentence(tmp_path):
         if piece.kind == "finetune":
             results.append(made_finetune(piece.of, piece.seed, [value] * 3))
         else:
-            rising = {name: [number + piece.seed / 100] * DEPTH for number, name in enumerate(METHODS)}
+            rising = {name: [n + piece.seed / 100] * DEPTH for n, name in enumerate((*METHODS, plan.RANDOM))}
             tasks = DENSE[piece.of].tasks
-            results.append(made_dense(piece.of, piece.seed, dict.fromkeys(tasks, rising)))
+            results.append(made_dense(piece.of, piece.seed, dict.fromkeys(tasks, rising), piece.kind))
     text = rendered(tmp_path, results)
     assert "pieces of the second stage are still to be run" not in text and "No results yet." not in text
     (line,) = (line for line in text.splitlines() if line.startswith("- Fine-tuning and dense readouts"))
-    assert "not yet known" not in line and "33 of 33 pieces are there" in text
+    assert "not yet known" not in line and "42 of 42 pieces are there" in text
     assert "keypoints, PCK@0.1 (%) | correspondence, PCK@0.1 (%) |\n" in text
     assert " If nothing had moved, PCK@0.1 of correspondence would be 12.5 ± 0.0 %.\n" in text
 
