@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.studies import plan
-from benchmarks.studies.plan import METRICS, PATCHES, SCRATCH, SEEDS, STARTS, Cell, Metric, Piece
+from benchmarks.studies.plan import METRICS, PATCHES, SCRATCH, SEEDS, TITLES, Cell, Metric, Piece
 from mimkernels.commands.analyze.findings import last_quarter, off_diagonal
 
 BEYOND = 2.0  # standard deviations over seeds that a mean must lie beyond
@@ -343,4 +343,4 @@ def shown(values: Sequence[float], digits: int) -> str:
 
 
 def title(method: str) -> str:
-    return plan.RANDOM_TITLE if method == plan.RANDOM else STARTS[method].title
+    return TITLES[method]

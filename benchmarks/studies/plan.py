@@ -193,9 +193,6 @@ class Share:
 # About 500 steps each: as few as the command's defaults take, however few the images.
 SHARES = (Share("1%", 50, 100, 10), Share("10%", 500, 34, 32), Share("all", TRAIN_IMAGES, 6, 64))
 
-
-FEW = SHARES[:2]
-
 # The published recipe (MAE of ViT-L) as it is scaled down for 5,000 images and fewer: images are neither mixed nor
 # erased. The rate is that of the first stage: 1e-3 x batch / 256 would be 0.04e-3 to 0.25e-3, too little for random
 # weights in so few steps. From scratch all layers learn at it.
@@ -233,7 +230,7 @@ STARTS = {
     **{name: Start(method.title, name) for name, method in METHODS.items()},
     SCRATCH: Start("From scratch", "mae", random=True, head_std=0.02),
     **{
-        start: Start(f"{METHODS[name].title}, classifier of 0.02", name, head_std=0.02, shares=FEW)
+        start: Start(f"{METHODS[name].title}, classifier of 0.02", name, head_std=0.02, shares=SHARES[:2])
         for name, start in PLAIN_HEAD.items()
     },
 }
@@ -244,7 +241,9 @@ STARTS = {
 DENSE_SIZE = 56
 DENSE_LAYERS = "each"  # each by itself, the last among them
 # The control, added after results: what patches of an encoder with random weights tell, which no sentence is about.
-RANDOM, RANDOM_TITLE = "random", "Random weights"
+RANDOM = "random"
+READ = (*METHODS, RANDOM)  # encoders whose patches are read
+TITLES = {**{name: start.title for name, start in STARTS.items()}, RANDOM: "Random weights"}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from benchmarks.pictures import save
 from benchmarks.studies.claims import FINETUNE, Study, dense_by_layer, fine_tuned
 from benchmarks.studies.pictures import COLOURS, DASHES, grid, legend, line
-from benchmarks.studies.plan import METHODS, METRICS, RANDOM, SHARES, STARTS
+from benchmarks.studies.plan import METRICS, READ, SHARES, STARTS
 from mimkernels._palette import INK
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def over_layers(study: Study) -> Figure | None:
     runs = {
         task: {
             method: [dense_by_layer(metric)(result) for result in study.runs(method, "epochs", metric.data).values()]
-            for method in (*METHODS, RANDOM)
+            for method in READ
         }
         for task, metric in METRICS.items()
     }
@@ -86,5 +86,5 @@ def over_layers(study: Study) -> Figure | None:
                 line(panel, values, 1, COLOURS[method], COLOURS[method])
     for panel in panels[len(shown) :]:
         panel.set_axis_off()
-    legend(panels[0], [method for method in (*METHODS, RANDOM) if any(runs[task][method] for task in shown)])
+    legend(panels[0], [method for method in READ if any(runs[task][method] for task in shown)])
     return panels[0].figure  # type: ignore[return-value]

@@ -75,12 +75,13 @@ def _finetune(piece: Piece, share: Share, folder: Path, work: Path) -> list[str]
 
 
 def _dense(piece: Piece, folder: Path, work: Path) -> list[str]:
-    data = DENSE[piece.of]
-    models = [f"{cell.method}={work / cell.name / 'run'}:img_size={plan.DENSE_SIZE}" for cell in piece.cells]
+    data, size = DENSE[piece.of], f"img_size={plan.DENSE_SIZE}"
     if piece.kind == "control":
-        shape = {"img_size": plan.DENSE_SIZE, "patch_size": plan.PATCH_SIZE, "in_chans": 1, **plan.ENCODER}
-        words = [f"{name}={value}" for name, value in {"pretrained": "false", **shape}.items()]
-        models = [f"{plan.RANDOM}={':'.join([plan.MODEL, *words])}"]
+        shape = {"patch_size": plan.PATCH_SIZE, "in_chans": 1, **plan.ENCODER}
+        words = [plan.MODEL, "pretrained=false", size, *(f"{name}={value}" for name, value in shape.items())]
+        models = [f"{plan.RANDOM}={':'.join(words)}"]
+    else:
+        models = [f"{cell.method}={work / cell.name / 'run'}:{size}" for cell in piece.cells]
     # Only these images lie in files.
     where = ["--data-root", str(work / "data")] if data.name == plan.DATA else []
     return [
@@ -151,13 +152,13 @@ def _fine_tuned(start: str, folder: Path) -> dict[str, Any]:
 
 def _read(piece: Piece, run: Path) -> dict[str, Any]:
     """By model: scores of every layer, and the settings."""
-    models: dict[str, list[dict[str, Any]]] = {cell.method: [] for cell in piece.cells} or {plan.RANDOM: []}
+    models: dict[str, list[dict[str, Any]]] = {}
     for entry in json.loads((run / "numbers.json").read_text())["results"]:
         for metric in METRICS.values():
             if metric.data == piece.of and metric.key not in entry.get(metric.task, {}):
                 names = ", ".join(entry.get(metric.task, {})) or "nothing"
                 raise CellError(f"`mimkernels dense` has written no {metric.key} of {metric.task}, but {names}")
-        models[entry["model"]].append(
+        models.setdefault(entry["model"], []).append(
             {name: rounded(value) for name, value in entry.items() if name not in ("model", "losses")}
         )
     return {"models": models, "settings": _settings(run)}
