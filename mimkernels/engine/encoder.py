@@ -64,6 +64,7 @@ class FrozenEncoder(nn.Module):
         pixel_range: what images of more than 8 bits were converted with in its pre-training; see ``Decoder``.
         loading: what became of the weights of a published checkpoint; None of everything else.
         built_by: timm name and arguments that built the model, but for those of images; None where it is not timm's.
+        pretrained: whether it has weights of its own; a timm name may be asked for with random ones.
     """
 
     _shift: Tensor
@@ -82,11 +83,12 @@ class FrozenEncoder(nn.Module):
         final_norm: bool = True,
         pixel_range: str = "auto",
         built_by: tuple[str, dict[str, Any]] | None = None,
+        pretrained: bool = True,
     ) -> None:
         super().__init__()
         if in_chans not in PIXEL_STATISTICS:
             raise ValueError(f"{title} takes images of {in_chans} channels; those that are read have 3, or 1 in grey")
-        self.built_by = built_by
+        self.built_by, self.pretrained = built_by, pretrained
         self.model = model.requires_grad_(False)
         self.eval()
         self.name, self.title, self.img_size, self.in_chans = name, title, img_size, in_chans
@@ -470,6 +472,7 @@ def _from_timm(choice: EncoderChoice) -> FrozenEncoder:
         std=std,
         final_norm=choice.final_norm,
         built_by=(choice.model, dict(choice.model_kwargs)),
+        pretrained=choice.pretrained,
     )
 
 

@@ -48,7 +48,7 @@ def load_source(config: FinetuneConfig) -> tuple[FrozenEncoder, dict[str, Any]]:
         raise ValueError(f"model_kwargs has in_chans {channels}, {encoder.title} takes {encoder.in_chans}")
     stats = [tuple(float(value) for value in values) for values in _statistics(encoder)]
     return encoder, {
-        "from_scratch": config.from_scratch or encoder.title.endswith("with random weights"),
+        "from_scratch": config.from_scratch or not encoder.pretrained,
         "arch": arch,
         "patch_size": arguments.pop("patch_size", None),
         "model_kwargs": arguments,
