@@ -28,12 +28,12 @@ from tests.cases import OPS as CONTRACT_OPS
 from tests.cases import stated
 from tests.configurations import OPS, Configuration, configuration
 from tests.interpreter import quicken_interpreter
-from tests.test_instruction_sets import ISAS, OF_ATTENTION, is_of, on_an_instruction_set
+from tests.test_instruction_sets import ISAS, OF_BF16, is_of, on_an_instruction_set
 
 # How many of each are drawn where --configurations does not say it: about a minute of one core for the CPU and one for
 # the backends of GPUs.
 FEW = {"cpu": 500, "cuda-emulated": 750, "triton": 120, "cuda": 2000}
-FEW_OF_ATTENTION = 80  # on an instruction set that has no other kernels
+FEW_OF_BF16 = 40  # on an instruction set that has no kernels of other types
 CHUNK = 1000  # in one process
 MANY = 400  # draws of a configuration that seems to disagree
 
@@ -46,7 +46,7 @@ def pytest_generate_tests(metafunc):
     for backend in ("cpu", "triton", "cuda-emulated") if DEVICE == "cpu" else ("triton", "cuda"):
         given = os.environ.get("MIMKERNELS_CPU_ISA")
         for isa in ((given,) if given else ISAS) if backend == "cpu" else (None,):
-            total = asked or (FEW_OF_ATTENTION if isa in OF_ATTENTION else FEW[backend])
+            total = asked or (FEW_OF_BF16 if isa in OF_BF16 else FEW[backend])
             runs += [(backend, isa, first, min(CHUNK, total - first)) for first in range(0, total, CHUNK)]
     metafunc.parametrize(("backend", "isa", "first", "count"), runs)
 
@@ -72,7 +72,10 @@ def configurations(backend: str, first: int, count: int) -> Iterator[tuple[str, 
 
 
 def drawn(backend: str, op: str, number: int) -> Configuration:
-    """A configuration; where Triton is interpreted, not in bf16, whose products are wrong there."""
+    """A configuration, in bf16 where that is all the kernels are of; where Triton is interpreted, not in bf16, whose
+    products are wrong there."""
+    if backend == "cpu" and _native.library("cpu").isa in OF_BF16:
+        return configuration(op, number, small=False, dtype=torch.bfloat16)
     case = configuration(op, number, small=backend not in ("cpu", "reference"))
     if (
         backend == "triton"

@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "ops/attention/params.h"
+
 #if defined(MIMKERNELS_HAVE_AMX) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -26,44 +28,25 @@ extern const CpuKernels kernel_table;
 namespace avx512 {
 extern const CpuKernels kernel_table;
 }
-// Of the builds that multiply bf16 in pairs or in tiles, attention_fwd and attention_bwd alone are
-// defined.
-namespace avx512_bf16 {
-#define MIMKERNELS_KERNEL(op, pass, Params, key) \
-  Status op##_##pass(const Params& params, ParallelFor parallel_for);
-#include "kernels.def"
-#undef MIMKERNELS_KERNEL
-}  // namespace avx512_bf16
+#define MIMKERNELS_ATTENTION_OF(isa)                                                \
+  namespace isa {                                                                   \
+  Status attention_fwd(const AttentionFwdParams& params, ParallelFor parallel_for); \
+  Status attention_bwd(const AttentionBwdParams& params, ParallelFor parallel_for); \
+  }
+MIMKERNELS_ATTENTION_OF(avx2)
+MIMKERNELS_ATTENTION_OF(avx512)
+// The builds that multiply bf16 in pairs or in tiles have attention of bf16, and nothing else.
+MIMKERNELS_ATTENTION_OF(avx512_bf16)
 #endif
 #if defined(MIMKERNELS_HAVE_AMX)
-namespace amx_bf16 {
-#define MIMKERNELS_KERNEL(op, pass, Params, key) \
-  Status op##_##pass(const Params& params, ParallelFor parallel_for);
-#include "kernels.def"
-#undef MIMKERNELS_KERNEL
-}  // namespace amx_bf16
+MIMKERNELS_ATTENTION_OF(amx_bf16)
 #endif
 #if defined(MIMKERNELS_HAVE_AVX2_BF16)
-namespace avx2_bf16 {
-#define MIMKERNELS_KERNEL(op, pass, Params, key) \
-  Status op##_##pass(const Params& params, ParallelFor parallel_for);
-#include "kernels.def"
-#undef MIMKERNELS_KERNEL
-}  // namespace avx2_bf16
-namespace avx2_amx {
-#define MIMKERNELS_KERNEL(op, pass, Params, key) \
-  Status op##_##pass(const Params& params, ParallelFor parallel_for);
-#include "kernels.def"
-#undef MIMKERNELS_KERNEL
-}  // namespace avx2_amx
+MIMKERNELS_ATTENTION_OF(avx2_bf16)
+MIMKERNELS_ATTENTION_OF(avx2_amx)
 #endif
 #if defined(MIMKERNELS_HAVE_AMX_EMULATION)
-namespace amx_emulated {
-#define MIMKERNELS_KERNEL(op, pass, Params, key) \
-  Status op##_##pass(const Params& params, ParallelFor parallel_for);
-#include "kernels.def"
-#undef MIMKERNELS_KERNEL
-}  // namespace amx_emulated
+MIMKERNELS_ATTENTION_OF(amx_emulated)
 #endif
 
 namespace {
@@ -77,15 +60,24 @@ struct Choice {
 constexpr int kChoices = 8;
 
 #if defined(MIMKERNELS_HAVE_X86_ISAS)
-// The kernels of another instruction set, but for attention, which has products of bf16.
-CpuKernels with_bf16_products(CpuKernels table, const char* isa,
-                              decltype(CpuKernels::attention_fwd) attention_fwd,
-                              decltype(CpuKernels::attention_bwd) attention_bwd) {
-  table.isa = isa;
-  table.attention_fwd = attention_fwd;
-  table.attention_bwd = attention_bwd;
-  return table;
+// One launcher for bf16 and one for everything else.
+template <auto kOfBf16, auto kOfOthers, typename Params>
+Status by_dtype(const Params& params, ParallelFor parallel_for) {
+  const bool is_bf16 = params.scores.dtype == DType::kBFloat16;
+  return (is_bf16 ? kOfBf16 : kOfOthers)(params, parallel_for);
 }
+
+// The kernels of another instruction set, but for attention of bf16.
+#define MIMKERNELS_WITH_BF16_PRODUCTS(isa_, beneath)                                  \
+  [] {                                                                                \
+    CpuKernels table = beneath::kernel_table;                                         \
+    table.isa = #isa_;                                                                \
+    table.attention_fwd =                                                             \
+        &by_dtype<&isa_::attention_fwd, &beneath::attention_fwd, AttentionFwdParams>; \
+    table.attention_bwd =                                                             \
+        &by_dtype<&isa_::attention_bwd, &beneath::attention_bwd, AttentionBwdParams>; \
+    return table;                                                                     \
+  }()
 #endif
 
 #if defined(MIMKERNELS_HAVE_AMX)
@@ -115,12 +107,9 @@ int list_choices(Choice (&choices)[kChoices]) {
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   const bool has_avx512_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
-  static const CpuKernels avx512_bf16_table =
-      with_bf16_products(avx512::kernel_table, "avx512_bf16", &avx512_bf16::attention_fwd,
-                         &avx512_bf16::attention_bwd);
+  static const CpuKernels avx512_bf16_table = MIMKERNELS_WITH_BF16_PRODUCTS(avx512_bf16, avx512);
 #if defined(MIMKERNELS_HAVE_AMX)
-  static const CpuKernels amx_bf16_table = with_bf16_products(
-      avx512::kernel_table, "amx_bf16", &amx_bf16::attention_fwd, &amx_bf16::attention_bwd);
+  static const CpuKernels amx_bf16_table = MIMKERNELS_WITH_BF16_PRODUCTS(amx_bf16, avx512);
   choices[count++] = {&amx_bf16_table, has_avx512_bf16 && may_use_tiles()};
 #endif
   // Intel's dot product of bf16 pairs runs at half the rate of fused multiply-adds: converting to
@@ -133,17 +122,13 @@ int list_choices(Choice (&choices)[kChoices]) {
 #endif
   choices[count++] = {&portable::kernel_table, true};
 #if defined(MIMKERNELS_HAVE_AVX2_BF16)
-  static const CpuKernels avx2_bf16_table = with_bf16_products(
-      avx2::kernel_table, "avx2_bf16", &avx2_bf16::attention_fwd, &avx2_bf16::attention_bwd);
+  static const CpuKernels avx2_bf16_table = MIMKERNELS_WITH_BF16_PRODUCTS(avx2_bf16, avx2);
   choices[count++] = {&avx2_bf16_table, has_avx2};
-  static const CpuKernels avx2_amx_table = with_bf16_products(
-      avx2::kernel_table, "avx2_amx", &avx2_amx::attention_fwd, &avx2_amx::attention_bwd);
+  static const CpuKernels avx2_amx_table = MIMKERNELS_WITH_BF16_PRODUCTS(avx2_amx, avx2);
   choices[count++] = {&avx2_amx_table, has_avx2};
 #endif
 #if defined(MIMKERNELS_HAVE_AMX_EMULATION)
-  static const CpuKernels amx_emulated_table =
-      with_bf16_products(avx2::kernel_table, "amx_emulated", &amx_emulated::attention_fwd,
-                         &amx_emulated::attention_bwd);
+  static const CpuKernels amx_emulated_table = MIMKERNELS_WITH_BF16_PRODUCTS(amx_emulated, avx2);
   choices[count++] = {&amx_emulated_table, has_avx2, &emulation::amx::start};
 #endif
   return count;

@@ -38,6 +38,16 @@ struct PlainSum {
   __device__ __forceinline__ float total() const { return sum; }
 };
 
+// How many of `rows` are summed at a time: they are split into slices, of no fewer than 32, until the
+// slices' `pieces` are the blocks that fill a large device several times over. Of constants, so that
+// the order of a sum depends on the shape alone.
+inline int64_t slice_length(int64_t rows, int64_t pieces) {
+  constexpr int64_t kBlocksWanted = 1024;
+  constexpr int64_t kLeastSlice = 32;
+  const int64_t length = ceil_div(rows, ceil_div(kBlocksWanted, pieces));
+  return length < kLeastSlice ? kLeastSlice : length;
+}
+
 // A sum of rows that is rounded to T.
 template <typename T>
 using RowSum = std::conditional_t<std::is_same_v<T, float>, CompensatedSum, PlainSum>;

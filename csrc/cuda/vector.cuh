@@ -143,6 +143,8 @@ inline int lanes_log2(int64_t vectors) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+constexpr float kLog2E = 1.4426950408889634f;
+
 // At most several times the blocks that a large device runs at once, so that looping costs nothing.
 constexpr int64_t kMostBlocks = int64_t{1} << 14;
 

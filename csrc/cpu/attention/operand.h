@@ -10,6 +10,7 @@
 #pragma once
 
 #include "cpu/attention/math.h"
+#include "cpu/rows.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 
@@ -20,6 +21,17 @@ constexpr bool kBf16Pairs = true;
 #else
 constexpr bool kBf16Pairs = false;
 #endif
+
+// Calls body(T{}) with the element type of attention in this build: one with products of bf16 of its
+// own, pairs or tiles, has bf16 alone. dispatch.cpp takes the rest from the set beneath.
+template <typename Body>
+MIMKERNELS_INLINE Status with_own_type([[maybe_unused]] DType dtype, const Body& body) {
+#if defined(__AVX512BF16__) || defined(MIMKERNELS_BF16_PAIRS) || defined(MIMKERNELS_MATRIX_TILES)
+  return body(bf16{});
+#else
+  return with_float_type(dtype, body);
+#endif
+}
 
 // The element type of the products of tensors of T.
 template <typename T>

@@ -13,7 +13,6 @@
 namespace mimkernels::cuda {
 
 constexpr float kInfinity = __builtin_inff();
-constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 // Where exponents end: their product with a probability of 0 must be 0.
 constexpr float kLeastExponent = -1000.0f;

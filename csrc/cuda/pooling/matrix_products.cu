@@ -24,8 +24,6 @@ constexpr int kMatrixThreads = kMatrixWarps * kWarp;
 constexpr int kMostStrips = 8;  // that a warp writes with the vectors it has read
 using MatrixWord = uint4;
 
-AllowedTokens allowed_of(const TokenProducts& p) { return {p.mask, p.num_prefix, p.tokens}; }
-
 __device__ __forceinline__ MatrixWord load_word(const MatrixWord* row, int word, int words) {
   return row != nullptr && word < words ? __ldg(row + word) : MatrixWord{};
 }

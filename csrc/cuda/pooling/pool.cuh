@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/token_pool.h"
+#include "cuda/pooling/token_products.h"
 #include "cuda/rows.cuh"
 
 namespace mimkernels::cuda {
@@ -22,6 +23,8 @@ struct AllowedTokens {
            (!mask.given || __ldg(mask.data + b * mask.stride0 + n) != 0);
   }
 };
+
+inline AllowedTokens allowed_of(const TokenProducts& p) { return {p.mask, p.num_prefix, p.tokens}; }
 
 // What a thread has loaded of COUNT tokens while it works on those before.
 template <typename W, int COUNT>

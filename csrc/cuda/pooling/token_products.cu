@@ -6,8 +6,6 @@
 namespace mimkernels::cuda {
 namespace {
 
-AllowedTokens allowed_of(const TokenProducts& p) { return {p.mask, p.num_prefix, p.tokens}; }
-
 // grid:     blocks of 256 threads; 2^lanes_log2 threads (at most a warp) own 4 tokens and GROUPS
 //           vectors, then loop; vectors fastest
 // in:       x [B, N, D], vectors [B, G, columns] by stride, last stride 1; vector g meets the

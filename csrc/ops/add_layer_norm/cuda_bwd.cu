@@ -8,11 +8,11 @@ namespace {
 
 // A block takes whole rows up to so many words; longer rows, and those of unusual types or
 // alignment, are split among blocks, and their sums taken beforehand.
-constexpr int kMostWords = 512;
+constexpr int kWholeRowWords = 512;
 // Threads that keep a large device busy: the rows are split into slices until there are as many, of
-// no fewer rows than kLeastSlice. Constants, so that the order of a sum depends on the shape alone.
+// no fewer rows than kLeastRows. Constants, so that the order of a sum depends on the shape alone.
 constexpr int64_t kThreadsWanted = int64_t{3} << 15;
-constexpr int64_t kLeastSlice = 8;
+constexpr int64_t kLeastRows = 8;
 
 // Items of work: `threads` words of the columns of a slice of the rows.
 struct NormTiling {
@@ -50,7 +50,7 @@ NormTiling tiling_of(const AddLayerNormBwdParams& p) {
   tiling.vec = vec_of(p);
   tiling.words = p.dim / tiling.vec;
   cudaError_t error = cudaSuccess;
-  tiling.split = tiling.vec == 1 || tiling.words > kMostWords ||
+  tiling.split = tiling.vec == 1 || tiling.words > kWholeRowWords ||
                  !with_fixed_types(types_of(p), error, [](auto) { return cudaSuccess; });
   const int64_t rows = p.batch * p.tokens;
   if (rows * p.dim == 0) {
@@ -59,7 +59,7 @@ NormTiling tiling_of(const AddLayerNormBwdParams& p) {
   tiling.chunks = tiling.split ? ceil_div(tiling.words, kThreads) : 1;
   tiling.threads = static_cast<int>(ceil_div(ceil_div(tiling.words, tiling.chunks), kWarp)) * kWarp;
   const int64_t length = ceil_div(rows, ceil_div(kThreadsWanted, tiling.threads * tiling.chunks));
-  tiling.per_slice = length < kLeastSlice ? kLeastSlice : length;
+  tiling.per_slice = length < kLeastRows ? kLeastRows : length;
   tiling.slices = ceil_div(rows, tiling.per_slice);
   return tiling;
 }
@@ -187,7 +187,7 @@ __device__ __forceinline__ void store_sums(float* partial, const CompensatedSum 
 //           once; 4 * ROWS independent loads in flight per thread, one barrier per ROWS rows (SPLIT:
 //           none); at most 512 bytes of shared memory; no atomics, deterministic
 template <typename Types, int VEC, int ROWS, bool SPLIT>
-__global__ void __launch_bounds__(kMostWords)
+__global__ void __launch_bounds__(kWholeRowWords)
     add_layer_norm_bwd_kernel(AddLayerNormBwdParams p, Types types, NormTiling tiling,
                               const float* products, Partials partials) {
   const int64_t rows = p.batch * p.tokens;

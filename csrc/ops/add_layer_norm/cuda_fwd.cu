@@ -127,7 +127,7 @@ __device__ __forceinline__ float row_sum(float x, bool whole_block, int place) {
   }
   return sum;
 }
-constexpr int kSharedBytes = 3 * kWarps * static_cast<int>(sizeof(float));
+constexpr int kMomentBytes = 3 * kWarps * static_cast<int>(sizeof(float));
 
 // grid:     a warp, or the block where BLOCK, owns one row, then loops
 // in:       x, y [A, R, C] by stride, last stride 1; scale, weight, bias fp32 [C], drop fp32 [A]; all
@@ -281,14 +281,14 @@ cudaError_t add_layer_norm_fwd(const AddLayerNormFwdParams& p, cudaStream_t stre
                         blocks_for(rows, kWarps), kThreads, 0, stream, p);
         }
         return launch(add_layer_norm_fwd_kernel<Types, kVec, kHeldByBlock / kVec, true>,
-                      blocks_for(rows, 1), kThreads, kSharedBytes, stream, p);
+                      blocks_for(rows, 1), kThreads, kMomentBytes, stream, p);
       })) {
     return error;
   }
   const auto any = [&](auto kernel, int vec) {
     // A warp to a row while its lanes have little to read.
     const bool whole_block = p.dim / vec > 16 * kWarp;
-    return launch(kernel, blocks_for(rows, whole_block ? 1 : kWarps), kThreads, kSharedBytes,
+    return launch(kernel, blocks_for(rows, whole_block ? 1 : kWarps), kThreads, kMomentBytes,
                   stream, p, types, whole_block);
   };
   return all_fit(p, 4) ? any(add_layer_norm_any_fwd_kernel<4>, 4)

@@ -449,7 +449,7 @@ Status run_backward(const AttentionBwdParams& p, ParallelFor parallel_for) {
 }  // namespace
 
 Status attention_bwd(const AttentionBwdParams& params, ParallelFor parallel_for) {
-  return with_float_type(params.scores.dtype, [&](auto type) {
+  return with_own_type(params.scores.dtype, [&](auto type) {
     using T = decltype(type);
     return with_factors<T>(params, parallel_for, [&](const AttentionBwdParams& p) {
       return run_backward<T>(p, parallel_for);

@@ -229,7 +229,7 @@ Status attention_fwd(const AttentionFwdParams& params, ParallelFor parallel_for)
   const AttentionScores& s = params.scores;
   const Status status = check_table(s);
   if (!status.ok()) return status;
-  return with_float_type(s.dtype, [&](auto type) {
+  return with_own_type(s.dtype, [&](auto type) {
     using T = decltype(type);
     if (s.batch * s.heads * s.queries == 0) return Status{};
     if (s.keys == 0) {

@@ -3,17 +3,13 @@
 #pragma once
 
 #include "cuda/device.cuh"
-#include "cuda/rows.cuh"
+#include "cuda/sums.cuh"
 #include "ops/bias_gelu/params.h"
 
 namespace mimkernels::cuda {
 
 // Rows that a thread works on at a time: as many loads in flight of each input.
 constexpr int kRowsAtOnce = 4;
-// Blocks that fill a large device several times over: the rows are split into slices until there are
-// as many, of no fewer than 32. Constants, so that the order of a sum depends on the shape alone.
-constexpr int64_t kBlocksWanted = 1024;
-constexpr int64_t kLeastSlice = 32;
 
 // Items of work: 32 words of the columns of a slice of the rows.
 struct GeluTiling {
@@ -30,8 +26,7 @@ inline GeluTiling gelu_tiling(int64_t rows, int64_t dim, int vec) {
   if (rows * dim == 0) {
     return tiling;
   }
-  const int64_t length = ceil_div(rows, ceil_div(kBlocksWanted, tiling.chunks));
-  tiling.per_slice = length < kLeastSlice ? kLeastSlice : length;
+  tiling.per_slice = slice_length(rows, tiling.chunks);
   tiling.slices = ceil_div(rows, tiling.per_slice);
   return tiling;
 }

@@ -1,13 +1,9 @@
 #include "cuda/device.cuh"
+#include "cuda/sums.cuh"
 #include "ops/reduce_pool/cuda.cuh"
 
 namespace mimkernels::cuda {
 namespace {
-
-// Blocks that fill a large device: the tokens are split into slices until there are as many, of no
-// fewer than 32. Constants, so that the order of a sum depends on the shape alone.
-constexpr int64_t kBlocksWanted = 1024;
-constexpr int64_t kLeastSlice = 32;
 
 bool words_fit(const ReducePoolParams& p) {
   return rows_aligned(p.dout, p.dim, p.dtype) && rows_aligned({p.dx, 0, 0}, p.dim, p.dtype) &&
@@ -21,9 +17,7 @@ ReduceTiling tiling_of(const ReducePoolParams& p) {
   if (p.batch * p.tokens * p.dim == 0) {
     return tiling;
   }
-  const int64_t wanted = ceil_div(kBlocksWanted, p.batch * tiling.chunks);
-  const int64_t length = ceil_div(p.tokens, wanted);
-  tiling.per_slice = length < kLeastSlice ? kLeastSlice : length;
+  tiling.per_slice = slice_length(p.tokens, p.batch * tiling.chunks);
   tiling.slices = ceil_div(p.tokens, tiling.per_slice);
   tiling.items = p.batch * tiling.chunks * tiling.slices;
   return tiling;

@@ -9,8 +9,6 @@
 
 namespace mimkernels::cuda {
 
-constexpr float kLog2E = 1.44269504f;
-
 // Offsets of the four logits in a plane, row by row.
 struct Taps {
   int64_t at[4];
