@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -86,15 +86,22 @@ def check_writable(folder: Path) -> None:
         raise ValueError(f"output {str(folder)!r}: no permission to write in {str(existing)!r}")
 
 
+def saved_settings(folder: Path) -> Any:
+    """What the ``config.json`` of a folder holds; None without a whole one."""
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
 def check_own_folder(folder: Path, kind: type[Settings]) -> None:
     """Raise ValueError if `folder` holds results of a command whose settings are not those of `kind`.
 
     Its ``config.json`` tells, which every command writes; one that is damaged does not. Settings with other names are
     those of another command, or of this one in another version: the file does not say which.
     """
-    try:
-        saved = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError, RecursionError):
+    saved = saved_settings(folder)
+    if saved is None:
         return
     others = sorted(set(saved) - {f.name for f in fields(kind)}) if isinstance(saved, dict) else [type(saved).__name__]
     if others:
@@ -122,6 +129,19 @@ def json_numbers(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def json_line(entry: Mapping[str, Any]) -> str:
+    """An entry of a log as one line of JSON; ``read_entries`` gives NaN for its numbers that are not finite."""
+    return json.dumps(json_numbers(entry)) + "\n"
+
+
+def _numbers_of_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _numbers_of_json(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers_of_json(item) for item in value]
+    return math.nan if value is None else value
+
+
 def save(path: str | Path, content: dict[str, Any], writer: Callable[[Any, BinaryIO], None] = torch.save) -> None:
     """Write tensors and plain values, as ``torch.load`` reads them."""
     with atomic_file(path) as file:
@@ -129,7 +149,7 @@ def save(path: str | Path, content: dict[str, Any], writer: Callable[[Any, Binar
 
 
 def read_entries(path: Path, fits: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-    """Log entries of a file: one JSON object a line, with a step, that `fits` accepts.
+    """Log entries of a file: one JSON object a line, with a step, that `fits` accepts. For null they have NaN.
 
     A last line that a crash cut short is skipped; other lines that are no entries are skipped with a warning.
     """
@@ -140,7 +160,7 @@ def read_entries(path: Path, fits: Callable[[dict[str, Any]], bool]) -> list[dic
     skipped = []
     for number, line in enumerate(lines, 1):
         try:
-            entry = json.loads(line)
+            entry = _numbers_of_json(json.loads(line))
         except (ValueError, RecursionError):
             entry = None
         if isinstance(entry, dict) and is_of_type(entry.get("step"), int) and fits(entry):

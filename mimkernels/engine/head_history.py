@@ -1,7 +1,6 @@
 """Head statistics recorded over a training run, one JSON line per recorded step, and what is drawn of them."""
 
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,12 +32,12 @@ class HeadHistory:
         self.path = folder / name
         self.entries = [entry for entry in _read(self.path) if entry["step"] <= first_step]
         if self.path.is_file():
-            files.write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in self.entries))
+            files.write_text(self.path, "".join(map(files.json_line, self.entries)))
 
     def add(self, step: int, seen: HeadStatistics, **facts: float) -> None:
         self.entries.append({"step": step, **facts, "heads": seen.to_dict()})
         with self.path.open("a") as file:
-            file.write(json.dumps(self.entries[-1]) + "\n")
+            file.write(files.json_line(self.entries[-1]))
 
     def picture(self) -> str | None:
         """First and last recorded step side by side as a PNG ``data:`` address; None if nothing was recorded."""

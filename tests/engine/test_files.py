@@ -18,6 +18,16 @@ def test_numbers_that_json_has_not_become_null():
     json.dumps(plain, allow_nan=False)
 
 
+def test_a_line_of_a_log_is_json_whatever_its_numbers_and_reads_as_nan(tmp_path):
+    entry = {"step": 3, "loss": 0.5, "grad_norm": math.inf, "heads": {"sum": [1.0, math.nan]}}
+    line = files.json_line(entry)
+    json.loads(line, parse_constant=pytest.fail)  # NaN and Infinity are not JSON
+    (tmp_path / "log.jsonl").write_text(line)
+    (read,) = files.read_entries(tmp_path / "log.jsonl", lambda _: True)
+    assert (read["step"], read["loss"], read["heads"]["sum"][0]) == (3, 0.5, 1.0)
+    assert math.isnan(read["grad_norm"]) and math.isnan(read["heads"]["sum"][1])
+
+
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path):
     path = tmp_path / "file.pt"
     files.save(path, {"step": 1})

@@ -58,7 +58,7 @@ class DenseRun:
 
     Args:
         config: what to read, and from which models.
-        overwrite: encode anew what ``config.output`` holds features of.
+        overwrite: encode anew what ``config.output`` holds features of, and replace a report of other data.
         stream: where progress goes (default: standard output).
     """
 
@@ -82,6 +82,7 @@ class DenseRun:
         self.mirrors = averaged and (self.source.flip_test if config.flip_test is None else config.flip_test)
         files.check_writable(self.output)
         files.check_own_folder(self.output, DenseConfig)
+        self._check_same_data()
         self.accelerator, self.precision, self.precision_reason = start_accelerator(config.device, config.precision)
         self.choices = parse_models(config.models)
         self.readouts: list[list[Readout]] = []
@@ -95,6 +96,17 @@ class DenseRun:
         with contextlib.ExitStack() as held:
             held.enter_context(folder_lock(self.output))
             self._held = held.pop_all()
+
+    def _check_same_data(self) -> None:
+        """A report of other data is not written over, unless that is asked for."""
+        saved = {} if self.overwrite else files.saved_settings(self.output) or {}
+        for name in ("data", "data_root"):
+            there, here = saved.get(name), getattr(self.config, name)
+            if there is not None and there != here:
+                raise ValueError(
+                    f"output {str(self.output)!r} holds a report with {name} {there!r}, these are of {here!r}: choose "
+                    "another --output, or replace it with --overwrite"
+                )
 
     def execute(self) -> DenseResult:
         """Encode what is not kept from before, read, and write the page and the numbers."""

@@ -1,6 +1,5 @@
 """The numbers of a run: one JSON line per log entry, and the same in TensorBoard."""
 
-import json
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +24,7 @@ class History:
         self.during = HeadHistory(folder, first_step, FIXED_IMAGES)
         self.entries = [entry for entry in read_entries(self.path) if entry["step"] <= first_step]
         # What was logged after the checkpoint that training continues from will be logged again.
-        files.write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in self.entries))
+        files.write_text(self.path, "".join(map(files.json_line, self.entries)))
         self._file = self.path.open("a")
         self._excepthook, threading.excepthook = threading.excepthook, self._unless_told
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
@@ -33,7 +32,7 @@ class History:
     def add(self, step: int, values: Mapping[str, float]) -> None:
         entry = {"step": step, **values}
         self.entries.append(entry)
-        self._file.write(json.dumps(entry) + "\n")
+        self._file.write(files.json_line(entry))
         self._file.flush()
         for name, value in values.items():
             tag = f"val/{name.removeprefix('val_')}" if name.startswith("val_") else f"train/{name}"

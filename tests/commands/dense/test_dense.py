@@ -158,6 +158,17 @@ def test_the_command_from_nothing_and_again(tmp_path, capsys):
     assert "encoded in" in capsys.readouterr().out
 
 
+def test_a_report_of_other_data_is_not_written_over(tmp_path):
+    few = {"tasks": "correspondence", "layers": "last", "test_images": 1, "train_images": 2}
+    dense(config(tmp_path, data="digits", **few), stream=io.StringIO())
+    page = (tmp_path / "dense" / "report.html").read_bytes()
+    with pytest.raises(ValueError, match="holds a report with data 'digits', these are of 'scenes'"):
+        dense(config(tmp_path, data="scenes", **few), stream=io.StringIO())
+    assert (tmp_path / "dense" / "report.html").read_bytes() == page
+    dense(config(tmp_path, data="scenes", **few), overwrite=True, stream=io.StringIO())
+    assert (tmp_path / "dense" / "report.html").read_bytes() != page
+
+
 def test_scores_that_there_are_not_are_null(tmp_path):
     """Plain images have no points to find again; a JSON file has no NaN."""
     folder = tmp_path / "plain"
