@@ -18,7 +18,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "Each model runs once over the images; its features are kept in the output folder.",
     )
     add_arguments(parser, DenseConfig)
-    parser.add_argument("--overwrite", action="store_true", help="forget what --output holds: features, and a report of other data")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="forget what --output holds: features, and a report of other data"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(run=_dense)
 
