@@ -71,7 +71,7 @@ def plain_errors(tmp_path_factory) -> dict:
 
 
 def of_kernels(isa: str | None = None) -> Iterator[tuple[testing.Case, torch.dtype]]:
-    """Every case of an instruction set, or of all, in every dtype; where bf16 alone is its own, one case in the others."""
+    """Every case of an instruction set, or of all, in every dtype; where bf16 alone is its own, one case in others."""
     seen = set()
     for case in (case for case in cases() if "cpu" in testing.backends(case.op) and is_of(case.op, isa)):
         for dtype in case.dtypes:
