@@ -282,11 +282,12 @@ def test_require_fails_where_nothing_can_be_built(tree):
 
 @pytest.mark.slow
 def test_a_compile_error_is_the_reason(tree):
-    with (tree / "csrc" / "torch" / "cpu_library.cpp").open("a") as file:
-        file.write('#error "this cannot compile"\n')
+    for source in (tree / "csrc").rglob("*.cpp"):
+        source.write_text('#error "this cannot compile"\n')
     done = build_wheel(tree)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "this cannot compile" in unpack(tree)[2]["libraries"]["cpu"]["reason"]
+    libraries = unpack(tree)[2]["libraries"]
+    assert all("this cannot compile" in libraries[name]["reason"] for name in ("cpu", "masks"))
 
 
 # Writes down what it is asked, and makes what it is asked for.
