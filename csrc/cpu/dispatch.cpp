@@ -84,7 +84,9 @@ Status by_dtype(const Params& params, ParallelFor parallel_for) {
 // Whether the CPU has AMX for bf16 and the system lets this process use it, which has to be asked
 // for once: its registers are 8 KiB, saved only for those who do.
 bool may_use_tiles() {
-#if defined(__linux__) && defined(SYS_arch_prctl)
+#if defined(MIMKERNELS_EMULATE_AVX512)
+  return emulation::amx::start();
+#elif defined(__linux__) && defined(SYS_arch_prctl)
   constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
   constexpr long kTileData = 18;               // XFEATURE_XTILEDATA
   return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
@@ -103,10 +105,14 @@ int list_choices(Choice (&choices)[kChoices]) {
   __builtin_cpu_init();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                         __builtin_cpu_supports("f16c");
+#if defined(MIMKERNELS_EMULATE_AVX512)
+  const bool has_avx512 = has_avx2, has_avx512_bf16 = has_avx2;
+#else
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   const bool has_avx512_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
   static const CpuKernels avx512_bf16_table = MIMKERNELS_WITH_BF16_PRODUCTS(avx512_bf16, avx512);
 #if defined(MIMKERNELS_HAVE_AMX)
   static const CpuKernels amx_bf16_table = MIMKERNELS_WITH_BF16_PRODUCTS(amx_bf16, avx512);
