@@ -11,7 +11,7 @@
 //           like bias, dtable like table, dlogit_scale [H]; every element written
 // numerics: everything in fp32, rounded once; delta is the sum of P dP where one block of keys
 //           holds them all. Where bf16 has a dot product of its own, P and dS are rounded to bf16
-//           for it, and where it has tiles (cpu_bwd_tiles.h)
+//           for it, and where it has tiles (cpu_bwd_tiles.h), but for dlogit_scale
 // cost:     per block of keys (packed three ways, in L2) and block of rows five products: scores
 //           and dP a few rows at a time, dq from them, then dk and dv for the whole block of rows
 // order:    a head belongs to one task, its sums run over rows in order; few heads are split into
@@ -60,6 +60,9 @@ class Worker : PassWorker<T> {
     return true;
   }
 
+  // Whether q . dq is summed, in fp32: dq is then of dS in full, in two terms where it is rounded.
+  bool sums_scale() const { return pass_.scale_parts != nullptr; }
+
   // One chunk of rows of one group of heads.
   void run(int64_t task) {
     const int64_t chunk = task % pass_.chunks;
@@ -89,6 +92,7 @@ class Worker : PassWorker<T> {
     p_weights_ = arena_.template take<E>(kPairs ? kBlockRows * kStride : 0);
     ds_weights_ = arena_.template take<E>(kPairs ? kBlockRows * kStride : 0);
     pairs_ = arena_.template take<E>(kPairs ? (kBlockRows + 1) * kStride : 0);
+    ds_rest_ = arena_.template take<E>(kPairs && sums_scale() ? kRowTile * kStride : 0);
     query_ = arena_.template take<E>((kBlockRows + 1) * kDimStride);
     upstream_ = arena_.template take<E>((kBlockRows + 1) * kDimStride);
     dq_ = arena_.floats((blocks_.blocks > 1 ? chunk_rows : kRowTile) * kDimStride);
@@ -235,6 +239,17 @@ class Worker : PassWorker<T> {
         weigh_panels<kStride, false, n.value>(weights, key_rows_, count, s_.dim, dq, finish);
       }
     });
+    if constexpr (kPairs) {
+      if (sums_scale()) {
+        for (int64_t i = 0; i < rows; ++i) {
+          const int64_t from = i * kStride;
+          store_rest(ds_rest_ + from, ds_rows_ + from, weights + from, count);
+        }
+        with_row_count(rows, [&](auto n) {
+          weigh_panels<kStride, true, n.value>(ds_rest_, key_rows_, count, s_.dim, dq, finish);
+        });
+      }
+    }
     if (!last || !s_.cosine.given) return;
     for (int64_t i = 0; i < rows; ++i) Base::write_query(row + i, dq + i * kDimStride);
   }
@@ -274,6 +289,7 @@ class Worker : PassWorker<T> {
   float* ds_rows_ = nullptr;
   E* p_weights_ = nullptr;
   E* ds_weights_ = nullptr;
+  E* ds_rest_ = nullptr;
   E* pairs_ = nullptr;
   E* query_ = nullptr;
   E* upstream_ = nullptr;

@@ -120,6 +120,17 @@ struct HeadGroups {
   }
 };
 
+// What rounding has left of a row of weights, rounded; 0 in the columns from `count` on, up to whole
+// registers.
+MIMKERNELS_INLINE void store_rest(bf16* rest, const float* weights, const bf16* rounded,
+                                  int64_t count) {
+  for (int64_t j = 0; j < count; j += kLanes) {
+    const Ints there = (Ints)(lane_numbers(0) < static_cast<int32_t>(count - j));
+    const Floats left = load_floats(weights + j) - load_part<kLanes>(rounded + j);
+    store_part<kLanes>(rest + j, choose_lanes(there, left, (Floats){}));
+  }
+}
+
 // What a pass over the heads computes, and where results go that a task does not finish alone.
 struct Pass {
   bool grads = true;  // dq, dk, dv

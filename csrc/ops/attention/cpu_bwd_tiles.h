@@ -1,8 +1,9 @@
 // The gradients of cpu_bwd.cpp in bf16, their five products in tiles (cpu/attention/matrix_tiles.h).
 //
 // numerics: S, dP, P, dS and all sums in fp32; P and dS are rounded to bf16 for dv = P^T dout,
-//           dk = dS^T q and dq = dS k, and for these alone. Tiles and roundings take subnormal
-//           numbers for 0
+//           dk = dS^T q and dq = dS k, and for these alone; dq that dlogit_scale is summed of is of
+//           two terms of dS, so that nothing of 16 bits is in that. Tiles and roundings take
+//           subnormal numbers for 0
 // cost:     per head and block of at most 320 keys, k is packed twice and v once (40 KB each at
 //           D = 64). 32 queries, a step of the products over queries, at a time: S and dP over all
 //           keys of the block, in fp32 (2 x 40 KB), then P and dS row by row, two rows of which
@@ -194,6 +195,9 @@ class TileBackward : PassWorker<bf16> {
     return ceil_div(ceil_div(params.scores.queries, kTileDepth), pass.chunks);
   }
 
+  // Whether q . dq is summed, in fp32: dq is then of dS in full, in two terms.
+  bool sums_scale() const { return pass_.scale_parts != nullptr; }
+
   static constexpr int64_t kBlockSteps = 8;  // whose P and dS are kept for dk and dv
 
   int64_t column_size() const { return dim_tiles_ * kTileRows * block_rows_; }
@@ -213,6 +217,7 @@ class TileBackward : PassWorker<bf16> {
     scores_ = arena_.floats(kTileDepth * score_stride_);
     products_ = arena_.floats(kTileDepth * score_stride_);
     ds_rows_ = arena_.take<bf16>(grads * kTileDepth * weight_stride_);
+    ds_rest_ = arena_.take<bf16>(sums_scale() ? kTileDepth * weight_stride_ : 0);
     p_pairs_ = arena_.take<bf16>(grads * key_tiles * panel_);
     ds_pairs_ = arena_.take<bf16>(grads * key_tiles * panel_);
     dq_ = arena_.floats(grads * dq_rows * dq_stride_);
@@ -252,7 +257,9 @@ class TileBackward : PassWorker<bf16> {
   // dq = dS k runs over whole steps of keys.
   void clear_past(int64_t count) {
     if (cleared_ == count) return;
-    memset(ds_rows_, 0, static_cast<size_t>(kTileDepth * weight_stride_) * sizeof(bf16));
+    const size_t bytes = static_cast<size_t>(kTileDepth * weight_stride_) * sizeof(bf16);
+    memset(ds_rows_, 0, bytes);
+    if (sums_scale()) memset(ds_rest_, 0, bytes);
     cleared_ = count;
   }
 
@@ -323,6 +330,10 @@ class TileBackward : PassWorker<bf16> {
     } else {
       round_rows<true>(s, ds, count, ends, p_pairs_ + pair, ds_pairs_ + pair, weights);
     }
+    for (int64_t k = 0; sums_scale() && k < there; ++k) {
+      store_rest(ds_rest_ + (i + k) * weight_stride_, ds + k * score_stride_,
+                 weights + k * weight_stride_, count);
+    }
   }
 
   // What a query's products are added to: the mask, or biases and mask.
@@ -390,6 +401,10 @@ class TileBackward : PassWorker<bf16> {
       multiply_all_tiles<true>(product, row_tiles, dim_tiles_);
     } else {
       multiply_all_tiles<false>(product, row_tiles, dim_tiles_);
+    }
+    if (sums_scale()) {
+      product.a = ds_rest_;
+      multiply_all_tiles<true>(product, row_tiles, dim_tiles_);
     }
     if (block + 1 < blocks_.blocks) return;
     bf16* const out = gradient_at(p_.dq, s_.queries, row);
@@ -531,6 +546,7 @@ class TileBackward : PassWorker<bf16> {
   float* scores_ = nullptr;    // S, then P
   float* products_ = nullptr;  // dP, then t or dS
   bf16* ds_rows_ = nullptr;
+  bf16* ds_rest_ = nullptr;
   bf16* p_pairs_ = nullptr;
   bf16* ds_pairs_ = nullptr;
   float* dq_ = nullptr;
