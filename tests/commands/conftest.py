@@ -17,6 +17,7 @@ TINY = {
     "epochs": 1,
     "warmup_epochs": 0.2,
     "lr": 1e-3,
+    "crop_scale": 1.0,  # random crops, half of the time of such a step, where a test asks for them
     "log_every": 1,
     "workers": 0,
     "pictures": 3,

@@ -60,9 +60,6 @@ class Worker : PassWorker<T> {
     return true;
   }
 
-  // Whether q . dq is summed, in fp32: dq is then of dS in full, in two terms where it is rounded.
-  bool sums_scale() const { return pass_.scale_parts != nullptr; }
-
   // One chunk of rows of one group of heads.
   void run(int64_t task) {
     const int64_t chunk = task % pass_.chunks;
@@ -92,11 +89,10 @@ class Worker : PassWorker<T> {
     p_weights_ = arena_.template take<E>(kPairs ? kBlockRows * kStride : 0);
     ds_weights_ = arena_.template take<E>(kPairs ? kBlockRows * kStride : 0);
     pairs_ = arena_.template take<E>(kPairs ? (kBlockRows + 1) * kStride : 0);
-    ds_rest_ = arena_.template take<E>(kPairs && sums_scale() ? kRowTile * kStride : 0);
     query_ = arena_.template take<E>((kBlockRows + 1) * kDimStride);
     upstream_ = arena_.template take<E>((kBlockRows + 1) * kDimStride);
     dq_ = arena_.floats((blocks_.blocks > 1 ? chunk_rows : kRowTile) * kDimStride);
-    Base::allocate_rows();
+    Base::allocate_rows(kStride);
   }
 
   void visit_block(int64_t block, int64_t begin, int64_t end) {
@@ -194,7 +190,7 @@ class Worker : PassWorker<T> {
     scores.keys = count;
     scores.scale = scale_.products;
     scores.scores = s;
-    start_.template set_rows<kStride>(scores, row, rows);
+    if (!Base::sums_scale()) start_.template set_rows<kStride>(scores, row, rows);
     products.panels = values_;
     products.dim = s_.dim;
     products.run = product_run(s_.dim);
@@ -208,9 +204,16 @@ class Worker : PassWorker<T> {
     for (int64_t i = 0; i < rows; ++i) {
       float* s_row = s + i * kStride;
       float* ds_row = ds + i * kStride;
-      const auto end =
-          Base::template begin_row<false>(row + i, block, s_row, ds_row, nullptr, 1.0f);
+      typename Base::RowEnd end;
+      if (Base::sums_scale()) {
+        Base::start_cosines(row + i, false, count, s_row, kStride);
+        end = Base::template begin_row<true>(row + i, block, s_row, ds_row,
+                                             Base::start_of(row + i, count), 1.0f);
+      } else {
+        end = Base::template begin_row<false>(row + i, block, s_row, ds_row, nullptr, 1.0f);
+      }
       Base::end_row(row + i, block, s_row, ds_row, end);
+      if (Base::sums_scale()) Base::add_cosines(ds_row, false, count, kStride);
       if constexpr (kPairs) {
         round_weights(p_weights_ + (at + i) * kStride, s_row, columns);
         round_weights(ds_weights_ + (at + i) * kStride, ds_row, columns);
@@ -239,17 +242,6 @@ class Worker : PassWorker<T> {
         weigh_panels<kStride, false, n.value>(weights, key_rows_, count, s_.dim, dq, finish);
       }
     });
-    if constexpr (kPairs) {
-      if (sums_scale()) {
-        for (int64_t i = 0; i < rows; ++i) {
-          const int64_t from = i * kStride;
-          store_rest(ds_rest_ + from, ds_rows_ + from, weights + from, count);
-        }
-        with_row_count(rows, [&](auto n) {
-          weigh_panels<kStride, true, n.value>(ds_rest_, key_rows_, count, s_.dim, dq, finish);
-        });
-      }
-    }
     if (!last || !s_.cosine.given) return;
     for (int64_t i = 0; i < rows; ++i) Base::write_query(row + i, dq + i * kDimStride);
   }
@@ -289,7 +281,6 @@ class Worker : PassWorker<T> {
   float* ds_rows_ = nullptr;
   E* p_weights_ = nullptr;
   E* ds_weights_ = nullptr;
-  E* ds_rest_ = nullptr;
   E* pairs_ = nullptr;
   E* query_ = nullptr;
   E* upstream_ = nullptr;
@@ -434,8 +425,7 @@ Status run_backward(const AttentionBwdParams& p, ParallelFor parallel_for) {
   Scratch<double> scale_parts(p.dlogit_scale != nullptr ? main.chunks * heads : 0);
   if (scale_parts.failed()) return out_of_memory();
   if (p.dlogit_scale != nullptr) main.scale_parts = scale_parts.get();
-  const bool coarse =
-      (main.table || s.cosine.given) && !std::is_same_v<T, float> && s.keys > kBlockKeys;
+  const bool coarse = main.table && !std::is_same_v<T, float> && s.keys > kBlockKeys;
   Scratch<float> delta(coarse ? heads * s.queries : 0);
   if (delta.failed()) return out_of_memory();
   if (coarse) {

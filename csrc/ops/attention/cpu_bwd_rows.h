@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/attention/cosine.h"
+#include "cpu/attention/matrix_tiles.h"
 #include "ops/attention/params.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
@@ -120,17 +121,6 @@ struct HeadGroups {
   }
 };
 
-// What rounding has left of a row of weights, rounded; 0 in the columns from `count` on, up to whole
-// registers.
-MIMKERNELS_INLINE void store_rest(bf16* rest, const float* weights, const bf16* rounded,
-                                  int64_t count) {
-  for (int64_t j = 0; j < count; j += kLanes) {
-    const Ints there = (Ints)(lane_numbers(0) < static_cast<int32_t>(count - j));
-    const Floats left = load_floats(weights + j) - load_part<kLanes>(rounded + j);
-    store_part<kLanes>(rest + j, choose_lanes(there, left, (Floats){}));
-  }
-}
-
 // What a pass over the heads computes, and where results go that a task does not finish alone.
 struct Pass {
   bool grads = true;  // dq, dk, dv
@@ -150,6 +140,9 @@ struct Pass {
 template <typename T>
 class PassWorker {
  protected:
+  // Whether P and dS are rounded for products of bf16.
+  static constexpr bool kRoundsScores = std::is_same_v<T, bf16> && (kBf16Pairs || kMatrixTiles);
+
   // A chunk has at most most_rows rows.
   PassWorker(const AttentionBwdParams& params, const Pass& pass, int64_t most_rows,
              int64_t panel = kPanel)
@@ -160,8 +153,11 @@ class PassWorker {
         distances_(params.positions, s_.keys, params.num_prefix, 1),
         table_(s_, pass.table, most_rows) {}
 
-  void allocate_rows() {
+  // `stride` floats hold a row of scores.
+  void allocate_rows(int64_t stride) {
     mask_row_ = arena_.floats(blocks_.size + kPanel);
+    bias_row_ = arena_.floats(kRoundsScores && ScoreStart::makes_rows(s_) ? stride + kPanel : 0);
+    cosines_ = arena_.floats(sums_scale() ? 2 * stride : 0);
     start_.allocate(arena_);
     distances_.allocate(arena_);
     table_.allocate(arena_);
@@ -190,6 +186,34 @@ class PassWorker {
       table_.close(pass_.table_parts + (part * s_.heads + h_) * s_.table.entries);
     }
     round_bias(begin, end);
+  }
+
+  // Whether dlogit_scale, which is fp32, is summed of dS row by row: q . dq is of dS as it was rounded.
+  bool sums_scale() const { return kRoundsScores && pass_.scale_parts != nullptr; }
+
+  // A row of products q . k is kept for it (`other`: beside another row) and made scores but for
+  // their start.
+  void start_cosines(int64_t row, bool other, int64_t count, float* s, int64_t stride) {
+    if (sums_scale()) memcpy(cosines_ + other * stride, s, sizeof(float) * padded_columns(count));
+    start_.apply_factors(row, 0, count, s);
+  }
+
+  // Of dS as dq takes it.
+  void add_cosines(const float* ds, bool other, int64_t count, int64_t stride) {
+    const float* const cosines = cosines_ + other * stride;
+    Floats sum = {};
+    for (int64_t j = 0; j < count; j += kLanes) {
+      const Ints there = (Ints)(lane_numbers(0) < static_cast<int32_t>(count - j));
+      const Floats product = load_floats(ds + j) * load_floats(cosines + j);
+      sum = sum + choose_lanes(there, product, (Floats){});
+    }
+    scale_sum_ += add_lanes(sum);
+  }
+
+  // What a query's products are added to: the mask, or biases and mask.
+  const float* start_of(int64_t query, int64_t count) {
+    if (!ScoreStart::makes_rows(s_)) return start_.mask_row(0);
+    return start_.rows_of(query, 1, 0, count, bias_row_, 0).first;
   }
 
   // P and t of one row of scores and dP, dS being P (t - rest) + P own at the row's own key.
@@ -255,7 +279,8 @@ class PassWorker {
   // dq of a row of cosine attention.
   void write_query(int64_t row, const float* grad) {
     T* const out = gradient_at(p_.dq, s_.queries, row);
-    scale_sum_ += write_tangent(out, grad, head_at<T>(s_.q, b_, h_, row), s_.dim);
+    const float along = write_tangent(out, grad, head_at<T>(s_.q, b_, h_, row), s_.dim);
+    if (!kRoundsScores) scale_sum_ += along;
   }
 
   // The same of dk.
@@ -291,6 +316,7 @@ class PassWorker {
   bool opens_bias_ = true;
   double scale_sum_ = 0.0;
   float* mask_row_ = nullptr;
+  float* bias_row_ = nullptr;
 
  private:
   // Rows of dbias that were summed over heads, rounded.
@@ -310,6 +336,8 @@ class PassWorker {
       put_bias_row(static_cast<T*>(p_.dbias) + at, ds, count, false);
     }
   }
+
+  float* cosines_ = nullptr;  // q . k of a row or two
 };
 
 }  // namespace mimkernels::MIMKERNELS_ISA

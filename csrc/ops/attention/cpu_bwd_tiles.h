@@ -1,9 +1,8 @@
 // The gradients of cpu_bwd.cpp in bf16, their five products in tiles (cpu/attention/matrix_tiles.h).
 //
 // numerics: S, dP, P, dS and all sums in fp32; P and dS are rounded to bf16 for dv = P^T dout,
-//           dk = dS^T q and dq = dS k, and for these alone; dq that dlogit_scale is summed of is of
-//           two terms of dS, so that nothing of 16 bits is in that. Tiles and roundings take
-//           subnormal numbers for 0
+//           dk = dS^T q and dq = dS k, and for these alone: dlogit_scale is of dS unrounded. Tiles and roundings take subnormal
+//           numbers for 0
 // cost:     per head and block of at most 320 keys, k is packed twice and v once (40 KB each at
 //           D = 64). 32 queries, a step of the products over queries, at a time: S and dP over all
 //           keys of the block, in fp32 (2 x 40 KB), then P and dS row by row, two rows of which
@@ -195,9 +194,6 @@ class TileBackward : PassWorker<bf16> {
     return ceil_div(ceil_div(params.scores.queries, kTileDepth), pass.chunks);
   }
 
-  // Whether q . dq is summed, in fp32: dq is then of dS in full, in two terms.
-  bool sums_scale() const { return pass_.scale_parts != nullptr; }
-
   static constexpr int64_t kBlockSteps = 8;  // whose P and dS are kept for dk and dv
 
   int64_t column_size() const { return dim_tiles_ * kTileRows * block_rows_; }
@@ -217,14 +213,12 @@ class TileBackward : PassWorker<bf16> {
     scores_ = arena_.floats(kTileDepth * score_stride_);
     products_ = arena_.floats(kTileDepth * score_stride_);
     ds_rows_ = arena_.take<bf16>(grads * kTileDepth * weight_stride_);
-    ds_rest_ = arena_.take<bf16>(sums_scale() ? kTileDepth * weight_stride_ : 0);
     p_pairs_ = arena_.take<bf16>(grads * key_tiles * panel_);
     ds_pairs_ = arena_.take<bf16>(grads * key_tiles * panel_);
     dq_ = arena_.floats(grads * dq_rows * dq_stride_);
     dk_ = arena_.floats(grads * dim_tiles_ * kTileRows * score_stride_);
     dv_ = arena_.floats(grads * dim_tiles_ * kTileRows * score_stride_);
-    bias_row_ = arena_.floats(ScoreStart::makes_rows(s_) ? keys + kPanel : 0);
-    allocate_rows();
+    allocate_rows(score_stride_);
   }
 
   void visit_block(int64_t block, int64_t begin, int64_t end) {
@@ -257,9 +251,7 @@ class TileBackward : PassWorker<bf16> {
   // dq = dS k runs over whole steps of keys.
   void clear_past(int64_t count) {
     if (cleared_ == count) return;
-    const size_t bytes = static_cast<size_t>(kTileDepth * weight_stride_) * sizeof(bf16);
-    memset(ds_rows_, 0, bytes);
-    if (sums_scale()) memset(ds_rest_, 0, bytes);
+    memset(ds_rows_, 0, static_cast<size_t>(kTileDepth * weight_stride_) * sizeof(bf16));
     cleared_ = count;
   }
 
@@ -309,13 +301,16 @@ class TileBackward : PassWorker<bf16> {
     bool plain = !pass_.bias && !pass_.table && !s_.cosine.given && pass_.grads;
     for (int64_t k = 0; k < there; ++k) {
       const int64_t query = row + i + k;
-      if (s_.cosine.given) start_.apply_factors(query, 0, count, s + k * score_stride_);
+      if (s_.cosine.given) {
+        start_cosines(query, k > 0, count, s + k * score_stride_, score_stride_);
+      }
       ends[k] = begin_row<true>(query, block, s + k * score_stride_, ds + k * score_stride_,
                                 start_of(query, count), s_.scale);
       plain = plain && ends[k].own == 0.0f;
     }
     for (int64_t k = 0; !plain && k < there; ++k) {
       end_row(row + i + k, block, s + k * score_stride_, ds + k * score_stride_, ends[k]);
+      if (sums_scale()) add_cosines(ds + k * score_stride_, k > 0, count, score_stride_);
     }
     if (!pass_.grads) return;
     if (there < 2) {
@@ -330,16 +325,6 @@ class TileBackward : PassWorker<bf16> {
     } else {
       round_rows<true>(s, ds, count, ends, p_pairs_ + pair, ds_pairs_ + pair, weights);
     }
-    for (int64_t k = 0; sums_scale() && k < there; ++k) {
-      store_rest(ds_rest_ + (i + k) * weight_stride_, ds + k * score_stride_,
-                 weights + k * weight_stride_, count);
-    }
-  }
-
-  // What a query's products are added to: the mask, or biases and mask.
-  const float* start_of(int64_t query, int64_t count) {
-    if (!ScoreStart::makes_rows(s_)) return start_.mask_row(0);
-    return start_.rows_of(query, 1, 0, count, bias_row_, 0).first;
   }
 
   // P and dS of two rows, rounded; kFinished: t is dS.
@@ -401,10 +386,6 @@ class TileBackward : PassWorker<bf16> {
       multiply_all_tiles<true>(product, row_tiles, dim_tiles_);
     } else {
       multiply_all_tiles<false>(product, row_tiles, dim_tiles_);
-    }
-    if (sums_scale()) {
-      product.a = ds_rest_;
-      multiply_all_tiles<true>(product, row_tiles, dim_tiles_);
     }
     if (block + 1 < blocks_.blocks) return;
     bf16* const out = gradient_at(p_.dq, s_.queries, row);
@@ -546,13 +527,11 @@ class TileBackward : PassWorker<bf16> {
   float* scores_ = nullptr;    // S, then P
   float* products_ = nullptr;  // dP, then t or dS
   bf16* ds_rows_ = nullptr;
-  bf16* ds_rest_ = nullptr;
   bf16* p_pairs_ = nullptr;
   bf16* ds_pairs_ = nullptr;
   float* dq_ = nullptr;
   float* dk_ = nullptr;  // transposed: [D, keys]
   float* dv_ = nullptr;
-  float* bias_row_ = nullptr;
 };
 
 #endif  // MIMKERNELS_MATRIX_TILES

@@ -16,6 +16,7 @@ from tests.commands.pretrain.test_run import assert_same_bits, losses, stop_afte
 SETTINGS = {
     "method": "dino", "decoder_dim": 512, "decoder_depth": 8, "decoder_heads": 16, "mlp_dim": 32, "bottleneck_dim": 8,
     "prototypes": 24, "local_crops": 1, "local_size": 8, "val_split": 0.8, "val_images": 30, "batch_size": 50,
+    "crop_scale": None,
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from tests.commands.pretrain.test_run import assert_same_bits, losses, stop_afte
 MOCO = {
     "method": "mocov3", "decoder_dim": 512, "decoder_depth": 8, "decoder_heads": 16, "mlp_dim": 32, "out_dim": 8,
     "val_split": 0.8,  # trains on about 300 images
+    "crop_scale": None,
 }  # fmt: skip
 
 

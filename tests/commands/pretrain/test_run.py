@@ -51,6 +51,7 @@ def assert_same_bits(a, b, where=""):
 def test_a_run_interrupted_in_the_middle_of_an_epoch_continues_with_the_same_bits(tiny, tmp_path, monkeypatch):
     changes = {
         "epochs": 2,
+        "crop_scale": 0.6,
         "workers": 2,
         "accum_steps": 2,
         "batch_size": 150,
