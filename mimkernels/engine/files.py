@@ -134,12 +134,13 @@ def json_line(entry: Mapping[str, Any]) -> str:
     return json.dumps(json_numbers(entry)) + "\n"
 
 
-def _numbers_of_json(value: Any) -> Any:
+def _entry_of(value: Any, top: bool = True) -> Any:
+    """With NaN for null where numbers are: in lists, and at the top; None is a setting elsewhere."""
     if isinstance(value, dict):
-        return {key: _numbers_of_json(item) for key, item in value.items()}
+        return {key: math.nan if top and item is None else _entry_of(item, False) for key, item in value.items()}
     if isinstance(value, list):
-        return [_numbers_of_json(item) for item in value]
-    return math.nan if value is None else value
+        return [math.nan if item is None else _entry_of(item, False) for item in value]
+    return value
 
 
 def save(path: str | Path, content: dict[str, Any], writer: Callable[[Any, BinaryIO], None] = torch.save) -> None:
@@ -160,7 +161,7 @@ def read_entries(path: Path, fits: Callable[[dict[str, Any]], bool]) -> list[dic
     skipped = []
     for number, line in enumerate(lines, 1):
         try:
-            entry = _numbers_of_json(json.loads(line))
+            entry = _entry_of(json.loads(line))
         except (ValueError, RecursionError):
             entry = None
         if isinstance(entry, dict) and is_of_type(entry.get("step"), int) and fits(entry):

@@ -19,12 +19,13 @@ def test_numbers_that_json_has_not_become_null():
 
 
 def test_a_line_of_a_log_is_json_whatever_its_numbers_and_reads_as_nan(tmp_path):
-    entry = {"step": 3, "loss": 0.5, "grad_norm": math.inf, "heads": {"sum": [1.0, math.nan]}}
+    entry = {"step": 3, "loss": 0.5, "grad_norm": math.inf, "heads": {"grid": None, "sum": [1.0, math.nan]}}
     line = files.json_line(entry)
     json.loads(line, parse_constant=pytest.fail)  # NaN and Infinity are not JSON
     (tmp_path / "log.jsonl").write_text(line)
     (read,) = files.read_entries(tmp_path / "log.jsonl", lambda _: True)
     assert (read["step"], read["loss"], read["heads"]["sum"][0]) == (3, 0.5, 1.0)
+    assert read["heads"]["grid"] is None
     assert math.isnan(read["grad_norm"]) and math.isnan(read["heads"]["sum"][1])
 
 
