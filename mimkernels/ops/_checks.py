@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from mimkernels.ops._registry import ANY_FLOAT
 
@@ -133,7 +134,7 @@ def in_range(op: str, name: str, ids: Tensor, size: int, allowed: int | None = N
     """
     if torch.compiler.is_compiling() or ids.device.type != "cpu" or ids.numel() == 0:
         return
-    if is_functorch_wrapped_tensor(ids):  # many ids as one, whose values vmap does not show
+    if is_functorch_wrapped_tensor(ids) or is_fake(ids):  # many ids as one, whose values vmap does not show; or none
         return
     if allowed is not None:
         ids = ids.masked_fill(ids == allowed, 0)

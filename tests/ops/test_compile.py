@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import grad, vmap
 
 import mimkernels as mk
@@ -154,6 +155,24 @@ def test_meta_tensors_give_shapes(label):
         assert value.dtype == expected[name].dtype
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert [value.dtype for value in outputs(arguments).values()] == [value.dtype for value in expected.values()]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("label", VARIANTS)
+def test_fake_tensors_give_shapes(label, backend):
+    """Also where the reference would look at the ids, which have no values then."""
+    op, given = VARIANTS[label]
+    named_backend = {} if op == "attention_rows" else {"backend": backend}
+    expected = named(getattr(mk, op)(**given, **named_backend))
+    with FakeTensorMode() as mode:
+        arguments = {
+            name: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for name, value in given.items()
+        }
+        out = named(getattr(mk, op)(**arguments, **named_backend))
+    assert out.keys() == expected.keys()
+    for name, value in out.items():
+        assert isinstance(value, FakeTensor)
+        assert (value.shape, value.dtype) == (expected[name].shape, expected[name].dtype)
 
 
 def test_random_masks_have_a_meta_device_too():
