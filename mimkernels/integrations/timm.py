@@ -412,7 +412,7 @@ def _dropped(module: PatchDropout | PatchDropoutWithIndices, x: Tensor) -> tuple
     ids = _kept(module, x.shape[0], x.shape[1] - prefix, x.device)
     rows = ids
     if prefix:
-        rows = torch.cat((torch.arange(prefix, device=x.device).expand(len(ids), -1), ids + prefix), dim=1)
+        rows = torch.cat((torch.arange(prefix, device=x.device).expand(ids.shape[0], -1), ids + prefix), dim=1)
     return gather_tokens(x, rows), ids
 
 

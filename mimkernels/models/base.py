@@ -104,7 +104,7 @@ class ImageModel(nn.Module):
             pixels = colour.to(images.device)
             if self._pixel_mean is not None and self._pixel_std is not None:
                 pixels = (pixels - self._pixel_mean) / self._pixel_std
-        return pixels.repeat(size[0] * size[1]).expand(len(images), tokens, -1).contiguous()
+        return pixels.repeat(size[0] * size[1]).expand(images.shape[0], tokens, -1).contiguous()
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
         return images.shape[-2] // self.patch_size[0], images.shape[-1] // self.patch_size[1]
@@ -148,7 +148,7 @@ class ImageModel(nn.Module):
             yield heads
 
     def _check_mask(self, mask: Tensor, images: Tensor) -> None:
-        wanted = [len(images), *self._grid(images)]
+        wanted = [images.shape[0], *self._grid(images)]
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"mask must be a bool tensor {wanted}, True = masked, got {given}")

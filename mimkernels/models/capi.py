@@ -39,7 +39,7 @@ class CapiEncoder(nn.Module):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """``[B, R + N, D]``, registers first."""
-        x = torch.cat((self.reg_token.expand(len(images), -1, -1), self.patch_embed(images)), dim=1)
+        x = torch.cat((self.reg_token.expand(images.shape[0], -1, -1), self.patch_embed(images)), dim=1)
         for block in self.blocks:
             x = block(x, self.places)
         tokens: Tensor = self.norm(x)

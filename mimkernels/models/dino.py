@@ -257,7 +257,7 @@ class DINO(ImageModel):
                 encoder's attention cannot record statistics.
         """
         self._check_views(views)
-        seen, batch = torch.cat(list(views[:_GLOBAL])), len(views[0])
+        seen, batch = torch.cat(list(views[:_GLOBAL])), views[0].shape[0]
         with torch.no_grad():
             features = self._features(self.teacher.encoder, seen)
             outputs = _exact(self.teacher.head(features))  # [2 B, K]
@@ -356,7 +356,7 @@ class DINO(ImageModel):
         first, second = views[:_GLOBAL]
         if first.shape != second.shape:
             raise ValueError(f"both global views must have one shape, got {list(first.shape)} and {list(second.shape)}")
-        batches, dtypes = [len(view) for view in views], {view.dtype for view in views}
+        batches, dtypes = [view.shape[0] for view in views], {view.dtype for view in views}
         if len(set(batches)) > 1:
             raise ValueError(f"views must be of the same images, got {', '.join(map(str, batches))} of them")
         if len(dtypes) > 1:

@@ -392,7 +392,7 @@ class MAE(ImageModel):
         if present is not None:
             x = torch.where(present[:, :, None], x, self.mask_token)
         x = restore_tokens(x, mask.ids_restore, self.mask_token, pos, prefix)  # [B, P + N, D]
-        tell_patches(self, Patches(len(x), grid, self.encoder.patch_embed.patch_size))
+        tell_patches(self, Patches(x.shape[0], grid, self.encoder.patch_embed.patch_size))
         *blocks, last = self.decoder_blocks
         ids = None if full else mask.ids_masked + prefix
         if self.grad_checkpointing and torch.is_grad_enabled():
@@ -504,7 +504,7 @@ class MAE(ImageModel):
     def _visible(self, mask: Tensor, images: Tensor) -> tuple[int, int]:
         """The least and the greatest number of visible patches of an image."""
         self._check_mask(mask, images)
-        batch, patches = len(mask), math.prod(mask.shape[1:])
+        batch, patches = mask.shape[0], math.prod(mask.shape[1:])
         if batch == 0:
             return 1, 1
         counts: list[int] = (~mask).flatten(1).sum(1).tolist()

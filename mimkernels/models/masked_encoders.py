@@ -109,7 +109,7 @@ class ViT(Family):
         if pos is not None:
             x = x + pos
         if prefix is not None:
-            x = torch.cat((prefix.expand(len(x), -1, -1), x), dim=1)
+            x = torch.cat((prefix.expand(x.shape[0], -1, -1), x), dim=1)
         if pos is not None:
             x = encoder.pos_drop(x)
         tokens: Tensor = encoder.fc_norm(run_blocks(encoder, x))
@@ -138,7 +138,7 @@ class BEiT(Family):
 
     @staticmethod
     def features(encoder: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        x = torch.cat((encoder.cls_token.expand(len(x), -1, -1), x), dim=1)
+        x = torch.cat((encoder.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
         if encoder.pos_embed is not None:
             x = x + encoder.pos_embed
         x = encoder.pos_drop(x)

@@ -242,10 +242,10 @@ class MoCoV3(ImageModel):
         with torch.autocast(q.device.type, enabled=False):
             exact = torch.promote_types(q.dtype, torch.float32)
             q, k = (nn.functional.normalize(rows.to(exact), dim=1) for rows in (q, k))
-            own = torch.arange(len(q), device=q.device)
+            own = torch.arange(q.shape[0], device=q.device)
             if self.training:
                 k = gather(k)
-                own = own + len(q) * _rank()
+                own = own + q.shape[0] * _rank()
             logits = q @ k.T / self.temperature  # [B, P * B]
             return nn.functional.cross_entropy(logits, own) * (2 * self.temperature)
 

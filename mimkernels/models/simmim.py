@@ -289,7 +289,7 @@ class SimMIM(ImageModel):
         masked = self._units((mask.shape[1], mask.shape[2]))[1]
         count = masked * math.prod(self.mask_unit // step for step in self.encoder_stride)
         ids = hidden.argsort(dim=1, descending=True, stable=True)[:, :count]
-        first = torch.arange(len(mask), device=mask.device) * hidden.shape[1]
+        first = torch.arange(mask.shape[0], device=mask.device) * hidden.shape[1]
         return (ids + first[:, None]).flatten()
 
     def encode(self, images: Tensor, mask: Tensor) -> Tensor:

@@ -207,7 +207,8 @@ class Supervised(ImageModel):
     def _check_targets(self, images: Tensor, targets: Tensor) -> None:
         if not isinstance(targets, Tensor):
             raise TypeError(f"targets must be a torch.Tensor, got {type(targets).__name__}")
-        batch, wanted = len(images), f"[{len(images)}] int64 or [{len(images)}, {self.num_classes}] floating point"
+        batch = images.shape[0]
+        wanted = f"[{batch}] int64 or [{batch}, {self.num_classes}] floating point"
         shape = [batch, self.num_classes] if targets.is_floating_point() else [batch]
         if list(targets.shape) != shape or not (targets.is_floating_point() or targets.dtype == torch.int64):
             raise ValueError(f"targets must be {wanted}, got {list(targets.shape)} {targets.dtype}")

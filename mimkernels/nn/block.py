@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_exporting
 from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
 try:
@@ -217,7 +218,12 @@ def _reason(**parts: Any) -> str | None:
 
 
 def _is_small(x: Tensor, *, cast: bool, alone: bool = False) -> bool:
-    """Whether PyTorch is faster with a stream (see ``SMALL``): its norm cast or not, alone or with a sum."""
+    """Whether PyTorch is faster with a stream (see ``SMALL``): its norm cast or not, alone or with a sum.
+
+    What is exported must hold for any number of images, and so none counts.
+    """
+    if is_exporting():
+        return False
     fewest = SMALL // (2 if alone else 8) if cast else SMALL
     return x.is_cpu and x.numel() < fewest and backend_in_force() == "auto"
 

@@ -40,9 +40,9 @@ def embed_visible(
         the positions and prefix tokens, as plain PyTorch's promotion gives.
     """
     grid = tuple(size // patch for size, patch in zip(images.shape[2:], proj.kernel_size, strict=True))
-    tell_patches(proj, Patches(len(images), grid, proj.kernel_size, ids))
+    tell_patches(proj, Patches(images.shape[0], grid, proj.kernel_size, ids))
     if ids is None:
-        ids = torch.arange(math.prod(grid), device=images.device).expand(len(images), -1)
+        ids = torch.arange(math.prod(grid), device=images.device).expand(images.shape[0], -1)
     # kernel_size is the patch; conv weights [D, C, ph, pw] flatten to the pixel order of patchify_gather.
     pixels = patchify_gather(images, ids, proj.kernel_size, mean, std, dtype=compute_dtype(proj.weight))
     x = F.linear(pixels, proj.weight.flatten(1), proj.bias)  # [B, K, D]

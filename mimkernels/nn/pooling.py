@@ -268,7 +268,7 @@ class AttentionLowestEntropy(_ByClsAttention):
     def choose(self, mass: Tensor) -> Tensor:
         share = mass / (mass.sum(2, keepdim=True) + 1e-6)
         entropy = -(share * (share + 1e-6).log()).sum(2)  # [B, H]
-        return mass[torch.arange(len(mass), device=mass.device), entropy.argmin(1)]
+        return mass[torch.arange(mass.shape[0], device=mass.device), entropy.argmin(1)]
 
 
 class TopK(Pooling):

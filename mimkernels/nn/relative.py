@@ -93,7 +93,7 @@ class BeitAttention(TimmBeitAttention):
             bias = bias if table is None else table.expanded()
             table = _own_table(self)
         packed = _project(self, x)
-        bias, _ = as_bias(bias, False, packed[:, :, 0].transpose(1, 2), x.shape[1], (len(x), self.num_heads))
+        bias, _ = as_bias(bias, False, packed[:, :, 0].transpose(1, 2), x.shape[1], (x.shape[0], self.num_heads))
         return _as_call(packed, _scale(self, packed), table, bias)
 
     def _get_name(self) -> str:
@@ -199,8 +199,8 @@ def _scale(module: nn.Module, packed: Tensor) -> float:
 
 def _of_windows(mask: Tensor | None, x: Tensor) -> Tensor | None:
     """timm's mask of windows as the bias that all heads share."""
-    if mask is not None and (mask.dim() != 3 or len(mask) == 0 or len(x) % len(mask)):
-        raise ValueError(f"mask {list(mask.shape)} must be [nW, N, N], nW a divisor of the {len(x)} windows of x")
+    if mask is not None and (mask.dim() != 3 or mask.shape[0] == 0 or x.shape[0] % mask.shape[0]):
+        raise ValueError(f"mask {list(mask.shape)} must be [nW, N, N], nW a divisor of the {x.shape[0]} windows of x")
     return None if mask is None else mask.unsqueeze(1)
 
 

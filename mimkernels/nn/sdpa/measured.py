@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 
 from mimkernels.nn.sdpa.observe import wants_statistics
 from mimkernels.nn.sdpa.translate import compute_dtype
@@ -106,6 +106,8 @@ def why_torch_packed(qkv: Tensor) -> str | None:
 def _why(q: Tensor, scores: int, dim: int, tensors: tuple[Tensor | None, ...]) -> str | None:
     """``why_torch`` by device and dtype of `q`, the product of both lengths and the head dim."""
     if is_compiling():
+        if is_exporting() and not isinstance(scores, int):  # what is exported must hold for any number of tokens
+            return None
         passes = _slower(q.device.type, compute_dtype(q))
         slower = None if passes is None else passes[needs_grad(*tensors)]
         return "" if slower is not None and _is_slower(slower, scores, dim) and backend_in_force() == "auto" else None

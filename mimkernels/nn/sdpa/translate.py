@@ -101,11 +101,13 @@ class AttentionCall(NamedTuple):
         Raises:
             ValueError: there are as many windows as do not divide the images.
         """
-        positions, batch = options.get("positions"), len(self.q)
-        if positions is not None and positions.dim() == 3 and len(positions) not in (0, 1, batch):
-            times, rest = divmod(batch, len(positions))
+        positions, batch = options.get("positions"), self.q.shape[0]
+        windows = positions.shape[0] if positions is not None and positions.dim() == 3 else 1
+        if windows not in (0, 1, batch):
+            times, rest = divmod(batch, windows)
             if rest:
-                raise ValueError(f"positions of {len(positions)} windows, which do not divide the {batch} of a layer")
+                raise ValueError(f"positions of {windows} windows, which do not divide the {batch} of a layer")
+            assert positions is not None
             options["positions"] = positions.repeat(times, 1, 1)
         if self.packed is None:
             return attention(self.q, self.k, self.v, **self.options, **options)
