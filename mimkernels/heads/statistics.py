@@ -169,7 +169,8 @@ class HeadStatistics:
         Args:
             layer: its number, from 0.
             stats: what ``attention`` returned, or only its statistics, each ``[B, H, N]``.
-            q, k: ``[B, H, N, D]``, for mutual information, head divergences, sinks and ``exact_eps``.
+            q, k: ``[B, H, N, D]``, for mutual information, head divergences, sinks and ``exact_eps``. For
+                ``head_divergence`` alone, k may be of other tokens than q.
             v: ``[B, H, N, D]``, for the value of sinks.
             lse: ``[B, H, N]``; taken from ``stats`` if that is the whole output of ``attention``.
             bias, bias_table, bias_index, key_mask, logit_scale, scale: as given to ``attention``; needed wherever q and
@@ -286,6 +287,9 @@ class HeadStatistics:
                     f"{name} must be [B, H, N]{f' = {list(shape)}' if shape else ''}, got {list(row.shape)}"
                 )
             shape = tuple(row.shape)
+        # Of all that needs keys, only how heads differ is of cross-attention, too.
+        crossed = not self.exact_eps and not rows.keys() & {"self_mass", "distance"}
+        crossed = crossed and all(item.name == "head_divergence" for item in self._quantities() if "k" in item.inputs)
         for name in self.inputs:
             tensor = given[name]
             assert tensor is not None
@@ -297,6 +301,8 @@ class HeadStatistics:
                 shape = tuple(tensor.shape[:3])
             if shape is not None:
                 here = (tensor.shape[0], tensor.shape[1]) if wide else tuple(tensor.shape[:3])
+                if name == "k" and crossed:
+                    here = (*here[:2], shape[2])
                 if here != ((shape[0], shape[2]) if wide else shape):
                     raise ValueError(
                         f"{name} {list(tensor.shape)} does not fit statistics of [B, H, N] = {list(shape)}"

@@ -41,6 +41,28 @@ def test_two_calls_of_one_module_have_names_of_their_own():
     )
 
 
+def test_heads_of_cross_attention_differ_as_their_maps_do():
+    """As those of pooling by attention: every query counts, and what is not of them is told to be missing."""
+    model, x, others = m.hand_written(), m.tokens(), m.tokens(length=9)
+    names = ["head_divergence", "nmi", "patch_head_divergence"]
+    heads = captured(model, names, x, others, num_prefix=1, keep=("q", "k"))
+    cross = heads["blocks.0#1"]
+    assert cross.missing == dict.fromkeys(names[1:], "cross-attention: 17 queries, 9 keys")
+    q, k = cross.q.double(), cross.k.double()
+    log_p = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).log_softmax(-1)  # [B, H, N, 9]
+    divergences = torch.stack(
+        [(log_p.exp() * (log_p - log_p[:, [other]])).sum(-1).mean(-1) for other in range(3)]
+    )  # [H, B, H]: from the others to one
+    torch.testing.assert_close(
+        heads.groups[1].mean("head_divergence")[0], divergences.sum(0).mean(0) / 2, rtol=1e-4, atol=1e-6
+    )
+    lse = torch.zeros(2, 3, 17)
+    with pytest.raises(ValueError, match=r"k \[2, 3, 9, 16\] does not fit statistics of \[B, H, N\] = \[2, 3, 17\]"):
+        HeadStatistics(quantities=["head_divergence", "sink_attention"]).update(0, {}, q=cross.q, k=cross.k, lse=lse)
+    with pytest.raises(ValueError, match=r"k \[1, 3, 9, 16\] does not fit statistics of \[B, H, N\] = \[2, 3, 17\]"):
+        HeadStatistics(quantities=["head_divergence"]).update(0, {}, q=cross.q, k=cross.k[:1], lse=lse)
+
+
 def test_a_module_used_twice_has_two_layers_and_a_second_pass_has_more_images():
     block = m.HandWritten()
     model = nn.Sequential(block, block)
