@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,9 +46,11 @@ class Choice:
         if isinstance(layers, re.Pattern):
             self._pattern = layers
         elif layers is not None and self._pattern is None:
-            self._items = tuple(layers)
-            wrong = [item for item in self._items if not isinstance(item, str | int)]
+            several = isinstance(layers, Iterable) and not isinstance(layers, bytes | torch.Tensor)
+            self._items = tuple(layers) if several else ()
+            wrong: list[Any] = [item for item in self._items if not isinstance(item, str | int)]
             wrong += [item for item in self._items if isinstance(item, int) and item < 0]
+            wrong += [] if self._items else [layers]
             if wrong:
                 raise ValueError(f"layers must be names, numbers from 0 or a regular expression, got {wrong[0]!r}")
 

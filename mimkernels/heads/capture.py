@@ -9,7 +9,7 @@ written by the recorder of ``mimkernels.nn.recorder``; ``mimkernels.heads.calls`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import Any, NamedTuple
 
@@ -94,7 +94,10 @@ def capture(
     model = unwrapped(model)
     if accumulate and differentiable:
         raise ValueError("accumulate=True keeps no rows that could be differentiable")
-    names = [stats] if isinstance(stats, str | Preset) else list(stats)
+    names = [stats] if isinstance(stats, str | Preset) or not isinstance(stats, Iterable) else list(stats)
+    for item in names:
+        if not isinstance(item, str | Preset):
+            raise TypeError(f"capture takes names of statistics and presets, got {type(item).__name__} {item!r:.60}")
     presets = [item for item in names if isinstance(item, Preset) or item in PRESETS]
     quantities = [item for item in names if isinstance(item, str) and item not in presets]
     unknown = [name for name in quantities if name not in QUANTITIES]
@@ -111,9 +114,10 @@ def capture(
         raise ValueError(f"{unseen[0]} is of tokens outside attention, which capture cannot see; use HeadStatistics")
     layouts = Layouts(model)
     places = _Places(model, layouts, wanted, positions, num_prefix)
-    if isinstance(keep, str) or not set(keep) <= {"q", "k", "lse"}:
+    parts = None if isinstance(keep, str) or not isinstance(keep, Iterable) else list(keep)
+    if parts is None or not all(isinstance(part, str) and part in ("q", "k", "lse") for part in parts):
         raise ValueError(f"capture keeps of q, k, lse what it is told, as in keep=('q', 'k'), got {keep!r}")
-    return Capture(model, wanted, presets, layouts, places, Choice(layers), accumulate, differentiable, keep)
+    return Capture(model, wanted, presets, layouts, places, Choice(layers), accumulate, differentiable, parts)
 
 
 class Capture(FunctionObserver):
@@ -285,15 +289,24 @@ class _Places:
         num_prefix: str | int,
     ) -> None:
         self._layouts = layouts
-        self._num_prefix = num_prefix if isinstance(num_prefix, int) else None
+        if isinstance(positions, Tensor):
+            fits = positions.dim() in (2, 3)
+        else:
+            grid = isinstance(positions, Sequence) and len(positions) > 0
+            fits = positions == "auto" or (grid and all(isinstance(side, int) and side > 0 for side in positions))
+        if not fits:
+            got = list(positions.shape) if isinstance(positions, Tensor) else positions
+            raise ValueError(
+                'positions must be "auto", patches per axis such as (14, 14), or coordinates [N, d] or [B, N, d], got '
+                f"{got!r}"
+            )
+        self._num_prefix = None if isinstance(num_prefix, str) else num_prefix
         self._given = positions if isinstance(positions, Tensor) else None
         self._grid = None if isinstance(positions, Tensor | str) else tuple(positions)
         self._unit = wanted.unit
         self._needed = "distance" in wanted.row_stats
         self._positions: dict[tuple[object, ...], Tensor] = {}
-        if isinstance(positions, str) and positions != "auto":
-            raise ValueError(f'positions must be "auto", patches per axis or coordinates, got {positions!r}')
-        if num_prefix != "auto" and (not isinstance(num_prefix, int) or num_prefix < 0):
+        if num_prefix != "auto" and (type(num_prefix) is not int or num_prefix < 0):
             raise ValueError(f'num_prefix must be "auto" or a number of tokens, got {num_prefix!r}')
         unknown = "num_prefix" if self._num_prefix is None else ""
         if self._needed and self._given is None and self._grid is None:

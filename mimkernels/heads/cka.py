@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mimkernels.nn.processes import gather_objects
+from mimkernels.ops._checks import is_tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -36,6 +37,8 @@ def unbiased_hsic(k: Tensor, l: Tensor) -> Tensor:
 
     Source: Song et al. 2012; minibatches as in Nguyen et al. 2021, arXiv:2010.15327.
     """
+    is_tensor("unbiased_hsic", "k", k)
+    is_tensor("unbiased_hsic", "l", l)
     if k.dim() != 3 or l.dim() != 3 or k.shape[1:] != l.shape[1:] or k.shape[1] != k.shape[2]:
         raise ValueError(f"Gram matrices must be [A, n, n] and [B, n, n], got {list(k.shape)} and {list(l.shape)}")
     n = k.shape[1]
@@ -70,10 +73,11 @@ def gram_matrices(
     Raises:
         ValueError: fewer than 4 images, other shapes, or layers of different images.
     """
-    if isinstance(features, Tensor) or not features:
+    if not isinstance(features, Sequence) or isinstance(features, str) or not features:
         raise ValueError(f"{name} must be a sequence of [B, D] or [B, N, D] features, one per layer")
     grams: list[Tensor] = []
     for x in features:
+        is_tensor("CKA", f"a layer of {name}", x)
         if x.dim() == 3:
             first = num_prefix if tokens == "patch" else 0
             x = x[:, :1] if tokens == "cls" else x[:, first:]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimkernels.ops import attention_rows, head_divergence, received_attention
+from mimkernels.ops import _checks, attention_rows, head_divergence, received_attention
 
 __all__ = [
     "eps_patch_entropy",
@@ -38,6 +38,9 @@ def query_mean(rows: Tensor, num_prefix: int = 0, *, exclude_prefix: bool = True
     Returns:
         ``[B, H]``, one number per image and head.
     """
+    _checks.has_rank("query_mean", "rows", rows, 3)
+    _checks.is_float("query_mean", "rows", rows)
+    _checks.count("query_mean", "num_prefix", num_prefix)
     first = num_prefix if exclude_prefix else 0
     if rows.shape[-1] <= first:
         raise ValueError(
@@ -57,6 +60,13 @@ def renormalized_distance(distance: Tensor, patch_mass: Tensor) -> Tensor:
 
     Source: the presets ``park`` (arXiv:2305.00729) and ``walmer`` (arXiv:2212.03862).
     """
+    for name, row in (("distance", distance), ("patch_mass", patch_mass)):
+        _checks.has_rank("renormalized_distance", name, row, 3)
+    if distance.shape != patch_mass.shape:
+        raise ValueError(
+            f"renormalized_distance: distance {_checks.shape(distance)} and patch_mass {_checks.shape(patch_mass)} "
+            "must have the same shape"
+        )
     return torch.where(patch_mass > 0, distance / torch.where(patch_mass > 0, patch_mass, 1.0), 0.0)
 
 
@@ -71,7 +81,24 @@ def normalized_entropy(entropy: Tensor, bias: Tensor | None = None, key_mask: Te
     Returns:
         ``[B, H, N]``; 0 where ``n_i`` is below 2.
     """
-    batch, _, tokens = entropy.shape
+    op = "normalized_entropy"
+    _checks.has_rank(op, "entropy", entropy, 3)
+    _checks.is_float(op, "entropy", entropy)
+    batch, heads, tokens = entropy.shape
+    if bias is not None:
+        _checks.has_rank(op, "bias", bias, 3, 4)
+        *windows, of_heads, queries, keys = bias.shape
+        if of_heads not in (1, heads) or (queries, keys) != (tokens, tokens) or not _divides(windows, batch):
+            raise ValueError(
+                f"{op}: bias {_checks.shape(bias)} must be [W, H or 1, N, N], W a divisor of B, for entropy "
+                f"[B, H, N] = {_checks.shape(entropy)}"
+            )
+    if key_mask is not None:
+        _checks.has_rank(op, "key_mask", key_mask, 2)
+        if tuple(key_mask.shape) != (batch, tokens):
+            raise ValueError(
+                f"{op}: key_mask {_checks.shape(key_mask)} must be [B, N] for entropy {_checks.shape(entropy)}"
+            )
     counts = entropy.new_full((1, 1, 1), tokens)
     if bias is not None:
         allowed = (bias if bias.dim() == 4 else bias[None]) > HIDDEN  # [W, H or 1, N, N]
@@ -84,6 +111,10 @@ def normalized_entropy(entropy: Tensor, bias: Tensor | None = None, key_mask: Te
     return torch.where(counts > 1, entropy / counts.clamp(min=2).log(), 0.0)
 
 
+def _divides(windows: list[int], batch: int) -> bool:
+    return not windows or windows[0] == 1 or (windows[0] > 0 and batch % windows[0] == 0)
+
+
 def region_entropy(bias: Tensor) -> Tensor:
     """How much of its key a query knows by a mask alone, ``[W, H or 1]`` nats: ``log N - mean_i log n_i``.
 
@@ -94,6 +125,7 @@ def region_entropy(bias: Tensor) -> Tensor:
         the entropy of the region that a query is in, where the bias cuts the tokens into regions that do not see each
         other, as the mask of Swin's shifted windows does; 0 where it hides none, or others.
     """
+    _checks.has_rank("region_entropy", "bias", bias, 3, 4)
     allowed = (bias if bias.dim() == 4 else bias[None]) > HIDDEN
     counts = allowed.sum(-1)
     first = allowed.byte().argmax(-1)  # of the keys that a query sees: the region's name
@@ -118,6 +150,8 @@ def normalized_mutual_information(received: Tensor, entropy: Tensor, regions: Te
 
     Source: Park et al. 2023, arXiv:2305.00729, which adds 1e-8 to every weight first.
     """
+    for name, row in (("received", received), ("entropy", entropy)):
+        _checks.has_rank("normalized_mutual_information", name, row, 3)
     received, entropy = received.double(), entropy.double()  # a difference of near equals in collapsed heads
     by_mask = 0.0 if regions is None else regions.double()
     key_entropy = torch.special.entr(received).sum(-1) - by_mask
@@ -230,6 +264,7 @@ def per_head_divergence(divergence: Tensor, *, symmetrize: bool = False) -> Tens
 
     Source: this library's definition for the head diversity of arXiv:2205.13543.
     """
+    _checks.has_rank("per_head_divergence", "divergence", divergence, 3)
     if symmetrize:
         divergence = (divergence + divergence.transpose(-1, -2)) / 2
     return (

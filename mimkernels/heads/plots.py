@@ -172,10 +172,16 @@ def plot_cka(
 
 
 def _named(recorded: HeadStatistics | Mapping[str, HeadStatistics]) -> dict[str, HeadStatistics]:
-    named = {"": recorded} if isinstance(recorded, HeadStatistics) else dict(recorded)
+    named = dict(recorded) if isinstance(recorded, Mapping) else {"": recorded}
     if not named:
         raise ValueError("nothing to plot: no statistics given")
     for name, seen in named.items():
+        if not isinstance(seen, HeadStatistics):
+            raise TypeError(
+                f"HeadStatistics, or several by name, are drawn, got {type(seen).__name__}"
+                + (f" by the name {name!r}" if name else "")
+                + "; of what capture gives these are its `statistics`"
+            )
         if not seen.layers:
             raise ValueError(f"nothing to plot: {name or 'these statistics'} recorded no layer")
     return named

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -242,13 +243,13 @@ PRESETS: dict[str, Preset] = {
 def find_preset(preset: str | Preset) -> Preset:
     if isinstance(preset, Preset):
         return preset
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
     return PRESETS[preset]
 
 
 def find_quantity(name: str) -> Quantity:
-    if name not in QUANTITIES:
+    if not isinstance(name, str) or name not in QUANTITIES:
         raise ValueError(f"unknown quantity {name!r}; known: {', '.join(QUANTITIES)}")
     return QUANTITIES[name]
 
@@ -265,9 +266,11 @@ def required_stats(wanted: str | Preset | Iterable[str | Preset]) -> tuple[str, 
     Raises:
         ValueError: an unknown name; lists the known ones.
     """
-    wanted = (wanted,) if isinstance(wanted, str | Preset) else tuple(wanted)
+    wanted = (wanted,) if isinstance(wanted, str | Preset) or not isinstance(wanted, Iterable) else tuple(wanted)
     names: list[str] = []
     for item in wanted:
+        if not isinstance(item, str | Preset):
+            raise TypeError(f"a preset or quantity is a str or a Preset, got {type(item).__name__} {item!r:.60}")
         if isinstance(item, Preset) or item in PRESETS:
             names.extend(find_preset(item).quantities)
         elif item in QUANTITIES:
@@ -301,7 +304,11 @@ def patch_grid_positions(
     Raises:
         ValueError: an unknown unit, an empty grid, or "pixel" without ``patch_size``.
     """
-    sizes = (grid, grid) if isinstance(grid, int) else tuple(int(size) for size in grid)
+    for name, value in (("grid", grid), ("patch_size", patch_size)):
+        several = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+        if not all(isinstance(size, Real) for size in several) and not (name == "patch_size" and value is None):
+            raise TypeError(f"{name} must be a number or one for each axis, got {type(value).__name__} {value!r:.60}")
+    sizes = tuple(int(size) for size in grid) if isinstance(grid, Sequence) else (int(grid), int(grid))
     if not 1 <= len(sizes) <= 3 or min(sizes) < 1:
         raise ValueError(f"grid must have 1 to 3 axes of at least one patch, got {grid}")
     if unit not in UNITS:
@@ -310,7 +317,7 @@ def patch_grid_positions(
     if unit == "pixel":
         if patch_size is None:
             raise ValueError("positions in pixels need patch_size, got None")
-        steps = (patch_size,) * len(sizes) if isinstance(patch_size, int) else tuple(patch_size)
+        steps = tuple(patch_size) if isinstance(patch_size, Sequence) else (patch_size,) * len(sizes)
         if len(steps) != len(sizes) or min(steps) <= 0:
             raise ValueError(f"patch_size {patch_size} does not fit the grid {sizes}: one positive size per axis")
     elif unit == "unit":

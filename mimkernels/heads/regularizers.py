@@ -31,7 +31,11 @@ def parse_regularizers(terms: str | Iterable[str]) -> dict[str, float]:
             not a finite number.
     """
     weights: dict[str, float] = {}
+    if not isinstance(terms, Iterable):
+        raise TypeError(f"regularisers must be name=weight, one or several, got {type(terms).__name__}")
     for term in terms.split(",") if isinstance(terms, str) else terms:
+        if not isinstance(term, str):
+            raise TypeError(f"a regulariser must be a str name=weight, got {type(term).__name__}")
         name, equals, number = (part.strip() for part in term.partition("="))
         if not equals:
             raise ValueError(f"regulariser {term!r} must be name=weight, such as entropy=1e-3")
@@ -73,7 +77,12 @@ def regularization_loss(
     Raises:
         ValueError: an unknown statistic, one that was not captured, or no layer.
     """
-    layers = [stats] if isinstance(stats, Mapping) else list(stats)
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"weights must be numbers by statistic, got {type(weights).__name__}")
+    layers = [stats] if isinstance(stats, Mapping) else list(stats) if isinstance(stats, Sequence) else [stats]
+    for layer in layers:
+        if not isinstance(layer, Mapping):
+            raise TypeError(f"stats must be tensors by statistic, or a sequence of those, got {type(layer).__name__}")
     if not layers:
         raise ValueError("a regulariser needs the statistics of at least one layer, got none")
     terms = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -27,6 +26,7 @@ from mimkernels.heads.presets import (
 )
 from mimkernels.nn.processes import distributed, gather_objects
 from mimkernels.ops import AttentionOutput, head_divergence, received_attention
+from mimkernels.ops._checks import count, integer, is_tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -108,19 +108,27 @@ class HeadStatistics:
         exact_eps: bool = False,
         grid: Sequence[int] | None = None,
     ) -> None:
-        chosen = [find_preset(item) for item in ((presets,) if isinstance(presets, str | Preset) else presets)]
-        if isinstance(quantities, str):
-            raise TypeError(f"quantities must be a sequence of names, got the string {quantities!r}")
+        given = (presets,) if isinstance(presets, str | Preset) else presets
+        for argument, names in (("presets", given), ("quantities", quantities)):
+            if isinstance(names, str | Tensor) or not isinstance(names, Iterable):
+                raise TypeError(f"{argument} must be a sequence of names, got {type(names).__name__} {names!r:.60}")
+        chosen = [find_preset(item) for item in given]
         wanted = [*(name for preset in chosen for name in preset.quantities), *quantities]
         self.names: tuple[str, ...] = tuple(dict.fromkeys(find_quantity(name).name for name in wanted))
         if not self.names:
             raise ValueError("HeadStatistics needs at least one preset or quantity; see PRESETS and QUANTITIES")
         self.presets = tuple(preset.name for preset in chosen)
-        self.num_prefix = operator.index(num_prefix)
+        self.num_prefix = integer("HeadStatistics", "num_prefix", num_prefix)
+        if not isinstance(unit, str | None) or not isinstance(exclude_prefix, bool | None):
+            raise TypeError(
+                f"unit must be a str and exclude_prefix a bool, got {unit!r:.60} and {exclude_prefix!r:.60}"
+            )
         self.unit: str = _agreed("unit", unit, chosen, default="patch")
         self.exclude_prefix: bool = _agreed("exclude_prefix", exclude_prefix, chosen, default=True)
         self.symmetrize = bool(symmetrize)
         self.exact_eps = bool(exact_eps)
+        if grid is not None and (not isinstance(grid, Sequence) or isinstance(grid, str) or len(grid) != 2):
+            raise TypeError(f"grid must be (rows, columns) of patches, got {grid!r:.60}")
         self.grid = None if grid is None else (int(grid[0]), int(grid[1]))
         self.eps = next((preset.eps for preset in chosen if preset.eps), 1e-6)
         if self.num_prefix < 0:
@@ -186,7 +194,10 @@ class HeadStatistics:
             ValueError: something that a recorded quantity needs is missing, or shapes disagree with each other or
                 with earlier batches.
         """
-        layer = operator.index(layer)
+        layer = integer("HeadStatistics", "layer", layer)
+        count("HeadStatistics", "windows", windows)
+        if not isinstance(stats, AttentionOutput | Mapping):
+            raise TypeError(f"stats must be what attention returned, or its stats, got {type(stats).__name__}")
         if layer < 0:
             raise ValueError(f"layers are numbered from 0, got {layer}")
         if isinstance(stats, AttentionOutput):
@@ -292,6 +303,7 @@ class HeadStatistics:
         crossed = crossed and all(item.name == "head_divergence" for item in self._quantities() if "k" in item.inputs)
         for name in self.inputs:
             tensor = given[name]
+            is_tensor("HeadStatistics", name, tensor)
             assert tensor is not None
             wide = name in ("tokens", "output")
             if tensor.dim() != (4 if name in "qkv" else 3):
@@ -353,6 +365,8 @@ class HeadStatistics:
         Raises:
             ValueError: the two were set up differently, or a layer has different head counts.
         """
+        if not isinstance(other, HeadStatistics):
+            raise TypeError(f"HeadStatistics are merged with HeadStatistics, got {type(other).__name__}")
         if self._settings() != other._settings():
             differ = {key: (value, other._settings()[key]) for key, value in self._settings().items()}
             differ = {key: pair for key, pair in differ.items() if pair[0] != pair[1]}
@@ -384,10 +398,14 @@ class HeadStatistics:
         mine = {number: (layer.heads, layer.images) for number, layer in self._layers.items()}
         heads: dict[int, int] = {}
         images: dict[int, int] = {}
-        for number, (count, some) in (item for process in gather_objects(mine, group) for item in process.items()):
+        for number, (heads_there, some) in (
+            item for process in gather_objects(mine, group) for item in process.items()
+        ):
             images[number] = images.get(number, 0) + some
-            if heads.setdefault(number, count) != count:
-                raise ValueError(f"layer {number} has {heads[number]} heads in one process and {count} in another")
+            if heads.setdefault(number, heads_there) != heads_there:
+                raise ValueError(
+                    f"layer {number} has {heads[number]} heads in one process and {heads_there} in another"
+                )
         if not heads:
             return total
         device = (
@@ -437,7 +455,7 @@ class HeadStatistics:
     def _of_layers(self, name: str, values: Callable[[_Layer], Tensor]) -> list[Tensor]:
         """The columns of one quantity in ``values`` of every layer."""
         if name not in self.names:
-            raise ValueError(f"{name!r} was not recorded; recorded: {', '.join(self.names)}")
+            raise ValueError(f"{name!r:.60} was not recorded; recorded: {', '.join(self.names)}")
         layers = [self._layers[number] for number in self.layers]
         return [values(layer)[self._places(layer)[name]] for layer in layers]
 
@@ -551,6 +569,8 @@ class HeadStatistics:
         Raises:
             ValueError: another format, or a layer without one of the quantities.
         """
+        if not isinstance(data, Mapping):
+            raise TypeError(f"head statistics are read from what to_dict gave, got {type(data).__name__}")
         if data.get("format") != 1:
             raise ValueError(f"head statistics of format {data.get('format')!r} are not known; this library writes 1")
         statistics = cls._from_settings(data)

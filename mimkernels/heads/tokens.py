@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mimkernels.ops import _checks
+
 __all__ = ["high_frequency", "relative_log_amplitude", "token_similarity"]
 
 
@@ -24,7 +26,7 @@ def token_similarity(tokens: Tensor, num_prefix: int = 0) -> Tensor:
 
     Source: the cosine similarity of tokens in arXiv:2305.00729.
     """
-    x = tokens[:, num_prefix:].float()
+    x = _patches("token_similarity", tokens, num_prefix)
     count = x.shape[1]
     norms: Tensor = torch.linalg.vector_norm(x, dim=-1)  # [B, N]
     scales = norms.clamp(min=1e-12).reciprocal()
@@ -53,17 +55,27 @@ def relative_log_amplitude(tokens: Tensor, grid: Sequence[int] | None = None, nu
 
     Source: arXiv:2305.00729 and arXiv:2202.06709, whose code adds 1e-6.
     """
-    return _relative_log_amplitude(tokens[:, num_prefix:].float(), grid, highest=False)
+    return _relative_log_amplitude(_patches("relative_log_amplitude", tokens, num_prefix), grid, highest=False)
 
 
 def high_frequency(tokens: Tensor, grid: Sequence[int] | None = None, num_prefix: int = 0) -> Tensor:
     """The last of what ``relative_log_amplitude`` gives, ``[B]`` fp32: the highest frequency alone."""
-    return _relative_log_amplitude(tokens[:, num_prefix:].float(), grid, highest=True)[:, -1]
+    return _relative_log_amplitude(_patches("high_frequency", tokens, num_prefix), grid, highest=True)[:, -1]
+
+
+def _patches(op: str, tokens: Tensor, num_prefix: int) -> Tensor:
+    """The patch tokens in fp32."""
+    _checks.has_rank(op, "tokens", tokens, 3)
+    _checks.is_real(op, "tokens", tokens)
+    _checks.prefix_count(op, num_prefix, tokens.shape[1])
+    return tokens[:, num_prefix:].float()
 
 
 def _relative_log_amplitude(x: Tensor, grid: Sequence[int] | None, *, highest: bool) -> Tensor:
     """``[B, F]`` of patches ``[B, N, D]``; `highest`: of frequency 0 and the highest one."""
     side = math.isqrt(x.shape[1])
+    if grid is not None and (not isinstance(grid, Sequence) or len(grid) != 2):
+        raise ValueError(f"grid must be (rows, columns) of patches, got {grid!r}")
     rows, columns = (side, side) if grid is None else grid
     if rows * columns != x.shape[1]:
         raise ValueError(f"{x.shape[1]} patches do not fill a grid of {rows} x {columns}")

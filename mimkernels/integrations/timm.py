@@ -193,7 +193,12 @@ def restore(model: nn.Module) -> int:
 
     Returns:
         how many modules were given their class back.
+
+    Raises:
+        TypeError: `model` is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"restore takes a module, got {type(model).__name__}")
     marked = [module for module in model.modules() if MARK in module.__dict__]
     for module in marked:
         change_back(module)

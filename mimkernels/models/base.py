@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any, Self
 
 import torch
@@ -12,7 +13,7 @@ from mimkernels.models.architecture import check_architecture, check_sizes
 from mimkernels.nn.attention import attention_layers
 from mimkernels.nn.recorder import LayerRecorder
 
-__all__ = ["COMPUTED_BY", "WEIGHT_KWARGS", "ImageModel", "check_computed_by"]
+__all__ = ["COMPUTED_BY", "WEIGHT_KWARGS", "ImageModel", "check_computed_by", "check_integers", "check_numbers"]
 
 COMPUTED_BY = ("mimkernels", "timm")
 
@@ -209,3 +210,19 @@ def check_computed_by(**choices: str) -> None:
     for name, value in choices.items():
         if value not in COMPUTED_BY:
             raise ValueError(f"{name} must be one of {', '.join(COMPUTED_BY)}, got {value!r}")
+
+
+def check_numbers(**given: object) -> None:
+    """Refuse what is no number, by name."""
+    _check_kind(Real, "a number", given)
+
+
+def check_integers(**given: object) -> None:
+    """Refuse what is no integer, by name."""
+    _check_kind(Integral, "an integer", given)
+
+
+def _check_kind(kind: type, wanted: str, given: Mapping[str, object]) -> None:
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise TypeError(f"{name} must be {wanted}, got {type(value).__name__} {value!r:.60}")

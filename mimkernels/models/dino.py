@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mimkernels.models.base import ImageModel, check_computed_by
+from mimkernels.models.base import ImageModel, check_computed_by, check_numbers
 from mimkernels.models.checkpoint import CheckpointReport, copy_by_name, read_file, weights_of
 from mimkernels.models.masked_encoders import compute_by, encode, family_of, readout
 from mimkernels.models.momentum import copy_without_gradients, feature_std, follow
@@ -150,6 +150,7 @@ class DINO(ImageModel):
                 "such as 'vit_small_patch16_224'"
             )
         check_computed_by(attention=attention, mlp=mlp, block=block)
+        check_numbers(student_temp=student_temp, teacher_temp=teacher_temp, center_momentum=center_momentum)
         for name, size in (("prototypes", prototypes), ("mlp_dim", mlp_dim), ("bottleneck_dim", bottleneck_dim)):
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name} must be a positive integer, got {size!r}")

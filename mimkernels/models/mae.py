@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mimkernels.models.base import ImageModel, check_computed_by
+from mimkernels.models.base import ImageModel, check_computed_by, check_integers, check_numbers
 from mimkernels.models.checkpoint import CheckpointReport, copy_by_name, read_weights
 from mimkernels.models.decoder import DecoderBlock, FusedDecoderBlock
 from mimkernels.models.pictures import Pictures, pictures_of
@@ -119,6 +119,8 @@ class MAE(ImageModel):
         super().__init__()
         check_encoder(encoder)
         check_computed_by(attention=attention, mlp=mlp, block=block)
+        check_integers(decoder_dim=decoder_dim, decoder_depth=decoder_depth, decoder_heads=decoder_heads)
+        check_numbers(mask_ratio=mask_ratio)
         for name, size in (("decoder_dim", decoder_dim), ("decoder_depth", decoder_depth)):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")

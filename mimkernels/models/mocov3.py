@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mimkernels.models.base import ImageModel, check_computed_by
+from mimkernels.models.base import ImageModel, check_computed_by, check_integers, check_numbers
 from mimkernels.models.checkpoint import CheckpointReport, copy_by_name, read_file, weights_of
 from mimkernels.models.masked_encoders import ViT, compute_by, create_masked_encoder, encode, family_of, readout
 from mimkernels.models.momentum import copy_without_gradients, feature_std, follow, gather
@@ -91,6 +91,8 @@ class MoCoV3(ImageModel):
         super().__init__()
         self._family = family_of(encoder)
         check_computed_by(attention=attention, mlp=mlp, block=block)
+        check_integers(mlp_dim=mlp_dim, out_dim=out_dim)
+        check_numbers(temperature=temperature)
         if not (temperature > 0 and math.isfinite(temperature)):
             raise ValueError(f"temperature must be positive and finite, got {temperature}")
         for name, width in (("mlp_dim", mlp_dim), ("out_dim", out_dim)):

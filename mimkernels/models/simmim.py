@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mimkernels.models.base import ImageModel, check_computed_by
+from mimkernels.models.base import ImageModel, check_computed_by, check_numbers
 from mimkernels.models.checkpoint import CheckpointReport, read_weights
 from mimkernels.models.masked_encoders import compute_by, create_masked_encoder, family_of
 from mimkernels.models.pictures import Pictures, pictures_of
@@ -102,7 +102,8 @@ class SimMIM(ImageModel):
         super().__init__()
         self._family = family_of(encoder)
         check_computed_by(attention=attention, mlp=mlp)
-        if loss not in _LOSSES:
+        check_numbers(mask_ratio=mask_ratio)
+        if not isinstance(loss, str) or loss not in _LOSSES:
             raise ValueError(f"loss must be one of {', '.join(_LOSSES)}, got {loss!r}")
         self._set_encoder(encoder)
         self.encoder_stride = self._family.stride(encoder)

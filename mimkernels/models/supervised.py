@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mimkernels.models.base import ImageModel, check_computed_by
+from mimkernels.models.base import ImageModel, check_computed_by, check_integers, check_numbers
 from mimkernels.models.checkpoint import CheckpointReport, copy_by_name, read_weights
 from mimkernels.models.masked_encoders import compute_by, create_masked_encoder, encode, family_of, readout
 
@@ -71,6 +71,8 @@ class Supervised(ImageModel):
         super().__init__()
         self._family = family_of(encoder)
         check_computed_by(attention=attention, mlp=mlp, block=block)
+        check_integers(num_classes=num_classes)
+        check_numbers(label_smoothing=label_smoothing)
         if num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, got {num_classes}")
         if not 0 <= label_smoothing < 1:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mimkernels.nn.sdpa import Patches, compute_dtype, tell_patches
 from mimkernels.ops import gather_tokens, patchify_gather
+from mimkernels.ops._checks import has_rank
 
 __all__ = ["embed_visible"]
 
@@ -39,6 +40,9 @@ def embed_visible(
         ``[B, P + K, D]``. Under autocast the GEMM runs in autocast's dtype and the tokens have the dtype of
         the positions and prefix tokens, as plain PyTorch's promotion gives.
     """
+    if not isinstance(proj, nn.Conv2d):
+        raise TypeError(f"embed_visible: proj must be a torch.nn.Conv2d, got {type(proj).__name__}")
+    has_rank("embed_visible", "images", images, 4)
     grid = tuple(size // patch for size, patch in zip(images.shape[2:], proj.kernel_size, strict=True))
     tell_patches(proj, Patches(images.shape[0], grid, proj.kernel_size, ids))
     if ids is None:

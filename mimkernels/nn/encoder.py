@@ -311,8 +311,8 @@ def _has_parameters(module: nn.Module | None) -> bool:
 
 
 def _as_pair(value: int | Sequence[int], what: str) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(size, int) and size > 0 for size in pair):
+    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
+    if len(pair) != 2 or not all(type(size) is int and size > 0 for size in pair):
         raise ValueError(f"{what} must be a positive integer or (height, width), got {value!r}")
     return pair
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimkernels.nn.positions import sincos_positions_2d
-from mimkernels.ops import attention, attention_rows, query_pool, reduce_pool, weighted_pool
+from mimkernels.ops import _checks, attention, attention_rows, query_pool, reduce_pool, weighted_pool
 
 __all__ = ["Pooling", "build_pooling", "cls_attention", "poolings"]
 
@@ -45,6 +45,8 @@ class Pooling(nn.Module):
 
     def __init__(self, dim: int, num_prefix: int, out_dim: int | None = None) -> None:
         super().__init__()
+        _checks.integer(self.name, "dim", dim)
+        _checks.integer(self.name, "num_prefix", num_prefix)
         if dim < 1 or num_prefix < 0:
             raise ValueError(f"{self.name}: dim must be at least 1 and num_prefix at least 0, got {dim}, {num_prefix}")
         if self.needs_cls_token and num_prefix < 1:
@@ -73,6 +75,7 @@ class Pooling(nn.Module):
         Raises:
             ValueError: tokens or attention do not fit; or this pooling gives no weights.
         """
+        _checks.is_tensor(self.name, "tokens", x)
         if x.dim() != 3 or x.shape[2] != self.dim or x.shape[1] <= self.num_prefix:
             raise ValueError(
                 f"{self.name}: tokens must be [B, N, {self.dim}] with more than {self.num_prefix} prefix tokens, "
@@ -81,6 +84,7 @@ class Pooling(nn.Module):
         if self.needs_cls_attention:
             if cls_attention is None:
                 raise ValueError(f"{self.name} needs cls_attention [B, H, N], got None")
+            _checks.is_tensor(self.name, "cls_attention", cls_attention)
             if cls_attention.dim() != 3 or cls_attention.shape[::2] != x.shape[:2]:
                 raise ValueError(
                     f"{self.name}: cls_attention must be [{x.shape[0]}, H, {x.shape[1]}], "
@@ -536,6 +540,8 @@ def build_pooling(name: str, dim: int, num_prefix: int, **options: Any) -> Pooli
     Raises:
         ValueError: an unknown name or option (lists the known ones), or a value that does not fit.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"a pooling is named by a str, got {type(name).__name__}; known: {', '.join(_POOLINGS)}")
     if name not in _POOLINGS:
         close = difflib.get_close_matches(name, _POOLINGS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""

@@ -1,7 +1,11 @@
 """Fixed sine-cosine positions."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from mimkernels.ops._checks import count, integer
 
 __all__ = ["sincos_positions_2d"]
 
@@ -19,6 +23,11 @@ def sincos_positions_2d(dim: int, grid: tuple[int, int], num_prefix: int = 0) ->
 
     Source: arXiv:2111.06377 and its code; frequencies 10000^(-4k/D), k = 0 ... D/4 - 1.
     """
+    op = "sincos_positions_2d"
+    integer(op, "dim", dim)
+    count(op, "num_prefix", num_prefix)
+    if not isinstance(grid, Sequence) or len(grid) != 2 or not all(isinstance(size, int) and size > 0 for size in grid):
+        raise ValueError(f"{op}: grid must be (rows, columns) of patches, got {grid!r}")
     if dim <= 0 or dim % 4 != 0:
         raise ValueError(f"2-D sine-cosine positions need a width that is a multiple of 4, got {dim}")
     rows, columns = grid

@@ -279,7 +279,10 @@ def use_backend(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: no backend has that name.
+        TypeError: `name` is no str.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"a backend is named by a str, got {type(name).__name__}")
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; known: auto, {', '.join(BACKENDS)}")
     traced = torch.compiler.is_compiling()

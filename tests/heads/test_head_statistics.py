@@ -208,7 +208,7 @@ def test_refusals_name_what_is_missing():
     ):
         with pytest.raises(ValueError, match=told):
             make()
-    with pytest.raises(TypeError, match="the string 'entropy'"):
+    with pytest.raises(TypeError, match="quantities must be a sequence of names, got str 'entropy'"):
         HeadStatistics(quantities="entropy")
     seen = HeadStatistics(quantities=["entropy", "nmi"], num_prefix=1)
     stats = {"entropy": rows, "patch_entropy": rows, "patch_mass": rows}

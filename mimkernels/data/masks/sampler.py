@@ -16,6 +16,7 @@ from mimkernels.data.masks.blocks import IBOT, Block, BlockExact, DINOv2, Invers
 from mimkernels.data.masks.multiblock import Multiblock, Multiblock3d
 from mimkernels.data.masks.regular import AttentionGuided, Random, Tube, Uniform, Unit
 from mimkernels.data.masks.strategy import Draw, Strategy, Wanted, by, is_count
+from mimkernels.ops._registry import BACKENDS
 
 #: The strategies by name.
 STRATEGIES: dict[str, type[Strategy]] = {
@@ -75,7 +76,7 @@ class MaskSampler:
         backend: str = "auto",
         **options: Any,
     ) -> None:
-        kind = STRATEGIES.get(strategy)
+        kind = STRATEGIES.get(strategy) if isinstance(strategy, str) else None
         if kind is None:
             raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
         if not isinstance(grid, Sequence) or not all(is_count(side) and 1 <= side <= _LONGEST_SIDE for side in grid):
@@ -98,6 +99,15 @@ class MaskSampler:
         self._backend = backend
         if not kind.on_device:
             _module(strategy, backend)
+        elif not isinstance(backend, str) or backend not in ("auto", *BACKENDS):
+            raise ValueError(f"{strategy}: backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+        given = {"ratio": ratio, "count": count, **options}
+        self._given = {name: value for name, value in given.items() if value is not None}
+
+    def __repr__(self) -> str:
+        stream = {"stream": self._stream} if self._stream else {}
+        options = "".join(f", {name}={value!r}" for name, value in {**self._given, **stream}.items())
+        return f"MaskSampler({self.grid}, {self.strategy!r}{options})"
 
     @classmethod
     def for_images(
@@ -192,11 +202,12 @@ class MaskSampler:
                 got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
                 raise ValueError(f"{self.strategy} needs scores {wanted}, one per patch, got {got}")
         elif scores is not None:
-            raise ValueError(f"{self.strategy} takes no scores, got {list(scores.shape)}")
+            got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(f"{self.strategy} takes no scores, got {got}")
 
 
 def _module(strategy: str, backend: str) -> Any:
-    if backend not in ("auto", "cpu", "reference"):
+    if not isinstance(backend, str) or backend not in ("auto", "cpu", "reference"):
         raise ValueError(f"{strategy}: backend must be auto, cpu or reference, got {backend!r}")
     module = None if backend == "reference" else native.module()
     if module is None and backend == "cpu":
@@ -219,7 +230,7 @@ def _samples(batch: Any) -> tuple[np.ndarray, bool]:
 
 
 def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(pair) != 2 or not all(is_count(side) and side > 0 for side in pair):
         raise ValueError(f"{name} must be a positive integer or (height, width), got {value!r}")
     return pair

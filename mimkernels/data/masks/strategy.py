@@ -114,8 +114,9 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def at_least(name: str, option: str, value: Any, least: int) -> int:
-    if not is_count(value) or value < least:
-        raise ValueError(f"{name}: {option} must be an integer of at least {least}, got {value!r}")
+    if not is_count(value) or not least <= value < _MOST:
+        most = f" and below {_MOST}" if is_count(value) and value >= _MOST else ""
+        raise ValueError(f"{name}: {option} must be an integer of at least {least}{most}, got {value!r}")
     return int(value)
 
 
@@ -141,4 +142,5 @@ def one_of(name: str, option: str, value: Any, choices: Sequence[str]) -> str:
     return str(value)
 
 
+_MOST = 2**31
 ASPECTS = (1e-3, 1e3)  # aspect ratios (height over width) that any option may have
