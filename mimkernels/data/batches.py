@@ -183,7 +183,7 @@ def collate(samples: list[Sample]) -> Batch:
     if len(pixels) < len(samples):
         return Batch(None, broken)
     targets = [sample.target for sample in samples if sample.target is not None]
-    return Batch(stacked(pixels), broken, torch.tensor(targets, dtype=torch.int64) if targets else None)
+    return Batch(stacked(pixels), broken, torch.tensor(targets, dtype=torch.int64, device="cpu") if targets else None)
 
 
 def stacked(pixels: Sequence[Pixels]) -> Pixels:
@@ -308,4 +308,4 @@ def picture_batch(source: Source, augmentation: Augmentation, count: int) -> tup
         with contextlib.suppress(*UNREADABLE):
             chosen.append(augmentation.plain(source.read(index)))
             numbers.append(index)
-    return torch.stack(chosen) if chosen else torch.empty(0), numbers
+    return torch.stack(chosen) if chosen else torch.empty(0, device="cpu"), numbers

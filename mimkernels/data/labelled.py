@@ -69,7 +69,7 @@ class EncoderImages(Dataset):
 def collate_images(samples: list[tuple[torch.Tensor | None, int, str]]) -> EncoderBatch:
     read = [(image, position) for image, position, _ in samples if image is not None]
     broken = [(position, reason) for image, position, reason in samples if image is None]
-    positions = torch.tensor([position for _, position in read], dtype=torch.int64)
+    positions = torch.tensor([position for _, position in read], dtype=torch.int64, device="cpu")
     return EncoderBatch(torch.stack([image for image, _ in read]) if read else None, positions, broken)
 
 

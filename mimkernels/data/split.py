@@ -69,12 +69,14 @@ def open_split(config: SplitChoice, pixel_range: str = "auto") -> Split:
     numbers, classes = train.targets()
     if len(classes) < 2:
         raise ValueError(f"{train.name!r} has {len(classes)} class: at least 2 are needed")
-    targets = torch.tensor(numbers, dtype=torch.int64)
+    targets = torch.tensor(numbers, dtype=torch.int64, device="cpu")
     everything = np.arange(len(train))
     if test is not None:
         split = (
             LabelledImages(train, everything, targets),
-            LabelledImages(test, np.arange(len(test)), torch.tensor(class_numbers(test, train.name, classes))),
+            LabelledImages(
+                test, np.arange(len(test)), torch.tensor(class_numbers(test, train.name, classes), device="cpu")
+            ),
         )
     else:
         held_out = _held_out(train, targets, config.val_share)

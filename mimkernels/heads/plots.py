@@ -215,7 +215,7 @@ def _draw(axes: Axes, seen: HeadStatistics, quantity: str, color: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
     mean = seen.mean(quantity)  # [layers, H]
-    layers = torch.tensor(seen.layers, dtype=torch.float64)
+    layers = torch.tensor(seen.layers, dtype=torch.float64, device="cpu")
     if mean.shape[1] > 1:
         x = layers[:, None].expand_as(mean).flatten()
         axes.scatter(x, mean.flatten(), s=30, color=color, alpha=0.55, linewidths=0.5, edgecolors="white", zorder=2)

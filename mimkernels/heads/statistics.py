@@ -477,7 +477,7 @@ class HeadStatistics:
     def layer_mean(self, name: str) -> Tensor:
         """Mean over images and heads, ``[layers]`` float64. For head divergence, the mean over ordered pairs."""
         means = [heads.mean() for heads in self._of_layers(name, _Layer.means)]
-        return torch.stack(means) if means else torch.zeros(0, dtype=torch.float64)
+        return torch.stack(means) if means else torch.zeros(0, dtype=torch.float64, device="cpu")
 
     def beyond_cls(self) -> Tensor:
         """``[layers, 8]`` float64: the preset ``beyond_cls`` in its published order, means over images and heads.
@@ -583,7 +583,7 @@ class HeadStatistics:
             counts = [layer[name].get("images", [images] * len(layer[name]["sum"])) for name in statistics.names]
             sums.append([count for columns in counts for count in columns])
             statistics._layers[int(number)] = _Layer(
-                int(layer["heads"]), images, torch.tensor(sums, dtype=torch.float64)
+                int(layer["heads"]), images, torch.tensor(sums, dtype=torch.float64, device="cpu")
             )
         return statistics
 
@@ -605,7 +605,7 @@ def _agreed(setting: str, given: Any, presets: Sequence[Preset], *, default: Any
 
 def _stacked(rows: list[Tensor]) -> Tensor:
     if not rows:
-        return torch.zeros(0, 0, dtype=torch.float64)
+        return torch.zeros(0, 0, dtype=torch.float64, device="cpu")
     widest = max(len(row) for row in rows)
     return torch.stack([torch.nn.functional.pad(row, (0, widest - len(row)), value=torch.nan) for row in rows])
 

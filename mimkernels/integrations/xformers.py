@@ -133,9 +133,9 @@ class BlockDiagonalMask:
         self, shape: Sequence[int], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> Tensor:
         """The bias that this mask stands for, ``[..., total queries, total keys]``: 0 within a sequence, else -inf."""
-        of_query = torch.arange(len(self.q_seqlen)).repeat_interleave(torch.tensor(self.q_seqlen))
-        of_key = torch.arange(len(self.kv_seqlen)).repeat_interleave(torch.tensor(self.kv_seqlen))
-        bias = torch.zeros(len(of_query), len(of_key), dtype=dtype)
+        queries, keys = (torch.tensor(lengths, device="cpu") for lengths in (self.q_seqlen, self.kv_seqlen))
+        of_query, of_key = (torch.arange(len(n), device="cpu").repeat_interleave(n) for n in (queries, keys))
+        bias = torch.zeros(len(of_query), len(of_key), dtype=dtype, device="cpu")
         bias.masked_fill_(of_query[:, None] != of_key, float("-inf"))
         return bias.to(device).expand(*shape)
 

@@ -110,7 +110,7 @@ def _is_plain(table: Tensor | None, axes: int) -> TypeGuard[Tensor]:
 def _coordinates(window: _Window, scaled_by: _Window) -> Tensor:
     """``[1, 2h - 1, 2w - 1, 2]``: ``sign(c) log2(8 |c| / (s - 1) + 1) / 3`` of relative positions c, windows s."""
     axes = [
-        torch.arange(1 - side, side, dtype=torch.float32) / max(scale - 1, 1)
+        torch.arange(1 - side, side, dtype=torch.float32, device="cpu") / max(scale - 1, 1)
         for side, scale in zip(window, scaled_by, strict=True)
     ]
     scaled = 8 * torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)[None]

@@ -274,7 +274,7 @@ def _per_channel(
 def numbers_on(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
     """``[len(values)]``: a few numbers of the host on a device, filled in there: to copy them would wait for it."""
     if device.type == "cpu":
-        return torch.tensor(values, dtype=dtype)
+        return torch.tensor(values, dtype=dtype, device=device)
     numbers = torch.empty(len(values), dtype=dtype, device=device)
     for place, value in enumerate(values):
         numbers[place : place + 1].fill_(value)

@@ -108,7 +108,7 @@ class Multiblock(Strategy):
             overlap=self.overlap,
         )
         flat, keep = _to_the_smallest(context.reshape(-1, self.tokens), draw, self.truncate, self.tokens)
-        rows, columns = (torch.arange(side) for side in target)
+        rows, columns = (torch.arange(side, device="cpu") for side in target)
         top, left = torch.from_numpy(corners.astype(np.int64)).unbind(-1)  # [B, T] each
         row = (top[..., None] + rows)[..., :, None]
         ids = row * self.grid[1] + (left[..., None] + columns)[..., None, :]  # [B, T, h, w]

@@ -30,13 +30,13 @@ Grid = tuple[int, int]
 def words(samples: np.ndarray, seed: int, epoch: int, purpose: int, first: int, blocks: int) -> np.ndarray:
     """``[n, 4 * blocks]`` words of Philox4x32-10 with key ``seed`` and counter (purpose + block, sample, epoch)."""
     low = 0xFFFFFFFF
-    block = torch.arange(purpose + first, purpose + first + blocks)
+    block = torch.arange(purpose + first, purpose + first + blocks, device="cpu")
     number = torch.from_numpy(samples.astype(np.int64))[:, None]
     counter = [
         block.expand(len(samples), -1),
         number.expand(-1, blocks),
-        torch.tensor(epoch & low),
-        torch.tensor(epoch >> 32),
+        torch.tensor(epoch & low, device="cpu"),
+        torch.tensor(epoch >> 32, device="cpu"),
     ]
     drawn = torch.stack(philox4x32(counter, (seed & low, seed >> 32)), dim=-1)
     return np.asarray(drawn.flatten(1))

@@ -156,10 +156,10 @@ def _noise(draw: Draw, tokens: int) -> Tensor:
     groups = -(-tokens // 4)
     samples = torch.from_numpy(draw.samples.astype(np.int64))[:, None]
     counter = [
-        torch.arange(groups).expand(len(samples), -1),
+        torch.arange(groups, device="cpu").expand(len(samples), -1),
         samples.expand(-1, groups),
-        torch.tensor(draw.offset & 0xFFFFFFFF),
-        torch.tensor(draw.offset >> 32),
+        torch.tensor(draw.offset & 0xFFFFFFFF, device="cpu"),
+        torch.tensor(draw.offset >> 32, device="cpu"),
     ]
     words = philox4x32(counter, (draw.seed & 0xFFFFFFFF, draw.seed >> 32))
     return torch.stack(words, dim=-1).flatten(1)[:, :tokens].to(device)
