@@ -138,6 +138,10 @@ class CKA:
         self._xx: Tensor | None = None  # [A]
         self._yy: Tensor | None = None  # [B]
 
+    def __repr__(self) -> str:
+        layers = "" if self._xy is None else f", {self._xy.shape[0]} x {self._xy.shape[1]} layers"
+        return f"CKA(tokens={self.tokens!r}{layers}, {self.batches} batches)"
+
     @torch.no_grad()
     def update(self, x: Sequence[Tensor], y: Sequence[Tensor] | None = None) -> None:
         """Add one batch.

@@ -73,7 +73,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Accelerated:
-    """What ``accelerate`` did, line by line; prints as a table."""
+    """What ``accelerate`` did, line by line; a table where it is printed or shown."""
 
     changes: list[Change]
     _classes: list[Any] = field(repr=False, compare=False)
@@ -99,7 +99,7 @@ class Accelerated:
     def __iter__(self) -> Iterator[Change]:
         return iter(self.changes)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         rows = [("module", "class", "now", "remarks")]
         rows += [(change.name or "(model)", change.kind, change.became or "-", change.reason) for change in self]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]

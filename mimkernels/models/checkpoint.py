@@ -30,8 +30,11 @@ class DamagedFileError(ValueError):
     """A file is not what was once written: cut short, or with changed bits."""
 
 
+_SHOWN = 8  # names of a report that are printed
+
+
 class CheckpointReport(NamedTuple):
-    """What a checkpoint held for a model.
+    """What a checkpoint held for a model; counts and the first names where it is printed.
 
     Attributes:
         loaded: names that were copied into the model.
@@ -44,6 +47,13 @@ class CheckpointReport(NamedTuple):
     missing: tuple[str, ...]
     left: tuple[str, ...] = ()
     resized: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.loaded)} weights loaded"]
+        for what, names in (("missing", self.missing), ("left", self.left), ("resized", self.resized)):
+            more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            lines.append(f"{len(names)} {what}" + (": " + ", ".join(names[:_SHOWN]) + more if names else ""))
+        return "\n".join(lines)
 
 
 def read_file(path: str | os.PathLike) -> Any:

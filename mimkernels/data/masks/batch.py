@@ -45,6 +45,13 @@ class MaskBatch:
     predict: Tensor | None = None
     most_masked: int | None = None
 
+    def __repr__(self) -> str:
+        """Shapes, where values would wait for the device and fill pages."""
+        parts = {name: getattr(self, name) for name in ("mask", "context", "targets", "predict")}
+        shapes = [f"{name} {list(part.shape)}" for name, part in parts.items() if part is not None]
+        kept = "masks of unequal counts" if self.tokens is None else f"{self.tokens.ids_keep.shape[1]} patches visible"
+        return f"MaskBatch({', '.join(shapes)}; {kept}; {self.mask.device})"
+
     def masked(self) -> Ragged:
         """The masked patches of the batch. Waits for the device."""
         return _ragged(self.mask)
