@@ -10,14 +10,16 @@ from torch import nn
 import mimkernels
 from mimkernels import heads
 from mimkernels.data.masks import MaskSampler
+from mimkernels.integrations.xformers import fmha, memory_efficient_attention
 from mimkernels.nn import build_pooling, embed_visible, sincos_positions_2d
 
 timm = pytest.importorskip("timm")
 
-from mimkernels.models import DINO, MAE, MoCoV3, SimMIM, Supervised  # noqa: E402
+from mimkernels.models import DINO, MAE, MoCoV3, SimMIM, Supervised, captured_step  # noqa: E402
+from mimkernels.nn import use_mimkernels_attention  # noqa: E402
 from tests.integrations import models as m  # noqa: E402
 
-ROWS, SQUARES = torch.rand(2, 3, 17), torch.rand(1, 8, 8)
+ROWS, SQUARES, PACKED, IMAGES = torch.rand(2, 3, 17), torch.rand(1, 8, 8), torch.rand(1, 10, 2, 8), torch.rand(2, 2)
 ENCODER = {"name": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
 
 
@@ -31,6 +33,22 @@ def statistics(quantity="entropy"):
 
 def sample(strategy="random", **arguments):
     return MaskSampler((4, 4), strategy).sample(2, 0, **arguments)
+
+
+def recordable():
+    model = timm.create_model(**{"model_name" if key == "name" else key: value for key, value in ENCODER.items()})
+    use_mimkernels_attention(model)
+    return model
+
+
+def xformers(query="query", value="value", **arguments):
+    q = PACKED if query == "query" else query
+    return memory_efficient_attention(q, PACKED, PACKED if isinstance(value, str) else value, **arguments)
+
+
+def clipped_by(norm):
+    model = nn.Linear(2, 2)
+    return captured_step(model, torch.optim.AdamW(model.parameters()), IMAGES, clip_grad=norm, stand_in=True)
 
 
 def backend(name):
@@ -160,6 +178,27 @@ CALLS = {
         TypeError,
         "got LayerHeads by the name 'blocks.0'; of what capture gives these are its `statistics`",
     ),
+    "heads to ablate": (
+        lambda: heads.ablate(m.vit(), None),
+        TypeError,
+        r"by layer, such as \{0: \[1\]\}, got NoneType",
+    ),
+    "a head to ablate": (lambda: heads.ablate(m.vit(), {0: 1}), ValueError, "layer 0 must be numbers from 0, got 1"),
+    "True to ablate": (lambda: heads.ablate(m.vit(), {0: [True]}), ValueError, r"must be numbers from 0, got \[True\]"),
+    "importance": (lambda: heads.head_importance(m.vit(), ROWS), TypeError, "forward must run the model, got Tensor"),
+    "record no model": (lambda: heads.record_heads(3), TypeError, "takes a module or several, got int"),
+    "record a number": (lambda: heads.record_heads(recordable(), 3), TypeError, "stats must be a sequence .*got int"),
+    "keep a number": (lambda: heads.record_heads(recordable(), keep=3), TypeError, "keep must be a sequence .*got int"),
+    "record, positions": (
+        lambda: heads.record_heads(recordable(), ["distance"], positions=3),
+        ValueError,
+        r"positions must be coordinates \[N, d\] .*got int",
+    ),
+    "record, positions of a row": (
+        lambda: heads.record_heads(recordable(), positions=torch.zeros(3)),
+        ValueError,
+        r"coordinates \[N, d\] .*got \[3\]",
+    ),
     # masks
     "strategy of a list": (
         lambda: MaskSampler((4, 4), ["random"]),
@@ -245,6 +284,20 @@ CALLS = {
         ValueError,
         "images must have 4 dimensions",
     ),
+    "xformers, no query": (lambda: xformers(None), TypeError, "query must be a torch.Tensor, got NoneType"),
+    "xformers, ranks": (lambda: xformers(value=PACKED[0]), ValueError, r"dimensions differ: .*value \[10, 2, 8\]"),
+    "xformers, lengths": (
+        lambda: xformers(value=PACKED[:, :3]),
+        ValueError,
+        r"as many as values.*value \[1, 3, 2, 8\]",
+    ),
+    "xformers, dtypes": (lambda: xformers(value=PACKED.double()), ValueError, "dtypes differ: .*value torch.float64"),
+    "xformers, dropout": (lambda: xformers(p=2.0), ValueError, "p must be a probability, from 0 to 1, got 2.0"),
+    "half a token": (lambda: fmha.BlockDiagonalMask([2.5]), TypeError, r"a sequence of integers, got \[2.5\]"),
+    "lengths of one number": (lambda: fmha.BlockDiagonalMask(3), TypeError, "a sequence of integers, got int"),
+    "captured, model": (lambda: captured_step(None, None, IMAGES), TypeError, "model must be a .*Module, got NoneType"),
+    "captured, clipping": (lambda: clipped_by(-1), ValueError, "clip_grad must be positive, got -1"),
+    "captured, clipping by text": (lambda: clipped_by("1"), TypeError, "clip_grad must be a number, got '1'"),
     "restore": (lambda: mimkernels.restore(None), TypeError, "restore takes a module, got NoneType"),
     "use_backend": (lambda: backend(["cpu"]), TypeError, "a backend is named by a str, got list"),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -54,8 +54,11 @@ def ablate(model: nn.Module, heads: Mapping[str | int, Sequence[int]], *, by: st
         raise TypeError(f"ablate takes a module, got {type(model).__name__}")
     if by not in REPLACEMENTS:
         raise ValueError(f"by must be one of {', '.join(REPLACEMENTS)}, got {by!r}")
+    if not isinstance(heads, Mapping):
+        raise TypeError(f"heads must be numbers of heads by layer, such as {{0: [1]}}, got {type(heads).__name__}")
     for layer, chosen in heads.items():
-        if isinstance(chosen, str) or not all(isinstance(head, int) and head >= 0 for head in chosen):
+        several = isinstance(chosen, Iterable) and not isinstance(chosen, str)
+        if not several or not all(type(head) is int and head >= 0 for head in chosen):
             raise ValueError(f"heads of layer {layer!r} must be numbers from 0, got {chosen!r}")
     return Ablation(unwrapped(model), {layer: sorted(set(chosen)) for layer, chosen in heads.items()}, by)
 
@@ -145,6 +148,8 @@ def head_importance(model: nn.Module, forward: Callable[[], Tensor], *, by: str 
 
         head_importance(model, lambda: model.forward_features(images))
     """
+    if not callable(forward):
+        raise TypeError(f"head_importance: forward must run the model, got {type(forward).__name__}")
     with ablate(model, {}) as layers:
         whole = forward().float()
     importance = {}

@@ -192,13 +192,20 @@ def record_heads(
     """
     from mimkernels.nn.attention import attention_layers  # needs timm, which capture does not
 
-    single = isinstance(model, nn.Module)
-    modules = [model] if isinstance(model, nn.Module) else list(model)
+    single = isinstance(model, nn.Module) or not isinstance(model, Iterable)
+    modules: list[Any] = [model] if isinstance(model, nn.Module) or not isinstance(model, Iterable) else list(model)
     for module in modules:
         if not isinstance(module, nn.Module):
             raise TypeError(f"record_heads takes a module or several, got {type(module).__name__}")
+    if positions is not None and (not isinstance(positions, Tensor) or positions.dim() not in (2, 3)):
+        got = list(positions.shape) if isinstance(positions, Tensor) else type(positions).__name__
+        raise ValueError(f"positions must be coordinates [N, d] or [B, N, d] in a tensor, got {got}")
     layers = attention_layers(*modules)
-    places = window_positions(modules, layers) if positions is None and "distance" in stats else positions
+    places = (
+        window_positions(modules, layers)
+        if positions is None and isinstance(stats, Iterable) and "distance" in stats
+        else positions
+    )
     names: dict[nn.Module, str] = {}
     for number, module in enumerate(map(unwrapped, modules)):
         for name, part in named_parts(module):

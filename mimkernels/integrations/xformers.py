@@ -7,7 +7,8 @@ DINOv2's code, and what descends from it, runs with one import changed, on CPU t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from mimkernels.nn.sdpa import has_own_rules
 from mimkernels.nn.sdpa.stand_in import scaled_dot_product_attention
+from mimkernels.nn.sdpa.translate import autocasts
 
 __all__ = [
     "BlockDiagonalMask",
@@ -53,8 +55,8 @@ class BlockDiagonalMask:
     """
 
     def __init__(self, q_seqlen: Sequence[int], kv_seqlen: Sequence[int] | None = None) -> None:
-        self.q_seqlen = [int(length) for length in q_seqlen]
-        self.kv_seqlen = self.q_seqlen if kv_seqlen is None else [int(length) for length in kv_seqlen]
+        self.q_seqlen = _as_lengths(q_seqlen)
+        self.kv_seqlen = self.q_seqlen if kv_seqlen is None else _as_lengths(kv_seqlen)
         if len(self.q_seqlen) != len(self.kv_seqlen):
             raise ValueError(
                 f"BlockDiagonalMask: {len(self.q_seqlen)} lengths of queries but {len(self.kv_seqlen)} of keys"
@@ -140,6 +142,16 @@ class BlockDiagonalMask:
         return bias.to(device).expand(*shape)
 
 
+def _as_lengths(lengths: Sequence[int]) -> list[int]:
+    """Lengths of sequences; integers of any kind, and what has one, such as a tensor of one element."""
+    if not isinstance(lengths, Iterable):
+        raise TypeError(f"BlockDiagonalMask: lengths must be a sequence of integers, got {type(lengths).__name__}")
+    try:
+        return [operator.index(length) for length in lengths]
+    except TypeError:
+        raise TypeError(f"BlockDiagonalMask: lengths must be a sequence of integers, got {lengths!r:.60}") from None
+
+
 def memory_efficient_attention(
     query: Tensor,
     key: Tensor,
@@ -178,6 +190,22 @@ def memory_efficient_attention(
     """
     if op is not None:
         raise NotImplementedError(f"memory_efficient_attention: op must be None, got {op}; see mimkernels.use_backend")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"memory_efficient_attention: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+    shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
+    if not query.dim() == key.dim() == value.dim():
+        raise ValueError(f"memory_efficient_attention: dimensions differ: {shapes}")
+    if query.dim() > 1 and (key.shape[1] != value.shape[1] or query.shape[-1] != key.shape[-1]):
+        raise ValueError(
+            f"memory_efficient_attention: keys must be as many as values, and as wide as queries: {shapes}"
+        )
+    if not query.dtype == key.dtype == value.dtype and not autocasts(query.device.type):
+        raise ValueError(
+            f"memory_efficient_attention: dtypes differ: query {query.dtype}, key {key.dtype}, value {value.dtype}"
+        )
+    if not isinstance(p, (int, float)) or not 0 <= p <= 1:
+        raise ValueError(f"memory_efficient_attention: p must be a probability, from 0 to 1, got {p!r}")
     if query.dim() == 3:
         q, k, v = query.unsqueeze(2), key.unsqueeze(2), value.unsqueeze(2)
         if isinstance(attn_bias, Tensor) and not has_own_rules(attn_bias) and attn_bias.dim() == 3:

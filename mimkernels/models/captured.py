@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mimkernels.models.mae import MAE
+from mimkernels.ops._checks import positive
 
 __all__ = ["CapturedStep", "captured_step"]
 
@@ -67,6 +68,8 @@ def captured_step(
             loss = step(images)
     """
     _check(model, optimizer, images, arguments, autocast=autocast, offset=offset, warmup=warmup, stand_in=stand_in)
+    if clip_grad is not None:
+        clip_grad = positive("captured_step", "clip_grad", clip_grad)
     return CapturedStep(
         model,
         optimizer,
@@ -328,6 +331,8 @@ def _check(
 ) -> None:
     if isinstance(model, DistributedDataParallel):
         raise TypeError("captured_step: DistributedDataParallel reduces gradients by hooks of its own; give its module")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"captured_step: model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(images, Tensor):
         raise TypeError(
             f"captured_step: images must be one tensor, got {type(images).__name__}: models of several views have a "

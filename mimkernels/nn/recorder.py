@@ -13,7 +13,7 @@ by ``mimkernels.nn.sdpa.attend``:
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from threading import get_ident
 from types import TracebackType
@@ -206,6 +206,8 @@ class LayerRecorder:
         for argument, given, known in (("stats", stats, STATISTICS), ("keep", keep, KEPT)):
             if isinstance(given, str):
                 raise TypeError(f"{argument} must be a sequence of names, got the string {given!r}")
+            if not isinstance(given, Iterable):
+                raise TypeError(f"{argument} must be a sequence of names, got {type(given).__name__}")
             unknown = [item for item in given if item not in known]
             if unknown:
                 raise ValueError(f"unknown {unknown[0]!r} in {argument}; known: {', '.join(known)}")
