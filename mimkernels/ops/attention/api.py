@@ -93,7 +93,7 @@ def attention(
         scale: of the scores; ``D ** -0.5`` if None.
         num_prefix: P, how many leading tokens ([cls], registers) are not patches.
         positions: patch coordinates ``[N - P, d]`` or ``[B, N - P, d]`` (or with N rows, whose first P are ignored),
-            d from 1 to 3; per image for masked encoders. Needed for ``distance`` only.
+            d from 1 to 3; per image for masked encoders. Needed for ``distance`` only; they get no gradient.
         stats: names of the statistics to capture; those not asked for cost nothing.
         backend: ``"auto"`` or a name from ``mimkernels info``. A named backend never falls back.
 
