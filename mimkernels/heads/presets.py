@@ -305,10 +305,10 @@ def patch_grid_positions(
         ValueError: an unknown unit, an empty grid, or "pixel" without ``patch_size``.
     """
     for name, value in (("grid", grid), ("patch_size", patch_size)):
-        several = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+        several = value if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
         if not all(isinstance(size, Real) for size in several) and not (name == "patch_size" and value is None):
             raise TypeError(f"{name} must be a number or one for each axis, got {type(value).__name__} {value!r:.60}")
-    sizes = tuple(int(size) for size in grid) if isinstance(grid, Sequence) else (int(grid), int(grid))
+    sizes = tuple(int(size) for size in grid) if isinstance(grid, Iterable) else (int(grid), int(grid))
     if not 1 <= len(sizes) <= 3 or min(sizes) < 1:
         raise ValueError(f"grid must have 1 to 3 axes of at least one patch, got {grid}")
     if unit not in UNITS:
@@ -317,7 +317,7 @@ def patch_grid_positions(
     if unit == "pixel":
         if patch_size is None:
             raise ValueError("positions in pixels need patch_size, got None")
-        steps = tuple(patch_size) if isinstance(patch_size, Sequence) else (patch_size,) * len(sizes)
+        steps = tuple(patch_size) if isinstance(patch_size, Iterable) else (patch_size,) * len(sizes)
         if len(steps) != len(sizes) or min(steps) <= 0:
             raise ValueError(f"patch_size {patch_size} does not fit the grid {sizes}: one positive size per axis")
     elif unit == "unit":
