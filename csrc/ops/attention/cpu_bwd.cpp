@@ -425,7 +425,8 @@ Status run_backward(const AttentionBwdParams& p, ParallelFor parallel_for) {
   Scratch<double> scale_parts(p.dlogit_scale != nullptr ? main.chunks * heads : 0);
   if (scale_parts.failed()) return out_of_memory();
   if (p.dlogit_scale != nullptr) main.scale_parts = scale_parts.get();
-  const bool coarse = main.table && !std::is_same_v<T, float> && s.keys > kBlockKeys;
+  const bool coarse =
+      (main.table || s.cosine.given) && !std::is_same_v<T, float> && s.keys > kBlockKeys;
   Scratch<float> delta(coarse ? heads * s.queries : 0);
   if (delta.failed()) return out_of_memory();
   if (coarse) {

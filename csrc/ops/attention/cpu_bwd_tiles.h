@@ -1,8 +1,8 @@
 // The gradients of cpu_bwd.cpp in bf16, their five products in tiles (cpu/attention/matrix_tiles.h).
 //
 // numerics: S, dP, P, dS and all sums in fp32; P and dS are rounded to bf16 for dv = P^T dout,
-//           dk = dS^T q and dq = dS k, and for these alone: dlogit_scale is of dS unrounded. Tiles and roundings take subnormal
-//           numbers for 0
+//           dk = dS^T q and dq = dS k, and for these alone: dlogit_scale is of dS unrounded. Tiles
+//           and roundings take subnormal numbers for 0
 // cost:     per head and block of at most 320 keys, k is packed twice and v once (40 KB each at
 //           D = 64). 32 queries, a step of the products over queries, at a time: S and dP over all
 //           keys of the block, in fp32 (2 x 40 KB), then P and dS row by row, two rows of which

@@ -99,3 +99,20 @@ def test_gradients_are_the_same_for_any_number_of_threads():
         torch.set_num_threads(before)
     for grads in found[1:]:
         assert all(map(torch.equal, grads, found[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_rounding_of_out_does_not_reach_gradients_over_several_blocks_of_keys(dtype):
+    """dS is P (dP - delta): of values of one sign, out as it was rounded would make delta wrong by much of dS."""
+    q, k, v, upstream = (randn(1, 2, length, 16).cpu().to(dtype) for length in (20, 700, 700, 20))
+    v, scale = v + 20, torch.tensor([1.0, 2.0])
+
+    def computed(backend, kind):
+        inputs = [x.detach().to(kind).requires_grad_() for x in (q, k, v)]
+        inputs.append(scale.to(torch.promote_types(kind, torch.float32)).requires_grad_())
+        out = attention(*inputs[:3], logit_scale=inputs[3], backend=backend).out
+        return torch.autograd.grad(out, inputs, upstream.to(kind))
+
+    found, exact = computed("cpu", dtype), computed("reference", torch.float64)
+    for name, bound, a, b in zip(("q", "k", "v", "logit_scale"), (5e-3, 5e-3, 5e-3, 1e-3), found, exact, strict=True):
+        assert (a.double() - b).norm() < bound * b.norm(), name
