@@ -14,18 +14,21 @@ from torch import Tensor, nn
 
 from mimkernels.nn import embed_visible, use_mimkernels_attention, use_mimkernels_block, use_mimkernels_mlp
 from mimkernels.nn._classes import is_heard
+from mimkernels.nn.block import block_of_tokens
 from mimkernels.nn.encoder import (
     build_timm,
     check_encoder,
     check_headless,
     check_linear_patches,
     has_vision_transformers,
+    norms_are_unseen,
     positions_and_prefix,
     run_blocks,
     timm_module,
 )
 from mimkernels.nn.relative import BeitAttention, BiasTable
 from mimkernels.nn.windows import window_positions
+from mimkernels.ops import gather_tokens
 
 __all__ = ["FAMILIES", "Family", "compute_by", "create_masked_encoder", "encode", "family_of", "readout"]
 
@@ -66,14 +69,20 @@ class Family:
         yield from encoder.blocks
 
     @staticmethod
-    def features(encoder: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Output tokens ``[B, P + L, D']``, prefix first, for patch tokens ``[B, N, D]`` that have no positions yet."""
+    def features(encoder: Any, x: Tensor, grid: tuple[int, int], ids: Tensor | None = None) -> Tensor:
+        """Output tokens ``[B, P + L, D']``, prefix first, for patch tokens ``[B, N, D]`` that have no positions yet.
+
+        Or those of them whose numbers are `ids` ``[B, K]``, as ``[B, K, D']``.
+        """
         raise NotImplementedError
 
     @classmethod
-    def run(cls, encoder: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """``features`` without the prefix tokens, ``[B, L, D']``."""
-        return cls.features(encoder, x, grid)[:, getattr(encoder, "num_prefix_tokens", 0) :]
+    def run(cls, encoder: Any, x: Tensor, grid: tuple[int, int], ids: Tensor | None = None) -> Tensor:
+        """``features`` without the prefix tokens, ``[B, L, D']``, or of the tokens `ids` behind them alone."""
+        prefix = getattr(encoder, "num_prefix_tokens", 0)
+        if ids is not None:
+            return cls.features(encoder, x, grid, ids + prefix)
+        return cls.features(encoder, x, grid)[:, prefix:]
 
     @staticmethod
     def positions(
@@ -104,7 +113,7 @@ class ViT(Family):
                     _trunc_normal(token)
 
     @staticmethod
-    def features(encoder: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def features(encoder: Any, x: Tensor, grid: tuple[int, int], ids: Tensor | None = None) -> Tensor:
         pos, prefix = positions_and_prefix(encoder, grid)
         if pos is not None:
             x = x + pos
@@ -112,7 +121,7 @@ class ViT(Family):
             x = torch.cat((prefix.expand(x.shape[0], -1, -1), x), dim=1)
         if pos is not None:
             x = encoder.pos_drop(x)
-        tokens: Tensor = encoder.fc_norm(run_blocks(encoder, x))
+        tokens: Tensor = encoder.fc_norm(run_blocks(encoder, x, ids=ids))
         return tokens
 
 
@@ -137,7 +146,7 @@ class BEiT(Family):
                     _trunc_normal(token)
 
     @staticmethod
-    def features(encoder: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def features(encoder: Any, x: Tensor, grid: tuple[int, int], ids: Tensor | None = None) -> Tensor:
         x = torch.cat((encoder.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
         if encoder.pos_embed is not None:
             x = x + encoder.pos_embed
@@ -146,10 +155,12 @@ class BEiT(Family):
         for block in encoder.blocks:
             if encoder.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, shared_rel_pos_bias=bias)
+            elif ids is not None and block is encoder.blocks[-1] and norms_are_unseen(encoder):
+                x, ids = block_of_tokens(block, x, ids, shared_rel_pos_bias=bias), None
             else:
                 x = block(x, shared_rel_pos_bias=bias)
         tokens: Tensor = encoder.fc_norm(encoder.norm(x))
-        return tokens
+        return tokens if ids is None else gather_tokens(tokens, ids)
 
 
 class Swin(Family):
@@ -192,9 +203,10 @@ class Swin(Family):
             yield from stage.blocks
 
     @staticmethod
-    def features(encoder: Any, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def features(encoder: Any, x: Tensor, grid: tuple[int, int], ids: Tensor | None = None) -> Tensor:
         x = encoder.norm(encoder.layers(x.unflatten(1, grid)))  # [B, h', w', D']
-        return x.flatten(1, 2)
+        x = x.flatten(1, 2)
+        return x if ids is None else gather_tokens(x, ids)
 
     @staticmethod
     def positions(

@@ -48,8 +48,10 @@ class SimMIM(ImageModel):
     """SimMIM around a timm ViT, BEiT, Swin or Swin V2: masked patches become a mask token, one linear layer decodes.
 
     Computes what the published code computes. Its decoder, a 1x1 convolution and a pixel shuffle, is a linear layer
-    here, whose rows are in the order that the loss reads pixels in. Hooks on the encoder's blocks and norms fire as
-    usual; ``encoder.patch_embed`` is not called, its weights are used.
+    here, whose rows are in the order that the loss reads pixels in. Where the model draws the masks, and they hide
+    whole output tokens, the decoder runs for the masked ones only, and so does what follows attention in the last block
+    of a ViT or BEiT, unless somebody sees that block, a part of it or the last norm. Hooks on the encoder's blocks and
+    norms fire as usual; ``encoder.patch_embed`` is not called, its weights are used.
 
     The loss is the sum over masked pixels and channels over their number, all images together. The published code adds
     1e-5 to the number of masked pixels, which is below fp32's rounding from 100 masked pixels on; without any masked
@@ -196,6 +198,12 @@ class SimMIM(ImageModel):
         return list(self._family.blocks(self.encoder))
 
     @property
+    def _steps(self) -> tuple[int, int]:
+        """Patches per output token, in rows and columns."""
+        rows, columns = (step // side for step, side in zip(self.encoder_stride, self.patch_size, strict=True))
+        return rows, columns
+
+    @property
     def _heads(self) -> list[nn.Module]:
         """The linear layer of each target."""
         return [self.decoder] if len(self._targets.terms) == 1 else list(self.decoders)
@@ -224,7 +232,7 @@ class SimMIM(ImageModel):
             features: ``[B, L, D]`` of a teacher at every output token, where these are the target; where several
                 targets are features, a list in their order.
             ids: ``masked_ids(mask)``, for who has them: to find them in a given mask waits for the device.
-            full_prediction: return the prediction.
+            full_prediction: predict visible patches too and return the prediction; changes no result.
             head_stats: statistics of ``mimkernels.attention`` to return for every encoder block, over all patches;
                 distances are in patches. Of Swin, a window counts as an image, and its tokens as patches. They carry
                 gradients: terms of them can be added to the loss.
@@ -233,11 +241,15 @@ class SimMIM(ImageModel):
             ValueError, TypeError: images or mask do not fit the model; the message shows both sides. Or the encoder's
                 attention cannot record statistics.
         """
+        tokens = None  # [B, K], of all images the masked ones, where they have as many and nothing needs the others
         if mask is None:
             mask = self.draw_mask(images, seed=seed, offset=offset)
             whole = not any(self.mask_unit % step for step in self.encoder_stride)
-            if features is not None and whole:
-                ids = self._drawn_ids(mask)
+            if whole:
+                drawn = self._drawn_tokens(mask)
+                first = torch.arange(mask.shape[0], device=mask.device) * (mask[0].numel() // math.prod(self._steps))
+                ids = (drawn + first[:, None]).flatten()
+                tokens = None if full_prediction or self._targets.any_of_all_tokens else drawn
         else:
             self._check_images(images)
             self._check_mask(mask, images)
@@ -247,7 +259,7 @@ class SimMIM(ImageModel):
             whole = self.encoder_stride == self.patch_size
         given = self._targets.given(features)
         with self._recorded(images, head_stats) as heads:
-            latent = self.encode(images, mask)
+            latent = self.encode(images, mask, tokens)
         layer_stats = [layer.stats for layer in heads] if head_stats else None
         if ids is None and any(term.of_masked_tokens for term in self._targets.terms):
             ids = self.masked_ids(mask)
@@ -256,10 +268,13 @@ class SimMIM(ImageModel):
         for term, head, each in zip(self._targets.terms, self._heads, given, strict=True):
             pred: Tensor | None
             if each is None or term.target.features is None:
-                pred = head(latent)  # [B, L, E]
-                loss = self._loss(term.target, pred, images, mask, whole)
+                pred = head(latent)  # [B, L, E], or [B, K, E]
+                loss = self._loss(term.target, pred, images, mask, whole, tokens)
             else:
-                loss, pred = self._feature_loss(term.target.features, head, latent, each, ids, full_prediction)
+                of_masked = tokens is not None
+                loss, pred = self._feature_loss(
+                    term.target.features, head, latent, each, ids, full=full_prediction, of_masked=of_masked
+                )
             losses.append(loss)
             preds.append(pred)
         loss, metrics = self._targets.total(losses)
@@ -279,26 +294,28 @@ class SimMIM(ImageModel):
 
     def masked_ids(self, mask: Tensor) -> Tensor:
         """Output tokens ``[M]`` of all images, token n of image b as ``b * L + n``, of which ``mask`` hides a patch."""
-        rows, columns = (step // side for step, side in zip(self.encoder_stride, self.patch_size, strict=True))
+        rows, columns = self._steps
         hidden = mask.unflatten(2, (-1, columns)).any(3).unflatten(1, (-1, rows)).any(2)
         return hidden.flatten().nonzero().flatten()
 
-    def _drawn_ids(self, mask: Tensor) -> Tensor:
-        """``masked_ids`` of a mask that the model drew, of whole tokens; waits for no device."""
-        rows, columns = (step // side for step, side in zip(self.encoder_stride, self.patch_size, strict=True))
+    def _drawn_tokens(self, mask: Tensor) -> Tensor:
+        """Output tokens ``[B, K]`` that a mask hides which the model drew, of whole tokens; waits for no device."""
+        rows, columns = self._steps
         hidden = mask[:, ::rows, ::columns].flatten(1).to(torch.uint8)
-        masked = self._units((mask.shape[1], mask.shape[2]))[1]
-        count = masked * math.prod(self.mask_unit // step for step in self.encoder_stride)
-        ids = hidden.argsort(dim=1, descending=True, stable=True)[:, :count]
-        first = torch.arange(mask.shape[0], device=mask.device) * hidden.shape[1]
-        return (ids + first[:, None]).flatten()
+        high, wide = self.encoder_stride
+        count = self._units((mask.shape[1], mask.shape[2]))[1] * (self.mask_unit // high) * (self.mask_unit // wide)
+        return hidden.argsort(dim=1, descending=True, stable=True)[:, :count]
 
-    def encode(self, images: Tensor, mask: Tensor) -> Tensor:
-        """The encoder's output ``[B, L, D']``, without prefix tokens, for masked patches ``[B, h, w]`` bool."""
+    def encode(self, images: Tensor, mask: Tensor, ids: Tensor | None = None) -> Tensor:
+        """The encoder's output ``[B, L, D']``, without prefix tokens, for masked patches ``[B, h, w]`` bool.
+
+        Of the tokens `ids` ``[B, K]`` alone it is ``[B, K, D']``, and what follows attention in the last block of a ViT
+        or BEiT runs for these only.
+        """
         embed = self.encoder.patch_embed
         x = embed_visible(images, None, embed.proj, norm=embed.norm, mean=self._pixel_mean, std=self._pixel_std)
         x = fill_mask_tokens(x, mask.flatten(1), self.mask_token)  # [B, N, D]
-        return self._family.run(self.encoder, x, self._grid(images))
+        return self._family.run(self.encoder, x, self._grid(images), ids)
 
     @torch.no_grad()
     def loss_of_mean(self, images: Tensor, mask: Tensor, colour: Tensor) -> Tensor:
@@ -385,13 +402,19 @@ class SimMIM(ImageModel):
         """Recompute the blocks' activations in the backward pass."""
         self.encoder.set_grad_checkpointing(enable)
 
-    def _loss(self, target: Target, pred: Tensor, images: Tensor, mask: Tensor, whole: bool) -> Tensor:
-        """The loss of pixels; `whole` where the mask hides all or nothing of what an output token predicts."""
-        rows, columns = (step // side for step, side in zip(self.encoder_stride, self.patch_size, strict=True))
+    def _loss(
+        self, target: Target, pred: Tensor, images: Tensor, mask: Tensor, whole: bool, ids: Tensor | None = None
+    ) -> Tensor:
+        """The loss of pixels; `whole` where the mask hides all or nothing of what an output token predicts.
+
+        `ids`: the tokens of `pred`, all masked; None where it has all tokens.
+        """
+        rows, columns = self._steps
         return masked_patch_loss(
             pred,
             images,
-            mask=mask[:, ::rows, ::columns].flatten(1) if whole else mask,
+            ids=ids,
+            mask=None if ids is not None else mask[:, ::rows, ::columns].flatten(1) if whole else mask,
             patch_size=self.encoder_stride,
             norm_pix=target.norm_pix,
             local_norm=target.local_norm,
@@ -407,9 +430,16 @@ class SimMIM(ImageModel):
         latent: Tensor,
         features: Tensor,
         ids: Tensor | None,
+        *,
         full: bool,
+        of_masked: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """The loss against a teacher's features, and the prediction of every output token where it is wanted."""
+        """The loss against a teacher's features, and the prediction of every output token where it is wanted.
+
+        `of_masked`: `latent` has the masked tokens only, the `ids` in their order.
+        """
+        if of_masked:
+            return target.compare(head(latent).flatten(0, 1), features, ids), None
         if target.tokens == "all":
             pred = head(latent)
             return target.compare(pred, features, None), pred if full else None

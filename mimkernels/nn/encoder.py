@@ -21,7 +21,8 @@ except ImportError as error:
 
 from mimkernels.nn import embed_visible, sincos_positions_2d
 from mimkernels.nn._classes import is_heard
-from mimkernels.nn.block import run_blocks_in_a_row
+from mimkernels.nn.block import block_of_tokens, run_blocks_in_a_row
+from mimkernels.ops import gather_tokens
 
 __all__ = [
     "build_timm",
@@ -34,6 +35,7 @@ __all__ = [
     "has_vision_transformers",
     "init_encoder",
     "init_linears_and_norms",
+    "norms_are_unseen",
     "positions_and_prefix",
     "resample_positions",
     "run_blocks",
@@ -219,11 +221,14 @@ def visible_features(
     return run_blocks(encoder, x, present)
 
 
-def run_blocks(encoder: VisionTransformer, x: Tensor, present: Tensor | None = None) -> Tensor:
+def run_blocks(
+    encoder: VisionTransformer, x: Tensor, present: Tensor | None = None, *, ids: Tensor | None = None
+) -> Tensor:
     """The rest of timm's ``forward_features`` for tokens ``[B, P + K, D]`` with their positions.
 
     Args:
         present: ``[B, P + K]`` bool, tokens that are there; padding is attended by nobody. None: all.
+        ids: ``[B, L]``, the tokens that are wanted: gives ``[B, L, D]``. None: all.
     """
     x = encoder.norm_pre(x)
     if present is not None:
@@ -231,11 +236,21 @@ def run_blocks(encoder: VisionTransformer, x: Tensor, present: Tensor | None = N
     elif encoder.grad_checkpointing and torch.is_grad_enabled():
         x = checkpoint_seq(encoder.blocks, x)
     elif type(encoder.blocks) is nn.Sequential and not is_heard(encoder.blocks):
-        x = run_blocks_in_a_row([(block, {}) for block in encoder.blocks], x)
+        calls: list[tuple[nn.Module, dict[str, Any]]] = [(block, {}) for block in encoder.blocks]
+        if ids is not None and calls and norms_are_unseen(encoder):
+            last = calls.pop()[0]
+            x, ids = block_of_tokens(last, run_blocks_in_a_row(calls, x), ids), None
+        else:
+            x = run_blocks_in_a_row(calls, x)
     else:
         x = encoder.blocks(x)
     features: Tensor = encoder.norm(x)
-    return features
+    return features if ids is None else gather_tokens(features, ids)
+
+
+def norms_are_unseen(encoder: Any) -> bool:
+    """Whether nobody sees what the norms behind the blocks compute, so that they may run for fewer tokens."""
+    return not is_heard(encoder.norm) and not is_heard(encoder.fc_norm)
 
 
 def _attending_to(encoder: VisionTransformer, x: Tensor, attn_mask: Tensor) -> Tensor:

@@ -150,6 +150,12 @@ def test_loss_and_every_gradient_equal_the_plain_statement(name):
     loss.backward()
     assert_gradients_agree(model, plain)
 
+    model.zero_grad()
+    trained = model(images, seed=3, offset=5)  # the masked tokens alone
+    torch.testing.assert_close(trained.loss, loss, atol=1e-6, rtol=1e-5)
+    trained.loss.backward()
+    assert_gradients_agree(model, plain)
+
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_a_mask_of_single_patches_is_counted_pixel_by_pixel(name):

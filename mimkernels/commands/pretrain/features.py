@@ -123,15 +123,21 @@ class FeatureReader:
 
 
 def load_teachers(config: PretrainConfig) -> list[FeatureReader | None]:
-    """``load_teacher`` of every target that is features; an encoder that several of them name is loaded for each."""
-    return [load_teacher(config, term.text) for term in parse_targets(config.target) if term.target.features]
+    """``load_teacher`` of every target that is features; an encoder that several of them name is loaded once."""
+    loaded: dict[str, FrozenEncoder] = {}
+    return [load_teacher(config, term.text, loaded) for term in parse_targets(config.target) if term.target.features]
 
 
-def load_teacher(config: PretrainConfig, text: str) -> FeatureReader | None:
+def load_teacher(
+    config: PretrainConfig, text: str, loaded: dict[str, FrozenEncoder] | None = None
+) -> FeatureReader | None:
     """The encoder that target `text`, ``features:MODEL``, names; None of others. Random weights are the same always.
 
     A run or checkpoint has images of its own size; of a timm name it is that of the run, in whole tokens. The target's
     ``img_size`` comes before both.
+
+    Args:
+        loaded: encoders by what asks for them; one of them is taken where it is the same, a new one added.
 
     Raises:
         ValueError: there is no such model, or it gives no such features.
@@ -139,11 +145,13 @@ def load_teacher(config: PretrainConfig, text: str) -> FeatureReader | None:
     target = parse_target(text).features
     if target is None or target.model is None:
         return None
-    model = target.model
+    model, known = target.model, {} if loaded is None else loaded
 
     def load(img_size: int | None) -> FrozenEncoder:
         named = ModelChoice(model, model, target.arch, dict(target.model_kwargs), target.pretrained, img_size)
-        return load_same_encoder(named)
+        if repr(named) not in known:
+            known[repr(named)] = load_same_encoder(named)
+        return known[repr(named)]
 
     try:
         encoder = load(target.img_size)

@@ -92,12 +92,18 @@ class Run(TrainingRun):
     def _features(self) -> FeatureTeachers | None:
         if not self._teachers:
             return None
-        stages = stages_of(self.config)
-        before = self.config.epochs if self.start is None else self.start["config"].get("epochs")
-        if stages > 1 and before != self.config.epochs:
+        config = self.config
+        before = config if self.start is None else type(config).from_dict(self.start["config"])
+        stages = stages_of(config)
+        if stages_of(before) != stages:
             raise ValueError(
-                f"epochs {before} -> {self.config.epochs} would move the ends of the {stages} stages of target "
-                f"{self.config.target!r}, of which some may lie behind: keep --epochs {before}, or start a new run"
+                f"target {before.target!r} has {stages_of(before)} stages, {config.target!r} has {stages}: their ends "
+                "would move, of which some may lie behind; keep the target's stages, or start a new run"
+            )
+        if stages > 1 and before.epochs != config.epochs:
+            raise ValueError(
+                f"epochs {before.epochs} -> {config.epochs} would move the ends of the {stages} stages of target "
+                f"{config.target!r}, of which some may lie behind: keep --epochs {before.epochs}, or start a new run"
             )
         return FeatureTeachers(self.config, self.model, self._teachers, self.accelerator.autocast)
 

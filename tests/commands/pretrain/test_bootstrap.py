@@ -116,6 +116,14 @@ def test_ends_of_stages_do_not_move(whole, tiny, tmp_path):
         pretrain(config, resume=str(whole[0].output / "checkpoints" / "step-00000004.pt"))
 
 
+@pytest.mark.parametrize(("target", "stages"), [("bootstrap:stages=1", 1), ("ema", 1)])
+def test_a_run_that_goes_on_keeps_its_stages(whole, tiny, tmp_path, target, stages):
+    config = tiny(**{**STAGES, "target": target}, output=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match=f"has 3 stages, '{target}.* has {stages}: their ends would move"):
+        pretrain(config, resume=str(whole[0].output / "checkpoints" / "step-00000004.pt"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_preset_is_the_published_run():
     config = PretrainConfig(**PRESETS["dbot-vit-b-1600"])
     config.check()

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mimkernels.commands.pretrain.config import PretrainConfig
-from mimkernels.commands.pretrain.features import FeatureReader, FeatureTeacher, load_teacher
+from mimkernels.commands.pretrain.features import FeatureReader, FeatureTeacher, load_teacher, load_teachers
 from mimkernels.commands.pretrain.masking import Masking
 from mimkernels.commands.pretrain.run import Run, pretrain
 from mimkernels.engine.encoder import FrozenEncoder
@@ -63,6 +63,13 @@ def test_a_timm_name_of_other_patches_teaches(tiny):
     assert (
         load_teacher(config, config.target).encoder.fingerprint() == teacher.encoder.fingerprint() == teacher.identity
     )
+
+
+def test_a_teacher_of_several_targets_is_loaded_once(tiny):
+    target = f"features:{VIT},layer=0 + 0.5*features:{VIT},layer=2 + features:{VIT},img_size=32"
+    one, two, larger = load_teachers(tiny(**DENSE, target=target))
+    assert one.encoder is two.encoder and larger.encoder is not one.encoder
+    assert (one.numbers, two.numbers, larger.encoder.img_size) == ([0], [2], 32)
 
 
 def test_a_teacher_sees_images_of_the_size_that_the_target_says(tiny):
