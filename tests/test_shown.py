@@ -16,7 +16,7 @@ from tests.integrations.test_accelerate import vit  # noqa: E402
 def test_a_report_of_accelerate_is_a_table():
     report = mimkernels.accelerate(vit(depth=1))
     first, *_, last = repr(report).splitlines()
-    assert first.split() == ["module", "class", "now", "remarks"] and last == "3 of 3 on mimkernels"
+    assert first.split() == ["module", "class", "now", "remarks"] and last == "4 of 4 on mimkernels"
     assert str(report) == repr(report)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ try:
         is_notrace_module,
         register_notrace_module,
     )
+    from timm.models.deit import VisionTransformerDistilled
     from timm.models.vision_transformer import Block as TimmBlock
     from timm.models.vision_transformer import VisionTransformer
 except ImportError as error:
@@ -29,11 +30,12 @@ except ImportError as error:
     ) from error
 
 from mimkernels.integrations._reroute import calls_sdpa, rerouted
-from mimkernels.nn import Attention, Block, Mlp
+from mimkernels.nn import Attention, Block, Mlp, last_block
 from mimkernels.nn import block as fused_block
 from mimkernels.nn import mlp as fused_mlp
 from mimkernels.nn._classes import (
     MARK,
+    PARTS,
     become,
     change_back,
     fused_attn,
@@ -41,7 +43,7 @@ from mimkernels.nn._classes import (
     prepare_scriptable,
     shows_its_matrix,
 )
-from mimkernels.nn.encoder import check_patch_embed, visible_features
+from mimkernels.nn.encoder import check_patch_embed, run_blocks, visible_features
 from mimkernels.nn.relative import RELATIVE, head_dim
 from mimkernels.nn.sdpa import is_for_pytorch
 from mimkernels.nn.sdpa.measured import reasons
@@ -51,6 +53,7 @@ from mimkernels.ops import gather_tokens, mask_from_noise
 __all__ = ["Accelerated", "Change", "accelerate", "restore"]
 
 _ATTENTION = "mimkernels.attention"
+_FORWARD_FEATURES = VisionTransformer.forward_features
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ def accelerate(
     patch_embed: bool = True,
     mlp: bool = True,
     block: bool = True,
+    read_tokens: bool = True,
 ) -> Accelerated:
     """Let a timm model compute on mimkernels, in place: same results, parameters and names.
 
@@ -148,6 +152,8 @@ def accelerate(
         patch_embed: in training with ``PatchDropout``, embed only the patches that are kept.
         mlp: take ``Mlp``: the first layer's bias and GELU in one pass.
         block: take ``Block``: its sum after attention and the norm of that in one pass.
+        read_tokens: where the head of a Vision Transformer reads [cls] alone (and DeiT's distillation token), run what
+            follows attention in the last block for that alone, in calls of the model itself.
 
     Returns:
         a report, one line per module; print it.
@@ -164,10 +170,10 @@ def accelerate(
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate takes a module, got {type(model).__name__}")
     _check_devices(model)
-    changes = []
+    changes: list[Change] = []
     vit, tokens = "", None  # the latest Vision Transformer that was come by: plain attention in it sees all its tokens
     for name, module in model.named_modules():
-        change = None
+        change: Change | None = None
         if isinstance(module, VisionTransformer):
             vit, tokens = name, _tokens(module)
         if _is_accelerated(module):
@@ -179,11 +185,12 @@ def accelerate(
         elif isinstance(module, TimmBlock) and not calls_sdpa(type(module).forward, module):
             change = _take_block(module, _inside(tokens, vit, name)) if block else None
         elif isinstance(module, VisionTransformer):
-            change = _take_patch_embed(module) if patch_embed and patch_drop else None
+            lines = _take_model(module, embed=patch_embed and patch_drop, read=read_tokens)
+            changes += [replace(line, name=name) for line in lines]
         elif pool if "pool" in type(module).__name__.lower() else attention:
             change = _take_attention(module, _inside(tokens, vit, name))
         if change is not None:
-            changes.append(Change(name, change.kind, change.became, change.reason))
+            changes.append(replace(change, name=name))
     classes = dict.fromkeys(type(module) for module in model.modules() if hasattr(type(module), "_refused"))
     return Accelerated(changes, list(classes))
 
@@ -329,20 +336,64 @@ def _take_patch_drop(module: nn.Module) -> Change | None:
     return Change("", kind.__name__, "" if reason else "mimkernels.gather_tokens", reason or "")
 
 
-def _take_patch_embed(module: VisionTransformer) -> Change | None:
-    drop = module.patch_drop
-    if not isinstance(drop, PatchDropout) or drop.prob == 0:
+def _take_model(module: VisionTransformer, *, embed: bool, read: bool) -> list[Change]:
+    """What the model itself computes: patches that are dropped, and tokens of the last block that nobody reads."""
+    drop, kind = module.patch_drop, type(module).__name__
+    parts, became, remarks, against = [], [], [], []
+    if embed and isinstance(drop, PatchDropout) and drop.prob > 0:
+        try:
+            check_patch_embed(module)
+            why = _why_every_patch(module)
+        except ValueError as error:
+            why = str(error)
+        if why is not None:
+            against.append(Change("", kind, "", f"embeds every patch: {why}"))
+        else:
+            parts.append("patch_embed")
+            became.append("mimkernels.patchify_gather")
+            remarks.append("in training: embeds the kept patches only")
+    count = _read_tokens(module) if read else None
+    if count is not None:
+        why = _why_every_token(module)
+        if why is not None:
+            against.append(Change("", kind, "", f"its last block computes every token: {why}"))
+        else:
+            parts.append("read_tokens")
+            became.append("last block of read tokens")
+            block: Any = module.blocks[-1]
+            drops = last_block.draws(block.mlp, training=True)
+            remarks.append(
+                f"what follows attention in its last block runs for {'[cls]' if count == 1 else '[cls] and [dist]'} "
+                f"alone{', not in training: dropout in the MLP' if drops else ''}"
+            )
+    if not parts:
+        return against
+    reason = _change_class(module)
+    if reason is not None:
+        return [Change("", kind, "", reason)]
+    module.__dict__[PARTS] = tuple(parts)
+    return [Change("", kind, ", ".join(became), "; ".join(remarks)), *against]
+
+
+def _read_tokens(module: VisionTransformer) -> int | None:
+    """How many of the first tokens the head reads, if it reads no others and timm's own code says so."""
+    kind = module.__dict__.get(MARK, type(module))
+    if kind is VisionTransformerDistilled:
+        return 2
+    if kind is not VisionTransformer or module.global_pool != "token" or module.attn_pool is not None:
         return None
-    kind = type(module)
-    try:
-        check_patch_embed(module)
-        why = _why_every_patch(module)
-    except ValueError as error:
-        why = str(error)
-    reason = f"embeds every patch: {why}" if why else _change_class(module)
-    if reason:
-        return Change("", kind.__name__, "", reason)
-    return Change("", kind.__name__, "mimkernels.patchify_gather", "in training: embeds the kept patches only")
+    return 1 if module.cls_token is not None else None
+
+
+def _why_every_token(module: VisionTransformer) -> str | None:
+    """Why the last block must run for all tokens, of what may change later; None if it need not."""
+    if "forward_features" in module.__dict__ or VisionTransformer.forward_features is not _FORWARD_FEATURES:
+        return "a forward_features of its own"
+    if not last_block.norms_act_alone(module):
+        return "a hook on the norm behind it, or no LayerNorm"
+    if type(module.blocks) is not nn.Sequential or is_heard(module.blocks) or not len(module.blocks):
+        return "a hook on its blocks, or no plain row of them"
+    return last_block.reason_against(module.blocks[-1])
 
 
 def _why_every_patch(module: VisionTransformer) -> str | None:
@@ -385,6 +436,7 @@ def _accelerated(kind: Any) -> type[nn.Module]:
     methods: dict[str, Any] = {}
     if issubclass(kind, VisionTransformer):
         methods["forward_features"] = _features_of_kept_patches(kind)
+        methods["forward"] = _forward_of_read_tokens(kind)
     elif kind is PatchDropout:
         methods["forward"] = lambda self, x: kind.forward(self, x) if is_for_pytorch(x) else _dropped(self, x)[0]
     elif kind is PatchDropoutWithIndices:
@@ -429,23 +481,56 @@ def _kept(drop: PatchDropout | PatchDropoutWithIndices, batch: int, patches: int
 
 def _features_of_kept_patches(kind: Any) -> Callable[..., Tensor]:
     def forward_features(self: VisionTransformer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        drop, embed = self.patch_drop, self.patch_embed
-        masked = any(value is not None and value is not False for value in (*args, *kwargs.values()))
-        if (
-            not self.training
-            or not isinstance(drop, PatchDropout)
-            or drop.prob == 0
-            or masked
-            or is_for_pytorch(x)
-            or not (self.dynamic_img_size or tuple(x.shape[-2:]) == tuple(embed.img_size))
-            or _why_every_patch(self) is not None
-        ):
+        if _is_masked(args, kwargs) or not _embeds_kept_patches(self, x):
             features: Tensor = kind.forward_features(self, x, *args, **kwargs)
             return features
-        patches = (x.shape[-2] // embed.patch_size[0]) * (x.shape[-1] // embed.patch_size[1])
-        return visible_features(self, x, _kept(drop, x.shape[0], patches, x.device))
+        return visible_features(self, x, _kept_patches(self, x))
 
     return forward_features
+
+
+def _forward_of_read_tokens(kind: Any) -> Callable[..., Any]:
+    # Arguments by name, for torch.fx; passed on only where given, for releases of timm that have fewer.
+    def forward(self: VisionTransformer, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
+        given: dict[str, Any] = {} if attn_mask is None else {"attn_mask": attn_mask}
+        if is_causal is not False:
+            given["is_causal"] = is_causal
+        if given or is_for_pytorch(x) or (self.grad_checkpointing and torch.is_grad_enabled()):
+            return kind.forward(self, x, **given)
+        count = _read_tokens(self) if "read_tokens" in self.__dict__.get(PARTS, ()) else None
+        if count is None or _why_every_token(self) is not None:
+            return kind.forward(self, x)
+        if _embeds_kept_patches(self, x):
+            features = visible_features(self, x, _kept_patches(self, x), read=count)
+        else:
+            features = run_blocks(self, self.patch_drop(self._pos_embed(self.patch_embed(x))), ids=count)
+        return self.forward_head(features)
+
+    return forward
+
+
+def _is_masked(args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a call of a model has more than images: a mask, or ``is_causal``."""
+    return any(value is not None and value is not False for value in (*args, *kwargs.values()))
+
+
+def _embeds_kept_patches(module: VisionTransformer, x: Tensor) -> bool:
+    """Whether patches are dropped from these images, and only those that are kept need be embedded."""
+    drop, embed = module.patch_drop, module.patch_embed
+    return (
+        module.training
+        and "patch_embed" in module.__dict__.get(PARTS, ())
+        and isinstance(drop, PatchDropout)
+        and drop.prob > 0
+        and not is_for_pytorch(x)
+        and (module.dynamic_img_size or tuple(x.shape[-2:]) == tuple(embed.img_size))
+        and _why_every_patch(module) is None
+    )
+
+
+def _kept_patches(module: VisionTransformer, x: Tensor) -> Tensor:
+    height, width = module.patch_embed.patch_size
+    return _kept(module.patch_drop, x.shape[0], (x.shape[-2] // height) * (x.shape[-1] // width), x.device)
 
 
 def _is_accelerated(module: nn.Module) -> bool:

@@ -224,6 +224,9 @@ class Finetuned(Supervised):
         last = heads[-1]
         return self.classify(tokens, cls_attention(last.q, last.k, **last.options))
 
+    def _tokens_read(self) -> int | None:
+        return super()._tokens_read() if self.readout == "cls" else None
+
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return nn.functional.cross_entropy(logits, targets, label_smoothing=self.label_smoothing * self.training)
 

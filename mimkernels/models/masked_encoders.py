@@ -14,23 +14,21 @@ from torch import Tensor, nn
 
 from mimkernels.nn import embed_visible, use_mimkernels_attention, use_mimkernels_block, use_mimkernels_mlp
 from mimkernels.nn._classes import is_heard
-from mimkernels.nn.block import block_of_tokens
 from mimkernels.nn.encoder import (
     build_timm,
     check_encoder,
     check_headless,
     check_linear_patches,
     has_vision_transformers,
-    norms_are_unseen,
     positions_and_prefix,
     run_blocks,
     timm_module,
 )
+from mimkernels.nn.last_block import block_of_tokens, norms_act_alone, tokens_of
 from mimkernels.nn.relative import BeitAttention, BiasTable
 from mimkernels.nn.windows import window_positions
-from mimkernels.ops import gather_tokens
 
-__all__ = ["FAMILIES", "Family", "compute_by", "create_masked_encoder", "encode", "family_of", "readout"]
+__all__ = ["FAMILIES", "Family", "compute_by", "create_masked_encoder", "encode", "family_of", "readout", "tokens_read"]
 
 
 class Family:
@@ -69,10 +67,10 @@ class Family:
         yield from encoder.blocks
 
     @staticmethod
-    def features(encoder: Any, x: Tensor, grid: tuple[int, int], ids: Tensor | None = None) -> Tensor:
+    def features(encoder: Any, x: Tensor, grid: tuple[int, int], ids: Tensor | int | None = None) -> Tensor:
         """Output tokens ``[B, P + L, D']``, prefix first, for patch tokens ``[B, N, D]`` that have no positions yet.
 
-        Or those of them whose numbers are `ids` ``[B, K]``, as ``[B, K, D']``.
+        Or those of them whose numbers are `ids` ``[B, K]``, or the first so many, as ``[B, K, D']``.
         """
         raise NotImplementedError
 
@@ -113,7 +111,7 @@ class ViT(Family):
                     _trunc_normal(token)
 
     @staticmethod
-    def features(encoder: Any, x: Tensor, grid: tuple[int, int], ids: Tensor | None = None) -> Tensor:
+    def features(encoder: Any, x: Tensor, grid: tuple[int, int], ids: Tensor | int | None = None) -> Tensor:
         pos, prefix = positions_and_prefix(encoder, grid)
         if pos is not None:
             x = x + pos
@@ -146,7 +144,7 @@ class BEiT(Family):
                     _trunc_normal(token)
 
     @staticmethod
-    def features(encoder: Any, x: Tensor, grid: tuple[int, int], ids: Tensor | None = None) -> Tensor:
+    def features(encoder: Any, x: Tensor, grid: tuple[int, int], ids: Tensor | int | None = None) -> Tensor:
         x = torch.cat((encoder.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
         if encoder.pos_embed is not None:
             x = x + encoder.pos_embed
@@ -155,12 +153,12 @@ class BEiT(Family):
         for block in encoder.blocks:
             if encoder.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, shared_rel_pos_bias=bias)
-            elif ids is not None and block is encoder.blocks[-1] and norms_are_unseen(encoder):
+            elif ids is not None and block is encoder.blocks[-1] and norms_act_alone(encoder):
                 x, ids = block_of_tokens(block, x, ids, shared_rel_pos_bias=bias), None
             else:
                 x = block(x, shared_rel_pos_bias=bias)
         tokens: Tensor = encoder.fc_norm(encoder.norm(x))
-        return tokens if ids is None else gather_tokens(tokens, ids)
+        return tokens if ids is None else tokens_of(tokens, ids)
 
 
 class Swin(Family):
@@ -203,10 +201,10 @@ class Swin(Family):
             yield from stage.blocks
 
     @staticmethod
-    def features(encoder: Any, x: Tensor, grid: tuple[int, int], ids: Tensor | None = None) -> Tensor:
+    def features(encoder: Any, x: Tensor, grid: tuple[int, int], ids: Tensor | int | None = None) -> Tensor:
         x = encoder.norm(encoder.layers(x.unflatten(1, grid)))  # [B, h', w', D']
         x = x.flatten(1, 2)
-        return x if ids is None else gather_tokens(x, ids)
+        return x if ids is None else tokens_of(x, ids)
 
     @staticmethod
     def positions(
@@ -286,7 +284,9 @@ def compute_by(encoder: nn.Module, *, attention: str, mlp: str, block: str) -> N
         use_mimkernels_block(encoder, required=False)
 
 
-def encode(encoder: Any, images: Tensor, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
+def encode(
+    encoder: Any, images: Tensor, mean: Tensor | None = None, std: Tensor | None = None, *, first: int | None = None
+) -> Tensor:
     """The normalised output ``[B, P + L, D]`` of an encoder of any family, prefix tokens first.
 
     Args:
@@ -294,11 +294,17 @@ def encode(encoder: Any, images: Tensor, mean: Tensor | None = None, std: Tensor
         images: ``[B, C, H, W]``, uint8 (with `mean` and `std`) or floating point; where the family resizes, of any
             size that the patches divide.
         mean, std: per channel; pixels are normalised inside the kernel.
+        first: only the first so many tokens are wanted, ``[B, first, D]``; None: all.
     """
     embed = encoder.patch_embed
     height, width = embed.patch_size
     x = embed_visible(images, None, embed.proj, norm=embed.norm, mean=mean, std=std)
-    return family_of(encoder).features(encoder, x, (images.shape[-2] // height, images.shape[-1] // width))
+    return family_of(encoder).features(encoder, x, (images.shape[-2] // height, images.shape[-1] // width), first)
+
+
+def tokens_read(encoder: Any) -> int | None:
+    """How many of the first tokens ``readout`` reads, if it reads no others."""
+    return 1 if getattr(encoder, "cls_token", None) is not None else None
 
 
 def readout(encoder: Any, tokens: Tensor) -> Tensor:

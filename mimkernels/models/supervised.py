@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mimkernels.models.base import ImageModel, check_computed_by, check_integers, check_numbers
 from mimkernels.models.checkpoint import CheckpointReport, copy_by_name, read_weights
-from mimkernels.models.masked_encoders import compute_by, create_masked_encoder, encode, family_of, readout
+from mimkernels.models.masked_encoders import compute_by, create_masked_encoder, encode, family_of, readout, tokens_read
 
 __all__ = ["Supervised", "SupervisedOutput"]
 
@@ -201,7 +201,12 @@ class Supervised(ImageModel):
         self.encoder.set_grad_checkpointing(enable)
 
     def _logits(self, images: Tensor) -> Tensor:
-        return self.classify(self.encode(images))
+        mean, std = self._pixel_mean, self._pixel_std
+        return self.classify(encode(self.encoder, images, mean, std, first=self._tokens_read()))
+
+    def _tokens_read(self) -> int | None:
+        """How many of the first tokens ``classify`` reads, if it reads no others."""
+        return tokens_read(self.encoder)
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return nn.functional.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)

@@ -27,6 +27,7 @@ Ours = TypeVar("Ours", bound=nn.Module)
 
 STANDS_IN = "_stands_in"  # in the __dict__ of every module that `capture` changed for its time
 MARK = "_before_acceleration"  # in the __dict__ of every module that `accelerate` changed: its class
+PARTS = "_accelerated_parts"  # of a model that was changed: what it computes otherwise
 
 
 def change_class(module: nn.Module, plain: type[nn.Module], ours: type[Ours]) -> list[Ours]:
@@ -54,6 +55,7 @@ def become(module: nn.Module, ours: type[nn.Module]) -> None:
 def change_back(module: nn.Module) -> None:
     """Let `module` be of the class that it had before ``become``."""
     module.__class__ = module.__dict__.pop(MARK, None) or type(module).__bases__[0]
+    module.__dict__.pop(PARTS, None)
     if module.__dict__.get("fused_attn", False) is None:
         module.__dict__["fused_attn"] = False
 

@@ -15,7 +15,6 @@ try:
     from timm.layers import DropPath, LayerScale
     from timm.layers import LayerNorm as TimmLayerNorm
     from timm.layers import Mlp as TimmMlp
-    from timm.models.beit import Block as BeitBlock
     from timm.models.vision_transformer import Block as TimmBlock
 except ImportError as error:
     raise ImportError(
@@ -27,7 +26,7 @@ from mimkernels.nn.attention import Attention
 from mimkernels.nn.mlp import Mlp
 from mimkernels.nn.sdpa import compute_dtype, has_own_rules, is_for_pytorch
 from mimkernels.nn.sdpa.translate import autocasts
-from mimkernels.ops import add_layer_norm, gather_tokens
+from mimkernels.ops import add_layer_norm
 from mimkernels.ops._autograd import transformed
 from mimkernels.ops._registry import FLOATS, backend_in_force, forced
 from mimkernels.ops.add_layer_norm.spec import SPEC
@@ -36,10 +35,10 @@ __all__ = [
     "SMALL",
     "Block",
     "add_normalised",
-    "block_of_tokens",
     "is_for_timm",
     "normalised",
     "reason_against",
+    "reason_against_parts",
     "run_blocks_in_a_row",
     "use_mimkernels_block",
 ]
@@ -111,36 +110,6 @@ def run_blocks_in_a_row(calls: Iterable[tuple[nn.Module, dict[str, Any]]], x: Te
     return x if before is None else before.joined(x, branch)
 
 
-def block_of_tokens(block: Any, x: Tensor, ids: Tensor, **options: Any) -> Tensor:
-    """What a block gives of the tokens `ids` ``[B, K]``, as ``[B, K, C]``, with its keyword arguments.
-
-    Attention needs the keys and values of all tokens; what follows it acts on each token alone, and runs for these
-    tokens only in timm's Block and BEiT's. Where somebody sees the block or these parts of it, and in other blocks, all
-    of it runs for all tokens.
-    """
-    parts = ("norm2", "mlp", "ls1", "ls2", "drop_path1", "drop_path2")
-    whole = (
-        type(block) not in (TimmBlock, Block, BeitBlock)
-        or has_global_hooks()
-        or block._compiled_call_impl is not None
-        or any(is_heard(part) for part in (block, *(getattr(block, name, None) for name in parts)) if part is not None)
-    )
-    if whole:
-        return gather_tokens(block(x, **options), ids)
-    x = gather_tokens(x + block.drop_path1(_scaled(block, 1, block.attn(block.norm1(x), **options))), ids)
-    out: Tensor = x + block.drop_path2(_scaled(block, 2, block.mlp(block.norm2(x))))
-    return out
-
-
-def _scaled(block: Any, number: int, branch: Tensor) -> Tensor:
-    """A branch times its LayerScale, a module of timm's blocks and a parameter or None of BEiT's."""
-    if isinstance(block, BeitBlock):
-        gamma = getattr(block, f"gamma_{number}")
-        return branch if gamma is None else gamma * branch
-    scaled: Tensor = getattr(block, f"ls{number}")(branch)
-    return scaled
-
-
 def _runs_in_parts(block: Any, x: Tensor) -> bool:
     return (
         "branches" in type(block).__dict__  # else a subclass, whose forward may be another
@@ -148,7 +117,7 @@ def _runs_in_parts(block: Any, x: Tensor) -> bool:
         and not has_global_hooks()
         and block._compiled_call_impl is None
         and not is_for_timm(block, x)
-        and _reason(norm1=block.norm1, ls2=block.ls2, drop_path2=block.drop_path2) is None
+        and reason_against_parts(norm1=block.norm1, ls2=block.ls2, drop_path2=block.drop_path2) is None
     )
 
 
@@ -176,7 +145,7 @@ def use_mimkernels_block(module: nn.Module, *, required: bool = True) -> list[Bl
 
 def reason_against(block: TimmBlock) -> str | None:
     """Why a timm ``Block`` must run timm's own code, or None: only what its plain parts do is replaced."""
-    return _reason(norm2=block.norm2, ls1=block.ls1, drop_path1=block.drop_path1)
+    return reason_against_parts(norm2=block.norm2, ls1=block.ls1, drop_path1=block.drop_path1)
 
 
 def is_for_timm(block: TimmBlock, x: Tensor) -> bool:
@@ -187,7 +156,7 @@ def is_for_timm(block: TimmBlock, x: Tensor) -> bool:
 
 def normalised(norm: Any, x: Tensor, reader: nn.Module) -> Tensor:
     """``norm(x)``, under autocast in the dtype in which `reader`, which takes it, multiplies."""
-    if not _autocasts(x) or _read_in(reader, x) in (None, torch.float32) or _reason(norm=norm) is not None:
+    if not _autocasts(x) or _read_in(reader, x) in (None, torch.float32) or reason_against_parts(norm=norm) is not None:
         out: Tensor = norm(x)
         return out
     return add_normalised(x, None, None, None, norm, reader)[1]
@@ -230,7 +199,8 @@ def add_normalised(
     )
 
 
-def _reason(**parts: Any) -> str | None:
+def reason_against_parts(**parts: Any) -> str | None:
+    """Why these parts of a block are not plain, or None; ``norm1`` and the like are norms, ``ls1`` scales."""
     for name, part in parts.items():
         kind = type(part)
         if is_heard(part):

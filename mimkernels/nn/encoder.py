@@ -21,8 +21,8 @@ except ImportError as error:
 
 from mimkernels.nn import embed_visible, sincos_positions_2d
 from mimkernels.nn._classes import is_heard
-from mimkernels.nn.block import block_of_tokens, run_blocks_in_a_row
-from mimkernels.ops import gather_tokens
+from mimkernels.nn.block import run_blocks_in_a_row
+from mimkernels.nn.last_block import block_of_tokens, norms_act_alone, tokens_of
 
 __all__ = [
     "build_timm",
@@ -35,7 +35,6 @@ __all__ = [
     "has_vision_transformers",
     "init_encoder",
     "init_linears_and_norms",
-    "norms_are_unseen",
     "positions_and_prefix",
     "resample_positions",
     "run_blocks",
@@ -210,25 +209,29 @@ def visible_features(
     mean: Sequence[float] | Tensor | None = None,
     std: Sequence[float] | Tensor | None = None,
     present: Tensor | None = None,
+    read: int | None = None,
 ) -> Tensor:
-    """What timm's ``forward_features`` gives, ``[B, P + K, D]``, for the patches `ids` ``[B, K]`` of each image."""
+    """What timm's ``forward_features`` gives, ``[B, P + K, D]``, for the patches `ids` ``[B, K]`` of each image.
+
+    `read`: only the first so many tokens are wanted.
+    """
     embed = encoder.patch_embed
     grid = images.shape[-2] // embed.patch_size[0], images.shape[-1] // embed.patch_size[1]
     pos, prefix = positions_and_prefix(encoder, grid)
     x = embed_visible(images, ids, embed.proj, norm=embed.norm, pos=pos, prefix=prefix, mean=mean, std=std)
     if pos is not None:
         x = encoder.pos_drop(x)
-    return run_blocks(encoder, x, present)
+    return run_blocks(encoder, x, present, ids=read)
 
 
 def run_blocks(
-    encoder: VisionTransformer, x: Tensor, present: Tensor | None = None, *, ids: Tensor | None = None
+    encoder: VisionTransformer, x: Tensor, present: Tensor | None = None, *, ids: Tensor | int | None = None
 ) -> Tensor:
     """The rest of timm's ``forward_features`` for tokens ``[B, P + K, D]`` with their positions.
 
     Args:
         present: ``[B, P + K]`` bool, tokens that are there; padding is attended by nobody. None: all.
-        ids: ``[B, L]``, the tokens that are wanted: gives ``[B, L, D]``. None: all.
+        ids: ``[B, L]``, the tokens that are wanted, or a number, the first so many: gives ``[B, L, D]``. None: all.
     """
     x = encoder.norm_pre(x)
     if present is not None:
@@ -237,7 +240,7 @@ def run_blocks(
         x = checkpoint_seq(encoder.blocks, x)
     elif type(encoder.blocks) is nn.Sequential and not is_heard(encoder.blocks):
         calls: list[tuple[nn.Module, dict[str, Any]]] = [(block, {}) for block in encoder.blocks]
-        if ids is not None and calls and norms_are_unseen(encoder):
+        if ids is not None and calls and norms_act_alone(encoder):
             last = calls.pop()[0]
             x, ids = block_of_tokens(last, run_blocks_in_a_row(calls, x), ids), None
         else:
@@ -245,12 +248,7 @@ def run_blocks(
     else:
         x = encoder.blocks(x)
     features: Tensor = encoder.norm(x)
-    return features if ids is None else gather_tokens(features, ids)
-
-
-def norms_are_unseen(encoder: Any) -> bool:
-    """Whether nobody sees what the norms behind the blocks compute, so that they may run for fewer tokens."""
-    return not is_heard(encoder.norm) and not is_heard(encoder.fc_norm)
+    return features if ids is None else tokens_of(features, ids)
 
 
 def _attending_to(encoder: VisionTransformer, x: Tensor, attn_mask: Tensor) -> Tensor:

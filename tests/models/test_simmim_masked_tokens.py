@@ -6,9 +6,9 @@ import pytest
 import torch
 
 pytest.importorskip("timm")
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mimkernels.models import SimMIM
+from tests.products import Products
 
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "mask_unit": 8}
 NAMES = {
@@ -36,18 +36,6 @@ def build(kind, **changes):
 
 def images(size=3):
     return torch.randn(size, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-
-
-class Products(TorchDispatchMode):
-    """Counts operations of linear layers; FlopCounterMode listens to modules, which then compute all tokens."""
-
-    operations = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default):
-            a, b = args[-2:]
-            self.operations += 2 * a.shape[0] * a.shape[1] * b.shape[1]
-        return func(*args, **(kwargs or {}))
 
 
 def counted(model, pictures, **options):

@@ -1,0 +1,98 @@
+"""A last block for the tokens only that something reads: what follows attention acts on each token alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
+
+try:
+    from timm.layers import GluMlp, SwiGLU
+    from timm.layers import LayerNorm as TimmLayerNorm
+    from timm.layers import Mlp as TimmMlp
+    from timm.models.beit import Block as BeitBlock
+    from timm.models.vision_transformer import Block as TimmBlock
+except ImportError as error:
+    raise ImportError(
+        f"mimkernels.nn.last_block needs timm, which cannot be imported ({error}); pip install 'mimkernels[train]'"
+    ) from error
+
+from mimkernels.nn._classes import is_heard
+from mimkernels.nn.block import Block, reason_against_parts
+from mimkernels.nn.mlp import Mlp
+from mimkernels.ops import gather_tokens
+
+__all__ = ["block_of_tokens", "draws", "norms_act_alone", "reason_against", "tokens_of"]
+
+_BLOCKS = (TimmBlock, Block, BeitBlock)
+_MLPS = (TimmMlp, Mlp, SwiGLU, GluMlp)
+_NORMS = (TimmLayerNorm, nn.LayerNorm, nn.Identity)
+_ACTIVATIONS = ("torch.nn.modules.activation", "timm.layers.activations")
+
+
+def block_of_tokens(block: Any, x: Tensor, ids: Tensor | int, **options: Any) -> Tensor:
+    """What a block gives of some tokens, ``[B, K, C]``, with its keyword arguments.
+
+    Attention needs the keys and values of all tokens; what follows it runs for these tokens only, in timm's Block and
+    BEiT's. In other blocks, for the reasons of ``reason_against``, and with dropout in the MLP, which draws for every
+    token, all of it runs for all tokens.
+
+    Args:
+        ids: ``[B, K]``, which tokens; a number: the first so many.
+    """
+    if reason_against(block) is not None or draws(block.mlp):
+        return tokens_of(block(x, **options), ids)
+    x = tokens_of(x + block.drop_path1(_scaled(block, 1, block.attn(block.norm1(x), **options))), ids)
+    out: Tensor = x + block.drop_path2(_scaled(block, 2, block.mlp(block.norm2(x))))
+    return out
+
+
+def tokens_of(x: Tensor, ids: Tensor | int) -> Tensor:
+    """The tokens `ids` ``[B, K]`` of ``[B, N, C]``, or the first so many."""
+    return x[:, :ids] if isinstance(ids, int) else gather_tokens(x, ids)
+
+
+def norms_act_alone(encoder: Any) -> bool:
+    """Whether the norms behind the blocks act on each token alone, and nobody sees what they compute."""
+    norms = (encoder.norm, encoder.fc_norm)
+    return all(type(norm) in _NORMS and not is_heard(norm) for norm in norms)
+
+
+def reason_against(block: Any) -> str | None:
+    """Why all of a block must run for all tokens, or None: what it is, and who sees it."""
+    if type(block) not in _BLOCKS:
+        return f"its last block is {type(block).__name__}"
+    if is_heard(block) or has_global_hooks() or block._compiled_call_impl is not None:
+        return "its last block is heard, or compiled by itself"
+    parts = {"norm2": block.norm2, "drop_path1": block.drop_path1, "drop_path2": block.drop_path2}
+    if not isinstance(block, BeitBlock):
+        parts |= {"ls1": block.ls1, "ls2": block.ls2}
+    return reason_against_parts(**parts) or _reason_against_mlp(block.mlp)
+
+
+def _reason_against_mlp(mlp: nn.Module) -> str | None:
+    if type(mlp) not in _MLPS:
+        return f"its MLP is {type(mlp).__name__}"
+    for name, part in mlp.named_modules():
+        if is_heard(part):
+            return f"a hook or a forward of its own on mlp.{name}".rstrip(".")
+        if part is mlp or type(part) in (*_NORMS, nn.Linear, nn.Dropout):
+            continue
+        if type(part).__module__ not in _ACTIVATIONS or type(part) in (nn.Softmax, nn.Softmax2d, nn.LogSoftmax):
+            return f"its MLP has a {type(part).__name__}"
+    return None
+
+
+def draws(mlp: nn.Module, *, training: bool = False) -> bool:
+    """Whether there is dropout in an MLP, in its mode or in `training`."""
+    return any(isinstance(part, nn.Dropout) and part.p > 0 and (training or part.training) for part in mlp.modules())
+
+
+def _scaled(block: Any, number: int, branch: Tensor) -> Tensor:
+    """A branch times its LayerScale, a module of timm's blocks and a parameter or None of BEiT's."""
+    if isinstance(block, BeitBlock):
+        gamma = getattr(block, f"gamma_{number}")
+        return branch if gamma is None else gamma * branch
+    scaled: Tensor = getattr(block, f"ls{number}")(branch)
+    return scaled
