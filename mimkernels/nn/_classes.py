@@ -2,7 +2,7 @@
 
 For layers whose forward is written anew, because more changes than one call: timm's ``Attention`` (the packed
 projection is read and its gradient written as one; heads are recorded) and that of BEiT, Swin and Swin V2 (biases are
-read from tables), ``Mlp`` and ``Block``, and timm's patch dropout.
+read from tables), ``Mlp`` and ``Block``, timm's patch dropout, and models that read few tokens.
 Parameters, buffers, hooks and state-dict names stay, for the object stays; ``torch.compile``, copies and pickles see an
 ordinary class. The two other ways change the call of ``F.scaled_dot_product_attention`` alone: rewriting
 (``mimkernels.integrations._reroute``), for forwards that are not written here, whose classes are changed by this module
