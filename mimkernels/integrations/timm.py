@@ -53,7 +53,12 @@ from mimkernels.ops import gather_tokens, mask_from_noise
 __all__ = ["Accelerated", "Change", "accelerate", "restore"]
 
 _ATTENTION = "mimkernels.attention"
-_FORWARD_FEATURES = VisionTransformer.forward_features
+# What a model does from images to logits, as timm has it.
+_TIMMS = {
+    (kind, name): getattr(kind, name)
+    for kind in (VisionTransformer, VisionTransformerDistilled)
+    for name in ("forward", "forward_features", "forward_head", "pool")
+}
 
 
 @dataclass(frozen=True)
@@ -387,8 +392,9 @@ def _read_tokens(module: VisionTransformer) -> int | None:
 
 def _why_every_token(module: VisionTransformer) -> str | None:
     """Why the last block must run for all tokens, of what may change later; None if it need not."""
-    if "forward_features" in module.__dict__ or VisionTransformer.forward_features is not _FORWARD_FEATURES:
-        return "a forward_features of its own"
+    for (kind, name), timms in _TIMMS.items():
+        if name in module.__dict__ or (isinstance(module, kind) and getattr(kind, name) is not timms):
+            return f"a {name} of its own"
     if not last_block.norms_act_alone(module):
         return "a hook on the norm behind it, or no LayerNorm"
     if type(module.blocks) is not nn.Sequential or is_heard(module.blocks) or not len(module.blocks):

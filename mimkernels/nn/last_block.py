@@ -55,8 +55,11 @@ def tokens_of(x: Tensor, ids: Tensor | int) -> Tensor:
 
 def norms_act_alone(encoder: Any) -> bool:
     """Whether the norms behind the blocks act on each token alone, and nobody sees what they compute."""
-    norms = (encoder.norm, encoder.fc_norm)
-    return all(type(norm) in _NORMS and not is_heard(norm) for norm in norms)
+    return all(_acts_alone(norm) and not is_heard(norm) for norm in (encoder.norm, encoder.fc_norm))
+
+
+def _acts_alone(norm: nn.Module) -> bool:
+    return type(norm) in _NORMS and (not isinstance(norm, nn.LayerNorm) or len(norm.normalized_shape) == 1)
 
 
 def reason_against(block: Any) -> str | None:
@@ -77,7 +80,7 @@ def _reason_against_mlp(mlp: nn.Module) -> str | None:
     for name, part in mlp.named_modules():
         if is_heard(part):
             return f"a hook or a forward of its own on mlp.{name}".rstrip(".")
-        if part is mlp or type(part) in (*_NORMS, nn.Linear, nn.Dropout):
+        if part is mlp or type(part) in (nn.Linear, nn.Dropout) or _acts_alone(part):
             continue
         if type(part).__module__ not in _ACTIVATIONS or type(part) in (nn.Softmax, nn.Softmax2d, nn.LogSoftmax):
             return f"its MLP has a {type(part).__name__}"

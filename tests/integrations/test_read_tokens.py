@@ -115,7 +115,6 @@ class OfItsOwn(nn.GELU):
         lambda m: m.norm.register_forward_pre_hook(hook),
         lambda m: m.blocks.register_forward_hook(hook),
         lambda m: m.blocks[-1].__dict__.update(forward=functools.partial(Block.forward, m.blocks[-1])),
-        lambda m: m.__dict__.update(forward_features=m.forward_features),
         lambda m: setattr(m.blocks[-1].mlp, "act", OfItsOwn()),
         lambda m: setattr(m.blocks[-1].mlp, "norm", nn.BatchNorm1d(17).eval()),
         lambda m: m.set_grad_checkpointing(),
@@ -128,15 +127,30 @@ def test_who_looks_later_sees_all_tokens(change):
     assert all_tokens(ours) and operations(ours) > before
 
 
-def test_a_replaced_forward_features_is_called(monkeypatch):
-    ours, _ = accelerated(stock().eval())
-    called = []
-    timms = VisionTransformer.forward_features
-    monkeypatch.setattr(
-        VisionTransformer, "forward_features", lambda self, x, **kw: called.append(1) or timms(self, x, **kw)
-    )
+@pytest.mark.parametrize("name", ["forward", "forward_features", "forward_head", "pool"])
+@pytest.mark.parametrize("kind", ["cls", "distilled"])
+def test_a_method_that_somebody_replaces_gets_what_timm_gives_it(kind, name, monkeypatch):
+    ours, _ = accelerated(stock(kind).eval())
+    shapes = []
+    timms = getattr(type(stock(kind)), name)
+
+    def replaced(self, x, **given):
+        shapes.append(x.shape[1])
+        return timms(self, x, **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(stock(kind)), name, replaced)
+        ours(images())
+    ours.__dict__[name] = functools.partial(replaced, ours)
     ours(images())
-    assert called == [1]
+    tokens = 3 if name in ("forward", "forward_features") else PATCHES + ours.num_prefix_tokens  # or colours
+    assert set(shapes) == ({tokens} if (kind, name) != ("distilled", "pool") else set())
+
+
+def test_norms_over_more_than_a_token_see_all():
+    ours, _ = accelerated(stock())
+    ours.norm = nn.LayerNorm((17, WIDTH))
+    assert all_tokens(ours.eval())
 
 
 def test_dropout_in_the_mlp_draws_as_in_stock():
