@@ -127,7 +127,7 @@ def test_activations_that_are_recomputed_are_those_of_all_tokens():
         )
 
 
-@pytest.mark.parametrize("kind", ALIKE)
+@pytest.mark.parametrize("kind", ["beit", "swin"])
 def test_it_compiles_whole(kind):
     model = build(kind)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
