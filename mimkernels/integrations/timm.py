@@ -343,41 +343,49 @@ def _take_patch_drop(module: nn.Module) -> Change | None:
 
 def _take_model(module: VisionTransformer, *, embed: bool, read: bool) -> list[Change]:
     """What the model itself computes: patches that are dropped, and tokens of the last block that nobody reads."""
-    drop, kind = module.patch_drop, type(module).__name__
-    parts, became, remarks, against = [], [], [], []
-    if embed and isinstance(drop, PatchDropout) and drop.prob > 0:
-        try:
-            check_patch_embed(module)
-            why = _why_every_patch(module)
-        except ValueError as error:
-            why = str(error)
-        if why is not None:
-            against.append(Change("", kind, "", f"embeds every patch: {why}"))
-        else:
-            parts.append("patch_embed")
-            became.append("mimkernels.patchify_gather")
-            remarks.append("in training: embeds the kept patches only")
-    count = _read_tokens(module) if read else None
-    if count is not None:
-        why = _why_every_token(module)
-        if why is not None:
-            against.append(Change("", kind, "", f"its last block computes every token: {why}"))
-        else:
-            parts.append("read_tokens")
-            became.append("last block of read tokens")
-            block: Any = module.blocks[-1]
-            drops = last_block.draws(block.mlp, training=True)
-            remarks.append(
-                f"what follows attention in its last block runs for {'[cls]' if count == 1 else '[cls] and [dist]'} "
-                f"alone{', not in training: dropout in the MLP' if drops else ''}"
-            )
-    if not parts:
-        return against
+    offers = {
+        "patch_embed": _offer_patch_embed(module) if embed else None,
+        "read_tokens": _offer_read_tokens(module) if read else None,
+    }
+    taken = {part: offer for part, offer in offers.items() if offer is not None and offer.became}
+    left = [offer for offer in offers.values() if offer is not None and not offer.became]
+    if not taken:
+        return left
     reason = _change_class(module)
     if reason is not None:
-        return [Change("", kind, "", reason)]
-    module.__dict__[PARTS] = tuple(parts)
-    return [Change("", kind, ", ".join(became), "; ".join(remarks)), *against]
+        return [Change("", type(module).__name__, "", reason)]
+    module.__dict__[PARTS] = tuple(taken)
+    became = ", ".join(offer.became for offer in taken.values())
+    remarks = "; ".join(offer.reason for offer in taken.values())
+    return [Change("", type(module).__name__, became, remarks), *left]
+
+
+def _offer_patch_embed(module: VisionTransformer) -> Change | None:
+    drop, kind = module.patch_drop, type(module).__name__
+    if not isinstance(drop, PatchDropout) or drop.prob == 0:
+        return None
+    try:
+        check_patch_embed(module)
+        why = _why_every_patch(module)
+    except ValueError as error:
+        why = str(error)
+    if why is not None:
+        return Change("", kind, "", f"embeds every patch: {why}")
+    return Change("", kind, "mimkernels.patchify_gather", "in training: embeds the kept patches only")
+
+
+def _offer_read_tokens(module: VisionTransformer) -> Change | None:
+    count, kind = _read_tokens(module), type(module).__name__
+    if count is None:
+        return None
+    why = _why_every_token(module)
+    if why is not None:
+        return Change("", kind, "", f"its last block computes every token: {why}")
+    block: Any = module.blocks[-1]
+    drops = ", not in training: dropout in the MLP" if last_block.draws(block.mlp, training=True) else ""
+    names = "[cls]" if count == 1 else "[cls] and [dist]"
+    remark = f"what follows attention in its last block runs for {names} alone{drops}"
+    return Change("", kind, "last block of read tokens", remark)
 
 
 def _read_tokens(module: VisionTransformer) -> int | None:
@@ -390,11 +398,19 @@ def _read_tokens(module: VisionTransformer) -> int | None:
     return 1 if module.cls_token is not None else None
 
 
-def _why_every_token(module: VisionTransformer) -> str | None:
-    """Why the last block must run for all tokens, of what may change later; None if it need not."""
+def _method_of_its_own(module: VisionTransformer) -> str | None:
+    """The method between images and logits that somebody has put in the place of timm's."""
     for (kind, name), timms in _TIMMS.items():
         if name in module.__dict__ or (isinstance(module, kind) and getattr(kind, name) is not timms):
-            return f"a {name} of its own"
+            return name
+    return None
+
+
+def _why_every_token(module: VisionTransformer) -> str | None:
+    """Why the last block runs for all tokens, as the model is now; calls look anew. None if it does not."""
+    own = _method_of_its_own(module)
+    if own is not None:
+        return f"a {own} of its own"
     if not last_block.norms_act_alone(module):
         return "a hook on the norm behind it, or no LayerNorm"
     if type(module.blocks) is not nn.Sequential or is_heard(module.blocks) or not len(module.blocks):
@@ -501,10 +517,10 @@ def _forward_of_read_tokens(kind: Any) -> Callable[..., Any]:
         given: dict[str, Any] = {} if attn_mask is None else {"attn_mask": attn_mask}
         if is_causal is not False:
             given["is_causal"] = is_causal
-        if given or is_for_pytorch(x) or (self.grad_checkpointing and torch.is_grad_enabled()):
+        if given or is_for_pytorch(x) or "read_tokens" not in self.__dict__.get(PARTS, ()):
             return kind.forward(self, x, **given)
-        count = _read_tokens(self) if "read_tokens" in self.__dict__.get(PARTS, ()) else None
-        if count is None or _why_every_token(self) is not None:
+        count = _read_tokens(self)
+        if count is None or _method_of_its_own(self) is not None:
             return kind.forward(self, x)
         if _embeds_kept_patches(self, x):
             features = visible_features(self, x, _kept_patches(self, x), read=count)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from mimkernels.nn import Block as FusedBlock
 from mimkernels.nn.block import is_for_timm, normalised
+from mimkernels.nn.last_block import by_halves
 from mimkernels.ops import gather_tokens
 
 __all__ = ["DecoderBlock", "FusedDecoderBlock"]
@@ -20,10 +21,7 @@ class DecoderBlock(Block):
     # Takes chosen tokens where timm's takes masks, which a decoder has not.
     def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """``[B, N, D]`` to ``[B, N, D]``, or to ``[B, L, D]``: the tokens `ids` ``[B, L]`` in that order."""
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
-        if ids is not None:
-            x = gather_tokens(x, ids)
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return by_halves(self, x, ids)
 
 
 class FusedDecoderBlock(FusedBlock, DecoderBlock):

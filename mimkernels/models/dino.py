@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mimkernels.models.base import ImageModel, check_computed_by, check_numbers
 from mimkernels.models.checkpoint import CheckpointReport, copy_by_name, read_file, weights_of
-from mimkernels.models.masked_encoders import compute_by, encode, family_of, readout, tokens_read
+from mimkernels.models.masked_encoders import compute_by, family_of, represent
 from mimkernels.models.momentum import copy_without_gradients, feature_std, follow
 from mimkernels.nn.encoder import create_encoder
 from mimkernels.nn.processes import distributed
@@ -339,8 +339,7 @@ class DINO(ImageModel):
         self.encoder.set_grad_checkpointing(enable)
 
     def _features(self, encoder: nn.Module, images: Tensor) -> Tensor:
-        first = tokens_read(encoder)
-        return readout(encoder, encode(encoder, images, self._pixel_mean, self._pixel_std, first=first))
+        return represent(encoder, images, self._pixel_mean, self._pixel_std)
 
     def _published(self, part: str) -> Iterator[tuple[str, Tensor]]:
         network: Any = self if part == "student" else self.teacher

@@ -28,7 +28,17 @@ from mimkernels.nn.last_block import block_of_tokens, norms_act_alone, tokens_of
 from mimkernels.nn.relative import BeitAttention, BiasTable
 from mimkernels.nn.windows import window_positions
 
-__all__ = ["FAMILIES", "Family", "compute_by", "create_masked_encoder", "encode", "family_of", "readout", "tokens_read"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "compute_by",
+    "create_masked_encoder",
+    "encode",
+    "family_of",
+    "readout",
+    "represent",
+    "tokens_read",
+]
 
 
 class Family:
@@ -158,7 +168,7 @@ class BEiT(Family):
             else:
                 x = block(x, shared_rel_pos_bias=bias)
         tokens: Tensor = encoder.fc_norm(encoder.norm(x))
-        return tokens if ids is None else tokens_of(tokens, ids)
+        return tokens_of(tokens, ids)
 
 
 class Swin(Family):
@@ -203,8 +213,7 @@ class Swin(Family):
     @staticmethod
     def features(encoder: Any, x: Tensor, grid: tuple[int, int], ids: Tensor | int | None = None) -> Tensor:
         x = encoder.norm(encoder.layers(x.unflatten(1, grid)))  # [B, h', w', D']
-        x = x.flatten(1, 2)
-        return x if ids is None else tokens_of(x, ids)
+        return tokens_of(x.flatten(1, 2), ids)
 
     @staticmethod
     def positions(
@@ -305,6 +314,11 @@ def encode(
 def tokens_read(encoder: Any) -> int | None:
     """How many of the first tokens ``readout`` reads, if it reads no others."""
     return 1 if getattr(encoder, "cls_token", None) is not None else None
+
+
+def represent(encoder: Any, images: Tensor, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
+    """``[B, D]``: ``readout`` of what ``encode`` gives, of no more tokens than it reads."""
+    return readout(encoder, encode(encoder, images, mean, std, first=tokens_read(encoder)))
 
 
 def readout(encoder: Any, tokens: Tensor) -> Tensor:

@@ -11,15 +11,7 @@ from torch import Tensor, nn
 
 from mimkernels.models.base import ImageModel, check_computed_by, check_integers, check_numbers
 from mimkernels.models.checkpoint import CheckpointReport, copy_by_name, read_file, weights_of
-from mimkernels.models.masked_encoders import (
-    ViT,
-    compute_by,
-    create_masked_encoder,
-    encode,
-    family_of,
-    readout,
-    tokens_read,
-)
+from mimkernels.models.masked_encoders import ViT, compute_by, create_masked_encoder, family_of, represent
 from mimkernels.models.momentum import copy_without_gradients, feature_std, follow, gather
 from mimkernels.nn import sincos_positions_2d
 from mimkernels.nn.processes import distributed
@@ -245,8 +237,7 @@ class MoCoV3(ImageModel):
         self.encoder.set_grad_checkpointing(enable)
 
     def _features(self, encoder: nn.Module, images: Tensor) -> Tensor:
-        first = tokens_read(encoder)
-        return readout(encoder, encode(encoder, images, self._pixel_mean, self._pixel_std, first=first))
+        return represent(encoder, images, self._pixel_mean, self._pixel_std)
 
     def _contrast(self, q: Tensor, k: Tensor) -> Tensor:
         """``2 T`` times the cross-entropy of each query's own key among those of all processes."""

@@ -247,9 +247,10 @@ class SimMIM(ImageModel):
             whole = not any(self.mask_unit % step for step in self.encoder_stride)
             if whole:
                 drawn = self._drawn_tokens(mask)
-                first = torch.arange(mask.shape[0], device=mask.device) * (mask[0].numel() // math.prod(self._steps))
-                ids = (drawn + first[:, None]).flatten()
                 tokens = None if full_prediction or self._targets.any_of_all_tokens else drawn
+                if features is not None:
+                    outputs = mask[0].numel() // math.prod(self._steps)
+                    ids = (drawn + torch.arange(mask.shape[0], device=mask.device)[:, None] * outputs).flatten()
         else:
             self._check_images(images)
             self._check_mask(mask, images)

@@ -174,9 +174,9 @@ class Supervised(ImageModel):
             accuracy = (logits.argmax(1) == classes).float().mean()
         return SupervisedOutput(loss, logits, {"accuracy": accuracy}, layer_stats)
 
-    def encode(self, images: Tensor) -> Tensor:
-        """The encoder's normalised output ``[B, P + L, D]``, prefix tokens first."""
-        return encode(self.encoder, images, self._pixel_mean, self._pixel_std)
+    def encode(self, images: Tensor, *, first: int | None = None) -> Tensor:
+        """The encoder's normalised output ``[B, P + L, D]``, prefix tokens first, or its first so many tokens."""
+        return encode(self.encoder, images, self._pixel_mean, self._pixel_std, first=first)
 
     def classify(self, tokens: Tensor) -> Tensor:
         """Logits ``[B, classes]`` of tokens as ``encode`` gives them."""
@@ -201,8 +201,7 @@ class Supervised(ImageModel):
         self.encoder.set_grad_checkpointing(enable)
 
     def _logits(self, images: Tensor) -> Tensor:
-        mean, std = self._pixel_mean, self._pixel_std
-        return self.classify(encode(self.encoder, images, mean, std, first=self._tokens_read()))
+        return self.classify(self.encode(images, first=self._tokens_read()))
 
     def _tokens_read(self) -> int | None:
         """How many of the first tokens ``classify`` reads, if it reads no others."""

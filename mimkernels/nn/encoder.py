@@ -248,7 +248,7 @@ def run_blocks(
     else:
         x = encoder.blocks(x)
     features: Tensor = encoder.norm(x)
-    return features if ids is None else tokens_of(features, ids)
+    return tokens_of(features, ids)
 
 
 def _attending_to(encoder: VisionTransformer, x: Tensor, attn_mask: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from mimkernels.nn.block import Block, reason_against_parts
 from mimkernels.nn.mlp import Mlp
 from mimkernels.ops import gather_tokens
 
-__all__ = ["block_of_tokens", "draws", "norms_act_alone", "reason_against", "tokens_of"]
+__all__ = ["block_of_tokens", "by_halves", "draws", "norms_act_alone", "reason_against", "tokens_of"]
 
 _BLOCKS = (TimmBlock, Block, BeitBlock)
 _MLPS = (TimmMlp, Mlp, SwiGLU, GluMlp)
@@ -43,13 +43,20 @@ def block_of_tokens(block: Any, x: Tensor, ids: Tensor | int, **options: Any) ->
     """
     if reason_against(block) is not None or draws(block.mlp):
         return tokens_of(block(x, **options), ids)
+    return by_halves(block, x, ids, **options)
+
+
+def by_halves(block: Any, x: Tensor, ids: Tensor | int | None, **options: Any) -> Tensor:
+    """What timm's Block or BEiT's computes, the half that follows attention for some tokens only; None: for all."""
     x = tokens_of(x + block.drop_path1(_scaled(block, 1, block.attn(block.norm1(x), **options))), ids)
     out: Tensor = x + block.drop_path2(_scaled(block, 2, block.mlp(block.norm2(x))))
     return out
 
 
-def tokens_of(x: Tensor, ids: Tensor | int) -> Tensor:
-    """The tokens `ids` ``[B, K]`` of ``[B, N, C]``, or the first so many."""
+def tokens_of(x: Tensor, ids: Tensor | int | None) -> Tensor:
+    """The tokens `ids` ``[B, K]`` of ``[B, N, C]``, or the first so many; None: all."""
+    if ids is None:
+        return x
     return x[:, :ids] if isinstance(ids, int) else gather_tokens(x, ids)
 
 

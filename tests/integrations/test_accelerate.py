@@ -324,9 +324,8 @@ def test_blocks_are_taken_and_those_that_cannot_be_are_reported():
 ])  # fmt: skip
 def test_the_report_says_how_few_images_are_left_to_timm_s_block(small, remark, monkeypatch):
     monkeypatch.setattr("mimkernels.nn.block.SMALL", small)
-    report = mimkernels.accelerate(
-        vit(depth=1), attention=False, mlp=False, read_tokens=False
-    )  # 17 tokens of 32 numbers
+    model = vit(depth=1)  # 17 tokens of 32 numbers
+    report = mimkernels.accelerate(model, attention=False, mlp=False, read_tokens=False)
     assert [(change.became, change.reason) for change in report] == [("mimkernels.add_layer_norm", remark)]
 
 
