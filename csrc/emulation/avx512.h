@@ -38,6 +38,27 @@ MIMKERNELS_EMULATED __m512 by_halves(const Each& each, Vectors... x) {
   return join(each(split(x).low...), each(split(x).high...));
 }
 
+// The same of integers.
+template <typename Each>
+MIMKERNELS_EMULATED __m512i words_by_halves(const Each& each, __m512i a, __m512i b) {
+  __m256i x[2], y[2];
+  memcpy(x, &a, sizeof(a));
+  memcpy(y, &b, sizeof(b));
+  for (int i = 0; i < 2; ++i) x[i] = each(x[i], y[i]);
+  memcpy(&a, x, sizeof(a));
+  return a;
+}
+
+// Two of the four 128-bit parts of a, and two of b.
+MIMKERNELS_EMULATED __m512i shuffle_parts(__m512i a, __m512i b, int order) {
+  __m128i x[4], y[4];
+  memcpy(x, &a, sizeof(a));
+  memcpy(y, &b, sizeof(b));
+  const __m128i parts[4] = {x[order & 3], x[order >> 2 & 3], y[order >> 4 & 3], y[order >> 6 & 3]};
+  memcpy(&a, parts, sizeof(a));
+  return a;
+}
+
 #define MIMKERNELS_HALVES(intrinsic) [](auto... halves) { return intrinsic(halves...); }
 
 MIMKERNELS_EMULATED __m512 cvtph(__m256i bits) {
@@ -49,6 +70,32 @@ MIMKERNELS_EMULATED __m256i cvtps(__m512 x) {
   const Halves halves = split(x);
   return _mm256_set_m128i(_mm256_cvtps_ph(halves.high, _MM_FROUND_TO_NEAREST_INT),
                           _mm256_cvtps_ph(halves.low, _MM_FROUND_TO_NEAREST_INT));
+}
+
+MIMKERNELS_EMULATED __m512i join(__m256i low, __m256i high) {
+  const __m256i halves[2] = {low, high};
+  __m512i x;
+  memcpy(&x, halves, sizeof(x));
+  return x;
+}
+
+MIMKERNELS_EMULATED __m512i widen_words(__m256i x) {
+  return join(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(x)),
+              _mm256_cvtepu16_epi32(_mm256_extracti128_si256(x, 1)));
+}
+
+MIMKERNELS_EMULATED __m512i widen_bytes(__m128i x) {
+  return join(_mm256_cvtepu8_epi32(x), _mm256_cvtepu8_epi32(_mm_srli_si128(x, 8)));
+}
+
+MIMKERNELS_EMULATED __m256i narrow_words(__m512i x) {
+  uint32_t words[16];
+  uint16_t halves[16];
+  memcpy(words, &x, sizeof(x));
+  for (int i = 0; i < 16; ++i) halves[i] = static_cast<uint16_t>(words[i]);
+  __m256i out;
+  memcpy(&out, halves, sizeof(out));
+  return out;
 }
 
 MIMKERNELS_EMULATED void stream(void* to, __m512i x) {
@@ -126,8 +173,12 @@ MIMKERNELS_EMULATED __m512 dpbf16(__m512 sum, __m512bh a, __m512bh b) {
 #define MIMKERNELS_BY_HALVES(intrinsic, ...) \
   mimkernels::emulation::avx512::by_halves(MIMKERNELS_HALVES(intrinsic), __VA_ARGS__)
 
+#define MIMKERNELS_WORDS_BY_HALVES(intrinsic, a, b) \
+  mimkernels::emulation::avx512::words_by_halves(MIMKERNELS_HALVES(intrinsic), a, b)
+
 #undef _mm512_maskz_cvtps_ph
 #undef _mm512_maskz_extractf32x8_ps
+#undef _mm512_maskz_shuffle_i32x4
 #define _mm512_fmadd_ps(a, b, c) MIMKERNELS_BY_HALVES(_mm256_fmadd_ps, a, b, c)
 #define _mm512_fnmadd_ps(a, b, c) MIMKERNELS_BY_HALVES(_mm256_fnmadd_ps, a, b, c)
 #define _mm512_maskz_max_ps(all, a, b) MIMKERNELS_BY_HALVES(_mm256_max_ps, a, b)
@@ -136,6 +187,19 @@ MIMKERNELS_EMULATED __m512 dpbf16(__m512 sum, __m512bh a, __m512bh b) {
 #define _mm512_maskz_extractf32x8_ps(all, a, half)       \
   ((half) ? mimkernels::emulation::avx512::split(a).high \
           : mimkernels::emulation::avx512::split(a).low)
+#define _mm512_maskz_unpacklo_epi32(all, a, b) \
+  MIMKERNELS_WORDS_BY_HALVES(_mm256_unpacklo_epi32, a, b)
+#define _mm512_maskz_unpackhi_epi32(all, a, b) \
+  MIMKERNELS_WORDS_BY_HALVES(_mm256_unpackhi_epi32, a, b)
+#define _mm512_maskz_unpacklo_epi64(all, a, b) \
+  MIMKERNELS_WORDS_BY_HALVES(_mm256_unpacklo_epi64, a, b)
+#define _mm512_maskz_unpackhi_epi64(all, a, b) \
+  MIMKERNELS_WORDS_BY_HALVES(_mm256_unpackhi_epi64, a, b)
+#define _mm512_maskz_shuffle_i32x4(all, a, b, order) \
+  mimkernels::emulation::avx512::shuffle_parts(a, b, order)
+#define _mm512_maskz_cvtepu16_epi32(all, a) mimkernels::emulation::avx512::widen_words(a)
+#define _mm512_maskz_cvtepu8_epi32(all, a) mimkernels::emulation::avx512::widen_bytes(a)
+#define _mm512_maskz_cvtepi32_epi16(all, a) mimkernels::emulation::avx512::narrow_words(a)
 #define _mm512_maskz_cvtph_ps(all, bits) mimkernels::emulation::avx512::cvtph(bits)
 #define _mm512_maskz_cvtps_ph(all, a, rounding) mimkernels::emulation::avx512::cvtps(a)
 #define _mm512_stream_si512(to, a) mimkernels::emulation::avx512::stream(to, a)

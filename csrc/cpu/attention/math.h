@@ -82,8 +82,9 @@ MIMKERNELS_INLINE Floats choose_lanes(Ints mask, Floats yes, Floats no) { return
 // 0, 1, 2, ... plus first.
 MIMKERNELS_INLINE Ints lane_numbers(int32_t first) {
   Ints out;
-  for (int i = 0; i < kLanes; ++i) out[i] = first + i;
-  return out;
+  MIMKERNELS_UNROLL
+  for (int i = 0; i < kLanes; ++i) out[i] = i;  // a constant
+  return out + first;
 }
 
 #if defined(__AVX2__)

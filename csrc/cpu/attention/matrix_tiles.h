@@ -9,7 +9,7 @@
 //           even. Subnormal numbers count as 0, in A, B and C alike; NaN and infinity are kept.
 #pragma once
 
-#include "cpu/attention/math.h"
+#include "cpu/attention/tile.h"
 
 namespace mimkernels::MIMKERNELS_ISA {
 
@@ -186,64 +186,134 @@ void multiply_all_tiles(const TileProduct& all, int64_t row_tiles, int64_t colum
 
 // ---- packing ----
 
-// B = the transpose of `count` rows of `dim` features (multiples of 8): a panel per 16 rows, each
-// [ceil(dim / 32), 16 pairs of features, 16 rows]. Rows that `allowed` switches off, and the
-// padding, are 0.
-MIMKERNELS_INLINE void pack_tiles_transposed(const bf16* src, int64_t stride, int64_t count,
-                                             int64_t dim, const uint8_t* allowed, bf16* dst) {
-  const int64_t steps = ceil_div(dim, kTileDepth);
-  for (int64_t first = 0; first < count; first += kTileColumns, dst += steps * kTileSize) {
-    for (int64_t j = 0; j < kTileColumns; j += kSquare) {
-      const bf16* rows[kSquare];
+// A row that is not there.
+alignas(64) constexpr bf16 kNoRow[kMaxDim] = {};
+
+// dst[pair, row] = pair `pair` of row `row`, from a feature on: 16 pairs of 16 rows.
+MIMKERNELS_INLINE void transpose_pairs(const bf16* const (&rows)[kTileRows], int64_t feature,
+                                       bf16* dst) {
+#if defined(__AVX512F__)
+  // Words, two words, 128 bits of two rows at a time.
+  __m512i a[16];
+  __m512i b[16];
+  MIMKERNELS_UNROLL
+  for (int i = 0; i < 16; ++i) memcpy(&a[i], rows[i] + feature, sizeof(a[i]));
+  MIMKERNELS_UNROLL
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_maskz_unpacklo_epi32(0xffff, a[i], a[i + 1]);
+    b[i + 1] = _mm512_maskz_unpackhi_epi32(0xffff, a[i], a[i + 1]);
+  }
+  MIMKERNELS_UNROLL
+  for (int i = 0; i < 16; ++i) {
+    const int first = i / 4 * 4 + i % 4 / 2;
+    a[i] = i % 2 == 0 ? _mm512_maskz_unpacklo_epi64(0xff, b[first], b[first + 2])
+                      : _mm512_maskz_unpackhi_epi64(0xff, b[first], b[first + 2]);
+  }
+  // a[4 r + c] has pairs c, 4 + c, 8 + c, 12 + c of rows 4 r to 4 r + 3.
+  MIMKERNELS_UNROLL
+  for (int c = 0; c < 4; ++c) {
+    MIMKERNELS_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const __m512i top = a[8 * r + c];
+      const __m512i low = a[8 * r + 4 + c];
+      b[8 * r + c] = _mm512_maskz_shuffle_i32x4(0xffff, top, low, 0x88);
+      b[8 * r + 4 + c] = _mm512_maskz_shuffle_i32x4(0xffff, top, low, 0xdd);
+    }
+    MIMKERNELS_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const __m512i top = b[i % 2 * 4 + c];
+      const __m512i low = b[8 + i % 2 * 4 + c];
+      const __m512i pairs = i < 2 ? _mm512_maskz_shuffle_i32x4(0xffff, top, low, 0x88)
+                                  : _mm512_maskz_shuffle_i32x4(0xffff, top, low, 0xdd);
+      memcpy(dst + (4 * i + c) * 2 * kTileColumns, &pairs, sizeof(pairs));
+    }
+  }
+#else
+  for (int64_t j = 0; j < kTileRows; j += kSquare) {
+    for (int64_t c = 0; c < kTileDepth / 2; c += kSquare) {
+      SquareRow square[kSquare];
       for (int i = 0; i < kSquare; ++i) {
-        const int64_t row = first + j + i;
-        const bool there = row < count && (allowed == nullptr || allowed[row] != 0);
-        rows[i] = there ? src + row * stride : nullptr;
+        memcpy(&square[i], rows[j + i] + feature + 2 * c, sizeof(square[i]));
       }
-      // A column of the square is a pair of features, kSquare of them at a time; 8 features are
-      // half a square where it is 8 wide.
-      for (int64_t c = 0; c < steps * kTileDepth; c += 2 * kSquare) {
-        SquareRow square[kSquare];
-        const int64_t left = min_of(2 * kSquare, dim - c);
-        for (int i = 0; i < kSquare; ++i) {
-          square[i] = (SquareRow){};
-          if (rows[i] != nullptr && left > 0) {
-            memcpy(&square[i], rows[i] + c,
-                   left < 2 * kSquare ? kSquare * sizeof(bf16) : sizeof(SquareRow));
-          }
-        }
-        transpose_square(square);
-        for (int i = 0; i < kSquare; ++i) {
-          memcpy(dst + (c / 2 + i) * 2 * kTileColumns + 2 * j, &square[i], sizeof(square[i]));
-        }
+      transpose_square(square);
+      for (int i = 0; i < kSquare; ++i) {
+        memcpy(dst + (c + i) * 2 * kTileColumns + 2 * j, &square[i], sizeof(square[i]));
       }
     }
   }
+#endif
+}
+
+// B = the transpose of `count` rows of `dim` features (multiples of 8): a panel per 16 rows, each
+// [ceil(dim / 32), 16 pairs of features, 16 rows]. Rows that `allowed` switches off, and the
+// padding, are 0.
+inline void pack_tiles_transposed(const bf16* src, int64_t stride, int64_t count, int64_t dim,
+                                  const uint8_t* allowed, bf16* dst) {
+  const int64_t whole = dim / kTileDepth * kTileDepth;
+  for (int64_t first = 0; first < count; first += kTileColumns) {
+    const bf16* rows[kTileRows];
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      const int64_t row = first + i;
+      const bool there = row < count && (allowed == nullptr || allowed[row] != 0);
+      rows[i] = there ? src + row * stride : kNoRow;
+    }
+    for (int64_t c = 0; c < whole; c += kTileDepth, dst += kTileSize) {
+      transpose_pairs(rows, c, dst);
+    }
+    if (whole == dim) continue;
+    alignas(64) bf16 rest[kTileRows][kTileDepth];
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      memset(rest[i], 0, sizeof(rest[i]));
+      for (int64_t c = whole; c < dim; c += 8) {
+        memcpy(rest[i] + c - whole, rows[i] + c, 8 * sizeof(bf16));
+      }
+      rows[i] = rest[i];
+    }
+    transpose_pairs(rows, 0, dst);
+    dst += kTileSize;
+  }
+}
+
+// L numbers of two rows in pairs.
+template <int L>
+MIMKERNELS_INLINE typename VecTypes<L>::U pair_up(const bf16* even, const bf16* odd) {
+  typename VecTypes<L>::H low;
+  typename VecTypes<L>::H high;
+  memcpy(&low, even, sizeof(low));
+  memcpy(&high, odd, sizeof(high));
+  return widen<L>(low) | widen<L>(high) << 16;
 }
 
 // B = `count` rows of `dim` features (a multiple of 8): a panel per 16 features, each
 // [ceil(count / 32), 16 pairs of rows, 16 features]; the padding is 0.
-MIMKERNELS_INLINE void pack_tiles_rows(const bf16* src, int64_t stride, int64_t count, int64_t dim,
-                                       bf16* dst) {
-  const int64_t panel = ceil_div(count, kTileDepth) * kTileSize;
+inline void pack_tiles_rows(const bf16* src, int64_t stride, int64_t count, int64_t dim,
+                            bf16* dst) {
   const int64_t padded = ceil_div(count, kTileDepth) * kTileDepth;
+  const int64_t panel = padded * kTileColumns;
   for (int64_t row = 0; row < padded; row += 2) {
-    for (int64_t c = 0; c < dim; c += 8) {
-      typename VecTypes<8>::H even = {};
-      typename VecTypes<8>::H odd = {};
-      if (row < count) memcpy(&even, src + row * stride + c, sizeof(even));
-      if (row + 1 < count) memcpy(&odd, src + (row + 1) * stride + c, sizeof(odd));
-      using Pairs = typename VecTypes<8>::U;
-      const Pairs pairs = __builtin_convertvector(even, Pairs) | __builtin_convertvector(odd, Pairs)
-                                                                     << 16;
-      memcpy(dst + c / kTileColumns * panel + row * kTileColumns + 2 * (c % kTileColumns), &pairs,
-             sizeof(pairs));
+    const bf16* const even = row < count ? src + row * stride : kNoRow;
+    const bf16* const odd = row + 1 < count ? src + (row + 1) * stride : kNoRow;
+    bf16* to = dst + row * kTileColumns;
+    int64_t c = 0;
+    for (; c + kTileColumns <= dim; c += kTileColumns, to += panel) {
+      MIMKERNELS_UNROLL
+      for (int64_t k = 0; k < kTileColumns; k += kLanes) {
+        const Words pairs = pair_up<kLanes>(even + c + k, odd + c + k);
+        memcpy(to + 2 * k, &pairs, sizeof(pairs));
+      }
     }
-    if (dim % kTileColumns != 0) {
-      memset(dst + dim / kTileColumns * panel + row * kTileColumns + kTileColumns, 0,
-             kTileColumns * sizeof(bf16));
-    }
+    if (c == dim) continue;
+    const typename VecTypes<8>::U pairs = pair_up<8>(even + c, odd + c);
+    memcpy(to, &pairs, sizeof(pairs));
+    memset(to + kTileColumns, 0, kTileColumns * sizeof(bf16));
   }
+}
+
+// dst = src * scale, as P is rounded; dim is a multiple of 8.
+MIMKERNELS_INLINE void round_row(bf16* dst, const float* src, int64_t dim, float scale) {
+  int64_t c = 0;
+  for (; c + kLanes <= dim; c += kLanes) store_weights(dst + c, load_floats(src + c) * scale);
+  if (c < dim) store_part<8>(dst + c, load_part<8>(src + c) * scale);
 }
 
 // bf16 numbers that pack_tiles_transposed and pack_tiles_rows fill.

@@ -51,7 +51,8 @@ MIMKERNELS_INLINE float probability_row(const ScoreRow& row, const RowCoef& coef
     Floats score = load_floats(s + j);
     if constexpr (kStart) score = mul_add(score, scale, load_floats(row.start + j));
     Floats log_p;
-    const Floats p = exp_clamped((score - shift) - low, log_p);
+    const Floats less = (score - shift) - low;
+    const Floats p = kMatrixTiles ? exp_short(less, log_p) : exp_clamped(less, log_p);
     Floats t = load_floats(dp + j) - centre;
     sum = mul_add(p, t, sum);
     store_floats(s + j, p);

@@ -55,13 +55,6 @@ MIMKERNELS_INLINE void store_weight_pairs(Floats even, Floats odd, bf16* pairs, 
   store_weights(odd_row, odd);
 }
 
-// dst = src * scale; dim is a multiple of 8.
-MIMKERNELS_INLINE void round_row(bf16* dst, const float* src, int64_t dim, float scale) {
-  int64_t c = 0;
-  for (; c + kLanes <= dim; c += kLanes) store_weights(dst + c, load_floats(src + c) * scale);
-  if (c < dim) store_part<8>(dst + c, load_part<8>(src + c) * scale);
-}
-
 // ---- transposes ----
 
 static_assert(kSquare == 8);
@@ -73,7 +66,6 @@ MIMKERNELS_INLINE void take_queries(const bf16* src, int64_t stride, int64_t row
                                     bf16* dst, int64_t dst_stride, bf16* columns,
                                     int64_t columns_stride) {
   using Halves = typename VecTypes<8>::H;
-  using Pairs = typename VecTypes<8>::U;
   for (int64_t first = 0; first < kTileDepth; first += 2 * kSquare) {
     for (int64_t c = 0; c < dim; c += 8) {
       SquareRow square[kSquare];
@@ -90,8 +82,7 @@ MIMKERNELS_INLINE void take_queries(const bf16* src, int64_t stride, int64_t row
           memcpy(&odd, src + (row + 1) * stride + c, sizeof(odd));
           memcpy(dst + (row + 1) * dst_stride + c, &odd, sizeof(odd));
         }
-        square[i] = (SquareRow)(__builtin_convertvector(even, Pairs) |
-                                __builtin_convertvector(odd, Pairs) << 16);
+        square[i] = (SquareRow)(widen<8>(even) | widen<8>(odd) << 16);
       }
       if (columns == nullptr) continue;
       transpose_square(square);

@@ -60,15 +60,20 @@ struct RowSums {
   float far = 0.0f;
 };
 
-// Replaces the scores s of one row by p = exp(s - top), and leaves x = s - top if kExpect. Apart
-// from the sums: chains of dependent instructions that wait for each other must be short. The
-// weights of a product of bf16 are p, rounded; other products read s.
+// Replaces the scores s of one row by p = exp(s - top), and leaves x = s - top if kExpect; with
+// kShort, s is still to be multiplied by `scale`. Apart from the sums: chains of dependent
+// instructions that wait for each other must be short. The weights of a product of bf16 are p,
+// rounded; other products read s.
 template <bool kExpect, bool kShort, typename E>
-MIMKERNELS_INLINE void exp_row(float* s, float* x, E* weights, int64_t padded, float top) {
+MIMKERNELS_INLINE void exp_row(float* s, float* x, E* weights, int64_t padded, float top,
+                               float scale) {
   const Floats shift = splat(top);
+  [[maybe_unused]] const Floats factor = splat(scale);
   for (int64_t j = 0; j < padded; j += kLanes) {
     Floats clamped;
-    const Floats less = load_floats(s + j) - shift;
+    Floats less = load_floats(s + j);
+    if constexpr (kShort) less *= factor;
+    less -= shift;
     const Floats p = kShort ? exp_short(less, clamped) : exp_clamped(less, clamped);
     store_floats(s + j, p);
     if constexpr (kExpect) store_floats(x + j, clamped);
@@ -166,6 +171,7 @@ struct RowBlock {
   float* scores = nullptr;        // becomes p = exp(s - top)
   E* weights = nullptr;           // receives p, rounded, where P v reads bf16
   const float* maxima = nullptr;  // [rows, kLanes]
+  float scale = 1.0f;             // positive; what exp_short still multiplies scores and maxima by
 };
 
 // Rows of scores lie kStride apart, those of weights kWeightStride. kShort: p is from exp_short.
@@ -282,11 +288,12 @@ class RowSoftmax {
     const bool later = t.first > 0;
     float changes[kRowTile];
     for (int64_t i = 0; i < t.rows; ++i) {
-      float top = max_lanes(load_floats(t.maxima + i * kLanes));
+      const float most = max_lanes(load_floats(t.maxima + i * kLanes));
+      float top = kShort ? most * t.scale : most;
       float change = 0.0f;
       rescale[i] = 1.0f;
       if (asks(kArgmax) && (!later || top > *state(kTop, t.row + i))) {
-        const int64_t key = t.first + first_at_top(t.scores + i * kStride, padded, top);
+        const int64_t key = t.first + first_at_top(t.scores + i * kStride, padded, most);
         *state(kFirstTop, t.row + i) = static_cast<float>(key);
       }
       if (later) {
@@ -301,7 +308,7 @@ class RowSoftmax {
       changes[i] = change;
       exp_row<kExpect, kShort>(t.scores + i * kStride, shifted_ + i * kStride,
                                t.weights + i * kWeightStride, padded,
-                               top == -kInfinity ? 0.0f : top);
+                               top == -kInfinity ? 0.0f : top, t.scale);
     }
     for (int64_t i = 0; i < t.rows; ++i) {
       const float* p = t.scores + i * kStride;

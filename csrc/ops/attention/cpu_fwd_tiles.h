@@ -2,7 +2,8 @@
 // the same contract.
 //
 // numerics: scores and P v as matrix_tiles.h says, so subnormal numbers of q, k, v and P count as 0;
-//           P is rounded to bf16 for P v alone, and comes from exp_short; the rest as in cpu_fwd.cpp
+//           P is rounded to bf16 for P v alone, and comes from exp_short; in out, too, subnormal
+//           numbers become 0; the rest as in cpu_fwd.cpp
 // cost:     K^T and V of a head are packed once, for all its queries. 32 queries at a time meet up
 //           to 512 keys in 2 x 2 tiles: their scores stay in L1 or L2, and become P, in the cache of
 //           a few rows, once their maximum is known; beyond 512 keys sums and P v are rescaled from
@@ -41,7 +42,8 @@ class TileForward {
         steps_(ceil_div(s_.dim, kTileDepth)),
         order_(s_),
         chunks_(min_of(row_chunks(order_.count(), s_.queries, kLeastRows, kTasks), groups_)),
-        softmax_(params, ceil_div(groups_, chunks_) * kQueries) {}
+        softmax_(params, ceil_div(groups_, chunks_) * kQueries),
+        unscaled_(!ScoreStart::makes_rows(s_) && !s_.cosine.given && s_.scale > 0.0f) {}
 
   int64_t tasks() const { return order_.count() * chunks_; }
 
@@ -115,7 +117,7 @@ class TileForward {
     }
     for (int64_t i = 0; i < rows; ++i) {
       const float sum = softmax_.sum(row + i);
-      write_row(out + i * out_stride, result_ + i * kResultStride, s_.dim,
+      round_row(out + i * out_stride, result_ + i * kResultStride, s_.dim,
                 sum == 0.0f ? 0.0f : 1.0f / sum);
     }
   }
@@ -157,7 +159,9 @@ class TileForward {
     }
   }
 
-  // scores = scale * products (+ start), kColumns of them from `at` on.
+  // scores = scale * products (+ start), kColumns of them from `at` on, and the maxima of lanes;
+  // products stay as they are where nothing is added to them but a mask: their exponential scales
+  // them.
   void finish_scores(int64_t row, int64_t rows, int64_t first, int64_t count, int64_t at) {
     const int64_t keys = min_of(kColumns, count - at);
     for (int64_t i = 0; s_.cosine.given && i < rows; ++i) {
@@ -166,32 +170,47 @@ class TileForward {
     ScoreStart::Rows start = start_.rows_of(row, rows, first + at, keys, bias_, kColumns);
     // The last register holds keys that are not there.
     if (start.first == nullptr && keys % kLanes != 0) start.first = start_.mask_row(first + at);
-    const auto finish = [&](auto has_start, int64_t width) MIMKERNELS_LAMBDA_INLINE {
+    const int64_t width = padded_columns(keys);
+    if (start.first != nullptr) {
+      const Floats scale = splat(unscaled_ ? 1.0f : s_.scale);
+      visit_scores(rows, at, width,
+                   [&](float* scores, int64_t i, int64_t j) MIMKERNELS_LAMBDA_INLINE {
+                     const Floats begin = load_floats(start.first + i * start.stride + j);
+                     const Floats score = mul_add(load_floats(scores), scale, begin);
+                     store_floats(scores, score);
+                     return score;
+                   });
+    } else if (unscaled_) {
+      visit_scores(rows, at, width, [](float* scores, int64_t, int64_t) MIMKERNELS_LAMBDA_INLINE {
+        return load_floats(scores);
+      });
+    } else {
       const Floats scale = splat(s_.scale);
-      for (int64_t i = 0; i < rows; ++i) {
-        float* scores = scores_ + i * kScoreStride + at;
-        float* maxima = maxima_ + i * kLanes;
+      visit_scores(rows, at, width, [&](float* scores, int64_t, int64_t) MIMKERNELS_LAMBDA_INLINE {
+        const Floats score = load_floats(scores) * scale;
+        store_floats(scores, score);
+        return score;
+      });
+    }
+  }
+
+  // The maxima of what score(its place, row, column less `at`) gives for `width` columns from `at`
+  // on.
+  template <typename Score>
+  MIMKERNELS_INLINE void visit_scores(int64_t rows, int64_t at, int64_t width, const Score& score) {
+    float* scores = scores_ + at;
+    float* maxima = maxima_;
+    const auto visit = [&](int64_t columns) MIMKERNELS_LAMBDA_INLINE {
+      for (int64_t i = 0; i < rows; ++i, scores += kScoreStride, maxima += kLanes) {
         Floats best = at == 0 ? splat(-kInfinity) : load_floats(maxima);
         MIMKERNELS_UNROLL
-        for (int64_t j = 0; j < width; j += kLanes) {
-          Floats score = load_floats(scores + j);
-          if constexpr (has_start.value != 0) {
-            score = mul_add(score, scale, load_floats(start.first + i * start.stride + j));
-          } else {
-            score *= scale;
-          }
-          store_floats(scores + j, score);
-          best = max_or_second(score, best);
+        for (int64_t j = 0; j < columns; j += kLanes) {
+          best = max_or_second(score(scores + j, i, j), best);
         }
         store_floats(maxima, best);
       }
     };
-    const int64_t width = padded_columns(keys);
-    if (start.first != nullptr) {
-      width == kColumns ? finish(Constant<1>{}, kColumns) : finish(Constant<1>{}, width);
-    } else {
-      width == kColumns ? finish(Constant<0>{}, kColumns) : finish(Constant<0>{}, width);
-    }
+    width == kColumns ? visit(kColumns) : visit(width);
   }
 
   // P of finished scores, and P v, in result_.
@@ -200,9 +219,10 @@ class TileForward {
     const int64_t steps = ceil_div(count, kTileDepth);
     float rescale[kQueries];
     for (int64_t i = 0; i < rows; i += kRowTile) {
-      softmax_.visit({row + i, min_of(kRowTile, rows - i), first, count, scores_ + i * kScoreStride,
-                      weights_ + i * kWeightStride, maxima_ + i * kLanes},
-                     rescale + i);
+      softmax_.visit(
+          {row + i, min_of(kRowTile, rows - i), first, count, scores_ + i * kScoreStride,
+           weights_ + i * kWeightStride, maxima_ + i * kLanes, unscaled_ ? s_.scale : 1.0f},
+          rescale + i);
     }
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = padded; j < steps * kTileDepth; j += 8) {
@@ -237,6 +257,7 @@ class TileForward {
   NextHead<bf16> next_{s_};
   int64_t chunks_;
   RowSoftmax<bf16, kScoreStride, kWeightStride, true> softmax_;
+  bool unscaled_;  // scores are products until their exponential is taken
   ScoreStart start_{s_};
   Arena arena_;
   int64_t packed_head_ = -1;
