@@ -8,6 +8,7 @@
 ``MIMKERNELS_TORCH_DIR``   folder of the torch package to build against; by default it is searched for.
 ``MIMKERNELS_CMAKE_ARGS``  further arguments of CMake, such as -DMIMKERNELS_CUDA=off.
 ``MAX_JOBS``               compile jobs at a time.
+``CUDACXX``, ``CUDA_HOME`` nvcc, or the folder of the CUDA toolkit, where it is not the one on PATH.
 
 The module of mask samplers (csrc/masks) is for the Python that runs the build, by its name; another Python does not
 see it and draws the same masks without it, so that one wheel still serves every version.
@@ -111,6 +112,17 @@ def find_tool(name: str) -> str:
     return found
 
 
+def find_nvcc() -> str | None:
+    """Path of nvcc as torch's extensions find it, CUDA_HOME before PATH before /usr/local/cuda; None where CMake, which
+    knows CUDACXX and PATH alone, finds the same."""
+    if os.environ.get("CUDACXX"):
+        return None
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    if not homes and not shutil.which("nvcc"):
+        homes = ["/usr/local/cuda"]
+    return next((str(nvcc) for home in homes if (nvcc := Path(home, "bin", "nvcc")).exists()), None)
+
+
 def has_gpu() -> bool:
     """Whether nvidia-smi, which comes with the driver, lists a GPU."""
     try:
@@ -137,6 +149,8 @@ def compile_libraries(folder: Path, report: dict, names: list[str]) -> dict[str,
     torch_dir, torch_version, torch_cuda = find_torch()
     report["torch"], report["torch_cuda"] = torch_version, torch_cuda
     cmake, ninja = find_tool("cmake"), find_tool("ninja")
+    if nvcc := find_nvcc():
+        os.environ["CUDACXX"] = nvcc
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if not compiler:
         raise NotBuilt("no C++ compiler (c++, g++, clang++) was found", "install g++ 11 or later")

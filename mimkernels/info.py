@@ -14,7 +14,7 @@ import torch
 from mimkernels._version import __version__
 from mimkernels.data.masks import native as masks
 from mimkernels.engine.memory import freed_memory
-from mimkernels.ops import _native, _registry
+from mimkernels.ops import _gpus, _native, _registry
 
 _TRAIN = ("timm", "torchvision", "accelerate", "tensorboard", "scikit-learn", "matplotlib", "rich")
 
@@ -119,6 +119,10 @@ def _backend(backend: _registry.Backend) -> dict:
         remedy = "run on a machine with an NVIDIA GPU and its driver"
         if backend.name == "triton":
             remedy += " (for tests, TRITON_INTERPRET=1 runs it on CPU tensors when it is named)"
+    elif backend.devices == ("cuda",):
+        refusals = [_gpus.refusal(backend.name, index, named=False) for index in range(torch.cuda.device_count())]
+        if all(refusals):
+            reason, remedy = refusals[0], "what it names, or another GPU; without it the ops run on other backends"
     return {
         "name": backend.name,
         "available": reason is None,

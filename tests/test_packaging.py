@@ -308,6 +308,25 @@ else:
 """
 
 
+@pytest.mark.parametrize("variable", ["CUDA_HOME", "CUDA_PATH", "CUDACXX"])
+def test_the_toolkit_that_torch_would_take_compiles_the_kernels(tree, variable):
+    tools, told = tree.parent / "bin", tree.parent / "told"
+    toolkit = tree.parent / "cuda-12.9"
+    cmake = f"#!/bin/sh\necho $CUDACXX > {told}\nexit 1\n"
+    for path, text in ((tools / "cmake", cmake), (toolkit / "bin" / "nvcc", "")):
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+        path.chmod(0o755)
+    given = "/opt/nvcc" if variable == "CUDACXX" else str(toolkit)
+    env = {name: value for name, value in os.environ.items() if name not in ("CUDA_HOME", "CUDA_PATH", "CUDACXX")}
+    env |= {"PATH": f"{tools}:{os.environ['PATH']}", "CUDA_HOME": str(toolkit), variable: given}
+    if variable == "CUDA_PATH":
+        del env["CUDA_HOME"]
+    command = [sys.executable, "setup.py", "-q", "build_native", "--inplace", "--runnable"]
+    subprocess.run(command, cwd=tree, env=env, capture_output=True, check=True)
+    assert told.read_text().strip() == ("/opt/nvcc" if variable == "CUDACXX" else str(toolkit / "bin" / "nvcc"))
+
+
 @pytest.mark.parametrize("gpu", [False, True])
 def test_a_build_of_what_runs_here_is_completed_by_one_of_everything(tree, gpu):
     tools, log = tree.parent / "bin", tree.parent / "log"

@@ -251,14 +251,14 @@ def _fits(x: Tensor, branch: Tensor | None, gamma: Tensor | None, norm: Any) -> 
     allowed = FLOATS if _autocasts(x) else (dtype,)
     if any(value.dtype not in allowed for value in (norm.weight, norm.bias) if value is not None):
         return False
-    return _has_kernel(x.device.type, dtype, x.shape[-1])  # without one, PyTorch's own code is as fast
+    return _has_kernel(x.device, dtype, x.shape[-1])  # without one, PyTorch's own code is as fast
 
 
 # functools.cache would be seen through, and warned of, by torch.compile.
-_known: dict[tuple[str, str, torch.dtype, int], bool] = {}
+_known: dict[tuple[str, torch.device, torch.dtype, int], bool] = {}
 
 
-def _has_kernel(device: str, dtype: torch.dtype, columns: int) -> bool:
+def _has_kernel(device: torch.device, dtype: torch.dtype, columns: int) -> bool:
     if transformed():  # where a backend may count that does not elsewhere
         return SPEC.resolve("auto", device, dtype, columns=columns) != "reference"
     key = forced.get(), device, dtype, columns

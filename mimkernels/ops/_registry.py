@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from mimkernels.ops import _autograd, _native
+from mimkernels.ops import _autograd, _gpus, _native
 from mimkernels.ops._autograd import Gradient, Kernel, Run
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -72,9 +72,12 @@ class Impl:
     limits: dict[str, int] = field(default_factory=dict)
     multiples: dict[str, int] = field(default_factory=dict)
 
-    def reasons(self, device: str, dtype: torch.dtype, sizes: dict[str, int], named: bool = False) -> list[str]:
+    def reasons(
+        self, device: torch.device | str, dtype: torch.dtype, sizes: dict[str, int], named: bool = False
+    ) -> list[str]:
         """Why this implementation does not take these inputs; empty if it does."""
         backend = BACKENDS[self.backend]
+        kind, index = _kind_and_index(device)
         found = []
         if self.backend in _UNAVAILABLE:
             found.append(_UNAVAILABLE[self.backend])
@@ -82,10 +85,14 @@ class Impl:
             found.append("torch.jit.trace records no overloads, and so not which backend runs")
         if self.backend != "reference" and not named and _autograd.forward_mode():
             found.append("has no forward-mode gradients")
-        if not backend.runs_on(device, named):
+        if not backend.runs_on(kind, named):
             hint = " (TRITON_INTERPRET=1 runs it on CPU tensors)" if self.backend == "triton" else ""
             runs_on = _words(backend.devices or backend.testing_devices)
-            found.append(f"runs on {runs_on}, the inputs are on {device}{hint}")
+            found.append(f"runs on {runs_on}, the inputs are on {kind}{hint}")
+        elif kind == "cuda" and self.backend not in _UNAVAILABLE:
+            refusal = _gpus.refusal(self.backend, index, named)
+            if refusal is not None:
+                found.append(refusal)
         if dtype not in self.dtypes:
             found.append(f"takes {_words(self.dtypes)}, got {_words((dtype,))}")
         for name, most in self.limits.items():
@@ -147,12 +154,12 @@ class OpSpec:
             return first.dispatched, *(other.dispatched for other in others)
         return None if _autograd.transformed() else (first.direct, *(other.backward for other in others))
 
-    def resolve(self, backend: str, device: str, dtype: torch.dtype, **sizes: int) -> str:
+    def resolve(self, backend: str, device: torch.device | str, dtype: torch.dtype, **sizes: int) -> str:
         """The name of the backend that runs this call.
 
         Args:
             backend: ``"auto"`` (then ``use_backend`` and ``MIMKERNELS_BACKEND`` decide) or a backend's name.
-            device: device type of the inputs, such as ``"cuda"``.
+            device: of the inputs, or its type: then the current device of that type.
             dtype: dtype of the main input.
             sizes: sizes that a row may limit, by name.
 
@@ -165,15 +172,16 @@ class OpSpec:
             raise TypeError(f"{self.name}: backend must be a str, got {type(wanted).__name__}")
         if wanted != "auto" and wanted not in BACKENDS:
             raise ValueError(f"{self.name}: unknown backend {wanted!r}; known: auto, {', '.join(BACKENDS)}")
+        kind, _ = _kind_and_index(device)
         for impl in self.impls:
             named = impl.backend == wanted
-            if not (named or wanted == "auto") or not BACKENDS[impl.backend].runs_on(device, named):
+            if not (named or wanted == "auto") or not BACKENDS[impl.backend].runs_on(kind, named):
                 continue
             if not impl.reasons(device, dtype, sizes, named):
                 return impl.backend
         raise NotImplementedError(self.refusal(wanted, device, dtype, sizes))
 
-    def refusal(self, wanted: str, device: str, dtype: torch.dtype, sizes: dict[str, int]) -> str:
+    def refusal(self, wanted: str, device: torch.device | str, dtype: torch.dtype, sizes: dict[str, int]) -> str:
         """The message of a refused call: the inputs, and every backend's reasons."""
         given = ", ".join([f"device {device}", f"dtype {_words((dtype,))}", *(f"{k} {v}" for k, v in sizes.items())])
         lines = [f"{self.name}: backend {wanted!r} does not take these inputs ({given})."]
@@ -296,6 +304,10 @@ def use_backend(name: str) -> Iterator[None]:
             forced.reset(token)
         if traced or not _TRACED_CONTEXT:
             _traced_blocks.remove(name)
+
+
+def _kind_and_index(device: torch.device | str) -> tuple[str, int | None]:
+    return (device, None) if isinstance(device, str) else (device.type, device.index)
 
 
 def _words(things: Iterable[object]) -> str:

@@ -380,7 +380,7 @@ def backends_of(device: torch.device, precision: str, ops: tuple[str, ...]) -> d
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     # Masks are drawn and losses summed in fp32 whatever the tokens are.
-    return {op: SPECS[op].resolve("auto", device.type, torch.float32 if op == "random_mask" else dtype) for op in ops}
+    return {op: SPECS[op].resolve("auto", device, torch.float32 if op == "random_mask" else dtype) for op in ops}
 
 
 def _time_facts(trainer: Trainer, first_step: int) -> str:

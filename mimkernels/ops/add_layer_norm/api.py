@@ -125,7 +125,7 @@ def _checked(
     if out_dtype not in ANY_FLOAT:
         raise TypeError(f"{op}: out_dtype must be floating point, got {out_dtype}")
     # A kernel must take both dtypes; only the reference takes fp64.
-    name = SPEC.resolve(backend, x.device.type, dtype if out_dtype in FLOATS else out_dtype, columns=x.shape[-1])
+    name = SPEC.resolve(backend, x.device, dtype if out_dtype in FLOATS else out_dtype, columns=x.shape[-1])
     run = SPEC.runner(name, reference.add_layer_norm, _checks.needs_grad(x, y, weight, bias, scale))
     x, y = _checks.rows(x.to(dtype)), None if y is None else _checks.rows(y)
     return run, (x, y, weight, bias, scale, drop), (eps, out_dtype)

@@ -327,7 +327,7 @@ def _check_options(
     scale = _check_scale(op, scale, logit_scale, q)
     scored = _check_score_tensors(op, q, k, bias, bias_table, bias_index, key_mask, logit_scale)
     positions = _check_positions(op, positions, "distance" in planes, num_prefix, q)
-    name = SPEC.resolve(backend, q.device.type, q.dtype, head_dim=dim)
+    name = SPEC.resolve(backend, q.device, q.dtype, head_dim=dim)
     asked = tuple(planes) if name == "reference" else bits
     return (*scored, positions), (scale, num_prefix, asked, planes), name
 

@@ -58,6 +58,6 @@ def _checked(
         bias = _checks.rows(bias)
     if approximate not in ("none", "tanh"):
         raise ValueError(f"{op}: approximate must be 'none' or 'tanh', got {approximate!r}")
-    name = SPEC.resolve(backend, x.device.type, x.dtype)
+    name = SPEC.resolve(backend, x.device, x.dtype)
     run = SPEC.runner(name, reference.bias_gelu, _checks.needs_grad(x, bias))
     return run, (_checks.rows(x), bias), (approximate == "tanh",)

@@ -44,6 +44,6 @@ def _checked(
     mask = _checks.token_mask(op, mask, "x", x)
     mask_token = _checks.parameter(op, "mask_token", mask_token, 1, "x", x)
     _checks.same_size(op, "mask_token", mask_token, 0, "x", x, 2)
-    name = SPEC.resolve(backend, x.device.type, x.dtype)
+    name = SPEC.resolve(backend, x.device, x.dtype)
     run = SPEC.runner(name, reference.fill_mask_tokens, _checks.needs_grad(x, mask_token))
     return run, (_checks.rows(x), mask, mask_token), ()

@@ -59,6 +59,6 @@ def _checked(
     if prefix is not None:
         prefix = _checks.parameter(op, "prefix", prefix, 2, "x", x)
         _checks.same_size(op, "prefix", prefix, 1, "x", x, 2)
-    name = SPEC.resolve(backend, x.device.type, x.dtype)
+    name = SPEC.resolve(backend, x.device, x.dtype)
     run = SPEC.runner(name, reference.gather_tokens, _checks.needs_grad(x, pos, prefix))
     return run, (_checks.rows(x), ids, pos, prefix), ()

@@ -64,7 +64,7 @@ def _checked(
     scored = (bias, bias_table, bias_index, key_mask, logit_scale)
     others, scale = checked_scores("head_divergence", q, k, *scored, scale)
     lse = checked_lse("head_divergence", lse, q)
-    name = SPEC.resolve(backend, q.device.type, q.dtype, head_dim=q.shape[3])
+    name = SPEC.resolve(backend, q.device, q.dtype, head_dim=q.shape[3])
     run = SPEC.runner(name, reference.head_divergence, False)
     tensors = (_checks.rows(q), _checks.rows(k), lse, *others)
     # Nothing here has a gradient.

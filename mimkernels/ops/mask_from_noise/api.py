@@ -48,6 +48,6 @@ def _checked(
     noise = _checks.rows(noise.detach())
     if noise.dtype in (torch.float16, torch.bfloat16):  # exact, and keeps ties
         noise = noise.float()
-    name = SPEC.resolve(backend, noise.device.type, noise.dtype, tokens=noise.shape[1])
+    name = SPEC.resolve(backend, noise.device, noise.dtype, tokens=noise.shape[1])
     run = SPEC.runner(name, reference.mask_from_noise, False)
     return run, (noise,), (keep, in_order)

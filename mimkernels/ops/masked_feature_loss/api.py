@@ -100,7 +100,7 @@ def _checked(
     options = (flat, norm == "ln", eps, KINDS.index(kind), beta, reduction == "mean")
     # A kernel takes no fp64 on either side.
     dtype = torch.float64 if target.dtype == torch.float64 else pred.dtype
-    name = SPEC.resolve(backend, pred.device.type, dtype)
+    name = SPEC.resolve(backend, pred.device, dtype)
     run = SPEC.runner(name, reference.masked_feature_loss, _checks.needs_grad(pred))
     pred = _checks.rows(pred[None] if flat else pred)
     ids = ids[None] if flat and ids is not None else ids

@@ -130,7 +130,7 @@ def _checked(
     # A kernel takes no fp64 on either side.
     dtype = pred.dtype if images.dtype != torch.float64 else torch.float64
     sizes = {LOCAL_PATCH: pixels} if box else {}
-    name = SPEC.resolve(backend, pred.device.type, dtype, **sizes)
+    name = SPEC.resolve(backend, pred.device, dtype, **sizes)
     run = SPEC.runner(name, reference.masked_patch_loss, _checks.needs_grad(pred))
     return run, (_checks.rows(pred), _checks.rows(images.detach()), ids, mask), options
 

@@ -76,6 +76,6 @@ def _checked(
         ids = _checks.token_ids(op, "ids", ids, (2, 3), "images", images)
         _checks.one_per_image(op, "ids", ids, "images", images)
     # A kernel must take both dtypes; only the reference takes fp64.
-    name = SPEC.resolve(backend, images.device.type, images.dtype if dtype in FLOATS else dtype)
+    name = SPEC.resolve(backend, images.device, images.dtype if dtype in FLOATS else dtype)
     run = SPEC.runner(name, reference.patchify_gather, _checks.needs_grad(images))
     return run, (_checks.rows(images), ids), (*patch, scale, shift, dtype)

@@ -128,7 +128,7 @@ def _checked(
     if _checks.boolean(op, "sliced", sliced) and (groups == 0 or width % groups):
         raise ValueError(f"{op}: {groups} queries do not cut the {width} columns of the values into equal slices")
     scale = _checks.head_scale(op, scale, x.shape[2])
-    name = SPEC.resolve(backend, x.device.type, x.dtype)
+    name = SPEC.resolve(backend, x.device, x.dtype)
     run = SPEC.runner(name, reference.query_pool, _checks.needs_grad(x, queries, values))
     values = None if values is None else _checks.rows(values)
     return run, (_checks.rows(x), _checks.rows(queries), values, mask), (scale, num_prefix, sliced)

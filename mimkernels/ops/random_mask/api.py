@@ -80,6 +80,6 @@ def _checked(
             raise ValueError(f"random_mask: an offset tensor must be 0-d int64, got {_checks.shape(step)} {step.dtype}")
         if step.device.type != device.type or device.index not in (None, step.device.index):
             raise ValueError(f"random_mask: offset is on {step.device} but device is {device}")
-    name = SPEC.resolve(backend, device.type, torch.float32, tokens=tokens)
+    name = SPEC.resolve(backend, device, torch.float32, tokens=tokens)
     run = SPEC.runner(name, reference.random_mask, False)
     return run, (step,), (batch, tokens, keep, in_order, device)

@@ -79,7 +79,7 @@ def _checked(
     else:
         made = torch.full((1,), _checks.positive(op, "p", number), dtype=_pool.wide(x), device=x.device)
     eps = _checks.positive(op, "eps", eps)
-    name = SPEC.resolve(backend, x.device.type, x.dtype)
+    name = SPEC.resolve(backend, x.device, x.dtype)
     run = SPEC.runner(name, reference.reduce_pool, _checks.needs_grad(x, p))
     return run, (_checks.rows(x), mask, p), (KINDS.index(kind), num_prefix, made, eps)
 

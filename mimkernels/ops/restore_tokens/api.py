@@ -71,6 +71,6 @@ def _checked(
                 f"ids_restore {_checks.shape(ids_restore)} = {num_prefix + tokens} rows"
             )
         _checks.same_size(op, "pos", pos, 1, "x", x, 2)
-    name = SPEC.resolve(backend, x.device.type, x.dtype)
+    name = SPEC.resolve(backend, x.device, x.dtype)
     run = SPEC.runner(name, reference.restore_tokens, _checks.needs_grad(x, mask_token, pos))
     return run, (_checks.rows(x), ids_restore, mask_token, pos), (num_prefix,)

@@ -88,6 +88,6 @@ def _checked(
     if not 0 <= smoothing <= 1:
         raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
     options = (ignore_index, _checks.boolean(op, "align_corners", align_corners), smoothing)
-    name = SPEC.resolve(backend, logits.device.type, logits.dtype)
+    name = SPEC.resolve(backend, logits.device, logits.dtype)
     run = SPEC.runner(name, reference.upsample_cross_entropy, _checks.needs_grad(logits))
     return run, (_checks.rows(logits), _checks.rows(labels.long()), weight), options

@@ -104,6 +104,6 @@ def _checked(
     _checks.same_size(op, "scores", scores, 0, "x", x, 0)
     _checks.same_size(op, "scores", scores, scores.dim() - 1, "x", x, 1)
     scores = scores.to(_pool.wide(x))
-    name = SPEC.resolve(backend, x.device.type, x.dtype)
+    name = SPEC.resolve(backend, x.device, x.dtype)
     run = SPEC.runner(name, reference.weighted_pool, _checks.needs_grad(x, scores))
     return run, (_checks.rows(x), _checks.rows(scores), mask), (normalize, num_prefix)
