@@ -202,13 +202,14 @@ class BuildNative(Command):
     user_options = [
         ("inplace", "i", "put the libraries into the source tree"),
         ("runnable", None, "only what this machine runs: the CPU libraries, and the CUDA library where there is a GPU"),
+        ("only=", None, "this library alone, such as cuda; what is here of the others stays"),
     ]
     boolean_options = ["inplace", "runnable"]
     editable_mode = False  # set by setuptools
 
     def initialize_options(self):
         self.inplace = self.runnable = False
-        self.build_lib = None
+        self.build_lib = self.only = None
         self.made = {}
 
     def finalize_options(self):
@@ -226,6 +227,12 @@ class BuildNative(Command):
         wanted = [name for name in names if name in runnable] if self.runnable else names
         left_out = {"built": False, "reason": "only what this machine runs was built", "remedy": "make build"}
         report = {"mode": mode, "libraries": {name: left_out for name in names if name not in wanted}}
+        if self.only:
+            if self.only not in names:
+                raise ValueError(f"--only={self.only} is none of {', '.join(names)}")
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                report["libraries"] = json.loads((target / "build.json").read_text())["libraries"]
+            names = wanted = [self.only]
         keep = os.environ.get("MIMKERNELS_BUILD_DIR") or (inplace and ROOT / "build" / "native")
         folder = Path(keep or temporary_folder()).resolve()
         try:
@@ -234,7 +241,7 @@ class BuildNative(Command):
             self.made = compile_libraries(folder, report, wanted)
         except NotBuilt as error:
             missing = {"built": False, "reason": error.reason, "remedy": error.remedy}
-            report["libraries"] = dict.fromkeys(names, missing)
+            report["libraries"].update(dict.fromkeys(names, missing))
         for name in names:
             # Never overwritten in place: a running process may have it mapped. Modules of other Pythons go, too: they
             # are of other sources.

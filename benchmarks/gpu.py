@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import os
 import shutil
 import signal
@@ -59,7 +60,37 @@ AGAIN = (
     Stage("attention", 45, "CUDA C++ against flash, cuDNN and efficient attention"),
     Stage("step-compiled", 60, "a training step under torch.compile"),
 )
-BUILD = Stage("build", 150, "the libraries, where those that came along do not load")
+BUILD = Stage("build", 150, "the CUDA library, where the one that came along does not run here")
+
+# What runs in the process of a stage, or of a part of one: a module imports what it needs and no more.
+_RUN_BY = {
+    "floors": ("floors", "run"),
+    "contract": ("contract", "run"),
+    "contract-worker": ("contract", "work"),
+    "attention": ("attention", "run"),
+    "memory": ("memory", "run"),
+    "triton": ("triton", "run"),
+    "step": ("step", "run"),
+    "step-compiled": ("step", "run_compiled"),
+    "ncu": ("profilers", "run_ncu"),
+    "profiled": ("profilers", "profiled"),
+    "sanitizer": ("profilers", "run_sanitizers"),
+    "small": ("profilers", "small_cases"),
+}
+# Says why the CUDA library cannot be measured on this device; nothing where a kernel of it has run.
+_UNUSABLE = """
+import torch, mimkernels
+from mimkernels.ops import _gpus, _native
+code = _gpus.code_for(_native.read_build().get("cuda_architectures", ""), torch.cuda.get_device_capability())
+try:
+    x, ids = torch.ones(1, 2, 8, device="cuda"), torch.zeros(1, 1, dtype=torch.int64, device="cuda")
+    if code == "machine code":
+        mimkernels.gather_tokens(x, ids, backend="cuda").sum().item()
+    else:
+        print(f"it has {code or 'nothing'} for this device, not machine code")
+except Exception as error:
+    print(" ".join(str(error).split()))
+"""
 
 
 def main() -> int:
@@ -87,6 +118,8 @@ def main() -> int:
         if unknown:
             parser.error(f"no stage {', '.join(sorted(unknown))}; there are {', '.join(s.name for s in planned)}")
         planned = tuple(stage for stage in planned if stage.name in options.only)
+    if not options.rehearse and not _has_device():
+        parser.error("torch sees no GPU here; --rehearse runs without one")
     return run(planned, output, seconds=SECOND if options.second else SECONDS, rehearsal=options.rehearse)
 
 
@@ -98,16 +131,22 @@ def run(planned: Sequence[Stage], output: Path, *, seconds: float, rehearsal: bo
     # Whoever ends this run ends its stages, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     target = Target(output, rehearsal)
-    for name in ("results.jsonl", "log.txt", "rest.tar.gz", "report.md"):
+    if target.results.exists():
+        target.results.replace(output / "results.before.jsonl")
+    for name in ("log.txt", "rest.tar.gz", "report.md"):
         (output / name).unlink(missing_ok=True)
     shutil.rmtree(target.rest, ignore_errors=True)
     scale = _REHEARSED if rehearsal else 1.0
     deadline = time.monotonic() + seconds * scale
-    todo = list(planned)
-    if not rehearsal and not _loads():
-        todo.insert(0, BUILD)
-        deadline += BUILD.seconds
-    wrong = []
+    todo, wrong = list(planned), []
+    if not rehearsal and (why := _unusable()):
+        print(f"the CUDA library that is here cannot be measured: {why}", flush=True)
+        if _has_nvcc():
+            todo.insert(0, BUILD)
+            deadline += BUILD.seconds
+        else:  # of what is here, PTX may run
+            target.add("run", BUILD.name, state=f"no nvcc; the library that is here: {why[:400]}", s=0.0)
+            wrong.append(BUILD.name)
     for stage in todo:
         limit = min(stage.seconds * scale, deadline - time.monotonic())
         if limit < 1:
@@ -117,6 +156,8 @@ def run(planned: Sequence[Stage], output: Path, *, seconds: float, rehearsal: bo
         print(f"==> {stage.name} (at most {limit:.0f} s): {stage.words}", flush=True)
         status, taken = _in_group(_command(stage, output, rehearsal), limit, output / "log.txt", rehearsal)
         state = {0: "ended well", None: "out of time"}.get(status, f"ended with {status}")
+        if stage is BUILD and (why := _unusable()):
+            status, state = status or 1, f"{state}, but no CUDA library runs: {why[:400]}"
         target.add("run", stage.name, state=state, s=round(taken, 1), limit=round(limit, 1))
         print(f"    {state} after {taken:.0f} s", flush=True)
         if status != 0:
@@ -131,7 +172,6 @@ def run(planned: Sequence[Stage], output: Path, *, seconds: float, rehearsal: bo
 def run_stage(name: str, output: Path, *, rehearsal: bool) -> int:
     """What runs in a stage's own process."""
     sys.path.insert(0, str(ROOT))  # for the contract's cases
-    from benchmarks.gpu_stages import attention, contract, floors, memory, profilers, step, triton
     from benchmarks.gpu_stages.target import Target
 
     if rehearsal:
@@ -141,29 +181,18 @@ def run_stage(name: str, output: Path, *, rehearsal: bool) -> int:
     target = Target(output, rehearsal)
     name, _, part = name.partition(":")
     if name == "triton-compile":
-        share, shares = map(int, part.split("/"))
-        triton.compile_share(target, share, shares)
+        from benchmarks.gpu_stages import triton
+
+        triton.compile_share(target, *map(int, part.split("/")))
         return 0
-    {
-        "floors": floors.run,
-        "contract": contract.run,
-        "contract-worker": contract.work,
-        "attention": attention.run,
-        "memory": memory.run,
-        "triton": triton.run,
-        "step": step.run,
-        "step-compiled": lambda target: step.run(target, compiled=True),
-        "ncu": profilers.run_ncu,
-        "profiled": profilers.profiled,
-        "sanitizer": profilers.run_sanitizers,
-        "small": profilers.small_cases,
-    }[name](target)
+    module, function = _RUN_BY[name]
+    getattr(importlib.import_module(f"benchmarks.gpu_stages.{module}"), function)(target)
     return 0
 
 
 def _command(stage: Stage, output: Path, rehearsal: bool) -> list[str]:
     if stage is BUILD:
-        return [sys.executable, "setup.py", "-q", "build_native", "--inplace"]
+        return [sys.executable, "setup.py", "-q", "build_native", "--inplace", "--only=cuda"]
     command = [sys.executable, "-m", "benchmarks", "gpu", "--stage", stage.name, "--output", str(output)]
     return [*command, "--rehearse"] if rehearsal else command
 
@@ -226,11 +255,25 @@ def _whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def _loads() -> bool:
-    """Whether the CUDA library that came along does; asked in a process of its own."""
-    code = "from mimkernels.ops._registry import backend_state; print(backend_state('cuda') or 'loads')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() == "loads"
+def _has_device() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _has_nvcc() -> bool:
+    """Whether setup.py finds one."""
+    homes = [os.environ.get(name) or "/" for name in ("CUDA_HOME", "CUDA_PATH")]
+    places = [Path(home, "bin", "nvcc") for home in (*homes, "/usr/local/cuda")]
+    return bool(os.environ.get("CUDACXX") or shutil.which("nvcc")) or any(place.exists() for place in places)
+
+
+def _unusable() -> str | None:
+    """Why the CUDA library that is here cannot be measured on this device; asked in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", _UNUSABLE], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+    return done.stdout.strip() or None
 
 
 def _architecture() -> str:

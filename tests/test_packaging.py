@@ -359,6 +359,12 @@ def test_a_build_of_what_runs_here_is_completed_by_one_of_everything(tree, gpu):
     assert again == configured.replace("EMULATION=0", "EMULATION=1"), "in the same folder, where what is compiled stays"
     assert len(targets) == 5 and files(tree) - {"build.json", "libstale.so"} == named(everything)
     assert all(state["built"] for state in libraries.values())
+    for name in ("cpu", "cuda"):
+        (tree / "mimkernels" / "_lib" / f"libmimkernels_{name}.so").write_text("old")
+    _, targets, libraries = build("--only=cuda")
+    assert targets == ["mimkernels_cuda"] and all(state["built"] for state in libraries.values())
+    texts = [(tree / "mimkernels" / "_lib" / f"libmimkernels_{name}.so").read_text() for name in ("cpu", "cuda")]
+    assert texts == ["old", "mimkernels_cuda"], "the others stay"
 
 
 @pytest.mark.slow

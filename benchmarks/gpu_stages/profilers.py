@@ -26,6 +26,9 @@ _SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "WarpStateStats", "Launch
 _METRICS = ("Duration", "Compute (SM) Throughput", "Memory Throughput", "DRAM Throughput", "L2 Hit Rate",
             "Registers Per Thread", "Achieved Occupancy")  # fmt: skip
 TOOLS = ("memcheck", "racecheck")
+# Seconds that a tool may take: with what the stage imports before, less than the stage's own limit, at which no line of
+# its end would be written.
+SECONDS = {"ncu": 29, "memcheck": 24, "racecheck": 24}
 
 
 def run_ncu(target: Target) -> None:
@@ -33,7 +36,7 @@ def run_ncu(target: Target) -> None:
         "ncu", "--clock-control", "none", "--kernel-name-base", "demangled", "--kernel-name", "regex:mimkernels",
         "--launch-count", "12", *(part for section in _SECTIONS for part in ("--section", section)), "--csv",
     ]  # fmt: skip
-    output = _under(target, "ncu", command, "profiled", seconds=40)
+    output = _under(target, "ncu", command, "profiled", seconds=SECONDS["ncu"])
     if output is None:
         return
     (target.rest / "ncu.csv").write_text(output)
@@ -45,7 +48,7 @@ def run_sanitizers(target: Target) -> None:
     for tool in TOOLS:
         # A filter by the kernel's name, without which every kernel of torch would be instrumented.
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", _name_filter("kns=mimkernels")]
-        output = _under(target, tool, [part for part in command if part], "small", seconds=28)
+        output = _under(target, tool, [part for part in command if part], "small", seconds=SECONDS[tool])
         for line in (output or "").splitlines():
             if "ERROR SUMMARY" in line or "RACECHECK SUMMARY" in line:
                 target.add("sanitizer", tool, summary=line.strip("= "))

@@ -38,6 +38,10 @@ def run(target: Target, *, compiled: bool = False) -> None:
             torch.cuda.empty_cache()
 
 
+def run_compiled(target: Target) -> None:
+    run(target, compiled=True)
+
+
 def _in_a_graph(step: Step, target: Target, case: str, *, check: bool) -> None:
     """Our step as replays of a CUDA graph: its time; `check`: whether its losses are those of eager steps."""
     torch.manual_seed(0)
@@ -75,6 +79,8 @@ def _in_a_graph(step: Step, target: Target, case: str, *, check: bool) -> None:
 def _timed(call: Callable[[], object], target: Target) -> dict[str, float]:
     """Milliseconds of a step by the host's clock, launches included, as a training loop has it."""
     least, budget = (1, 0.0) if target.rehearsal else (8, 4.0)
+    if target.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # of this version, beside the models of the others
     began = time.monotonic()
     call()
     target.synchronize()

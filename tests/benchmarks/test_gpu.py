@@ -13,7 +13,8 @@ import torch
 pytest.importorskip("timm")
 
 from benchmarks import gpu, tune_attention
-from benchmarks.gpu_stages import contract
+from benchmarks.gpu_stages import contract, profilers
+from benchmarks.gpu_stages import triton as triton_stage
 from benchmarks.gpu_stages.reader import report
 from benchmarks.gpu_stages.target import Target, lost, medians, noted, read, rounds_for, sets_for
 from mimkernels import testing
@@ -52,6 +53,69 @@ def test_a_stage_is_killed_with_all_that_it_started_and_the_next_one_runs(tmp_pa
     assert "out of time" in (tmp_path / "report.md").read_text() and "==> " in (tmp_path / "log.txt").read_text()
     with tarfile.open(tmp_path / "rest.tar.gz") as archive:
         assert archive.getnames() == []
+
+
+def test_a_run_keeps_the_lines_of_the_one_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "_command", lambda *_: [sys.executable, "-c", ""])
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
+    for name in ("first", "second"):
+        gpu.run([gpu.Stage(name, 20, "")], tmp_path, seconds=60, rehearsal=True)
+    kept = {file: read(tmp_path / file)[0]["case"] for file in ("results.before.jsonl", "results.jsonl")}
+    assert kept == {"results.before.jsonl": "first", "results.jsonl": "second"}
+
+
+@pytest.mark.parametrize("nvcc", [True, False])
+def test_a_library_that_cannot_be_measured_is_built_or_said_to_be_there(nvcc, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "_command", lambda *_: [sys.executable, "-c", ""])
+    monkeypatch.setattr(gpu, "_architecture", lambda: "")
+    monkeypatch.setattr(gpu, "_has_nvcc", lambda: nvcc)
+    monkeypatch.setattr(gpu, "_unusable", lambda: "it has PTX for this device, not machine code")
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
+    assert gpu.run([gpu.Stage("floors", 20, "")], tmp_path, seconds=60, rehearsal=False) == 1
+    states = {line["case"]: line["state"] for line in read(tmp_path / "results.jsonl")}
+    said = "ended well, but no CUDA library runs" if nvcc else "no nvcc; the library that is here"
+    assert list(states) == ["build", "floors"] and states["build"].startswith(f"{said}: it has PTX")
+    assert "not machine code" in (tmp_path / "report.md").read_text()
+
+
+def test_every_stage_has_a_function_that_runs_it():
+    from importlib import import_module
+
+    names = {stage.name for stage in (*gpu.FIRST, *gpu.AGAIN)} | {"contract-worker", "profiled", "small"}
+    assert names == set(gpu._RUN_BY)
+    for module, function in gpu._RUN_BY.values():
+        assert callable(getattr(import_module(f"benchmarks.gpu_stages.{module}"), function))
+
+
+def test_a_tool_ends_before_its_stage_does():
+    seconds = {stage.name: stage.seconds for stage in gpu.FIRST}
+    importing = 8  # seconds, of all that a stage's own process needs
+    assert profilers.SECONDS["ncu"] + importing < seconds["ncu"]
+    assert sum(profilers.SECONDS[tool] for tool in profilers.TOOLS) + importing < seconds["sanitizer"]
+
+
+def test_without_a_gpu_the_rehearsal_is_named(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["gpu", "--output", str(tmp_path)])
+    monkeypatch.setattr(gpu, "_has_device", lambda: False)
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "torch sees no GPU here; --rehearse runs without one" in capsys.readouterr().err
+
+
+def test_a_kernel_that_compiles_for_ages_does_not_keep_the_others_from_being_timed(tmp_path, monkeypatch):
+    popen = triton_stage.subprocess.Popen
+
+    def worker(command, **options):
+        ages = command[-1].startswith("triton-compile:0/")
+        return popen([sys.executable, "-c", f"import time; time.sleep({600 if ages else 0})"], **options)
+
+    monkeypatch.setattr(triton_stage.subprocess, "Popen", worker)
+    monkeypatch.setattr(triton_stage.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(triton_stage, "_COMPILING", 3.0)
+    target = Target(tmp_path)
+    triton_stage._compile(target)
+    (line,) = read(target.results)
+    assert line["statuses"][0] == -9 and len(line["statuses"]) == 2 and line["s"] < 60
 
 
 def _alive(number):
