@@ -18,7 +18,8 @@ from mimkernels.ops._triton_pool import _image_stride, _mask_stride, allowed_tok
 MOST_COLUMNS = 2048
 
 
-@triton.jit(do_not_specialize=_triton.SIZES)
+# Of more images there are fewer chunks of each.
+@triton.jit(do_not_specialize=("chunks", *_triton.SIZES))
 def pool_chunk_kernel(
     x_ptr,
     queries_ptr,
@@ -90,7 +91,7 @@ def pool_chunk_kernel(
     tl.store(most_ptr + row, most)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("chunks",))
 def pool_combine_kernel(
     sums_ptr,
     most_ptr,

@@ -48,13 +48,18 @@ def beside_the_table() -> list[tuple]:
         for dim in dims
     ]
     # Windows of 7 x 7 and of 16 x 16 tokens.
-    return found + [("windows", *target, 32, tokens, True) for target in targets for tokens in (49, 256)]
+    found += [("windows", *target, 32, tokens, True) for target in targets for tokens in (49, 256)]
+    found += [("cosine", *target, 32, None, False) for target in targets]
+    # Of the widest heads, and of fused gradients, where GPUs are as small as those of 80 and otherwise compiled for.
+    kernels = (("forward", 128, None), ("forward", 64, 256), ("dq", 128, None), ("dkv", 128, None), ("fused", 64, 128))
+    return found + [(kernel, 120, "half", dim, tokens, True) for kernel, dim, tokens in kernels]
 
 
 def launches(entry: tuple) -> list[tuple[ASTSource, int, dict]]:
     """Source, architecture and compiler options of each kernel that an entry launches."""
     kernel, arch, precision, dim, length, extra = entry
-    found = recorded(kernel, arch, precision, dim, length or triton_configs.ANY, extra)
+    blocks_of = 80 if arch == 120 else arch
+    found = recorded(kernel, blocks_of, precision, dim, length or triton_configs.ANY, extra)
     return [(source, arch, options) for source, options in (specialised(*launch) for launch in found)]
 
 
@@ -80,13 +85,18 @@ def recorded(kernel: str, arch: int, precision: str, dim: int, length: int, extr
     out, lse = torch.empty(1, tokens, 2, dim, dtype=dtype), torch.empty(1, 2, tokens)
     scale = dim**-0.5
     positions = torch.empty(1, tokens, 2) if extra else None
-    if kernel == "companion":
+    # Swin V2's cosine attention beside a shift mask and a table.
+    bias, table = torch.empty(1, 1, tokens, tokens), torch.empty(99, 2)
+    in_windows = (bias, table, torch.zeros(tokens, tokens, dtype=torch.int64), None, lse[0, :, 0])
+    if kernel in ("companion", "cosine"):
         found = []
         for op in ("received_attention", "head_divergence"):
             module = importlib.import_module(f"mimkernels.ops.{op}.triton")
             with recorded_launches(arch, module) as some:
-                getattr(module, f"{op}_fwd")(q, k, lse, *[None] * 5, scale)
-            found += some[:2]
+                getattr(module, f"{op}_fwd")(q, k, lse, *(in_windows if kernel == "cosine" else [None] * 5), scale)
+            found += [
+                launch for launch in some if launch[0].__name__ not in ("sum_partials_kernel", "cosine_factors_kernel")
+            ]
         return found
     module = importlib.import_module("mimkernels.ops.attention.triton")
     if kernel == "coef":
@@ -96,14 +106,11 @@ def recorded(kernel: str, arch: int, precision: str, dim: int, length: int, extr
                 lse, rows, rows, ALL_STATISTICS
             )
         return found
-    if kernel == "windows":  # Swin V2's cosine attention beside a shift mask and a table, forward and backward
-        given = (torch.empty(1, 1, tokens, tokens), torch.empty(99, 2), torch.zeros(tokens, tokens, dtype=torch.int64))
+    if kernel == "windows":  # forward and backward
         with recorded_launches(arch, module) as found:
-            module.attention_fwd(
-                *(q, k, v, *given, None, lse[0, :, 0], 1.0, 1, positions, ALL_STATISTICS if extra else 0)
-            )
+            module.attention_fwd(*(q, k, v, *in_windows, 1.0, 1, positions, ALL_STATISTICS if extra else 0))
             needs = (False, True, True, False)
-            module.attention_bwd(out, q, k, v, out, *(lse, lse, *given, None, lse[0, :, 0], 1.0, 1, None, None, *needs))
+            module.attention_bwd(out, q, k, v, out, *(lse, lse, *in_windows, 1.0, 1, None, None, *needs))
         return [launch for launch in found if launch[0].__name__ != "sum_partials_kernel"]
     if kernel == "dbias":  # of a bias that the heads share
         bias, coef = torch.empty(1, 1, tokens, tokens, dtype=dtype), torch.empty(6, 1, 2, tokens)

@@ -7,7 +7,7 @@ tells what would be.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from unittest import mock
 
@@ -18,6 +18,8 @@ from tests.launches import BF16, BOOL, FP32, I64, U8, meta
 
 # (Images, visible patches of 196): whole batches, short last ones, ratios from 0.7 to 0.75. All take the same tiles.
 SIZES = ((256, 49), (255, 49), (160, 49), (129, 56), (256, 57))
+# Of a mean that one program takes, and of poolings with one chunk of tokens an image or two.
+FEW, MANY = ((32, 49), (31, 49)), ((1024, 49), (1000, 49))
 TOKENS, DIM = 196, 768
 
 
@@ -64,9 +66,19 @@ def launches(images: int, kept: int) -> Iterator[tuple]:
 
 def binaries() -> dict[str, int]:
     """By pass and launch, how many there would be."""
+    of_steps = _binaries(SIZES, lambda op: True)
+    of_few = _binaries(FEW, lambda op: op == "masked_patch_loss")
+    of_many = _binaries(MANY, lambda op: op == "query_pool")
+    few = {f"{name}, few images": number for name, number in of_few.items()}
+    return of_steps | few | {f"{name}, many images": number for name, number in of_many.items()}
+
+
+def _binaries(sizes: tuple[tuple[int, int], ...], taken: Callable[[str], bool]) -> dict[str, int]:
     found: dict[str, set[str]] = {}
-    for sizes in SIZES:
-        for op, function, arguments in launches(*sizes):
+    for images, kept in sizes:
+        for op, function, arguments in launches(images, kept):
+            if not taken(op):
+                continue
             launched: list[tuple] = []
             note = lambda kernel, programs, on, *args, **options: launched.append((kernel, args, options))  # noqa: E731, B023
             with mock.patch.object(_triton, "launch", note):

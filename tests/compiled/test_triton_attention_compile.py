@@ -14,9 +14,10 @@ from tests.compiled import attention_aot, triton_kernels, triton_resources
 from tests.once import once
 
 ENTRIES = attention_aot.entries()
-# Bytes of shared memory per block. 80 is also what consumer GPUs of compute capability 8.6, 8.9 and 12.0 get.
-SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-# Bytes that a thread of a backward kernel may spill. Forward kernels and companions spill nothing.
+# Bytes of shared memory per block. The block sizes of 80 are also what 8.6, 8.9 and 12.0 get, which have no more.
+SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+# Bytes that a thread of a backward kernel may spill, and of one whose block sizes are another architecture's. Other
+# forward kernels and companions spill nothing.
 SPILLS = json.loads((Path(__file__).parent / "triton_attention_spills.json").read_text())
 
 
@@ -33,7 +34,7 @@ def test_committed_block_sizes_fit_and_spill_no_more_than_stated(entry, compiled
     assert compiled[name], "the launcher does not run this entry's kernel"
     for launch in compiled[name]:
         forward = kernel in ("forward", "masked", "companion") or launch["kernel"] == "attention_fwd_kernel"
-        allowed = 0 if forward else SPILLS.get(name, 0)
+        allowed = 0 if forward and arch != 120 else SPILLS.get(name, 0)
         assert launch["stack"] <= allowed, f"{launch} spills more than {allowed} bytes"
         assert launch["shared"] <= SHARED[arch], f"{launch} needs more shared memory than {SHARED[arch]}"
 

@@ -14,6 +14,8 @@ from tests.once import once
 
 # 168 registers a thread leave room for 12 warps on a multiprocessor, enough loads in flight to fill its bandwidth.
 MOST_REGISTERS = 168
+# Bytes of shared memory of a block, on devices of compute capability 8.6, 8.9 and 12.0 too.
+MOST_SHARED = 99 * 1024
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +32,7 @@ def test_kernels_compile_within_their_resources(compiled, case, architecture):
     for kernel in kernels:
         assert kernel["stack"] + kernel["local"] == 0, f"spills: {kernel}"
         assert kernel["registers"] <= MOST_REGISTERS, kernel
+        assert kernel["shared"] <= MOST_SHARED, kernel
         assert not kernel["atomics"], kernel
 
 

@@ -91,7 +91,6 @@ def lse_low_kernel(
         if mask_ptr is not None:
             mask_row = mask_ptr + b * mask_stride_b
         of_rows = None
-        of_cols = None
         if q_factor_ptr is not None:
             of_rows = load_row(q_factor_ptr, place, rows < queries)
         q0, q1 = load_head(q_block, queries - first, q_stride_n, D, D0, D1, BLOCK_M, True)
@@ -104,6 +103,7 @@ def lse_low_kernel(
             score = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
             if D1 > 0:
                 score = tl.dot(q1, tl.trans(k1), score, input_precision=PRECISION)
+            of_cols = None
             if k_factor_ptr is not None:
                 of_cols = load_row(k_factor_ptr, head.to(tl.int64) * keys + cols, cols < keys)
             score = cosines(score, of_rows, of_cols, False)
@@ -123,6 +123,8 @@ def lse_low(q: Tensor, k: Tensor, lse: Tensor, given: GivenScores, key_mask: Ten
     d0, d1 = head_split(dim, q.dtype)
     target = (architecture(q.device), precision_name(q.dtype), d0 + d1, queries, False)
     config = triton_configs.committed("companion", *target)
+    if given.tensors[1] is not None:  # a table
+        config = triton_configs.beside_table(config, d0 + d1)
     row_blocks = triton.cdiv(queries, config.block_m)
     unit, of_qk = strides(q, k)
     _triton.launch(

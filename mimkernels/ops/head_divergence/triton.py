@@ -197,6 +197,8 @@ def head_divergence_fwd(
     d0, d1 = head_split(dim, q.dtype)
     target = (architecture(q.device), precision_name(q.dtype), d0 + d1, queries, False)
     config = triton_configs.committed("companion", *target)
+    if bias_table is not None:
+        config = triton_configs.beside_table(config, d0 + d1)
     row_blocks = triton.cdiv(queries, config.block_m)
     partial, out = _triton.partials(row_blocks, (batch, heads, heads), out)
     unit, of_qk = strides(q, k)

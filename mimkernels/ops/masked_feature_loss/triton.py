@@ -195,32 +195,37 @@ def masked_feature_loss_bwd_kernel(
     target_row, known = find_target(*place, FLAT)
     pred_row = pred_ptr + a * pred_stride_a + j.to(tl.int64) * pred_stride_r
     dpred_row = dpred_ptr + pid.to(tl.int64) * DIM
-    grad = tl.load(grad_ptr + a * grad_stride_a + j.to(tl.int64) * grad_stride_r) / count
-    mean, rstd = row_statistics(target_row, eps, LAYER_NORM, DIM, BLOCK)
-    if KIND == COSINE:
-        pp, tt, pt = row_products(pred_row, target_row, mean, rstd, DIM, BLOCK)
-        inverse = inverse_length(pp)
-        across = inverse * inverse_length(tt)
-        along = tl.where(pp < LEAST_SQUARE, 0.0, pt * across * inverse * inverse)  # a clamped length is a constant
-    else:
-        grad = grad / DIM
-        if KIND == SMOOTH_L1:
-            grad = grad / beta
-    for first in range(0, DIM, BLOCK):
-        pred, target, inside = load_pair(pred_row, target_row, first, mean, rstd, DIM, BLOCK)
+    if known:
+        grad = tl.load(grad_ptr + a * grad_stride_a + j.to(tl.int64) * grad_stride_r) / count
+        mean, rstd = row_statistics(target_row, eps, LAYER_NORM, DIM, BLOCK)
         if KIND == COSINE:
-            value = pred * (grad * along) - target * (grad * across)
+            pp, tt, pt = row_products(pred_row, target_row, mean, rstd, DIM, BLOCK)
+            inverse = inverse_length(pp)
+            across = inverse * inverse_length(tt)
+            along = tl.where(pp < LEAST_SQUARE, 0.0, pt * across * inverse * inverse)  # a clamped length is a constant
         else:
-            d = pred - target
-            if KIND == MSE:
-                value = 2.0 * d * grad
-            elif KIND == L1:  # NaN has sign 0, as in torch
-                value = tl.where(d > 0.0, grad, tl.where(d < 0.0, -grad, 0.0))
+            grad = grad / DIM
+            if KIND == SMOOTH_L1:
+                grad = grad / beta
+        for first in range(0, DIM, BLOCK):
+            pred, target, inside = load_pair(pred_row, target_row, first, mean, rstd, DIM, BLOCK)
+            if KIND == COSINE:
+                value = pred * (grad * along) - target * (grad * across)
             else:
-                value = tl.where(d > beta, beta, tl.where(d < -beta, -beta, d)) * grad
-        value = tl.where(known, value, 0.0)
-        columns = first + tl.arange(0, BLOCK)
-        tl.store(dpred_row + columns, narrow(value, dpred_ptr.dtype.element_ty), mask=inside)
+                d = pred - target
+                if KIND == MSE:
+                    value = 2.0 * d * grad
+                elif KIND == L1:  # NaN has sign 0, as in torch
+                    value = tl.where(d > 0.0, grad, tl.where(d < 0.0, -grad, 0.0))
+                else:
+                    value = tl.where(d > beta, beta, tl.where(d < -beta, -beta, d)) * grad
+            columns = first + tl.arange(0, BLOCK)
+            tl.store(dpred_row + columns, narrow(value, dpred_ptr.dtype.element_ty), mask=inside)
+    else:  # without tokens target may have no memory
+        for first in range(0, DIM, BLOCK):
+            columns = first + tl.arange(0, BLOCK)
+            zeros = tl.zeros([BLOCK], dtype=dpred_ptr.dtype.element_ty)
+            tl.store(dpred_row + columns, zeros, mask=columns < DIM)
 
 
 @triton.jit(do_not_specialize=("length", "per_program", "count"))

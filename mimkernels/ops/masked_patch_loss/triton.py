@@ -201,7 +201,7 @@ def masked_patch_loss_bwd_kernel(
             tl.store(out + e, tl.zeros([BLOCK_E], dtype=dpred_ptr.dtype.element_ty), mask=e < PIXELS)
 
 
-@triton.jit(do_not_specialize=("length",))
+@triton.jit(do_not_specialize=("length", "per_program"))
 def patch_mean_kernel(
     loss_ptr,
     counts_ptr,

@@ -93,7 +93,6 @@ def received_attention_kernel(
     if mask_ptr is not None:
         mask_row = mask_ptr + b * mask_stride_b
     k0, k1 = load_head(k_block, keys - first, k_stride_n, D, D0, D1, BLOCK_N, True)
-    of_rows = None
     of_cols = None
     if k_factor_ptr is not None:
         of_cols = load_row(k_factor_ptr, head.to(tl.int64) * keys + cols, cols < keys)
@@ -107,6 +106,7 @@ def received_attention_kernel(
         score = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
         if D1 > 0:
             score = tl.dot(q1, tl.trans(k1), score, input_precision=PRECISION)
+        of_rows = None
         if q_factor_ptr is not None:
             of_rows = load_row(q_factor_ptr, head.to(tl.int64) * queries + rows, rows < queries)
         score = cosines(score, of_rows, of_cols, False)
@@ -143,6 +143,8 @@ def received_attention_fwd(
     d0, d1 = head_split(dim, q.dtype)
     target = (architecture(q.device), precision_name(q.dtype), d0 + d1, queries, False)
     config = triton_configs.committed("companion", *target)
+    if bias_table is not None:
+        config = triton_configs.beside_table(config, d0 + d1)
     key_blocks = triton.cdiv(keys, config.block_n)
     unit, of_qk = strides(q, k)
     given = given_scores("received_attention", q, k, bias, bias_table, bias_index, logit_scale, scale)

@@ -117,3 +117,15 @@ def test_the_mean_of_the_triton_kernels_over_any_number_of_rows(rows):
 
     values = torch.rand(rows, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(_mean(values), values.double().mean().float(), atol=0, rtol=1e-6)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="calls kernels that run in Triton's interpreter here")
+@pytest.mark.parametrize("kind", range(4))
+def test_ids_of_a_target_without_tokens_are_read_from_nowhere(kind, monkeypatch, poisoned):
+    from mimkernels.ops import _triton
+    from mimkernels.ops.masked_feature_loss.triton import masked_feature_loss_bwd, masked_feature_loss_fwd
+
+    monkeypatch.setattr(_triton, "check_ids", lambda *_, **__: None)  # as on a GPU
+    arguments = torch.ones(1, 2, 8), torch.empty(1, 0, 8), torch.zeros(1, 2, dtype=torch.int64), True, 1e-5, kind, 1.0
+    assert torch.equal(masked_feature_loss_fwd(*arguments, False), torch.zeros(1, 2))
+    assert torch.equal(masked_feature_loss_bwd(torch.ones(()), *arguments, True), torch.zeros(1, 2, 8))
