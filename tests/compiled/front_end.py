@@ -20,7 +20,7 @@ from triton.compiler.compiler import make_backend
 
 from mimkernels import testing
 from mimkernels.ops import _registry, _triton
-from tests.cases import OPS, cases
+from tests.cases import OPS, cases, rich
 from tests.compiled.ops_aot import specialised
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -49,11 +49,11 @@ def failures() -> tuple[dict[str, str], list[str]]:
     """What was refused, by case and kernel, and the kernels that were lowered."""
     failed: dict[str, str] = {}
     seen: set[tuple] = set()
-    case = ""
+    case, dtype = "", torch.bfloat16
 
     def launch(kernel, programs, on, *args, **options):
         source, compile_options = specialised(kernel, args, options)
-        if (kind := kind_of(source)) in seen:
+        if (kind := (*kind_of(source), dtype)) in seen:
             return
         seen.add(kind)
         try:
@@ -65,9 +65,11 @@ def failures() -> tuple[dict[str, str], list[str]]:
     with mock.patch.object(_triton, "launch", launch), mock.patch.dict(_registry.BACKENDS, triton=on_the_host):
         for op in OPS:
             for one in cases(op) if "triton" in testing.backends(op) else ():
-                dtype = torch.bfloat16 if torch.bfloat16 in one.dtypes else one.dtypes[0]
-                case = f"{one}-{str(dtype)[6:]}"
-                testing.run(one, one.inputs(dtype), "triton")
+                # In fp32, whose sums keep what they have lost, the one with the most options.
+                wanted = (torch.bfloat16, torch.float32) if one == rich(op) else (torch.bfloat16,)
+                for dtype in [dtype for dtype in wanted if dtype in one.dtypes] or one.dtypes[:1]:
+                    case = f"{one}-{str(dtype)[6:]}"
+                    testing.run(one, one.inputs(dtype), "triton")
     return failed, sorted({kernel for kernel, *_ in seen})
 
 
