@@ -411,8 +411,9 @@ def _why_every_token(module: VisionTransformer) -> str | None:
     own = _method_of_its_own(module)
     if own is not None:
         return f"a {own} of its own"
-    if not last_block.norms_act_alone(module):
-        return "a hook on the norm behind it, or no LayerNorm"
+    of_norms = last_block.reason_against_norms(module)
+    if of_norms is not None:
+        return of_norms
     if type(module.blocks) is not nn.Sequential or is_heard(module.blocks) or not len(module.blocks):
         return "a hook on its blocks, or no plain row of them"
     return last_block.reason_against(module.blocks[-1])

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
 try:
-    from timm.layers import GluMlp, SwiGLU
+    from timm.layers import GluMlp, LayerNormFp32, RmsNorm, RmsNormFp32, SimpleNorm, SimpleNormFp32, SwiGLU
     from timm.layers import LayerNorm as TimmLayerNorm
     from timm.layers import Mlp as TimmMlp
     from timm.models.beit import Block as BeitBlock
@@ -23,12 +23,25 @@ from mimkernels.nn.block import Block, reason_against_parts
 from mimkernels.nn.mlp import Mlp
 from mimkernels.ops import gather_tokens
 
-__all__ = ["block_of_tokens", "by_halves", "draws", "norms_act_alone", "reason_against", "tokens_of"]
+__all__ = [
+    "block_of_tokens",
+    "by_halves",
+    "draws",
+    "norms_act_alone",
+    "reason_against",
+    "reason_against_norms",
+    "tokens_of",
+]
 
 _BLOCKS = (TimmBlock, Block, BeitBlock)
 _MLPS = (TimmMlp, Mlp, SwiGLU, GluMlp)
-_NORMS = (TimmLayerNorm, nn.LayerNorm, nn.Identity)
+_NORMS = (
+    *(TimmLayerNorm, LayerNormFp32, nn.LayerNorm),
+    *(RmsNorm, RmsNormFp32, nn.RMSNorm, SimpleNorm, SimpleNormFp32),
+)
 _ACTIVATIONS = ("torch.nn.modules.activation", "timm.layers.activations")
+# Of these, those that may look at several tokens, or draw for each of them.
+_MIXING = (nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax, nn.GLU, nn.MultiheadAttention, nn.RReLU)
 
 
 def block_of_tokens(block: Any, x: Tensor, ids: Tensor | int, **options: Any) -> Tensor:
@@ -62,11 +75,28 @@ def tokens_of(x: Tensor, ids: Tensor | int | None) -> Tensor:
 
 def norms_act_alone(encoder: Any) -> bool:
     """Whether the norms behind the blocks act on each token alone, and nobody sees what they compute."""
-    return all(_acts_alone(norm) and not is_heard(norm) for norm in (encoder.norm, encoder.fc_norm))
+    return reason_against_norms(encoder) is None
 
 
-def _acts_alone(norm: nn.Module) -> bool:
-    return type(norm) in _NORMS and (not isinstance(norm, nn.LayerNorm) or len(norm.normalized_shape) == 1)
+def reason_against_norms(encoder: Any) -> str | None:
+    """Why the norms behind the blocks must run for all tokens, or None."""
+    for name, norm in (("norm", encoder.norm), ("fc_norm", encoder.fc_norm)):
+        reason = _reason_against_norm(name, norm)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _reason_against_norm(name: str, norm: nn.Module) -> str | None:
+    if is_heard(norm):
+        return f"a hook or a forward of its own on {name}"
+    if not _acts_alone(norm):
+        return f"its {name} is {type(norm).__name__}, not known to act on the last dimension alone"
+    return None
+
+
+def _acts_alone(norm: Any) -> bool:
+    return type(norm) is nn.Identity or (type(norm) in _NORMS and len(norm.normalized_shape) == 1)
 
 
 def reason_against(block: Any) -> str | None:
@@ -75,10 +105,12 @@ def reason_against(block: Any) -> str | None:
         return f"its last block is {type(block).__name__}"
     if is_heard(block) or has_global_hooks() or block._compiled_call_impl is not None:
         return "its last block is heard, or compiled by itself"
-    parts = {"norm2": block.norm2, "drop_path1": block.drop_path1, "drop_path2": block.drop_path2}
+    parts = {"drop_path1": block.drop_path1, "drop_path2": block.drop_path2}
     if not isinstance(block, BeitBlock):
         parts |= {"ls1": block.ls1, "ls2": block.ls2}
-    return reason_against_parts(**parts) or _reason_against_mlp(block.mlp)
+    return (
+        _reason_against_norm("norm2", block.norm2) or reason_against_parts(**parts) or _reason_against_mlp(block.mlp)
+    )
 
 
 def _reason_against_mlp(mlp: nn.Module) -> str | None:
@@ -89,7 +121,8 @@ def _reason_against_mlp(mlp: nn.Module) -> str | None:
             return f"a hook or a forward of its own on mlp.{name}".rstrip(".")
         if part is mlp or type(part) in (nn.Linear, nn.Dropout) or _acts_alone(part):
             continue
-        if type(part).__module__ not in _ACTIVATIONS or type(part) in (nn.Softmax, nn.Softmax2d, nn.LogSoftmax):
+        mixes = isinstance(part, _MIXING) or (isinstance(part, nn.PReLU) and part.num_parameters > 1)
+        if type(part).__module__ not in _ACTIVATIONS or mixes:
             return f"its MLP has a {type(part).__name__}"
     return None
 

@@ -27,6 +27,10 @@ MODELS = {
     "patches dropped": ("vit_tiny_patch16_224", {"patch_drop_rate": 0.5}, 1),
     "images of any size": ("vit_tiny_patch16_224", {"dynamic_img_size": True}, 1),
     "distilled": ("deit_tiny_distilled_patch16_224", {}, 2),
+    "timm's RmsNorm": ("vit_tiny_patch16_224", {"norm_layer": timm.layers.RmsNorm, "fc_norm": True}, 1),
+    "torch's RMSNorm": ("vit_tiny_patch16_224", {"norm_layer": nn.RMSNorm}, 1),
+    "SimpleNorm": ("vit_tiny_patch16_224", {"norm_layer": timm.layers.SimpleNorm, "scale_mlp_norm": True}, 1),
+    "norms in fp32": ("vit_tiny_patch16_224", {"norm_layer": timm.layers.RmsNormFp32}, 1),
 }  # fmt: skip
 
 
@@ -79,7 +83,7 @@ def test_results_and_gradients_are_those_of_stock(kind, training):
         torch.testing.assert_close(grad, expected[name], rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("kind", ["cls", "registers", "distilled", "LayerScale, stochastic depth"])
+@pytest.mark.parametrize("kind", ["cls", "registers", "distilled", "LayerScale, stochastic depth", "torch's RMSNorm"])
 def test_other_tokens_skip_the_last_mlp(kind):
     model = stock(kind).eval()
     ours, _ = accelerated(model)
@@ -117,6 +121,9 @@ class OfItsOwn(nn.GELU):
         lambda m: m.blocks[-1].__dict__.update(forward=functools.partial(Block.forward, m.blocks[-1])),
         lambda m: setattr(m.blocks[-1].mlp, "act", OfItsOwn()),
         lambda m: setattr(m.blocks[-1].mlp, "norm", nn.BatchNorm1d(17).eval()),
+        lambda m: setattr(m.blocks[-1].mlp, "act", nn.PReLU(17)),
+        lambda m: setattr(m.blocks[-1].mlp, "act", nn.Softmin(dim=1)),
+        lambda m: setattr(m.blocks[-1], "norm2", nn.RMSNorm((17, WIDTH))),
         lambda m: m.set_grad_checkpointing(),
     ],
 )
@@ -195,12 +202,16 @@ def test_heads_of_every_token_are_captured():
             torch.testing.assert_close(got[name], wanted[name])
 
 
+class NormOfItsOwn(nn.LayerNorm):
+    pass
+
+
 @pytest.mark.parametrize(
     ("changes", "mlp", "reason"),
     [
         ({"block_fn": timm.models.vision_transformer.ResPostBlock}, None, "its last block is ResPostBlock"),
         ({}, timm.layers.GlobalResponseNormMlp, "its MLP is GlobalResponseNormMlp"),
-        ({"norm_layer": timm.layers.RmsNorm}, None, "no LayerNorm"),
+        ({"norm_layer": NormOfItsOwn}, None, "its norm is NormOfItsOwn, not known to act on the last dimension alone"),
     ],
 )
 def test_the_report_says_why_not(changes, mlp, reason):
