@@ -2,7 +2,8 @@
 
 Outputs, gradients, captured statistics and times of one model or more of each family; writes docs/TIMM.md.
 ``python -m benchmarks timm-sweep`` takes some minutes on one core; with ``--only swin_transformer beit`` it
-renews the rows of those families, where the versions and the CPU are those of the others.
+renews the rows of those families, with ``--seconds 0`` all but the times, where the versions and the CPU are those of
+what is on file.
 """
 
 from __future__ import annotations
@@ -222,7 +223,7 @@ def examine(family: str, variant: Variant | LayerVariant, seconds: float = 4.0) 
 
 
 def other_families() -> Iterator[tuple[str, str]]:
-    """The modules of timm.models that are not in FAMILIES, each with the reason."""
+    """The modules of timm.models that are not in FAMILIES, each with the reason why attention stays as it is."""
     for name in timm.list_modules():
         if name in FAMILIES:
             continue
@@ -230,12 +231,17 @@ def other_families() -> Iterator[tuple[str, str]]:
         kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, nn.Module)]
         missed = [kind.__name__ for kind in kinds if calls_sdpa(kind.forward)]
         own = [kind.__name__ for kind in kinds if kind.__module__ == module.__name__ and _has_own_softmax(kind)]
+        own += _NAMED_LAYERS.get(name, ())
         if missed:
             yield name, f"MISSED: {', '.join(missed)} call SDPA"
         elif own:
             yield name, f"its own softmax, without SDPA, in {', '.join(own)}"
         else:
             yield name, "no softmax attention"
+
+
+# Layers of timm.layers that a family's configurations name, so that its module does not import them.
+_NAMED_LAYERS = {"byoanet": ("BottleneckAttn", "HaloAttn", "LambdaLayer")}
 
 
 def _has_own_softmax(kind: type[nn.Module]) -> bool:
@@ -365,25 +371,39 @@ def table(rows: Sequence[Row], others: Sequence[tuple[str, str]], machine: str) 
             f"{row.gradient_error:.0e} / {row.gradient_error_stock:.0e} | {row.captured} | {ratio} | "
             f"{row.timed_at or ''} | {remarks} |"
         )
-    lines += ["", "## Families that accelerate leaves alone", "", "| family | reason |", "|---|---|"]
+    lines += [
+        "",
+        "## Families whose attention stays as it is",
+        "",
+        "Their `Mlp` and `Block` layers are taken nevertheless, where they are timm's.",
+        "",
+        "| family | reason |",
+        "|---|---|",
+    ]
     lines += [f"| {name} | {reason} |" for name, reason in others]
     return "\n".join(lines) + "\n"
 
 
 def renewed(rows: Sequence[Row], versions: dict[str, str]) -> list[Row]:
-    """The rows on file with `rows` in the places of theirs."""
+    """The rows on file with `rows` in the places of theirs; times on file stay where a row was not timed."""
     document = json.loads(JSON.read_text())
     theirs = {name: document[name] for name in versions}
     if theirs != versions:
         raise SystemExit(f"the rows on file are of {theirs}, these would be of {versions}; renew all")
     new = {(row.family, row.model): row for row in rows}
-    return [new.get((row["family"], row["model"])) or Row(**row) for row in document["families"]]
+    together = []
+    for old in (Row(**row) for row in document["families"]):
+        row = new.get((old.family, old.model), old)
+        if row.time_ratio is None:
+            row.timed_at, row.time_ratio = old.timed_at, old.time_ratio
+        together.append(row)
+    return together
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="FAMILY", help="renews the rows of these families")
-    parser.add_argument("--seconds", type=float, default=4.0, help="CPU time for timing each model; 0: no timing")
+    parser.add_argument("--seconds", type=float, default=4.0, help="CPU time for timing each model; 0: keep those on file")
     asked = parser.parse_args()
     rows = []
     for family, variants in FAMILIES.items():
@@ -400,7 +420,7 @@ def main() -> int:
             )
     machine = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     versions = {"timm": timm.__version__, "torch": torch.__version__, "cpu": machine}
-    if asked.only:
+    if asked.only or asked.seconds == 0:
         rows = renewed(rows, versions)
     others = list(other_families())
     document = {**versions, "families": [asdict(row) for row in rows], "others": dict(others)}

@@ -72,10 +72,12 @@ class Calls:
     Args:
         model: whose modules are followed.
         observer: the same modules, run where this one does not observe, are not followed.
-        left: called with a module that has run, its inputs and its output.
+        left: called with a module that has run, its inputs, those by name, and its output.
     """
 
-    def __init__(self, model: nn.Module, observer: Observer, left: Callable[[nn.Module, Any, Any], object]) -> None:
+    def __init__(
+        self, model: nn.Module, observer: Observer, left: Callable[[nn.Module, Any, dict[str, Any], Any], object]
+    ) -> None:
         self._model = model
         self._observer = observer
         self._left = left
@@ -91,7 +93,7 @@ class Calls:
     def followed(self) -> Iterator[None]:
         handles = [
             register_module_forward_pre_hook(self._enter),
-            register_module_forward_hook(self._leave, always_call=True),
+            register_module_forward_hook(self._leave, with_kwargs=True, always_call=True),
         ]
         try:
             yield
@@ -165,13 +167,14 @@ class Calls:
         self._ran[name] = module
 
     @untraced
-    def _leave(self, module: nn.Module, args: object, output: object) -> None:
+    def _leave(self, module: nn.Module, args: object, *named_and_output: Any) -> None:
         if module not in self._running or self._observer not in observers():
             return
         # A module whose own hook failed was entered and never left.
         while self._running.pop() is not module:
             pass
-        self._left(module, args, output)
+        *named, output = named_and_output  # of a module that failed, PyTorch gives no inputs by name
+        self._left(module, args, named[0] if named else {}, output)
 
     def _why(self, name: str, module: nn.Module) -> str:
         if isinstance(module, torch.jit.ScriptModule):

@@ -20,6 +20,7 @@ from mimkernels.heads.calls import Calls, Choice, LayerChoice, unwrapped
 from mimkernels.heads.fused import untraced
 from mimkernels.heads.intercept import FunctionObserver, intercepted
 from mimkernels.heads.layout import LAYOUT_FUNCTIONS, Layouts, described, shown_grid
+from mimkernels.heads.padding import padding_of, without_padding
 from mimkernels.heads.presets import PRESETS, QUANTITIES, Preset, patch_grid_positions, required_stats
 from mimkernels.heads.record import RecordedHeads
 from mimkernels.heads.statistics import HeadStatistics
@@ -28,6 +29,8 @@ from mimkernels.nn.sdpa import AttentionCall, Patches, StatisticsRequest, keeps_
 from mimkernels.ops import AttentionOutput
 
 __all__ = ["Capture", "capture"]
+
+_PADDED = "some patches are hidden from every query: statistics over images leave them out as padding, rows have them"
 
 
 @untraced
@@ -53,7 +56,9 @@ def capture(
     block only. What the kernels do not take (dropout, heads wider than 128, attention inside gradient checkpointing,
     ``need_weights=True``) is computed as it would be without this, and its statistics, before dropout, beside it;
     those of wide heads store the map while they are computed. Of tensors that compute attention in their own way
-    (nested tensors, masks of unknown classes) there are no statistics. ``notes`` of the layer say so.
+    (nested tensors, masks of unknown classes) there are no statistics. Patches that a mask hides from every query are
+    padding, as in a batch of images of several sizes: statistics over images are those of the other patches, ``stats``
+    of a layer has a row for each and ``padding`` says which. ``notes`` of the layer say so.
 
     Seen is what the thread and asyncio task that enter the block run inside it; the same model may run, and be
     captured, in others at the same time.
@@ -235,11 +240,13 @@ class Capture(FunctionObserver):
     def _write(self, layer: LayerHeads, plan: _Plan, call: AttentionCall, output: AttentionOutput) -> None:
         if not plan.names:
             return
-        rows = self._recorder.write(layer, call, output, self._heads.kept_images)
+        padding = padding_of(call, layer.num_prefix) if layer.windows == 1 else None
+        rows = self._recorder.write(layer, call, output, self._heads.kept_images, padding)
+        if padding is not None and _PADDED not in layer.notes:
+            layer.notes.append(_PADDED)
         group = self._group(plan)
-        group.update(
-            layer.index, rows, q=call.q, k=call.k, v=call.v, lse=output.lse, windows=layer.windows, **call.options
-        )
+        for part, lse, of in without_padding(padding, layer.num_prefix, rows, output.lse, call):
+            group.update(layer.index, part, q=of.q, k=of.k, v=of.v, lse=lse, windows=layer.windows, **of.options)
 
     def _group(self, plan: _Plan) -> HeadStatistics:
         # Of cross-attention's queries, none are known to be prefix tokens.
@@ -343,8 +350,7 @@ class _Places:
                 f"{layer}: {why}: give positions and num_prefix (of a masked encoder, the kept patches' coordinates "
                 "per image), or use layers= to leave it out"
             )
-        positions = self._grid_positions(patches, call.q.device)
-        return prefix, positions if ids is None else positions[ids], windows
+        return prefix, self._positions_of(patches, call.q.device), windows
 
     def _given_positions(self, prefix: int, call: AttentionCall, layer: str) -> Tensor:
         batch, keys = call.k.shape[0], call.k.shape[2]
@@ -359,6 +365,15 @@ class _Places:
         if key not in self._positions:
             self._positions[key] = self._given.to(call.q.device)
         return self._positions[key]
+
+    def _positions_of(self, patches: Patches, device: torch.device) -> Tensor:
+        if patches.ids is None:
+            return self._grid_positions(patches, device)
+        if patches.grids is None or self._unit != "unit":
+            return self._grid_positions(patches, device)[patches.ids]
+        columns = patches.grid[1]
+        places = torch.stack((patches.ids // columns, patches.ids % columns), dim=-1).to(device)
+        return places / (patches.grids.to(device) - 1).clamp(min=1)[:, None]  # of each image's own sides
 
     def _grid_positions(self, patches: Patches, device: torch.device) -> Tensor:
         if self._unit == "pixel" and patches.patch_size is None:

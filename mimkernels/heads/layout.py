@@ -25,7 +25,7 @@ class Part(NamedTuple):
     """A model, or one inside another, that embeds patches.
 
     Attributes:
-        embedding: the module in which images become patches, by convolutions.
+        embedding: the module in which images become patches, by convolutions or as timm's NaFlexEmbeds.
         num_prefix: P, tokens that the part puts in front of the patches.
         declared: the part says so itself; else it is what its parameters look like.
     """
@@ -92,6 +92,8 @@ class Layouts:
             return Place(prefix, None, f"which {count} of the {grid} patches were kept was not seen")
         if seen is not None and seen.whole and count == math.prod(seen.patches.grid):
             return Place(prefix, seen.patches)
+        if seen is not None and prefix and given is None and tokens in seen.bare:
+            return Place(0, seen.patches._replace(ids=seen.bare[tokens]))
         window = window_of(modules, tokens) if prefix == 0 else None
         if window is not None:
             images = batch if seen is None else seen.patches.batch
@@ -122,11 +124,15 @@ class Layouts:
         if name is not None:
             self._seen[name] = _Seen(patches)
 
-    def left(self, module: nn.Module, inputs: Sequence[Any], output: Any) -> None:
-        """Look at a module that has just run."""
+    def left(self, module: nn.Module, inputs: Sequence[Any], named: Mapping[str, Any], output: Any) -> None:
+        """Look at a module that has just run, with its inputs by place and by name."""
         name = self._embeddings.get(id(module))
-        if name is not None and self._convolutions:
+        if name is not None and _is_flexible(module):
+            if output is not None:  # None of one that failed
+                self._seen[name] = _Seen(_of_any_size(module, output, *inputs, **named))
+        elif name is not None and self._convolutions:
             self._seen[name] = _Seen(_embedded(self._convolutions))
+        if name is not None:
             self._convolutions = []
         if id(module) in self._droppers:
             name = _innermost(self._names[id(module)], self.parts)
@@ -148,7 +154,10 @@ class Layouts:
             return
         inside = _innermost(self._names[id(modules[0])], self._seen) if modules else None
         for name in self._seen if inside is None else (inside,):
-            self._seen[name].choose(choice, self.parts[name].num_prefix)
+            if isinstance(choice, _Rest):
+                self._seen[name].cut(choice, self.parts[name].num_prefix)
+            else:
+                self._seen[name].choose(choice, self.parts[name].num_prefix)
 
 
 class _Choice(NamedTuple):
@@ -159,17 +168,27 @@ class _Choice(NamedTuple):
     ids: Tensor | None  # [B, K], or None if they are not known
 
 
+class _Rest(NamedTuple):
+    """All tokens ``[B, N, D]`` of a batch but the first so many."""
+
+    batch: int
+    tokens: int
+    first: int
+
+
 class _Seen:
     """The patches that a part embedded last, and what was chosen of them since.
 
     Attributes:
         chosen: the ids ``[B, K]`` of patches that were chosen, by K; None where they are not known.
         whole: all patches are there, in their order.
+        bare: the ids of patches whose prefix tokens were taken off, by their number; None of all, in their order.
     """
 
     def __init__(self, patches: Patches) -> None:
         self.patches = patches._replace(ids=None)
         self.chosen: dict[int, Tensor | None] = {}
+        self.bare: dict[int, Tensor | None] = {}
         self.whole = patches.ids is None
         if patches.ids is not None:
             self.chosen[patches.ids.shape[-1]] = patches.ids
@@ -191,7 +210,18 @@ class _Seen:
                 chosen = before[torch.arange(len(ids), device=ids.device)[:, None], ids]
             self._add(choice.kept, chosen)
         elif choice.tokens == count + num_prefix:
-            self.whole = False  # whether the prefix is still there is not known
+            self.whole, self.bare = False, {}  # whether the prefix is still there is not known
+
+    def cut(self, rest: _Rest, num_prefix: int) -> None:
+        """Tokens without the first so many, which may be the prefix tokens."""
+        count = rest.tokens - rest.first
+        if rest.first != num_prefix or rest.batch != self.patches.batch:
+            return  # or of a table of positions
+        if count in self.chosen:
+            if self.chosen[count] is not None:
+                self.bare[count] = self.chosen[count]
+        elif self.whole and count == math.prod(self.patches.grid):
+            self.bare[count] = None
 
     def drop(self, tokens: int, kept: int, num_prefix: int) -> None:
         """A choice of patches that leaves prefix tokens alone, whose ids need not have been seen."""
@@ -204,7 +234,7 @@ class _Seen:
         if kept in self.chosen and not _same(self.chosen[kept], ids):
             ids = None
         self.chosen[kept] = ids
-        self.whole = False
+        self.whole, self.bare = False, {}
 
     def describe_choices(self) -> str:
         if self.whole:
@@ -243,6 +273,29 @@ def _embedded(convolutions: Sequence[_Convolution]) -> Patches:
     return Patches(last.batch, last.grid, patch_size if len(last.grid) == 2 else None)
 
 
+def _is_flexible(module: nn.Module) -> bool:
+    """Whether a module is timm's NaFlexEmbeds, which takes images, or patches of images of any size."""
+    return any(kind.__name__ == "NaFlexEmbeds" for kind in type(module).__mro__)
+
+
+def _of_any_size(
+    module: nn.Module, output: Any, x: Tensor, patch_coord: Tensor | None = None, patch_valid: Tensor | None = None
+) -> Patches:
+    """What NaFlexEmbeds made: tokens and their grid of images, tokens and None of patches with their places."""
+    embeds: Any = module
+    size = tuple(embeds.patch_size)
+    if patch_coord is None:
+        return Patches(x.shape[0], tuple(output[1]), size)
+    if x.dim() == 5:  # [B, N, Ph, Pw, C], or channels before pixels
+        size = tuple(x.shape[2:4] if getattr(embeds, "channels_last", True) else x.shape[3:5])
+    places = patch_coord.long()
+    if patch_valid is not None:
+        places = places.where(patch_valid.bool()[..., None], 0)
+    grids = places.amax(1) + 1  # [B, 2]
+    rows, columns = grids.amax(0).tolist()
+    return Patches(len(places), (rows, columns), size, places[..., 0] * columns + places[..., 1], grids)
+
+
 # What a function that chooses tokens chose: called with its result and its arguments.
 
 
@@ -264,10 +317,13 @@ def _selected(result: Tensor, input: Tensor, dim: int, index: Tensor, **_: Any) 
     return _Choice(input.shape[1], result.shape[1], index.expand(len(input), -1))
 
 
-def _indexed(result: Tensor, x: Tensor, index: Any) -> _Choice | None:
+def _indexed(result: Tensor, x: Tensor, index: Any) -> _Choice | _Rest | None:
     if x.dim() != 3:
         return None
     batch, tokens, _ = x.shape
+    if isinstance(index, tuple) and len(index) == 2 and index[0] == slice(None) and isinstance(index[1], slice):
+        first, end, step = index[1].indices(tokens)
+        return _Rest(batch, tokens, first) if (end, step) == (tokens, 1) else None
     if isinstance(index, Tensor) and index.dtype == torch.bool and index.dim() == 2:  # [B, N], of every image as many
         kept, rest = divmod(len(result), max(1, batch))
         order = index.byte().argsort(dim=1, descending=True, stable=True)
@@ -284,7 +340,7 @@ def _indexed(result: Tensor, x: Tensor, index: Any) -> _Choice | None:
 
 _DROPPERS = ("PatchDropout", "PatchDropoutWithIndices")  # of timm
 _CONVOLUTIONS = (F.conv2d, F.conv3d)
-_CHOICES: dict[Any, Callable[..., _Choice | None]] = {
+_CHOICES: dict[Any, Callable[..., _Choice | _Rest | None]] = {
     **dict.fromkeys((torch.gather, Tensor.gather), _gathered),
     **dict.fromkeys((torch.take_along_dim, Tensor.take_along_dim), _along),
     **dict.fromkeys((torch.index_select, Tensor.index_select), _selected),
@@ -367,7 +423,9 @@ def _of_timm(module: nn.Module) -> Part | None:
         encoder: Any = module.encoder
         module = encoder  # mimkernels.models.MAE: the decoder's tokens are laid out as the encoder's
     embed = getattr(module, "patch_embed", None)
-    if not isinstance(embed, nn.Module) or not _convolutions_of(embed):
+    if not isinstance(embed, nn.Module):
+        embed = getattr(module, "embeds", None)
+    if not isinstance(embed, nn.Module) or not (_is_flexible(embed) or _convolutions_of(embed)):
         return None
     prefix = getattr(module, "num_prefix_tokens", None)
     return Part(embed, prefix, True) if isinstance(prefix, int) else Part(embed, _prefix_tokens(module))

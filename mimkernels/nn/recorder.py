@@ -79,6 +79,7 @@ class LayerHeads:
     logit_scale: Tensor | None = None
     has_run: bool = True
     _rows: list[dict[str, Tensor]] = field(default_factory=list, repr=False)
+    _padding: list[tuple[Tensor | None, tuple[int, int]]] = field(default_factory=list, repr=False)
 
     @property
     def stats(self) -> dict[str, Tensor]:
@@ -102,6 +103,17 @@ class LayerHeads:
                 )
             stats[name] = torch.cat(parts)
         return stats
+
+    @property
+    def padding(self) -> Tensor | None:
+        """``[B, Nq]`` bool, the rows of ``stats`` that are of padding, or None if there was none.
+
+        Padding are patches that a mask hides from every query; seen by ``capture``.
+        """
+        parts = [part for part, _ in self._padding if part is not None]
+        if not parts:
+            return None
+        return torch.cat([parts[0].new_zeros(sizes) if part is None else part for part, sizes in self._padding])
 
     @property
     def options(self) -> dict[str, Any]:
@@ -134,12 +146,18 @@ class HeadRecorder:
         self._differentiable = differentiable
 
     def write(
-        self, layer: LayerHeads, call: AttentionCall, output: AttentionOutput, images: Sequence[int] | None = None
+        self,
+        layer: LayerHeads,
+        call: AttentionCall,
+        output: AttentionOutput,
+        images: Sequence[int] | None = None,
+        padding: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Write one call down, and return its row statistics as they are kept.
 
         Args:
             images: numbers of those of which q, k and lse are kept, with all their windows; None: of all.
+            padding: ``[B, N]`` bool, tokens that are none, if that is known.
         """
         rows = output.stats if self._differentiable else {name: row.detach() for name, row in output.stats.items()}
         layer.has_run = True
@@ -147,6 +165,7 @@ class HeadRecorder:
         layer.scale = call.scale
         if self._keeps_rows:
             layer._rows.append(rows)
+            layer._padding.append((padding, (call.q.shape[0], call.q.shape[2])))
         keep = self.keep
         if keep and images is not None:
             call, output = _of_images(images, layer.windows, call, output)

@@ -421,4 +421,4 @@ def test_what_embeds_patches_by_other_means_tells_of_them():
         mimkernels.nn.embed_visible(images(24, 40), ids, proj)
         tell_patches(proj, Patches(1, (2, 2)))
     assert told[0][0] is proj and told[0][1][:3] == (2, (3, 5), (8, 8)) and torch.equal(told[0][1].ids, ids)
-    assert told[1] == (proj, (1, (2, 2), None, None))
+    assert told[1] == (proj, Patches(1, (2, 2)))
