@@ -88,6 +88,7 @@ class Calls:
         self._calling: set[int] = set()  # modules in which attention was called
         self._softmax: dict[str, tuple[int, ...]] = {}
         self.numbers: dict[str, int] = {}
+        self.images: int | None = None  # [B, C, H, W] that the model got last, or a part of it that was called alone
 
     @contextmanager
     def followed(self) -> Iterator[None]:
@@ -157,12 +158,14 @@ class Calls:
         return f"no layer {', '.join(map(repr, wanted))} called attention; those that did: {', '.join(self.numbers)}"
 
     @untraced
-    def _enter(self, module: nn.Module, args: object) -> None:
+    def _enter(self, module: nn.Module, args: Sequence[Any]) -> None:
         name = self._names.get(id(module))
         if name is None or self._observer not in observers():
             return
         if not self._running:
             self._counts.clear()
+            first = args[0] if args else None
+            self.images = first.shape[0] if isinstance(first, torch.Tensor) and first.dim() == 4 else None
         self._running.append(module)
         self._ran[name] = module
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mimkernels.heads.arrange import Arranged, arranged
 from mimkernels.heads.calls import Calls, Choice, LayerChoice, unwrapped
 from mimkernels.heads.fused import untraced
 from mimkernels.heads.intercept import FunctionObserver, intercepted
@@ -180,17 +181,17 @@ class Capture(FunctionObserver):
         layer = self._layer()
         if layer is None:
             return call.compute()
-        plan = self._plan(layer, call)
-        output = call.compute(**plan.request.options)
-        self._write(layer, plan, call, output)
-        return output
+        here = self._by_heads(layer, call)
+        plan = self._plan(layer, here.call)
+        output = here.call.compute(**plan.request.options)
+        self._write(layer, plan, here.call, output)
+        return here.restored(output, call)
 
     def watch(self, call: AttentionCall | None, note: str = "") -> None:
         layer = self._layer()
         if layer is None:
             return
-        if note and note not in layer.notes:
-            layer.notes.append(note)
+        layer.add_note(note)
         if call is None:
             return
         if self._differentiable and keeps_tensors_elsewhere():
@@ -199,6 +200,7 @@ class Capture(FunctionObserver):
                 "mimkernels.heads.record_heads, or switch checkpointing off"
             )
         with nullcontext() if self._differentiable else torch.no_grad():
+            call = self._by_heads(layer, call).call
             plan = self._plan(layer, call)
             if plan.names:
                 self._write(layer, plan, call, call.compute(**plan.request.options))
@@ -227,6 +229,11 @@ class Capture(FunctionObserver):
             return None
         return self._heads._layers.setdefault(name, LayerHeads(name, index))
 
+    def _by_heads(self, layer: LayerHeads, call: AttentionCall) -> Arranged:
+        here = arranged(call, self._calls.modules[0])
+        layer.add_note(here.note)
+        return here
+
     def _plan(self, layer: LayerHeads, call: AttentionCall) -> _Plan:
         layer.set_sizes(call)
         queries, keys = layer.queries, layer.keys
@@ -242,8 +249,7 @@ class Capture(FunctionObserver):
             return
         padding = padding_of(call, layer.num_prefix) if layer.windows == 1 else None
         rows = self._recorder.write(layer, call, output, self._heads.kept_images, padding)
-        if padding is not None and _PADDED not in layer.notes:
-            layer.notes.append(_PADDED)
+        layer.add_note(_PADDED if padding is not None else "")
         group = self._group(plan)
         for part, lse, of in without_padding(padding, layer.num_prefix, rows, output.lse, call):
             group.update(layer.index, part, q=of.q, k=of.k, v=of.v, lse=lse, windows=layer.windows, **of.options)
@@ -329,7 +335,9 @@ class _Places:
     def of(self, calls: Calls, call: AttentionCall, layer: str) -> tuple[int, Tensor | None, int]:
         """``num_prefix``, ``positions`` and windows per image of a call made now."""
         batch, _, keys, _ = call.k.shape
-        prefix, patches, why, windows = self._layouts.place(calls.modules, batch, keys, self._num_prefix)
+        prefix, patches, why, windows = self._layouts.place(
+            calls.modules, batch, keys, self._num_prefix, calls.images
+        )
         if prefix is None:
             raise ValueError(f"{layer}: num_prefix is not known: {why}: give it, or use layers= to leave it out")
         if prefix > keys:

@@ -67,12 +67,15 @@ class Layouts:
         self._seen: dict[str, _Seen] = {}
         self._convolutions: list[_Convolution] = []  # in the embedding that runs now
 
-    def place(self, modules: Sequence[nn.Module], batch: int, tokens: int, given: int | None) -> Place:
+    def place(
+        self, modules: Sequence[nn.Module], batch: int, tokens: int, given: int | None, images: int | None = None
+    ) -> Place:
         """What is known of the keys of a call made in these modules, the innermost first.
 
         Args:
             batch, tokens: of the keys.
             given: P, if it is known; else it is that of the part.
+            images: that the model got, for where no part embedded any.
         """
         name = _innermost(self._names[id(modules[0])], self.parts)
         _, prefix, declared = self.parts[name] if name is not None else (None, 0, False)
@@ -81,6 +84,7 @@ class Layouts:
         if given is not None:
             certain = prefix = given
         seen, count = self._seen.get(name) if name is not None else None, tokens - prefix
+        images = images if seen is None else seen.patches.batch
         cut = _in_windows(modules, batch, tokens, None if seen is None else seen.patches) if prefix == 0 else None
         if cut is not None:
             return Place(0, cut, windows=batch // cut.batch)
@@ -96,16 +100,14 @@ class Layouts:
             return Place(0, seen.patches._replace(ids=seen.bare[tokens]))
         window = window_of(modules, tokens) if prefix == 0 else None
         if window is not None:
-            images = batch if seen is None else seen.patches.batch
-            windows = batch // images if batch % images == 0 else 1
-            return Place(0, self.of_grid(modules, batch, window), windows=windows)
+            return Place(0, self.of_grid(modules, batch, window), windows=_windows_of(images, batch))
+        windows = _windows_of(images, batch) if certain == 0 else 1
         if name is None:
-            return Place(certain, None, "this part of the model embeds no patches")
+            return Place(certain, None, "this part of the model embeds no patches", windows)
         if seen is None:
-            return Place(certain, None, f"no image was embedded by {name or 'the model'} inside capture")
-        return Place(
-            certain, None, f"{tokens} tokens, but {described(prefix, seen.patches.grid)}" + seen.describe_choices()
-        )
+            return Place(certain, None, f"no image was embedded by {name or 'the model'} inside capture", windows)
+        why = f"{tokens} tokens, but {described(prefix, seen.patches.grid)}" + seen.describe_choices()
+        return Place(certain, None, why, windows)
 
     def of_grid(self, modules: Sequence[nn.Module], batch: int, grid: Sequence[int]) -> Patches:
         """Patches in a grid that is known: a window of the part's own, or one that was given."""
@@ -373,6 +375,11 @@ def _innermost(name: str | None, parts: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _windows_of(images: int | None, batch: int) -> int:
+    """How many windows each of so many images was cut into, if a batch of so many is theirs."""
+    return batch // images if images and batch % images == 0 else 1
+
+
 def window_of(modules: Iterable[nn.Module], tokens: int) -> tuple[int, int] | None:
     """The window that attention runs in, if a calling module (innermost first) has one of that many tokens."""
     for module in modules:
@@ -425,7 +432,9 @@ def _of_timm(module: nn.Module) -> Part | None:
     embed = getattr(module, "patch_embed", None)
     if not isinstance(embed, nn.Module):
         embed = getattr(module, "embeds", None)
-    if not isinstance(embed, nn.Module) or not (_is_flexible(embed) or _convolutions_of(embed)):
+    if not isinstance(embed, nn.Module) or isinstance(embed, nn.ModuleList):  # several, of tokens of several sizes
+        return None
+    if not (_is_flexible(embed) or _convolutions_of(embed)):
         return None
     prefix = getattr(module, "num_prefix_tokens", None)
     return Part(embed, prefix, True) if isinstance(prefix, int) else Part(embed, _prefix_tokens(module))

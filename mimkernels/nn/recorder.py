@@ -126,6 +126,11 @@ class LayerHeads:
         sizes = {name: getattr(self, name) for name in names}
         return {**sizes, "missing": dict(self.missing), "notes": list(self.notes)}
 
+    def add_note(self, note: str) -> None:
+        """Say something about the numbers, once; "" is nothing."""
+        if note and note not in self.notes:
+            self.notes.append(note)
+
     def set_sizes(self, call: AttentionCall) -> None:
         """Take the sizes of a call."""
         self.heads, self.queries, self.keys = call.q.shape[1], call.q.shape[2], call.k.shape[2]
