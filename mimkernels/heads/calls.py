@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as _torch_modules
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from mimkernels.heads.fused import untraced
@@ -101,6 +102,8 @@ class Calls:
         finally:
             for handle in handles:
                 handle.remove()
+                # Not removed with the hook (torch 2.14): all modules of the process would be called as if there were one.
+                _torch_modules._global_forward_hooks_with_kwargs.pop(handle.id, None)
 
     @property
     def modules(self) -> list[nn.Module]:

@@ -28,9 +28,11 @@ from mimkernels.heads.statistics import HeadStatistics
 from mimkernels.nn.recorder import HeadRecorder, LayerHeads
 from mimkernels.nn.sdpa import AttentionCall, Patches, StatisticsRequest, keeps_tensors_elsewhere
 from mimkernels.ops import AttentionOutput
+from mimkernels.ops._autograd import transformed
 
 __all__ = ["Capture", "capture"]
 
+_TRANSFORMED = "inside a transform of torch.func, or forward-mode gradients: no statistics"
 _PADDED = "some patches are hidden from every query: statistics over images leave them out as padding, rows have them"
 
 
@@ -181,6 +183,9 @@ class Capture(FunctionObserver):
         layer = self._layer()
         if layer is None:
             return call.compute()
+        if transformed():
+            layer.add_note(_TRANSFORMED)
+            return call.compute()
         here = self._by_heads(layer, call)
         plan = self._plan(layer, here.call)
         output = here.call.compute(**plan.request.options)
@@ -193,6 +198,9 @@ class Capture(FunctionObserver):
             return
         layer.add_note(note)
         if call is None:
+            return
+        if transformed():
+            layer.add_note(_TRANSFORMED)
             return
         if self._differentiable and keeps_tensors_elsewhere():
             raise RuntimeError(

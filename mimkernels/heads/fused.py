@@ -124,8 +124,9 @@ def _as(module: nn.Module, ours: type[nn.Module]) -> Iterator[None]:
     try:
         yield
     finally:
-        del module.__dict__[STANDS_IN]
-        change_back(module)
+        # Not if `accelerate` made it stay.
+        if module.__dict__.pop(STANDS_IN, False):
+            change_back(module)
 
 
 @contextmanager

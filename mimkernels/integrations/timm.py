@@ -36,6 +36,7 @@ from mimkernels.nn import mlp as fused_mlp
 from mimkernels.nn._classes import (
     MARK,
     PARTS,
+    STANDS_IN,
     become,
     change_back,
     fused_attn,
@@ -181,7 +182,9 @@ def accelerate(
         change: Change | None = None
         if isinstance(module, VisionTransformer):
             vit, tokens = name, _tokens(module)
-        if _is_accelerated(module):
+        if STANDS_IN in module.__dict__ and attention:
+            change = _keep(module)
+        elif _is_accelerated(module):
             change = Change(name, type(module).__name__, "mimkernels", "already")
         elif isinstance(module, (PatchDropout, PatchDropoutWithIndices)):
             change = _take_patch_drop(module) if patch_drop else None
@@ -239,6 +242,13 @@ def _take_attention(module: nn.Module, tokens: int | None) -> Change | None:
     if kind is TimmAttention and isinstance(module, TimmAttention) and tokens is not None:
         remarks += _left_to_torch(module, tokens)
     return Change("", kind.__name__, _ATTENTION, "; ".join(remarks))
+
+
+def _keep(module: nn.Module) -> Change:
+    """A line for what computes a layer inside ``capture`` already, and shall stay when that ends."""
+    del module.__dict__[STANDS_IN]
+    kind = module.__dict__[MARK] = type(module).__bases__[0]
+    return Change("", kind.__name__, _ATTENTION)
 
 
 def _tokens(model: VisionTransformer) -> int | None:

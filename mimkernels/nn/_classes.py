@@ -12,6 +12,7 @@ block.
 
 from __future__ import annotations
 
+import copyreg
 import warnings
 from typing import Any, TypeVar
 
@@ -131,6 +132,17 @@ def why_original(module: Any, x: Tensor, attn_mask: Tensor | None) -> str | None
 def state_without_recorder(module: nn.Module) -> dict[str, Any]:
     """As ``__getstate__`` of a layer that can record: a copy made inside ``record_heads`` does not record."""
     return {name: value for name, value in module.__dict__.items() if name not in ("_recorder", STANDS_IN)}
+
+
+def reduce_what_stands_in(module: nn.Module, protocol: Any) -> Any:
+    """As ``__reduce_ex__``: a copy or pickle made inside ``capture`` has the class that the module has outside."""
+    if STANDS_IN not in module.__dict__:
+        return object.__reduce_ex__(module, protocol)
+    state = module.__getstate__()
+    if state.get("fused_attn", False) is None:
+        state["fused_attn"] = False
+    # A function of the standard library, so that such pickles need no mimkernels.
+    return copyreg._reconstructor, (type(module).__bases__[0], object, None), state  # type: ignore[attr-defined]
 
 
 def is_heard(module: nn.Module) -> bool:

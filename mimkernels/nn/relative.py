@@ -24,6 +24,7 @@ from mimkernels.nn._classes import (
     fused_attn,
     prepare_scriptable,
     shows_its_matrix,
+    reduce_what_stands_in,
     state_without_recorder,
     why_original,
 )
@@ -72,6 +73,7 @@ class BeitAttention(TimmBeitAttention):
 
     __prepare_scriptable__ = prepare_scriptable
     __getstate__ = state_without_recorder
+    __reduce_ex__ = reduce_what_stands_in
     fused_attn = fused_attn  # type: ignore[misc] # final for TorchScript, which gets timm's class
     _recorder: Recorder | None = None
     _refused: ClassVar[set[str]] = set()
@@ -110,6 +112,7 @@ class SwinAttention(TimmSwinAttention):
 
     __prepare_scriptable__ = prepare_scriptable
     __getstate__ = state_without_recorder
+    __reduce_ex__ = reduce_what_stands_in
     fused_attn = fused_attn  # type: ignore[misc]
     _recorder: Recorder | None = None
     _refused: ClassVar[set[str]] = set()
@@ -137,6 +140,7 @@ class SwinV2Attention(TimmSwinV2Attention):
 
     __prepare_scriptable__ = prepare_scriptable
     __getstate__ = state_without_recorder
+    __reduce_ex__ = reduce_what_stands_in
     _recorder: Recorder | None = None
     _refused: ClassVar[set[str]] = set()
 

@@ -344,7 +344,7 @@ def test_tokens_of_other_names_in_front_of_the_patches_are_asked_for():
 
 def test_models_of_several_branches_are_asked_for():
     model = pytest.importorskip("timm").create_model("crossvit_tiny_240", num_classes=0).eval()
-    with pytest.raises(ValueError, match="num_prefix is not known: no image was embedded by the model inside capture"):
+    with pytest.raises(ValueError, match="num_prefix of CrossVit is not known: no patch embedding is found in it"):
         captured(lambda model: model(images(240, 240, batch=1)), model, ["entropy"])
 
 
