@@ -403,7 +403,7 @@ def renewed(rows: Sequence[Row], versions: dict[str, str]) -> list[Row]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="FAMILY", help="renews the rows of these families")
-    parser.add_argument("--seconds", type=float, default=4.0, help="CPU time for timing each model; 0: keep those on file")
+    parser.add_argument("--seconds", type=float, default=4.0, help="CPU time to time each model; 0: keep times on file")
     asked = parser.parse_args()
     rows = []
     for family, variants in FAMILIES.items():

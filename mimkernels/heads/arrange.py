@@ -1,7 +1,7 @@
 """Which axis of a call of attention is heads, where a layer does not give ``[B, H, N, D]``.
 
-``F.scaled_dot_product_attention`` knows batches alone. Layers give heads among the images, ``[B * H, N, D]`` (SAM), or in
-front of windows, ``[B, H, nW, N, D]`` (Hiera, NesT); only the layer knows how many it has.
+``F.scaled_dot_product_attention`` knows batches alone. Layers give heads among the images, ``[B * H, N, D]`` (SAM), or
+in front of windows, ``[B, H, nW, N, D]`` (Hiera, NesT); only the layer knows how many it has.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ class Calls:
         finally:
             for handle in handles:
                 handle.remove()
-                # Not removed with the hook (torch 2.14): all modules of the process would be called as if there were one.
+                # torch 2.14 leaves this entry, and calls all modules of the process as if the hook were there.
                 _torch_modules._global_forward_hooks_with_kwargs.pop(handle.id, None)
 
     @property

@@ -343,9 +343,7 @@ class _Places:
     def of(self, calls: Calls, call: AttentionCall, layer: str) -> tuple[int, Tensor | None, int]:
         """``num_prefix``, ``positions`` and windows per image of a call made now."""
         batch, _, keys, _ = call.k.shape
-        prefix, patches, why, windows = self._layouts.place(
-            calls.modules, batch, keys, self._num_prefix, calls.images
-        )
+        prefix, patches, why, windows = self._layouts.place(calls.modules, batch, keys, self._num_prefix, calls.images)
         if prefix is None:
             raise ValueError(f"{layer}: num_prefix is not known: {why}: give it, or use layers= to leave it out")
         if prefix > keys:

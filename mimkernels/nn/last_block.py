@@ -108,9 +108,7 @@ def reason_against(block: Any) -> str | None:
     parts = {"drop_path1": block.drop_path1, "drop_path2": block.drop_path2}
     if not isinstance(block, BeitBlock):
         parts |= {"ls1": block.ls1, "ls2": block.ls2}
-    return (
-        _reason_against_norm("norm2", block.norm2) or reason_against_parts(**parts) or _reason_against_mlp(block.mlp)
-    )
+    return _reason_against_norm("norm2", block.norm2) or reason_against_parts(**parts) or _reason_against_mlp(block.mlp)
 
 
 def _reason_against_mlp(mlp: nn.Module) -> str | None:

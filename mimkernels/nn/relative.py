@@ -23,8 +23,8 @@ from mimkernels.nn._classes import (
     STANDS_IN,
     fused_attn,
     prepare_scriptable,
-    shows_its_matrix,
     reduce_what_stands_in,
+    shows_its_matrix,
     state_without_recorder,
     why_original,
 )

@@ -1,4 +1,4 @@
-"""Heads and windows that are no axes of ``[B, H, N, D]`` of their own are found where the layer says how many it has."""
+"""Heads and windows that have no axis of ``[B, H, N, D]`` are found where the layer says how many heads it has."""
 
 import pytest
 import torch

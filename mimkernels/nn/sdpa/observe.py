@@ -72,7 +72,7 @@ class Patches(NamedTuple):
         grid: patches per axis.
         patch_size: pixels per patch and axis, or None if that is not known.
         ids: ``[B, K]`` the patches that were kept, in the order of their tokens; None if that is all of them.
-        grids: ``[B, axes]`` patches per axis of each image, where they are not those of `grid`, which holds the largest.
+        grids: ``[B, axes]`` patches per axis of each image, where they differ from `grid`, which has the most.
     """
 
     batch: int
