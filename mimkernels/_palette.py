@@ -19,4 +19,5 @@ CHART: "dict[RcKeyType, Any]" = {
     "axes.labelcolor": MUTED, "axes.titlecolor": INK, "axes.titlesize": 12, "axes.spines.top": False,
     "axes.spines.right": False, "xtick.color": MUTED, "ytick.color": MUTED, "svg.fonttype": "path",
     "svg.hashsalt": "mimkernels",
+    "text.parse_math": False,  # names of models are text, with dollar signs or without
 }  # fmt: skip

@@ -1,7 +1,9 @@
 """Plots and pictures as text that a page can hold: SVG for curves, PNG data addresses for images."""
 
 import base64
+import functools
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -210,6 +212,11 @@ def _known(entries: list[dict[str, float]], name: str, steps_per_epoch: int) -> 
     return np.array([entry["step"] / steps_per_epoch for entry in have]), np.array([entry[name] for entry in have])
 
 
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
+
+
 def svg(figure: "Figure", *, fitted: bool = False) -> Markup:
     """A chart as SVG, from the root element on: an HTML page takes no XML prologue.
 
@@ -218,5 +225,8 @@ def svg(figure: "Figure", *, fitted: bool = False) -> Markup:
     """
     buffer = io.StringIO()
     box = "tight" if fitted else None
-    figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True, bbox_inches=box)
+    with warnings.catch_warnings(record=True) as told:
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True, bbox_inches=box)
+    for message in dict.fromkeys(str(warning.message) for warning in told):
+        _warn_once(message)  # a name with a letter that the font lacks stands in many charts
     return Markup(buffer.getvalue()[buffer.getvalue().index("<svg") :])

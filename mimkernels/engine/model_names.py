@@ -8,7 +8,8 @@ from typing import Any
 from mimkernels._options import option_value
 from mimkernels.engine.settings import require
 
-_NAME = re.compile(r"([\w .+@-]+)=(.+)", re.DOTALL)
+# Anything but a path, an option, or two names ("a | b" in the numbers of an analysis).
+_NAME = re.compile(r"([^:=/|\x00-\x1f]*[^:=/|\s\x00-\x1f][^:=/|\x00-\x1f]*)=(.+)", re.DOTALL)
 _OPTION = re.compile(r":([A-Za-z_]\w*)=([^:/]*)$")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mimkernels.heads.arrange import arranged
 from mimkernels.heads.calls import Calls, unwrapped
 from mimkernels.heads.fused import untraced
 from mimkernels.heads.intercept import FunctionObserver, intercepted
@@ -68,7 +69,7 @@ class Ablation(FunctionObserver):
 
     def __init__(self, model: nn.Module, heads: dict[str | int, list[int]], by: str) -> None:
         self._model, self._heads, self._by = model, heads, by
-        self._calls = Calls(model, self, lambda module, args, output: None)
+        self._calls = Calls(model, self, lambda module, args, named, output: None)
         self._layers: dict[str, int] = {}
         self._met: set[str | int] = set()
         self._open: ExitStack | None = None
@@ -92,18 +93,19 @@ class Ablation(FunctionObserver):
     # As an observer of `mimkernels.nn.sdpa`
 
     def run(self, call: AttentionCall) -> AttentionOutput:
-        output = call.compute()
         name, chosen = self._chosen()
         if not name:
-            return output
-        count = self._layers[name] = call.q.shape[1]
+            return call.compute()
+        here = arranged(call, self._calls.modules[0])
+        count = self._layers[name] = here.call.q.shape[1]
+        output = here.call.compute()
         if not chosen:
-            return output
+            return here.restored(output, call)
         if chosen[-1] >= count:
             raise IndexError(f"{name} has {count} heads, from 0 to {count - 1}; head {chosen[-1]} cannot be taken out")
         out = output.out.clone()
         out[:, chosen] = 0 if self._by == "zero" else output.out[:, chosen].mean((0, 2), keepdim=True)
-        return output._replace(out=out)
+        return here.restored(output._replace(out=out), call)
 
     def watch(self, call: AttentionCall | None, note: str = "") -> None:
         name, chosen = self._chosen()

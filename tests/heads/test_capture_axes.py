@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mimkernels
+from mimkernels.heads import ablate
 from mimkernels.heads.arrange import arranged
 from mimkernels.nn.sdpa import SDPAArguments, as_attention
 from tests.heads.test_capture_layout import images
@@ -96,6 +97,19 @@ def test_output_and_lse_go_back_to_where_the_layer_had_them():
     got, expected = here.restored(here.call.compute(), call), call.compute()
     torch.testing.assert_close(got.out, expected.out)
     torch.testing.assert_close(got.lse, expected.lse)
+
+
+@pytest.mark.parametrize("name", ["among images", "before windows", "behind windows"])
+def test_heads_are_taken_out_where_they_are(name):
+    sizes, numbers, split, axis = LAYERS[name]
+    q, k, v = qkv(*sizes)
+    layer = Layer(**numbers)
+    expected = layer(q, k, v).reshape(*split, 7, 16).clone()
+    expected.select(axis, 1)[:] = 0
+    with ablate(layer, {0: [1]}) as heads:
+        out = layer(q, k, v)
+    torch.testing.assert_close(out, expected.reshape(out.shape), rtol=1e-5, atol=1e-5)
+    assert heads == {"Layer": 3}
 
 
 def test_sam_has_its_heads_and_the_windows_of_each_image():

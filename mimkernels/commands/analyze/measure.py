@@ -36,6 +36,7 @@ _OF_CLS = {
     if name.startswith("cls_") or name == "sink_is_cls"
 }  # fmt: skip
 _LEAST_FOR_CKA = 4
+LEFT_OUT = "; they are left out"  # how a note about images that cannot be read ends
 
 
 class Tokens:
@@ -167,7 +168,7 @@ def measure(
             raise TrainingError(unread)
     notes = [f"{name} was not seen: {why}" for name, why in heads.missed.items()]
     if unread:
-        notes.append(f"{unread}; they are left out")
+        notes.append(f"{unread}{LEFT_OUT}")
     if not tokens.grams:
         notes.append("no CKA: its blocks give no tokens [B, N, D]")
     statistics = heads.statistics

@@ -152,7 +152,11 @@ class AnalysisReport:
 
     @property
     def notes(self) -> list[str]:
-        return [f"{model.name}: {note}" for model in self.models for run in model.runs for note in run.notes]
+        names: dict[str, dict[str, None]] = {}  # of the models that a note is of, each once
+        for model in self.models:
+            for note in (note for run in model.runs for note in run.notes):
+                names.setdefault(note, {})[model.name] = None
+        return [f"{', '.join(models)}: {note}" for note, models in names.items()]
 
     @property
     def facts(self) -> dict[str, str]:

@@ -13,7 +13,13 @@ import torch
 
 from mimkernels.commands.analyze import results
 from mimkernels.commands.analyze.config import AnalyzeConfig
-from mimkernels.commands.analyze.measure import HEAD_QUANTITIES, OUTPUT_QUANTITIES, STATE_QUANTITIES, measure
+from mimkernels.commands.analyze.measure import (
+    HEAD_QUANTITIES,
+    LEFT_OUT,
+    OUTPUT_QUANTITIES,
+    STATE_QUANTITIES,
+    measure,
+)
 from mimkernels.commands.analyze.report import AnalysisReport, write_report
 from mimkernels.commands.analyze.results import Measured, Model
 from mimkernels.data.labelled import LabelledImages
@@ -137,6 +143,9 @@ class AnalyzeRun:
         measured = measure(encoder, self.images, self.config, self.accelerator, self._workers(), note)
         seconds = time.perf_counter() - began
         self.progress.note(f"{choice.name}: {measured.facts['images']:,} images in {duration(seconds)}")
+        for note in measured.notes:
+            if note.endswith(LEFT_OUT):
+                self.progress.note(f"{choice.name}: {note}")
         return measured
 
     def _key(self, choice: ModelChoice, encoder: FrozenEncoder) -> str:

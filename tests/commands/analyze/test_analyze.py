@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from PIL import Image
 
 from mimkernels.cli import main
 from mimkernels.commands.analyze import findings
@@ -45,6 +46,29 @@ def test_models_are_named_and_take_options():
         parse_models(["c", "c"])
 
 
+@pytest.mark.parametrize(
+    "name", ["MAE (ours)", "a & <b>", "no_cls's", '"q" é模型', "$x_1$", r"$\bad{ $", "ViT-S+ v1.2", "100 %"]
+)
+def test_a_name_is_any_text_without_what_paths_and_options_have(name):
+    (choice,) = parse_models([f"{name}=vit_tiny_patch16_224:depth=2"])
+    assert (choice.name, choice.model, choice.model_kwargs) == (name, "vit_tiny_patch16_224", {"depth": 2})
+
+
+@pytest.mark.parametrize("text", ["runs/a=3", "a | b=vit", "  =vit", "a\nb=vit"])
+def test_paths_and_what_is_no_name_are_left_whole(text):
+    assert parse_models([text])[0].model == text
+
+
+def test_names_with_signs_are_text_in_page_and_charts(tmp_path):
+    """Dollar signs are no formula, which would fail; a letter that the charts' font lacks is told of once."""
+    name = r"<b>a & $\bad{ $ 模"
+    with pytest.warns(UserWarning, match="Glyph 27169") as told:
+        result = analyze(settings(tmp_path, f"{name}={TIMM.format(1)}", viewer_images=0), stream=io.StringIO())
+    assert len([one for one in told if "Glyph" in str(one.message)]) == 1
+    page = result.report.read_text()
+    assert "<b>a" not in page and r"&lt;b&gt;a &amp; $\bad{ $ 模" in page
+
+
 def test_a_path_that_exists_is_taken_as_it_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a=b:c=1").mkdir()
@@ -77,6 +101,18 @@ def test_images_none_of_which_can_be_read_end_it_in_a_line(tmp_path, capsys):
     words = ["analyze", A, "--data", str(folder), "--workers", "0", "--device", "cpu", "-o", str(tmp_path / "out")]
     assert main(words) == 1
     assert "error: 4 of 4 images cannot be read, such as" in capsys.readouterr().err
+
+
+def test_images_that_cannot_be_read_are_told_of_in_the_terminal(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number in range(5):
+        Image.new("RGB", (16, 16), (40 * number, 0, 0)).save(folder / f"{number}.png")
+    (folder / "5.png").write_bytes(b"no image")
+    stream = io.StringIO()
+    analyze(settings(tmp_path, f"a={TIMM.format(1)}", data=str(folder)), stream=stream)
+    assert "a: 5 images in" in stream.getvalue()
+    assert re.search(r"a: 1 of 6 images cannot be read, such as .*5.png: .*; they are left out", stream.getvalue())
 
 
 def test_bands_of_shares_end_at_zero():
@@ -120,6 +156,7 @@ def test_the_page_needs_nothing_from_outside_and_shows_every_model(two):
         assert text in page
     assert page.count("<svg") == 5 * 2 + 5 + 4 + 6 + 3  # heads of each model, [cls] and patches, sinks, tokens, CKA
     assert "Attention of the last quarter of the layers" in printed and "report.html" in printed
+    assert page.count("no accuracy by depth: 24 images") == page.count("a, b: no accuracy by depth") == 1
 
 
 def test_one_more_model_costs_one_pass_and_json_alone_goes_to_standard_output(two, capsys):
