@@ -98,6 +98,8 @@ class AnalyzeRun:
             return self._execute()
 
     def _going_on(self) -> str:
+        if not any((self.output / "models").glob("*")):
+            return "no model was finished, and nothing is kept"
         return f"the same command goes on with the models that {self.output} holds"
 
     def _execute(self) -> AnalysisResult:
@@ -143,9 +145,9 @@ class AnalyzeRun:
         measured = measure(encoder, self.images, self.config, self.accelerator, self._workers(), note)
         seconds = time.perf_counter() - began
         self.progress.note(f"{choice.name}: {measured.facts['images']:,} images in {duration(seconds)}")
-        for note in measured.notes:
-            if note.endswith(LEFT_OUT):
-                self.progress.note(f"{choice.name}: {note}")
+        for line in measured.notes:
+            if line.endswith(LEFT_OUT):
+                self.progress.note(f"{choice.name}: {line}")
         return measured
 
     def _key(self, choice: ModelChoice, encoder: FrozenEncoder) -> str:
