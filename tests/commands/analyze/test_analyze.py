@@ -11,7 +11,7 @@ from mimkernels.cli import main
 from mimkernels.commands.analyze import findings
 from mimkernels.commands.analyze.config import AnalyzeConfig
 from mimkernels.commands.analyze.figures import lines
-from mimkernels.commands.analyze.run import analyze
+from mimkernels.commands.analyze.run import AnalyzeRun, analyze
 from mimkernels.commands.analyze.sections import change
 from mimkernels.commands.analyze.series import Series, limits, series_of
 from mimkernels.engine.command import TrainingError
@@ -113,6 +113,14 @@ def test_images_that_cannot_be_read_are_told_of_in_the_terminal(tmp_path):
     analyze(settings(tmp_path, f"a={TIMM.format(1)}", data=str(folder)), stream=stream)
     assert "a: 5 images in" in stream.getvalue()
     assert re.search(r"a: 1 of 6 images cannot be read, such as .*5.png: .*; they are left out", stream.getvalue())
+
+
+def test_who_is_interrupted_learns_what_is_kept(tmp_path):
+    run = AnalyzeRun(settings(tmp_path, A))
+    assert run._going_on() == "no model was finished, and nothing is kept"
+    (tmp_path / "out" / "models").mkdir(parents=True)
+    (tmp_path / "out" / "models" / "a.pt").touch()
+    assert run._going_on().startswith("the same command goes on with the models that")
 
 
 def test_bands_of_shares_end_at_zero():
