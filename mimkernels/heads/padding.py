@@ -20,7 +20,7 @@ def padding_of(call: AttentionCall, num_prefix: int) -> Tensor | None:
         ``[B, N]`` bool, False for prefix tokens; None if there are none such. Waits for the device if there is a mask.
     """
     batch, _, tokens, _ = call.q.shape
-    if call.k.shape[2] != tokens or (call.bias is None and call.key_mask is None):
+    if call.k.shape[2] != tokens or (call.bias is None and call.key_mask is None) or call.q.is_meta:
         return None
     hidden = call.q.new_zeros(batch, tokens, dtype=torch.bool)
     if call.key_mask is not None:

@@ -160,6 +160,8 @@ def call(batch=4, tokens=5, **scores):
 
 def test_what_counts_as_padding():
     assert padding_of(call(), 0) is None
+    empty = call(key_mask=torch.zeros(4, 5, dtype=torch.bool, device="meta"))
+    assert padding_of(empty._replace(q=empty.q.to("meta")), 0) is None  # of tensors without values, nothing is known
     seen = torch.ones(4, 5, dtype=torch.bool)
     assert padding_of(call(key_mask=seen), 0) is None
     seen[1, 3:] = seen[2, 0] = False
