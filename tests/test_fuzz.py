@@ -180,4 +180,5 @@ def main() -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # fresh tensors hold NaN: an element that nobody wrote shows
     sys.exit(main())

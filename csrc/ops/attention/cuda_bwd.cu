@@ -297,7 +297,8 @@ cudaError_t attention_bwd(const AttentionBwdParams& given, float* workspace, cud
         error = table_gradient(p, ds, stream);
       }
     }
-    if (error == cudaSuccess && products != nullptr) {
+    // Not products: of no tiles they may have no address, and their sum is 0.
+    if (error == cudaSuccess && p.dlogit_scale != nullptr) {
       if (!by_head && p.dtable == nullptr) {
         error = launch_sums<T>(p, of_heads, delta, nullptr, true, products, stream);
       }

@@ -144,7 +144,9 @@ def attention_dbias_kernel(
         )  # fmt: skip
         acc += ds
         if product_ptr is not None:
-            part = tl.sum(tl.sum(tl.where(ds == 0.0, 0.0, ds * cosine), axis=1), axis=0)
+            # Beyond the last key P is exp(-lse), infinite in rows of which a bias of -1e4 hides all keys.
+            nothing = (ds == 0.0) | (cols >= keys)[None, :]
+            part = tl.sum(tl.sum(tl.where(nothing, 0.0, ds * cosine), axis=1), axis=0)
             product, lost = add_term(product, lost, part, True)
     if product_ptr is not None:
         tl.store(product_ptr + pid, product + rest(lost))

@@ -85,6 +85,29 @@ def test_gradients_leave_the_lengths_of_rows_alone(backend):
         assert along.abs().max() < 1e-4 * grad.norm(dim=-1).max()
 
 
+@each_backend
+@pytest.mark.parametrize("mask", [-1e4, -1e9, torch.finfo(torch.float32).min])
+def test_a_row_hidden_by_a_finite_mask_leaves_the_scale_its_gradient(backend, mask):
+    q, k, v = tokens(2)
+    bias = torch.zeros(9, 9, device=DEVICE)
+    bias[4] = mask
+    found = []
+    for of in (backend, "reference"):
+        levels = torch.tensor([2.0, 3.0], device=DEVICE, requires_grad=True)
+        out = attention(q, k, v, bias=bias.expand(2, 9, 9), logit_scale=levels, backend=of).out
+        found += torch.autograd.grad(out.square().sum(), levels)
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
+@each_backend
+@pytest.mark.parametrize(("images", "queries", "keys"), [(0, 5, 5), (2, 0, 5), (2, 5, 0), (2, 0, 0), (0, 0, 0)])
+def test_a_scale_without_scores_has_gradient_0(backend, images, queries, keys, poisoned):
+    q, k, v = randn(images, 2, queries, 8), randn(images, 2, keys, 8), randn(images, 2, keys, 8)
+    levels = torch.ones(2, device=DEVICE, requires_grad=True)
+    out = attention(q, k, v, logit_scale=levels, backend=backend).out
+    assert torch.autograd.grad(out.sum(), levels)[0].tolist() == [0.0, 0.0]
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="counts the threads of the CPU")
 def test_gradients_are_the_same_for_any_number_of_threads():
     found = []
