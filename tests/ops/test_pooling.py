@@ -287,6 +287,22 @@ def test_the_gradient_of_gem_at_nan_and_infinity(backend, p):
     assert grad[0, 5, 0].isnan() == (p != 1.0)  # that of the mean is one constant
 
 
+@pytest.mark.parametrize("p", [8.0, 50.0])
+def test_gem_of_powers_that_vanish_is_0_without_a_gradient(backend, p):
+    x = tokens(2, 9, 24).abs() + 0.5
+    x[:, :, :3] = -1.0  # the floor, 1e-6, whose powers fp32 does not hold
+    x.requires_grad_()
+    exponents = [torch.tensor(p, device=DEVICE, requires_grad=True) for _ in range(2)]
+    out = mk.reduce_pool(x, "gem", p=exponents[0], backend=backend)
+    assert out[:, :3].eq(0).all()
+    grad, slope = torch.autograd.grad(out.sum(), (x, exponents[0]))
+    assert grad[:, :, :3].eq(0).all()
+    assert grad.isfinite().all()
+    others = mk.reduce_pool(x[:, :, 3:].detach(), "gem", p=exponents[1], backend=backend)
+    close(out[:, 3:], others)
+    close(slope, torch.autograd.grad(others.sum(), exponents[1])[0])
+
+
 def test_the_gradient_of_gems_exponent_keeps_its_shape(backend):
     x = tokens(2, 9, 16).abs()
     for p in (torch.tensor(2.5), torch.tensor([2.5]), torch.tensor([[2.5]], dtype=torch.float64)):

@@ -97,6 +97,21 @@ MIMKERNELS_INLINE Pack<N> pow_of(Pack<N> x, const Power& power) {
   return x;
 }
 
+constexpr float kLeastFloat = 1.40129846e-45f;
+
+// `value` where x is positive or NaN, `other` where it is 0.
+template <int N>
+MIMKERNELS_INLINE Pack<N> unless_zero(const Pack<N>& x, const Pack<N>& value,
+                                      const Pack<N>& other) {
+  return where_less(x, broadcast<N>(kLeastFloat), other, value);
+}
+
+// x^(1/p) of a mean of powers, which is 0 where all of these are below what a float holds.
+template <int N>
+MIMKERNELS_INLINE Pack<N> root_of(const Pack<N>& x, const Power& root) {
+  return unless_zero(x, pow_of(x, root), broadcast<N>(0.0f));
+}
+
 template <int N>
 MIMKERNELS_INLINE Pack<N> log_of(Pack<N> x) {
   static_assert(Pack<N>::kWidth == kLanes);

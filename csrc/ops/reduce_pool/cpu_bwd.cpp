@@ -3,6 +3,7 @@
 //   maximum     dx[b, n, c] = dout[b, c] at the column's token, else 0
 //   power mean  dx[b, n, c] = dout[b, c] * M^(1/p - 1) * z^(p - 1) / count, 0 where x < eps
 //               dp = sum over (b, c) of dout * M^(1/p) * (mean of z^p log z / M - log M / p) / p
+//               both without the columns whose M is 0
 //
 // in:       dout [B, D], x [B, N, D] (power mean only) by strides, last dim contiguous; mask [B, N]
 //           or null; token or M of the forward
@@ -96,12 +97,14 @@ double power_gradient(const Tile<T>& t) {
   set_acc(factor, moment, t.dim);
   for (int64_t c = 0; c < t.dim; c += 16) {
     // M^(1/p - 1) = M^(1/p) / M, rounded less, where M is finite.
-    const Pack16 m = load<16>(factor + c);
+    const Pack16 moment = load<16>(factor + c);
+    const Pack16 m = unless_zero(moment, moment, broadcast<16>(1.0f));
     const Pack16 log_root = log_of(m) / by;
     store<16>(center + c, log_root);
     const Pack16 power =
         where_less(m, broadcast<16>(kInfinity), pow_of(m, root) / m, pow_of(m, slope));
-    store<16>(factor + c, load<16>(dout + c) * power / count);
+    const Pack16 slopes = load<16>(dout + c) * power / count;
+    store<16>(factor + c, unless_zero(moment, slopes, broadcast<16>(0.0f)));
   }
   for (int64_t n = 0; n < t.p.tokens; ++n) {
     if (n % kSumRun == 0) close_run(logs, run, t.dim);

@@ -135,7 +135,7 @@ void reduce_tile(const ReducePoolParams& p, int64_t b, int64_t first, int64_t di
   if (p.kind == ReduceKind::kGem) {
     memcpy(p.moment + at, acc, static_cast<size_t>(dim) * sizeof(float));
     for (int64_t c = 0; allowed > 0 && c < dim; c += 16) {
-      store<16>(acc + c, pow_of(load<16>(acc + c), root));
+      store<16>(acc + c, root_of(load<16>(acc + c), root));
     }
   }
   round_acc<false>(static_cast<T*>(p.out) + at, acc, dim);

@@ -31,7 +31,7 @@ ReduceTiling tiling_of(const ReducePoolParams& p) {
 //           contiguous, every element written exactly once
 // numerics: fp32, rounded once; with M the moment and z = max(x, eps),
 //           dx = dout M^(1/p - 1) z^(p - 1) / count unless x < eps,
-//           dp = dout M^(1/p - 1) mean of z^p (log z - log M / p) / p
+//           dp = dout M^(1/p - 1) mean of z^p (log z - log M / p) / p; both 0 where M is
 // bounds:   tails are masked, zeros where a token is not allowed; offsets are int64
 // cost:     x read once (power mean), dx written once; 4 independent loads in flight per thread; 32
 //           bytes of shared memory; no atomics, deterministic
@@ -61,7 +61,11 @@ __global__ void __launch_bounds__(kThreads, 2)
         if constexpr (KIND == ReduceKind::kMax) {
           index[e] = __ldg(p.index + at.b * p.dim + column + e);
         } else if constexpr (KIND == ReduceKind::kGem) {
-          const float moment = count > 0 ? __ldg(p.moment + at.b * p.dim + column + e) : 1.0f;
+          float moment = count > 0 ? __ldg(p.moment + at.b * p.dim + column + e) : 1.0f;
+          if (moment == 0.0f) {
+            moment = 1.0f;
+            factor[e] = 0.0f;
+          }
           const float log_moment = logf(moment);
           center[e] = log_moment / exponent;
           // M^(1/p - 1) = M^(1/p) / M, rounded less, where M is finite.

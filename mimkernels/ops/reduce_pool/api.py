@@ -26,7 +26,8 @@ def reduce_pool(
     Args:
         x: ``[B, N, D]`` tokens, fp32, fp16 or bf16 (fp64 on the reference); any strides.
         kind: ``"mean"``; ``"max"`` (of equal maxima the first token gets the gradient); or ``"gem"``:
-            ``(mean_n max(x_bn, eps)^p)^(1/p)``.
+            ``(mean_n max(x_bn, eps)^p)^(1/p)``; 0, without a gradient, where every power is below what fp32 holds, as
+            is 1e-6 to the power of 7.5 and more.
         num_prefix: how many leading tokens ([cls], registers) are never pooled.
         mask: ``[B, N]`` bool, True = may be pooled; or None. An excluded token is not looked at: its NaN reach
             nothing and its gradient is zero. An image without allowed tokens gets zeros.

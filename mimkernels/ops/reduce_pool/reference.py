@@ -27,4 +27,5 @@ def reduce_pool(x: Tensor, mask: Tensor | None, kind: int, num_prefix: int, p: T
     # Not clamp, whose gradient at x == eps differs between versions of torch.
     powers = torch.where(x < eps, eps, x).pow(p)
     moment = _pool.without_excluded(powers, allowed).sum(1) / count
+    nothing = nothing | (moment == 0)  # all powers are below what the dtype holds
     return moment.masked_fill(nothing, 1.0).pow(1.0 / p).masked_fill(nothing, 0.0).to(x.dtype)

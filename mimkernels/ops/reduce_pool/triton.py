@@ -127,7 +127,7 @@ def reduce_pool_bwd_kernel(
     #           once
     # numerics: fp32, rounded once; with M the mean of the powers and z = max(x, eps),
     #           dx = dout M^(1/p - 1) z^(p - 1) / count unless x < eps,
-    #           dp = dout M^(1/p - 1) mean of z^p (log z - log M / p) / p
+    #           dp = dout M^(1/p - 1) mean of z^p (log z - log M / p) / p; both 0 where M is
     # bounds:   tails are masked, zeros where a token is not allowed; offsets are int64
     # cost:     x read once (GEM), dx written once; no atomics, deterministic
     pid = tl.program_id(0)
@@ -151,6 +151,8 @@ def reduce_pool_bwd_kernel(
         if KIND == GEM:
             p = tl.load(p_ptr)
             moment = tl.load(saved_ptr + b * dim + cols, mask=cols_ok & (count > 0), other=1.0)
+            factor = tl.where(moment == 0.0, 0.0, factor)
+            moment = tl.where(moment == 0.0, 1.0, moment)
             log_moment = tl.log(moment)
             center = log_moment / p
             # M^(1/p - 1) = M^(1/p) / M, rounded less, where M is finite.
