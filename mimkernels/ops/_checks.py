@@ -14,6 +14,9 @@ from torch._subclasses.fake_tensor import is_fake
 
 from mimkernels.ops._registry import ANY_FLOAT
 
+# Options are numbers of fp32 in every kernel: beyond these an eps would be 0 there, and a scale infinite.
+LEAST = 2.0**-149
+LARGEST = torch.finfo(torch.float32).max
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -164,7 +167,7 @@ def prefix_count(op: str, num_prefix: int, tokens: int, unit: str = "tokens") ->
 
 
 def number(op: str, name: str, value: float) -> float:
-    """A finite number as float."""
+    """A number that fp32 holds as float."""
     if isinstance(value, Tensor) and value.requires_grad:
         raise TypeError(f"{op}: {name} gets no gradient but is a tensor that requires one; detach it")
     try:
@@ -177,14 +180,18 @@ def number(op: str, name: str, value: float) -> float:
         made = math.inf
     if not -math.inf < made < math.inf:
         raise ValueError(f"{op}: {name} must be finite, got {value}")
+    if abs(made) > LARGEST:
+        raise ValueError(f"{op}: {name} must be at most {LARGEST:.8g}, the largest of fp32, got {value}")
     return made
 
 
 def positive(op: str, name: str, value: float) -> float:
-    """A finite number above 0 as float."""
+    """A number that fp32 holds and has above 0 as float."""
     made = number(op, name, value)
     if made <= 0:
         raise ValueError(f"{op}: {name} must be positive, got {value}")
+    if made < LEAST:
+        raise ValueError(f"{op}: {name} must be at least {LEAST:.8g}, the least of fp32, got {value}")
     return made
 
 

@@ -67,7 +67,7 @@ def test_a_tensor_of_another_kind_is_refused(op, name, kind):
 # By the type of a good value: bad ones, and the error that they get.
 WRONG = {
     int: [((1.5, True, "1"), TypeError), ((2**63, -1, 2**70), ValueError)],
-    float: [((True, "1", [1.0], 1j), TypeError), ((NAN, INF, -INF, 10**400), ValueError)],
+    float: [((True, "1", [1.0], 1j), TypeError), ((NAN, INF, -INF, 10**400, 1e39), ValueError)],
     bool: [(("x", 1.5, None, 2), TypeError)],
 }
 OPTIONS = [
@@ -86,6 +86,22 @@ def test_an_option_of_another_kind_is_refused(op, name, value, error):
     for _ in range(2):
         with pytest.raises(error, match=rf"^{op.__name__}: .*\b{name}\b"):
             op(**{**CALLS[op], name: value})
+
+
+@pytest.mark.parametrize(
+    ("op", "name"), [(op, name) for op, given in CALLS.items() for name in ("eps", "beta", "p") if name in given]
+)
+def test_a_positive_number_that_fp32_does_not_hold_is_refused(op, name):
+    for value in (1e-46, torch.finfo(torch.float64).tiny):
+        with pytest.raises(ValueError, match=rf"^{op.__name__}: {name} must be at least 1.4012985e-45, .*, got {value}"):
+            op(**{**CALLS[op], name: value})
+
+
+@pytest.mark.parametrize(("op", "name"), [(mk.attention, "stats"), (mk.attention_rows, "rows")])
+def test_a_number_in_place_of_a_sequence_is_refused(op, name):
+    for _ in range(2):
+        with pytest.raises(TypeError, match=rf"^{op.__name__}: {name} must be .*, got 5"):
+            op(**{**CALLS[op], name: 5})
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

@@ -351,7 +351,10 @@ def _asked(op: str, stats: Sequence[str] | None, queries: int, keys: int) -> tup
     """Where each asked statistic is in the op's rows, and the op's bits."""
     if isinstance(stats, str):
         raise TypeError(f"{op}: stats must be a sequence of names, got the string {stats!r}")
-    names = tuple(stats or ())
+    try:
+        names = tuple(stats or ())
+    except TypeError:
+        raise TypeError(f"{op}: stats must be a sequence of names, got {stats!r}") from None
     for name in names:
         if name not in STATISTICS:
             raise ValueError(f"{op}: unknown statistic {name!r}; known: {', '.join(STATISTICS)}")

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -45,6 +45,8 @@ def attention_rows(
     scored = (bias, bias_table, bias_index, key_mask, logit_scale)
     others, scale = checked_scores("attention_rows", q, k, *scored, scale)
     if not isinstance(rows, Tensor):
+        if not isinstance(rows, Iterable):
+            raise TypeError(f"attention_rows: rows must be a tensor or a sequence of integers, got {rows!r}")
         rows = [_checks.integer("attention_rows", "a row", row) for row in rows]
         rows = _checks.numbers_on(rows, torch.int64, q.device)
     rows = _checks.token_ids("attention_rows", "rows", rows, (1,), "q", q)
