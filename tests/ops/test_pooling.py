@@ -251,6 +251,16 @@ def test_the_maximum_of_minus_infinity_and_of_nan(backend):
     assert grad[0, :, 1].tolist() == [0, 0, 0, 1, 0]
 
 
+def test_of_nothing_but_minus_infinity_the_first_allowed_gets_the_gradient(backend):
+    x = torch.full((2, 5, 8), float("-inf"), device=DEVICE).requires_grad_()
+    mask = torch.tensor([[True] * 5, [False, False, False, True, True]], device=DEVICE)
+    out = mk.reduce_pool(x, "max", num_prefix=1, mask=mask, backend=backend)
+    assert out.eq(float("-inf")).all()
+    (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
+    assert grad[0, :, 0].tolist() == [0, 1, 0, 0, 0]
+    assert grad[1, :, 0].tolist() == [0, 0, 0, 1, 0]
+
+
 def test_gem_lies_between_mean_and_maximum(backend):
     x = tokens(2, 9, 16).abs() + 0.1
     close(mk.reduce_pool(x, "gem", p=1.0, backend=backend), x.mean(1))

@@ -16,8 +16,12 @@ def reduce_pool(x: Tensor, mask: Tensor | None, kind: int, num_prefix: int, p: T
     if KINDS[kind] == "max":
         if x.shape[1] == 0:
             return x.new_zeros((x.shape[0], x.shape[2]))
-        # torch.max, not amax: of equal maxima the first token gets the gradient.
-        return x.masked_fill(~allowed[..., None], float("-inf")).max(1).values.masked_fill(nothing, 0.0)
+        # torch.max, not amax: of equal maxima the first token gets the gradient. Where all are -inf, the first of them
+        # that may be pooled.
+        most, index = x.detach().masked_fill(~allowed[..., None], float("-inf")).max(1)
+        first = allowed.to(torch.uint8).argmax(1)[:, None]
+        index = torch.where(most == float("-inf"), first, index)
+        return x.gather(1, index[:, None]).squeeze(1).masked_fill(nothing, 0.0)
     count = count.clamp(min=1)
     if KINDS[kind] == "mean":
         return (_pool.without_excluded(x, allowed).sum(1, dtype=_pool.wide(x)) / count).to(x.dtype)
