@@ -109,7 +109,22 @@ def _invocation(parser: argparse.ArgumentParser, action: argparse.Action) -> str
 
 def _cell(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
     text = (action.help or "") % {**vars(action), "prog": parser.prog}
-    return text.replace("|", "\\|").replace("\n", " ")
+    return markdown(text.replace("\n", " "))
+
+
+def markdown(text: str) -> str:
+    """Plain text as a cell of a table: options, names and patterns become code, so that no sign of them is lost."""
+    parts = text.split("`")  # every second one is code already
+    parts[::2] = [re.sub(r"\S+", _word, part) for part in parts[::2]]
+    return "`".join(parts).replace("|", "\\|")
+
+
+def _word(found: re.Match) -> str:
+    before, core, after = re.fullmatch(r"([(]*)(.*?)([.,;:)]*)", found[0]).groups()
+    if core == "*":
+        return "\\*"
+    is_code = core.startswith("--") or set(core) & set("_*<") or re.search(r"\w=\S", core)
+    return f"{before}`{core}`{after}" if is_code else found[0]
 
 
 TABLES: dict[Path, Callable[[], str]] = {

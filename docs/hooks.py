@@ -20,6 +20,12 @@ INCLUDED = {
 WIDE = ("TIMM.md",)  # tables that need the whole width
 PAGE_OF = {source: page for page, source in INCLUDED.items()}
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#:\s]+)(#[^)\s]*)?\)")
+FENCED = re.compile(r"^```(\w*)\n(.*?^```)$", re.MULTILINE | re.DOTALL)  # a whole block: its language, and the rest
+CELL = re.compile(r"<t[dh][ >].*?</t[dh]>", re.DOTALL)
+CODE = re.compile(r"<code>([^<]+)</code>")
+# Where names and paths may be broken: behind a slash, comma or equals sign, or an underscore within a name.
+JOINT = re.compile(r"(?<=[A-Za-z0-9;)*]/)(?=\S)|(?<=[A-Za-z0-9;)*][_,=])(?=[A-Za-z0-9&-])")
+LONG = 28  # characters of code that a table does not keep on one line, even where there is room
 
 
 def on_files(files, config):
@@ -36,7 +42,7 @@ def on_page_markdown(markdown, page, config, files):
     source = INCLUDED.get(page.file.src_uri)
     if source is None:
         return markdown
-    markdown = re.sub(r"^```\n(.*?^```$)", r"```text\n\1", markdown, flags=re.M | re.S)
+    markdown = FENCED.sub(lambda block: f"```{block[1] or 'text'}\n{block[2]}", markdown)
 
     def moved(match):
         text, target, anchor = match.groups()
@@ -52,6 +58,19 @@ def on_page_markdown(markdown, page, config, files):
 def on_page_content(html, page, config, files):
     """Docstrings introduce code with two colons."""
     return html.replace("::</p>", ":</p>")
+
+
+def on_post_page(output, page, config):
+    """Code in tables may be broken where a name or path has its joints, and nowhere else.
+
+    After the page is indexed: a break within a name would hide it from the search.
+    """
+
+    def jointed(code):
+        kind = ' class="long"' if len(code[1]) > LONG else ""
+        return f"<code{kind}>{JOINT.sub('<wbr>', code[1])}</code>"
+
+    return CELL.sub(lambda cell: CODE.sub(jointed, cell[0]), output)
 
 
 def on_post_build(config):

@@ -53,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; those of the process by default.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    wanted = argv[0] if argv and argv[0] in COMMANDS else None
+    if not argv:
+        build_parser().print_help(sys.stderr)
+        return 2
+    wanted = argv[0] if argv[0] in COMMANDS else None
     try:
         arguments = build_parser(wanted).parse_args(argv)
         return arguments.run(arguments) or 0

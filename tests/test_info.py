@@ -85,6 +85,12 @@ def test_help_lists_every_command(capsys):
     assert all(name in printed for name in cli.COMMANDS)
 
 
+def test_the_bare_command_shows_its_help(capsys):
+    assert cli.main([]) == 2
+    printed = capsys.readouterr().err
+    assert all(command.help.split(":")[0] in " ".join(printed.split()) for command in cli.COMMANDS.values())
+
+
 def test_a_missing_package_is_named_with_the_remedy(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "not_there", None)
     monkeypatch.setattr(cli, "COMMANDS", {"info": cli.Command("not_there", "")})

@@ -196,18 +196,22 @@ GROUPS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--group", nargs="+", default=list(GROUPS), choices=GROUPS, help="tables (default: all)")
-    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES)
-    parser.add_argument("--batch", type=int, help="images (default 64; a step: 8, on a GPU 256)")
-    parser.add_argument("--model", nargs="+", help="timm names (default: a step of MAE with ViT-S, B and L, of "
-                        "SimMIM with BEiT-B and Swin-B; models: ViT-B)")  # fmt: skip
-    parser.add_argument("--only", help="run the cases whose name contains this; nothing is saved without --output")
-    parser.add_argument("--seconds", type=float, default=4.0, help="measuring time per case (default 4)")
+    parser.add_argument("--group", nargs="+", default=list(GROUPS), choices=GROUPS, metavar="NAME",
+                        help=f"tables: {', '.join(GROUPS)} (default: all)")  # fmt: skip
+    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES, metavar="NAME",
+                        help=f"of the inputs: {', '.join(DTYPES)} (default: float32)")  # fmt: skip
+    parser.add_argument("--batch", type=int, metavar="N", help="images (default: 64; a step: 8, on a GPU 256)")
+    parser.add_argument("--model", nargs="+", metavar="NAME", help="timm names (default: a step of MAE with ViT-S, B "
+                        "and L, of SimMIM with BEiT-B and Swin-B; models: ViT-B)")  # fmt: skip
+    parser.add_argument("--only", metavar="TEXT",
+                        help="run the cases whose name contains this; nothing is saved without --output")  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=4.0, metavar="X",
+                        help="measuring time per case (default: 4)")  # fmt: skip
     parser.add_argument("--no-compile", action="store_true", help="leave the torch.compile baseline out")
     parser.add_argument("--compile-step", action="store_true", help="also time the whole step under torch.compile")
     parser.add_argument("--backends", action="store_true", help="also time each backend that takes the inputs by name")
-    parser.add_argument("--output", type=Path, help="folder of the JSON, one file for each group and "
-                        "dtype, written anew after every case (default benchmarks/results/<device>)")  # fmt: skip
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the JSON, one file for each group and "
+                        "dtype, written anew after every case (default: benchmarks/results/<device>)")  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
