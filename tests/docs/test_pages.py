@@ -1,5 +1,6 @@
 """The pages are whole: nothing that the library has is missing on them, and what they show is there."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -47,6 +48,26 @@ def test_every_pooling_is_described():
     page = (DOCS / "howto" / "probe.md").read_text()
     for name in poolings():
         assert f"`{name}`" in page, name
+
+
+PUBLIC = ["", ".heads", ".nn", ".models", ".data.masks", ".integrations.timm", ".integrations.transformers"]
+
+
+@pytest.mark.parametrize("module", [f"mimkernels{name}" for name in PUBLIC])
+def test_every_public_name_has_its_place_on_a_page(module):
+    """Functions and classes by their docstrings, data by their names."""
+    if module.startswith(("mimkernels.models", "mimkernels.integrations")):
+        pytest.importorskip(module.rpartition(".")[2] if "integrations" in module else "timm")
+    pages = "\n".join(page.read_text() for page in DOCS.rglob("*.md"))
+    shown = set(re.findall(r"^::: ([\w.]+)$", pages, flags=re.M))
+    public = importlib.import_module(module)
+    for name in public.__all__:
+        thing = getattr(public, name)
+        home = getattr(thing, "__module__", None)
+        if isinstance(home, str) and home.startswith("mimkernels"):
+            assert {home, f"{home}.{name}"} & shown, f"{module}.{name} is on no page"
+        elif name != "__version__":
+            assert re.search(rf"`(?:mimkernels\.[\w.]+\.)?{name}`", pages), f"{module}.{name} is on no page"
 
 
 PAGES = ["README.md", *(str(page.relative_to(ROOT)) for page in sorted(DOCS.rglob("*.md")))]
