@@ -35,14 +35,23 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from setuptools import Command, setup
-from setuptools.command.bdist_wheel import bdist_wheel
-from setuptools.command.build import build
+import setuptools
+
+OLDEST_SETUPTOOLS = 77  # as in pyproject.toml, which nothing reads without build isolation
+if int(setuptools.__version__.partition(".")[0]) < OLDEST_SETUPTOOLS:
+    raise SystemExit(
+        f"mimkernels: setuptools {setuptools.__version__} is older than {OLDEST_SETUPTOOLS}. Remedy: pip install "
+        f"without --no-build-isolation, or first pip install -U 'setuptools>={OLDEST_SETUPTOOLS}' cmake ninja pybind11"
+    )
+
+from setuptools import Command, setup  # noqa: E402
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
+from setuptools.command.build import build  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)
 EMULATED = ("cuda_emulated", "emulation_tests")
-REINSTALL = "pip install --no-cache-dir --force-reinstall --no-deps mimkernels (from a clone: pip install .)"
+REINSTALL = "pip install . again, in the clone"
 
 
 def file_name(name: str) -> str:

@@ -16,7 +16,11 @@ from mimkernels.data.masks import native as masks
 from mimkernels.engine.memory import freed_memory
 from mimkernels.ops import _gpus, _native, _registry
 
-_TRAIN = ("timm", "torchvision", "accelerate", "tensorboard", "scikit-learn", "matplotlib", "rich")
+# The extra `train`.
+_TRAIN = (
+    "timm", "torchvision", "accelerate", "tensorboard", "rich", "jinja2", "matplotlib", "scikit-learn", "scipy",
+    "pillow",
+)  # fmt: skip
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -168,10 +172,13 @@ def _tables(facts: dict) -> list[tuple[str, list[tuple[str, str, str]]]]:
 
 def _missing(facts: dict) -> list[tuple[str, str, str]]:
     """(what, reason, remedy) of everything that is not there; a backend is not repeated for its library."""
+    libraries: dict[tuple[str, str], list[str]] = {}  # by reason and remedy, which several may share
+    for library in facts["libraries"]:
+        if not library["loaded"]:
+            libraries.setdefault((library["reason"], library["remedy"] or ""), []).append(library["name"])
     missing = [
-        (f"{library['name']} library", library["reason"], library["remedy"] or "")
-        for library in facts["libraries"]
-        if not library["loaded"]
+        (f"{', '.join(names)} {'library' if len(names) == 1 else 'libraries'}", reason, remedy)
+        for (reason, remedy), names in libraries.items()
     ]
     known = {reason for _, reason, _ in missing}
     for backend in facts["backends"]:

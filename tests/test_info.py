@@ -1,9 +1,12 @@
 """`mimkernels info` and the command line around it."""
 
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +48,24 @@ def test_missing_parts_are_printed(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert printed.count("not built: no compiler") == 1, "once, not again for the backend"
     assert "remedy: install g++" in printed
+
+
+def test_libraries_that_share_a_reason_are_told_of_once(monkeypatch, capsys):
+    for name in ("cpu", "cuda"):
+        gone = replace(_native.library(name), loaded=False, reason="not built: off", remedy="unset it")
+        monkeypatch.setitem(_native._LIBRARIES, name, gone)
+        monkeypatch.setitem(_registry._UNAVAILABLE, name, gone.reason)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert "cpu, cuda libraries: not built: off\n  remedy: unset it\n" in printed
+    assert printed.count("not built: off") == 1
+
+
+def test_every_package_of_the_extra_is_looked_for():
+    with open(Path(__file__).resolve().parents[1] / "pyproject.toml", "rb") as file:
+        extra = tomllib.load(file)["project"]["optional-dependencies"]["train"]
+    assert [re.match(r"[\w-]+", requirement)[0] for requirement in extra] == list(info._TRAIN)
 
 
 def test_json_is_the_collected_facts(capsys):

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -257,6 +258,35 @@ def test_no_wheel_has_what_stands_in_for_wider_cpus(tmp_path, emulation):
     compiled = set(re.findall(r"MIMKERNELS_ISA=(\w+)", (tmp_path / "build.ninja").read_text()))
     if "avx2" in compiled:
         assert compiled - ISAS >= {"avx2_bf16", "avx2_amx"} if emulation else compiled <= ISAS
+
+
+@pytest.mark.slow
+def test_a_source_distribution_holds_the_checkout(tmp_path):
+    """What is needed to build, test, lint and document, so that `make` works there as in a clone."""
+    rooms = ("mimkernels", "csrc", "tests", "benchmarks", "docs", "examples")
+    tree = tmp_path / "tree"
+    for room in rooms:
+        shutil.copytree(ROOT / room, tree / room, ignore=shutil.ignore_patterns("_lib", "__pycache__", ".*"))
+    for path in ROOT.iterdir():
+        if path.is_file() and path.name not in (".gitignore", ".git", "compile_commands.json"):
+            shutil.copy(path, tree)
+    there = {str(path.relative_to(tree)) for path in tree.rglob("*") if path.is_file()}
+    code = "from setuptools import build_meta; print(build_meta.build_sdist('dist'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next((tree / "dist").glob("*.tar.gz"))) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert there - held == set()
+
+
+def test_an_older_setuptools_is_refused_with_the_remedy(tmp_path):
+    """Without build isolation nothing reads what pyproject.toml requires."""
+    (tmp_path / "setuptools.py").write_text("__version__ = '65.5.0'\n")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, ROOT / "setup.py", "--version"], env=env, capture_output=True, text=True)
+    oldest = re.search(r"setuptools>=(\d+)", (ROOT / "pyproject.toml").read_text())[1]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"setuptools 65.5.0 is older than {oldest}" in done.stderr and "pip install" in done.stderr
 
 
 @pytest.mark.slow

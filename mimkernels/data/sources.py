@@ -69,7 +69,7 @@ class DigitsSource:
         try:
             from sklearn.datasets import load_digits
         except ImportError as e:
-            raise ValueError("data 'digits' needs scikit-learn: pip install 'mimkernels[train]'") from e
+            raise ValueError(f"data 'digits' needs scikit-learn ({e}): pip install 'mimkernels[train]'") from e
         digits = load_digits()
         part = slice(_DIGITS_TRAIN) if train else slice(_DIGITS_TRAIN, None)
         # Grey levels are 0..16.

@@ -2,6 +2,7 @@
 
 import datetime
 import functools
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from mimkernels._version import __version__
 from mimkernels.engine.files import write_text
 
 _PACKAGE = Path(__file__).parents[1]
+# Every page has figures, which are drawn when the work is done: a command is refused before it.
+if importlib.util.find_spec("matplotlib") is None:
+    raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
 
 
 def write_page(path: Path, template: str, **values: Any) -> Path:

@@ -62,6 +62,6 @@ def test_no_included_page_loses_a_heading(hooks):
 )
 def test_code_in_tables_breaks_at_joints(hooks, code, shown):
     page = f"<p><code>{code}</code></p><table><tr><td>a <code>{code}</code></td></tr></table>"
-    assert hooks.on_post_page(page, None, None) == page.replace(
-        f"a <code>{code}</code>", f"a {shown}"
-    ), "and nowhere else"
+    assert hooks.on_post_page(page, None, None) == page.replace(f"a <code>{code}</code>", f"a {shown}"), (
+        "and nowhere else"
+    )

@@ -1,4 +1,7 @@
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jinja2
@@ -21,6 +24,27 @@ def test_values_are_escaped_but_markup_is_not():
     page = render(BENCH, title="<b>", lead="a & b", pictures=[picture(name='"x"', note=Markup("<svg></svg>"))])
     assert "<title>&lt;b&gt;</title>" in page and "a &amp; b" in page
     assert 'alt="&#34;x&#34;"' in page and "<svg></svg>" in page
+
+
+def test_without_matplotlib_commands_are_refused_before_they_work(tmp_path):
+    """Their pages need figures, and would fail when everything else is done."""
+    name = "vit_tiny_patch16_224"
+    commands = [
+        ["pretrain"],
+        ["probe", "--model", name],
+        ["finetune", "--model", name],
+        ["analyze", name],
+        ["dense", name],
+    ]
+    code = (
+        "import json, sys; sys.modules['matplotlib'] = None; from mimkernels import cli\n"
+        "print([cli.main([*command, '--output', sys.argv[2]]) for command in json.loads(sys.argv[1])])"
+    )
+    run = [sys.executable, "-c", code, json.dumps(commands), str(tmp_path / "run")]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.stdout == "[2, 2, 2, 2, 2]\n", done.stderr
+    assert done.stderr.count("'matplotlib'") == done.stderr.count("mimkernels[train]") == len(commands)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_value_that_is_not_given_is_an_error():

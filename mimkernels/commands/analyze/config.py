@@ -34,7 +34,8 @@ class AnalyzeConfig(Settings):
 
     data: str = setting("digits", "digits (embedded), fashion-mnist, a folder of images, or torchvision:NAME", "data",
                         metavar="DATA")  # fmt: skip
-    data_root: str = setting("data", "where fashion-mnist is looked for, and torchvision sets are kept or downloaded to", "data", metavar="DIR")
+    data_root: str = setting("data", "where fashion-mnist is looked for, and torchvision sets are kept or downloaded "
+                             "to", "data", metavar="DIR")  # fmt: skip
     split: str = setting("test", "images of the set's test part, if it has one, or of its training part", "data",
                          choices=SPLITS)  # fmt: skip
     images: int = setting(1000, "number of images, spread evenly over the set", "data")

@@ -30,7 +30,8 @@ _LABELS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("results", type=Path, nargs="?", help="folder of JSON (default: the newest under "
                         "benchmarks/results)")  # fmt: skip
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the pictures and the page (default: that of the JSON)")
+    parser.add_argument("--output", type=Path, metavar="DIR",
+                        help="folder of the pictures and the page (default: that of the JSON)")  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
