@@ -185,7 +185,8 @@ def compile_libraries(folder: Path, report: dict, names: list[str]) -> dict[str,
 
     def compiled(*libraries: str) -> None:
         targets = [f"mimkernels_{name}" for name in libraries]
-        run([*build, "--target", *targets], f"compiling the {' '.join(libraries)} library", "mend what it names")
+        remedy = f"mend what it names (compiled by {configured.get('compiler')}; CXX names another compiler)"
+        run([*build, "--target", *targets], f"compiling the {' '.join(libraries)} library", remedy)
         made.update((name, folder / "lib" / file_name(name)) for name in libraries)
 
     with contextlib.suppress(NotBuilt):  # together, so that no core waits for the last file of one library

@@ -11,6 +11,7 @@ import tarfile
 import zipfile
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -148,6 +149,18 @@ def test_a_torch_without_cuda_is_a_reason(tmp_path, monkeypatch):
 def test_a_tree_that_was_never_installed_is_a_reason(tmp_path):
     state = _native._load(_native.NativeLibrary("cpu", tmp_path / "libmimkernels_cpu.so"))
     assert "never installed" in state.reason and "make build" in state.remedy
+
+
+def test_a_tree_that_hides_an_installed_package_says_so(tmp_path, monkeypatch):
+    """Python imports the tree in its own folder: `pip install .` there changes nothing that is seen from there."""
+    package = tmp_path / "mimkernels"
+    package.mkdir()
+    trees = [_native.FOLDER.parents[1], tmp_path]  # the tree's own metadata comes first
+    found = [SimpleNamespace(locate_file=tree.joinpath) for tree in trees]
+    monkeypatch.setattr(_native.metadata, "distributions", lambda name: found)
+    state = _native._load(_native.NativeLibrary("cpu", tmp_path / "libmimkernels_cpu.so"))
+    assert state.reason == f"not built: this source tree was never installed, and hides {package}, which is"
+    assert state.remedy.startswith("run in another folder than the clone")
 
 
 # Installing.
@@ -300,6 +313,19 @@ def test_without_a_compiler_it_installs_and_says_why(tree):
     assert f"no native cpu library: {reason}" in done.stderr
     state = library_state(folder)
     assert not state["loaded"] and reason in state["reason"] and "install" in state["remedy"]
+
+
+@pytest.mark.slow
+def test_a_compiler_too_old_is_the_reason(tree):
+    tools = tree.parent / "bin"
+    tools.mkdir()
+    (tools / "c++").write_text(f'#!/bin/sh\nexec {shutil.which("c++")} -U__GNUC__ -D__GNUC__=7 "$@"\n')
+    (tools / "c++").chmod(0o755)
+    done = build_wheel(tree, PATH=f"{tools}:{os.environ['PATH']}", CXX="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for state in unpack(tree)[2]["libraries"].values():
+        words = state["reason"].replace(" | ", " ")
+        assert re.search(r"c\+\+ is GNU 7[\d.]+, too old for C\+\+20: install g\+\+ 11 or later", words), words
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,17 @@ def missing(state: NativeLibrary) -> tuple[str, str] | None:
         return f"not built: {facts['reason']}", facts.get("remedy") or REINSTALL
     if state.build:
         return f"{state.path} was built but is gone", "reinstall mimkernels"
-    return "not built: this source tree was never installed", "make build, or pip install -e ."
+    reason, remedy = "not built: this source tree was never installed", "make build, or pip install -e ."
+    if hidden := _hidden_package():
+        return f"{reason}, and hides {hidden}, which is", f"run in another folder than the clone, or {remedy}"
+    return reason, remedy
+
+
+def _hidden_package() -> Path | None:
+    """An installed mimkernels in place of which this source tree was imported, as Python does in the tree's folder."""
+    folders = (Path(str(found.locate_file("mimkernels"))) for found in metadata.distributions(name="mimkernels"))
+    here = FOLDER.parent
+    return next((folder for folder in folders if folder.is_dir() and folder.resolve() != here), None)
 
 
 def _refused_by_torch(state: NativeLibrary) -> tuple[str, str] | None:
