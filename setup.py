@@ -47,6 +47,7 @@ if int(setuptools.__version__.partition(".")[0]) < OLDEST_SETUPTOOLS:
 from setuptools import Command, setup  # noqa: E402
 from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
 from setuptools.command.build import build  # noqa: E402
+from setuptools.command.egg_info import egg_info  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)
@@ -298,6 +299,15 @@ class Build(build):
         super().finalize_options()
 
 
+class EggInfo(egg_info):
+    """Sources that cannot be written are installed from, too: their metadata is made elsewhere."""
+
+    def initialize_options(self):
+        super().initialize_options()
+        if not os.access(ROOT, os.W_OK):
+            self.egg_base = temporary_folder()
+
+
 class Wheel(bdist_wheel):
     """The libraries know nothing of Python: one wheel serves every version of it. The mask samplers' module, which
     does, is only seen by the version that it was built by."""
@@ -313,4 +323,4 @@ class Wheel(bdist_wheel):
         return ("py3", "none", "any" if self.root_is_pure else super().get_tag()[2])
 
 
-setup(cmdclass={"build": Build, "build_native": BuildNative, "bdist_wheel": Wheel})
+setup(cmdclass={"build": Build, "build_native": BuildNative, "bdist_wheel": Wheel, "egg_info": EggInfo})

@@ -432,6 +432,15 @@ def test_off_builds_nothing(tree):
     assert build["libraries"]["cpu"]["reason"] == "switched off with MIMKERNELS_BUILD=off"
 
 
+def test_nothing_is_written_into_sources_that_cannot_be(tree):
+    there = {path for path in tree.rglob("*") if "__pycache__" not in path.parts}
+    code = "import os; os.access = lambda *_, **__: False; from setuptools import build_meta; build_meta.build_wheel('../w')"
+    env = {**os.environ, "MIMKERNELS_BUILD": "off"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tree, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and list((tree.parent / "w").glob("*.whl")), done.stderr
+    assert {path for path in tree.rglob("*") if "__pycache__" not in path.parts} == there
+
+
 def test_an_unknown_mode_is_refused(tree):
     done = build_wheel(tree, MIMKERNELS_BUILD="yes")
     assert done.returncode != 0 and "'yes'; it can be 'auto', 'require' or 'off'" in done.stderr
