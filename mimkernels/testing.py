@@ -32,8 +32,6 @@ SMALLEST = {torch.float32: 1e-30, torch.bfloat16: 1e-30, torch.float16: 1e-7, to
 TIMES_PLAIN = 2.0
 DRAWS = 4  # of the inputs, over which the plain expression's error is taken
 
-LAYOUTS = ("contiguous", "strided", "permuted")
-
 
 @dataclass(frozen=True)
 class Case:

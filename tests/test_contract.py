@@ -99,13 +99,13 @@ def test_the_last_resort_is_the_reference(op):
     assert set(rows[len(names) - 1].dtypes) >= {dtype for impl in rows for dtype in impl.dtypes}
 
 
-def test_every_public_op_has_cases_and_known_answers():
+def test_every_public_op_has_cases_calls_and_known_answers():
     public = {name for name in mimkernels.ops.__all__ if callable(getattr(mimkernels, name)) and name.islower()}
     public.remove("use_backend")
     with_backends = {op for op in public if testing.folder(op) in SPECS}
     assert set(OPS) == with_backends
     assert set(SPECS) == {testing.spec(op).name for op in OPS}
-    assert set(ops_with("test_known_answers")) == public
+    assert set(ops_with("test_known_answers")) == set(ops_with("calls")) == public
     for op in OPS:
         assert callable(part_of(op, "test_known_answers").definition)
 

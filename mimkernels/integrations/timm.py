@@ -206,6 +206,9 @@ def accelerate(
 def restore(model: nn.Module) -> int:
     """Undo ``accelerate`` exactly; layers by ``use_mimkernels_attention`` and the like stay.
 
+    Args:
+        model: as given to ``accelerate``.
+
     Returns:
         how many modules were given their class back.
 

@@ -18,7 +18,7 @@ from mimkernels.commands.bench.cases.gathering import Size
 from mimkernels.commands.bench.cases.loading import MEAN, STD, Pictures
 from mimkernels.commands.bench.cases.masks import mask_cases
 from mimkernels.commands.bench.compare import FLOOR, compare
-from mimkernels.commands.bench.tables import main_tables
+from mimkernels.commands.bench.tables import all_tables
 from mimkernels.commands.bench.timing import Benchmark, measure
 
 
@@ -212,7 +212,7 @@ def test_tables_state_what_was_measured():
     )  # fmt: skip
     reports = {"gathering-float32": {"machine": about, "results": [gather]},
                "step-float32": {"machine": about, "results": [step]}}  # fmt: skip
-    text = main_tables(reports)
+    text = all_tables(reports)
     assert text.startswith("**A processor, 2 threads (avx2)**")
     assert "| gather | 2.5 | 1.2 | 80% | 25% |" in text
     assert "| MAE step, B=1, float32 | 4.00 | 2.00 | 2.00 | 0.52, 0.90 |" in text

@@ -22,7 +22,7 @@ from mimkernels.cli import build_parser  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "mimkernels"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 ARGUMENTS = {"capture_timm.py": ["--random-weights", "--batches", "1"]}
 
@@ -99,7 +99,7 @@ def commands() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("page", "line"), commands(), ids=lambda value: value)
 def test_command_exists(page, line):
     words = shlex.split(line)
-    while words and re.fullmatch(r"[A-Z_]+=\S+", words[0]):
+    while words and re.fullmatch(r"[A-Z_]+=.+", words[0]):
         words.pop(0)
     if words[:4] == ["accelerate", "launch", "-m", "mimkernels"] or words[:3] == ["torchrun", "-m", "mimkernels"]:
         words = words[words.index("mimkernels") :]

@@ -70,7 +70,7 @@ def test_every_public_name_has_its_place_on_a_page(module):
             assert re.search(rf"`(?:mimkernels\.[\w.]+\.)?{name}`", pages), f"{module}.{name} is on no page"
 
 
-PAGES = ["README.md", *(str(page.relative_to(ROOT)) for page in sorted(DOCS.rglob("*.md")))]
+PAGES = ["README.md", "CONTRIBUTING.md", *(str(page.relative_to(ROOT)) for page in sorted(DOCS.rglob("*.md")))]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -103,3 +103,10 @@ def test_pictures_are_small_and_shown():
 
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+def test_the_types_of_every_public_function_are_checked_as_a_user_sees_them():
+    """`make lint` runs ``mypy --strict`` on this file."""
+    text = (ROOT / "tests" / "typing" / "user.py").read_text()
+    functions = [name for name in mimkernels.__all__ if name.islower() and not name.startswith("__")]
+    assert [name for name in functions if not re.search(rf"\b{name}\(", text)] == []

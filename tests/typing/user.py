@@ -46,6 +46,25 @@ def masked_step(x: Tensor, images: Tensor, pos: Tensor) -> Tensor:
     return loss
 
 
+def embedded(images: Tensor, weight: Tensor, feature: Tensor, noise: Tensor) -> Tensor:
+    mask = mimkernels.mask_from_noise(noise, keep=49)
+    rows = mimkernels.patchify_gather(images, mask.ids_keep, 16, mean=[0.5] * 3, std=(0.5, 0.5, 0.5))
+    x = mimkernels.bias_gelu(rows @ weight, feature)
+    residual, normalised = mimkernels.add_layer_norm(x, x, feature, feature)
+    assert_type(residual, Tensor)
+    full = mimkernels.restore_tokens(normalised, mask.ids_restore, feature)
+    return mimkernels.fill_mask_tokens(full, mask.mask, feature)
+
+
+def losses(pred: Tensor, features: Tensor, ids: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    return mimkernels.masked_feature_loss(pred, features, ids) + mimkernels.upsample_cross_entropy(logits, labels)
+
+
+def maps(qkv: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    lse = mimkernels.attention_qkvpacked(qkv).lse
+    return mimkernels.attention_rows(q, k, [0]), mimkernels.head_divergence(q, k, lse)
+
+
 def attended(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     result = attention(q, k, v, stats=("entropy",), num_prefix=1)
     assert_type(result, AttentionOutput)

@@ -16,23 +16,16 @@ MEMORY, ATTENTION, STEP, MODELS, CALLS = (
 )
 
 
-def main_tables(reports: dict[str, dict]) -> str:
-    """What the README shows: ops, attention and the whole step; reports by group and dtype ("gathering-float32")."""
-    return _joined(reports, (_heading, _memory, _attention, _step))
-
-
 def all_tables(reports: dict[str, dict]) -> str:
-    """These, models under ``accelerate``, and the cost of a call."""
-    return _joined(reports, (_heading, _memory, _attention, _step, _models, _calls))
+    """Ops, attention, the whole step, models under ``accelerate``, and the cost of a call; reports by group and dtype
+    ("gathering-float32")."""
+    tables = (part(reports) for part in (_heading, _memory, _attention, _step, _models, _calls))
+    return "\n\n".join(filter(None, tables)) + "\n"
 
 
 def records_of(reports: dict[str, dict], groups: Iterable[str]) -> list[dict]:
     groups = tuple(groups)
     return [record for name, report in reports.items() if name.split("-")[0] in groups for record in report["results"]]
-
-
-def _joined(reports: dict[str, dict], parts: Iterable) -> str:
-    return "\n\n".join(filter(None, (part(reports) for part in parts))) + "\n"
 
 
 def _heading(reports: dict[str, dict]) -> str:
