@@ -32,7 +32,7 @@ def keep_freed_memory() -> bool:
     """Make the C allocator keep freed memory in this process instead of returning it to the system.
 
     For loops of your own that train or run large batches on the CPU: tensors of a step then lie where those of the step
-    before lay, in pages that are there already. ``mimkernels pretrain``, ``probe`` and ``bench`` call it. Call it once,
+    before lay, in pages that are there already. The commands of ``mimkernels`` call it. Call it once,
     before the first step; it holds until the process ends. The process keeps the largest amount of memory that it ever
     used, so that it does not pay where a large peak comes once and other processes need the memory. CUDA tensors, and
     small tensors, are not concerned.
@@ -71,7 +71,7 @@ def freed_memory() -> tuple[str, str]:
         return "kept", "by the environment"
     return "returned", (
         "training on the CPU in a loop of your own pays for fresh pages in every step; mimkernels.keep_freed_memory() "
-        "removes that (mimkernels pretrain, probe and bench call it)"
+        "removes that (the commands of mimkernels call it)"
     )
 
 
