@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import mimkernels
+from mimkernels.commands.bench.plot import measured
+from mimkernels.commands.bench.results import read_reports
 from mimkernels.heads import PRESETS, QUANTITIES
 from mimkernels.nn import poolings
 from mimkernels.ops._registry import SPECS
@@ -99,6 +101,14 @@ def test_pictures_are_small_and_shown():
     for picture in (DOCS / "pictures").rglob("*.png"):
         assert picture in shown, picture
         assert picture.stat().st_size < (300_000 if picture.name.startswith("report-") else 150_000), picture
+
+
+def test_the_picture_of_the_figures_shows_the_committed_results():
+    """As the tables beside it do; `mimkernels bench plot FOLDER` draws it again."""
+    image = pytest.importorskip("PIL.Image")
+    (source,) = re.findall(r"benchmarks/results/[\w-]+/speedups\.png", (DOCS / "hooks.py").read_text())
+    with image.open(ROOT / source) as picture:
+        assert picture.info["Comment"] == measured(read_reports((ROOT / source).parent))
 
 
 def test_readme_is_short():

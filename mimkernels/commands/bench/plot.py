@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import re
 import statistics
 import sys
@@ -55,6 +57,17 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def measured(reports: dict[str, dict]) -> str:
+    """Digest of the times that ``speedups.png`` shows, and carries as a comment: of older ones it is another."""
+    times = [
+        [name, record["name"], record["shape"], record["median_us"]]
+        for name, report in sorted(reports.items())
+        if name.split("-")[0] in MEMORY + MODELS
+        for record in report["results"]
+    ]
+    return hashlib.sha256(json.dumps(times, sort_keys=True).encode()).hexdigest()
+
+
 def draw(reports: dict[str, dict], output: Path) -> list[Path]:
     """Write the pictures of reports, named by group and dtype ("gathering-float32"), and the page that holds them."""
     import matplotlib
@@ -92,7 +105,9 @@ def draw(reports: dict[str, dict], output: Path) -> list[Path]:
         written = []
         for name, (_, figure) in pictures.items():
             written.append(output / f"{name}.png")
-            figure.savefig(written[-1], dpi=110)
+            figure.savefig(
+                written[-1], dpi=110, metadata={"Comment": measured(reports)} if name == "speedups" else None
+            )
     written.append(output / "tables.md")
     written[-1].write_text(all_tables(reports))
     return [*written, _page(reports, {name: note for name, (note, _) in pictures.items()}, output)]
@@ -129,16 +144,14 @@ def _bars(records: list[dict], others: tuple[str, ...], labels: dict[str, str]) 
 
 def _row_label(record: dict, records: list[dict]) -> str:
     """A record's name, and what tells it from most others."""
-    label = record["name"]
-    for key in ("shape", "dtype"):
-        if record[key] != usual(records, key):
-            label += f"  {record[key]}"
-    return label
+    unusual = "  ".join(record[key] for key in ("shape", "dtype") if record[key] != usual(records, key))
+    between = "\n" if len(record["name"] + unusual) > 60 else "  "  # where one line would take the bars' room
+    return between.join(filter(None, (record["name"], unusual)))
 
 
 def _label_x(axes: Axes, label: str, records: list[dict]) -> None:
     common = [usual(records, "shape"), usual(records, "dtype")]
-    axes.set_xlabel("; ".join(filter(None, [label, ", ".join(filter(None, common))])))
+    axes.set_xlabel("; ".join(filter(None, [label, ", ".join(filter(None, common))])), loc="right")
 
 
 def _limits(records: list[dict]) -> Figure:

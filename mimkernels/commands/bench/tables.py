@@ -117,11 +117,11 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def usual(records: list[dict], key: str) -> str | None:
-    """The value that more than half of the records have."""
+    """The most frequent value of the records, if more than a third of them have it."""
     if not records:
         return None
     value, times = Counter(record[key] for record in records).most_common(1)[0]
-    return value if times > len(records) / 2 else None
+    return value if times > len(records) / 3 else None
 
 
 def _label(record: dict, records: list[dict]) -> str:
