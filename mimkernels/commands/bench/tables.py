@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from mimkernels.commands.bench.results import incomplete
 
 MEMORY, ATTENTION, STEP, MODELS, CALLS = (
-    ("gathering", "pooling", "mlp", "norm"),
+    ("gathering", "pooling", "mlp", "segmentation", "norm"),
     ("attention",),
     ("step",),
     ("models", "windows"),
