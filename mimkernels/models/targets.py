@@ -4,6 +4,7 @@ Or a weighted sum of these, each with a head of its own.
 """
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -191,7 +192,8 @@ def parse_target(text: str) -> Target:
         return Target(features=FeatureTarget(None, **{"stages": 2, **_options(rest, text, (*_OF_FEATURES, "stages"))}))
     if kind == "features":
         model, _, options = rest.rpartition(":")  # a name may have a colon, too, as hf-hub:NAME
-        if not model or not _OPTION.match(options):
+        # Nor has what is there options, whatever its path ends in.
+        if not model or not _OPTION.match(options) or os.path.exists(rest):
             model, options = rest, ""
         if model:
             return Target(features=FeatureTarget(model, **_options(options, text, (*_OF_FEATURES, *_OF_MODELS))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from numbers import Integral
 
@@ -130,14 +131,27 @@ def without_autocast(tensor: Tensor) -> torch.autocast:
     return torch.autocast("cpu" if device == "meta" else device, enabled=False)  # meta tensors know no autocast
 
 
+def values_at_hand(tensor: Tensor) -> bool:
+    """Whether the values of a tensor can be looked at without a wait: on the CPU; ``MIMKERNELS_DEBUG=1`` waits."""
+    if torch.compiler.is_compiling():
+        return False
+    if tensor.device.type != "cpu" and not (tensor.device.type == "cuda" and debugging()):
+        return False
+    # Many as one, whose values vmap does not show; or none.
+    return not (is_functorch_wrapped_tensor(tensor) or is_fake(tensor))
+
+
+def debugging() -> bool:
+    """Whether values are looked at where that makes the host wait."""
+    return os.environ.get("MIMKERNELS_DEBUG", "0") not in ("", "0")
+
+
 def in_range(op: str, name: str, ids: Tensor, size: int, allowed: int | None = None) -> None:
     """Ids are in ``[0, size)``, or `allowed`. For the reference on CPU tensors; kernels check for themselves.
 
     On CUDA it would wait for the device.
     """
-    if torch.compiler.is_compiling() or ids.device.type != "cpu" or ids.numel() == 0:
-        return
-    if is_functorch_wrapped_tensor(ids) or is_fake(ids):  # many ids as one, whose values vmap does not show; or none
+    if ids.device.type != "cpu" or ids.numel() == 0 or not values_at_hand(ids):
         return
     if allowed is not None:
         ids = ids.masked_fill(ids == allowed, 0)

@@ -33,6 +33,16 @@ def test_a_path_with_a_colon_is_no_option(text, model, layer):
     assert (features.model, features.layer) == (model, layer)
 
 
+def test_a_path_that_ends_like_an_option_is_the_model_where_it_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x:y=2").mkdir()
+    assert parse_target("features:x:y=2").features.model == "x:y=2"
+    features = parse_target("features:x:y=2:layer=2").features
+    assert (features.model, features.layer) == ("x:y=2", 2)
+    with pytest.raises(ValueError, match="an option must be .* got 'y=2'"):
+        parse_target("features:z:y=2")
+
+
 def test_simmim_compares_the_masked_tokens():
     torch.manual_seed(0)
     model = SimMIM.from_timm("vit_tiny_patch16_224", **SMALL, mask_unit=8, target="features:x:beta=0.5", target_dim=12)

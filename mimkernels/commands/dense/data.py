@@ -87,6 +87,7 @@ class DenseData:
         content: what the images show, in the plural.
         classes: names of the numbers in ``labels``.
         depth_range: between which a depth is valid, in metres.
+        left_out: how many images cannot be read, such as which, and why; empty if all can.
     """
 
     train: DenseImages
@@ -95,6 +96,7 @@ class DenseData:
     classes: tuple[str, ...] = ()
     depth_range: tuple[float, float] = (0.0, float("inf"))
     whole: WholeImages | None = None
+    left_out: str = ""
 
 
 class DenseSource(ABC):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -153,6 +154,8 @@ class DenseRun:
             data = self.source.load()
         except ValueError as e:
             raise TrainingError(str(e)) from e
+        if data.left_out:
+            warnings.warn(f"{data.left_out}; they are left out", stacklevel=2)
         if not self._learns:
             data.train = data.train.first(0)
         data.test.warps = random_warps(len(data.test), self.config.seed)
@@ -217,6 +220,7 @@ class DenseRun:
         mirrored = ", each averaged with its mirror image" if self.mirrors else ""
         return {
             "Data": f"{learnt}{len(data.test):,} {data.content} to test on{windows}{mirrored}, {side} x {side} pixels",
+            **({"Left out": data.left_out} if data.left_out else {}),
             "Device": device_name(self.accelerator.device),
             "Precision": f"{self.precision} ({self.precision_reason})",
             **{f"Loading of {name}": text for name, text in self.loading.items()},

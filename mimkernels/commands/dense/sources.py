@@ -1,5 +1,6 @@
 """The data that ``--data`` names: made scenes, folders with targets of every pixel, and images alone."""
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from mimkernels.data.pixel_targets import (
 from mimkernels.data.pixels import drawn
 from mimkernels.data.sources import is_named, open_held_out
 from mimkernels.data.sources import open_source as open_images
+from mimkernels.engine.progress import counted
 
 
 class _FolderSource(DenseSource):
@@ -140,7 +142,11 @@ class NYUv2Source(_FolderSource):
 
 
 class ImagesSource(DenseSource):
-    """Images without targets: of a set that other commands know by name, or of a folder."""
+    """Images without targets: of a set that other commands know by name, or of a folder.
+
+    Those that cannot be read are left out. Of sets with targets one such image ends the run: their scores are
+    compared with others', which are of all images.
+    """
 
     def __init__(self, config: DenseConfig) -> None:
         super().__init__(config)
@@ -152,20 +158,34 @@ class ImagesSource(DenseSource):
             )
         root = config.data_root or "data"  # where other commands look
         self.images = open_held_out(config.data, root) or open_images(config.data, root)
+        self._pixels = ""  # digest of what was read
 
     def key(self) -> tuple[object, ...]:
-        return *super().key(), self.images.fingerprint()
+        # The fingerprint of a folder is of its files' names.
+        return *super().key(), self.images.fingerprint(), self._pixels
 
     def load(self) -> DenseData:
         config, squares = self.config, Augmentation(self.config.side, 3, 1.0, False)
-        made = []
-        for number in drawn(len(self.images), config.test_images, config.seed):
+        chosen = drawn(len(self.images), config.test_images, config.seed)
+        made: list[Tensor] = []
+        reasons: dict[int, str] = {}
+        for number in chosen:
             try:
                 made.append(squares.plain(self.images.read(number)))
             except UNREADABLE as e:
-                raise ValueError(f"{self.images.label(number)} cannot be read: {reason_of(e)}") from e
+                reasons[number] = reason_of(e)
+        left_out = ""
+        if reasons:
+            number = next(iter(reasons))
+            left_out = (
+                f"{len(reasons)} of {counted(len(chosen), 'image')} cannot be read, such as "
+                f"{self.images.label(number)}: {reasons[number]}"
+            )
+        if not made:
+            raise ValueError(left_out)
         test = torch.stack(made)
-        return DenseData(DenseImages(test[:0]), DenseImages(test), "images")
+        self._pixels = hashlib.sha256(test.numpy()).hexdigest()
+        return DenseData(DenseImages(test[:0]), DenseImages(test), "images", left_out=left_out)
 
 
 SOURCES: dict[str, type[DenseSource]] = {

@@ -10,6 +10,7 @@ from torch import Tensor
 from mimkernels.commands.pretrain.config import PretrainConfig
 from mimkernels.commands.pretrain.teacher import Autocast, Teacher, full_precision
 from mimkernels.data.masks import MaskSampler
+from mimkernels.engine.command import TrainingError
 
 _DRAWS = 100  # of a batch until one masks something: ratios may be drawn, and be 0
 _LATER = 2**40  # between the offsets of these draws; no run has as many steps
@@ -112,7 +113,10 @@ class Masking:
     def _guided(self, images: Tensor) -> Tensor:
         assert self.sampler is not None and self.teacher is not None
         scores = self.teacher.scores(images)
-        return self.sampler.sample(len(images), self.seed, device=images.device, scores=scores).mask
+        try:
+            return self.sampler.sample(len(images), self.seed, device=images.device, scores=scores).mask
+        except ValueError as e:  # NaN, which its weights or the precision of the run make
+            raise TrainingError(f"{e}: the attention of {self.teacher.named}") from e
 
     def _first(self, batch: int, offset: int) -> Tensor:
         """The first draw that masks something."""

@@ -16,6 +16,7 @@ from mimkernels.data.masks.blocks import IBOT, Block, BlockExact, DINOv2, Invers
 from mimkernels.data.masks.multiblock import Multiblock, Multiblock3d
 from mimkernels.data.masks.regular import AttentionGuided, Random, Tube, Uniform, Unit
 from mimkernels.data.masks.strategy import Draw, Strategy, Wanted, by, is_count
+from mimkernels.ops import _checks
 from mimkernels.ops._registry import BACKENDS
 
 #: The strategies by name.
@@ -169,10 +170,11 @@ class MaskSampler:
             offset: in ``[0, 2^63)``; for strategies drawn on the device with B also a 0-d int64 tensor there, as in
                 ``random_mask``.
             device: where the masks are wanted; None: the CPU for block types, torch's default device for others.
-            scores: ``[B, N]`` floating point, for ``attention_guided``.
+            scores: ``[B, N]`` floating point, for ``attention_guided``. NaN on CUDA counts as the highest score, as
+                looking would make the host wait; ``MIMKERNELS_DEBUG=1`` looks.
 
         Raises:
-            ValueError: a number is out of range, or scores do not fit; shows both sides.
+            ValueError: a number is out of range, scores do not fit, or are NaN; shows both sides.
         """
         kind = self._strategy
         samples, numbered = _samples(batch)
@@ -201,6 +203,11 @@ class MaskSampler:
             if not isinstance(scores, Tensor) or list(scores.shape) != wanted:
                 got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
                 raise ValueError(f"{self.strategy} needs scores {wanted}, one per patch, got {got}")
+            if _checks.values_at_hand(scores) and (wrong := scores.isnan().any(1)).any():
+                raise ValueError(
+                    f"{self.strategy} needs scores that are numbers, got NaN for {int(wrong.sum())} of {batch} images, "
+                    f"the first at {int(wrong.nonzero()[0])}"
+                )
         elif scores is not None:
             got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(f"{self.strategy} takes no scores, got {got}")

@@ -171,6 +171,31 @@ def test_images_alone_have_correspondence(tmp_path, capsys):
     assert "encoded in" in capsys.readouterr().out
 
 
+def test_broken_images_of_a_folder_are_left_out_and_changed_ones_encoded_anew(tmp_path, capsys):
+    folder = fill(tmp_path / "images", count=4)
+    arguments = ["dense", MODEL, "--data", str(folder), "--side", "32", "--device", "cpu", "--precision", "fp32"]
+    arguments += ["--pictures", "1", "-o", str(tmp_path / "out")]
+    whole = (folder / "1.png").read_bytes()
+    (folder / "1.png").write_bytes(whole[:60])
+    (folder / "3.png").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"2 of 4 images cannot be read, such as .*1\.png: .*; they are left out"):
+        assert main(arguments) == 0
+    assert "2 test images" in capsys.readouterr().out
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Left out" in page and "2 of 4 images cannot be read" in page
+    (folder / "1.png").write_bytes(whole)
+    (folder / "3.png").write_bytes((folder / "0.png").read_bytes())
+    assert main(arguments) == 0  # with features of four images
+    assert "4 test images" in capsys.readouterr().out
+    (folder / "0.png").write_bytes(whole)  # another picture of the same name
+    assert main(arguments) == 0
+    assert "encoded in" in capsys.readouterr().out
+    for path in folder.iterdir():
+        path.write_bytes(b"no picture")
+    assert main(arguments) == 1
+    assert "error: 4 of 4 images cannot be read, such as" in capsys.readouterr().err
+
+
 def test_images_alone_have_no_labels(tmp_path):
     images = str(fill(tmp_path / "images", count=2))
     with pytest.raises(ValueError, match="task 'knn' needs data with labels, but data '.*images' have images alone"):

@@ -1,5 +1,6 @@
 """What every strategy promises, whoever draws it; what is refused."""
 
+import math
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -191,6 +192,15 @@ def test_attention_guided_masks_the_highest_scores():
     masks = MaskSampler((5, 6), "attention_guided", count=11).sample(5, 0, scores=scores)
     for flat, row in zip(masks.mask.flatten(1), scores, strict=True):
         assert flat.sum() == 11 and row[flat].min() > row[~flat].max()
+
+
+def test_scores_that_are_no_numbers_are_refused_and_infinite_ones_ordered():
+    sampler = MaskSampler((2, 3), "attention_guided", count=2)
+    scores = torch.tensor([[0.1, 0.2, math.inf, 0.4, -math.inf, 0.3]] * 3)
+    assert sampler.sample(3, 0, scores=scores).mask.flatten(1).tolist() == [[False, False, True, True, False, False]] * 3
+    scores[1, 4] = math.nan
+    with pytest.raises(ValueError, match="scores that are numbers, got NaN for 1 of 3 images, the first at 1"):
+        sampler.sample(3, 0, scores=scores)
 
 
 def test_units_of_pixels():
