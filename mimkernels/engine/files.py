@@ -169,8 +169,8 @@ def read_entries(path: Path, fits: Callable[[dict[str, Any]], bool]) -> list[dic
         elif entry is not None or number < len(lines):
             skipped.append(number)
     if skipped:
-        more = f" and {len(skipped) - 1} more" if len(skipped) > 1 else ""
-        warnings.warn(f"{str(path)!r}: line {skipped[0]}{more} is no entry of a run, left out", stacklevel=2)
+        more = f" and {len(skipped) - 1} more are no entries" if len(skipped) > 1 else " is no entry"
+        warnings.warn(f"{str(path)!r}: line {skipped[0]}{more} of a run, left out", stacklevel=2)
     return entries
 
 

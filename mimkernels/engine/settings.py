@@ -60,7 +60,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         values = json.loads(Path(path).read_text())
         if not isinstance(values, dict):
             raise ValueError(f"expected an object, found {type(values).__name__}")
-    except ValueError as e:  # of JSON and of UTF-8 as well
+    except (ValueError, RecursionError) as e:  # of JSON and of UTF-8 as well
         raise ValueError(f"{str(path)!r} does not hold settings: {e}") from e
     return values
 
@@ -69,6 +69,11 @@ def require(condition: bool, name: str, value: Any, wanted: str) -> None:
     """Raise ValueError that names the setting, what it must be and what it is, unless `condition` holds."""
     if not condition:
         raise ValueError(f"{name} must be {wanted}, got {value}")
+
+
+def require_seed(seed: int) -> None:
+    """Raise ValueError unless all that draws can begin from `seed`."""
+    require(0 <= seed < 2**63, "seed", seed, "in 0..2^63 - 1")
 
 
 def add_arguments(parser: argparse.ArgumentParser, kind: type[Settings]) -> None:

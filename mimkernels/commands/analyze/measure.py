@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -166,6 +167,8 @@ def measure(
             unread = f"{len(broken)} of {len(images)} images cannot be read, such as {images.label(position)}: {reason}"
         if not seen:
             raise TrainingError(unread)
+        if unread:
+            warnings.warn(f"{unread}; they are left out", stacklevel=2)
     notes = [f"{name} was not seen: {why}" for name, why in heads.missed.items()]
     if unread:
         notes.append(f"{unread}{LEFT_OUT}")

@@ -14,7 +14,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description="Pre-train a small masked autoencoder on scikit-learn's handwritten digits (no download) in "
         "about two minutes on two CPU cores, read its frozen features with linear probes, and write a report.",
     )
-    parser.add_argument("--output", default="runs/demo", metavar="DIR", help="run folder (default: runs/demo)")
+    parser.add_argument("--output", "-o", default="runs/demo", metavar="DIR", help="run folder (default: runs/demo)")
     parser.add_argument("--epochs", type=int, default=None, metavar="N", help="train shorter or longer")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(run=_demo)

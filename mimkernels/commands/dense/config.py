@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from mimkernels.engine.model_names import parse_models
-from mimkernels.engine.settings import DEVICES, PRECISIONS, Settings, require, setting
+from mimkernels.engine.settings import DEVICES, PRECISIONS, Settings, require, require_seed, setting
 
 TEST_ON = ("square", "whole")
 
@@ -88,7 +88,8 @@ class DenseConfig(Settings):
         require(self.depth_bins >= 2, "depth_bins", self.depth_bins, "at least 2")
         require(self.depth_scale > 0 and math.isfinite(self.depth_scale), "depth_scale", self.depth_scale,
                 "positive and finite")  # fmt: skip
-        for name in ("pictures", "seed", "copies"):
+        require_seed(self.seed)
+        for name in ("pictures", "copies"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(self.lr > 0 and math.isfinite(self.lr), "lr", self.lr, "positive and finite")
         decay = self.weight_decay

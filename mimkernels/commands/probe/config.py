@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mimkernels.data import MAX_PIXELS
-from mimkernels.engine.settings import DEVICES, PRECISIONS, Settings, require, setting
+from mimkernels.engine.settings import DEVICES, PRECISIONS, Settings, require, require_seed, setting
 
 if TYPE_CHECKING:
     from mimkernels.nn.pooling_choice import PoolingChoice
@@ -91,7 +91,7 @@ class ProbeConfig(Settings):
     device: str = setting("auto", "where to compute", "execution", choices=DEVICES)
     precision: str = setting("auto", "of the encoder; auto takes bf16 where it is fast", "execution",
                              choices=PRECISIONS)  # fmt: skip
-    output: str = setting("runs/probe", "output folder", "output", metavar="DIR")
+    output: str = setting("runs/probe", "output folder", "output", metavar="DIR", short="-o")
     pictures: int = setting(8, "images in the report with the attention of every pooling", "output")
     title: str = setting("", "title of the report", "output")
 
@@ -104,7 +104,8 @@ class ProbeConfig(Settings):
         for name in ("epochs", "batch_size"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2 (the classifier normalises batches)")
-        for name in ("workers", "pictures", "seed", "knn"):
+        require_seed(self.seed)
+        for name in ("workers", "pictures", "knn"):
             value = getattr(self, name)
             require(value is None or value >= 0, name, value, "0 or more")
         require(self.img_size is None or self.img_size >= 1, "img_size", self.img_size, "at least 1")

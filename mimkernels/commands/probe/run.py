@@ -25,7 +25,7 @@ from mimkernels.commands.probe.train import (
     build_optimizer,
     knn_accuracy,
 )
-from mimkernels.data.batches import Augmentation, BatchPlan, make_loader
+from mimkernels.data.batches import Augmentation, BatchPlan, derived_seed, make_loader
 from mimkernels.data.labelled import EncoderImages, collate_images
 from mimkernels.data.split import open_split
 from mimkernels.engine import files
@@ -316,7 +316,8 @@ class ProbeRun:
                 )
         # A seed of its own for every pooling: the company that it is trained in changes nothing.
         digest = hashlib.sha256(choice.label.encode()).digest()
-        torch.manual_seed((self.config.seed << 32) ^ int.from_bytes(digest[:4], "little"))
+        seed = (self.config.seed << 32) ^ int.from_bytes(digest[:4], "little")
+        torch.manual_seed(seed if seed < 2**64 else derived_seed(seed))
         options = dict(choice.options)
         if choice.name == "abmilp" and options.get("positions") is True:
             if encoder.grid is None:
@@ -370,7 +371,7 @@ class ProbeRun:
             saved = json.loads(path.read_text())
             results = {entry["label"]: PoolingResult.from_entry(entry) for entry in saved["results"]}
             identity = dict(saved["identity"])
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise ValueError(f"{str(path)!r} is no result of a probe: replace it with --overwrite") from e
         different = [name for name, value in self.identity.items() if identity.get(name) != value]
         if different:

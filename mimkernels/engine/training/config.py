@@ -6,7 +6,7 @@ from dataclasses import MISSING, field
 from typing import Any, ClassVar, Self
 
 from mimkernels.data import MAX_PIXELS
-from mimkernels.engine.settings import DEVICES, PRECISIONS, Settings, require, setting
+from mimkernels.engine.settings import DEVICES, PRECISIONS, Settings, require, require_seed, setting
 from mimkernels.engine.training.method import Method
 
 SCHEDULES = ("cosine", "step")
@@ -63,7 +63,7 @@ _SHARED: dict[str, Any] = {
     "device": setting("auto", "where to train", "execution", choices=DEVICES),
     "precision": setting("auto", "auto takes bf16 where the device computes it fast", "execution", choices=PRECISIONS),
     "compile": setting(False, "torch.compile the model", "execution"),
-    "output": setting("runs/pretrain", "run folder", "output", metavar="DIR"),
+    "output": setting("runs/pretrain", "run folder", "output", metavar="DIR", short="-o"),
     "save_every": setting(10.0, "epochs between checkpoints", "output"),
     "keep_checkpoints": setting(2, "how many of them to keep, besides the final one", "output"),
     "log_every": setting(10, "optimizer steps between log entries", "output"),
@@ -164,7 +164,8 @@ class TrainingConfig(Settings):
         ):  # fmt: skip
             value, open_ = getattr(self, name), name in self.by_default
             require(value >= 1 or (open_ and value == 0), name, value, f"at least 1{', or 0' if open_ else ''}")
-        for name in ("workers", "pictures", "seed"):
+        require_seed(self.seed)
+        for name in ("workers", "pictures"):
             value = getattr(self, name)
             require(value is None or value >= 0, name, value, "0 or more")
         if self.data == "torchvision:LSUN":  # the settings may be those of a file, and name a folder that came with it

@@ -220,7 +220,7 @@ def test_strange_lines_do_not_block_the_way_on(stopped, whole, name):
     strange = ["{}", '{"loss": 1}', '{"step": "3"}', "[1, 2]", "3", '{"step": 2, "loss": "low", "heads": {}}', "\0\xff"]
     lines = path.read_text().splitlines()
     path.write_bytes("\n".join([*lines[:2], *strange, *lines[2:], lines[-1][:20]]).encode("latin-1"))
-    with pytest.warns(UserWarning, match=rf"{name}': line 3 and 6 more is no entry of a run, left out"):
+    with pytest.warns(UserWarning, match=rf"{name}': line 3 and 6 more are no entries of a run, left out"):
         pretrain(config, resume="auto")
     assert_ends_like(folder, whole)
     steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
