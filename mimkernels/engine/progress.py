@@ -2,11 +2,13 @@
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
+
+_BAR = 17  # characters of a short bar, its percentage, and what is between them
 
 
 def duration(seconds: float) -> str:
@@ -31,6 +33,16 @@ def printable(text: str, stream: TextIO) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def fitting(parts: Sequence[str], width: int, dispensable: Sequence[int]) -> str:
+    """`parts` on one line of `width` characters: the first of those by their numbers in `dispensable` that can go."""
+    kept = list(range(len(parts)))
+    for number in dispensable:
+        if len("  ".join(parts[i] for i in kept)) <= width:
+            break
+        kept.remove(number % len(parts))
+    return "  ".join(parts[i] for i in kept)
+
+
 class Progress:
     """Progress of one run; silent in all processes but the first."""
 
@@ -52,24 +64,14 @@ class Progress:
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(bar_width=None),
             TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("loss [bold]{task.fields[loss]}[/]"),
-            TextColumn("lr {task.fields[lr]}"),
-            TextColumn("[green]{task.fields[rate]}[/] images/s"),
-            TextColumn("{task.fields[eta]} left"),
+            TextColumn("{task.fields[figures]}"),
             console=Console(file=self.stream),
             expand=True,
         )
         self._bar = bar
         bar.start()
         self._task = bar.add_task(
-            "",
-            total=self.total_steps,
-            completed=first_step,
-            epoch=self._epoch(first_step),
-            loss="-",
-            lr="-",
-            rate="-",
-            eta="-",
+            "", total=self.total_steps, completed=first_step, epoch=self._epoch(first_step), figures=""
         )
 
     def update(
@@ -85,18 +87,15 @@ class Progress:
         """After ``step`` optimizer steps; `metrics` are shown behind the loss."""
         if self.quiet:
             return
-        shown = "".join(f"  {name.replace('_', ' ')} {value:.4f}" for name, value in (metrics or {}).items())
+        measured = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in (metrics or {}).items()]
         left = (self.total_steps - step) / max(steps_per_second, 1e-9)
         if self._bar is not None:
-            self._bar.update(
-                self._task,
-                completed=step,
-                epoch=self._epoch(step),
-                loss=f"{loss:.4f}{shown}",
-                lr=f"{lr:.2e}",
-                rate=count(images_per_second),
-                eta=duration(left),
-            )
+            epoch = self._epoch(step)
+            room = self._bar.console.width - len(f"epoch {epoch}") - _BAR
+            figures = [f"loss {loss:.4f}", *measured, f"lr {lr:.2e}", f"{count(images_per_second)} images/s",
+                       f"{duration(left)} left"]  # fmt: skip
+            shown = fitting(figures, room, [-3, -2, *range(len(measured), 0, -1), -1])
+            self._bar.update(self._task, completed=step, epoch=epoch, figures=shown)
             return
         now = time.monotonic()
         # A line every 5 s at first, every 30 s once it is clear that all is well.
@@ -104,8 +103,8 @@ class Progress:
             return
         self._printed = now
         self.note(
-            f"epoch {self._epoch(step)}  step {step}/{self.total_steps}  loss {loss:.4f}{shown}  lr {lr:.2e}  "
-            f"{count(images_per_second)} images/s  {duration(left)} left"
+            f"epoch {self._epoch(step)}  step {step}/{self.total_steps}  {'  '.join([f'loss {loss:.4f}', *measured])}  "
+            f"lr {lr:.2e}  {count(images_per_second)} images/s  {duration(left)} left"
         )
 
     def _epoch(self, step: int) -> str:
