@@ -43,6 +43,13 @@ class Split(NamedTuple):
     description: str
 
 
+def own_split(data: str) -> tuple[Path, Path] | None:
+    """The folders of training and test images in the folder `data`; None where it has no such two."""
+    folder = Path(data)
+    tests = [folder / name for name in _TEST_FOLDERS if (folder / name).is_dir()]
+    return (folder / "train", tests[0]) if not is_named(data) and (folder / "train").is_dir() and tests else None
+
+
 def open_split(config: SplitChoice, pixel_range: str = "auto") -> Split:
     """Training and test images of ``--data``; the same on every run, whatever the seed.
 
@@ -52,18 +59,14 @@ def open_split(config: SplitChoice, pixel_range: str = "auto") -> Split:
     Raises:
         ValueError: no such data, no labels, fewer than two classes, or a class of the test that training lacks.
     """
-    folder = Path(config.data)
-    parts = [folder / name for name in _TEST_FOLDERS if (folder / name).is_dir()]
-    own_split = not is_named(config.data) and (folder / "train").is_dir() and bool(parts)
+    own = own_split(config.data)
     decoder = Decoder.from_settings(config.max_pixels, config.pixel_range or pixel_range)
-    train: Source = (
-        FolderSource(folder / "train", decoder) if own_split else open_source(config.data, config.data_root, decoder)
-    )
+    train: Source = FolderSource(own[0], decoder) if own else open_source(config.data, config.data_root, decoder)
     test: Source | None
     if config.val_data is not None:
         test, how = FolderSource(config.val_data, decoder), f"tested on {config.val_data}"
-    elif own_split:
-        test, how = FolderSource(parts[0], decoder), f"tested on its folder {parts[0].name}"
+    elif own:
+        test, how = FolderSource(own[1], decoder), f"tested on its folder {own[1].name}"
     else:
         test, how = open_held_out(config.data, config.data_root), "tested on the set's own test images"
     numbers, classes = train.targets()

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import sys
 import types
 import typing
 from dataclasses import MISSING, Field, asdict, field, fields
@@ -130,13 +131,18 @@ def given_arguments(args: argparse.Namespace, kind: type[Settings]) -> dict[str,
 
 
 def is_of_type(value: Any, annotation: Any) -> bool:
-    """Whether a value read from a file is what a field of a dataclass is annotated with; an int is also a float."""
+    """Whether a value read from a file is what a field of a dataclass is annotated with.
+
+    An int is also a float, unless it is larger than floats are.
+    """
     if isinstance(annotation, types.UnionType):
         return any(is_of_type(value, kind) for kind in typing.get_args(annotation))
     kind, items = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
     if isinstance(value, bool):
         return kind is bool
     if not isinstance(value, (int, float) if kind is float else kind):
+        return False
+    if kind is float and isinstance(value, int) and abs(value) > sys.float_info.max:
         return False
     return not isinstance(value, list) or not items or all(is_of_type(item, items[0]) for item in value)
 

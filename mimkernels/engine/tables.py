@@ -20,8 +20,8 @@ def print_table(
 ) -> None:
     """Print rows of text under their columns' names.
 
-    On a terminal that is too narrow the first column is folded; where that does not suffice, the columns come in several
-    tables, each with the first ones, by which rows are known. A file gets every row on a line of its own.
+    On a terminal that is too narrow the first column is folded; where that does not suffice, the columns come in
+    several tables, each with the first ones, by which rows are known. A file gets every row on a line of its own.
 
     Args:
         left: columns that are aligned to the left; the others are aligned to the right.

@@ -1,5 +1,6 @@
 """One pre-training run from its configuration to its report. Everything is checked before the first file is written."""
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,6 +16,7 @@ from mimkernels.commands.pretrain.report import References, Report, write_report
 from mimkernels.data.batches import picture_batch
 from mimkernels.data.pixels import Decoder
 from mimkernels.data.sources import FolderSource, Source, hold_out, is_named, open_held_out, open_source
+from mimkernels.data.split import own_split
 from mimkernels.data.statistics import measure_statistics
 from mimkernels.engine import files
 from mimkernels.engine.environment import versions
@@ -52,6 +54,13 @@ class Run(TrainingRun):
         """Images to train on, and others to validate on, if there are any."""
         config = self.config
         decoder = Decoder.from_settings(config.max_pixels, config.pixel_range)
+        if (parts := own_split(config.data)) is not None:
+            both = f"{parts[0].name} and {parts[1].name}"
+            remedy = f"--data {parts[0]} --val-data {parts[1]} tells them apart"
+            if config.the_method.labelled:
+                raise ValueError(f"data {config.data!r}: its folders {both} are no classes; {remedy}")
+            told = f"{config.data}: images of its folders {both} are trained on; {remedy}"
+            warnings.warn(told, stacklevel=2)
         source = open_source(config.data, config.data_root, decoder)
         if config.val_split is not None:
             return hold_out(source, config.val_split)

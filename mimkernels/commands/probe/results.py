@@ -6,6 +6,8 @@ from typing import Any, Self
 
 from mimkernels.engine.settings import is_of_type
 
+_MOST = 2**53  # of images, parameters and seconds
+
 
 @dataclass
 class PoolingResult:
@@ -28,6 +30,12 @@ class PoolingResult:
         for f in fields(cls):
             if not is_of_type(entry[f.name], f.type):
                 raise ValueError(f"{f.name}: {entry[f.name]!r}")
+        for name in ("test_images", "pooling_parameters", "classifier_parameters", "seconds"):
+            if not 0 <= entry[name] < _MOST:
+                raise ValueError(f"{name}: {entry[name]!r}")
+        for name in ("accuracy", "knn", "logistic"):
+            if entry[name] is not None and not 0 <= entry[name] <= 1:
+                raise ValueError(f"{name}: {entry[name]!r}")
         return cls(**entry)
 
 

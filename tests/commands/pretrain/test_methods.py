@@ -19,6 +19,7 @@ from mimkernels.models.base import ImageModel
 from mimkernels.models.build import METHODS as BUILT
 from mimkernels.models.build import Recipe
 from tests.commands.pretrain.test_run import assert_same_bits, losses, stop_after
+from tests.data.folders import fill
 
 SUPERVISED = {"method": "supervised", "decoder_dim": 512, "decoder_depth": 8, "decoder_heads": 16}
 
@@ -68,6 +69,20 @@ def test_labels_go_with_their_images_and_those_that_take_a_broken_ones_place(tin
     for index in range(12):
         sample = run.images[(0, index)]
         assert sample.target == int(sample.pixels.float().mean() > 125)
+
+
+def test_folders_of_training_and_test_images_are_no_classes(tiny, tmp_path):
+    for name in ("train/a", "train/b", "val/a", "val/b"):
+        fill(tmp_path / "set" / name, count=2)
+    data = str(tmp_path / "set")
+    with pytest.raises(ValueError, match=r"its folders train and val are no classes; --data .*train --val-data .*val"):
+        Run(tiny(**SUPERVISED, data=data))
+    with pytest.warns(
+        UserWarning, match="images of its folders train and val are trained on; --data .*train --val-data"
+    ):
+        assert len(Run(tiny(data=data, batch_size=2)).source) == 8
+    parted = Run(tiny(**SUPERVISED, data=f"{data}/train", val_data=f"{data}/val", batch_size=2))
+    assert parted.config.num_classes == 2 and len(parted.source) == len(parted.held_out) == 4
 
 
 def test_images_without_class_folders_have_no_labels(tiny, tmp_path):

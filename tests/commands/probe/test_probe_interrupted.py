@@ -12,6 +12,7 @@ from PIL import Image
 
 from mimkernels.commands.pretrain.run import pretrain
 from mimkernels.commands.probe.config import ProbeConfig
+from mimkernels.commands.probe.results import PoolingResult
 from mimkernels.commands.probe.run import ProbeRun, probe
 from mimkernels.commands.probe.train import ProbeTrainer
 from mimkernels.engine.command import TrainingError
@@ -166,6 +167,23 @@ def test_progress_that_does_not_fit_its_poolings_is_one_line(config, monkeypatch
 def test_results_that_cannot_be_read_are_refused_by_name(config, tmp_path, content):
     (tmp_path / "probe").mkdir()
     (tmp_path / "probe" / "results.json").write_text(content)
+    with pytest.raises(ValueError, match=r"results\.json' is no result of a probe: replace it with --overwrite"):
+        run(config())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("accuracy", -1.0), ("accuracy", float("nan")), ("knn", 10**400), ("test_images", -1), ("seconds", float("nan")),
+     ("seconds", float("inf")), ("classifier_parameters", 10**400)],
+)  # fmt: skip
+def test_results_edited_to_what_no_probe_gives_are_refused(config, tmp_path, name, value):
+    entry = {
+        "label": "cls", "description": "", "accuracy": 0.5, "test_images": 2, "knn": None, "logistic": 1, "seconds": 0,
+        "pooling_parameters": 0, "classifier_parameters": 1, "losses": [1.0],
+    }  # fmt: skip
+    assert PoolingResult.from_entry(entry).logistic == 1
+    (tmp_path / "probe").mkdir()
+    (tmp_path / "probe" / "results.json").write_text(json.dumps({"results": [{**entry, name: value}], "identity": {}}))
     with pytest.raises(ValueError, match=r"results\.json' is no result of a probe: replace it with --overwrite"):
         run(config())
 

@@ -197,7 +197,8 @@ def test_attention_guided_masks_the_highest_scores():
 def test_scores_that_are_no_numbers_are_refused_and_infinite_ones_ordered():
     sampler = MaskSampler((2, 3), "attention_guided", count=2)
     scores = torch.tensor([[0.1, 0.2, math.inf, 0.4, -math.inf, 0.3]] * 3)
-    assert sampler.sample(3, 0, scores=scores).mask.flatten(1).tolist() == [[False, False, True, True, False, False]] * 3
+    masked = sampler.sample(3, 0, scores=scores).mask.flatten(1).int()
+    assert masked.tolist() == [[0, 0, 1, 1, 0, 0]] * 3
     scores[1, 4] = math.nan
     with pytest.raises(ValueError, match="scores that are numbers, got NaN for 1 of 3 images, the first at 1"):
         sampler.sample(3, 0, scores=scores)
