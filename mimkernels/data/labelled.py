@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mimkernels.data.batches import AUGMENT, UNREADABLE, Augmentation, derived_seed, reason_of, start_worker
-from mimkernels.data.sources import Source
+from mimkernels.data.sources import FolderSource, Source
 
 __all__ = ["EncoderBatch", "EncoderImages", "LabelledImages", "collate_images", "in_order"]
 
@@ -34,7 +34,10 @@ class LabelledImages:
         return LabelledImages(self.source, self.indices[keep], self.targets[torch.from_numpy(keep)])
 
     def fingerprint(self) -> str:
+        """Changes with the images that there are and the sizes of their files: what is kept of them is then old."""
         chosen = hashlib.sha256(self.indices.astype("<i8").tobytes() + self.targets.numpy().astype("<i8").tobytes())
+        if isinstance(self.source, FolderSource):
+            chosen.update(np.array([self.source.size(index) for index in self.indices.tolist()], "<i8").tobytes())
         return f"{self.source.fingerprint()}/{len(self)}/{chosen.hexdigest()[:16]}"
 
 

@@ -136,6 +136,13 @@ class FolderSource:
     def read(self, index: int) -> Image.Image:
         return self.decoder.read(self.folder / self.files[index])
 
+    def size(self, index: int) -> int:
+        """Bytes of the file of image `index`; -1 where there is none any more."""
+        try:
+            return (self.folder / self.files[index]).stat().st_size
+        except OSError:  # such as a link to nowhere
+            return -1
+
     def _warn_if_dark(self) -> None:
         """Warn of files of 16 bits that hold values of fewer, such as 12: their images become nearly black."""
         if self.decoder.pixel_range is not None:

@@ -6,6 +6,8 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from mimkernels.commands.pretrain.config import PretrainConfig
 from mimkernels.commands.pretrain.run import pretrain
@@ -13,6 +15,7 @@ from mimkernels.commands.probe.config import ProbeConfig
 from mimkernels.commands.probe.report import print_results
 from mimkernels.commands.probe.results import PoolingResult
 from mimkernels.commands.probe.run import probe
+from mimkernels.data.labelled import LabelledImages
 from mimkernels.data.sources import FolderSource
 from mimkernels.data.split import open_split
 from mimkernels.engine.progress import Progress
@@ -100,3 +103,17 @@ def test_settings_of_images_that_cannot_work_are_refused(tiny, change):
         tiny(**change).check()
     with pytest.raises(ValueError, match=name):
         ProbeConfig(model="m", **change).check()
+
+
+def test_images_replaced_under_their_names_are_another_probe(tmp_path):
+    for number, name in enumerate("ab"):
+        fill(tmp_path / name, count=3, seed=number)
+    source = FolderSource(tmp_path)
+    images = LabelledImages(source, np.arange(4), torch.zeros(4, dtype=torch.int64))
+    before = images.fingerprint()
+    (tmp_path / "b" / "2.png").write_bytes(b"not among these four")
+    assert images.fingerprint() == before
+    Image.new("RGB", (20, 20)).save(tmp_path / "a" / "1.png")
+    assert images.fingerprint() != before
+    (tmp_path / "b" / "0.png").unlink()  # is told when it is read
+    assert images.fingerprint() != before
