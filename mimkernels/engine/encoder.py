@@ -211,6 +211,11 @@ def load_encoder(choice: EncoderChoice, *, to_copy: bool = False) -> FrozenEncod
         ValueError: there is no such run, checkpoint or timm model, or it gives no tokens.
     """
     path = Path(choice.model)
+    if not choice.pretrained and not to_copy and (path.is_dir() or path.is_file()):
+        raise ValueError(
+            f"pretrained=false (--no-pretrained) takes a timm name with random weights, and {choice.model!r} has "
+            "weights of its own"
+        )
     if path.is_dir():
         newest = CheckpointFolder(path / "checkpoints", 1).latest()
         found = newest or next((path / name for name in _EXPORTED if (path / name).is_file()), None)
@@ -455,7 +460,9 @@ def _from_timm(choice: EncoderChoice) -> FrozenEncoder:
             choice.model, pretrained=choice.pretrained, num_classes=0, **size, **choice.model_kwargs
         )
     except Exception as e:  # timm, the hub and the network each have their own
-        hint = "; --no-pretrained takes random weights" if choice.pretrained else ""
+        hint = (
+            "; --no-pretrained, or :pretrained=false behind a name, takes random weights" if choice.pretrained else ""
+        )
         raise ValueError(f"timm cannot build {choice.model!r}: {str(e).partition(chr(10))[0]}{hint}") from e
     expected = timm.data.resolve_model_data_config(model)
     in_chans = choice.model_kwargs.get("in_chans", expected["input_size"][0])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mimkernels.engine.encoder import load_encoder
-from mimkernels.engine.model_names import ModelChoice
+from mimkernels.engine.model_names import ModelChoice, parse_models
 from mimkernels.nn.encoder import create_encoder
 
 SIZE = {"img_size": 32, "patch_size": 8}
@@ -27,6 +27,16 @@ def test_encoders_of_other_than_grey_or_colour_images_are_refused(channels):
     choice = ModelChoice("m", "vit_tiny_patch16_224", None, {**SMALL, "in_chans": channels}, False, 32)
     with pytest.raises(ValueError, match=f"takes images of {channels} channels; those that are read have 3, or 1"):
         load_encoder(choice)
+
+
+def test_random_weights_are_not_asked_of_what_has_its_own(tmp_path):
+    torch.save(encoder_weights(0), tmp_path / "weights.pth")
+    for place in (tmp_path, tmp_path / "weights.pth"):
+        (choice,) = parse_models([f"{place}:pretrained=false"])
+        with pytest.raises(
+            ValueError, match=f"pretrained=false .* takes a timm name .*{place.name}' has weights of its"
+        ):
+            load_encoder(choice)
 
 
 W, OTHER = encoder_weights(0), encoder_weights(1)

@@ -37,6 +37,11 @@ def load_source(config: FinetuneConfig) -> tuple[FrozenEncoder, dict[str, Any]]:
     pretrained = config.pretrained and not config.from_scratch
     choice = ModelChoice(config.model, config.model, config.arch, given, pretrained, config.img_size or None)
     encoder = load_same_encoder(choice, to_copy=True, seed=config.seed)
+    if encoder.pretrained and not config.pretrained and not config.from_scratch:
+        raise ValueError(
+            f"--no-pretrained takes a timm name with random weights, and {config.model!r} has weights of its own; "
+            "--from-scratch takes its architecture alone"
+        )
     if encoder.built_by is None:
         raise ValueError(f"{encoder.title} is not fine-tuned: timm has no equal model")
     arch, kwargs = encoder.built_by

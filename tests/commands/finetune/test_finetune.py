@@ -365,6 +365,7 @@ def test_presets_are_the_published_recipes():
         ({"model_kwargs": {"drop_path_rate": 0.3}}, r"drop_path_rate 0.3 \(--drop-path says 0.1\)"),
         ({"model_kwargs": {"in_chans": 3}}, "model_kwargs has in_chans 3, MAE vit_tiny.* takes 1"),
         ({"img_size": 18}, "18"),
+        ({"pretrained": False}, "takes a timm name with random weights, .* has weights of its own; --from-scratch"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(settings, tmp_path, changes, message):
