@@ -495,11 +495,12 @@ class MAE(ImageModel):
 
     def _keep(self, patches: int) -> int:
         """How many of `patches` stay visible, rounded as published."""
-        keep = int(patches * (1 - self.mask_ratio))
-        if not 0 < self.mask_ratio < 1 or not 0 < keep < patches:
+        inside = 0 < self.mask_ratio < 1
+        keep = int(patches * (1 - self.mask_ratio)) if inside else 0
+        if not 0 < keep < patches:
             raise ValueError(
                 f"mask_ratio must lie between 0 and 1 and leave some of the {patches} patches visible and "
-                f"some masked, got {self.mask_ratio} ({keep} visible)"
+                f"some masked, got {self.mask_ratio}" + (f" ({keep} visible)" if inside else "")
             )
         return keep
 

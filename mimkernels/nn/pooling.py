@@ -528,6 +528,9 @@ def poolings() -> dict[str, str]:
     return {name: kind.description for name, kind in _POOLINGS.items()}
 
 
+_POSITIVE = ("p", "gamma", "eps", "norm_eps", "mlp_ratio", "latent_len")  # options
+
+
 def build_pooling(name: str, dim: int, num_prefix: int, **options: Any) -> Pooling:
     """A new pooling module.
 
@@ -583,6 +586,10 @@ def _check_type(pooling: str, option: str, value: Any, annotation: Any) -> None:
     if not fits:
         wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
         raise ValueError(f"pooling {pooling!r}: {option} must be {wanted}, got {value!r}")
+    if isinstance(value, int | float) and not abs(value) < 1e300:
+        raise ValueError(f"pooling {pooling!r}: {option} must be finite, got {value!r}")
+    if option in _POSITIVE and value is not None and not value > 0:
+        raise ValueError(f"pooling {pooling!r}: {option} must be positive, got {value!r}")
 
 
 def _one_of(pooling: Pooling, option: str, value: Any, known: Sequence[str]) -> None:

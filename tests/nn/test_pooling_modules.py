@@ -282,6 +282,11 @@ def test_parameters_are_counted(label, parameters):
         ("ep", {"num_queries": "x"}, "pooling 'ep': num_queries must be int or None, got 'x'"),
         ("ep", {"num_queries": True}, "num_queries must be int or None, got True"),
         ("gem", {"p": "3"}, "p must be float, got '3'"),
+        ("gem", {"p": math.nan}, "p must be finite, got nan"),
+        ("gem", {"p": 0.0}, "p must be positive, got 0.0"),
+        ("map", {"mlp_ratio": math.inf}, "mlp_ratio must be finite, got inf"),
+        ("map", {"latent_len": 0}, "latent_len must be positive, got 0"),
+        ("simpool", {"gamma": -1.0}, "gamma must be positive, got -1.0"),
         ("abmilp", {"positions": "grid"}, "positions must be bool or Sequence, got 'grid'"),
     ],
 )
