@@ -184,7 +184,7 @@ class ImagesSource(DenseSource):
         if not made:
             raise ValueError(left_out)
         test = torch.stack(made)
-        self._pixels = hashlib.sha256(test.numpy()).hexdigest()
+        self._pixels = hashlib.sha256(test.numpy().data).hexdigest()
         return DenseData(DenseImages(test[:0]), DenseImages(test), "images", left_out=left_out)
 
 
