@@ -1,5 +1,6 @@
 """``pretrain --masking attention_guided``: patches with the most [cls] attention of a teacher are masked."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from mimkernels.commands.pretrain.run import pretrain
 from mimkernels.commands.pretrain.teacher import Teacher
 from mimkernels.engine.checkpoint import load
+from mimkernels.engine.command import TrainingError
 from mimkernels.models import MAE
 from mimkernels.models.build import build_model
 from tests.commands.pretrain.test_run import assert_same_bits, losses, stop_after
@@ -66,6 +68,13 @@ def test_the_moving_average_chooses(tiny, seen):
     name = "blocks.0.attn.qkv.weight"
     between = (final["teacher"][name] - first.encoder.state_dict()[name]).norm()
     assert 0 < between < 0.02 * (final["model"][f"encoder.{name}"] - first.encoder.state_dict()[name]).norm()
+
+
+def test_attention_that_is_no_number_ends_the_run_in_a_line(tiny, monkeypatch):
+    patches = math.prod(build_model(tiny(**GUIDED).to_dict()).grid_size)
+    monkeypatch.setattr(Teacher, "scores", lambda self, images: torch.full((len(images), patches), math.nan))
+    with pytest.raises(TrainingError, match="scores that are numbers, got NaN .*: the attention of the enc"):
+        pretrain(tiny(**GUIDED))
 
 
 def test_another_run_chooses_and_stays_as_it_is(tiny, seen, tmp_path):
