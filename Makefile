@@ -56,14 +56,14 @@ gpu: ## on a machine with an NVIDIA GPU: all that one is needed for, 450 s (PYTH
 lint: $(LINTERS) $(TESTERS) ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc tests/emulation -type f -not -name "*.md" | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc tests/emulation tests/wide_cpu/*.cpp -type f -not -name "*.md" | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 	$(BIN)/mypy --strict --config-file= --follow-imports=silent --cache-dir=.mypy_cache/user tests/typing/user.py
 
 format: $(LINTERS) ## mend style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc tests/emulation -type f -not -name "*.md" | xargs $(BIN)/clang-format -i
+	find csrc tests/emulation tests/wide_cpu/*.cpp -type f -not -name "*.md" | xargs $(BIN)/clang-format -i
 
 # In an environment of its own without torch: docstrings are read, not imported.
 docs: $(SITE_TOOLS) ## build the site, build/site/index.html; warnings are errors

@@ -204,7 +204,7 @@ def positive(op: str, name: str, value: float) -> float:
     made = number(op, name, value)
     if made <= 0:
         raise ValueError(f"{op}: {name} must be positive, got {value}")
-    if made < LEAST:
+    if made <= LEAST / 2:  # 0 once it is rounded
         raise ValueError(f"{op}: {name} must be at least {LEAST:.8g}, the least of fp32, got {value}")
     return made
 

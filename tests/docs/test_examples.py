@@ -115,7 +115,8 @@ def test_command_exists(page, line):
     elif program == "python" and rest[:2] == ["-m", "benchmarks"]:
         assert rest[2] in tools()
     elif program == "python" and rest[0] == "-m":
-        assert (ROOT / (rest[1].replace(".", "/") + ".py")).is_file()
+        module = ROOT / rest[1].replace(".", "/")
+        assert module.with_suffix(".py").is_file() or (module / "__main__.py").is_file()
     elif program == "python":
         assert (ROOT / rest[0]).is_file()
     elif program == "pytest":

@@ -232,7 +232,7 @@ def test_a_damaged_run_names_its_whole_checkpoint(tiny, config, tmp_path):
     folder = tmp_path / "run" / "checkpoints"
     cut(folder / "final.pt")
     with pytest.raises(ValueError, match=r"final\.pt' cannot be read: .*as --model: .*step-00000004\.pt$"):
-        load_encoder(config(model=str(tmp_path / "run"), img_size=None, model_kwargs={}))
+        load_encoder(config(model=str(tmp_path / "run"), pretrained=True, img_size=None, model_kwargs={}))
 
 
 def test_a_checkpoint_of_another_trainer_may_hold_its_step_and_optimizer(config, tmp_path):
@@ -241,7 +241,7 @@ def test_a_checkpoint_of_another_trainer_may_hold_its_step_and_optimizer(config,
     )
     state = {f"module.{name}": weight for name, weight in model.mae_state_dict().items()}
     torch.save({"model": state, "optimizer": {}, "step": 5}, tmp_path / "mae.pth")
-    encoder = load_encoder(config(model=str(tmp_path / "mae.pth"), img_size=None, model_kwargs={}))
+    encoder = load_encoder(config(model=str(tmp_path / "mae.pth"), pretrained=True, img_size=None, model_kwargs={}))
     assert (encoder.dim, encoder.num_tokens) == (192, 5)
 
 
@@ -261,7 +261,7 @@ def test_a_checkpoint_without_a_needed_weight_says_which(config, tmp_path, missi
     del weights[missing]
     torch.save({"model": weights}, tmp_path / "mae.pth")
     with pytest.raises(ValueError, match=rf"mae\.pth': {found}"):
-        load_encoder(config(model=str(tmp_path / "mae.pth"), img_size=None, model_kwargs={}))
+        load_encoder(config(model=str(tmp_path / "mae.pth"), pretrained=True, img_size=None, model_kwargs={}))
 
 
 def test_saved_results_are_whole_json(config, tmp_path):
