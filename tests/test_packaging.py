@@ -375,7 +375,12 @@ def test_the_toolkit_that_torch_would_take_compiles_the_kernels(tree, variable):
         path.chmod(0o755)
     given = "/opt/nvcc" if variable == "CUDACXX" else str(toolkit)
     env = {name: value for name, value in os.environ.items() if name not in ("CUDA_HOME", "CUDA_PATH", "CUDACXX")}
-    env |= {"PATH": f"{tools}:{os.environ['PATH']}", "CUDA_HOME": str(toolkit), variable: given}
+    env |= {
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "MIMKERNELS_BUILD": "auto",
+        "CUDA_HOME": str(toolkit),
+        variable: given,
+    }
     if variable == "CUDA_PATH":
         del env["CUDA_HOME"]
     command = [sys.executable, "setup.py", "-q", "build_native", "--inplace", "--runnable"]
