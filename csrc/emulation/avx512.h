@@ -33,20 +33,27 @@ MIMKERNELS_EMULATED __m512 join(__m256 low, __m256 high) {
   return x;
 }
 
-template <typename Each, typename... Vectors>
-MIMKERNELS_EMULATED __m512 by_halves(const Each& each, Vectors... x) {
-  return join(each(split(x).low...), each(split(x).high...));
+struct WordHalves {
+  __m256i low;
+  __m256i high;
+};
+
+MIMKERNELS_EMULATED WordHalves split(__m512i x) {
+  WordHalves halves;
+  memcpy(&halves, &x, sizeof(x));
+  return halves;
 }
 
-// The same of integers.
-template <typename Each>
-MIMKERNELS_EMULATED __m512i words_by_halves(const Each& each, __m512i a, __m512i b) {
-  __m256i x[2], y[2];
-  memcpy(x, &a, sizeof(a));
-  memcpy(y, &b, sizeof(b));
-  for (int i = 0; i < 2; ++i) x[i] = each(x[i], y[i]);
-  memcpy(&a, x, sizeof(a));
-  return a;
+MIMKERNELS_EMULATED __m512i join(__m256i low, __m256i high) {
+  const WordHalves halves = {low, high};
+  __m512i x;
+  memcpy(&x, &halves, sizeof(x));
+  return x;
+}
+
+template <typename Each, typename... Vectors>
+MIMKERNELS_EMULATED auto by_halves(const Each& each, Vectors... x) {
+  return join(each(split(x).low...), each(split(x).high...));
 }
 
 // Two of the four 128-bit parts of a, and two of b.
@@ -70,13 +77,6 @@ MIMKERNELS_EMULATED __m256i cvtps(__m512 x) {
   const Halves halves = split(x);
   return _mm256_set_m128i(_mm256_cvtps_ph(halves.high, _MM_FROUND_TO_NEAREST_INT),
                           _mm256_cvtps_ph(halves.low, _MM_FROUND_TO_NEAREST_INT));
-}
-
-MIMKERNELS_EMULATED __m512i join(__m256i low, __m256i high) {
-  const __m256i halves[2] = {low, high};
-  __m512i x;
-  memcpy(&x, halves, sizeof(x));
-  return x;
 }
 
 MIMKERNELS_EMULATED __m512i widen_words(__m256i x) {
@@ -173,9 +173,6 @@ MIMKERNELS_EMULATED __m512 dpbf16(__m512 sum, __m512bh a, __m512bh b) {
 #define MIMKERNELS_BY_HALVES(intrinsic, ...) \
   mimkernels::emulation::avx512::by_halves(MIMKERNELS_HALVES(intrinsic), __VA_ARGS__)
 
-#define MIMKERNELS_WORDS_BY_HALVES(intrinsic, a, b) \
-  mimkernels::emulation::avx512::words_by_halves(MIMKERNELS_HALVES(intrinsic), a, b)
-
 #undef _mm512_maskz_cvtps_ph
 #undef _mm512_maskz_extractf32x8_ps
 #undef _mm512_maskz_shuffle_i32x4
@@ -187,14 +184,10 @@ MIMKERNELS_EMULATED __m512 dpbf16(__m512 sum, __m512bh a, __m512bh b) {
 #define _mm512_maskz_extractf32x8_ps(all, a, half)       \
   ((half) ? mimkernels::emulation::avx512::split(a).high \
           : mimkernels::emulation::avx512::split(a).low)
-#define _mm512_maskz_unpacklo_epi32(all, a, b) \
-  MIMKERNELS_WORDS_BY_HALVES(_mm256_unpacklo_epi32, a, b)
-#define _mm512_maskz_unpackhi_epi32(all, a, b) \
-  MIMKERNELS_WORDS_BY_HALVES(_mm256_unpackhi_epi32, a, b)
-#define _mm512_maskz_unpacklo_epi64(all, a, b) \
-  MIMKERNELS_WORDS_BY_HALVES(_mm256_unpacklo_epi64, a, b)
-#define _mm512_maskz_unpackhi_epi64(all, a, b) \
-  MIMKERNELS_WORDS_BY_HALVES(_mm256_unpackhi_epi64, a, b)
+#define _mm512_maskz_unpacklo_epi32(all, a, b) MIMKERNELS_BY_HALVES(_mm256_unpacklo_epi32, a, b)
+#define _mm512_maskz_unpackhi_epi32(all, a, b) MIMKERNELS_BY_HALVES(_mm256_unpackhi_epi32, a, b)
+#define _mm512_maskz_unpacklo_epi64(all, a, b) MIMKERNELS_BY_HALVES(_mm256_unpacklo_epi64, a, b)
+#define _mm512_maskz_unpackhi_epi64(all, a, b) MIMKERNELS_BY_HALVES(_mm256_unpackhi_epi64, a, b)
 #define _mm512_maskz_shuffle_i32x4(all, a, b, order) \
   mimkernels::emulation::avx512::shuffle_parts(a, b, order)
 #define _mm512_maskz_cvtepu16_epi32(all, a) mimkernels::emulation::avx512::widen_words(a)

@@ -276,12 +276,17 @@ inline void pack_tiles_transposed(const bf16* src, int64_t stride, int64_t count
 
 // L numbers of two rows in pairs.
 template <int L>
+MIMKERNELS_INLINE typename VecTypes<L>::U pair_up(typename VecTypes<L>::H even,
+                                                  typename VecTypes<L>::H odd) {
+  return widen<L>(even) | widen<L>(odd) << 16;
+}
+template <int L>
 MIMKERNELS_INLINE typename VecTypes<L>::U pair_up(const bf16* even, const bf16* odd) {
   typename VecTypes<L>::H low;
   typename VecTypes<L>::H high;
   memcpy(&low, even, sizeof(low));
   memcpy(&high, odd, sizeof(high));
-  return widen<L>(low) | widen<L>(high) << 16;
+  return pair_up<L>(low, high);
 }
 
 // B = `count` rows of `dim` features (a multiple of 8): a panel per 16 features, each

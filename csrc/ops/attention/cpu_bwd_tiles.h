@@ -82,7 +82,7 @@ MIMKERNELS_INLINE void take_queries(const bf16* src, int64_t stride, int64_t row
           memcpy(&odd, src + (row + 1) * stride + c, sizeof(odd));
           memcpy(dst + (row + 1) * dst_stride + c, &odd, sizeof(odd));
         }
-        square[i] = (SquareRow)(widen<8>(even) | widen<8>(odd) << 16);
+        square[i] = (SquareRow)pair_up<8>(even, odd);
       }
       if (columns == nullptr) continue;
       transpose_square(square);
