@@ -112,6 +112,26 @@ class Kernels:
     def counter(self, name: str) -> int:
         return self.processor.counter(name)
 
+    def runs_of(self, body) -> list[tuple[int, str, list[str]]]:
+        """How often each straight run of instructions of the kernels that ``body()`` calls is executed, and in what."""
+        visits = (ctypes.c_uint64 * (self.library.stat().st_size + (1 << 20)))()  # by address
+        where = {"visits_from": self.base, "visits_size": len(visits), "visits": ctypes.addressof(visits)}
+        for name, value in where.items():
+            ctypes.c_uint64.in_dll(self.processor.native, name).value = value
+        self.count(body)
+        ctypes.c_uint64.in_dll(self.processor.native, "visits").value = 0
+        runs: list[tuple[int, str, list[str]]] = []
+        function = ""
+        for line in output_of("objdump", "-d", "-C", "-w", "--no-show-raw-insn", self.library):
+            if line.endswith(">:"):
+                function = line.partition("<")[2][:-2]
+            at, found, instruction = line.partition(":\t")
+            times = visits[int(at, 16)] if found else 0
+            if not runs or (times, function) != runs[-1][:2]:
+                runs.append((times, function, []))
+            runs[-1][2].append(instruction.strip())
+        return [run for run in runs if run[0]]
+
     def count(self, body) -> int:
         """Instructions of the kernels that ``body()`` calls, all of a loop in one range."""
         switch = ctypes.c_int.in_dll(self.processor.native, "count_instructions")

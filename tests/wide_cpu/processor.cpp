@@ -51,6 +51,8 @@ int count_instructions = 0;
 uint8_t* pool = nullptr;
 uint64_t pool_used = 0;
 void* given_back[64] = {};  // by size; each holds the next
+uint64_t* visits = nullptr;  // of the instruction at each address from visits_from on
+uint64_t visits_from = 0, visits_size = 0;
 uint64_t instructions = 0, tile_instructions = 0, conversions = 0, system_calls = 0;
 
 // What kernels allocate with. Not the heap: while the guest is in the middle of changing that, Bochs
@@ -128,7 +130,12 @@ void on_exception(void*, uint32_t, uint32_t vector, uint32_t) {
   stop(cpu);
 }
 
-void on_instruction(void*, uint32_t, void*) { ++instructions; }
+void on_instruction(void*, uint32_t, void*) {
+  ++instructions;
+  if (visits == nullptr) return;
+  const uint64_t at = get_rip(cpu) - visits_from;
+  if (at < visits_size) ++visits[at];
+}
 
 uint32_t rounded(uint32_t bits) {
   if ((bits & 0x7f800000u) == 0) return bits >> 16 & 0x8000u;
