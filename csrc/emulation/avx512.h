@@ -180,7 +180,7 @@ MIMKERNELS_EMULATED __m512 dpbf16(__m512 sum, __m512bh a, __m512bh b) {
 #define _mm512_fnmadd_ps(a, b, c) MIMKERNELS_BY_HALVES(_mm256_fnmadd_ps, a, b, c)
 #define _mm512_maskz_max_ps(all, a, b) MIMKERNELS_BY_HALVES(_mm256_max_ps, a, b)
 #define _mm512_maskz_min_ps(all, a, b) MIMKERNELS_BY_HALVES(_mm256_min_ps, a, b)
-#define _mm512_maskz_sqrt_ps(all, a) MIMKERNELS_BY_HALVES(_mm256_sqrt_ps, a)
+#define _mm512_maskz_rsqrt14_ps(all, a) (1.0f / MIMKERNELS_BY_HALVES(_mm256_sqrt_ps, a))
 #define _mm512_maskz_extractf32x8_ps(all, a, half)       \
   ((half) ? mimkernels::emulation::avx512::split(a).high \
           : mimkernels::emulation::avx512::split(a).low)
@@ -201,9 +201,11 @@ MIMKERNELS_EMULATED __m512 dpbf16(__m512 sum, __m512bh a, __m512bh b) {
 #if defined(MIMKERNELS_EMULATE_AVX512_BF16)
 #define _mm512_cvtneps_pbh(a) mimkernels::emulation::avx512::cvtne<__m256bh>(a)
 #define _mm512_cvtne2ps_pbh(high, low) mimkernels::emulation::avx512::cvtne<__m512bh>(low, high)
-#define _mm256_cvtne2ps_pbh(high, low) mimkernels::emulation::avx512::cvtne<__m256bh>(low, high)
+#undef _mm512_maskz_extracti64x4_epi64
+#define _mm512_maskz_extracti64x4_epi64(all, a, half)    \
+  ((half) ? mimkernels::emulation::avx512::split(a).high \
+          : mimkernels::emulation::avx512::split(a).low)
 #define _mm512_permutexvar_epi16(order, a) mimkernels::emulation::avx512::permute(order, a)
-#define _mm256_permutexvar_epi16(order, a) mimkernels::emulation::avx512::permute(order, a)
 #define _mm512_dpbf16_ps(sum, a, b) mimkernels::emulation::avx512::dpbf16(sum, a, b)
 #define __AVX512BF16__ 1
 #endif

@@ -256,7 +256,7 @@ class ScoreStart {
 // the same, so that its heads share them.
 class Distances {
  public:
-  static constexpr int64_t kKeptTokens = 272;
+  static constexpr int64_t kKeptTokens = 640;
 
   Distances(const Positions& positions, int64_t tokens, int64_t num_prefix, int64_t block_rows)
       : positions_(positions),
@@ -311,16 +311,36 @@ class Distances {
       memset(dst + begin, 0, static_cast<size_t>(end - begin) * sizeof(float));
       return;
     }
+    switch (positions_.dims) {
+      case 1:
+        fill_as<1>(i, begin, end, dst);
+        break;
+      case 2:
+        fill_as<2>(i, begin, end, dst);
+        break;
+      default:
+        fill_as<3>(i, begin, end, dst);
+    }
+    for (int64_t j = begin; j < min_of(end, num_prefix_); ++j) dst[j] = 0.0f;
+  }
+
+  template <int kDims>
+  void fill_as(int64_t i, int64_t begin, int64_t end, float* dst) const {
+    const float* points[kDims];
+    Floats here[kDims];
+    for (int d = 0; d < kDims; ++d) {
+      points[d] = points_ + d * stride_;
+      here[d] = splat(points[d][i]);
+    }
     for (int64_t j = begin; j < end; j += kLanes) {
       Floats square = {};
-      for (int d = 0; d < positions_.dims; ++d) {
-        const float* x = points_ + d * stride_;
-        const Floats step = load_floats(x + j) - splat(x[i]);
-        square = mul_add(step, step, square);
+      MIMKERNELS_UNROLL
+      for (int d = 0; d < kDims; ++d) {
+        const Floats step = load_floats(points[d] + j) - here[d];
+        square = d == 0 ? step * step : mul_add(step, step, square);
       }
       store_floats(dst + j, root(square));
     }
-    for (int64_t j = begin; j < min_of(end, num_prefix_); ++j) dst[j] = 0.0f;
   }
 
   Positions positions_;

@@ -189,19 +189,24 @@ void multiply_all_tiles(const TileProduct& all, int64_t row_tiles, int64_t colum
 // A row that is not there.
 alignas(64) constexpr bf16 kNoRow[kMaxDim] = {};
 
-// dst[pair, row] = pair `pair` of row `row`, from a feature on: 16 pairs of 16 rows.
-MIMKERNELS_INLINE void transpose_pairs(const bf16* const (&rows)[kTileRows], int64_t feature,
-                                       bf16* dst) {
+// 16 words, each a pair of bf16.
+struct WordRow {
+  static constexpr int kParts = 16 / kLanes;
+  Words part[kParts];
+};
+
+// 16 x 16 words, transposed in registers.
+MIMKERNELS_INLINE void transpose_words(WordRow (&rows)[16]) {
 #if defined(__AVX512F__)
   // Words, two words, 128 bits of two rows at a time.
   __m512i a[16];
   __m512i b[16];
   MIMKERNELS_UNROLL
-  for (int i = 0; i < 16; ++i) memcpy(&a[i], rows[i] + feature, sizeof(a[i]));
-  MIMKERNELS_UNROLL
   for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_maskz_unpacklo_epi32(0xffff, a[i], a[i + 1]);
-    b[i + 1] = _mm512_maskz_unpackhi_epi32(0xffff, a[i], a[i + 1]);
+    const __m512i even = (__m512i)rows[i].part[0];
+    const __m512i odd = (__m512i)rows[i + 1].part[0];
+    b[i] = _mm512_maskz_unpacklo_epi32(0xffff, even, odd);
+    b[i + 1] = _mm512_maskz_unpackhi_epi32(0xffff, even, odd);
   }
   MIMKERNELS_UNROLL
   for (int i = 0; i < 16; ++i) {
@@ -209,7 +214,7 @@ MIMKERNELS_INLINE void transpose_pairs(const bf16* const (&rows)[kTileRows], int
     a[i] = i % 2 == 0 ? _mm512_maskz_unpacklo_epi64(0xff, b[first], b[first + 2])
                       : _mm512_maskz_unpackhi_epi64(0xff, b[first], b[first + 2]);
   }
-  // a[4 r + c] has pairs c, 4 + c, 8 + c, 12 + c of rows 4 r to 4 r + 3.
+  // a[4 r + c] has words c, 4 + c, 8 + c, 12 + c of rows 4 r to 4 r + 3.
   MIMKERNELS_UNROLL
   for (int c = 0; c < 4; ++c) {
     MIMKERNELS_UNROLL
@@ -223,25 +228,36 @@ MIMKERNELS_INLINE void transpose_pairs(const bf16* const (&rows)[kTileRows], int
     for (int i = 0; i < 4; ++i) {
       const __m512i top = b[i % 2 * 4 + c];
       const __m512i low = b[8 + i % 2 * 4 + c];
-      const __m512i pairs = i < 2 ? _mm512_maskz_shuffle_i32x4(0xffff, top, low, 0x88)
-                                  : _mm512_maskz_shuffle_i32x4(0xffff, top, low, 0xdd);
-      memcpy(dst + (4 * i + c) * 2 * kTileColumns, &pairs, sizeof(pairs));
+      rows[4 * i + c].part[0] = (Words)(i < 2 ? _mm512_maskz_shuffle_i32x4(0xffff, top, low, 0x88)
+                                              : _mm512_maskz_shuffle_i32x4(0xffff, top, low, 0xdd));
     }
   }
 #else
-  for (int64_t j = 0; j < kTileRows; j += kSquare) {
-    for (int64_t c = 0; c < kTileDepth / 2; c += kSquare) {
+  static_assert(kLanes == kSquare);
+  WordRow out[16];
+  for (int r = 0; r < WordRow::kParts; ++r) {
+    for (int c = 0; c < WordRow::kParts; ++c) {
       SquareRow square[kSquare];
-      for (int i = 0; i < kSquare; ++i) {
-        memcpy(&square[i], rows[j + i] + feature + 2 * c, sizeof(square[i]));
-      }
+      for (int i = 0; i < kSquare; ++i) square[i] = (SquareRow)rows[r * kSquare + i].part[c];
       transpose_square(square);
-      for (int i = 0; i < kSquare; ++i) {
-        memcpy(dst + (c + i) * 2 * kTileColumns + 2 * j, &square[i], sizeof(square[i]));
-      }
+      for (int i = 0; i < kSquare; ++i) out[c * kSquare + i].part[r] = (Words)square[i];
     }
   }
+  for (int i = 0; i < 16; ++i) rows[i] = out[i];
 #endif
+}
+
+// dst[pair, row] = pair `pair` of row `row`, from a feature on: 16 pairs of 16 rows.
+MIMKERNELS_INLINE void transpose_pairs(const bf16* const (&rows)[kTileRows], int64_t feature,
+                                       bf16* dst) {
+  WordRow words[kTileRows];
+  MIMKERNELS_UNROLL
+  for (int i = 0; i < kTileRows; ++i) memcpy(&words[i], rows[i] + feature, sizeof(words[i]));
+  transpose_words(words);
+  MIMKERNELS_UNROLL
+  for (int i = 0; i < kTileRows; ++i) {
+    memcpy(dst + i * 2 * kTileColumns, &words[i], sizeof(words[i]));
+  }
 }
 
 // B = the transpose of `count` rows of `dim` features (multiples of 8): a panel per 16 rows, each
@@ -312,6 +328,15 @@ inline void pack_tiles_rows(const bf16* src, int64_t stride, int64_t count, int6
     memcpy(to, &pairs, sizeof(pairs));
     memset(to + kTileColumns, 0, kTileColumns * sizeof(bf16));
   }
+}
+
+// A row of A: `dim` features, a multiple of 8.
+MIMKERNELS_INLINE void copy_features(const bf16* src, int64_t dim, bf16* dst) {
+  int64_t c = 0;
+  for (; c + kTileDepth <= dim; c += kTileDepth) {
+    memcpy(dst + c, src + c, kTileDepth * sizeof(bf16));
+  }
+  for (; c < dim; c += 8) memcpy(dst + c, src + c, 8 * sizeof(bf16));
 }
 
 // dst = src * scale, as P is rounded; dim is a multiple of 8.

@@ -97,7 +97,8 @@ MIMKERNELS_INLINE Floats load_step(const T* src, int64_t stride, int64_t rows, i
   }
 }
 
-// Weights of a product, rounded.
+// Weights of a product as it reads them: bf16, rounded, or fp32.
+MIMKERNELS_INLINE void store_weights(float* dst, Floats value) { store_floats(dst, value); }
 MIMKERNELS_INLINE void store_weights(bf16* dst, Floats value) {
 #if defined(__AVX512BF16__)
   const __m512 lanes = (__m512)value;
@@ -106,6 +107,20 @@ MIMKERNELS_INLINE void store_weights(bf16* dst, Floats value) {
 #else
   store_part<kLanes>(dst, value);
 #endif
+}
+
+// The weights of several registers.
+template <typename E, int kCount>
+MIMKERNELS_INLINE void store_weights(E* dst, const Floats (&values)[kCount]) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<E, bf16> && kCount == 2) {
+    const __m512bh bits = _mm512_cvtne2ps_pbh((__m512)values[1], (__m512)values[0]);
+    memcpy(dst, &bits, sizeof(bits));
+    return;
+  }
+#endif
+  MIMKERNELS_UNROLL
+  for (int i = 0; i < kCount; ++i) store_weights(dst + i * kLanes, values[i]);
 }
 
 }  // namespace mimkernels::MIMKERNELS_ISA

@@ -14,6 +14,8 @@ namespace mimkernels::MIMKERNELS_ISA {
 // Accumulators, one row of B and one element of A fill the 16 registers of AVX2 (32 of AVX-512).
 constexpr int kRowTile = kLanes == 16 ? 8 : 6;
 constexpr int kPanel = 2 * kLanes;
+// Registers that a pass over a row takes at a time.
+constexpr int kAtOnce = kLanes == 16 ? 2 : 1;
 constexpr int64_t kMaxDim = 128;
 // Between rows of features. An odd number of half cache lines: rows fall into different cache sets.
 constexpr int64_t kDimStride = kMaxDim + 8;

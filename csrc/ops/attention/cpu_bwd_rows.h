@@ -46,13 +46,15 @@ MIMKERNELS_INLINE float probability_row(const ScoreRow& row, const RowCoef& coef
   const Floats low = splat(row.lse_low);
   const Floats centre = splat(row.centre);
   const Floats scale = splat(row.scale);
+  using Exp = std::conditional_t<kMatrixTiles, ShortExp, PlainExp>;
+  const Exp exp(1.0f);
   Floats sum = {};
   const auto step = [&](int64_t j, Floats c, Floats a) MIMKERNELS_LAMBDA_INLINE {
     Floats score = load_floats(s + j);
     if constexpr (kStart) score = mul_add(score, scale, load_floats(row.start + j));
-    Floats log_p;
+    Floats log_p;  // in units of Exp::kUnit
     const Floats less = (score - shift) - low;
-    const Floats p = kMatrixTiles ? exp_short(less, log_p) : exp_clamped(less, log_p);
+    const Floats p = exp(less, log_p);
     Floats t = load_floats(dp + j) - centre;
     sum = mul_add(p, t, sum);
     store_floats(s + j, p);
@@ -65,13 +67,20 @@ MIMKERNELS_INLINE float probability_row(const ScoreRow& row, const RowCoef& coef
     for (; j < row.prefix; j += kLanes) {
       const Ints patch =
           (Ints)(lane_numbers(static_cast<int32_t>(j)) >= static_cast<int32_t>(row.prefix));
-      step(j, choose_lanes(patch, splat(coef.c_patch), splat(coef.c_prefix)),
-           choose_lanes(patch, splat(coef.a_patch), splat(coef.a_prefix)));
+      step(
+          j, choose_lanes(patch, splat(coef.c_patch), splat(coef.c_prefix)),
+          choose_lanes(patch, splat(coef.a_patch * Exp::kUnit), splat(coef.a_prefix * Exp::kUnit)));
     }
   }
   const Floats c = splat(coef.c_patch);
-  const Floats a = splat(coef.a_patch);
-  for (; j < row.padded; j += kLanes) step(j, c, a);
+  const Floats a = splat(coef.a_patch * Exp::kUnit);
+  for (; j + kAtOnce * kLanes <= row.padded; j += kAtOnce * kLanes) {
+    MIMKERNELS_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) step(j + i * kLanes, c, a);
+  }
+  if constexpr (kAtOnce > 1) {
+    for (; j < row.padded; j += kLanes) step(j, c, a);
+  }
   return add_lanes(sum);
 }
 
@@ -152,6 +161,7 @@ class PassWorker {
         pass_(pass),
         blocks_(s_.keys, kBlockKeys, panel),
         distances_(params.positions, s_.keys, params.num_prefix, 1),
+        most_rows_(most_rows),
         table_(s_, pass.table, most_rows) {}
 
   // `stride` floats hold a row of scores.
@@ -159,6 +169,7 @@ class PassWorker {
     mask_row_ = arena_.floats(blocks_.size + kPanel);
     bias_row_ = arena_.floats(kRoundsScores && ScoreStart::makes_rows(s_) ? stride + kPanel : 0);
     cosines_ = arena_.floats(sums_scale() ? 2 * stride : 0);
+    centres_ = arena_.floats(blocks_.blocks > 1 ? most_rows_ : 0);
     start_.allocate(arena_);
     distances_.allocate(arena_);
     table_.allocate(arena_);
@@ -170,6 +181,7 @@ class PassWorker {
     group_ = task / pass_.chunks;
     chunk_ = task % pass_.chunks;
     const int64_t members = pass_.groups.members(group_);
+    begin_ = begin;
     if (pass_.table) table_.open(begin, end - begin);
     for (int64_t member = 0; member < members; ++member) {
       b_ = pass_.groups.image(group_, member);
@@ -217,6 +229,16 @@ class PassWorker {
     return start_.rows_of(query, 1, 0, count, bias_row_, 0).first;
   }
 
+  // delta of a row, which is kept from block to block.
+  float centre_of(int64_t row, int64_t index, int64_t block) {
+    if (pass_.delta != nullptr) return pass_.delta[index];
+    if (block > 0) return centres_[row - begin_];
+    const float centre =
+        dot_row(head_at<T>(p_.dout, b_, h_, row), head_at<T>(p_.out, b_, h_, row), s_.dim);
+    if (blocks_.blocks > 1) centres_[row - begin_] = centre;
+    return centre;
+  }
+
   // P and t of one row of scores and dP, dS being P (t - rest) + P own at the row's own key.
   struct RowEnd {
     float rest = 0.0f;
@@ -239,9 +261,7 @@ class PassWorker {
     scores.lse_low = p_.lse_low[index];
     // P dP are summed about delta as out has it: rounding is relative to what is left, and that P
     // sums to 1 only nearly costs nothing.
-    scores.centre = pass_.delta != nullptr ? pass_.delta[index]
-                                           : dot_row(head_at<T>(p_.dout, b_, h_, row),
-                                                     head_at<T>(p_.out, b_, h_, row), s_.dim);
+    scores.centre = centre_of(row, index, block);
     RowEnd end;
     if (!p_.has_coef) {
       end.rest = probability_row<kStart, false, false>(scores, {});
@@ -307,6 +327,7 @@ class PassWorker {
   const Pass& pass_;
   KeyBlocks blocks_;
   Distances distances_;
+  int64_t most_rows_;
   ScoreStart start_{s_};
   TableSums table_;
   Arena arena_;
@@ -338,7 +359,9 @@ class PassWorker {
     }
   }
 
+  int64_t begin_ = 0;         // the first row of the task
   float* cosines_ = nullptr;  // q . k of a row or two
+  float* centres_ = nullptr;
 };
 
 }  // namespace mimkernels::MIMKERNELS_ISA

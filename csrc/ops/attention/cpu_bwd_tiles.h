@@ -26,38 +26,47 @@ class TileBackward;
 
 // ---- rounding ----
 
-// Words whose low half is a number of `even`, rounded, and whose high half is one of `odd`.
-template <int L>
-MIMKERNELS_INLINE typename VecTypes<L>::U round_pairs(typename VecTypes<L>::F even,
-                                                      typename VecTypes<L>::F odd) {
 #if defined(__AVX512BF16__)
-  typename VecTypes<2 * L>::H order;
+// The numbers of two registers, rounded, one after the other; and these in pairs.
+MIMKERNELS_INLINE __m512i round_both(Floats even, Floats odd) {
+  return (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+}
+MIMKERNELS_INLINE Words pair_halves(__m512i both) {
+  VecTypes<32>::H order;
   MIMKERNELS_UNROLL
-  for (int i = 0; i < 2 * L; ++i) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * L);
-  if constexpr (L == 16) {
-    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
-    return (typename VecTypes<L>::U)_mm512_permutexvar_epi16((__m512i)order, halves);
-  } else {
-    const __m256i halves = (__m256i)_mm256_cvtne2ps_pbh((__m256)odd, (__m256)even);
-    return (typename VecTypes<L>::U)_mm256_permutexvar_epi16((__m256i)order, halves);
-  }
+  for (int i = 0; i < 32; ++i) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 16);
+  return (Words)_mm512_permutexvar_epi16((__m512i)order, both);
+}
+#endif
+
+// Numbers of `even`, rounded, in the low halves of words, those of `odd` in the high ones.
+MIMKERNELS_INLINE Words round_pairs(Floats even, Floats odd) {
+#if defined(__AVX512BF16__)
+  return pair_halves(round_both(even, odd));
 #else
-  return to_bf16_words<L>(even) | to_bf16_words<L>(odd) << 16;
+  return to_bf16_words<kLanes>(even) | to_bf16_words<kLanes>(odd) << 16;
 #endif
 }
 
 // Two rows of weights, rounded: one register of each as a row of A, and both as pairs of B.
 MIMKERNELS_INLINE void store_weight_pairs(Floats even, Floats odd, bf16* pairs, bf16* even_row,
                                           bf16* odd_row) {
-  const Words words = round_pairs<kLanes>(even, odd);
-  memcpy(pairs, &words, sizeof(words));
+#if defined(__AVX512BF16__)
+  const __m512i both = round_both(even, odd);
+  const Words words = pair_halves(both);
+  const __m256i low = _mm512_maskz_extracti64x4_epi64(0xf, both, 0);
+  const __m256i high = _mm512_maskz_extracti64x4_epi64(0xf, both, 1);
+  memcpy(even_row, &low, sizeof(low));
+  memcpy(odd_row, &high, sizeof(high));
+#else
+  const Words words = round_pairs(even, odd);
   store_weights(even_row, even);
   store_weights(odd_row, odd);
+#endif
+  memcpy(pairs, &words, sizeof(words));
 }
 
 // ---- transposes ----
-
-static_assert(kSquare == 8);
 
 // 32 queries of `dim` features, of which there are `rows`: as rows of A, dst_stride apart, and
 // transposed, a feature to a row, columns_stride apart, those that are missing 0. No columns if
@@ -65,31 +74,35 @@ static_assert(kSquare == 8);
 MIMKERNELS_INLINE void take_queries(const bf16* src, int64_t stride, int64_t rows, int64_t dim,
                                     bf16* dst, int64_t dst_stride, bf16* columns,
                                     int64_t columns_stride) {
-  using Halves = typename VecTypes<8>::H;
-  for (int64_t first = 0; first < kTileDepth; first += 2 * kSquare) {
-    for (int64_t c = 0; c < dim; c += 8) {
-      SquareRow square[kSquare];
-      MIMKERNELS_UNROLL
-      for (int i = 0; i < kSquare; ++i) {
-        const int64_t row = first + 2 * i;
-        Halves even = {};
-        Halves odd = {};
-        if (row < rows) {
-          memcpy(&even, src + row * stride + c, sizeof(even));
-          memcpy(dst + row * dst_stride + c, &even, sizeof(even));
+  const bf16* from[kTileDepth];
+  for (int64_t i = 0; i < kTileDepth; ++i) {
+    from[i] = i < rows ? src + i * stride : kNoRow;
+    if (i < rows) copy_features(from[i], dim, dst + i * dst_stride);
+  }
+  if (columns == nullptr) return;
+  for (int64_t c = 0; c < dim; c += 16) {
+    WordRow words[16];
+    const bool whole = dim - c >= 16;
+    MIMKERNELS_UNROLL
+    for (int i = 0; i < 16; ++i) {
+      const bf16* const even = from[2 * i] + c;
+      const bf16* const odd = from[2 * i + 1] + c;
+      if (whole) {
+        MIMKERNELS_UNROLL
+        for (int k = 0; k < WordRow::kParts; ++k) {
+          words[i].part[k] = pair_up<kLanes>(even + k * kLanes, odd + k * kLanes);
         }
-        if (row + 1 < rows) {
-          memcpy(&odd, src + (row + 1) * stride + c, sizeof(odd));
-          memcpy(dst + (row + 1) * dst_stride + c, &odd, sizeof(odd));
-        }
-        square[i] = (SquareRow)pair_up<8>(even, odd);
+      } else {
+        const typename VecTypes<8>::U half = pair_up<8>(even, odd);
+        words[i] = {};
+        memcpy(&words[i], &half, sizeof(half));
       }
-      if (columns == nullptr) continue;
-      transpose_square(square);
-      MIMKERNELS_UNROLL
-      for (int i = 0; i < kSquare; ++i) {
-        memcpy(columns + (c + i) * columns_stride + first, &square[i], sizeof(square[i]));
-      }
+    }
+    transpose_words(words);
+    MIMKERNELS_UNROLL
+    for (int i = 0; i < 16; ++i) {
+      if (i >= 8 && !whole) break;
+      memcpy(columns + (c + i) * columns_stride, &words[i], sizeof(words[i]));
     }
   }
 }
@@ -97,23 +110,32 @@ MIMKERNELS_INLINE void take_queries(const bf16* src, int64_t stride, int64_t row
 // dst[j, :] = scale * src[:, j] for `count` columns j of src, which is padded to tiles.
 MIMKERNELS_INLINE void write_transposed(const float* src, int64_t src_stride, int64_t count,
                                         int64_t dim, float scale, bf16* dst, int64_t stride) {
-  for (int64_t j = 0; j < count; j += kSquare) {
-    const int64_t rows = min_of(count - j, kSquare);
-    for (int64_t c = 0; c < dim; c += 2 * kSquare) {
-      SquareRow square[kSquare];
+  for (int64_t j = 0; j < count; j += kTileColumns) {
+    const int64_t rows = min_of(count - j, kTileColumns);
+    for (int64_t c = 0; c < dim; c += kTileDepth) {
+      const int64_t features = min_of(dim - c, kTileDepth);
+      const float* const from = src + c * src_stride + j;
+      WordRow words[16];
       MIMKERNELS_UNROLL
-      for (int64_t i = 0; i < kSquare; ++i) {
-        const float* from = src + (c + 2 * i) * src_stride + j;
-        square[i] = (SquareRow)round_pairs<kSquare>(load_part<kSquare>(from) * scale,
-                                                    load_part<kSquare>(from + src_stride) * scale);
+      for (int i = 0; i < 16; ++i) {
+        const float* const even = from + 2 * i * src_stride;
+        MIMKERNELS_UNROLL
+        for (int k = 0; k < WordRow::kParts; ++k) {
+          words[i].part[k] = i >= 8 && features <= kTileRows
+                                 ? Words{}
+                                 : round_pairs(load_floats(even + k * kLanes) * scale,
+                                               load_floats(even + src_stride + k * kLanes) * scale);
+        }
       }
-      transpose_square(square);
+      transpose_words(words);
       for (int64_t i = 0; i < rows; ++i) {
         bf16* const to = dst + (j + i) * stride + c;
-        if (dim - c < 2 * kSquare) {
-          memcpy(to, &square[i], sizeof(SquareRow) / 2);
+        if (features == kTileDepth) {
+          memcpy(to, &words[i], sizeof(words[i]));
         } else {
-          memcpy(to, &square[i], sizeof(SquareRow));
+          for (int64_t f = 0; f < features; f += 8) {
+            memcpy(to + f, reinterpret_cast<const bf16*>(&words[i]) + f, 8 * sizeof(bf16));
+          }
         }
       }
     }
@@ -343,7 +365,7 @@ class TileBackward : PassWorker<bf16> {
         odd_ds = choose_lanes(there, odd_ds, (Floats){});
       }
       const int64_t at = j / kTileColumns * panel + j % kTileColumns * 2;
-      const Words weights = round_pairs<kLanes>(even, odd);
+      const Words weights = round_pairs(even, odd);
       memcpy(p_pairs + at, &weights, sizeof(weights));
       store_weight_pairs(even_ds, odd_ds, ds_pairs + at, ds_rows + j, ds_rows + row_stride + j);
     };

@@ -52,101 +52,88 @@ enum RowField {
   kFields
 };
 
-struct RowSums {
-  float sum = 0.0f;
-  float expected = 0.0f;
-  float patch_sum = 0.0f;
-  float patch_expected = 0.0f;
-  float far = 0.0f;
+// Lanes of the sums over keys of one row: of p; of p x over the prefix keys and over the others, the
+// patch keys; of p over either; of p * distance.
+struct RowLanes {
+  Floats sum = {};
+  Floats prefix_sum = {};
+  Floats prefix_expected = {};
+  Floats patch_sum = {};
+  Floats patch_expected = {};
+  Floats far = {};
+
+  MIMKERNELS_INLINE void operator+=(const RowLanes& other) {
+    sum += other.sum;
+    prefix_sum += other.prefix_sum;
+    prefix_expected += other.prefix_expected;
+    patch_sum += other.patch_sum;
+    patch_expected += other.patch_expected;
+    far += other.far;
+  }
 };
 
-// Replaces the scores s of one row by p = exp(s - top), and leaves x = s - top if kExpect; with
-// kShort, s is still to be multiplied by `scale`. Apart from the sums: chains of dependent
-// instructions that wait for each other must be short. The weights of a product of bf16 are p,
-// rounded; other products read s.
-template <bool kExpect, bool kShort, typename E>
-MIMKERNELS_INLINE void exp_row(float* s, float* x, E* weights, int64_t padded, float top,
-                               float scale) {
-  const Floats shift = splat(top);
-  [[maybe_unused]] const Floats factor = splat(scale);
-  for (int64_t j = 0; j < padded; j += kLanes) {
-    Floats clamped;
-    Floats less = load_floats(s + j);
-    if constexpr (kShort) less *= factor;
-    less -= shift;
-    const Floats p = kShort ? exp_short(less, clamped) : exp_clamped(less, clamped);
-    store_floats(s + j, p);
-    if constexpr (kExpect) store_floats(x + j, clamped);
-    if constexpr (kDepth<E> > 1) store_weights(weights + j, p);
-  }
-}
-
-// The sums of some keys of one row: p, p x, both over the patch keys too, p * distance. The first
-// `prefix` are prefix keys. The sum of p does not depend on where they end.
-template <bool kExpect, bool kPatch, bool kFarther>
-MIMKERNELS_INLINE RowSums sum_keys(const float* p, const float* x, const float* distance,
-                                   int64_t padded, int64_t prefix) {
-  Floats sum = {}, before = {}, patch_sum = {}, patch_expected = {}, far = {};
-  int64_t j = 0;
-  if constexpr (kExpect || kPatch) {
-    // The registers that hold prefix keys, the last of them perhaps patch keys too.
-    for (; j < prefix; j += kLanes) {
-      const Floats p_j = load_floats(p + j);
-      sum += p_j;
-      const Ints is_patch =
-          (Ints)(lane_numbers(static_cast<int32_t>(j)) >= static_cast<int32_t>(prefix));
-      const Floats patch_p = choose_lanes(is_patch, p_j, (Floats){});
-      if constexpr (kPatch) patch_sum += patch_p;
-      if constexpr (kExpect) {
-        before = mul_add(p_j - patch_p, load_floats(x + j), before);
-        patch_expected = mul_add(patch_p, load_floats(x + j), patch_expected);
-      }
-      if constexpr (kFarther) far = mul_add(p_j, load_floats(distance + j), far);
-    }
-  }
-  for (; j < padded; j += kLanes) {
-    const Floats p_j = load_floats(p + j);
-    sum += p_j;
-    if constexpr (kPatch) patch_sum += p_j;
-    if constexpr (kExpect) patch_expected = mul_add(p_j, load_floats(x + j), patch_expected);
-    if constexpr (kFarther) far = mul_add(p_j, load_floats(distance + j), far);
-  }
-  RowSums out;
-  out.sum = add_lanes(sum);
-  if constexpr (kPatch) out.patch_sum = add_lanes(patch_sum);
-  if constexpr (kExpect) out.patch_expected = add_lanes(patch_expected);
-  if constexpr (kExpect) out.expected = out.patch_expected + add_lanes(before);
-  if constexpr (kFarther) out.far = add_lanes(far);
-  return out;
-}
-
 // Keys whose sums are taken at a time: a lane adds few numbers, so that rounding errors stay small.
-constexpr int64_t kSumKeys = kLanes < 8 ? 64 : 256;
+constexpr int64_t kSumKeys = kLanes < 8 ? 64 : 32 * kLanes;
 
-template <bool kExpect, bool kPatch, bool kFarther>
-MIMKERNELS_INLINE RowSums sum_row(const float* p, const float* x, const float* distance,
-                                  int64_t padded, int64_t prefix) {
-  RowSums total;
+// The weights p = exp(s - top) of scores s, which they may replace, and their sums, x being what `exp`
+// says. The first `prefix` keys are prefix keys; the sum of p does not depend on how many.
+template <bool kExpect, bool kPatch, bool kFarther, typename Exp, typename E>
+MIMKERNELS_INLINE RowLanes weigh_keys(const float* s, E* weights, const float* distance,
+                                      int64_t padded, int64_t prefix, Floats top, const Exp& exp) {
+  RowLanes lanes;
+  int64_t j = 0;
+  // The registers that hold prefix keys, the last of them perhaps patch keys too.
+  for (; j < prefix; j += kLanes) {
+    Floats x;
+    const Floats p = exp(load_floats(s + j) - top, x);
+    store_weights(weights + j, p);
+    lanes.sum += p;
+    const Ints is_patch =
+        (Ints)(lane_numbers(static_cast<int32_t>(j)) >= static_cast<int32_t>(prefix));
+    const Floats patch_p = choose_lanes(is_patch, p, (Floats){});
+    lanes.prefix_sum += p - patch_p;
+    if constexpr (kPatch) lanes.patch_sum += patch_p;
+    if constexpr (kExpect) {
+      lanes.prefix_expected = mul_add(p - patch_p, x, lanes.prefix_expected);
+      lanes.patch_expected = mul_add(patch_p, x, lanes.patch_expected);
+    }
+    if constexpr (kFarther) lanes.far = mul_add(p, load_floats(distance + j), lanes.far);
+  }
+  const auto visit = [&](auto count) MIMKERNELS_LAMBDA_INLINE {
+    Floats p[count.value];
+    MIMKERNELS_UNROLL
+    for (int i = 0; i < count.value; ++i) {
+      Floats x;
+      p[i] = exp(load_floats(s + j + i * kLanes) - top, x);
+      lanes.sum += p[i];
+      if constexpr (kPatch) lanes.patch_sum += p[i];
+      if constexpr (kExpect) lanes.patch_expected = mul_add(p[i], x, lanes.patch_expected);
+      if constexpr (kFarther) {
+        lanes.far = mul_add(p[i], load_floats(distance + j + i * kLanes), lanes.far);
+      }
+    }
+    store_weights(weights + j, p);
+    j += count.value * kLanes;
+  };
+  while (j + kAtOnce * kLanes <= padded) visit(Constant<kAtOnce>{});
+  while (j < padded) visit(Constant<1>{});
+  return lanes;
+}
+
+template <bool kExpect, bool kPatch, bool kFarther, typename Exp, typename E>
+MIMKERNELS_INLINE RowLanes weigh_row(const float* s, E* weights, const float* distance,
+                                     int64_t padded, int64_t prefix, Floats top, const Exp& exp) {
+  if (kSumKeys >= kBlockKeys || padded <= kSumKeys) {
+    return weigh_keys<kExpect, kPatch, kFarther>(s, weights, distance, padded, prefix, top, exp);
+  }
+  RowLanes total;
   for (int64_t j = 0; j < padded; j += kSumKeys) {
     const int64_t keys = min_of(kSumKeys, padded - j);
-    const RowSums sums = sum_keys<kExpect, kPatch, kFarther>(
-        p + j, x + j, kFarther ? distance + j : nullptr, keys, max_of(0, min_of(prefix - j, keys)));
-    total.sum += sums.sum;
-    total.expected += sums.expected;
-    total.patch_sum += sums.patch_sum;
-    total.patch_expected += sums.patch_expected;
-    total.far += sums.far;
+    const int64_t before = max_of(0, min_of(prefix - j, keys));
+    const float* const far = kFarther ? distance + j : nullptr;
+    total += weigh_keys<kExpect, kPatch, kFarther>(s + j, weights + j, far, keys, before, top, exp);
   }
   return total;
-}
-
-MIMKERNELS_INLINE float sum_of_first(const float* p, int64_t count) {
-  Floats lanes = {};
-  int64_t j = 0;
-  for (; j + kLanes <= count; j += kLanes) lanes += load_floats(p + j);
-  float sum = add_lanes(lanes);
-  for (; j < count; ++j) sum += p[j];
-  return sum;
 }
 
 // The first key whose score is `top`, the largest of `padded` ones; too large a number if none is.
@@ -164,29 +151,29 @@ MIMKERNELS_INLINE int64_t first_at_top(const float* s, int64_t padded, float top
 // Scores of a few rows and one block of keys; E is what P v reads.
 template <typename E>
 struct RowBlock {
-  int64_t row = 0;                // of the head, the first
-  int64_t rows = 0;               // at most kRowTile
-  int64_t first = 0;              // key of the block
-  int64_t count = 0;              // keys
-  float* scores = nullptr;        // becomes p = exp(s - top)
-  E* weights = nullptr;           // receives p, rounded, where P v reads bf16
+  int64_t row = 0;    // of the head, the first
+  int64_t rows = 0;   // at most kRowTile
+  int64_t first = 0;  // key of the block
+  int64_t count = 0;  // keys
+  const float* scores = nullptr;
+  E* weights = nullptr;           // receives P; may be where the scores are
   const float* maxima = nullptr;  // [rows, kLanes]
-  float scale = 1.0f;             // positive; what exp_short still multiplies scores and maxima by
 };
 
-// Rows of scores lie kStride apart, those of weights kWeightStride. kShort: p is from exp_short.
+// Rows of scores lie kStride apart, those of weights kWeightStride. kShort: p is from ShortExp.
 template <typename E, int kStride, int kWeightStride, bool kShort>
 class RowSoftmax {
  public:
-  // For tasks of at most `task_rows` rows.
-  RowSoftmax(const AttentionFwdParams& params, int64_t task_rows)
+  // For tasks of at most `task_rows` rows; scores and maxima are still to be multiplied by `scale`, 1
+  // unless kShort.
+  RowSoftmax(const AttentionFwdParams& params, int64_t task_rows, float scale = 1.0f)
       : p_(params),
         s_(params.scores),
+        scale_(scale),
         row_stride_(padded_columns(task_rows)),
         distances_(params.positions, s_.keys, params.num_prefix, kRowTile) {}
 
   void allocate(Arena& arena) {
-    shifted_ = arena.floats(kRowTile * kStride);
     state_ = arena.floats(kFields * row_stride_);
     distances_.allocate(arena);
   }
@@ -234,7 +221,7 @@ class RowSoftmax {
         store_some<kLanes>(dst + at + i, some, n);
       };
       const Floats zero = {};
-      const Floats top = field(kTop);
+      const Floats top = field(kTop) * splat(scale_);
       const Floats sum = field(kSum);
       const Ints empty = (Ints)(sum == 0.0f);
       const Floats inverse = choose_lanes(empty, zero, 1.0f / sum);
@@ -283,70 +270,91 @@ class RowSoftmax {
 
   template <bool kExpect, bool kPatch, bool kFarther>
   void visit_as(const RowBlock<E>& t, float* rescale) {
+    using Exp = std::conditional_t<kShort, ShortExp, PlainExp>;
+    const Exp exp(scale_);
     const int64_t padded = padded_columns(t.count);
     const int64_t prefix = max_of(0, min_of(p_.num_prefix - t.first, t.count));
     const bool later = t.first > 0;
-    float changes[kRowTile];
+    float own[kOwnRows];  // relative to the maximum
     for (int64_t i = 0; i < t.rows; ++i) {
+      const int64_t row = t.row + i;
+      const float* const s = t.scores + i * kStride;
       const float most = max_lanes(load_floats(t.maxima + i * kLanes));
-      float top = kShort ? most * t.scale : most;
+      float top = most;
       float change = 0.0f;
       rescale[i] = 1.0f;
-      if (asks(kArgmax) && (!later || top > *state(kTop, t.row + i))) {
-        const int64_t key = t.first + first_at_top(t.scores + i * kStride, padded, most);
-        *state(kFirstTop, t.row + i) = static_cast<float>(key);
+      if (asks(kArgmax) && (!later || most > *state(kTop, row))) {
+        *state(kFirstTop, row) = static_cast<float>(t.first + first_at_top(s, padded, most));
       }
       if (later) {
-        const float before = *state(kTop, t.row + i);
-        top = before > top ? before : top;
+        const float before = *state(kTop, row);
+        top = before > most ? before : most;
         // Nothing was summed while the maximum was -inf. Clamped, so that 0 * change stays 0.
-        change = before == top || before == -kInfinity ? 0.0f : before - top;
+        change = before == top || before == -kInfinity ? 0.0f : (before - top) * scale_;
         change = change < -200.0f ? -200.0f : change;
         rescale[i] = exp_lanes(splat(change))[0];
       }
-      *state(kTop, t.row + i) = top;
-      changes[i] = change;
-      exp_row<kExpect, kShort>(t.scores + i * kStride, shifted_ + i * kStride,
-                               t.weights + i * kWeightStride, padded,
-                               top == -kInfinity ? 0.0f : top, t.scale);
+      *state(kTop, row) = top;
+      if (top == -kInfinity) top = 0.0f;
+      if (asks(kSelfMass)) {
+        const int64_t at = row - t.first;
+        own[i] = at >= 0 && at < t.count ? s[at] - top : -kInfinity;
+      }
+      const float* distance = nullptr;
+      if constexpr (kFarther) distance = distances_.row(row, i, t.first, t.count);
+      const RowLanes lanes = weigh_row<kExpect, kPatch, kFarther>(
+          s, t.weights + i * kWeightStride, distance, padded, prefix, splat(top), exp);
+      float sums[4];
+      if constexpr (kExpect || kPatch || kFarther) {
+        add_lanes({lanes.patch_sum, lanes.patch_expected, lanes.prefix_expected, lanes.far}, sums);
+      }
+      // sum p (s - top) under a new top: every term scales, and shifts by change * p.
+      const auto add = [&](int field, float value, int mass_field) MIMKERNELS_LAMBDA_INLINE {
+        float& kept = *state(field, row);
+        if (!later) {
+          kept = value;
+          return;
+        }
+        const float shift = mass_field < 0 ? 0.0f : change * *state(mass_field, row);
+        kept = rescale[i] * (kept + shift) + value;
+      };
+      if constexpr (kExpect) {
+        const float patch = sums[1] * Exp::kUnit;
+        add(kExpected, patch + sums[2] * Exp::kUnit, kSum);
+        if constexpr (kPatch) add(kPatchExpected, patch, kPatchSum);
+      }
+      add(kSum, add_lanes(lanes.sum), -1);
+      if constexpr (kPatch) add(kPatchSum, sums[0], -1);
+      if constexpr (kFarther) add(kFar, sums[3], -1);
+      if (asks(kPrefixMass)) add(kPrefixSum, add_lanes(lanes.prefix_sum), -1);
+    }
+    if (asks(kSelfMass)) add_own(t, exp, own, rescale);
+  }
+
+  static constexpr int kOwnRows = (kRowTile + kLanes - 1) / kLanes * kLanes;
+
+  // P of each row's own key, from its score less the maximum.
+  template <typename Exp>
+  void add_own(const RowBlock<E>& t, const Exp& exp, float (&own)[kOwnRows], const float* rescale) {
+    for (int64_t i = t.rows; i < kOwnRows; ++i) own[i] = -kInfinity;
+    for (int64_t i = 0; i < t.rows; i += kLanes) {
+      Floats x;
+      store_floats(own + i, exp(load_floats(own + i), x));
     }
     for (int64_t i = 0; i < t.rows; ++i) {
-      const float* p = t.scores + i * kStride;
-      const float* distance = nullptr;
-      if constexpr (kFarther) distance = distances_.row(t.row + i, i, t.first, t.count);
-      const RowSums sums =
-          sum_row<kExpect, kPatch, kFarther>(p, shifted_ + i * kStride, distance, padded, prefix);
-      const float change = changes[i];
-      const float scale = rescale[i];
-      // sum p (s - top) under a new top: every term scales, and shifts by change * p.
-      const auto add = [&](int field, float value, int mass_field) {
-        float& kept = *state(field, t.row + i);
-        float old = 0.0f;
-        if (later)
-          old = scale * (mass_field < 0 ? kept : kept + change * *state(mass_field, t.row + i));
-        kept = old + value;
-      };
-      if constexpr (kExpect) add(kExpected, sums.expected, kSum);
-      if constexpr (kExpect && kPatch) add(kPatchExpected, sums.patch_expected, kPatchSum);
-      add(kSum, sums.sum, -1);
-      if constexpr (kPatch) add(kPatchSum, sums.patch_sum, -1);
-      if constexpr (kFarther) add(kFar, sums.far, -1);
-      if (asks(kPrefixMass)) add(kPrefixSum, sum_of_first(p, prefix), -1);
-      if (asks(kSelfMass)) {
-        const int64_t own = t.row + i - t.first;
-        add(kOwn, own >= 0 && own < t.count ? p[own] : 0.0f, -1);
-      }
+      float& kept = *state(kOwn, t.row + i);
+      kept = t.first > 0 ? rescale[i] * kept + own[i] : own[i];
     }
   }
 
   const AttentionFwdParams& p_;
   const AttentionScores& s_;
+  float scale_;
   int64_t row_stride_;
   Distances distances_;
   int64_t b_ = 0;
   int64_t h_ = 0;
   int64_t first_row_ = 0;
-  float* shifted_ = nullptr;  // scores less their row's maximum
   float* state_ = nullptr;
 };
 

@@ -2,7 +2,7 @@
 // the same contract.
 //
 // numerics: scores and P v as matrix_tiles.h says, so subnormal numbers of q, k, v and P count as 0;
-//           P is rounded to bf16 for P v alone, and comes from exp_short; in out, too, subnormal
+//           P is rounded to bf16 for P v alone, and comes from ShortExp; in out, too, subnormal
 //           numbers become 0; the rest as in cpu_fwd.cpp
 // cost:     K^T and V of a head are packed once, for all its queries. 32 queries at a time meet up
 //           to 512 keys in 2 x 2 tiles: their scores stay in L1 or L2, and become P, in the cache of
@@ -42,8 +42,8 @@ class TileForward {
         steps_(ceil_div(s_.dim, kTileDepth)),
         order_(s_),
         chunks_(min_of(row_chunks(order_.count(), s_.queries, kLeastRows, kTasks), groups_)),
-        softmax_(params, ceil_div(groups_, chunks_) * kQueries),
-        unscaled_(!ScoreStart::makes_rows(s_) && !s_.cosine.given && s_.scale > 0.0f) {}
+        unscaled_(!ScoreStart::makes_rows(s_) && !s_.cosine.given && ShortExp::takes(s_.scale)),
+        softmax_(params, ceil_div(groups_, chunks_) * kQueries, unscaled_ ? s_.scale : 1.0f) {}
 
   int64_t tasks() const { return order_.count() * chunks_; }
 
@@ -126,12 +126,7 @@ class TileForward {
   void copy_queries(int64_t row, int64_t rows) {
     const bf16* from = head_at<bf16>(s_.q, b_, h_, row);
     for (int64_t i = 0; i < rows; ++i, from += s_.q.stride_token) {
-      bf16* to = query_ + i * kQueryStride;
-      int64_t c = 0;
-      for (; c + kTileDepth <= s_.dim; c += kTileDepth) {
-        memcpy(to + c, from + c, kTileDepth * sizeof(bf16));
-      }
-      for (; c < s_.dim; c += 8) memcpy(to + c, from + c, 8 * sizeof(bf16));
+      copy_features(from, s_.dim, query_ + i * kQueryStride);
     }
   }
 
@@ -219,10 +214,9 @@ class TileForward {
     const int64_t steps = ceil_div(count, kTileDepth);
     float rescale[kQueries];
     for (int64_t i = 0; i < rows; i += kRowTile) {
-      softmax_.visit(
-          {row + i, min_of(kRowTile, rows - i), first, count, scores_ + i * kScoreStride,
-           weights_ + i * kWeightStride, maxima_ + i * kLanes, unscaled_ ? s_.scale : 1.0f},
-          rescale + i);
+      softmax_.visit({row + i, min_of(kRowTile, rows - i), first, count, scores_ + i * kScoreStride,
+                      weights_ + i * kWeightStride, maxima_ + i * kLanes},
+                     rescale + i);
     }
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = padded; j < steps * kTileDepth; j += 8) {
@@ -256,8 +250,8 @@ class TileForward {
   HeadOrder order_;
   NextHead<bf16> next_{s_};
   int64_t chunks_;
-  RowSoftmax<bf16, kScoreStride, kWeightStride, true> softmax_;
   bool unscaled_;  // scores are products until their exponential is taken
+  RowSoftmax<bf16, kScoreStride, kWeightStride, true> softmax_;
   ScoreStart start_{s_};
   Arena arena_;
   int64_t packed_head_ = -1;
