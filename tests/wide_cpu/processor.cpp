@@ -50,7 +50,7 @@ int64_t most_ranges = 3;            // that a loop over tasks is cut into
 int count_instructions = 0;
 uint8_t* pool = nullptr;
 uint64_t pool_used = 0;
-void* given_back[64] = {};  // by size; each holds the next
+void* given_back[64] = {};   // by size; each holds the next
 uint64_t* visits = nullptr;  // of the instruction at each address from visits_from on
 uint64_t visits_from = 0, visits_size = 0;
 uint64_t instructions = 0, tile_instructions = 0, conversions = 0, system_calls = 0;
