@@ -40,11 +40,14 @@ class HeadHistory:
             file.write(files.json_line(self.entries[-1]))
 
     def picture(self) -> str | None:
-        """First and last recorded step side by side as a PNG ``data:`` address; None if nothing was recorded."""
+        """First and last recorded step side by side as a PNG ``data:`` address; None if nothing was recorded.
+
+        Layers are numbered from 1, as in the maps of ``strips`` on the same page.
+        """
         if not self.entries:
             return None
         chosen = self.entries[:1] if len(self.entries) == 1 else [self.entries[0], self.entries[-1]]
-        recorded = {f"step {entry['step']:,}": HeadStatistics.from_dict(entry["heads"]) for entry in chosen}
+        recorded = {f"step {entry['step']:,}": _numbered_from_one(entry["heads"]) for entry in chosen}
         buffer = io.BytesIO()
         plot_overview(recorded).savefig(buffer, format="png", dpi=130)
         return data_address(buffer.getvalue())
@@ -188,6 +191,11 @@ def _edges(epochs: Tensor) -> Tensor:
         return torch.cat((epochs - 0.5, epochs + 0.5))
     middles = (epochs[1:] + epochs[:-1]) / 2
     return torch.cat((2 * epochs[:1] - middles[:1], middles, 2 * epochs[-1:] - middles[-1:]))
+
+
+def _numbered_from_one(heads: Mapping[str, Any]) -> HeadStatistics:
+    layers = {str(int(number) + 1): layer for number, layer in heads["layers"].items()}
+    return HeadStatistics.from_dict({**heads, "layers": layers})
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

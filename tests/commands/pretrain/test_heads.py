@@ -3,10 +3,12 @@ import json
 import pytest
 import torch
 
+from mimkernels import attention
 from mimkernels.commands.pretrain.run import Run, pretrain
+from mimkernels.engine import head_history
 from mimkernels.engine.head_history import HeadHistory
 from mimkernels.engine.training.heads import HeadWatch
-from mimkernels.heads import HeadStatistics
+from mimkernels.heads import HeadStatistics, plot_overview
 
 
 def recorded(folder):
@@ -75,6 +77,21 @@ def test_records_after_the_resumed_step_are_dropped(tiny, tmp_path):
     with (tmp_path / "heads.jsonl").open("a") as file:
         file.write('{"step": 9, "he')
     assert [entry["step"] for entry in HeadHistory(tmp_path, 4).entries] == [1, 4]
+
+
+def test_both_pictures_of_heads_on_a_page_number_layers_from_one(tmp_path, monkeypatch):
+    seen = HeadStatistics(quantities=["entropy"], num_prefix=1)
+    for layer in range(2):
+        q, k, v = torch.randn(3, 2, 2, 5, 8)
+        seen.update(layer, attention(q, k, v, stats=seen.row_stats, num_prefix=1), q=q, k=k)
+    history = HeadHistory(tmp_path, 0)
+    history.add(1, seen)
+    drawn = []
+    monkeypatch.setattr(head_history, "plot_overview", lambda named: drawn.append(named) or plot_overview(named))
+    assert history.picture().startswith("data:image/png")
+    (shown,) = drawn[0].values()
+    assert list(shown.layers) == [1, 2] and history.entries[0]["heads"]["layers"].keys() == {"0", "1"}
+    torch.testing.assert_close(shown.mean("entropy"), seen.mean("entropy"), rtol=0, atol=0)
 
 
 def test_of_swin_the_mean_over_the_windows_of_an_image_counts(tiny, tmp_path):
