@@ -111,3 +111,18 @@ def check_same_stream(start: dict[str, Any], source: Source, plan: BatchPlan) ->
             f"the effective batch (batch_size x accum_steps x processes) is {start['effective_batch']} in the "
             f"checkpoint and {plan.effective_batch} now; adjust --batch-size or --accum-steps"
         )
+
+
+def check_what_is_left(start: dict[str, Any], config: TrainingConfig, plan: BatchPlan) -> None:
+    """Refuse settings by which no step would be trained: the run would be recorded as one that they gave."""
+    step, total = start["step"], config.epochs * plan.steps_per_epoch
+    if step < total:
+        return
+    names = [name for name in config.results if name != "epochs" or step > total]
+    different = changes(type(config).from_dict(start["config"]), config, names)
+    if different:
+        raise ValueError(
+            f"the checkpoint is at step {step:,} (epoch {start['epoch']:.1f}) and epochs {config.epochs} end at step "
+            f"{total:,}: nothing is left to train with what was changed (checkpoint -> asked for: "
+            f"{'; '.join(different)}); give more --epochs, or leave that out"
+        )

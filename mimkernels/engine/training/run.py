@@ -28,7 +28,7 @@ from mimkernels.engine.training.heads import FixedImages, HeadWatch
 from mimkernels.engine.training.history import History
 from mimkernels.engine.training.loop import BEST, Trainer
 from mimkernels.engine.training.masks import Masks, TeacherTargets
-from mimkernels.engine.training.resume import check_same_stream, check_same_teachers, find_start
+from mimkernels.engine.training.resume import check_same_stream, check_same_teachers, check_what_is_left, find_start
 from mimkernels.engine.training.validation import Validation
 from mimkernels.models.build import build_model
 from mimkernels.nn.attention import attention_layers
@@ -151,6 +151,7 @@ class TrainingRun:
             self.fixed_images = FixedImages(self.held_out or self.source, self.augmentation)
         if self.start is not None:
             check_same_stream(self.start, self.source, self.plan)
+            check_what_is_left(self.start, config, self.plan)
         self.peak_lr = config.lr or scaled_learning_rate(config.value("blr"), self.plan.effective_batch)
         self.progress = Progress(
             total_steps=config.epochs * self.plan.steps_per_epoch,
