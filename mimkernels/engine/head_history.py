@@ -42,11 +42,15 @@ class HeadHistory:
     def picture(self) -> str | None:
         """First and last recorded step side by side as a PNG ``data:`` address; None if nothing was recorded.
 
-        Layers are numbered from 1, as in the maps of ``strips`` on the same page.
+        The first is that with the last one's quantities: a run that is continued may record others. Layers are numbered
+        from 1, as in the maps of ``strips`` on the same page.
         """
         if not self.entries:
             return None
-        chosen = self.entries[:1] if len(self.entries) == 1 else [self.entries[0], self.entries[-1]]
+        last = self.entries[-1]
+        names = set(last["heads"]["quantities"])
+        first = next(entry for entry in self.entries if names <= set(entry["heads"]["quantities"]))
+        chosen = [first] if first is last else [first, last]
         recorded = {f"step {entry['step']:,}": _numbered_from_one(entry["heads"]) for entry in chosen}
         buffer = io.BytesIO()
         plot_overview(recorded).savefig(buffer, format="png", dpi=130)

@@ -77,7 +77,10 @@ def test_resume_takes_the_settings_of_the_run(tmp_path, capsys):
     assert "nothing is left to train" in capsys.readouterr().out
     assert run("pretrain", "--output", output, "--resume", "--epochs", "2") == 0
     assert "step 10/10" in capsys.readouterr().out
-    for words, change in [(["--epochs", "1"], "epochs: 2 -> 1"), (["--masking", "unit"], "masking: 'random' -> 'unit'")]:
+    for words, change in [
+        (["--epochs", "1"], "epochs: 2 -> 1"),
+        (["--masking", "unit"], "masking: 'random' -> 'unit'"),
+    ]:
         assert run("pretrain", "--output", output, "--resume", *words) == 2
         assert f"nothing is left to train with what was changed (checkpoint -> asked for: {change})" in (
             capsys.readouterr().err

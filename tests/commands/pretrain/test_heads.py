@@ -94,6 +94,16 @@ def test_both_pictures_of_heads_on_a_page_number_layers_from_one(tmp_path, monke
     torch.testing.assert_close(shown.mean("entropy"), seen.mean("entropy"), rtol=0, atol=0)
 
 
+def test_a_run_continued_with_other_statistics_shows_those(tiny, tmp_path):
+    output = str(tmp_path / "run")
+    pretrain(tiny(head_stats="entropy", head_stats_every=1, epochs=1, output=output))
+    config = tiny(head_stats="distance", head_stats_every=1, epochs=2, output=output)
+    result = pretrain(config, resume="auto")
+    entries = recorded(tmp_path / "run")
+    assert [entry["heads"]["quantities"] for entry in entries] == [["entropy"]] * 5 + [["distance"]] * 5
+    assert "What the heads do" in result.report.read_text()
+
+
 def test_of_swin_the_mean_over_the_windows_of_an_image_counts(tiny, tmp_path):
     config = tiny(
         method="simmim", mask_unit=4, model="swin_tiny_patch4_window7_224", patch_size=2, batch_size=16, epochs=1,
