@@ -26,6 +26,11 @@ class ModelChoice:
     final_norm: bool = True
 
 
+def printable(name: str) -> str:
+    """A name that any font takes: bytes of a path that are not UTF-8, surrogates in Python, as ``\\udce9``."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 def parse_models(texts: list[str]) -> list[ModelChoice]:
     """``NAME=MODEL:OPTION=VALUE`` of every model, in order.
 
@@ -41,7 +46,7 @@ def parse_models(texts: list[str]) -> list[ModelChoice]:
         while not Path(model).exists() and (option := _OPTION.search(model)):
             options = {option[1]: option_value(option[2]), **options}
             model = model[: option.start()]
-        choice = ModelChoice(given or _name_of(model), model, options.pop("arch", None))
+        choice = ModelChoice(printable(given or _name_of(model)), model, options.pop("arch", None))
         choice.pretrained = options.pop("pretrained", True)
         choice.img_size = options.pop("img_size", None)
         choice.model_kwargs = options

@@ -1,6 +1,7 @@
 """Values of options as text: one parser for command lines, models, poolings and targets."""
 
 import argparse
+import os
 
 import pytest
 
@@ -53,3 +54,10 @@ def test_the_output_has_one_short_name(kind):
     parser = argparse.ArgumentParser()
     add_arguments(parser, kind)
     assert parser.parse_known_args(["a model", "-o", "here"])[0].output == "here"
+
+
+def test_a_name_that_is_not_utf8_can_be_drawn(tmp_path):
+    folder = tmp_path / os.fsdecode(b"run\xff")
+    folder.mkdir()
+    (choice,) = parse_models([str(folder)])
+    assert choice.name == "run\\udcff" and choice.model == str(folder)

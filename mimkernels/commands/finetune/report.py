@@ -13,6 +13,7 @@ from mimkernels.commands.finetune.config import FinetuneConfig
 from mimkernels.commands.finetune.mistakes import Mistake, Tested
 from mimkernels.engine.figures import as_colour, bare_map, enlarged, loss_curve, png_address, svg
 from mimkernels.engine.head_history import STRIP_WORDS, Epochs, Strip, strips
+from mimkernels.engine.model_names import printable
 from mimkernels.engine.page import write_page
 from mimkernels.engine.progress import count, counted, duration
 
@@ -189,6 +190,7 @@ def confusion_map(matrix: np.ndarray, classes: list[str]) -> Markup:
     import matplotlib
     from matplotlib.figure import Figure
 
+    classes = [printable(name) for name in classes]
     shares = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
     numbered = len(classes) <= _NUMBERED
     with matplotlib.rc_context(CHART):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 
 import numpy as np
@@ -257,6 +258,11 @@ def test_a_map_of_confusions_is_as_large_as_its_names():
     chart = str(confusion_map(100 * np.eye(10, dtype=int), names))
     x = re.search(r"<!-- true class -->\s*<g [^>]*translate\(([-.\d]+) ", chart)
     assert x is not None and float(x[1]) > 10  # points, of the line below letters that stand upright
+
+
+def test_names_of_classes_that_are_not_utf8_are_drawn_escaped():
+    chart = str(confusion_map(np.eye(2, dtype=int), ["cat", os.fsdecode(b"d\xff")]))
+    assert chart == str(confusion_map(np.eye(2, dtype=int), ["cat", "d\\udcff"]))
 
 
 def test_labels_are_balanced_nested_and_drawn_by_the_seed():
