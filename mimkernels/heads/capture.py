@@ -245,7 +245,8 @@ class Capture(FunctionObserver):
     def _plan(self, layer: LayerHeads, call: AttentionCall) -> _Plan:
         layer.set_sizes(call)
         queries, keys = layer.queries, layer.keys
-        layer.num_prefix, positions, layer.windows = self._places.of(self._calls, call, layer.name)
+        layer.num_prefix, positions, layer.windows, note = self._places.of(self._calls, call, layer.name)
+        layer.add_note(note)
         reasons = {name: _cannot_have(name, queries, keys, layer.num_prefix) for name in self._wanted.names}
         layer.missing.update((name, reason) for name, reason in reasons.items() if reason)
         names = tuple(name for name, reason in reasons.items() if not reason)
@@ -340,18 +341,19 @@ class _Places:
                 f"it, such as {example}"
             )
 
-    def of(self, calls: Calls, call: AttentionCall, layer: str) -> tuple[int, Tensor | None, int]:
-        """``num_prefix``, ``positions`` and windows per image of a call made now."""
+    def of(self, calls: Calls, call: AttentionCall, layer: str) -> tuple[int, Tensor | None, int, str]:
+        """``num_prefix``, ``positions`` and windows per image of a call made now, and what to note of these."""
         batch, _, keys, _ = call.k.shape
-        prefix, patches, why, windows = self._layouts.place(calls.modules, batch, keys, self._num_prefix, calls.images)
+        place = self._layouts.place(calls.modules, batch, keys, self._num_prefix, calls.images)
+        prefix, patches, why, windows, note = place
         if prefix is None:
             raise ValueError(f"{layer}: num_prefix is not known: {why}: give it, or use layers= to leave it out")
         if prefix > keys:
             raise ValueError(f"{layer}: {keys} tokens, but num_prefix is {prefix}")
         if not self._needed or call.q.shape[2] != keys:
-            return prefix, None, windows
+            return prefix, None, windows, note
         if self._given is not None:
-            return prefix, self._given_positions(prefix, call, layer), windows
+            return prefix, self._given_positions(prefix, call, layer), windows, note
         if self._grid is not None:
             patches = self._layouts.of_grid(calls.modules, batch, self._grid)
             fits = keys == prefix + math.prod(patches.grid)
@@ -364,7 +366,7 @@ class _Places:
                 f"{layer}: {why}: give positions and num_prefix (of a masked encoder, the kept patches' coordinates "
                 "per image), or use layers= to leave it out"
             )
-        return prefix, self._positions_of(patches, call.q.device), windows
+        return prefix, self._positions_of(patches, call.q.device), windows, note
 
     def _given_positions(self, prefix: int, call: AttentionCall, layer: str) -> Tensor:
         batch, keys = call.k.shape[0], call.k.shape[2]

@@ -43,12 +43,14 @@ class Place(NamedTuple):
         patches: those that the other tokens are, or None if that is not known.
         why: what is not known, and why; "" if all is.
         windows: of an image, one after the other, that the layer's attention runs in; 1 of other layers.
+        note: what fills these windows besides patches; "" if nothing does.
     """
 
     num_prefix: int | None
     patches: Patches | None
     why: str = ""
     windows: int = 1
+    note: str = ""
 
 
 class Layouts:
@@ -87,7 +89,9 @@ class Layouts:
         images = images if seen is None else seen.patches.batch
         cut = _in_windows(modules, batch, tokens, None if seen is None else seen.patches) if prefix == 0 else None
         if cut is not None:
-            return Place(0, cut, windows=batch // cut.batch)
+            patches, whole = cut
+            windows = batch // patches.batch
+            return Place(0, patches, windows=windows, note=_filled(windows, tokens, whole))
         if seen is not None and count in seen.chosen:
             ids = seen.chosen[count]
             if ids is not None:
@@ -100,7 +104,9 @@ class Layouts:
             return Place(0, seen.patches._replace(ids=seen.bare[tokens]))
         window = window_of(modules, tokens) if prefix == 0 else None
         if window is not None:
-            return Place(0, self.of_grid(modules, batch, window), windows=_windows_of(images, batch))
+            windows = _windows_of(images, batch)
+            note = "" if seen is None else _filled(windows, tokens, seen.patches.grid)
+            return Place(0, self.of_grid(modules, batch, window), windows=windows, note=note)
         windows = _windows_of(images, batch) if certain == 0 else 1
         if name is None:
             return Place(certain, None, "this part of the model embeds no patches", windows)
@@ -389,8 +395,18 @@ def window_of(modules: Iterable[nn.Module], tokens: int) -> tuple[int, int] | No
     return None
 
 
-def _in_windows(modules: Iterable[nn.Module], batch: int, tokens: int, seen: Patches | None) -> Patches | None:
-    """The windows of the image's grid that a block of Swin (of modules, innermost first) runs attention in, if any."""
+def _filled(windows: int, tokens: int, grid: Sequence[int]) -> str:
+    """A note where so many windows of so many tokens hold more than the image's grid has."""
+    held = windows * tokens
+    if held <= math.prod(grid):
+        return ""
+    return f"its windows hold {held} tokens of {shown_grid(grid)} patches: what fills them up counts as patches"
+
+
+def _in_windows(
+    modules: Iterable[nn.Module], batch: int, tokens: int, seen: Patches | None
+) -> tuple[Patches, tuple[int, int]] | None:
+    """Of a block of Swin (of modules, innermost first), the windows that attention runs in, and the image's grid."""
     windows = next((found for found in map(windows_of, modules) if found is not None), None)
     if windows is None or math.prod(windows.size) != tokens:
         return None
@@ -400,7 +416,7 @@ def _in_windows(modules: Iterable[nn.Module], batch: int, tokens: int, seen: Pat
         here = windows._replace(grid=grid)
         if batch == here.number * seen.batch if seen is not None else batch % here.number == 0:
             ids = here.ids().repeat(batch // here.number, 1)
-            return Patches(batch // here.number, here.padded, grids[grid], ids)
+            return Patches(batch // here.number, here.padded, grids[grid], ids), grid
     return None
 
 

@@ -215,3 +215,22 @@ def test_a_model_that_fails_inside_raises_its_own_error_alone():
         with mimkernels.capture(model, ["entropy"], num_prefix=1) as heads:
             model(m.tokens())
     assert list(heads) == ["0"]
+
+
+def noted(model, size):
+    with torch.no_grad(), mimkernels.capture(model, ["entropy", "distance"]) as heads:
+        model(images(size, size, batch=2))
+    return [layer.notes for layer in heads.values()]
+
+
+def test_a_layer_says_that_its_windows_hold_more_than_the_image():
+    sam = m.timm_model("samvit_base_patch16_224", window_size=3, global_attn_indexes=(1,))
+    held = "its windows hold 36 tokens of 4 x 4 patches: what fills them up counts as patches"
+    assert noted(sam, 64) == [[held], []]
+    swin = {"patch_size": 4, "window_size": 3, "depths": (2, 2), "num_heads": (2, 2), "embed_dim": 16, "depth": None}
+    padded = m.timm_model("swin_tiny_patch4_window7_224", img_size=32, **swin)
+    assert [len(notes) for notes in noted(padded, 32)] == [1, 1, 1, 1]
+    assert "hold 81 tokens of 8 x 8 patches" in noted(padded, 32)[0][0]
+    assert "hold 36 tokens of 4 x 4 patches" in noted(padded, 32)[2][0]
+    whole = m.timm_model("swin_tiny_patch4_window7_224", img_size=24, **swin)
+    assert noted(whole, 24) == [[], [], [], []]
