@@ -14,6 +14,7 @@ from torch.nn.modules import module as _torch_modules
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from mimkernels.heads.fused import untraced
+from mimkernels.nn._classes import FOLLOWING
 from mimkernels.nn.sdpa import Observer, observers
 
 LayerChoice = str | re.Pattern[str] | Sequence[str | int] | None
@@ -97,6 +98,8 @@ class Calls:
             register_module_forward_pre_hook(self._enter),
             register_module_forward_hook(self._leave, with_kwargs=True, always_call=True),
         ]
+        numbers = {handle.id for handle in handles}
+        FOLLOWING.update(numbers)
         try:
             yield
         finally:
@@ -104,6 +107,7 @@ class Calls:
                 handle.remove()
                 # torch 2.14 leaves this entry, and calls all modules of the process as if the hook were there.
                 _torch_modules._global_forward_hooks_with_kwargs.pop(handle.id, None)
+            FOLLOWING.difference_update(numbers)
 
     @property
     def modules(self) -> list[nn.Module]:

@@ -39,6 +39,7 @@ from mimkernels.nn._classes import (
     STANDS_IN,
     become,
     change_back,
+    every_module_is_heard,
     fused_attn,
     is_heard,
     prepare_scriptable,
@@ -142,9 +143,9 @@ def accelerate(
     report tells of plain layers beforehand; of others once they ran, when it is printed.
 
     Whoever looks into the model later finds what they would without this. A module runs its original code while there
-    are hooks on parts that it would not run, after ``fused_attn = False``, where somebody has replaced
-    ``F.scaled_dot_product_attention``, and for tensors with rules of their own (subclasses). torch.fx, and with it
-    torchvision's and timm's ``create_feature_extractor``, and ``torch.jit.trace`` trace the original code;
+    are hooks on parts that it would not run or on every module, after ``fused_attn = False``, where somebody has
+    replaced ``F.scaled_dot_product_attention``, and for tensors with rules of their own (subclasses). torch.fx, and
+    with it torchvision's and timm's ``create_feature_extractor``, and ``torch.jit.trace`` trace the original code;
     ``torch.jit.script`` compiles the original classes and gives them back to the modules. Where ``fused_attn`` was
     False before, the layer is fused as long as there are no hooks on ``attn_drop``, which see the attention matrix:
     without that, it is stored.
@@ -534,7 +535,7 @@ def _forward_of_read_tokens(kind: Any) -> Callable[..., Any]:
         if given or is_for_pytorch(x) or "read_tokens" not in self.__dict__.get(PARTS, ()):
             return kind.forward(self, x, **given)
         count = _read_tokens(self)
-        if count is None or _method_of_its_own(self) is not None:
+        if count is None or every_module_is_heard() or _method_of_its_own(self) is not None:
             return kind.forward(self, x)
         if _embeds_kept_patches(self, x):
             features = visible_features(self, x, _kept_patches(self, x), read=count)
@@ -559,6 +560,7 @@ def _embeds_kept_patches(module: VisionTransformer, x: Tensor) -> bool:
         and isinstance(drop, PatchDropout)
         and drop.prob > 0
         and not is_for_pytorch(x)
+        and not every_module_is_heard()
         and (module.dynamic_img_size or tuple(x.shape[-2:]) == tuple(embed.img_size))
         and _why_every_patch(module) is None
     )

@@ -21,14 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.attention.bias import CausalBias
+from torch.nn.modules import module as torch_modules
+from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
 from mimkernels.nn.sdpa import TORCH_SDPA, has_own_rules
+from mimkernels.nn.sdpa.observe import wants_statistics
 
 Ours = TypeVar("Ours", bound=nn.Module)
 
 STANDS_IN = "_stands_in"  # in the __dict__ of every module that `capture` changed for its time
 MARK = "_before_acceleration"  # in the __dict__ of every module that `accelerate` changed: its class
 PARTS = "_accelerated_parts"  # of a model that was changed: what it computes otherwise
+FOLLOWING: set[int] = set()  # ids of the hooks on every module by which captures follow models
 
 
 def change_class(module: nn.Module, plain: type[nn.Module], ours: type[Ours]) -> list[Ours]:
@@ -91,7 +95,7 @@ def _get_fused_attn(module: nn.Module) -> bool:
     except KeyError:
         raise AttributeError("fused_attn") from None
     if value is None:
-        return shows_its_matrix(module) is None and not is_fx_symbolic_tracing()
+        return not matrix_is_seen(module) and not is_fx_symbolic_tracing()
     return value
 
 
@@ -103,6 +107,14 @@ def _set_fused_attn(module: nn.Module, value: Any) -> None:
 # on the kernels stores None until the attribute is set again, and reads True, unless somebody looks at the matrix or
 # torch.fx traces the layer.
 fused_attn = property(_get_fused_attn, _set_fused_attn)
+
+
+def matrix_is_seen(module: nn.Module) -> bool:
+    """Whether the attention matrix of a timm layer that makes one is wanted now.
+
+    Hooks on every module see it, too, but where statistics of it are wanted: those are ours alone.
+    """
+    return shows_its_matrix(module) is not None or (every_module_is_heard() and not wants_statistics())
 
 
 def shows_its_matrix(module: nn.Module) -> str | None:
@@ -153,6 +165,16 @@ def is_heard(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
+    )
+
+
+def every_module_is_heard() -> bool:
+    """Whether somebody has hooks on every module of the process; those by which captures follow models do not count."""
+    return bool(has_global_hooks()) and not (
+        FOLLOWING.issuperset(torch_modules._global_forward_hooks)
+        and FOLLOWING.issuperset(torch_modules._global_forward_pre_hooks)
+        and FOLLOWING.issuperset(torch_modules._global_backward_hooks)
+        and FOLLOWING.issuperset(torch_modules._global_backward_pre_hooks)
     )
 
 

@@ -17,6 +17,7 @@ except ImportError as error:
 
 from mimkernels.nn._classes import (
     change_class,
+    every_module_is_heard,
     fused_attn,
     is_heard,
     prepare_scriptable,
@@ -157,7 +158,7 @@ def attention_layers(*modules: nn.Module) -> list[nn.Module]:
 
 
 def _does_nothing(norm: nn.Module | None) -> bool:
-    return type(norm) is nn.Identity and not is_heard(norm)
+    return type(norm) is nn.Identity and not is_heard(norm) and not every_module_is_heard()
 
 
 def _other_kinds(*modules: nn.Module) -> str:

@@ -21,7 +21,7 @@ except ImportError as error:
         f"mimkernels.nn.block needs timm, which cannot be imported ({error}); pip install 'mimkernels[train]'"
     ) from error
 
-from mimkernels.nn._classes import change_class, is_heard, prepare_scriptable
+from mimkernels.nn._classes import change_class, every_module_is_heard, is_heard, prepare_scriptable
 from mimkernels.nn.attention import Attention
 from mimkernels.nn.mlp import Mlp
 from mimkernels.nn.sdpa import compute_dtype, has_own_rules, is_for_pytorch
@@ -58,7 +58,8 @@ class Block(TimmBlock):
 
     What that cannot replace (see ``reason_against``), tensors with rules of their own (subclasses; torch.fx), calls for
     which there is no kernel and, unless a backend is named, streams of few numbers on CPUs (``SMALL``) run timm's own
-    code, as does ``torch.jit.trace``; looked at anew in every call.
+    code, as do ``torch.jit.trace`` and all calls while there are hooks on every module
+    (``register_module_forward_hook`` and the like); looked at anew in every call.
     ``torch.jit.script`` gets timm's class.
 
     Made by ``use_mimkernels_block``, or built like timm's (``block_fn=Block`` of timm's models).
@@ -151,7 +152,12 @@ def reason_against(block: TimmBlock) -> str | None:
 def is_for_timm(block: TimmBlock, x: Tensor) -> bool:
     """Whether a block must, or had better, run timm's own code on this stream."""
     # In the order of cost: small models feel every step.
-    return is_for_pytorch(x) or _is_small(x, cast=_autocasts(x)) or reason_against(block) is not None
+    return (
+        is_for_pytorch(x)
+        or _is_small(x, cast=_autocasts(x))
+        or every_module_is_heard()
+        or reason_against(block) is not None
+    )
 
 
 def normalised(norm: Any, x: Tensor, reader: nn.Module) -> Tensor:

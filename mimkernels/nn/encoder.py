@@ -20,7 +20,7 @@ except ImportError as error:
     ) from error
 
 from mimkernels.nn import embed_visible, sincos_positions_2d
-from mimkernels.nn._classes import is_heard
+from mimkernels.nn._classes import every_module_is_heard, is_heard
 from mimkernels.nn.block import run_blocks_in_a_row
 from mimkernels.nn.last_block import block_of_tokens, norms_act_alone, tokens_of
 
@@ -238,7 +238,7 @@ def run_blocks(
         x = _attending_to(encoder, x, present[:, None, None])
     elif encoder.grad_checkpointing and torch.is_grad_enabled():
         x = checkpoint_seq(encoder.blocks, x)
-    elif type(encoder.blocks) is nn.Sequential and not is_heard(encoder.blocks):
+    elif type(encoder.blocks) is nn.Sequential and not (is_heard(encoder.blocks) or every_module_is_heard()):
         calls: list[tuple[nn.Module, dict[str, Any]]] = [(block, {}) for block in encoder.blocks]
         if ids is not None and calls and norms_act_alone(encoder):
             last = calls.pop()[0]

@@ -14,7 +14,7 @@ except ImportError as error:
         f"mimkernels.nn.mlp needs timm, which cannot be imported ({error}); pip install 'mimkernels[train]'"
     ) from error
 
-from mimkernels.nn._classes import change_class, is_heard, prepare_scriptable
+from mimkernels.nn._classes import change_class, every_module_is_heard, is_heard, prepare_scriptable
 from mimkernels.nn.sdpa import is_for_pytorch
 from mimkernels.ops import bias_gelu
 
@@ -28,7 +28,8 @@ class Mlp(TimmMlp):
 
     The bias is added by ``mimkernels.bias_gelu``, whose backward pass sums the bias's gradient as well; dropout, norm
     and the second layer are timm's. What that cannot replace (see ``reason_against``) and tensors with rules of their
-    own (subclasses; torch.fx) run timm's own code, as does ``torch.jit.trace``; looked at anew in every call.
+    own (subclasses; torch.fx) run timm's own code, as do ``torch.jit.trace`` and all calls while there are hooks on
+    every module (``register_module_forward_hook`` and the like); looked at anew in every call.
     ``torch.jit.script`` gets timm's class.
 
     Made by ``use_mimkernels_mlp``, or built like timm's (``mlp_layer=Mlp`` of timm's models).
@@ -42,7 +43,7 @@ class Mlp(TimmMlp):
         fc1, act = self.fc1, self.act
         approximate = _approximation(act)
         out: Tensor
-        if approximate is None or _reason_against(fc1, act) is not None or is_for_pytorch(x):
+        if approximate is None or _reason_against(fc1, act) is not None or every_module_is_heard() or is_for_pytorch(x):
             out = super().forward(x)  # type: ignore[no-untyped-call] # timm's, without annotations
             return out
         hidden = F.linear(x, fc1.weight)  # [..., E]

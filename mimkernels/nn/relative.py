@@ -22,9 +22,9 @@ except ImportError as error:
 from mimkernels.nn._classes import (
     STANDS_IN,
     fused_attn,
+    matrix_is_seen,
     prepare_scriptable,
     reduce_what_stands_in,
-    shows_its_matrix,
     state_without_recorder,
     why_original,
 )
@@ -176,7 +176,7 @@ def _is_for_timm(module: Any, recorder: object, x: Tensor, mask: Tensor | None) 
     if reason is not None or recorder is not None:
         return reason is not None
     if isinstance(module, SwinV2Attention):  # has no fused branch
-        return shows_its_matrix(module) is not None
+        return matrix_is_seen(module)
     return not module.fused_attn
 
 

@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+from torch.nn.modules.module import register_module_forward_hook
 
 import mimkernels
 
 timm = pytest.importorskip("timm")
 from timm.utils import AttentionExtract  # noqa: E402
 
-from tests.integrations.test_accelerate import accelerated, calls_of, images, swin, vit  # noqa: E402
+from tests.integrations.test_accelerate import accelerated, calls_of, images, swin, swin_v2, vit  # noqa: E402
 
 KINDS = {
     "plain": vit,
@@ -49,6 +50,44 @@ def assert_close(made, wanted):
     assert len(made) == len(wanted) > 0
     for a, b in zip(made, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# Hooks on every module
+
+
+SEEN = {
+    "whole": lambda: vit(init_values=0.5),
+    "patches dropped": lambda: vit(patch_drop_rate=0.5),
+    "not fused": lambda: told(vit(), False),
+    "swin": swin,
+    "swin v2": swin_v2,
+}
+
+
+@pytest.mark.parametrize("kind", SEEN)
+def test_hooks_on_every_module_see_and_change_what_they_do_in_the_stock_model(monkeypatch, kind):
+    monkeypatch.setattr("mimkernels.nn.block.SMALL", 0)
+    model = SEEN[kind]().train()
+    ours, _ = accelerated(model)
+
+    def output_and_calls(m):
+        names, called = {part: name for name, part in m.named_modules()}, []
+
+        def double_the_gelu(module, args, out):
+            called.append((names[module], tuple(out.shape)))
+            return out * 2 if isinstance(module, nn.GELU) else None
+
+        torch.manual_seed(1)
+        handle = register_module_forward_hook(double_the_gelu)
+        try:
+            return m(images()), called
+        finally:
+            handle.remove()
+
+    wanted, calls = output_and_calls(model)
+    made, ours_calls = output_and_calls(ours)
+    assert ours_calls == calls
+    torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-5)
 
 
 # fused_attn, and hooks on what sees the matrix
