@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mimkernels.nn.processes import gather_objects
-from mimkernels.ops._checks import is_tensor
+from mimkernels.ops._checks import count, is_tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -71,8 +71,10 @@ def gram_matrices(
         ``[layers, B, B]`` float64.
 
     Raises:
-        ValueError: fewer than 4 images, other shapes, or layers of different images.
+        ValueError: fewer than 4 images, other shapes, layers of different images, an unknown choice of tokens, or no
+            patch token.
     """
+    _check_tokens(tokens, num_prefix)
     if not isinstance(features, Sequence) or isinstance(features, str) or not features:
         raise ValueError(f"{name} must be a sequence of [B, D] or [B, N, D] features, one per layer")
     grams: list[Tensor] = []
@@ -80,6 +82,8 @@ def gram_matrices(
         is_tensor("CKA", f"a layer of {name}", x)
         if x.dim() == 3:
             first = num_prefix if tokens == "patch" else 0
+            if tokens == "patch" and x.shape[1] <= first:
+                raise ValueError(f"{name} {list(x.shape)} have no patch tokens: num_prefix is {num_prefix}")
             x = x[:, :1] if tokens == "cls" else x[:, first:]
         elif x.dim() != 2:
             raise ValueError(f"features must be [B, D] or [B, N, D], got {list(x.shape)}")
@@ -103,6 +107,12 @@ def gram_matrices(
     return torch.stack(grams)
 
 
+def _check_tokens(tokens: str, num_prefix: int) -> None:
+    if tokens not in TOKENS:
+        raise ValueError(f"unknown tokens {tokens!r}; known: {', '.join(TOKENS)}")
+    count("CKA", "num_prefix", num_prefix)
+
+
 class CKA:
     """How alike the representations of layers are, of one model or of two, over batches.
 
@@ -117,7 +127,7 @@ class CKA:
             alike. The default weighs them by their features' scale, as the definition says.
 
     Raises:
-        ValueError: an unknown choice of tokens.
+        ValueError: an unknown choice of tokens, or a negative number of prefix tokens.
 
     Source: Nguyen et al. 2021, arXiv:2010.15327; github.com/mwalmer-umd/vit_analysis; MAE-Lite, arXiv:2205.14443.
 
@@ -130,8 +140,7 @@ class CKA:
     """
 
     def __init__(self, *, tokens: str = "all", num_prefix: int = 1, rescale: bool = False) -> None:
-        if tokens not in TOKENS:
-            raise ValueError(f"unknown tokens {tokens!r}; known: {', '.join(TOKENS)}")
+        _check_tokens(tokens, num_prefix)
         self.tokens, self.num_prefix, self.rescale = tokens, num_prefix, rescale
         self.batches = 0
         self._xy: Tensor | None = None  # [A, B] sums over batches

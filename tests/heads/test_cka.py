@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mimkernels.heads import CKA, unbiased_hsic
+from mimkernels.heads import CKA, gram_matrices, unbiased_hsic
 
 
 def hsic_by_definition(k, l):
@@ -80,6 +80,9 @@ def test_merge_equals_both():
 def test_refusals():
     for call, told in (
         (lambda: CKA(tokens="some"), "unknown tokens 'some'"),
+        (lambda: gram_matrices(features(2, 6), tokens="patches"), "unknown tokens 'patches'"),
+        (lambda: CKA(tokens="patch", num_prefix=-1), "num_prefix must not be negative, got -1"),
+        (lambda: CKA(tokens="patch", num_prefix=9).update([torch.zeros(6, 9, 2)]), "no patch tokens: num_prefix is 9"),
         (lambda: CKA().update(features(2, 3)), "at least 4 images"),
         (lambda: CKA().update(torch.zeros(2, 8, 3)), "must be a sequence"),
         (lambda: CKA().update([torch.zeros(8)]), r"must be \[B, D\]"),
