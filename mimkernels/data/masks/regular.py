@@ -48,12 +48,12 @@ class Unit(Strategy):
             raise ValueError(f"{name}: a unit of {unit} x {unit} patches does not divide a grid of {by(grid)} patches")
         self.cells = tuple(side // self.unit for side in grid)
         units = math.prod(self.cells)
-        if count is not None and is_count(count):
-            if count % self.unit**2:
+        if count is not None:
+            if is_count(count) and count % self.unit**2:
                 raise ValueError(
                     f"{name}: count {count} is no multiple of the {self.unit**2} patches of a unit of {unit} x {unit}"
                 )
-            masked = masked_count(replace(wanted, grid=self.cells, count=count // self.unit**2), None)
+            masked = masked_count(wanted, None) // self.unit**2
         else:
             share = self.ratio if ratio is None else ratio
             if is_number(share) and 0 < share < 1:
