@@ -119,20 +119,21 @@ def matrix_is_seen(module: nn.Module) -> bool:
 
 def shows_its_matrix(module: nn.Module) -> str | None:
     """Why the attention matrix of a timm layer is wanted, whose ``fused_attn`` is False; None if it is not."""
-    for name in ("attn_drop", "softmax"):
+    for name, kinds in (("attn_drop", (nn.Dropout, nn.Identity)), ("softmax", (nn.Softmax,))):
         part = getattr(module, name, None)
         if isinstance(part, nn.Module):
             if is_heard(part):
                 return f"a hook on its {name} reads the attention matrix"
-            if type(part) not in (nn.Dropout, nn.Identity, nn.Softmax):
+            if type(part) not in kinds:
                 return f"its {name}, a {type(part).__name__}, reads the attention matrix"
     return None
 
 
 def why_original(module: Any, x: Tensor, attn_mask: Tensor | None) -> str | None:
     """Why a call of a timm attention layer must run timm's own code, whatever ``fused_attn`` says; None if not."""
-    if module.training and module.attn_drop.p > 0:
-        return f"attention dropout (attn_drop = {module.attn_drop.p}): set it to 0, or the model to eval()"
+    dropout = getattr(module.attn_drop, "p", 0.0)  # nn.Identity may stand in its place
+    if module.training and dropout > 0:
+        return f"attention dropout (attn_drop = {dropout}): set it to 0, or the model to eval()"
     if torch.jit.is_tracing():
         return "torch.jit.trace, which records PyTorch's own operations"
     for tensor in (x, attn_mask):

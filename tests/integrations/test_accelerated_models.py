@@ -131,6 +131,29 @@ def test_a_part_that_takes_the_place_of_attn_drop_gets_the_matrix():
     assert len(calls_of(ours, images())) == 1 and ours.blocks[1].attn.attn_drop.seen.shape == (2, 2, 17, 17)
 
 
+@pytest.mark.parametrize("kind", ["plain", "swin"])
+def test_nothing_in_the_place_of_attn_drop_drops_nothing(kind):
+    model = told(KINDS[kind](), False)
+    for part in attentions(model):
+        part.attn_drop = nn.Identity()
+    ours, report = accelerated(model)
+    assert "mimkernels.attention" in {change.became for change in report.accelerated}
+    outputs = []
+    for m in (ours, model):
+        torch.manual_seed(1)  # of stochastic depth
+        outputs.append(m.train()(images()))
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_part_that_takes_the_place_of_softmax_runs():
+    model = swin()
+    ours, _ = accelerated(model)
+    for m in (model, ours):
+        for part in attentions(m):
+            part.softmax = nn.Identity()
+    torch.testing.assert_close(ours(images()), model(images()), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("method", ["hook", "fx"])
 def test_timm_extracts_attention_maps(method):
     model = told(vit(), False)
