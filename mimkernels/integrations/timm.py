@@ -268,7 +268,9 @@ def _inside(tokens: int | None, vit: str, name: str) -> int | None:
 
 def _left_to_torch(module: TimmAttention, tokens: int) -> list[str]:
     """Where PyTorch's attention is faster in this layer: in its own dtype, and in that of autocast."""
-    weight = module.proj.weight if isinstance(module.proj, nn.Linear) else next(module.parameters())
+    weight = module.proj.weight if isinstance(module.proj, nn.Linear) else next(module.parameters(), None)
+    if weight is None:  # quantised layers keep theirs elsewhere
+        return []
     device = weight.device.type
     cast = () if device == "meta" else (torch.get_autocast_dtype(device),)
     dtypes = dict.fromkeys((weight.dtype, *cast))

@@ -154,6 +154,15 @@ def test_a_part_that_takes_the_place_of_softmax_runs():
     torch.testing.assert_close(ours(images()), model(images()), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
+def test_models_with_quantised_layers_compute_as_before():
+    model = vit()
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    ours, report = accelerated(quantised)
+    assert {change.kind: change.became for change in report}["Attention"] == "mimkernels.attention"
+    torch.testing.assert_close(ours(images()), quantised(images()), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("method", ["hook", "fx"])
 def test_timm_extracts_attention_maps(method):
     model = told(vit(), False)
