@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 __all__ = ["HeadStatistics"]
 
+# Of HeadStatistics, what to_dict writes and from_dict needs.
+_OPTIONS = ("quantities", "num_prefix", "unit", "exclude_prefix", "symmetrize", "exact_eps")
+
 
 @dataclass
 class _Layer:
@@ -350,8 +353,7 @@ class HeadStatistics:
 
     @classmethod
     def _from_settings(cls, settings: Mapping[str, Any]) -> HeadStatistics:
-        options = ("quantities", "num_prefix", "unit", "exclude_prefix", "symmetrize", "exact_eps")
-        statistics = cls(**{key: settings[key] for key in options}, grid=settings.get("grid"))
+        statistics = cls(**{key: settings[key] for key in _OPTIONS}, grid=settings.get("grid"))
         # Presets of the caller's own are known by their settings alone.
         statistics.presets, statistics.eps = tuple(settings["presets"]), settings["eps"]
         return statistics
@@ -567,12 +569,15 @@ class HeadStatistics:
         """What ``to_dict`` gave, back; also after JSON.
 
         Raises:
-            ValueError: another format, or a layer without one of the quantities.
+            ValueError: another format, a setting that is missing, or a layer without one of the quantities.
         """
         if not isinstance(data, Mapping):
             raise TypeError(f"head statistics are read from what to_dict gave, got {type(data).__name__}")
         if data.get("format") != 1:
             raise ValueError(f"head statistics of format {data.get('format')!r} are not known; this library writes 1")
+        absent = [key for key in (*_OPTIONS, "presets", "eps", "layers") if key not in data]
+        if absent:
+            raise ValueError(f"head statistics lack {', '.join(absent)}; given: {', '.join(map(str, data))}")
         statistics = cls._from_settings(data)
         for number, layer in data["layers"].items():
             missing = [name for name in statistics.names if name not in layer]

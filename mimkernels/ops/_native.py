@@ -58,7 +58,11 @@ def torch_version() -> tuple[int, int]:
 
 
 def load() -> None:
-    """Load what is there, once per process, after the schemas were defined. Failing is a state, not an error."""
+    """Load what is there, once per process, after the schemas were defined. Failing is a state, not an error.
+
+    Raises:
+        ValueError: MIMKERNELS_CPU_ISA names what the CPU or the library does not have.
+    """
     global _tried
     if _tried:
         return
@@ -86,6 +90,8 @@ def _load(state: NativeLibrary) -> NativeLibrary:
         isa = torch.ops.mimkernels.cpu_isa() if state.name == "cpu" else None
     except Exception as error:  # whatever a broken file does, the package works without it
         message = " ".join(str(error).split()) or type(error).__name__
+        if message.startswith("MIMKERNELS_CPU_ISA="):
+            raise ValueError(message) from None
         return replace(state, reason=f"{state.path.name} does not load: {message}", remedy=REINSTALL)
     return replace(state, loaded=True, reason=None, isa=isa)
 

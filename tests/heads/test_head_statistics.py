@@ -116,6 +116,8 @@ def test_to_dict_through_json_restores_exactly():
     assert back.merge(seen).images == {0: 10, 1: 10}
     with pytest.raises(ValueError, match="format 9"):
         HeadStatistics.from_dict({**seen.to_dict(), "format": 9})
+    with pytest.raises(ValueError, match="lack num_prefix, .*layers; given: format, quantities"):
+        HeadStatistics.from_dict({"format": 1, "quantities": ["entropy"]})
     mine = Preset("mine", "here", ("cls_cls_attention_adj",), eps=1e-3)
     assert HeadStatistics.from_dict(HeadStatistics(mine, num_prefix=1).to_dict()).eps == 1e-3
 
