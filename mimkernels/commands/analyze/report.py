@@ -39,12 +39,10 @@ class AnalysisReport:
 
     def __post_init__(self) -> None:
         for model in self.models:
-            sizes = sorted({(run.facts["layers"], run.facts["heads"]) for run in model.runs})
-            if len(sizes) > 1:
-                shown = " and ".join(f"{layers} layers of {heads} heads" for layers, heads in sizes)
-                raise TrainingError(
-                    f"runs of one name must be of one size; {model.name!r} has {shown}: name them apart"
-                )
+            try:
+                check_same_size(model.name, [(run.facts["layers"], run.facts["heads"]) for run in model.runs])
+            except ValueError as e:
+                raise TrainingError(str(e)) from None
 
     @property
     def title(self) -> str:
@@ -196,6 +194,14 @@ class AnalysisReport:
             "format": 1, "findings": self.findings, "models": models, "cka": cka, "during": during,
             "settings": self.config.to_dict(),
         }  # fmt: skip
+
+
+def check_same_size(name: str, sizes: Iterable[tuple[int, int]]) -> None:
+    """Raise ValueError unless all runs of a model have as many layers and heads."""
+    found = sorted(set(sizes))
+    if len(found) > 1:
+        shown = " and ".join(f"{layers} layers of {heads} heads" for layers, heads in found)
+        raise ValueError(f"runs of one name must be of one size; {name!r} has {shown}: name them apart")
 
 
 def _named_runs(epochs: Mapping[str, list[Epochs]]) -> list[tuple[str, str, Epochs]]:

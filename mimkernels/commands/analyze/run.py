@@ -20,7 +20,7 @@ from mimkernels.commands.analyze.measure import (
     STATE_QUANTITIES,
     measure,
 )
-from mimkernels.commands.analyze.report import AnalysisReport, write_report
+from mimkernels.commands.analyze.report import AnalysisReport, check_same_size, write_report
 from mimkernels.commands.analyze.results import Measured, Model
 from mimkernels.data.labelled import LabelledImages
 from mimkernels.data.pixels import Decoder
@@ -82,10 +82,14 @@ class AnalyzeRun:
         # One at a time is held later; here each shows that it can be loaded.
         self.keys: list[str] = []
         self.loading: list[LoadReport | None] = []
+        sizes: dict[str, list[tuple[int, int]]] = {}
         for choice in self.choices:
             encoder = load_same_encoder(choice)
             self.keys.append(self._key(choice, encoder))
             self.loading.append(encoder.loading)
+            sizes.setdefault(choice.name, []).append(_size(encoder))
+        for name, found in sizes.items():
+            check_same_size(name, found)
         stream = stream or (sys.stderr if as_json else sys.stdout)
         self.progress = Progress(total_steps=1, steps_per_epoch=1, quiet=False, stream=stream)
         with contextlib.ExitStack() as held:
@@ -183,6 +187,12 @@ class AnalyzeRun:
             "Device": device_name(self.accelerator.device),
             "Precision": f"{self.precision} ({self.precision_reason})",
         }
+
+
+def _size(encoder: FrozenEncoder) -> tuple[int, int]:
+    """Layers, and the most heads that one has."""
+    blocks = [block for stage in encoder.stages for block in stage]
+    return len(blocks), max((getattr(getattr(block, "attn", None), "num_heads", 0) for block in blocks), default=0)
 
 
 def open_images(config: AnalyzeConfig) -> LabelledImages:

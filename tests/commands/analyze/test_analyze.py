@@ -14,7 +14,6 @@ from mimkernels.commands.analyze.figures import lines
 from mimkernels.commands.analyze.run import AnalyzeRun, analyze
 from mimkernels.commands.analyze.sections import change
 from mimkernels.commands.analyze.series import Series, limits, series_of
-from mimkernels.engine.command import TrainingError
 from mimkernels.engine.model_names import parse_models
 from mimkernels.heads import HeadStatistics
 
@@ -217,7 +216,9 @@ def test_classes_are_read_after_every_block_and_heads_taken_out(seeds):
     assert "Heads that matter" in seeds.report.read_text() and "viewer-data" not in seeds.report.read_text()
 
 
-def test_runs_of_one_name_must_be_of_one_size(tmp_path):
-    config = settings(tmp_path, A, f"a={TIMM.format(2)}", images=8, viewer_images=0)
-    with pytest.raises(TrainingError, match="'a' has 2 layers of 2 heads and 3 layers of 2 heads: name them apart"):
-        analyze(config, stream=io.StringIO())
+def test_runs_of_one_name_must_be_of_one_size_before_any_runs(tmp_path, capsys):
+    models, message = (A, f"a={TIMM.format(2)}"), "'a' has 2 layers of 2 heads and 3 layers of 2 heads: name them apart"
+    with pytest.raises(ValueError, match=message):
+        analyze(settings(tmp_path, *models, images=8, viewer_images=0), stream=io.StringIO())
+    assert main(["analyze", *models, "--device", "cpu", "-o", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
