@@ -12,13 +12,13 @@ from mimkernels.engine.training.mixing import check_pairs
 # As of `TrainingConfig.architecture`, ...
 _ARCHITECTURE = (
     "model", "from_scratch", "pretrained", "arch", "model_kwargs", "img_size", "in_chans", "patch_size", "num_classes",
-    "readout", "freeze", "ema",
+    "readout", "head_std", "freeze", "ema",
 )  # fmt: skip
 # ... and of `results`.
 _RESULTS = (
     "data", "val_data", "val_share", "labels", "max_pixels", "pixel_range", "pixel_stats", "seed", "crop_scale",
     "hflip", "test_crop", "auto_augment", "erasing", "mixup", "cutmix", "label_smoothing", "drop_path", "layer_decay",
-    "head_std", "batch_size", "accum_steps", "epochs", "warmup_epochs", "blr", "lr", "min_lr", "min_blr", "warmup_blr",
+    "batch_size", "accum_steps", "epochs", "warmup_epochs", "blr", "lr", "min_lr", "min_blr", "warmup_blr",
     "schedule", "step_epoch", "beta2", "weight_decay", "clip_grad", "precision", "regularize",
 )  # fmt: skip
 

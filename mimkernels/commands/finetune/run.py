@@ -29,7 +29,7 @@ from mimkernels.models.finetuned import Finetuned, check_readout
 from mimkernels.nn.attention import attention_layers
 
 # Of a run that is continued, whatever was given: they say what its weights are.
-_OF_MODEL = ("arch", "patch_size", "img_size", "in_chans", "pixel_stats", "pixel_range", "num_classes")
+_OF_MODEL = ("arch", "patch_size", "img_size", "in_chans", "pixel_stats", "num_classes")
 
 
 def finetune(
@@ -70,6 +70,8 @@ class FinetuneRun(TrainingRun):
             saved = self.start["config"]
             config = replace(config, **{name: saved[name] for name in _OF_MODEL})
             config.model_kwargs["drop_path_rate"] = config.drop_path
+            if config.pixel_range == "auto":  # as at the start of a run: what the encoder was pre-trained with
+                config = replace(config, pixel_range=saved["pixel_range"])
         split = open_split(config)
         self.classes, self.split = split.classes, split
         source = choose_labels(split.train, config.labels, config.seed, split.classes)

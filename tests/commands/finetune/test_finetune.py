@@ -163,6 +163,15 @@ def test_stochastic_depth_of_a_run_that_goes_on_is_the_one_given(settings, tmp_p
     assert set(seen) == {0.5} and "drop_path: 0.1 -> 0.5" in capsys.readouterr().out
 
 
+def test_the_range_of_pixels_of_a_run_that_goes_on_is_the_one_given(settings, tmp_path, capsys):
+    run(settings(epochs=1, pictures=0, pixel_range="0,4095"))
+    words = ["finetune", "--output", str(tmp_path / "run"), "--resume", "--epochs"]
+    for epochs, given, taken in (("2", [], "0,4095"), ("3", ["--pixel-range", "0,100"], "0,100")):
+        assert main([*words, epochs, *given]) == 0
+        assert json.loads((tmp_path / "run" / "config.json").read_text())["pixel_range"] == taken
+    assert "pixel_range: '0,4095' -> '0,100'" in capsys.readouterr().out
+
+
 def test_the_folder_of_a_pretraining_is_not_taken(settings, pretrained):
     before = {path: path.read_bytes() for path in pretrained.rglob("*") if path.is_file()}
     for overwrite in (False, True):
@@ -181,7 +190,11 @@ def test_other_architectures_and_commands_are_not_continued(settings, pretrained
         words = [word for name, value in change.items() for word in (f"--{name}", str(value))]
         assert main(["finetune", "--output", str(tmp_path / "run"), "--resume", *words]) == 2
         assert "another architecture" in capsys.readouterr().err
-    for words, change in ((["--model", "elsewhere"], "model: "), (["--from-scratch"], "from_scratch: False -> True")):
+    for words, change in (
+        (["--model", "elsewhere"], "model: "),
+        (["--from-scratch"], "from_scratch: False -> True"),
+        (["--head-std", "0.5", "--epochs", "2"], "head_std: 0.02 -> 0.5"),
+    ):
         assert main(["finetune", "--output", str(tmp_path / "run"), "--resume", *words]) == 2
         assert change in capsys.readouterr().err  # the report would name it as what the weights began with
     assert main(["finetune", "--output", str(tmp_path / "x"), "--resume", str(pretrained)]) == 2
