@@ -74,6 +74,11 @@ class DenseRun:
         self.tasks = [task for name, task in TASKS.items() if name in names]
         for task in self.tasks:
             task.check(self.source)
+        if config.copies and not self._learns:
+            raise ValueError(
+                f"copies are learnt from, got {config.copies}, but the tasks learn nothing: "
+                f"{', '.join(task.name for task in self.tasks)}"
+            )
         averaged = any({"labels", "depths"} & {*task.targets} for task in self.tasks)
         if config.flip_test and not averaged:
             raise ValueError(

@@ -220,6 +220,7 @@ def test_a_broken_picture_ends_the_run_with_its_name(tmp_path):
         ({"test_on": "whole"}, "test_on must be square with data 'scenes'; whole images are those of ade20k, nyuv2"),
         ({"test_on": "all"}, "test_on must be one of square, whole, got all"),
         ({"copies": 2}, "copies must be 0 for task 'depth', got 2: .* but not depths"),
+        ({"copies": 2, "tasks": "correspondence"}, "copies are learnt from, got 2, but the tasks learn nothing: corr"),
         ({"flip_test": True, "tasks": "correspondence"}, "flip_test averages .* labels or depths, the tasks are corr"),
         ({"copies": -1}, "copies must be 0 or more, got -1"),
         ({"depth_scale": 0.0}, "depth_scale must be positive and finite, got 0.0"),
