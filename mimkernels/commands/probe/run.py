@@ -56,6 +56,7 @@ _FREE = (
     "pixel_range",
 )
 _FREE_WITHOUT_AUGMENT = ("crop_scale",)
+_DIGESTS = ("encoder", "training images", "test images")  # of a probe's identity, beside its settings
 
 _PUBLISHED_CROP = 0.08  # smallest area of a crop in MAE's linear probing
 
@@ -373,7 +374,11 @@ class ProbeRun:
             identity = dict(saved["identity"])
         except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise ValueError(f"{str(path)!r} is no result of a probe: replace it with --overwrite") from e
-        different = [name for name, value in self.identity.items() if identity.get(name) != value]
+        different = [
+            name if name in _DIGESTS else f"{name} {identity.get(name)!r} -> {value!r}"
+            for name, value in self.identity.items()
+            if identity.get(name) != value
+        ]
         if different:
             raise ValueError(
                 f"{str(self.output)!r} holds another probe (different: {', '.join(different)}): choose another "

@@ -200,7 +200,7 @@ def test_finished_poolings_are_kept_and_new_ones_added(config, monkeypatch, caps
     assert set(seen) == {"mean"} and "kept from" in capsys.readouterr().out
     assert [one.label for one in second.results] == ["mean", "abmilp", "cls"]
     assert second.results[2] == first.results[0]
-    with pytest.raises(ValueError, match=r"holds another probe \(different: epochs\).*--overwrite"):
+    with pytest.raises(ValueError, match=r"holds another probe \(different: epochs \d+ -> 4\).*--overwrite"):
         probe(config(epochs=4))
     assert len(probe(config(epochs=1), overwrite=True).results) == 2
 
