@@ -85,7 +85,7 @@ class AnalyzeRun:
         sizes: dict[str, list[tuple[int, int]]] = {}
         for choice in self.choices:
             encoder = load_same_encoder(choice)
-            self.keys.append(self._key(choice, encoder))
+            self.keys.append(self._key(encoder))
             self.loading.append(encoder.loading)
             sizes.setdefault(choice.name, []).append(_size(encoder))
         for name, found in sizes.items():
@@ -154,13 +154,13 @@ class AnalyzeRun:
                 self.progress.note(f"{choice.name}: {line}")
         return measured
 
-    def _key(self, choice: ModelChoice, encoder: FrozenEncoder) -> str:
+    def _key(self, encoder: FrozenEncoder) -> str:
         config = self.config
         heads = [getattr(part, "num_heads", None) for part in encoder.modules()]
         quantities = (HEAD_QUANTITIES, STATE_QUANTITIES, OUTPUT_QUANTITIES)
         options = (config.unit, config.batch_size, self.precision, config.pixel_range, config.depth_probe,
                    config.importance, config.viewer_images, quantities)  # fmt: skip
-        model = (type(encoder.model).__name__, heads, encoder.fingerprint(), choice.model_kwargs)
+        model = (type(encoder.model).__name__, heads, encoder.fingerprint(), encoder.built_by)
         return results.key_of(model, self.images.fingerprint(), options)
 
     def _epochs(self) -> dict[str, list[Epochs]]:

@@ -178,7 +178,7 @@ class DenseRun:
         encoder = load_same_encoder(choice)
         layers = sorted({layer for readout in readouts for layer in readout.layers})
         key = (
-            encoder.fingerprint(), type(encoder.model).__name__, choice.model_kwargs, layers, self.precision,
+            encoder.fingerprint(), type(encoder.model).__name__, encoder.built_by, layers, self.precision,
             *self.source.key(), self._learns, dict.fromkeys(further, self.config.seed),
             *(["mirrored"] if self.mirrors else []),
         )  # fmt: skip

@@ -222,3 +222,11 @@ def test_runs_of_one_name_must_be_of_one_size_before_any_runs(tmp_path, capsys):
         analyze(settings(tmp_path, *models, images=8, viewer_images=0), stream=io.StringIO())
     assert main(["analyze", *models, "--device", "cpu", "-o", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_weights_in_another_architecture_are_another_model(tmp_path):
+    options = "pretrained=false:img_size=16:patch_size=4:embed_dim=16:depth=1:num_heads=2"
+    for name in ("vit_base_patch16_clip_224", "vit_base_patch16_clip_quickgelu_224"):  # of the same random weights
+        config = settings(tmp_path, f"a={name}:{options}", images=8, viewer_images=0, depth_probe=False)
+        assert analyze(config, stream=io.StringIO()).measured == 1
+        assert analyze(config, stream=io.StringIO()).measured == 0
