@@ -166,6 +166,7 @@ def _maps(runs: Mapping[str, Epochs], quantity: str, label: str) -> list[Markup]
             axes.set_xlabel("epoch")
             axes.set_ylabel("layer")
             bare_map(axes)
+            axes.set_xticks(_ticks_of(run.epochs, axes.get_xticks().tolist()))
             colour_bar(axes, image, label)
             drawn.append(svg(axes.figure))  # type: ignore[arg-type]
     return drawn
@@ -195,6 +196,12 @@ def _edges(epochs: Tensor) -> Tensor:
         return torch.cat((epochs - 0.5, epochs + 0.5))
     middles = (epochs[1:] + epochs[:-1]) / 2
     return torch.cat((2 * epochs[:1] - middles[:1], middles, 2 * epochs[-1:] - middles[-1:]))
+
+
+def _ticks_of(epochs: Tensor, ticks: Sequence[float]) -> list[float]:
+    """Those from the first to the last epoch: the outer columns reach beyond, below 0 too."""
+    low, high = epochs[0].item(), epochs[-1].item()
+    return [tick for tick in ticks if low <= tick <= high] or [low]
 
 
 def _numbered_from_one(heads: Mapping[str, Any]) -> HeadStatistics:

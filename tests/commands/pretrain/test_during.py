@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -134,3 +135,5 @@ def test_epochs_are_those_of_made_values():
     assert Epochs.of([]) is None
     (strip,) = strips({"a": epochs, "b": epochs})
     assert strip.title == "Entropy" and len(strip.panels) == 3
+    words = re.findall("<!-- (.*?) -->", strip.maps[0])
+    assert words[: words.index("epoch")] == ["0", "1", "2", "3", "4"]  # the columns reach from -2 to 6
