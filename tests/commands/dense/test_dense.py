@@ -191,6 +191,12 @@ def test_damaged_features_are_made_anew(tmp_path):
     assert dense(chosen).encoded == 0
 
 
+def test_features_of_weights_in_another_architecture_are_encoded(tmp_path):
+    options = "pretrained=false:img_size=16:patch_size=4:embed_dim=16:depth=1:num_heads=2"
+    for name in ("vit_base_patch16_clip_224", "vit_base_patch16_clip_quickgelu_224"):  # of the same random weights
+        assert dense(config(tmp_path, models=[f"a={name}:{options}"], layers="last", tasks="knn")).encoded == 1
+
+
 def test_data_without_its_target_are_refused_by_a_task_and_left_out_of_all(tmp_path, monkeypatch):
     monkeypatch.setattr(ScenesSource, "targets", ("labels",))
     with pytest.raises(ValueError, match="task 'depth' needs data with depths, but data 'scenes' have labels"):
