@@ -83,3 +83,5 @@ class AnalyzeConfig(Settings):
         require(len(self.compare) in (0, 2), "compare", self.compare, "two names of models")
         for name in self.compare:
             require(name in names, "compare", repr(name), f"a name of a model: {', '.join(dict.fromkeys(names))}")
+        if len(self.compare) == 2:
+            require(self.compare[0] != self.compare[1], "compare", " ".join(self.compare), "two different models")

@@ -230,3 +230,8 @@ def test_weights_in_another_architecture_are_another_model(tmp_path):
         config = settings(tmp_path, f"a={name}:{options}", images=8, viewer_images=0, depth_probe=False)
         assert analyze(config, stream=io.StringIO()).measured == 1
         assert analyze(config, stream=io.StringIO()).measured == 0
+
+
+def test_a_model_is_not_compared_with_itself(tmp_path):
+    with pytest.raises(ValueError, match="compare must be two different models, got a a"):
+        settings(tmp_path, A, B, compare=["a", "a"]).check()
