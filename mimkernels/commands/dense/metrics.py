@@ -13,7 +13,7 @@ class SegmentationScores(NamedTuple):
     """Of a whole data set: intersections and unions are summed over all its pixels first.
 
     Attributes:
-        miou: mean of ``iou`` over the classes that occur.
+        miou: mean of ``iou`` over the classes that occur or are predicted.
         accuracy: share of pixels that are right.
         class_accuracy: mean over the classes that occur of the share of their pixels that are right.
         iou: intersection over union of every class; NaN where a class neither occurs nor is predicted.

@@ -224,6 +224,7 @@ def test_a_broken_picture_ends_the_run_with_its_name(tmp_path):
         ({"flip_test": True, "tasks": "correspondence"}, "flip_test averages .* labels or depths, the tasks are corr"),
         ({"copies": -1}, "copies must be 0 or more, got -1"),
         ({"depth_scale": 0.0}, "depth_scale must be positive and finite, got 0.0"),
+        ({"depth_scale": 256.0}, "depth_scale must be left out: it is of data 'nyuv2', not 'scenes', got 256.0"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(changes, message, tmp_path):
