@@ -4,10 +4,9 @@ import argparse
 from collections.abc import Callable
 
 from mimkernels.commands.pretrain.config import PretrainConfig
-from mimkernels.commands.pretrain.methods import METHODS, check_owners
 from mimkernels.commands.pretrain.presets import PRESETS
 from mimkernels.engine.command import exit_code, guarded
-from mimkernels.engine.settings import add_arguments, given_arguments
+from mimkernels.engine.settings import add_arguments
 from mimkernels.engine.training.cli import add_run_options, settings_of
 
 
@@ -29,10 +28,7 @@ def _pretrain(args: argparse.Namespace) -> int:
     def prepare() -> Callable[[], int]:
         from mimkernels.commands.pretrain.run import Run
 
-        config = settings_of(args, PretrainConfig, PRESETS)
-        if config.method in METHODS:
-            check_owners(config, given_arguments(args, PretrainConfig))  # those at their defaults, too
-        run = Run(config, resume=args.resume, overwrite=args.overwrite)
+        run = Run(settings_of(args, PretrainConfig, PRESETS), resume=args.resume, overwrite=args.overwrite)
         return lambda: exit_code(run.execute().stopped_by)
 
     return guarded(prepare, args.debug)

@@ -52,19 +52,6 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, monkeypatch, cap
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    ("method", "option", "owner"),
-    [("simmim", "--norm-pix-loss", "MAE"), ("mae", "--loss=l1", "SimMIM"), ("supervised", "--masking=random", "MAE")],
-)
-def test_an_option_of_another_method_is_refused_at_its_default_too(tmp_path, capsys, method, option, owner):
-    output = tmp_path / "run"
-    assert run("pretrain", "--method", method, option, "--output", str(output)) == 2
-    name = option.removeprefix("--").partition("=")[0].replace("-", "_")
-    told = capsys.readouterr().err
-    assert f"{name} is an option of {owner}" in told and f"method {method!r}" in told
-    assert not output.exists()
-
-
 def test_debug_shows_where_an_error_comes_from(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         run("pretrain", "--data", str(tmp_path / "nowhere"), "--output", str(tmp_path / "run"), "--debug")

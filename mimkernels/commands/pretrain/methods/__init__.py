@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,7 @@ from mimkernels.engine.training.method import Method, Moment
 if TYPE_CHECKING:
     from mimkernels.commands.pretrain.config import PretrainConfig
 
-__all__ = ["METHODS", "Method", "Moment", "check_method", "check_owners"]
+__all__ = ["METHODS", "Method", "Moment", "check_method"]
 
 METHODS: dict[str, type[Method]] = {
     "mae": MAE,
@@ -29,18 +28,13 @@ METHODS: dict[str, type[Method]] = {
 
 def check_method(config: PretrainConfig) -> None:
     """Raise ValueError for settings that cannot work with the method, or that are others' alone."""
-    defaults = {f.name: {} if f.default is MISSING else f.default for f in fields(config)}
-    check_owners(config, {name for name, value in defaults.items() if getattr(config, name) != value})
-    METHODS[config.method].check(config)
-
-
-def check_owners(config: PretrainConfig, given: Container[str]) -> None:
-    """Raise ValueError if one of the settings ``given``, by name, is another method's: this one would not heed it."""
     method = METHODS[config.method]
+    defaults = {f.name: {} if f.default is MISSING else f.default for f in fields(config)}
     for name in dict.fromkeys(option for other in METHODS.values() for option in other.options):
-        if name not in method.options and name in given:
+        if name not in method.options and getattr(config, name) != defaults[name]:
             owners = " and ".join(other.title for other in METHODS.values() if name in other.options)
             raise ValueError(
                 f"{name} is an option of {owners}, got {getattr(config, name)!r} and method {config.method!r}, whose "
                 f"own are {', '.join(method.options)}"
             )
+    method.check(config)
