@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mimkernels._options import option_value
+from mimkernels.engine.progress import printable
 from mimkernels.engine.settings import require
 
 # Anything but a path, an option, or two names ("a | b" in the numbers of an analysis).
@@ -24,11 +25,6 @@ class ModelChoice:
     pretrained: bool = True
     img_size: int | None = None
     final_norm: bool = True
-
-
-def printable(name: str) -> str:
-    """A name that any font takes: bytes of a path that are not UTF-8, surrogates in Python, as ``\\udce9``."""
-    return name.encode(errors="backslashreplace").decode()
 
 
 def parse_models(texts: list[str]) -> list[ModelChoice]:

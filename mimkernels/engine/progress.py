@@ -27,8 +27,8 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def printable(text: str, stream: TextIO) -> str:
-    """`text` with what `stream` cannot encode, such as bytes of a path that are no text, as Python shows it."""
+def printable(text: str, stream: TextIO | None = None) -> str:
+    """`text` with what `stream` (or UTF-8) cannot encode, as bytes of a path that are no text, as Python shows it."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 

@@ -88,7 +88,7 @@ class DenseConfig(Settings):
         require(self.depth_bins >= 2, "depth_bins", self.depth_bins, "at least 2")
         require(self.depth_scale > 0 and math.isfinite(self.depth_scale), "depth_scale", self.depth_scale,
                 "positive and finite")  # fmt: skip
-        require(self.data == "nyuv2" or self.depth_scale == 1000, "depth_scale", self.depth_scale,
+        require(self.data == "nyuv2" or self.depth_scale == DenseConfig.depth_scale, "depth_scale", self.depth_scale,
                 f"left out: it is of data 'nyuv2', not {self.data!r}")  # fmt: skip
         require_seed(self.seed)
         for name in ("pictures", "copies"):

@@ -13,9 +13,8 @@ from mimkernels.commands.finetune.config import FinetuneConfig
 from mimkernels.commands.finetune.mistakes import Mistake, Tested
 from mimkernels.engine.figures import as_colour, bare_map, enlarged, loss_curve, png_address, svg
 from mimkernels.engine.head_history import STRIP_WORDS, Epochs, Strip, strips
-from mimkernels.engine.model_names import printable
 from mimkernels.engine.page import write_page
-from mimkernels.engine.progress import count, counted, duration
+from mimkernels.engine.progress import count, counted, duration, printable
 
 _NUMBERED, _DRAWN, _PAIRS = 15, 100, 12  # classes with numbers in the map, classes in a map at all; pairs in the table
 
