@@ -4,6 +4,8 @@ import functools
 import itertools
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -198,6 +200,13 @@ def test_run_then_plot(tmp_path, capsys, monkeypatch):
     assert written == {"speedups.png", "limits.png", "roofline.png", "tables.md", "report.html"}
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3 and "http" not in page
+
+
+def test_a_run_prints_its_rows_alone():
+    run = ["bench", "run", "--group", "gathering", "--only", "restore_tokens", "--seconds", "0.001", "--batch", "1"]
+    done = subprocess.run([sys.executable, "-m", "mimkernels", *run, "--no-compile"], capture_output=True, text=True)
+    assert done.returncode == 0 and "restore_tokens" in done.stdout
+    assert "Profiler" not in done.stdout + done.stderr  # its lines, one for each version of a case
 
 
 def test_tables_state_what_was_measured():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -221,6 +222,8 @@ def run(options: argparse.Namespace) -> int:
     if not options.seconds > 0:
         return _refuse(f"--seconds must be positive, got {options.seconds}")
     device = _device()
+    # Above every level: torch's profiler, which measures memory, writes lines of its own between the rows.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     prepare()
     about = machine(device)
     print(f"{about['device']}, torch {about['torch']}" + (f", {about['threads']} threads" if device == "cpu" else ""))

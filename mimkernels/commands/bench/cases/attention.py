@@ -27,8 +27,15 @@ class Shape:
         return f"B={self.batch} H={self.heads} N={self.tokens} D={self.dim}"
 
 
-# ViT-B's encoder with 75 % masked, whole, and MAE's decoder.
-CPU_SHAPES = (Shape(8, 12, 50, 64), Shape(8, 12, 197, 64), Shape(8, 16, 197, 32))
+# ViT-B's encoder with 75 % masked, whole, and MAE's decoder; on a CPU, which computes long rows otherwise, also whole
+# images of 384 and 512 pixels.
+CPU_SHAPES = (
+    Shape(8, 12, 50, 64),
+    Shape(8, 12, 197, 64),
+    Shape(8, 16, 197, 32),
+    Shape(2, 12, 577, 64),
+    Shape(1, 12, 1025, 64),
+)
 CUDA_SHAPES = (Shape(256, 12, 50, 64), Shape(256, 12, 197, 64), Shape(256, 16, 197, 32))
 
 
