@@ -172,8 +172,11 @@ class FinetuneConfig(TrainingConfig):
     @classmethod
     def continued(cls, saved: dict[str, Any], given: dict[str, Any]) -> Self:
         """As the parent's; saved arguments of the model are complete, and given ones are some of them."""
+        if not saved:
+            return super().continued(saved, given)
         arguments = {**saved.get("model_kwargs", {}), **given.get("model_kwargs", {})}
-        return super().continued(saved, {**given, **({"model_kwargs": arguments} if saved else {})})
+        own = {name: arguments.pop(name) for name in ("patch_size", "in_chans") if name in arguments}  # as load_source
+        return super().continued(saved, {**given, "model_kwargs": arguments, **own})
 
     def completed(self, saved: dict[str, Any]) -> Self:
         """These settings with what they leave open as a run has it that is continued."""
@@ -182,6 +185,8 @@ class FinetuneConfig(TrainingConfig):
             value, hidden = values[f.name], f.metadata.get("hidden", False)
             if f.name in saved and (value is None or hidden or (value == 0 and f.name in self.by_default)):
                 values[f.name] = saved[f.name]
+        # A timm name without weights begins from scratch without being told to.
+        values["from_scratch"] = values["from_scratch"] or saved.get("from_scratch", False)
         return self.continued(saved, values)
 
     def check(self) -> None:

@@ -74,6 +74,12 @@ class FinetuneRun(TrainingRun):
                 config = replace(config, pixel_range=saved["pixel_range"])
         split = open_split(config)
         self.classes, self.split = split.classes, split
+        if self.start is not None and len(split.classes) != config.num_classes:
+            shown = ", ".join(split.classes[:5]) + (", ..." if len(split.classes) > 5 else "")
+            raise ValueError(
+                f"the data have {len(split.classes)} classes ({shown}), the checkpoint's run had {config.num_classes}; "
+                "give the data that it had, or start a new run of these from its weights (--model)"
+            )
         source = choose_labels(split.train, config.labels, config.seed, split.classes)
         open_values = config.filled(len(source), len(split.classes), len(split.test), source.in_memory)
         self.config = replace(config, **open_values)

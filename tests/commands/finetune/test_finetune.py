@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
 from mimkernels.cli import main
 from mimkernels.commands.finetune.config import FinetuneConfig
@@ -403,6 +404,35 @@ def test_from_scratch_has_the_architecture_and_no_weights(settings, pretrained):
         assert {group["lr_scale"] for group in started._parameter_groups()} == {1.0}
 
 
+_TIMM = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "in_chans": 1}
+
+
+@pytest.mark.parametrize("by", ["command", "python"])
+def test_a_run_of_a_timm_name_goes_on_by_the_same_settings(settings, tmp_path, capsys, by):
+    given = {"model": "vit_tiny_patch16_224", "img_size": 16, "pretrained": False, "pictures": 0}
+    run(settings(**given, model_kwargs=_TIMM, epochs=1))
+    if by == "python":
+        result = run(settings(**given, model_kwargs=_TIMM, epochs=2), resume="auto")
+        assert result.step == result.total_steps
+        return
+    kwargs = [f"{name}={value}" for name, value in _TIMM.items()]
+    words = ["finetune", "--output", str(tmp_path / "run"), "--resume", "--model", given["model"], "--img-size", "16"]
+    assert main([*words, "--no-pretrained", "--epochs", "2", "--model-kwargs", *kwargs]) == 0
+    assert main([*words, "--epochs", "3", "--model-kwargs", "patch_size=4"]) == 2
+    assert "patch_size: 8 -> 4" in capsys.readouterr().err
+
+
+def test_data_of_other_classes_are_refused_by_their_number(settings, tmp_path, capsys):
+    run(settings(epochs=1, pictures=0))
+    for name in "abc":
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(4):
+            Image.new("L", (16, 16), number).save(tmp_path / "data" / name / f"{number}.png")
+    words = ["finetune", "--output", str(tmp_path / "run"), "--resume", "--epochs", "2"]
+    assert main([*words, "--data", str(tmp_path / "data"), "--labels", "all"]) == 2
+    assert "3 classes (a, b, c), the checkpoint's run had 10" in capsys.readouterr().err
+
+
 def started(config) -> FinetuneRun:
     run_ = FinetuneRun(config, stream=io.StringIO())
     run_._held.close()
@@ -410,8 +440,7 @@ def started(config) -> FinetuneRun:
 
 
 def test_random_weights_of_a_timm_name_are_those_of_the_seed(settings):
-    kwargs = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "in_chans": 1}
-    given = {"model": "vit_tiny_patch16_224", "img_size": 16, "pretrained": False, "model_kwargs": kwargs}
+    given = {"model": "vit_tiny_patch16_224", "img_size": 16, "pretrained": False, "model_kwargs": _TIMM}
     first, again, other = (
         started(settings(**given, seed=seed)).model.encoder.blocks[0].mlp.fc1.weight for seed in (0, 0, 1)
     )
@@ -419,8 +448,7 @@ def test_random_weights_of_a_timm_name_are_those_of_the_seed(settings):
 
 
 def test_a_timm_name_without_weights_is_trained_from_scratch(settings):
-    kwargs = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "in_chans": 1}
-    given = {"model": "vit_tiny_patch16_224", "img_size": 16, "pretrained": False, "model_kwargs": kwargs}
+    given = {"model": "vit_tiny_patch16_224", "img_size": 16, "pretrained": False, "model_kwargs": _TIMM}
     of_timm = started(settings(**given))
     assert of_timm.config.from_scratch and of_timm.config.layer_decay == 1.0
     assert of_timm.model.head.weight.std() > 0.01 and "random weights" in of_timm._facts()["From"]
