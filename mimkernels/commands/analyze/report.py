@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 from torch import Tensor
@@ -40,7 +40,7 @@ class AnalysisReport:
     def __post_init__(self) -> None:
         for model in self.models:
             try:
-                check_same_size(model.name, [(run.facts["layers"], run.facts["heads"]) for run in model.runs])
+                check_same_size(model.name, [Size.of(run.facts) for run in model.runs])
             except ValueError as e:
                 raise TrainingError(str(e)) from None
 
@@ -196,12 +196,33 @@ class AnalysisReport:
         }  # fmt: skip
 
 
-def check_same_size(name: str, sizes: Iterable[tuple[int, int]]) -> None:
-    """Raise ValueError unless all runs of a model have as many layers and heads."""
-    found = sorted(set(sizes))
+class Size(NamedTuple):
+    """What runs of one name must have in common to be averaged."""
+
+    layers: int
+    heads: int  # the most that a layer has
+    dim: int
+    prefix: int
+    grid: tuple[int, int] | None
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> "Size":
+        """That of a model by the facts of its pass."""
+        grid = facts["grid"]
+        return cls(facts["layers"], facts["heads"], facts["dim"], facts["prefix"], tuple(grid) if grid else None)
+
+    def __str__(self) -> str:
+        patches = "no grid of patches" if self.grid is None else f"{self.grid[0]} x {self.grid[1]} patches"
+        return f"{self.layers} layers of {self.heads} heads, {self.dim} wide, {self.prefix} prefix tokens, {patches}"
+
+
+def check_same_size(name: str, sizes: Iterable[Size]) -> None:
+    """Raise ValueError unless all runs of a model have one size."""
+    found = list(dict.fromkeys(sizes))
     if len(found) > 1:
-        shown = " and ".join(f"{layers} layers of {heads} heads" for layers, heads in found)
-        raise ValueError(f"runs of one name must be of one size; {name!r} has {shown}: name them apart")
+        raise ValueError(
+            f"runs of one name must be of one size; {name!r} has {' and '.join(map(str, found))}: name them apart"
+        )
 
 
 def _named_runs(epochs: Mapping[str, list[Epochs]]) -> list[tuple[str, str, Epochs]]:

@@ -20,7 +20,7 @@ from mimkernels.commands.analyze.measure import (
     STATE_QUANTITIES,
     measure,
 )
-from mimkernels.commands.analyze.report import AnalysisReport, check_same_size, write_report
+from mimkernels.commands.analyze.report import AnalysisReport, Size, check_same_size, write_report
 from mimkernels.commands.analyze.results import Measured, Model
 from mimkernels.data.labelled import LabelledImages
 from mimkernels.data.pixels import Decoder
@@ -82,7 +82,7 @@ class AnalyzeRun:
         # One at a time is held later; here each shows that it can be loaded.
         self.keys: list[str] = []
         self.loading: list[LoadReport | None] = []
-        sizes: dict[str, list[tuple[int, int]]] = {}
+        sizes: dict[str, list[Size]] = {}
         for choice in self.choices:
             encoder = load_same_encoder(choice)
             self.keys.append(self._key(encoder))
@@ -189,10 +189,11 @@ class AnalyzeRun:
         }
 
 
-def _size(encoder: FrozenEncoder) -> tuple[int, int]:
-    """Layers, and the most heads that one has."""
+def _size(encoder: FrozenEncoder) -> Size:
+    """What the facts of its pass will say."""
     blocks = [block for stage in encoder.stages for block in stage]
-    return len(blocks), max((getattr(getattr(block, "attn", None), "num_heads", 0) for block in blocks), default=0)
+    heads = max((getattr(getattr(block, "attn", None), "num_heads", 0) for block in blocks), default=0)
+    return Size(len(blocks), heads, encoder.dim, encoder.num_prefix, encoder.grid)
 
 
 def open_images(config: AnalyzeConfig) -> LabelledImages:

@@ -216,8 +216,20 @@ def test_classes_are_read_after_every_block_and_heads_taken_out(seeds):
     assert "Heads that matter" in seeds.report.read_text() and "viewer-data" not in seeds.report.read_text()
 
 
-def test_runs_of_one_name_must_be_of_one_size_before_any_runs(tmp_path, capsys):
-    models, message = (A, f"a={TIMM.format(2)}"), "'a' has 2 layers of 2 heads and 3 layers of 2 heads: name them apart"
+@pytest.mark.parametrize(
+    "changed, kind",
+    [
+        (":depth=2", "2 layers of 2 heads, 16 wide, 1 prefix tokens, 4 x 4 patches"),
+        (":img_size=32", "3 layers of 2 heads, 16 wide, 1 prefix tokens, 8 x 8 patches"),
+        (":embed_dim=32", "3 layers of 2 heads, 32 wide, 1 prefix tokens, 4 x 4 patches"),
+        (":reg_tokens=2", "3 layers of 2 heads, 16 wide, 3 prefix tokens, 4 x 4 patches"),
+    ],
+)
+def test_runs_of_one_name_must_be_of_one_size_before_any_runs(tmp_path, capsys, changed, kind):
+    option = changed.split("=")[0]
+    kept = [part for part in A.split(":") if not f":{part}".startswith(f"{option}=")]
+    models = (A, ":".join(kept) + changed)
+    message = f"'a' has 3 layers of 2 heads, 16 wide, 1 prefix tokens, 4 x 4 patches and {kind}: name them apart"
     with pytest.raises(ValueError, match=message):
         analyze(settings(tmp_path, *models, images=8, viewer_images=0), stream=io.StringIO())
     assert main(["analyze", *models, "--device", "cpu", "-o", str(tmp_path / "out")]) == 2
