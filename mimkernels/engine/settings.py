@@ -72,6 +72,14 @@ def require(condition: bool, name: str, value: Any, wanted: str) -> None:
         raise ValueError(f"{name} must be {wanted}, got {value}")
 
 
+def require_unset(settings: Settings, names: typing.Iterable[str], where: str) -> None:
+    """Raise ValueError if a setting has another value than its default, though nothing reads it: `where` says why."""
+    for name in names:
+        value, known = getattr(settings, name), settings.__dataclass_fields__[name]
+        if value != (known.default if known.default_factory is MISSING else known.default_factory()):
+            raise ValueError(f"{name} has no effect {where}, got {value!r}")
+
+
 def require_seed(seed: int) -> None:
     """Raise ValueError unless all that draws can begin from `seed`."""
     require(0 <= seed < 2**63, "seed", seed, "in 0..2^63 - 1")

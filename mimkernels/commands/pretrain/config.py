@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from mimkernels.commands.pretrain.methods import METHODS, check_method
-from mimkernels.engine.settings import require, setting
+from mimkernels.engine.settings import require, require_unset, setting
 from mimkernels.engine.training.config import TrainingConfig, shared
 
 # Those of mimkernels.data.masks for images; to be shown without torch.
@@ -281,6 +281,10 @@ class PretrainConfig(TrainingConfig):
                 f"teacher and teacher_momentum are for masking 'attention_guided', got teacher {self.teacher!r}, "
                 f"momentum {momentum} and masking {self.masking!r}"
             )
+        if self.teacher != EMA:
+            require_unset(self, ["teacher_momentum"], f"on teacher {self.teacher!r}, which stays as it is")
+        if self.masking == NO_MASKING:
+            require_unset(self, ["mask_ratio", "masking_kwargs"], f"with masking {NO_MASKING!r}")
         require(self.loss in LOSSES, "loss", self.loss, f"one of {', '.join(LOSSES)}")
         for name in ("mask_unit", "mlp_dim", "out_dim", "local_size", "prototypes", "bottleneck_dim"):
             width = getattr(self, name)

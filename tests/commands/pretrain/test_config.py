@@ -71,6 +71,25 @@ def test_an_unknown_setting_is_refused_with_the_close_one():
         ({"seed": -1}, r"seed must be in 0\.\.2\^63 - 1, got -1"),
         ({"seed": 2**63}, r"seed must be in 0\.\.2\^63 - 1, got 9223372036854775808"),
         ({"method": "simmim", "mask_unit": 0}, "mask_unit must be at least 1, got 0"),
+        (
+            {"method": "simmim", "masking": "none", "mask_ratio": 0.3},
+            "mask_ratio has no effect with masking 'none', got 0.3",
+        ),
+        (
+            {"masking": "none", "masking_kwargs": {"x": 1}},
+            "masking_kwargs has no effect with masking 'none', got {'x': 1}",
+        ),
+        (
+            {"masking": "attention_guided", "teacher": "runs/x", "teacher_momentum": 0.5},
+            "teacher_momentum has no effect on teacher 'runs/x', which stays as it is, got 0.5",
+        ),
+        ({"target": "ema", "norm_pix_loss": False}, "norm_pix_loss has no effect on target 'ema', got False"),
+        ({"method": "dino", "local_crops": 0, "local_size": 96}, "local_size has no effect with local_crops 0, got 96"),
+        ({"method": "dino", "local_crops": 0, "local_scale": 0.1}, "local_scale has no effect with local_crops 0"),
+        (
+            {"method": "dino", "warmup_teacher_temp": 0.03},
+            "warmup_teacher_temp has no effect with warmup_teacher_temp_epochs 0, got 0.03",
+        ),
     ],
 )
 def test_values_that_cannot_work_are_refused(changes, message):

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from mimkernels.engine.settings import require_unset
 from mimkernels.engine.training.method import VIEW_OPTIONS, Method, Moment
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ class DINO(Method):
             if size % patch:
                 fits = max(1, size // patch) * patch
                 raise ValueError(f"local_size {size} is not divisible by the patches' {patch} pixels: try {fits}")
+        else:
+            require_unset(config, ["local_size", "local_scale"], "with local_crops 0")
+        if not config.warmup_teacher_temp_epochs:
+            require_unset(config, ["warmup_teacher_temp"], "with warmup_teacher_temp_epochs 0")
         if config.local_scale > config.value("crop_scale"):
             raise ValueError(
                 "local views are crops of local_scale to crop_scale of the image's area, got "

@@ -9,8 +9,10 @@ from mimkernels.commands.pretrain.methods.feature_targets import (
     TARGET_OPTIONS,
     TargetMethod,
     learns_words,
+    predicts_pixels,
     terms_of,
 )
+from mimkernels.engine.settings import require_unset
 from mimkernels.engine.training.method import MASK_OPTIONS
 
 if TYPE_CHECKING:
@@ -45,6 +47,8 @@ class MAE(TargetMethod):
             raise ValueError("masking none is for methods whose encoder sees all patches, such as simmim, got mae")
         if any(term.target.features is None and term.text != "pixels" for term in terms_of(config)):
             raise ValueError(f"target of mae must be pixels, features:MODEL, ema or bootstrap, got {config.target!r}")
+        if not predicts_pixels(config):
+            require_unset(config, ["norm_pix_loss"], f"on target {config.target!r}")
 
     @staticmethod
     def draw_masks(model: Any, images: int, seed: int, offset: int) -> Tensor:
