@@ -123,6 +123,11 @@ class Run(TrainingRun):
             return given
         if self.start is not None:
             saved: str = self.start["config"].get("pixel_stats", "imagenet")
+            if given == "data" and saved == "imagenet":
+                raise ValueError(
+                    "pixel_stats 'data' cannot be measured for a run that goes on, whose checkpoint has 'imagenet': "
+                    "leave it out, or start a new run"
+                )
             return saved
         if given == "auto":
             known = self.source.statistics

@@ -151,7 +151,16 @@ class TrainingConfig(Settings):
 
     @classmethod
     def continued(cls, saved: dict[str, Any], given: dict[str, Any]) -> Self:
-        """Settings of a run that goes on: what is `given` over what was `saved`."""
+        """Settings of a run that goes on: what is `given` over what was `saved`, if there is anything.
+
+        Raises:
+            ValueError: another method is given; options of either would be refused one by one.
+        """
+        before, now = saved.get("method"), given.get("method")
+        if before is not None and now not in (None, before):
+            raise ValueError(
+                f"the checkpoint is of method {before!r}, {now!r} was asked for: leave --method out, or start a new run"
+            )
         return cls.from_dict({**saved, **given})
 
     def check(self) -> None:

@@ -46,9 +46,13 @@ def find_start(config: TrainingConfig, checkpoints: CheckpointFolder, resume: st
 
     Raises:
         ValueError: the output holds a run that would be overwritten, there is no checkpoint at `resume`, or it is of
-            another architecture.
+            another architecture; or a run is both to be continued and to be replaced.
     """
     output = Path(config.output)
+    if resume is not None and overwrite:
+        raise ValueError(
+            f"--resume {resume} continues a run and --overwrite replaces the one in {str(output)!r}: give one of them"
+        )
     if resume is None:
         newest = checkpoints.latest()
         if newest is not None and not overwrite:

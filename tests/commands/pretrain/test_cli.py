@@ -73,8 +73,14 @@ def test_resume_takes_the_settings_of_the_run(tmp_path, capsys):
             capsys.readouterr().err
         )
     assert json.loads((tmp_path / "run" / "config.json").read_text())["epochs"] == 2
-    assert run("pretrain", "--output", output, "--resume", "--decoder-dim", "32") == 2
-    assert "decoder_dim: 16 -> 32" in capsys.readouterr().err
+    for words, message in [
+        (["--decoder-dim", "32"], "decoder_dim: 16 -> 32"),
+        (["--method", "simmim"], "the checkpoint is of method 'mae', 'simmim' was asked for"),
+        (["--overwrite"], f"--resume auto continues a run and --overwrite replaces the one in {output!r}"),
+        (["--pixel-stats", "data"], "pixel_stats 'data' cannot be measured for a run that goes on"),
+    ]:
+        assert run("pretrain", "--output", output, "--resume", *words) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_ctrl_c_saves_and_exits_with_its_code(tmp_path):
