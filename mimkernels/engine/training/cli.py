@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from mimkernels.engine.settings import given_arguments
-from mimkernels.engine.training.config import TrainingConfig
+from mimkernels.engine.settings import given_arguments, require_unset
+from mimkernels.engine.training.config import UNREAD, TrainingConfig
 
 Config = TypeVar("Config", bound=TrainingConfig)
 
@@ -33,10 +33,16 @@ def add_run_options(parser: argparse.ArgumentParser, presets: Mapping[str, Any])
 
 def settings_of(args: argparse.Namespace, kind: type[Config], presets: Mapping[str, dict[str, Any]]) -> Config:
     """What was given, over the settings of the run that is continued or the defaults."""
-    given = {**presets.get(args.preset, {}), **given_arguments(args, kind)}
+    named = given_arguments(args, kind)
+    given = {**presets.get(args.preset, {}), **named}
     if args.resume is None:
-        return kind(**given)
-    from mimkernels.engine.training.resume import settings_to_continue
+        config = kind(**given)
+    else:
+        from mimkernels.engine.training.resume import settings_to_continue
 
-    saved = settings_to_continue(args.resume, given.get("output", kind().output), kind)
-    return kind.continued(saved, given)
+        saved = settings_to_continue(args.resume, given.get("output", kind().output), kind)
+        config = kind.continued(saved, given)
+    # Presets and checkpoints, over which another schedule may be given, can hold these all the same.
+    unread = [name for name in UNREAD.get(config.schedule, ()) if name in named]
+    require_unset(config, unread, f"with schedule {config.schedule!r}")
+    return config

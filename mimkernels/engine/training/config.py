@@ -10,6 +10,7 @@ from mimkernels.engine.settings import DEVICES, PRECISIONS, Settings, require, r
 from mimkernels.engine.training.method import Method
 
 SCHEDULES = ("cosine", "step")
+UNREAD = {"cosine": ("step_epoch",), "step": ("min_lr", "min_blr")}  # settings that a schedule has no use for
 
 # Settings that mean the same in every command that trains.
 _SHARED: dict[str, Any] = {

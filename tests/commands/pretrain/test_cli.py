@@ -1,3 +1,4 @@
+import argparse
 import json
 import os
 import signal
@@ -8,7 +9,11 @@ import time
 import pytest
 
 from mimkernels.cli import main
+from mimkernels.commands.pretrain.cli import add_parser
+from mimkernels.commands.pretrain.config import PretrainConfig
+from mimkernels.commands.pretrain.presets import PRESETS
 from mimkernels.engine.checkpoint import CheckpointFolder
+from mimkernels.engine.training.cli import settings_of
 
 SMALL = [
     "--img-size", "16", "--in-chans", "1", "--patch-size", "4", "--model-kwargs", "embed_dim=16",
@@ -42,6 +47,8 @@ def run(*words: str) -> int:
         (["--model-kwargs", "embedding=3"], "embedding"),
         (["--resume", "missing.pt"], "checkpoint 'missing.pt' does not exist"),
         (["--precision", "fp16"], "needs a GPU"),
+        (["--step-epoch", "0.5"], "step_epoch has no effect with schedule 'cosine', got 0.5"),
+        (["--schedule", "step", "--min-lr", "1e-5"], "min_lr has no effect with schedule 'step', got 1e-05"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, monkeypatch, capsys, words, message):
@@ -81,6 +88,14 @@ def test_resume_takes_the_settings_of_the_run(tmp_path, capsys):
     ]:
         assert run("pretrain", "--output", output, "--resume", *words) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_schedule_may_be_given_over_that_of_a_preset():
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    for preset, schedule in (("simmim-vit-b-800", "cosine"), ("simmim-swin-b-100", "step")):
+        args = parser.parse_args(["pretrain", "--preset", preset, "--schedule", schedule])
+        assert settings_of(args, PretrainConfig, PRESETS).schedule == schedule
 
 
 def test_ctrl_c_saves_and_exits_with_its_code(tmp_path):
