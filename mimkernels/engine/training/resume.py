@@ -32,13 +32,15 @@ def saved_config(content: dict[str, Any], path: Path, kind: type[TrainingConfig]
 def settings_to_continue(resume: str, output: str, kind: type[TrainingConfig]) -> dict[str, Any]:
     """Settings saved in the checkpoint that ``--resume`` means; empty if there is none to continue yet.
 
-    A run goes on in the folder that it is found in, wherever that was when it began.
+    A run goes on in the folder that it is found in, wherever that was when it began; from a file outside of a run's
+    folder it goes on in `output`.
     """
     newest = checkpoint.find(resume, output)
     if newest.path is None:
         return {}
     saved = saved_config(newest.content, newest.path, kind).to_dict()
-    return {**saved, "output": output if resume == "auto" else str(newest.path.parent.parent)}
+    of_run = newest.path.parent.name == "checkpoints"
+    return {**saved, "output": str(newest.path.parent.parent) if resume != "auto" and of_run else output}
 
 
 def find_start(config: TrainingConfig, checkpoints: CheckpointFolder, resume: str | None, overwrite: bool) -> Newest:

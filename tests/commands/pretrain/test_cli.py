@@ -1,6 +1,7 @@
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,6 +89,17 @@ def test_resume_takes_the_settings_of_the_run(tmp_path, capsys):
     ]:
         assert run("pretrain", "--output", output, "--resume", *words) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_was_copied_out_of_its_run_goes_on_in_the_output(tmp_path, monkeypatch):
+    assert run("pretrain", *SMALL, "--output", str(tmp_path / "run")) == 0
+    (tmp_path / "kept" / "deep").mkdir(parents=True)
+    copied = shutil.copy(tmp_path / "run" / "checkpoints" / "final.pt", tmp_path / "kept" / "deep")
+    monkeypatch.chdir(tmp_path)
+    assert run("pretrain", "--resume", copied, "--epochs", "2") == 0  # went on in the folder above the file's
+    assert os.listdir(tmp_path / "kept") == ["deep"] and (tmp_path / "runs" / "pretrain" / "report.html").is_file()
+    assert run("pretrain", "--resume", copied, "--epochs", "2", "--output", "named") == 0
+    assert (tmp_path / "named" / "checkpoints" / "final.pt").is_file()
 
 
 def test_a_schedule_may_be_given_over_that_of_a_preset():
