@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -43,13 +43,14 @@ class Configuration(Case):
     notes: str = ""  # what is special about the numbers
     non_finite: bool = False  # whether some inputs are NaN or infinite
     draws: int = 12  # small shapes are many here, and of few numbers the plain error is right by luck more often
+    varied: dict[str, int] = field(default_factory=dict, compare=False)  # dimensions along which an input is not repeated
 
     def inputs(self, dtype, device="cpu", layout="contiguous", seed=0):
         made = super().inputs(dtype, device, layout, seed)
         rng = random.Random(f"{self} layout")
         for name, value in made.items():
             if isinstance(value, Tensor):
-                made[name] = arranged(value, rng)
+                made[name] = arranged(value, rng, self.varied.get(name))
         return made if self.after is None else {**made, **self.after(made)}
 
     def upstream(self, name, out, dtype, generator):
@@ -58,8 +59,11 @@ class Configuration(Case):
         return None if rng.random() < 0.15 else arranged(made, rng)
 
 
-def arranged(value: Tensor, rng: random.Random) -> Tensor:
-    """The same numbers with other strides or another offset, or one of them repeated; NaN lies in between."""
+def arranged(value: Tensor, rng: random.Random, varied: int | None = None) -> Tensor:
+    """The same numbers with other strides or another offset, or one of them repeated; NaN lies in between.
+
+    Along the dimension `varied` none is repeated.
+    """
     kind = rng.choice(("as made", "as made", "rows apart", "permuted", "offset", "repeated", "steps", "free strides"))
     if value.dim() == 0 or kind == "as made":
         return value
@@ -73,7 +77,7 @@ def arranged(value: Tensor, rng: random.Random) -> Tensor:
         return value.permute(order).contiguous().permute([order.index(dim) for dim in range(value.dim())])
     if kind == "repeated":
         dim = rng.randrange(value.dim())
-        return value.narrow(dim, 0, 1).expand(value.shape) if value.shape[dim] else value
+        return value.narrow(dim, 0, 1).expand(value.shape) if value.shape[dim] and dim != varied else value
     if kind == "offset":
         before = rng.randint(1, 9)
         return _within((before + value.numel(),), value.reshape(-1), (slice(before, None),)).view(value.shape)
@@ -145,7 +149,8 @@ class Draw:
     ) -> Make:
         """Normal numbers, or such as meet the limits of the dtype; ``wild``: one of these here and there.
 
-        ``flat``: also all the same, where a result that is then exactly 0 need not come out as 0 in 16 bits.
+        ``flat``: also all the same, where a result that is then exactly 0 need not come out as 0 in 16 bits; of an input
+        that must not be, ``varied`` of the configuration says along which dimension.
         """
         kind = self.of(*("normal",) * 8, "wide", "equal", "huge", "whole", "zero")
         kind = "normal" if kind in ("equal", "zero") and not flat else kind

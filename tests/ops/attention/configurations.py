@@ -127,4 +127,4 @@ def configuration(draw: Draw) -> dict:
     names = ("q", "k", "v", "bias", "bias_table", "logit_scale") if keys != 1 else ("v",)
     grads = draw.some(*names)
     options["stats"] += of_scores(draw)
-    return draw.case({**tensors, **options}, grads, parameters=parameters, compared=COMPARED)
+    return draw.case({**tensors, **options}, grads, parameters=parameters, compared=COMPARED, varied={"k": 2})

@@ -15,4 +15,4 @@ def configuration(draw: Draw) -> dict:
     names = ("qkv", "bias", "bias_table", "logit_scale") if tokens != 1 else ()
     grads = draw.some(*names)
     arguments["stats"] += of_scores(draw)
-    return draw.case(arguments, grads, parameters=parameters, compared=COMPARED)
+    return draw.case(arguments, grads, parameters=parameters, compared=COMPARED, varied={"qkv": 1})
