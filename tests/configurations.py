@@ -43,7 +43,7 @@ class Configuration(Case):
     notes: str = ""  # what is special about the numbers
     non_finite: bool = False  # whether some inputs are NaN or infinite
     draws: int = 12  # small shapes are many here, and of few numbers the plain error is right by luck more often
-    varied: dict[str, int] = field(default_factory=dict, compare=False)  # dimensions along which an input is not repeated
+    varied: dict[str, int] = field(default_factory=dict, compare=False)  # along which dimension none is repeated
 
     def inputs(self, dtype, device="cpu", layout="contiguous", seed=0):
         made = super().inputs(dtype, device, layout, seed)
@@ -149,8 +149,8 @@ class Draw:
     ) -> Make:
         """Normal numbers, or such as meet the limits of the dtype; ``wild``: one of these here and there.
 
-        ``flat``: also all the same, where a result that is then exactly 0 need not come out as 0 in 16 bits; of an input
-        that must not be, ``varied`` of the configuration says along which dimension.
+        ``flat``: also all the same, where a result that is then exactly 0 need not come out as 0 in 16 bits. Of an
+        input that must not be, ``varied`` of the configuration says along which dimension.
         """
         kind = self.of(*("normal",) * 8, "wide", "equal", "huge", "whole", "zero")
         kind = "normal" if kind in ("equal", "zero") and not flat else kind
