@@ -39,8 +39,9 @@ def settings_to_continue(resume: str, output: str, kind: type[TrainingConfig]) -
     if newest.path is None:
         return {}
     saved = saved_config(newest.content, newest.path, kind).to_dict()
-    of_run = newest.path.parent.name == "checkpoints"
-    return {**saved, "output": str(newest.path.parent.parent) if resume != "auto" and of_run else output}
+    path = newest.path if newest.path.parent.name else newest.path.absolute()
+    of_run = path.parent.name == "checkpoints"
+    return {**saved, "output": str(path.parent.parent) if resume != "auto" and of_run else output}
 
 
 def find_start(config: TrainingConfig, checkpoints: CheckpointFolder, resume: str | None, overwrite: bool) -> Newest:

@@ -100,6 +100,9 @@ def test_a_checkpoint_that_was_copied_out_of_its_run_goes_on_in_the_output(tmp_p
     assert os.listdir(tmp_path / "kept") == ["deep"] and (tmp_path / "runs" / "pretrain" / "report.html").is_file()
     assert run("pretrain", "--resume", copied, "--epochs", "2", "--output", "named") == 0
     assert (tmp_path / "named" / "checkpoints" / "final.pt").is_file()
+    monkeypatch.chdir(tmp_path / "named" / "checkpoints")
+    assert run("pretrain", "--resume", "final.pt", "--epochs", "3") == 0  # of the run in whose folder that is
+    assert json.loads((tmp_path / "named" / "config.json").read_text())["epochs"] == 3
 
 
 def test_a_schedule_may_be_given_over_that_of_a_preset():
