@@ -50,6 +50,15 @@ def own_split(data: str) -> tuple[Path, Path] | None:
     return (folder / "train", tests[0]) if not is_named(data) and (folder / "train").is_dir() and tests else None
 
 
+def open_part(data: str, root: str = "data", *, test: bool = True, decoder: Decoder | None = None) -> Source:
+    """The test images that ``--data`` names, all of it where it has no such part; without `test`, those to train on."""
+    own = own_split(data)
+    if own is not None:
+        return FolderSource(own[test], decoder)
+    held_out = open_held_out(data, root) if test else None
+    return held_out or open_source(data, root, decoder)
+
+
 def open_split(config: SplitChoice, pixel_range: str = "auto") -> Split:
     """Training and test images of ``--data``; the same on every run, whatever the seed.
 

@@ -24,7 +24,7 @@ from mimkernels.commands.analyze.report import AnalysisReport, Size, check_same_
 from mimkernels.commands.analyze.results import Measured, Model
 from mimkernels.data.labelled import LabelledImages
 from mimkernels.data.pixels import Decoder
-from mimkernels.data.sources import open_held_out, open_source
+from mimkernels.data.split import open_part
 from mimkernels.engine import files
 from mimkernels.engine.command import told_failures
 from mimkernels.engine.encoder import FrozenEncoder, load_same_encoder
@@ -199,8 +199,7 @@ def _size(encoder: FrozenEncoder) -> Size:
 def open_images(config: AnalyzeConfig) -> LabelledImages:
     """Images spread evenly over the part of the set that is wanted; class -1 where they have none."""
     decoder = Decoder.from_settings(config.max_pixels, config.pixel_range)
-    held_out = open_held_out(config.data, config.data_root) if config.split == "test" else None
-    source = held_out or open_source(config.data, config.data_root, decoder)
+    source = open_part(config.data, config.data_root, test=config.split == "test", decoder=decoder)
     try:
         numbers, _ = source.targets()
     except ValueError:

@@ -34,8 +34,8 @@ from mimkernels.data.pixel_targets import (
     with_draws,
 )
 from mimkernels.data.pixels import drawn
-from mimkernels.data.sources import is_named, open_held_out
-from mimkernels.data.sources import open_source as open_images
+from mimkernels.data.sources import is_named
+from mimkernels.data.split import open_part
 from mimkernels.engine.progress import counted
 
 
@@ -157,7 +157,7 @@ class ImagesSource(DenseSource):
                 f"there is no folder {config.data!r}"
             )
         root = config.data_root or "data"  # where other commands look
-        self.images = open_held_out(config.data, root) or open_images(config.data, root)
+        self.images = open_part(config.data, root)
         self._pixels = ""  # digest of what was read
 
     def key(self) -> tuple[object, ...]:

@@ -11,11 +11,12 @@ from mimkernels.cli import main
 from mimkernels.commands.analyze import findings
 from mimkernels.commands.analyze.config import AnalyzeConfig
 from mimkernels.commands.analyze.figures import lines
-from mimkernels.commands.analyze.run import AnalyzeRun, analyze
+from mimkernels.commands.analyze.run import AnalyzeRun, analyze, open_images
 from mimkernels.commands.analyze.sections import change
 from mimkernels.commands.analyze.series import Series, limits, series_of
 from mimkernels.engine.model_names import parse_models
 from mimkernels.heads import HeadStatistics
+from tests.data.folders import fill
 
 TIMM = "vit_tiny_patch16_224:pretrained=false:in_chans=1:img_size=16:patch_size=4:embed_dim=16:depth={}:num_heads=2"
 A, B = f"a={TIMM.format(3)}", f"b={TIMM.format(2)}"
@@ -112,6 +113,18 @@ def test_images_that_cannot_be_read_are_told_of_in_the_terminal(tmp_path):
     analyze(settings(tmp_path, f"a={TIMM.format(1)}", data=str(folder)), stream=stream)
     assert "a: 5 images in" in stream.getvalue()
     assert re.search(r"a: 1 of 6 images cannot be read, such as .*5.png: .*; they are left out", stream.getvalue())
+
+
+@pytest.mark.parametrize("split", ["test", "train"])
+def test_of_a_folder_with_two_parts_one_is_taken_with_its_classes(split, tmp_path):
+    """The two parts are no classes."""
+    for part, count in (("train", 5), ("val", 4)):
+        for name in ("cat", "dog"):
+            fill(tmp_path / "data" / part / name, count)
+    images = open_images(settings(tmp_path, A, data=str(tmp_path / "data"), split=split))
+    assert images.source.name == str(tmp_path / "data" / {"test": "val", "train": "train"}[split])
+    count = {"test": 4, "train": 5}[split]
+    assert images.targets.tolist() == [0] * count + [1] * count
 
 
 def test_who_is_interrupted_learns_what_is_kept(tmp_path):

@@ -196,6 +196,13 @@ def test_broken_images_of_a_folder_are_left_out_and_changed_ones_encoded_anew(tm
     assert "error: 4 of 4 images cannot be read, such as" in capsys.readouterr().err
 
 
+def test_of_a_folder_with_two_parts_the_test_is_taken(tmp_path):
+    for part, count in (("train", 4), ("val", 3)):
+        fill(tmp_path / "images" / part / "cat", count)
+    data = open_source(config(tmp_path, data=str(tmp_path / "images"), test_images=10)).load()
+    assert len(data.test) == 3
+
+
 def test_images_alone_have_no_labels(tmp_path):
     images = str(fill(tmp_path / "images", count=2))
     with pytest.raises(ValueError, match="task 'knn' needs data with labels, but data '.*images' have images alone"):
