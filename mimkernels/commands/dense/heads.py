@@ -55,7 +55,10 @@ class LinearSegmentation(Reader, nn.Module):
         return logits
 
     def loss(self, maps: Tensor, labels: Tensor, early: bool) -> Tensor:
-        return upsample_cross_entropy(self(maps), labels, ignore_index=IGNORED)
+        logits = self(maps)
+        if not (labels != IGNORED).any():  # a mean of nothing is not finite
+            return 0 * logits.sum()
+        return upsample_cross_entropy(logits, labels, ignore_index=IGNORED)
 
     def values(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
         """Logits ``[B, classes, H, W]``."""
@@ -90,6 +93,8 @@ class LinearDepth(Reader, nn.Module):
         so that the scale is found first."""
         valid = (depths > self.low) & (depths < self.high)
         predicted = self.predict(maps, (depths.shape[1], depths.shape[2]))
+        if not valid.any():  # a mean of nothing is not finite
+            return 0 * predicted.sum()
         error = (predicted[valid] + 1e-3).log() - (depths[valid] + 1e-3).log()
         variance = 0.0 if early else error.var(correction=0)
         return (variance + 0.15 * error.mean().square() + 1e-12).sqrt()

@@ -157,6 +157,8 @@ class DenseRun:
         """The data, and further images by the tasks that want them."""
         try:
             data = self.source.load()
+            for task in self.tasks:
+                task.check_loaded(data)
         except ValueError as e:
             raise TrainingError(str(e)) from e
         if data.left_out:

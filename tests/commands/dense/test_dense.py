@@ -180,6 +180,19 @@ def test_scores_that_there_are_not_are_null(tmp_path):
     assert result["correspondence"]["pck_10"] is None and result["correspondence"]["points"] == 0
 
 
+def test_batches_in_which_nothing_counts_teach_nothing():
+    maps = torch.randn(2, 6, 4, 4, generator=torch.Generator().manual_seed(0))
+    depth, segmentation = LinearDepth(6, 0.001, 10.0, 8), LinearSegmentation(6, 3, 0.1)
+    losses = [
+        depth.loss(maps, torch.full((2, 8, 8), 20.0), True),
+        depth.loss(maps, torch.zeros(2, 8, 8), False),
+        segmentation.loss(maps, torch.full((2, 8, 8), 255, dtype=torch.uint8), False),
+    ]
+    sum(losses).backward()
+    weights = [*depth.parameters(), *segmentation.parameters()]
+    assert losses == [0, 0, 0] and all(not weight.grad.any() for weight in weights)
+
+
 def test_damaged_features_are_made_anew(tmp_path):
     chosen = config(tmp_path, tasks="knn")
     first = dense(chosen)

@@ -77,6 +77,20 @@ def test_nyu_square_and_whole(tmp_path):
         assert result.readings["depth"].scores.rmse < 1
 
 
+def test_targets_that_say_nothing_are_refused(tmp_path):
+    nyu(tmp_path / "data", level=20_000)
+    told = r"no pixel of the images to learn from has a depth between 0.001 m and 10 m; they are from 20 m to 20 m"
+    with pytest.raises(TrainingError, match=told):
+        dense(config(tmp_path, data="nyuv2", tasks="depth"))
+    ade(tmp_path / "data")
+    for number in range(2):
+        values(tmp_path / "data" / "annotations" / "training" / f"{number}.png", np.zeros((6, 8), np.uint8))
+    for task in ("segmentation", "knn"):
+        with pytest.raises(TrainingError, match="no pixel of the images to learn from has a label"):
+            dense(config(tmp_path, data="ade20k", tasks=task))
+    assert not (tmp_path / "dense" / "features").exists()
+
+
 def test_nyu_is_learnt_from_crops_at_the_scale_that_it_is_tested_at(tmp_path):
     """Of 416 x 544 pixels, 416 become the side; of a whole image of 480 x 640, 480 become 480 / 416 of it."""
     nyu(tmp_path / "data")

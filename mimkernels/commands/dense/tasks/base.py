@@ -129,6 +129,9 @@ class Task(ABC, Generic[Scores]):
                     "--tasks"
                 )
 
+    def check_loaded(self, data: DenseData) -> None:
+        """Raise ValueError where the images to learn from have a target that says nothing."""
+
     def further_images(self, data: DenseData) -> Tensor | None:
         """Images ``[n, 3, S, S]`` uint8 that are encoded besides those of the data."""
         return None

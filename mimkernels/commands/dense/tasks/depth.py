@@ -25,6 +25,14 @@ class Depth(Task[DepthScores]):
     curves = {"RMSE, m": lambda scores: scores.rmse}  # noqa: RUF012
     picture_title = "Depth"
 
+    def check_loaded(self, data: DenseData) -> None:
+        depths, (low, high) = data.train.target("depths"), data.depth_range
+        if not ((depths > low) & (depths < high)).any():
+            raise ValueError(
+                f"no pixel of the {data.content} to learn from has a depth between {low:g} m and "
+                f"{high:g} m; they are from {float(depths.min()):g} m to {float(depths.max()):g} m"
+            )
+
     def read(self, job: Job) -> Reading[DepthScores]:
         config, (low, high) = job.config, job.data.depth_range
         head = LinearDepth(job.channels, low, high, config.depth_bins)

@@ -26,6 +26,10 @@ class _Classes(Task[SegmentationScores]):
     picture_title = "Segmentation"
     reader: str  # in the names of rows of pictures
 
+    def check_loaded(self, data: DenseData) -> None:
+        if not (data.train.target("labels") != IGNORED).any():
+            raise ValueError(f"no pixel of the {data.content} to learn from has a label")
+
     def worth(self, scores: SegmentationScores) -> float:
         return scores.miou
 
