@@ -13,11 +13,12 @@ from sklearn.metrics import confusion_matrix, jaccard_score
 from mimkernels.cli import main
 from mimkernels.commands.dense.charts import layer_chart
 from mimkernels.commands.dense.config import DenseConfig, Readout, parse_layers
-from mimkernels.commands.dense.data import ScenesSource
+from mimkernels.commands.dense.data import DenseData, DenseImages, ScenesSource
 from mimkernels.commands.dense.features import fitted_images, joined
 from mimkernels.commands.dense.heads import LinearDepth, LinearSegmentation, NearestPatches, predict, train
 from mimkernels.commands.dense.metrics import confusion, depth_scores, segmentation_scores
 from mimkernels.commands.dense.run import dense
+from mimkernels.commands.dense.tasks.depth import Depth
 from mimkernels.engine.encoder import load_encoder
 
 MODEL = "tiny=vit_tiny_patch16_224:pretrained=false:img_size=32:patch_size=8:embed_dim=24:depth=3:num_heads=2"
@@ -178,6 +179,27 @@ def test_scores_that_there_are_not_are_null(tmp_path):
     text = (tmp_path / "dense" / "numbers.json").read_text()
     (result,) = json.loads(text, parse_constant=lambda word: pytest.fail(word))["results"]
     assert result["correspondence"]["pck_10"] is None and result["correspondence"]["points"] == 0
+
+
+def test_pictures_of_depths_are_scaled_by_those_that_count(monkeypatch):
+    """Near is bright in pictures of what is nearer than a metre, too; a depth beyond the valid ones is black."""
+    shades = []
+
+    def taken(picture):
+        shades.append(picture.mean(0)[0, :: picture.shape[2] // 4].tolist())
+
+    monkeypatch.setattr("mimkernels.commands.dense.tasks.depth.png_address", taken)
+    for scale, words in ((0.1, "from 0 m to 0.8 m"), (1.0, "from 1 m to 8 m")):
+        depths = scale * torch.tensor([[[2.0, 5.0, 8.0, 300.0]]])
+        shown = DenseImages(torch.zeros(1, 3, 1, 4, dtype=torch.uint8), depths=depths)
+        data = DenseData(shown, shown, "images", depth_range=(0.001, 10.0))
+        shades.clear()
+        assert words in Depth().picture_text(data, shown)
+        Depth().true_rows(data, shown)
+        Depth().read_rows(data, shown, "read", 2 * depths)
+        near, middle, far, beyond = shades[0]
+        assert near > middle > far > 0 and beyond == 0
+        assert shades[2][3] == 0  # of the errors
 
 
 def test_batches_in_which_nothing_counts_teach_nothing():

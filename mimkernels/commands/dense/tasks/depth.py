@@ -9,7 +9,8 @@ from mimkernels.commands.dense.metrics import DepthScores, depth_scores
 from mimkernels.commands.dense.tasks.base import Job, PictureRow, Reading, Task, figure, percent
 from mimkernels.engine.figures import enlarged, png_address
 
-_NEAR, _WRONG = 1.0, 0.5  # metres and relative error: the ends of the colours of depth and of its errors
+# Metres and relative error: ends of the colours of depth, unless all is nearer, and of its errors.
+_NEAR, _WRONG = 1.0, 0.5
 
 
 class Depth(Task[DepthScores]):
@@ -54,23 +55,35 @@ class Depth(Task[DepthScores]):
         ]
 
     def picture_text(self, data: DenseData, shown: DenseImages) -> str:
-        most = float(shown.target("depths").max())
+        near, far = _ends(data, shown)
         return (
-            f"Bright is near, from {_NEAR:g} m to {most:.1f} m. Errors from 0, black, to {_WRONG:.0%} of the depth or "
+            f"Bright is near, from {near:g} m to {far:.2g} m. Errors from 0, black, to {_WRONG:.0%} of the depth or "
             "more, bright."
         )
 
     def true_rows(self, data: DenseData, shown: DenseImages) -> list[PictureRow]:
-        depths = shown.target("depths")
-        return [("depth", _mapped(depths, _NEAR, float(depths.max()), "viridis_r", depths > data.depth_range[0]))]
+        return [("depth", _mapped(shown.target("depths"), *_ends(data, shown), "viridis_r", _valid(data, shown)))]
 
     def read_rows(self, data: DenseData, shown: DenseImages, label: str, predictions: Tensor) -> list[PictureRow]:
         depths = shown.target("depths")
-        error, valid = (predictions - depths).abs() / depths, depths > data.depth_range[0]
+        error, valid = (predictions - depths).abs() / depths, _valid(data, shown)
         return [
-            (label, _mapped(predictions, _NEAR, float(depths.max()), "viridis_r", torch.ones_like(valid))),
+            (label, _mapped(predictions, *_ends(data, shown), "viridis_r", torch.ones_like(valid))),
             ("relative error", _mapped(error, 0.0, _WRONG, "magma", valid)),
         ]
+
+
+def _valid(data: DenseData, shown: DenseImages) -> Tensor:
+    """``[n, H, W]`` which depths count."""
+    depths, (low, high) = shown.target("depths"), data.depth_range
+    return (depths > low) & (depths < high)
+
+
+def _ends(data: DenseData, shown: DenseImages) -> tuple[float, float]:
+    """The depths at the ends of the colours, those of all pictures together."""
+    counted = shown.target("depths")[_valid(data, shown)]
+    far = float(counted.max()) if len(counted) else data.depth_range[1]
+    return _NEAR if far > _NEAR else 0.0, far
 
 
 def _mapped(values: Tensor, low: float, high: float, name: str, valid: Tensor) -> list[str]:
