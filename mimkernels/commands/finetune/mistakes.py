@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -144,14 +145,23 @@ def test_all(
         TrainingError: none can.
     """
     positions, probabilities = [], []
+    broken: list[tuple[int, str]] = []
     loader = in_order(EncoderImages(images, augmentation, 0, False), batch_size, workers, device.type == "cuda")
     with torch.no_grad():
         for batch in loader:
+            broken += batch.broken
             if batch.images is not None:
                 pixels, targets = batch.images.to(device), images.targets[batch.positions].to(device)
                 probabilities.append(model(pixels, targets=targets).logits.float().softmax(1).cpu())
                 positions.append(batch.positions)
     if not positions:
         raise TrainingError(f"none of the {len(images)} test images can be read")
+    if broken:
+        position, reason = broken[0]
+        warnings.warn(
+            f"{len(broken)} of {len(images)} test images cannot be read, such as {images.label(position)}: {reason}; "
+            "they are left out",
+            stacklevel=2,
+        )
     order = torch.cat(positions)
     return Tested(order, images.targets[order], torch.cat(probabilities))

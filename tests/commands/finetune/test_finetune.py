@@ -26,6 +26,7 @@ from mimkernels.engine.model_names import ModelChoice
 from mimkernels.engine.training.history import read_entries
 from mimkernels.engine.training.loop import Trainer
 from mimkernels.nn.encoder import create_encoder
+from tests.data.folders import fill
 
 FINETUNE = {
     "data": "digits", "labels": "10%", "batch_size": 50, "epochs": 2, "lr": 5e-3, "workers": 0, "device": "cpu",
@@ -181,6 +182,16 @@ def test_the_folder_of_a_pretraining_is_not_taken(settings, pretrained):
         ):
             run(settings(output=str(pretrained)), overwrite=overwrite)
     assert before == {path: path.read_bytes() for path in pretrained.rglob("*") if path.is_file()}
+
+
+def test_images_that_only_the_last_test_reads_and_cannot_are_told_of(settings, tmp_path):
+    for part in ("train", "val"):
+        for name in ("cat", "dog"):
+            fill(tmp_path / "data" / part / name, 4)
+    (tmp_path / "data" / "val" / "cat" / "1.png").write_bytes(b"no image")
+    with pytest.warns(UserWarning, match=r"1 of 8 test images cannot be read, such as .*cat/1.png: .*; they are left"):
+        result = run(settings(data=str(tmp_path / "data"), labels="all", batch_size=4, epochs=1, val_images=2))
+    assert len(result.content.tested) == 7
 
 
 def test_other_architectures_and_commands_are_not_continued(settings, pretrained, tmp_path, capsys):
