@@ -29,6 +29,11 @@ class LabelledImages:
     def label(self, position: int) -> str:
         return self.source.label(int(self.indices[position]))
 
+    def unread(self, broken: Sequence[tuple[int, str]], what: str = "images") -> str:
+        """How many cannot be read, by position and reason, such as which and why."""
+        position, reason = broken[0]
+        return f"{len(broken)} of {len(self)} {what} cannot be read, such as {self.label(position)}: {reason}"
+
     def without(self, positions: Sequence[int]) -> "LabelledImages":
         keep = np.setdiff1d(np.arange(len(self)), np.asarray(positions, dtype=int))
         return LabelledImages(self.source, self.indices[keep], self.targets[torch.from_numpy(keep)])

@@ -72,11 +72,16 @@ def require(condition: bool, name: str, value: Any, wanted: str) -> None:
         raise ValueError(f"{name} must be {wanted}, got {value}")
 
 
+def default_of(f: Field) -> Any:
+    """The value of a setting that nobody gave."""
+    return f.default if f.default_factory is MISSING else f.default_factory()
+
+
 def require_unset(settings: Settings, names: typing.Iterable[str], where: str) -> None:
     """Raise ValueError if a setting has another value than its default, though nothing reads it: `where` says why."""
     for name in names:
-        value, known = getattr(settings, name), settings.__dataclass_fields__[name]
-        if value != (known.default if known.default_factory is MISSING else known.default_factory()):
+        value = getattr(settings, name)
+        if value != default_of(settings.__dataclass_fields__[name]):
             raise ValueError(f"{name} has no effect {where}, got {value!r}")
 
 
@@ -99,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser, kind: type[Settings]) -> None
             continue
         group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
         options = ["--" + f.name.replace("_", "-"), *filter(None, [meta.get("short")])]
-        default: Any = f.default if f.default_factory is MISSING else f.default_factory()
+        default = default_of(f)
         scalar, optional = _scalar_type(f.type)
         text = meta["help"]
         if not optional and scalar is not dict and default not in ("", []):

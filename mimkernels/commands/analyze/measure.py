@@ -161,10 +161,7 @@ def measure(
             tokens.update()
             read.append(batch.positions)
             note(f"{seen:,}/{len(images):,} images")
-        unread = ""
-        if broken:
-            position, reason = broken[0]
-            unread = f"{len(broken)} of {len(images)} images cannot be read, such as {images.label(position)}: {reason}"
+        unread = images.unread(broken) if broken else ""
         if not seen:
             raise TrainingError(unread)
         if unread:

@@ -11,6 +11,7 @@ from mimkernels import upsample_cross_entropy
 from mimkernels.commands.dense.config import DenseConfig
 from mimkernels.commands.dense.features import joined, joined_batches
 from mimkernels.commands.dense.heat_maps import LinearKeypoints
+from mimkernels.commands.dense.metrics import valid_depths
 from mimkernels.commands.dense.windows import Windows, merged
 from mimkernels.data.pixel_targets import IGNORED
 from mimkernels.engine.command import TrainingError
@@ -91,7 +92,7 @@ class LinearDepth(Reader, nn.Module):
     def loss(self, maps: Tensor, depths: Tensor, early: bool) -> Tensor:
         """The root of ``variance + 0.15 mean^2`` of the difference of logarithms (SigLoss); `early` of the mean alone,
         so that the scale is found first."""
-        valid = (depths > self.low) & (depths < self.high)
+        valid = valid_depths(depths, self.low, self.high)
         predicted = self.predict(maps, (depths.shape[1], depths.shape[2]))
         if not valid.any():  # a mean of nothing is not finite
             return 0 * predicted.sum()

@@ -63,6 +63,11 @@ class DepthScores(NamedTuple):
     silog: float
 
 
+def valid_depths(depths: Tensor, low: float, high: float) -> Tensor:
+    """Which depths count: those between the two."""
+    return (depths > low) & (depths < high)
+
+
 def depth_scores(pairs: Iterable[tuple[Tensor, Tensor]], low: float, high: float) -> DepthScores:
     """Scores of predictions and depths ``[H, W]``, a pair per image.
 
@@ -70,7 +75,7 @@ def depth_scores(pairs: Iterable[tuple[Tensor, Tensor]], low: float, high: float
     """
     rows = []
     for p, g in ((p.double(), g.double()) for p, g in pairs):
-        valid = (g > low) & (g < high)
+        valid = valid_depths(g, low, high)
         p, g = p[valid].clamp(min=1e-6), g[valid]
         if not len(g):
             continue

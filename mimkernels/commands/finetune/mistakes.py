@@ -157,11 +157,6 @@ def test_all(
     if not positions:
         raise TrainingError(f"none of the {len(images)} test images can be read")
     if broken:
-        position, reason = broken[0]
-        warnings.warn(
-            f"{len(broken)} of {len(images)} test images cannot be read, such as {images.label(position)}: {reason}; "
-            "they are left out",
-            stacklevel=2,
-        )
+        warnings.warn(f"{images.unread(broken, 'test images')}; they are left out", stacklevel=2)
     order = torch.cat(positions)
     return Tested(order, images.targets[order], torch.cat(probabilities))

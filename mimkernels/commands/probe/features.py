@@ -83,11 +83,10 @@ class Extractor:
                 left = duration((len(images) - done) / rate)
                 self.progress.note(f"{what}  {done:,}/{len(images):,}  {count(rate)} images/s  {left} left")
         if broken:
-            position, reason = broken[0]
-            text = f"{len(broken)} of {len(images)} images cannot be read, such as {images.images.label(position)}: "
+            unread = images.images.unread(broken)
             if not read:
-                raise TrainingError(text + reason)
-            warnings.warn(f"{text}{reason}; they are left out", stacklevel=2)
+                raise TrainingError(unread)
+            warnings.warn(f"{unread}; they are left out", stacklevel=2)
 
     def features(self, images: EncoderImages, poolings: dict[str, Pooling], keep_tokens: bool, what: str) -> Features:
         """Pooled vectors of `poolings`, and the tokens if they are to be kept."""

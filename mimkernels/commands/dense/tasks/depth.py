@@ -5,7 +5,7 @@ from torch import Tensor
 
 from mimkernels.commands.dense.data import DenseData, DenseImages
 from mimkernels.commands.dense.heads import LinearDepth, train
-from mimkernels.commands.dense.metrics import DepthScores, depth_scores
+from mimkernels.commands.dense.metrics import DepthScores, depth_scores, valid_depths
 from mimkernels.commands.dense.tasks.base import Job, PictureRow, Reading, Task, figure, percent
 from mimkernels.engine.figures import enlarged, png_address
 
@@ -28,7 +28,7 @@ class Depth(Task[DepthScores]):
 
     def check_loaded(self, data: DenseData) -> None:
         depths, (low, high) = data.train.target("depths"), data.depth_range
-        if not ((depths > low) & (depths < high)).any():
+        if not valid_depths(depths, low, high).any():
             raise ValueError(
                 f"no pixel of the {data.content} to learn from has a depth between {low:g} m and "
                 f"{high:g} m; they are from {float(depths.min()):g} m to {float(depths.max()):g} m"
@@ -75,8 +75,7 @@ class Depth(Task[DepthScores]):
 
 def _valid(data: DenseData, shown: DenseImages) -> Tensor:
     """``[n, H, W]`` which depths count."""
-    depths, (low, high) = shown.target("depths"), data.depth_range
-    return (depths > low) & (depths < high)
+    return valid_depths(shown.target("depths"), *data.depth_range)
 
 
 def _ends(data: DenseData, shown: DenseImages) -> tuple[float, float]:

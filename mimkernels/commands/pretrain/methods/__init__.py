@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from mimkernels.commands.pretrain.methods.dino import DINO
@@ -10,6 +10,7 @@ from mimkernels.commands.pretrain.methods.mae import MAE
 from mimkernels.commands.pretrain.methods.mocov3 import MoCoV3
 from mimkernels.commands.pretrain.methods.simmim import SimMIM
 from mimkernels.commands.pretrain.methods.supervised import Supervised
+from mimkernels.engine.settings import default_of
 from mimkernels.engine.training.method import Method, Moment
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ METHODS: dict[str, type[Method]] = {
 def check_method(config: PretrainConfig) -> None:
     """Raise ValueError for settings that cannot work with the method, or that are others' alone."""
     method = METHODS[config.method]
-    defaults = {f.name: {} if f.default is MISSING else f.default for f in fields(config)}
+    defaults = {f.name: default_of(f) for f in fields(config)}
     for name in dict.fromkeys(option for other in METHODS.values() for option in other.options):
         if name not in method.options and getattr(config, name) != defaults[name]:
             owners = " and ".join(other.title for other in METHODS.values() if name in other.options)
