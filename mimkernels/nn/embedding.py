@@ -47,9 +47,10 @@ def embed_visible(
     tell_patches(proj, Patches(images.shape[0], grid, proj.kernel_size, ids))
     if ids is None:
         ids = torch.arange(math.prod(grid), device=images.device).expand(images.shape[0], -1)
+    weight = proj.weight  # read once: a parametrization, such as spectral norm, makes it anew each time
+    pixels = patchify_gather(images, ids, proj.kernel_size, mean, std, dtype=compute_dtype(weight))
     # kernel_size is the patch; conv weights [D, C, ph, pw] flatten to the pixel order of patchify_gather.
-    pixels = patchify_gather(images, ids, proj.kernel_size, mean, std, dtype=compute_dtype(proj.weight))
-    x = F.linear(pixels, proj.weight.flatten(1), proj.bias)  # [B, K, D]
+    x = F.linear(pixels, weight.flatten(1), proj.bias)  # [B, K, D]
     if norm is not None:
         x = norm(x)
     if pos is not None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils.parametrizations import spectral_norm
 
 import mimkernels
 
@@ -187,6 +188,21 @@ def test_what_was_told_afterwards_stays_after_restore():
     told(ours, False)
     mimkernels.restore(ours)
     assert [part.fused_attn for part in attentions(ours)] == [False, False]
+
+
+def test_weights_are_made_once_by_a_parametrization():
+    model, x = vit(patch_drop_rate=0.5).train(), images()
+    ours, _ = accelerated(model)
+    for part in (model, ours):
+        torch.manual_seed(0)
+        spectral_norm(part.patch_embed.proj)  # turns its estimate further each time
+    outs = []
+    for part in (model, ours):
+        torch.manual_seed(1)
+        outs.append(part(x))
+    assert_close(outs[1:], outs[:1])
+    estimates = [part.patch_embed.proj.parametrizations.weight[0]._u for part in (model, ours)]
+    torch.testing.assert_close(*estimates)
 
 
 def test_a_scale_that_is_changed_counts_where_it_does_in_timm():
