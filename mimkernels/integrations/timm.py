@@ -215,10 +215,18 @@ def restore(model: nn.Module) -> int:
 
     Raises:
         TypeError: `model` is no module.
+        NotImplementedError: a module's class was changed again since, as parametrizations and FSDP do; nothing is
+            changed then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"restore takes a module, got {type(model).__name__}")
     marked = [module for module in model.modules() if MARK in module.__dict__]
+    for name, module in model.named_modules():
+        if MARK in module.__dict__ and type(module).__bases__[0] is not module.__dict__[MARK]:
+            raise NotImplementedError(
+                f"restore: the class of {name or 'the model'} was changed to {type(module).__name__} after accelerate "
+                f"made it {type(module).__mro__[1].__name__}; undo that first, such as by remove_parametrizations"
+            )
     for module in marked:
         change_back(module)
     return len(marked)

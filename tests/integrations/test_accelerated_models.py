@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 import mimkernels
 
@@ -188,6 +189,22 @@ def test_what_was_told_afterwards_stays_after_restore():
     told(ours, False)
     mimkernels.restore(ours)
     assert [part.fused_attn for part in attentions(ours)] == [False, False]
+
+
+def test_restore_refuses_classes_that_were_changed_since():
+    model = swin()
+    stock = copy.deepcopy(model)
+    mimkernels.accelerate(model)
+    layer = model.layers[0].blocks[0].attn
+    register_parametrization(layer, "relative_position_bias_table", nn.Identity())
+    classes = [type(part) for part in model.modules()]
+    with pytest.raises(NotImplementedError, match=r"class of layers.0.blocks.0.attn was changed to Parametrized"):
+        mimkernels.restore(model)
+    assert [type(part) for part in model.modules()] == classes
+    remove_parametrizations(layer, "relative_position_bias_table")
+    mimkernels.restore(model)
+    assert [type(part) for part in model.modules()] == [type(part) for part in stock.modules()]
+    assert_close([model(images())], [stock(images())])
 
 
 def test_weights_are_made_once_by_a_parametrization():
