@@ -224,8 +224,9 @@ def restore(model: nn.Module) -> int:
     for name, module in model.named_modules():
         if MARK in module.__dict__ and type(module).__bases__[0] is not module.__dict__[MARK]:
             raise NotImplementedError(
-                f"restore: the class of {name or 'the model'} was changed to {type(module).__name__} after accelerate "
-                f"made it {type(module).__mro__[1].__name__}; undo that first, such as by remove_parametrizations"
+                f"restore: {name or 'the model'} was made a {type(module).__name__} after accelerate, as parametrizations "
+                f"and FSDP do, and would lose that as a {module.__dict__[MARK].__name__}; undo it first, such as by "
+                "remove_parametrizations"
             )
     for module in marked:
         change_back(module)

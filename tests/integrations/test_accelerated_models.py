@@ -198,7 +198,7 @@ def test_restore_refuses_classes_that_were_changed_since():
     layer = model.layers[0].blocks[0].attn
     register_parametrization(layer, "relative_position_bias_table", nn.Identity())
     classes = [type(part) for part in model.modules()]
-    with pytest.raises(NotImplementedError, match=r"class of layers.0.blocks.0.attn was changed to Parametrized"):
+    with pytest.raises(NotImplementedError, match=r"layers.0.blocks.0.attn was made a Parametrized"):
         mimkernels.restore(model)
     assert [type(part) for part in model.modules()] == classes
     remove_parametrizations(layer, "relative_position_bias_table")
