@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 try:
     from timm.layers import Attention as TimmAttention
@@ -224,8 +225,8 @@ def restore(model: nn.Module) -> int:
     for name, module in model.named_modules():
         if MARK in module.__dict__ and type(module).__bases__[0] is not module.__dict__[MARK]:
             raise NotImplementedError(
-                f"restore: {name or 'the model'} was made a {type(module).__name__} after accelerate, as parametrizations "
-                f"and FSDP do, and would lose that as a {module.__dict__[MARK].__name__}; undo it first, such as by "
+                f"restore: {name or 'the model'} became a {type(module).__name__} after accelerate, as parametrizations"
+                f" and FSDP do, and would lose that as a {module.__dict__[MARK].__name__}; undo it first, such as by "
                 "remove_parametrizations"
             )
     for module in marked:
@@ -464,6 +465,8 @@ def _change_class(module: nn.Module) -> str | None:
     kind: Any = type(module)
     if "forward" in module.__dict__:
         return "it has a forward of its own"
+    if is_parametrized(module):  # a class above its own would keep PyTorch from taking the parametrization away
+        return "a parameter of its own is parametrized: do that after accelerate"
     try:
         new = _accelerated(kind)
     except OSError as error:

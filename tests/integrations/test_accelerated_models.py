@@ -198,12 +198,26 @@ def test_restore_refuses_classes_that_were_changed_since():
     layer = model.layers[0].blocks[0].attn
     register_parametrization(layer, "relative_position_bias_table", nn.Identity())
     classes = [type(part) for part in model.modules()]
-    with pytest.raises(NotImplementedError, match=r"layers.0.blocks.0.attn was made a Parametrized"):
+    with pytest.raises(NotImplementedError, match=r"layers.0.blocks.0.attn became a Parametrized"):
         mimkernels.restore(model)
     assert [type(part) for part in model.modules()] == classes
     remove_parametrizations(layer, "relative_position_bias_table")
     mimkernels.restore(model)
     assert [type(part) for part in model.modules()] == [type(part) for part in stock.modules()]
+    assert_close([model(images())], [stock(images())])
+
+
+def test_a_layer_with_a_parametrization_of_its_own_stays():
+    model = swin()
+    stock = copy.deepcopy(model)
+    layer = model.layers[0].blocks[0].attn
+    register_parametrization(layer, "relative_position_bias_table", nn.Identity())
+    report = mimkernels.accelerate(model)
+    lines = {change.name: change for change in report.changes}
+    assert lines["layers.0.blocks.0.attn"].reason == "a parameter of its own is parametrized: do that after accelerate"
+    assert lines["layers.1.blocks.0.attn"].became == "mimkernels.attention"
+    remove_parametrizations(layer, "relative_position_bias_table")
+    assert type(layer) is type(stock.layers[0].blocks[0].attn)
     assert_close([model(images())], [stock(images())])
 
 
