@@ -116,7 +116,7 @@ def test_readme_is_short():
 
 
 def test_the_types_of_every_public_function_are_checked_as_a_user_sees_them():
-    """`make lint` runs ``mypy --strict`` on this file."""
+    """`make lint` checks this file as ``mypy --strict`` does."""
     text = (ROOT / "tests" / "typing" / "user.py").read_text()
     functions = [name for name in mimkernels.__all__ if name.islower() and not name.startswith("__")]
     assert [name for name in functions if not re.search(rf"\b{name}\(", text)] == []

@@ -1,4 +1,4 @@
-"""A user's file as `mypy --strict` sees it, which `make lint` runs: never executed."""
+"""A user's file, which `make lint` checks as `mypy --strict` does: never executed."""
 
 from collections.abc import Iterator
 from typing import assert_type
