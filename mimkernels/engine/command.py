@@ -27,7 +27,9 @@ class TrainingError(RuntimeError):
 def told_failures(
     output: Path, device: "torch.device", remedy: str, going_on: Callable[[], str] | None = None
 ) -> Iterator[None]:
-    """Turn a want of memory and what the file system refuses into ``TrainingError``; an interruption says how to go on.
+    """Turn a want of memory, a lost process and what the file system refuses into ``TrainingError``.
+
+    An interruption says how to go on.
 
     Args:
         output: the folder that is written.
@@ -40,20 +42,37 @@ def told_failures(
     from mimkernels.engine import files
     from mimkernels.engine.hardware import device_name
 
+    def more() -> str:
+        return "" if going_on is None else f"; {going_on()}"
+
     try:
         yield
     except (RuntimeError, MemoryError) as e:
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0].strip()
+        lost = _lost_process(e)
+        if lost is not None:
+            raise TrainingError(f"{lost} ({reason}){more()}") from e
         # Of the CPU's memory torch says so in words alone.
         wants = isinstance(e, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(e)
         if not wants:
             raise
-        reason = (str(e) or type(e).__name__).splitlines()[0]
         raise TrainingError(f"out of memory on {device_name(device)}: {remedy} ({reason})") from e
     except OSError as e:
-        more = f"; {going_on()}" if going_on is not None else ""
-        raise TrainingError(f"{files.refusal(e, output)}{more}") from e
+        raise TrainingError(f"{files.refusal(e, output)}{more()}") from e
     except KeyboardInterrupt as e:
         raise KeyboardInterrupt(*(() if going_on is None else (going_on(),))) from e
+
+
+def _lost_process(error: Exception) -> str | None:
+    """Which other process ended, and what may have ended it; None of other errors. Of most torch says so in words."""
+    import torch
+
+    text = str(error)
+    if text.startswith("DataLoader worker (pid"):
+        return "a data-loading process ended, perhaps for want of memory: --workers 0 does without, fewer take less"
+    if isinstance(error, getattr(torch.distributed, "DistError", ())) or "/gloo/transport/" in text:
+        return "another process of the run ended or cannot be reached, see what it says"
+    return None
 
 
 def guarded(prepare: Callable[[], Callable[[], int]], debug: bool) -> int:

@@ -36,6 +36,21 @@ def test_a_want_of_memory_is_one_line_with_a_remedy(tmp_path, error):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "a data-loading process ended"),
+     (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "a data-loading process ended"),
+     (torch.distributed.DistBackendError("NCCL error\nmore"), "another process of the run ended"),
+     (RuntimeError("[/gloo/transport/tcp/pair.cc:545] Read error: reset by peer"), "another process of the run ended")],
+    ids=["worker", "workers", "nccl", "gloo"],
+)  # fmt: skip
+def test_a_process_that_is_lost_is_one_line_that_says_how_to_go_on(tmp_path, error, told):
+    with pytest.raises(TrainingError, match=rf"^{told}.* \(.+\S\); again$") as caught:
+        with told_failures(tmp_path, torch.device("cpu"), "x", lambda: "again"):
+            raise error
+    assert "\n" not in str(caught.value)
+
+
 def test_other_errors_stay_what_they_are(tmp_path):
     with pytest.raises(RuntimeError, match="^a bug$") as caught, told_failures(tmp_path, torch.device("cpu"), "x"):
         raise RuntimeError("a bug")
