@@ -33,6 +33,17 @@ def printable(text: str, stream: TextIO | None = None) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def say(text: str, stream: TextIO | None, end: str = "\n") -> None:
+    """Write `text` to `stream`, if there is one; what that refuses, as a full disk or a closed pipe, names it.
+
+    Without the name it would pass for a refusal of the run's folder.
+    """
+    try:
+        print(printable(text, stream), file=stream, end=end, flush=True)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, getattr(stream, "name", "output")) from e
+
+
 def fitting(parts: Sequence[str], width: int, dispensable: Sequence[int]) -> str:
     """`parts` on one line of `width` characters: the first of those by their numbers in `dispensable` that can go."""
     kept = list(range(len(parts)))
@@ -48,13 +59,13 @@ class Progress:
 
     def __init__(self, *, total_steps: int, steps_per_epoch: int, quiet: bool, stream: TextIO | None = None) -> None:
         self.total_steps, self.steps_per_epoch, self.quiet = total_steps, steps_per_epoch, quiet
-        self.stream = stream or sys.stdout
+        self.stream: TextIO | None = stream or sys.stdout  # None in a process without standard output
         self._bar: RichProgress | None = None
         self._started = self._printed = time.monotonic()
 
     def start(self, first_step: int) -> None:
         self._started = self._printed = time.monotonic()
-        if self.quiet or not self.stream.isatty():
+        if self.quiet or self.stream is None or not self.stream.isatty():
             return
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn
@@ -115,11 +126,11 @@ class Progress:
         """A line that stays."""
         if self.quiet:
             return
-        text = printable(text, self.stream)
         if self._bar is not None:
+            text = printable(text, self.stream)
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(text, file=self.stream, flush=True)
+            say(text, self.stream)
 
     def stop(self) -> None:
         if self._bar is not None:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Collection, Sequence
 from typing import Literal, TextIO
 
-from mimkernels.engine.progress import printable
+from mimkernels.engine.progress import say
 
 _GAP, _FOLDED = 2, 12  # characters between columns, and of a first column that is folded
 
@@ -55,7 +55,7 @@ def print_table(
             console.print(table)
     lines = [line.rstrip() for line in written.get().splitlines()] if not console.is_terminal else None
     text = written.get() if lines is None else "".join(f"{line}\n" for line in lines)
-    print(printable(text, stream), file=stream, end="", flush=True)
+    say(text, stream, end="")
 
 
 def _parts(widths: Sequence[int], width: int, left: Collection[int]) -> list[list[int]]:
