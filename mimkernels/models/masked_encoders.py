@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mimkernels.nn import embed_visible, use_mimkernels_attention, use_mimkernels_block, use_mimkernels_mlp
-from mimkernels.nn._classes import is_heard
+from mimkernels.nn._classes import is_heard, name_beside
 from mimkernels.nn.encoder import (
     build_timm,
     check_encoder,
@@ -243,9 +243,9 @@ def family_of(encoder: nn.Module) -> type[Family]:
         if type(encoder) in family.kinds or (family is ViT and isinstance(encoder, VisionTransformer)):
             family.check(encoder)
             return family
+    kinds = [kind for family in FAMILIES for kind in family.kinds]
     raise ValueError(
-        f"a {type(encoder).__name__} is not one of timm's "
-        f"{', '.join(kind.__name__ for family in FAMILIES for kind in family.kinds)}"
+        f"a {name_beside(type(encoder), *kinds)} is not one of timm's {', '.join(kind.__name__ for kind in kinds)}"
     )
 
 

@@ -125,7 +125,7 @@ def shows_its_matrix(module: nn.Module) -> str | None:
             if is_heard(part):
                 return f"a hook on its {name} reads the attention matrix"
             if type(part) not in kinds:
-                return f"its {name}, a {type(part).__name__}, reads the attention matrix"
+                return f"its {name}, a {name_beside(type(part), *kinds)}, reads the attention matrix"
     return None
 
 
@@ -177,6 +177,13 @@ def every_module_is_heard() -> bool:
         and FOLLOWING.issuperset(torch_modules._global_backward_hooks)
         and FOLLOWING.issuperset(torch_modules._global_backward_pre_hooks)
     )
+
+
+def name_beside(kind: type, *wanted: type) -> str:
+    """The name of a class in a message that names the classes `wanted`: with its module where it is called as one."""
+    if kind.__name__ in (other.__name__ for other in wanted):
+        return f"{kind.__module__}.{kind.__name__}"
+    return kind.__name__
 
 
 def sdpa_is_replaced() -> bool:

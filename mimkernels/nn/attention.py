@@ -20,6 +20,7 @@ from mimkernels.nn._classes import (
     every_module_is_heard,
     fused_attn,
     is_heard,
+    name_beside,
     prepare_scriptable,
     state_without_recorder,
     why_original,
@@ -137,7 +138,7 @@ def use_mimkernels_attention(module: nn.Module, *, required: bool = True) -> lis
     layers = [part for part in module.modules() if isinstance(part, tuple(_KINDS.values()))]
     if required and not layers:
         raise ValueError(
-            f"{type(module).__name__} has no timm.layers.Attention, nor that of BEiT, Swin or Swin V2"
+            f"{name_beside(type(module), *_KINDS)} has no timm.layers.Attention, nor that of BEiT, Swin or Swin V2"
             f"{_other_kinds(module)}"
         )
     return layers
@@ -162,6 +163,6 @@ def _does_nothing(norm: nn.Module | None) -> bool:
 
 
 def _other_kinds(*modules: nn.Module) -> str:
-    names = {type(part).__name__ for module in modules for part in module.modules()}
+    names = {name_beside(type(part), *_KINDS) for module in modules for part in module.modules()}
     attention = sorted(name for name in names if "attention" in name.lower())
     return f"; its attention: {', '.join(attention)}" if attention else ""

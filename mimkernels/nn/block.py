@@ -21,7 +21,7 @@ except ImportError as error:
         f"mimkernels.nn.block needs timm, which cannot be imported ({error}); pip install 'mimkernels[train]'"
     ) from error
 
-from mimkernels.nn._classes import change_class, every_module_is_heard, is_heard, prepare_scriptable
+from mimkernels.nn._classes import change_class, every_module_is_heard, is_heard, name_beside, prepare_scriptable
 from mimkernels.nn.attention import Attention
 from mimkernels.nn.mlp import Mlp
 from mimkernels.nn.sdpa import compute_dtype, has_own_rules, is_for_pytorch
@@ -140,7 +140,7 @@ def use_mimkernels_block(module: nn.Module, *, required: bool = True) -> list[Bl
     """
     blocks = change_class(module, TimmBlock, Block)
     if required and not blocks:
-        raise ValueError(f"{type(module).__name__} has no timm.models.vision_transformer.Block")
+        raise ValueError(f"{name_beside(type(module), TimmBlock)} has no timm.models.vision_transformer.Block")
     return blocks
 
 
@@ -213,13 +213,13 @@ def reason_against_parts(**parts: Any) -> str | None:
             return f"a hook or a forward of its own on {name}"
         if name.startswith("norm"):
             if kind not in (TimmLayerNorm, nn.LayerNorm) or len(part.normalized_shape) != 1:
-                return f"its {name} is {kind.__name__}, not LayerNorm of the last dimension"
+                return f"its {name} is {name_beside(kind, nn.LayerNorm)}, not LayerNorm of the last dimension"
             if getattr(part, "_fast_norm", False):
                 return f"its {name} is told to be timm's fast norm"
         elif kind is not nn.Identity:
             wanted = LayerScale if name.startswith("ls") else DropPath
             if kind is not wanted:
-                return f"its {name} is {kind.__name__}, not {wanted.__name__}"
+                return f"its {name} is {name_beside(kind, wanted)}, not {wanted.__name__}"
             if getattr(part, "inplace", False):
                 return f"its {name} works in place"
     return None

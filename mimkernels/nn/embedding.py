@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mimkernels.nn._classes import name_beside
 from mimkernels.nn.sdpa import Patches, compute_dtype, tell_patches
 from mimkernels.ops import gather_tokens, patchify_gather
 from mimkernels.ops._checks import has_rank
@@ -41,7 +42,7 @@ def embed_visible(
         the positions and prefix tokens, as plain PyTorch's promotion gives.
     """
     if not isinstance(proj, nn.Conv2d):
-        raise TypeError(f"embed_visible: proj must be a torch.nn.Conv2d, got {type(proj).__name__}")
+        raise TypeError(f"embed_visible: proj must be a torch.nn.Conv2d, got {name_beside(type(proj), nn.Conv2d)}")
     has_rank("embed_visible", "images", images, 4)
     grid = tuple(size // patch for size, patch in zip(images.shape[2:], proj.kernel_size, strict=True))
     tell_patches(proj, Patches(images.shape[0], grid, proj.kernel_size, ids))

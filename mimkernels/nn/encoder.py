@@ -20,7 +20,7 @@ except ImportError as error:
     ) from error
 
 from mimkernels.nn import embed_visible, sincos_positions_2d
-from mimkernels.nn._classes import every_module_is_heard, is_heard
+from mimkernels.nn._classes import every_module_is_heard, is_heard, name_beside
 from mimkernels.nn.block import run_blocks_in_a_row
 from mimkernels.nn.last_block import block_of_tokens, norms_act_alone, tokens_of
 
@@ -156,7 +156,7 @@ def check_headless(encoder: nn.Module) -> None:
 
 def check_patch_embed(encoder: nn.Module) -> None:
     """Raise ValueError, naming what and why, unless `encoder` can embed some of an image's patches alone."""
-    kind = type(encoder).__name__
+    kind = name_beside(type(encoder), VisionTransformer)
     if not isinstance(encoder, VisionTransformer):
         raise ValueError(f"a {kind} is not a timm VisionTransformer")
     for method in ("_pos_embed", "forward_features"):
@@ -168,7 +168,9 @@ def check_patch_embed(encoder: nn.Module) -> None:
 def check_linear_patches(embed: nn.Module) -> None:
     """Raise ValueError, naming what and why, unless `embed` is one linear map per patch that divides the image."""
     if type(embed) is not PatchEmbed:
-        raise ValueError(f"its patch embedding is a {type(embed).__name__}, not one linear map per patch")
+        raise ValueError(
+            f"its patch embedding is a {name_beside(type(embed), PatchEmbed)}, not one linear map per patch"
+        )
     proj, patch = embed.proj, tuple(embed.patch_size)
     plain = isinstance(proj, nn.Conv2d) and proj.groups == 1 and proj.padding in ((0, 0), "valid")
     if not plain or not patch == proj.kernel_size == proj.stride:

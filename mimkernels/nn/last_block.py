@@ -18,7 +18,7 @@ except ImportError as error:
         f"mimkernels.nn.last_block needs timm, which cannot be imported ({error}); pip install 'mimkernels[train]'"
     ) from error
 
-from mimkernels.nn._classes import is_heard
+from mimkernels.nn._classes import is_heard, name_beside
 from mimkernels.nn.block import Block, reason_against_parts
 from mimkernels.nn.mlp import Mlp
 from mimkernels.ops import gather_tokens
@@ -39,6 +39,7 @@ _NORMS = (
     *(TimmLayerNorm, LayerNormFp32, nn.LayerNorm),
     *(RmsNorm, RmsNormFp32, nn.RMSNorm, SimpleNorm, SimpleNormFp32),
 )
+_PARTS = (nn.Linear, nn.Dropout, nn.GELU, *_NORMS)  # of an MLP, mostly
 _ACTIVATIONS = ("torch.nn.modules.activation", "timm.layers.activations")
 # Of these, those that may look at several tokens, or draw for each of them.
 _MIXING = (nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax, nn.GLU, nn.MultiheadAttention, nn.RReLU)
@@ -91,7 +92,7 @@ def _reason_against_norm(name: str, norm: nn.Module) -> str | None:
     if is_heard(norm):
         return f"a hook or a forward of its own on {name}"
     if not _acts_alone(norm):
-        return f"its {name} is {type(norm).__name__}, not known to act on the last dimension alone"
+        return f"its {name} is {name_beside(type(norm), *_NORMS)}, not known to act on the last dimension alone"
     return None
 
 
@@ -102,7 +103,7 @@ def _acts_alone(norm: Any) -> bool:
 def reason_against(block: Any) -> str | None:
     """Why all of a block must run for all tokens, or None: what it is, and who sees it."""
     if type(block) not in _BLOCKS:
-        return f"its last block is {type(block).__name__}"
+        return f"its last block is {name_beside(type(block), *_BLOCKS)}"
     if is_heard(block) or has_global_hooks() or block._compiled_call_impl is not None:
         return "its last block is heard, or compiled by itself"
     parts = {"drop_path1": block.drop_path1, "drop_path2": block.drop_path2}
@@ -113,7 +114,7 @@ def reason_against(block: Any) -> str | None:
 
 def _reason_against_mlp(mlp: nn.Module) -> str | None:
     if type(mlp) not in _MLPS:
-        return f"its MLP is {type(mlp).__name__}"
+        return f"its MLP is {name_beside(type(mlp), *_MLPS)}"
     for name, part in mlp.named_modules():
         if is_heard(part):
             return f"a hook or a forward of its own on mlp.{name}".rstrip(".")
@@ -121,7 +122,7 @@ def _reason_against_mlp(mlp: nn.Module) -> str | None:
             continue
         mixes = isinstance(part, _MIXING) or (isinstance(part, nn.PReLU) and part.num_parameters > 1)
         if type(part).__module__ not in _ACTIVATIONS or mixes:
-            return f"its MLP has a {type(part).__name__}"
+            return f"its MLP has a {name_beside(type(part), *_PARTS)}"
     return None
 
 

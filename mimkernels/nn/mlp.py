@@ -14,7 +14,7 @@ except ImportError as error:
         f"mimkernels.nn.mlp needs timm, which cannot be imported ({error}); pip install 'mimkernels[train]'"
     ) from error
 
-from mimkernels.nn._classes import change_class, every_module_is_heard, is_heard, prepare_scriptable
+from mimkernels.nn._classes import change_class, every_module_is_heard, is_heard, name_beside, prepare_scriptable
 from mimkernels.nn.sdpa import is_for_pytorch
 from mimkernels.ops import bias_gelu
 
@@ -73,7 +73,7 @@ def use_mimkernels_mlp(module: nn.Module, *, required: bool = True) -> list[Mlp]
     """
     layers = change_class(module, TimmMlp, Mlp)
     if required and not layers:
-        raise ValueError(f"{type(module).__name__} has no timm.layers.Mlp")
+        raise ValueError(f"{name_beside(type(module), TimmMlp)} has no timm.layers.Mlp")
     return layers
 
 
@@ -86,9 +86,9 @@ def _reason_against(fc1: nn.Module, act: nn.Module) -> str | None:
     if is_heard(fc1) or is_heard(act):
         return f"a hook or a forward of its own on {'fc1' if is_heard(fc1) else 'act'}"
     if type(fc1) is not nn.Linear:
-        return f"fc1 is {type(fc1).__name__}, not torch.nn.Linear"
+        return f"fc1 is {name_beside(type(fc1), nn.Linear)}, not torch.nn.Linear"
     if _approximation(act) is None:
-        return f"its activation is {type(act).__name__}, not GELU"
+        return f"its activation is {name_beside(type(act), nn.GELU)}, not GELU"
     return None
 
 

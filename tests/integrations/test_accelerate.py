@@ -338,6 +338,35 @@ def test_blocks_that_were_ours_before_stay_so():
     assert [type(block) is Block for block in model.blocks] == [False, True]
 
 
+# Parts of a user's own, called as those that are wanted
+
+
+def named(name, *bases):
+    return type(name, bases, {"__module__": "theirs"})
+
+
+@pytest.mark.parametrize(("part", "kind", "reason"), [
+    ("mlp.fc1", nn.Linear, "fc1 is theirs.Linear, not torch.nn.Linear"),
+    ("mlp.act", nn.GELU, "its activation is theirs.GELU, not GELU"),
+    ("norm2", nn.LayerNorm, "its norm2 is theirs.LayerNorm, not LayerNorm of the last dimension"),
+    ("drop_path1", timm.layers.DropPath, "its drop_path1 is theirs.DropPath, not DropPath"),
+])  # fmt: skip
+def test_a_class_that_is_called_as_the_wanted_one_is_named_with_its_module(part, kind, reason):
+    model = vit(depth=1, drop_path_rate=0.1)
+    model.blocks[0].get_submodule(part).__class__ = named(kind.__name__, kind)
+    report = mimkernels.accelerate(model, attention=False, read_tokens=False)
+    assert reason in [change.reason for change in report]
+
+
+def test_a_part_that_is_called_as_the_wanted_one_compiles_whole():
+    model = vit(depth=1, drop_path_rate=0.1)
+    mimkernels.accelerate(model)
+    block = model.blocks[0]
+    block.mlp.fc1.__class__, block.norm2.__class__ = named("Linear", nn.Linear), named("LayerNorm", nn.LayerNorm)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images()), model(images()))
+
+
 # Patch dropout
 
 

@@ -206,12 +206,20 @@ class NormOfItsOwn(nn.LayerNorm):
     pass
 
 
+def theirs(kind):
+    """A class of somebody else, called as one of timm's."""
+    return type(kind.__name__, (kind,), {"__module__": "theirs"})
+
+
 @pytest.mark.parametrize(
     ("changes", "mlp", "reason"),
     [
         ({"block_fn": timm.models.vision_transformer.ResPostBlock}, None, "its last block is ResPostBlock"),
         ({}, timm.layers.GlobalResponseNormMlp, "its MLP is GlobalResponseNormMlp"),
         ({"norm_layer": NormOfItsOwn}, None, "its norm is NormOfItsOwn, not known to act on the last dimension alone"),
+        ({"block_fn": theirs(timm.models.vision_transformer.Block)}, None, "its last block is theirs.Block"),
+        ({}, theirs(timm.layers.Mlp), "its MLP is theirs.Mlp"),
+        ({"norm_layer": theirs(nn.LayerNorm)}, None, "its norm is theirs.LayerNorm, not known to act on the last"),
     ],
 )
 def test_the_report_says_why_not(changes, mlp, reason):

@@ -82,6 +82,9 @@ def test_an_encoder_of_ones_own_keeps_its_weights():
         MAE(distilled)
     with pytest.raises(ValueError, match="a Linear is not a timm VisionTransformer"):
         MAE(torch.nn.Linear(3, 3))
+    theirs = type("VisionTransformer", (torch.nn.Linear,), {"__module__": "theirs"})
+    with pytest.raises(ValueError, match=r"a theirs\.VisionTransformer is not a timm VisionTransformer"):
+        MAE(theirs(3, 3))
 
 
 @pytest.mark.parametrize(
