@@ -145,9 +145,10 @@ class OpSpec:
     def plain_ops(self, backend: str) -> tuple[Run, ...] | None:
         """What an autograd.Function that puts the ops of all schemas together calls, in their order.
 
-        None where there are none (the reference) or the dispatcher must see each op on its own (under torch.func).
+        None where there are none (the reference) or the dispatcher must see each op on its own: under torch.func, and
+        in what is exported, where torch.export keeps the function's forward alone, without gradients.
         """
-        if backend == "reference":
+        if backend == "reference" or torch.compiler.is_exporting():
             return None
         first, *others = (self.kernels[backend][schema] for schema in self.schemas)
         if torch.compiler.is_compiling():

@@ -1,5 +1,7 @@
 """torch.export: one program for any number of images, where the stock model has one, and it runs on the kernels."""
 
+import copy
+
 import pytest
 import torch
 from torch.export import Dim, export
@@ -43,6 +45,21 @@ def test_an_accelerated_model_is_exported_for_any_number_of_images(kind):
     assert any("attention" in name for name in ops_of(program))
     for batch in (2, 5):
         torch.testing.assert_close(program.module()(images(batch)), model(images(batch)))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "swin"])
+def test_what_is_exported_has_gradients(kind, strict):
+    model = MODELS[kind][0]().train()
+    ours = copy.deepcopy(model)
+    mimkernels.accelerate(ours)
+    exported = export(ours, (images(4),), strict=strict).module()
+    for one in (exported, model):
+        torch.manual_seed(0)  # of stochastic depth
+        one(images(4)).square().sum().backward()
+    got = dict(exported.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(got[name].grad, parameter.grad, rtol=1e-4, atol=1e-4, msg=name)
 
 
 def test_blocks_are_exported_as_they_are_for_many_images():
