@@ -434,6 +434,21 @@ def test_copies_and_pickles(name):
         assert mimkernels.restore(again) == mimkernels.restore(copy.deepcopy(ours)) == {"v": 8, "e": 3}[name[0]]
 
 
+def test_second_derivatives_are_refused_by_kernels_and_computed_by_the_reference():
+    model = swin_v2().eval()
+    ours, _ = accelerated(model)
+
+    def second(of):
+        x = images().requires_grad_()
+        (first,) = torch.autograd.grad(of(x)[:, 0].sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    with pytest.raises(NotImplementedError, match="backend='reference' has second derivatives"):
+        second(ours)
+    with mimkernels.use_backend("reference"):
+        torch.testing.assert_close(second(ours), second(model), rtol=1e-3, atol=1e-6)
+
+
 def test_the_model_compiles_whole():
     model = vit("eva02_tiny_patch14_224", depth=1)
     ours, _ = accelerated(model)
