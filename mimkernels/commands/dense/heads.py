@@ -187,9 +187,7 @@ def predict_whole(
     side = (windows.images.shape[-2], windows.images.shape[-1])
     for number, span in windows.spans():
         own, other = ([each[span] for each in of_windows] for of_windows in (maps, mirrored))
-        values = merged(
-            torch.cat(list(_values(reader, own, side, device, other))), windows.sizes[number], windows.corners[number]
-        )
+        values = merged(_values(reader, own, side, device, other), windows.sizes[number], windows.corners[number])
         yield reader.decide(F.interpolate(values[None], sizes[number], mode="bilinear"))[0].cpu()
 
 

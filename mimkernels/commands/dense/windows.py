@@ -1,6 +1,7 @@
 """Whole images by sliding windows: squares that overlap, encoded one by one, and what is read of them averaged."""
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -51,12 +52,17 @@ def _starts(length: int, side: int) -> list[int]:
     return [min(number * step, length - side) for number in range(count)]
 
 
-def merged(values: Tensor, size: tuple[int, int], corners: list[tuple[int, int]]) -> Tensor:
-    """``[C, H, W]``: the mean of an image's squares ``[w, C, S, S]`` where they overlap."""
-    side = values.shape[-1]
-    total = values.new_zeros(values.shape[1], *size)
-    count = values.new_zeros(size)
-    for square, (top, left) in zip(values, corners, strict=True):
-        total[:, top : top + side, left : left + side] += square
-        count[top : top + side, left : left + side] += 1
-    return total / count
+def merged(batches: Iterable[Tensor], size: tuple[int, int], corners: list[tuple[int, int]]) -> Tensor:
+    """``[C, H, W]``: the mean of an image's squares where they overlap, which come as batches ``[B, C, S, S]``.
+
+    A batch is let go when the next has come: the squares of a large image together are more than twice its pixels.
+    """
+    total = count = None
+    for square, (top, left) in zip(itertools.chain.from_iterable(batches), corners, strict=True):
+        if total is None or count is None:
+            total, count = square.new_zeros(len(square), *size), square.new_zeros(size)
+        place = (slice(top, top + square.shape[-2]), slice(left, left + square.shape[-1]))
+        total[:, *place] += square
+        count[place] += 1
+    assert total is not None and count is not None  # an image has a square at least
+    return total.div_(count)
