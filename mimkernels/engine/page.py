@@ -24,6 +24,20 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
     return path
 
 
+def write_with_numbers(folder: Path, page: str, numbers: str, settings: str) -> Path:
+    """A page as text, the numbers that it shows and the settings that both are of, as JSON.
+
+    Whenever this is killed, a page that is there is of the numbers beside it: the one before is removed first, and the
+    new one written last.
+    """
+    path = folder / "report.html"
+    path.unlink(missing_ok=True)
+    write_text(folder / "numbers.json", numbers + "\n")
+    write_text(folder / "config.json", settings)
+    write_text(path, page)
+    return path
+
+
 def render(template: str, **values: Any) -> str:
     """A page as text.
 

@@ -21,7 +21,7 @@ from mimkernels.engine import files
 from mimkernels.engine.command import TrainingError
 from mimkernels.engine.figures import as_colour, png_address
 from mimkernels.engine.head_history import STRIP_WORDS, Epochs, strips
-from mimkernels.engine.page import write_page
+from mimkernels.engine.page import render, write_with_numbers
 from mimkernels.engine.published import LoadReport
 from mimkernels.heads import CKA
 from mimkernels.heads.presets import UNIT_NAMES
@@ -234,8 +234,10 @@ def _named_runs(epochs: Mapping[str, list[Epochs]]) -> list[tuple[str, str, Epoc
     ]
 
 
-def write_report(path: Path, report: AnalysisReport) -> Path:
-    return write_page(path, "commands/analyze/templates/report.html", title=report.title, report=report)
+def write_report(folder: Path, report: AnalysisReport, numbers: str) -> Path:
+    """The page, and the numbers as JSON, into the folder."""
+    page = render("commands/analyze/templates/report.html", title=report.title, report=report)
+    return write_with_numbers(folder, page, numbers, report.config.to_json())
 
 
 def _cka(first: Model, second: Model) -> Tensor:

@@ -124,11 +124,9 @@ class AnalyzeRun:
             measured.facts["loading"] = None if loading is None else loading._asdict()
             models.setdefault(choice.name, Model(choice.name, [])).runs.append(measured)
         report = AnalysisReport(self.config, list(models.values()), self.epochs, self._facts(), versions())
-        page = write_report(self.output / "report.html", report)
         numbers = report.numbers
         text = json.dumps(numbers, indent=1)
-        files.write_text(self.output / "numbers.json", text + "\n")
-        files.write_text(self.output / "config.json", self.config.to_json())
+        page = write_report(self.output, report, text)
         for finding in report.findings:
             self.progress.note(f"- {finding}")
         self.progress.note(f"report: {page}")

@@ -16,7 +16,7 @@ from mimkernels.commands.dense.tasks import TASKS
 from mimkernels.commands.dense.tasks.base import ChartSection, PictureRow, Task
 from mimkernels.engine import tables
 from mimkernels.engine.figures import as_colour, enlarged, png_address
-from mimkernels.engine.page import write_page
+from mimkernels.engine.page import render, write_with_numbers
 from mimkernels.engine.progress import counted
 
 
@@ -129,8 +129,10 @@ class DenseReport:
         return json.dumps(self.config.to_dict(), indent=2)
 
 
-def write_report(path: Path, report: DenseReport) -> Path:
-    return write_page(path, "commands/dense/templates/report.html", title=report.title, report=report)
+def write_report(folder: Path, report: DenseReport, numbers: str) -> Path:
+    """The page, and the numbers as JSON, into the folder."""
+    page = render("commands/dense/templates/report.html", title=report.title, report=report)
+    return write_with_numbers(folder, page, numbers, report.config.to_json())
 
 
 def print_results(results: Sequence[ReadoutResult], images: int, stream: TextIO | None = None) -> None:

@@ -145,10 +145,8 @@ class DenseRun:
                 results.append(self._read(choice.name, readout, maps, data))
                 note(f"{results[-1].label}: {results[-1].summary} ({duration(time.perf_counter() - began)})")
         report = DenseReport(config, data, results, self._facts(data), versions())
-        page = write_report(self.output / "report.html", report)
         numbers = {"classes": list(data.classes), "results": [result.numbers for result in results]}
-        files.write_text(self.output / "numbers.json", json.dumps(files.json_numbers(numbers), indent=1) + "\n")
-        files.write_text(self.output / "config.json", config.to_json())
+        page = write_report(self.output, report, json.dumps(files.json_numbers(numbers), indent=1))
         print_results(results, len(data.test), self.stream)
         note(f"report: {page}")
         return DenseResult(results, page, encoded)

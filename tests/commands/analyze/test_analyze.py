@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import os
 import re
 
 import pytest
@@ -191,6 +192,22 @@ def test_one_more_model_costs_one_pass_and_json_alone_goes_to_standard_output(tw
     assert err.count("kept from") == 1 and err.count("24 images in") == 2 and "report.html" in err
     cka = json.loads(out)["cka"]
     assert cka["a | b"] == result.numbers["cka"]["a | b"] and len(cka) == 6
+
+
+def test_a_page_is_of_the_numbers_beside_it_when_it_is_killed(tmp_path, monkeypatch):
+    analyze(settings(tmp_path, A), stream=io.StringIO())
+    numbers, replace = (tmp_path / "out" / "numbers.json").read_bytes(), os.replace
+
+    def killed(source, target):
+        replace(source, target)
+        if target.name == "numbers.json":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        analyze(settings(tmp_path, B), stream=io.StringIO())
+    assert (tmp_path / "out" / "numbers.json").read_bytes() != numbers
+    assert not (tmp_path / "out" / "report.html").exists()
 
 
 @pytest.fixture(scope="module")

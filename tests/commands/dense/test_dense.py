@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -168,6 +169,27 @@ def test_a_report_of_other_data_is_not_written_over(tmp_path):
     assert (tmp_path / "dense" / "report.html").read_bytes() == page
     dense(config(tmp_path, data="scenes", **few), overwrite=True, stream=io.StringIO())
     assert (tmp_path / "dense" / "report.html").read_bytes() != page
+
+
+@pytest.mark.parametrize("written", ["numbers.json", "config.json", "report.html"])
+def test_a_page_is_of_the_numbers_beside_it_whenever_it_is_killed(written, tmp_path, monkeypatch):
+    few = {"tasks": "correspondence", "layers": "last", "data": "digits"}
+    folder = tmp_path / "dense"
+    dense(config(tmp_path, **few), stream=io.StringIO())
+    before = {name: (folder / name).read_bytes() for name in ("report.html", "numbers.json")}
+    replace = os.replace
+
+    def killed(source, target):
+        replace(source, target)
+        if target.name == written:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        dense(config(tmp_path, seed=1, **few), stream=io.StringIO())
+    there = [name for name in before if (folder / name).exists()]
+    changed = [(folder / name).read_bytes() != before[name] for name in there]
+    assert changed == ([True, True] if written == "report.html" else [True])
 
 
 def test_scores_that_there_are_not_are_null(tmp_path):
