@@ -67,11 +67,12 @@ class CocoPersons:
         return len(self.persons)
 
     def fingerprint(self) -> str:
-        """Changes when the persons, their places or the sizes of their files change."""
+        """Changes when the persons, their places, or the sizes or times of change of their files change."""
         made = hashlib.sha256()
         for person in self.persons:
-            size = (self.folder / person.file).stat().st_size
-            made.update(repr((person.file, size, person.box)).encode(errors="surrogateescape"))
+            status = (self.folder / person.file).stat()
+            state = (person.file, status.st_size, status.st_mtime_ns, person.box)
+            made.update(repr(state).encode(errors="surrogateescape"))
         return f"coco-keypoints/{len(self)}/{made.hexdigest()[:16]}"
 
     def load(self, side: int) -> Persons:

@@ -39,10 +39,11 @@ class LabelledImages:
         return LabelledImages(self.source, self.indices[keep], self.targets[torch.from_numpy(keep)])
 
     def fingerprint(self) -> str:
-        """Changes with the images that there are and the sizes of their files: what is kept of them is then old."""
+        """Changes with the images that there are, and the sizes and times of change of their files: what is kept of
+        them is then old."""
         chosen = hashlib.sha256(self.indices.astype("<i8").tobytes() + self.targets.numpy().astype("<i8").tobytes())
         if isinstance(self.source, FolderSource):
-            chosen.update(np.array([self.source.size(index) for index in self.indices.tolist()], "<i8").tobytes())
+            chosen.update(np.array([self.source.state(index) for index in self.indices.tolist()], "<i8").tobytes())
         return f"{self.source.fingerprint()}/{len(self)}/{chosen.hexdigest()[:16]}"
 
 

@@ -136,12 +136,13 @@ class FolderSource:
     def read(self, index: int) -> Image.Image:
         return self.decoder.read(self.folder / self.files[index])
 
-    def size(self, index: int) -> int:
-        """Bytes of the file of image `index`; -1 where there is none any more."""
+    def state(self, index: int) -> tuple[int, int]:
+        """Bytes of the file of image `index`, and nanoseconds when it was changed; -1 where there is none any more."""
         try:
-            return (self.folder / self.files[index]).stat().st_size
+            status = (self.folder / self.files[index]).stat()
         except OSError:  # such as a link to nowhere
-            return -1
+            return -1, -1
+        return status.st_size, status.st_mtime_ns
 
     def _warn_if_dark(self) -> None:
         """Warn of files of 16 bits that hold values of fewer, such as 12: their images become nearly black."""

@@ -1,5 +1,7 @@
 """COCO's keypoints from made folders: squares around boxes, places in them, and refusals."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -103,3 +105,11 @@ def test_damaged_images_and_endless_boxes_are_named(tmp_path):
     (made / "val2017" / "b.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match="val2017/b.png' cannot be read: not an image"):
         CocoPersons(made, "val", 10, 0).load(20)
+
+
+def test_another_picture_of_the_same_size_is_another_one(tmp_path):
+    persons = CocoPersons(make_coco(tmp_path), "train", 10, 0)
+    before, path = persons.fingerprint(), tmp_path / "train2017" / "a.png"
+    changed = path.stat().st_mtime_ns
+    os.utime(path, ns=(changed + 1, changed + 1))
+    assert persons.fingerprint() != before

@@ -6,9 +6,11 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 
 from mimkernels.data import sources
 from mimkernels.data.batches import Augmentation, PretrainImages
+from mimkernels.data.labelled import LabelledImages
 from mimkernels.data.pixels import Decoder
 from mimkernels.data.sources import FolderSource, open_source
 from tests.data.folders import fill, sixteen_bits, special_files, warned_of
@@ -91,3 +93,16 @@ def test_images_that_become_nearly_black_are_told_of_with_their_range(tmp_path):
         source = open_source(str(folder), decoder=Decoder.from_settings(10**6, "0,4000"))
         open_source(str(sixteen_bits(tmp_path / "sixteen", 65535)))
     assert np.asarray(source.read(0)).max() == 255
+
+
+def test_other_pictures_of_the_same_sizes_are_other_images(tmp_path):
+    """What is kept of the former ones is old; a link to nowhere has no time."""
+    (tmp_path / "nowhere.png").symlink_to("there_is_none.png")
+    fill(tmp_path, 2)
+    images = LabelledImages(FolderSource(tmp_path), np.arange(3), torch.zeros(3, dtype=torch.int64))
+    before, path = images.fingerprint(), tmp_path / "1.png"
+    assert images.fingerprint() == before
+    changed = path.stat().st_mtime_ns
+    path.write_bytes(bytes(reversed(path.read_bytes())))
+    os.utime(path, ns=(changed + 1, changed + 1))
+    assert images.fingerprint() != before
