@@ -16,6 +16,7 @@ from mimkernels.commands.dense.heads import predict, train
 from mimkernels.commands.dense.heat_maps import LinearKeypoints, decoded, gaussian_maps
 from mimkernels.commands.dense.keypoint_metrics import average_precision, keypoint_scores, keypoint_similarity
 from mimkernels.commands.dense.sources import open_source
+from mimkernels.commands.dense.tasks import keypoints
 from mimkernels.commands.dense.tasks.keypoints import Keypoints
 from mimkernels.data.joints import JOINTS, SIGMAS
 from tests.commands.dense.test_dense import CPU, MODEL, config
@@ -177,6 +178,21 @@ def test_precisions_are_those_of_cocos_evaluation(noise):
     assert 0 < scores.ap < 1
     assert (scores.ap, scores.ap_50, scores.ap_75) == pytest.approx(evaluation.stats[:3].tolist(), abs=1e-12)
     assert evaluation.params.kpt_oks_sigmas.tolist() == pytest.approx(SIGMAS)
+
+
+def test_of_a_pair_the_one_that_is_labelled_counts_in_the_chart(monkeypatch):
+    """Joint by joint; it was NaN. Of joints that are labelled nowhere there is no bar."""
+    drawn = {}
+    monkeypatch.setattr(
+        keypoints, "bar_chart", lambda groups, bars, *_: drawn.update(zip(groups, bars["a"], strict=True))
+    )
+    truth = torch.zeros(1, 17, 3)
+    truth[:, [1, 3, 4], 2] = 2.0  # the left eye and both ears
+    read = truth.clone()
+    read[:, 4, 0] = 9.0
+    scores = keypoint_scores(read, truth, torch.tensor([[0.0, 0, 8, 8]]), torch.tensor([64.0]), SIGMAS)
+    Keypoints().sections(None, {"a": scores})
+    assert (drawn["eyes"], drawn["ears"]) == (100, 50) and math.isnan(drawn["nose"]) and math.isnan(drawn["hips"])
 
 
 # ---- the command ----

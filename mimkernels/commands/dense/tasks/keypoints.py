@@ -1,5 +1,6 @@
 """Places of joints, by heat maps of a linear layer."""
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -60,15 +61,18 @@ class Keypoints(Task[KeypointScores]):
         return {**scores._asdict(), "joints": list(JOINTS)}
 
     def sections(self, data: DenseData, scores: Mapping[str, KeypointScores]) -> list[ChartSection]:
-        """PCK joint by joint, left and right together."""
+        """PCK joint by joint, left and right together; of a joint that is labelled nowhere, the other one's."""
         names = list(dict.fromkeys(name.split()[-1] for name in JOINTS))
         numbers = [[i for i, joint in enumerate(JOINTS) if joint.split()[-1] == name] for name in names]
         bars = {
-            label: [100 * float(np.mean([each.joint_pck_10[i] for i in both])) for both in numbers]
+            label: [100 * _mean([each.joint_pck_10[i] for i in both]) for both in numbers]
             for label, each in scores.items()
         }
         groups = [name if len(both) == 1 else f"{name}s" for name, both in zip(names, numbers, strict=True)]
-        text = "PCK@0.1, the mean of left and right. Of every model, the layers that are best."
+        text = (
+            "PCK@0.1, the mean of left and right, or that of the one that is labelled. Of every model, the layers that "
+            "are best."
+        )
         return [ChartSection("Joint by joint", text, bar_chart(groups, bars, "PCK@0.1, %", 100))]
 
     def picture_text(self, data: DenseData, shown: DenseImages) -> str:
@@ -90,6 +94,12 @@ class Keypoints(Task[KeypointScores]):
         for image, true, places, side in zip(shown.images, joints, predictions, sides, strict=True):
             made.append(_skeleton(image, true, places, float(side)))
         return [(label, made)]
+
+
+def _mean(values: list[float]) -> float:
+    """Of those that there are; NaN without any."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
 
 
 def _skeleton(image: Tensor, joints: Tensor, places: Tensor, box_side: float | None = None) -> str:
