@@ -17,6 +17,7 @@ _PADDED = 1.25  # side of the square that is cut out, over the larger side of th
 
 class _Person(NamedTuple):
     file: str
+    size: tuple[int, int] | None  # width and height of the whole image, where the annotations say them
     joints: np.ndarray  # [17, 3] x, y and flag in the whole image, as pixels' numbers
     box: tuple[float, float, float, float]  # left, top, width, height
     area: float
@@ -36,8 +37,8 @@ class CocoPersons:
         decoder: how images are read.
 
     Raises:
-        ValueError: a folder or a file is missing, the annotations are not COCO's, or a file name leads out of the
-            folder of the images.
+        ValueError: a folder or a file is missing, the annotations are not COCO's, two images have one id, or a file
+            name leads out of the folder of the images.
     """
 
     def __init__(self, root: str | Path, split: str, count: int, seed: int, decoder: Decoder | None = None) -> None:
@@ -67,11 +68,11 @@ class CocoPersons:
         return len(self.persons)
 
     def fingerprint(self) -> str:
-        """Changes when the persons, their places, or the sizes or times of change of their files change."""
+        """Changes when the persons, their places and sizes, or the sizes or times of change of their files change."""
         made = hashlib.sha256()
         for person in self.persons:
             status = (self.folder / person.file).stat()
-            state = (person.file, status.st_size, status.st_mtime_ns, person.box)
+            state = (person.file, person.size, status.st_size, status.st_mtime_ns, person.box)
             made.update(repr(state).encode(errors="surrogateescape"))
         return f"coco-keypoints/{len(self)}/{made.hexdigest()[:16]}"
 
@@ -79,17 +80,19 @@ class CocoPersons:
         """Every person in a square of `side` pixels: its box in the middle, padded by 1.25, black beyond the image.
 
         COCO's places are numbers of pixels, whose middles are half a pixel further on. A joint beyond the square counts
-        as not labelled.
+        as not labelled. An image is turned upright unless it is stored in the size that the annotations say.
 
         Raises:
-            ValueError: an image cannot be read, or a square would be larger than what images may be.
+            ValueError: an image cannot be read, or has another size than the annotations say, stored and upright, or a
+                square would be larger than what images may be.
         """
         made = []
-        opened: tuple[str, Image.Image] | None = None
+        opened: tuple[tuple[str, tuple[int, int] | None], Image.Image] | None = None
         for person in self.persons:
             try:
-                if opened is None or opened[0] != person.file:
-                    opened = (person.file, self.decoder.read(self.folder / person.file).convert("RGB"))
+                wanted = (person.file, person.size)
+                if opened is None or opened[0] != wanted:
+                    opened = (wanted, self.decoder.read(self.folder / person.file, person.size).convert("RGB"))
                 made.append(_cut_out(person, opened[1], side, self.decoder.max_pixels))
             except (OSError, ValueError) as e:
                 raise ValueError(f"image {str(self.folder / person.file)!r} cannot be read: {e}") from e
@@ -108,12 +111,19 @@ class CocoPersons:
             entries = content.get(name) if isinstance(content, dict) else None
             fits(isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries),
                  f"a list of objects as {name!r}", entries)  # fmt: skip
-        files: dict[int, str] = {}
+        files: dict[int, tuple[str, tuple[int, int] | None]] = {}
         for entry in content["images"]:
             number, name = entry.get("id"), entry.get("file_name")
             fits(isinstance(number, int) and isinstance(name, str), "an image with id and file_name", entry)
             fits(_stays_inside(name), "a file_name within the folder of the images", name)
-            files[number] = name
+            size = entry.get("width"), entry.get("height")
+            fits(size == (None, None) or all(type(side) is int and side > 0 for side in size),
+                 "a width and a height of an image as whole numbers", entry)  # fmt: skip
+            if number in files:
+                raise ValueError(
+                    f"{str(self.annotations)!r}: two images have the id {number}, {files[number][0]!r} and {name!r}"
+                )
+            files[number] = name, None if size[0] is None else size
         persons = []
         for entry in content["annotations"]:
             joints = _numbers(entry.get("keypoints"), 3 * len(JOINTS))
@@ -129,7 +139,7 @@ class CocoPersons:
                 continue
             left, top, width, height = box.tolist()
             where = (left, top, width, height)
-            persons.append(_Person(files[entry["image_id"]], joints.reshape(-1, 3), where, float(area[0])))
+            persons.append(_Person(*files[entry["image_id"]], joints.reshape(-1, 3), where, float(area[0])))
         fits(bool(persons), "persons with labelled joints", "none")
         return persons
 

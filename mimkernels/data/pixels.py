@@ -65,11 +65,16 @@ class Decoder:
             raise ValueError(f"pixel_range must be auto or LOW,HIGH with LOW < HIGH, got {pixel_range!r}")
         return cls(max_pixels, (low, high))
 
-    def read(self, path: Path) -> Image.Image:
+    def read(self, path: Path, size: tuple[int, int] | None = None) -> Image.Image:
         """The image at `path`, upright, in one of Pillow's modes of 8 bits or 1.
 
+        Args:
+            size: width and height in which what is known of its pixels was written down. One that is stored in this
+                size stays as it is stored, upright or not.
+
         Raises:
-            OSError, ValueError: it cannot be read, or is refused; the message does not name the file.
+            OSError, ValueError: it cannot be read, is of another `size`, or is refused; the message does not name the
+                file.
         """
         with _opened(path, self.max_pixels) as image:
             if self.pixel_range is not None and _loses_low_bytes(image):
@@ -77,7 +82,14 @@ class Decoder:
                     "a colour image of 16 bits per channel, of which only the high bytes can be read: pixel_range "
                     "cannot be applied; convert it to 8 bits"
                 )
-            ImageOps.exif_transpose(image, in_place=True)
+            stored = image.size
+            if stored == size:
+                image.load()  # here, as long as the file is open
+            else:
+                ImageOps.exif_transpose(image, in_place=True)
+            if size not in (None, image.size):
+                upright = f", upright {_by(image.size)}," if image.size != stored else ""
+                raise ValueError(f"it has {_by(stored)} pixels{upright} and not {_by(size)}")
             image.info.pop("transparency", None)  # Pillow's conversions would warn of losing it
             return eight_bits(image, self.pixel_range)
 
@@ -186,6 +198,10 @@ def eight_bits(image: Image.Image, pixel_range: tuple[float, float] | None = Non
     if levels.dtype.itemsize == 2:
         return Image.fromarray(_scaled(np.arange(2**16), low, high)[levels])
     return Image.fromarray(_scaled(levels, low, high))
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
 
 
 def _type_range(image: Image.Image) -> tuple[float, float]:

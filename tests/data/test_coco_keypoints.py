@@ -4,6 +4,7 @@ import os
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mimkernels.data.coco_keypoints import CocoPersons
 from mimkernels.data.pixels import Decoder
@@ -65,6 +66,11 @@ ONE = annotation(1, 7, (8, 5, 8, 8), {0: (12, 9, 2)})
         ({"images": None}, "expected a list of objects as 'images', got 'None'"),
         ({"annotations": [5]}, "expected a list of objects as 'annotations'"),
         ({"images": [{"id": 7}]}, "expected an image with id and file_name"),
+        (
+            {"images": [{"id": 7, "file_name": "a.png"}, {"id": 7, "file_name": "b.png"}]},
+            "two images have the id 7, 'a.png' and 'b.png'",
+        ),
+        ({"images": [{"id": 7, "file_name": "a.png", "width": 40}]}, "expected a width and a height of an image"),
         ({"annotations": [{**ONE, "keypoints": [1, 2, 3]}]}, r"expected 51 numbers as keypoints, got '\[1, 2, 3\]'"),
         ({"annotations": [{**ONE, "keypoints": [float("nan")] * 51}]}, "expected 51 numbers as keypoints"),
         ({"annotations": [{**ONE, "keypoints": [3] * 51}]}, "expected flags 0, 1 or 2"),
@@ -113,3 +119,29 @@ def test_another_picture_of_the_same_size_is_another_one(tmp_path):
     changed = path.stat().st_mtime_ns
     os.utime(path, ns=(changed + 1, changed + 1))
     assert persons.fingerprint() != before
+
+
+@pytest.mark.parametrize(("orientation", "size"), [(6, (40, 30)), (6, (30, 40)), (3, (40, 30)), (1, (40, 30))])
+def test_an_image_is_read_in_the_size_that_its_annotations_say(orientation, size, tmp_path):
+    """Stored as 40 x 30 pixels, which a viewer turns: as it is stored where that is the size, otherwise upright."""
+    images = [{"id": 7, "file_name": "a.png", "width": size[0], "height": size[1]}]
+    white = (12, 9) if size == (40, 30) else (20, 12)  # turned by a quarter to the right, row 9 becomes column 20
+    ones = [annotation(1, 7, (white[0] - 4, white[1] - 4, 8, 8), {0: (*white, 2)})]
+    made = make_coco(tmp_path, train={"images": images, "annotations": ones})
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    with Image.open(made / "train2017" / "a.png") as picture:
+        picture.copy().save(made / "train2017" / "a.png", exif=exif)
+    persons = CocoPersons(made, "train", 10, 0).load(10)
+    assert persons.images[0, 0].argmax() == 10 * int(persons.joints[0, 0, 1]) + int(persons.joints[0, 0, 0])
+
+
+@pytest.mark.parametrize(("orientation", "told"), [(1, "40 x 30 pixels"), (6, "40 x 30 pixels, upright 30 x 40,")])
+def test_an_image_of_another_size_is_refused_with_both(orientation, told, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    made = make_coco(tmp_path, train={"images": [{"id": 7, "file_name": "a.png", "width": 80, "height": 60}],
+                                      "annotations": [ONE]})  # fmt: skip
+    Image.new("RGB", (40, 30)).save(made / "train2017" / "a.png", exif=exif)
+    with pytest.raises(ValueError, match=f"train2017/a.png' cannot be read: it has {told} and not 80 x 60"):
+        CocoPersons(made, "train", 10, 0).load(10)
