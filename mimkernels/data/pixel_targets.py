@@ -223,6 +223,13 @@ def _check_targets(pairs: list[tuple[Path, Path]], data: str) -> None:
         image, target = lacking[0]
         others = f", and {len(lacking) - 1:,} more of {len(pairs):,}" if len(lacking) > 1 else ""
         raise ValueError(f"data {data!r}: image {str(image)!r} has no target {str(target)!r}{others}")
+    images: dict[Path, Path] = {}
+    for image, target in pairs:
+        first = images.setdefault(target, image)
+        if first != image:
+            raise ValueError(
+                f"data {data!r}: images {str(first)!r} and {str(image)!r} have the same target {str(target)!r}"
+            )
 
 
 def _folders(folder: Path) -> Iterator[Path]:

@@ -172,3 +172,14 @@ def test_crops_of_depths_are_416_by_544_within_the_frame_and_keep_depths():
     assert 15 < sum(mirrored) < 45
     # Of another size, the same share of it.
     assert nyu_crop(image[:, ::4, ::4], depths[::4, ::4], np.random.default_rng(0))[1].shape == (104, 136)
+
+
+@pytest.mark.parametrize("data", ["ade20k", "nyuv2"])
+def test_two_images_of_one_target_are_refused(data, tmp_path):
+    if data == "ade20k":
+        image, kind = ade(tmp_path) / "images" / "training" / "0.jpg", ADE20KFolder
+    else:
+        image, kind = nyu(tmp_path) / "sync" / "kitchen_1" / "rgb_00007.jpg", NYUv2Folder
+    colour(image.with_suffix(".png"))
+    with pytest.raises(ValueError, match=rf"images '.*{image.name}' and '.*{image.stem}.png' have the same target '"):
+        kind(tmp_path)
