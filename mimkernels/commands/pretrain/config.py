@@ -316,3 +316,7 @@ class PretrainConfig(TrainingConfig):
                     f"try --img-size {max(1, self.img_size // self.patch_size) * self.patch_size}"
                 )
         check_method(self)
+        if not self.the_method.masks:
+            require_unset(self, ["val_masks"], f"with method {self.method!r}, which masks nothing")
+        elif self.masking == NO_MASKING:
+            require_unset(self, ["val_masks"], f"with masking {NO_MASKING!r}")

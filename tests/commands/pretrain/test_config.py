@@ -76,6 +76,14 @@ def test_an_unknown_setting_is_refused_with_the_close_one():
             "mask_ratio has no effect with masking 'none', got 0.3",
         ),
         (
+            {"method": "mocov3", "val_masks": 2},
+            "val_masks has no effect with method 'mocov3', which masks nothing, got 2",
+        ),
+        (
+            {"method": "simmim", "masking": "none", "target": "ema:tokens=all", "val_masks": 2},
+            "val_masks has no effect with masking 'none', got 2",
+        ),
+        (
             {"masking": "none", "masking_kwargs": {"x": 1}},
             "masking_kwargs has no effect with masking 'none', got {'x': 1}",
         ),

@@ -95,7 +95,8 @@ def test_blocks_of_another_grid_teach_mae(tiny, tiny_settings, teacher, seen, tm
 
 def test_without_masks_all_tokens_are_compared(tiny, teacher, seen, tmp_path):
     target = f"features:{teacher}:tokens=all,loss=cosine"
-    result = pretrain(tiny(**DENSE, target=target, masking="none", output=str(tmp_path / "student")))
+    unmasked = {**DENSE, "val_masks": 4, "masking": "none"}
+    result = pretrain(tiny(**unmasked, target=target, output=str(tmp_path / "student")))
     _, arguments = seen[0]
     assert not arguments["mask"].any() and "ids" not in arguments
     assert result.content.masked_share is None and "sees whole images" in result.content.lead
