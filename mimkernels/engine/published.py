@@ -23,8 +23,9 @@ _TABLE = "relative_position_bias_table"
 _SHARED, _OF_BLOCK = f"rel_pos_bias.{_TABLE}", f"blocks.0.attn.{_TABLE}"
 
 # Of several encoders in a file, the one that is evaluated: the teacher of DINO, iBOT and DINOv2 and the target encoder
-# of I-JEPA, but the base encoder of MoCo v3 and the student of data2vec 2. Others are between the two.
-_FIRST = {"teacher": 0, "target_encoder": 1, "student_ema": 2}
+# of I-JEPA, but the base encoder of MoCo v3 and the student of data2vec 2; of timm's training the moving average, which
+# timm takes. Others are between the two.
+_FIRST = {"teacher": 0, "target_encoder": 1, "student_ema": 2, "state_dict_ema": 2}
 _LAST = {"student": 4, "momentum_encoder": 5, "_ema": 6, "model_ema": 6}
 
 # Beside an encoder's weights under the same prefix: decoders, heads, mask tokens, and what follows from the sizes.

@@ -423,6 +423,11 @@ PLACES = {
     "model.teacher.backbone.": {"model": {"student": {"backbone": filled(plain(), 1)}, "teacher": {"backbone": W}}},
     "target_encoder.module.": {"encoder": filled(plain(), 1), "target_encoder": under("module.", W)},
     "student.": {"student": W},
+    "state_dict_ema.": {"arch": "vit", "state_dict": filled(plain(), 1), "state_dict_ema": W, "epoch": 2},
+    "state_dict_ema.module.": {
+        "state_dict": under("module.", filled(plain(), 1)),
+        "state_dict_ema": under("module.", W),
+    },
     "_orig_mod.model.": under("_orig_mod.model.", W),
 }
 
