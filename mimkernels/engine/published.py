@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -48,6 +48,7 @@ _BY_SHAPE = {
 }
 _BEIT_SIZES = {(768, 12): "base", (1024, 24): "large"}
 _DINOV2_SIZES = {384: "small", 768: "base", 1024: "large", 1536: "giant"}
+_SHOWN = 6  # weights that are not finite and told by name
 _HALF = (0.5, 0.5, 0.5)  # mean and deviation of pixels in BEiT's own runs
 
 
@@ -64,6 +65,7 @@ class LoadReport(NamedTuple):
         left_out: what is not the encoder's, by group, with how many tensors.
         missing: weights of the model that the file has not; without them all nothing is loaded.
         pixels: mean and deviation that pixels are normalised with.
+        not_finite: weights with NaN or infinity, each with how many of its numbers are.
     """
 
     family: str
@@ -75,13 +77,16 @@ class LoadReport(NamedTuple):
     left_out: dict[str, int]
     missing: tuple[str, ...]
     pixels: str
+    not_finite: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
         """The report in one line."""
         left = ", ".join(f"{group} ({count})" for group, count in self.left_out.items())
+        broken, more = ", ".join(self.not_finite[:_SHOWN]), len(self.not_finite) - _SHOWN
         parts = [
             f"{self.family}" + (f" under {self.found!r}" if self.found else "") + f": {self.loaded} weights loaded",
+            f"warning: NaN or infinity in {broken}" + (f" and {more} more" if more > 0 else "") if broken else "",
             f"renamed {', '.join(self.renamed)}" if self.renamed else "",
             f"resampled {', '.join(self.resampled)}" if self.resampled else "",
             f"left out {left}" if left else "nothing left out",
@@ -137,7 +142,7 @@ class Published:
         mean, std = (", ".join(f"{value:g}" for value in values) for values in self.pixels)
         return LoadReport(
             self.family, arch, self.found, loaded, self.renamed, tuple(resampled), dict(left), (),
-            f"mean {mean} and deviation {std}",
+            f"mean {mean} and deviation {std}", tuple(_not_finite(self.weights)),
         )  # fmt: skip
 
 
@@ -473,6 +478,15 @@ def _check_stored(weights: Mapping[str, Tensor], where: str) -> None:
     ]
     if odd:
         raise ValueError(f"{where} does not store {len(odd)} of its weights whole, such as {odd[0]}")
+
+
+def _not_finite(weights: Mapping[str, Tensor]) -> Iterator[str]:
+    """Weights with NaN or infinity and how many of their numbers are; a sum, which is quick, tells where to count."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
+            count = tensor.numel() - int(tensor.double().isfinite().sum())
+            if count:
+                yield f"{name} ({count:,} of {tensor.numel():,})"
 
 
 def _without(where: str, weights: Mapping[str, Tensor], name: str, why: str) -> str:

@@ -440,6 +440,22 @@ def test_prefixes_nested_and_combined(loaded, found):
         assert torch.equal(tensor, W[name]), name
 
 
+def test_weights_that_are_not_finite_are_told(loaded):
+    """With how many numbers; sums beyond fp32 are no infinity."""
+    weights = {name: tensor.clone() for name, tensor in W.items()}
+    weights["blocks.0.attn.qkv.weight"][0, :3] = float("nan")
+    weights["norm.bias"][:2] = torch.tensor([float("inf"), -float("inf")])
+    weights["cls_token"][...] = 3e38
+    told = loaded(weights).loading
+    assert told.not_finite == (f"blocks.0.attn.qkv.weight (3 of {3 * D * D:,})", f"norm.bias (2 of {D})")
+    assert "weights loaded; warning: NaN or infinity in blocks.0.attn.qkv.weight (3 of 1,728), norm.bias" in told.text
+    assert loaded(W).loading.not_finite == () and "warning" not in loaded(W).loading.text
+    assert (
+        "in a (1), b (1), c (1), d (1), e (1), f (1) and 1 more;"
+        in told._replace(not_finite=tuple(f"{name} (1)" for name in "abcdefg")).text
+    )
+
+
 def test_two_encoders_of_one_rank_are_refused(loaded):
     with pytest.raises(ValueError, match=r"holds 2 encoders, under 'model.one.', 'model.two.'"):
         loaded({"model": {**under("one.", W), **under("two.", W)}})
