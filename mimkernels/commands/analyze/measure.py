@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -164,8 +163,6 @@ def measure(
         unread = images.unread(broken) if broken else ""
         if not seen:
             raise TrainingError(unread)
-        if unread:
-            warnings.warn(f"{unread}; they are left out", stacklevel=2)
     notes = [f"{name} was not seen: {why}" for name, why in heads.missed.items()]
     if unread:
         notes.append(f"{unread}{LEFT_OUT}")

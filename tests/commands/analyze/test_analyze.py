@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import warnings
 
 import pytest
 import torch
@@ -111,7 +112,9 @@ def test_images_that_cannot_be_read_are_told_of_in_the_terminal(tmp_path):
         Image.new("RGB", (16, 16), (40 * number, 0, 0)).save(folder / f"{number}.png")
     (folder / "5.png").write_bytes(b"no image")
     stream = io.StringIO()
-    analyze(settings(tmp_path, f"a={TIMM.format(1)}", data=str(folder)), stream=stream)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        analyze(settings(tmp_path, f"a={TIMM.format(1)}", data=str(folder)), stream=stream)
     assert "a: 5 images in" in stream.getvalue()
     assert re.search(r"a: 1 of 6 images cannot be read, such as .*5.png: .*; they are left out", stream.getvalue())
 
