@@ -54,6 +54,7 @@ class Extractor:
         self.batch_size, self.workers = batch_size, workers
         self.seconds = 0.0
         self.encoded = 0
+        self.left_out: dict[str, None] = {}  # in words, what could not be read
 
     def encode(self, images: Tensor, positions: Tensor, targets: Tensor, with_attention: bool) -> Encoded:
         began = time.perf_counter()
@@ -86,6 +87,7 @@ class Extractor:
             unread = images.images.unread(broken)
             if not read:
                 raise TrainingError(unread)
+            self.left_out[unread] = None
             warnings.warn(f"{unread}; they are left out", stacklevel=2)
 
     def features(self, images: EncoderImages, poolings: dict[str, Pooling], keep_tokens: bool, what: str) -> Features:

@@ -129,6 +129,7 @@ class ProbeRun:
         self.encoder.to(self.accelerator.device)
         self.identity = self._identity()
         self.warnings: list[str] = []
+        self.left_out: dict[str, None] = {}  # in words, what could not be read
         self.finished = {} if self.overwrite else self._finished_before()
         self.unfinished = None if self.overwrite else self._unfinished_before()
         self.progress = Progress(total_steps=1, steps_per_epoch=1, quiet=False, stream=self.stream)
@@ -159,6 +160,7 @@ class ProbeRun:
             kept = [choice.label for choice in self.choices if choice.label in self.finished]
             progress.note(f"kept from {self.output}: {', '.join(kept) or 'none of these'}")
         self.extractor = Extractor(self.encoder, self.accelerator, self.config.batch_size, self._workers(), progress)
+        self.extractor.left_out = self.left_out
         stopped_by = self._train(to_train) if to_train else 0
         results = [self.finished[choice.label] for choice in self.choices if choice.label in self.finished]
         report = content = None
@@ -166,6 +168,8 @@ class ProbeRun:
             if self.extractor.encoded:
                 images = self.extractor.encoded
                 facts["Encoding"] = f"{images:,} images in {duration(self.extractor.seconds)}"
+            if self.left_out:
+                facts["Left out"] = "; ".join(self.left_out)
             content = self._report(results, facts)
             report = write_report(self.output / "report.html", content)
             print_results(results, self.stream)
@@ -300,6 +304,7 @@ class ProbeRun:
         saved = {
             "identity": self.identity,
             "loading": None if loading is None else loading._asdict(),
+            "left_out": list(self.left_out),
             "results": [asdict(result) for result in self.finished.values()],
         }
         files.write_text(self.output / "config.json", self.config.to_json())
@@ -372,6 +377,7 @@ class ProbeRun:
             saved = json.loads(path.read_text())
             results = {entry["label"]: PoolingResult.from_entry(entry) for entry in saved["results"]}
             identity = dict(saved["identity"])
+            self.left_out.update(dict.fromkeys(map(str, saved.get("left_out", []))))
         except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise ValueError(f"{str(path)!r} is no result of a probe: replace it with --overwrite") from e
         different = [

@@ -303,6 +303,10 @@ def test_images_that_cannot_be_read_are_left_out(config, flags):
     with pytest.warns(UserWarning, match=r"1 of 2\d images cannot be read, such as .*3.png"):
         result = probe(config(**TIMM, data=str(folder), pooling="cls,abmilp", batch_size=8, epochs=2))
     assert result.test_images + len(open_split(config(data=str(folder))).train) == 30
+    told = re.compile(r"<dt>Left out</dt>\s*<dd>1 of 2\d images cannot be read, such as .*3.png")
+    assert told.search(result.report.read_text())
+    again = probe(config(**TIMM, data=str(folder), pooling="cls,abmilp", batch_size=8, epochs=2))
+    assert told.search(again.report.read_text())  # kept with the results
 
 
 def test_accuracies_are_of_the_test_images_that_can_be_read(config, flags):
