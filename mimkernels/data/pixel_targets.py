@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mimkernels.data import MAX_PIXELS
 from mimkernels.data.pixels import Decoder, data_folder, drawn, read_levels
 
 IGNORED = 255  # the label of pixels that do not count
@@ -259,12 +260,20 @@ def resized(image: Tensor, target: Tensor, side: int) -> tuple[Tensor, Tensor]:
     """An image ``[3, H, W]`` and its target ``[H, W]`` with their shorter side at `side` pixels.
 
     Pixels by antialiased bilinear interpolation, labels and depths by the nearest one.
+
+    Raises:
+        ValueError: they would have more pixels than a file may have.
     """
     height, width = image.shape[1:]
     zoom = side / min(height, width)
     size = (max(side, round(height * zoom)), max(side, round(width * zoom)))
     if size == (height, width):
         return image, target
+    if size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(
+            f"an image of {_by((height, width))} pixels, rows by columns, would have {_by(size)} with {side} as its "
+            f"shorter side, more than {MAX_PIXELS:,}"
+        )
     pixels = F.interpolate(image[None].float(), size, mode="bilinear", antialias=True)[0]
     nearest = F.interpolate(target[None, None].float(), size, mode="nearest-exact")[0, 0]
     return pixels.round().clamp(0, 255).to(torch.uint8), nearest.to(target.dtype)

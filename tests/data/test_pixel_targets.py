@@ -65,6 +65,13 @@ def test_resizing_takes_labels_from_the_nearest_pixel():
     assert upright.shape == (3, 6, 3)
 
 
+def test_what_would_fill_memory_when_it_is_resized_is_refused():
+    line, labels = torch.zeros(3, 1, 20000, dtype=torch.uint8), torch.zeros(1, 20000, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="an image of 1 x 20000 pixels, .* would have 224 x 4480000 .* 100,000,000"):
+        middle_square(line, labels, 224)
+    assert middle_square(line, labels, 32)[0].shape == (3, 32, 32)
+
+
 def test_augmented_crops_show_what_their_labels_say():
     """A picture whose colour is its label: after zoom, crop and mirroring, it still is."""
     numbers = torch.arange(24).view(4, 6).repeat_interleave(4, 0).repeat_interleave(4, 1).to(torch.uint8)  # 16 x 24
