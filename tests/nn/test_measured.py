@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ def table(monkeypatch):
         monkeypatch.setattr(measured, "_rows", lambda: [Measured(device, isa, dtype, points)])
         monkeypatch.setattr(measured, "_known", {})
         monkeypatch.setattr(measured, "_decided", {})
+        monkeypatch.setattr(sys.modules[stand_in.__module__], "_known", {})  # as in a new process
         torch._dynamo.reset()
 
     put()
@@ -201,6 +203,16 @@ def test_compiled_calls_decide_in_one_graph(table, grad):
     with mimkernels.use_backend("cpu"):
         compiled(*qkv(40, grad=grad))
     assert any("attention_fwd" in name for name in graphs[-1])
+
+
+def test_what_is_compiled_first_in_a_process_is_compiled_once(table):
+    table()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(stand_in(), fullgraph=True, backend=counter)
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            compiled(*qkv(20))
+    assert counter.frame_count == 1
 
 
 def test_a_decision_costs_compiled_code_no_length_where_one_side_always_wins(table):

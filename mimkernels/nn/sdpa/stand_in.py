@@ -44,10 +44,11 @@ def sdpa(arguments: SDPAArguments, request: StatisticsRequest = NO_STATISTICS) -
     return output._replace(out=laid_out_as(out, arguments.query))
 
 
-# functools.cache would be seen through, and warned of, by torch.compile.
-_known: dict[tuple[str, torch.dtype, int | None], str | None] = {}
+_known: dict[tuple[str, torch.dtype, int | None], str | None] = {}  # not what was asked in forward mode
 
 
+# Compiled code that looked into the table would be made anew once it is filled.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # of torch
 def kernels_refuse(device: str, dtype: torch.dtype, head_dim: int | None = None) -> str | None:
     """Why no kernel of attention runs on this device, with this dtype and head dim, if it is known; None if one does.
 
