@@ -73,8 +73,11 @@ def refusal(error: OSError, folder: Path) -> str:
     return f"{error.strerror or error}: {str(error.filename or folder)!r}"
 
 
-def check_writable(folder: Path) -> None:
-    """Raise ValueError unless `folder` can be made, or written to if it exists."""
+def check_writable(output: str) -> None:
+    """Raise ValueError unless the folder `output` can be made, or written to if it exists; what is empty names none."""
+    if not output:  # an empty variable of a shell; a path would take it for the current folder
+        raise ValueError("output is empty: name a folder with --output, . for the current one")
+    folder = Path(output)
     try:
         str(folder).encode()
     except UnicodeEncodeError as e:

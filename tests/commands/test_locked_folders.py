@@ -1,5 +1,7 @@
-"""One run at a time in a folder, whichever command it is of."""
+"""One run at a time in a folder that has a name, whichever command it is of."""
 
+import argparse
+import importlib
 import os
 import re
 import subprocess
@@ -7,9 +9,17 @@ import sys
 
 import pytest
 
+from mimkernels.commands.analyze.config import AnalyzeConfig
+from mimkernels.commands.analyze.run import AnalyzeRun
+from mimkernels.commands.demo.run import prepare_demo
+from mimkernels.commands.dense.config import DenseConfig
+from mimkernels.commands.dense.run import DenseRun
+from mimkernels.commands.finetune.config import FinetuneConfig
+from mimkernels.commands.finetune.run import FinetuneRun
+from mimkernels.commands.pretrain.config import PretrainConfig
 from mimkernels.commands.pretrain.run import Run, pretrain
 from mimkernels.commands.probe.config import ProbeConfig
-from mimkernels.commands.probe.run import probe
+from mimkernels.commands.probe.run import ProbeRun, probe
 from mimkernels.engine.checkpoint import load
 from mimkernels.engine.lock import folder_lock
 from mimkernels.engine.training.history import read_entries
@@ -73,3 +83,34 @@ def test_the_command_says_who_is_at_work(tmp_path):
         )  # fmt: skip
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert re.search(in_use(), done.stderr) and done.stderr.startswith("mimkernels: error: output")
+
+
+_NAME = "vit_tiny_patch16_224"
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        lambda: Run(PretrainConfig(output="")),
+        lambda: prepare_demo("", None),
+        lambda: FinetuneRun(FinetuneConfig(model=_NAME, pretrained=False, output="")),
+        lambda: ProbeRun(ProbeConfig(model=_NAME, pretrained=False, output="")),
+        lambda: AnalyzeRun(AnalyzeConfig(models=[f"{_NAME}:pretrained=false"], data="digits", output="")),
+        lambda: DenseRun(DenseConfig(models=[f"{_NAME}:pretrained=false"], output="")),
+    ],
+    ids=["pretrain", "demo", "finetune", "probe", "analyze", "dense"],
+)
+def test_an_empty_name_is_not_the_current_folder(tmp_path, monkeypatch, prepare):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="^output is empty: name a folder"):
+        prepare()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("command", ["run", "plot"])
+def test_bench_refuses_an_empty_name(capsys, command):
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"mimkernels.commands.bench.{command}").add_arguments(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--output", ""])
+    assert "argument --output: it is empty: name a folder" in capsys.readouterr().err

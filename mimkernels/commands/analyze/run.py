@@ -73,7 +73,7 @@ class AnalyzeRun:
         config.check()
         self.config, self.overwrite, self.as_json = config, overwrite, as_json
         self.output = Path(config.output)
-        files.check_writable(self.output)
+        files.check_writable(config.output)
         files.check_own_folder(self.output, AnalyzeConfig)
         self.accelerator, self.precision, self.precision_reason = start_accelerator(config.device, config.precision)
         self.choices = parse_models(config.models)

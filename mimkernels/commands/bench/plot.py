@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mimkernels._palette import ACCENT, CHART, INK, LINE, MUTED
-from mimkernels.commands.bench.results import RESULTS, incomplete, read_reports
+from mimkernels.commands.bench.results import RESULTS, incomplete, output_folder, read_reports
 from mimkernels.commands.bench.tables import ATTENTION, MEMORY, MODELS, STEP, all_tables, records_of, usual
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ _LABELS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("results", type=Path, nargs="?", help="folder of JSON (default: the newest under "
                         "benchmarks/results)")  # fmt: skip
-    parser.add_argument("--output", type=Path, metavar="DIR",
+    parser.add_argument("--output", type=output_folder, metavar="DIR",
                         help="folder of the pictures and the page (default: that of the JSON)")  # fmt: skip
 
 

@@ -7,6 +7,7 @@ measured, and whoever reads them knows. Reports without the word are complete.
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 from collections.abc import Mapping
@@ -23,6 +24,13 @@ from mimkernels.ops import _native
 _ROOT = Path(__file__).parents[3]
 #: Where results are written: in a checkout its own folder, elsewhere one in the current folder.
 RESULTS = (_ROOT if (_ROOT / "CMakeLists.txt").is_file() else Path()) / "benchmarks" / "results"
+
+
+def output_folder(text: str) -> Path:
+    """The folder that ``--output`` names, for argparse."""
+    if not text:  # an empty variable of a shell; a path would take it for the current folder
+        raise argparse.ArgumentTypeError("it is empty: name a folder, . for the current one")
+    return Path(text)
 
 
 def machine(device: str) -> dict:

@@ -7,7 +7,6 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ from mimkernels.commands.bench.cases.norm import norm_cases
 from mimkernels.commands.bench.cases.pooling import pooling_cases
 from mimkernels.commands.bench.cases.scaling import scaling_cases
 from mimkernels.commands.bench.cases.segmentation import segmentation_cases
-from mimkernels.commands.bench.results import machine, save
+from mimkernels.commands.bench.results import machine, output_folder, save
 from mimkernels.commands.bench.timing import Benchmark, Timing, measure, prepare
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -211,8 +210,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave the torch.compile baseline out")
     parser.add_argument("--compile-step", action="store_true", help="also time the whole step under torch.compile")
     parser.add_argument("--backends", action="store_true", help="also time each backend that takes the inputs by name")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the JSON, one file for each group and "
-                        "dtype, written anew after every case (default: benchmarks/results/<device>)")  # fmt: skip
+    parser.add_argument("--output", type=output_folder, metavar="DIR", help="folder of the JSON, one file for each "
+                        "group and dtype, written anew after every case "
+                        "(default: benchmarks/results/<device>)")  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:

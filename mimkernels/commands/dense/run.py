@@ -86,7 +86,7 @@ class DenseRun:
                 f"{', '.join(task.name for task in self.tasks)}"
             )
         self.mirrors = averaged and (self.source.flip_test if config.flip_test is None else config.flip_test)
-        files.check_writable(self.output)
+        files.check_writable(config.output)
         files.check_own_folder(self.output, DenseConfig)
         self._check_same_data()
         self.accelerator, self.precision, self.precision_reason = start_accelerator(config.device, config.precision)

@@ -104,7 +104,7 @@ class ProbeRun:
         self.config, self.output = config, Path(config.output)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("a probe runs in one process; start it without torchrun or accelerate launch")
-        files.check_writable(self.output)
+        files.check_writable(config.output)
         files.check_own_folder(self.output, ProbeConfig)
         self.overwrite, self.stream = overwrite, stream
         with contextlib.ExitStack() as held:

@@ -78,7 +78,7 @@ class TrainingRun:
         self.config = config
         self.output = Path(config.output)
         self.checkpoints = CheckpointFolder(self.output / "checkpoints", config.keep_checkpoints)
-        files.check_writable(self.output)
+        files.check_writable(config.output)
         files.check_own_folder(self.output, type(config))
         with contextlib.ExitStack() as held:
             if os.environ.get("RANK", "0") == "0":  # of several processes the first one writes
