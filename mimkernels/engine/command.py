@@ -4,9 +4,11 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +23,10 @@ class TrainingError(RuntimeError):
 
     Bad arguments are ValueError, raised before any file is written.
     """
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does, and says the same."""
 
 
 @contextlib.contextmanager
@@ -60,7 +66,7 @@ def told_failures(
     except OSError as e:
         raise TrainingError(f"{files.refusal(e, output)}{more()}") from e
     except KeyboardInterrupt as e:
-        raise KeyboardInterrupt(*(() if going_on is None else (going_on(),))) from e
+        raise type(e)(*(() if going_on is None else (going_on(),))) from e
 
 
 def _lost_process(error: Exception) -> str | None:
@@ -82,8 +88,12 @@ def guarded(prepare: Callable[[], Callable[[], int]], debug: bool) -> int:
         prepare: checks everything and returns what then does the work, whose result is the exit code.
         debug: show the traceback of every error.
     """
-    with _warnings_of_one_line():
-        return _guarded(prepare, debug)
+    with _warnings_of_one_line(), _termination_raised():
+        try:
+            return _guarded(prepare, debug)
+        except KeyboardInterrupt as e:  # while it trains the second one: the first ends training in good order
+            number = signal.SIGTERM if isinstance(e, Terminated) else signal.SIGINT
+            return _complain(f"interrupted{f'; {e}' if str(e) else ''}", exit_code(number))
 
 
 def _guarded(prepare: Callable[[], Callable[[], int]], debug: bool) -> int:
@@ -99,8 +109,25 @@ def _guarded(prepare: Callable[[], Callable[[], int]], debug: bool) -> int:
         if debug:
             raise
         return _complain(e, _FAILED)
-    except KeyboardInterrupt as e:  # while it trains the second one: the first ends training in good order
-        return _complain(f"interrupted{f'; {e}' if str(e) else ''}", exit_code(signal.SIGINT))
+
+
+@contextlib.contextmanager
+def _termination_raised() -> Iterator[None]:
+    """Inside the block, SIGTERM raises ``Terminated`` in the main thread, unless somebody else handles it."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process
+        raise Terminated
+
+    here = threading.current_thread() is threading.main_thread()  # elsewhere Python allows no handlers
+    if not here or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import signal
 import warnings
 from pathlib import Path
 
@@ -64,17 +65,32 @@ def test_a_full_disk_says_how_to_go_on(tmp_path):
             raise full
 
 
-def interrupted(going_on):
+def interrupted(number, going_on):
     with told_failures(Path("output"), torch.device("cpu"), "x", going_on):
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
 
 
 @pytest.mark.parametrize(
     ("going_on", "shown"), [(None, "interrupted\n"), (lambda: "it goes on", "interrupted; it goes on\n")]
 )
-def test_an_interruption_says_how_to_go_on(capsys, going_on, shown):
-    assert guarded(lambda: lambda: interrupted(going_on), debug=False) == 130
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_says_how_to_go_on(capsys, number, going_on, shown):
+    before = signal.getsignal(signal.SIGTERM)
+    assert guarded(lambda: lambda: interrupted(number, going_on), debug=False) == 128 + number
     assert capsys.readouterr().err == f"mimkernels: error: {shown}"
+    assert guarded(lambda: interrupted(number, going_on), debug=False) == 128 + number  # while all is checked
+    assert capsys.readouterr().err == f"mimkernels: error: {shown}"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_termination_that_somebody_handles_stays_theirs():
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        assert guarded(lambda: lambda: interrupted(signal.SIGTERM, None) or 0, debug=False) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [signal.SIGTERM]
 
 
 def test_warnings_are_one_line_without_the_place_in_the_code(capsys):
