@@ -150,7 +150,12 @@ class Report:
         own = method.verdict(self.config, references.untrained, references.now)
         if own:
             sentences.append(own)
-        if references.blind is not None:
+        if references.blind == 0:  # flat images under normalised targets, labels of one class
+            sentences.append(
+                f"The loss of {references.blind_words} is 0 on these images, which cannot tell whether the model has "
+                "learned: validate on others."
+            )
+        elif references.blind is not None:
             below = 1 - now / references.blind
             sentences.append(
                 f"The loss is {below:.0%} below that of {references.blind_words}: the model uses what it sees."

@@ -186,6 +186,7 @@ def test_the_loss_of_predicting_the_mean_is_known(checked):
                                "images it is still falling."),
         ([0.9, 0.5, 0.6], 1.0, "it was lowest, 0.5, at epoch 2 and has risen to 0.6 since: the model overfits."),
         ([1.2, 1.0, 0.995], 1.0, "The loss is not below that of predicting the mean: the model has not learned"),
+        ([0.9, 0.5, 0.4], 0.0, "The loss of predicting the mean is 0 on these images, which cannot tell whether"),
     ],
 )  # fmt: skip
 def test_the_report_says_whether_the_loss_is_normal(seen, blind, said):
@@ -195,5 +196,5 @@ def test_the_report_says_whether_the_loss_is_normal(seen, blind, said):
     report = SimpleNamespace(config=config, entries=entries, references=references, steps_per_epoch=5)
     assert said in Report.verdict.fget(report)
     assert Report.comparisons.fget(report)[:2] == [
-        ("the untrained model, on new images", "2"), ("predicting the mean, on new images", "1")
+        ("the untrained model, on new images", "2"), ("predicting the mean, on new images", f"{blind:.4g}")
     ]  # fmt: skip
