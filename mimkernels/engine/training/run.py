@@ -337,6 +337,7 @@ class TrainingRun:
             "effective_batch": self.plan.effective_batch,
             "versions": versions(),
             **({"teachers": self.teachers} if self.teachers else {}),
+            **({"validation": self.validation.fingerprint()} if self.validation else {}),
         }
 
     def _facts(self) -> dict[str, str]:
@@ -366,6 +367,12 @@ class TrainingRun:
         different = changes(type(self.config).from_dict(self.start["config"]), self.config, self.config.results)
         if different:
             notes.append(f"settings that differ from the checkpoint's: {'; '.join(different)}")
+        before = self.start.get("validation")  # what the checkpoints of before have not
+        if before is not None and self.validation is not None and before != self.validation.fingerprint():
+            notes.append(
+                f"warning: the images to validate on are not those of the checkpoint: {before} in the checkpoint, "
+                f"{self.validation.fingerprint()} now; validations before and after do not compare"
+            )
         if self.start["step"] >= self.config.epochs * self.plan.steps_per_epoch:
             notes.append("the checkpoint is at the end of its schedule: nothing is left to train (more with --epochs)")
         return notes

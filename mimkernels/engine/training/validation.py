@@ -99,6 +99,10 @@ class Validation:
         """Masks per image; 0 where there are none."""
         return 0 if self._masks is None else len(self._masks)
 
+    def fingerprint(self) -> str:
+        """Changes with the images and the number of their masks, upon which the numbers depend."""
+        return f"{self.source.fingerprint()}, {len(self)} images, {self.masks} masks"
+
     def require_readable(self) -> None:
         """Raise ValueError, naming the first image and the reason, if none of the images can be read."""
         reasons = []

@@ -119,6 +119,21 @@ def test_a_run_that_is_continued_validates_to_the_same_bits(tiny, tmp_path, monk
     assert all(0 <= entry["val_accuracy"] <= 1 for entry in entries)
 
 
+def test_a_run_that_is_continued_tells_of_other_images_to_validate_on(tiny, tmp_path, capsys):
+    for number in range(3):
+        (tmp_path / "val").mkdir(exist_ok=True)
+        Image.new("L", (16, 16), 80 * number).save(tmp_path / "val" / f"{number}.png")
+    settings = {"val_data": str(tmp_path / "val"), "val_masks": 1, "pictures": 0}
+    pretrain(tiny(**settings))
+    pretrain(tiny(**settings), resume="auto")
+    assert "to validate on" not in capsys.readouterr().out
+    (tmp_path / "val" / "1.png").unlink()
+    pretrain(tiny(**settings), resume="auto")
+    told = capsys.readouterr().out
+    assert "warning: the images to validate on are not those of the checkpoint: folder/3/" in told
+    assert ", 2 images, 1 masks now; validations before and after do not compare" in told
+
+
 def test_images_to_validate_on_are_a_folder_or_a_share(checked, tmp_path):
     rng = np.random.default_rng(0)
     for name in ("train/a", "train/b", "val/b"):
