@@ -24,14 +24,12 @@ def _demo(args: argparse.Namespace) -> int:
     def prepare() -> Callable[[], int]:
         from mimkernels.commands.demo.run import prepare_demo
 
-        run, go_on = prepare_demo(args.output, args.epochs)
+        run = prepare_demo(args.output, args.epochs)
 
         def execute() -> int:
-            result = run.execute()
-            stopped_by = result.stopped_by
+            stopped_by = run.execute().stopped_by
             if not stopped_by:
-                stopped_by, closing_words = go_on(result)
-                print(closing_words)
+                print(run.closing_words)
             return exit_code(stopped_by)
 
         return execute

@@ -1,6 +1,5 @@
 """The demo: ``pretrain``, then ``probe``, with settings for handwritten digits on two CPU cores."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from mimkernels.commands.pretrain.config import PretrainConfig
@@ -54,12 +53,34 @@ def demo_probe_config(output: str = "runs/demo") -> ProbeConfig:
     )
 
 
-def prepare_demo(output: str, epochs: int | None) -> tuple[Run, Callable[[RunResult], tuple[int, str]]]:
-    """The checked run, and what to do and say after it. A demo replaces an earlier demo, and nothing else."""
+class DemoRun(Run):
+    """Pre-training, then the probe of what came of it, while the folder is held for both.
+
+    Attributes:
+        closing_words: what to say at the end; empty where a signal ended it early.
+    """
+
+    closing_words = ""
+
+    def _execute(self) -> RunResult:
+        result = super()._execute()
+        if not result.stopped_by:
+            result.stopped_by, self.closing_words = _probe_and_close(result)
+        return result
+
+    def _going_on(self) -> str:
+        return "the same command begins anew"
+
+    def _to_continue(self) -> str:
+        return f"the same command begins anew, `mimkernels pretrain --output {self.output} --resume` continues"
+
+
+def prepare_demo(output: str, epochs: int | None) -> DemoRun:
+    """The checked run. A demo replaces an earlier demo, and nothing else."""
     config = demo_config(output, epochs)
     saved = Path(output) / "config.json"
     earlier = saved.is_file() and PretrainConfig.load(saved).title == _TITLE
-    return Run(config, overwrite=earlier), _probe_and_close
+    return DemoRun(config, overwrite=earlier)
 
 
 def _probe_and_close(result: RunResult) -> tuple[int, str]:

@@ -221,6 +221,9 @@ class TrainingRun:
         newest = self.checkpoints.latest()
         return f"--output {self.output} --resume goes on from {newest}" if newest else "nothing had been saved yet"
 
+    def _to_continue(self) -> str:
+        return f"continue with --output {self.output} --resume"
+
     def _execute(self) -> RunResult:
         config, accelerator, progress = self.config, self.accelerator, self.progress
         first_step = 0 if self.start is None else self.start["step"]
@@ -254,7 +257,7 @@ class TrainingRun:
         try:
             trainer.train()
             if trainer.stopped_by:
-                progress.note(f"stopped at step {trainer.step}; continue with --output {self.output} --resume")
+                progress.note(f"stopped at step {trainer.step}; {self._to_continue()}")
             else:
                 weights = trainer.save(final=True)
                 if accelerator.is_main_process:

@@ -1,11 +1,18 @@
 """The demo: pre-training, a probe, and one report of both."""
 
+import signal
+
+import pytest
+
 from mimkernels.cli import main
-from mimkernels.commands.demo.run import demo_config, demo_probe_config
+from mimkernels.commands.demo.run import demo_config, demo_probe_config, prepare_demo
 from mimkernels.commands.pretrain.run import pretrain
+from mimkernels.commands.probe.run import ProbeRun
+from tests.engine.test_lock import in_use
 
 
-def test_the_demo_trains_probes_reports_and_may_be_repeated(tiny, tmp_path, capsys, monkeypatch):
+@pytest.fixture(autouse=True)
+def short_demo(monkeypatch):
     def small(output, epochs):
         config = demo_config(output, epochs)
         config.batch_size, config.pictures, config.img_size = 500, 2, 16
@@ -18,6 +25,9 @@ def test_the_demo_trains_probes_reports_and_may_be_repeated(tiny, tmp_path, caps
 
     monkeypatch.setattr("mimkernels.commands.demo.run.demo_config", small)
     monkeypatch.setattr("mimkernels.commands.demo.run.demo_probe_config", short)
+
+
+def test_the_demo_trains_probes_reports_and_may_be_repeated(tiny, tmp_path, capsys):
     output = tmp_path / "demo"
     for _ in range(2):
         assert main(["demo", "--output", str(output), "--epochs", "1"]) == 0
@@ -30,3 +40,16 @@ def test_the_demo_trains_probes_reports_and_may_be_repeated(tiny, tmp_path, caps
         assert page.count("What was run</h2>") == 1 and page.index("Where poolings look") < page.index("What was run")
     pretrain(tiny(output=str(tmp_path / "mine")))
     assert main(["demo", "--output", str(tmp_path / "mine"), "--epochs", "1"]) == 2  # not a demo: never replaced
+
+
+def test_a_second_demo_is_refused_while_the_first_probes(tmp_path, capsys, monkeypatch):
+    output = str(tmp_path / "demo")
+
+    def meanwhile(self):
+        with pytest.raises(ValueError, match=in_use()):
+            prepare_demo(output, 1)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(ProbeRun, "_execute", meanwhile)
+    assert main(["demo", "--output", output, "--epochs", "1"]) == 130
+    assert capsys.readouterr().err.endswith("interrupted; the same command begins anew\n")
