@@ -50,7 +50,10 @@ class Source(Protocol):
         """How to name image ``index`` to a person."""
 
     def fingerprint(self) -> str:
-        """Changes when the images, what is made of their values, or their order change."""
+        """Changes when the names of the images, what is made of their values, or their order change.
+
+        Files themselves are not looked at: of a million images that takes minutes on some file systems.
+        """
 
     def targets(self) -> tuple[list[int], list[str]]:
         """The class number of every image, and the classes' names; ValueError where images have no class."""
