@@ -46,7 +46,7 @@ from mimkernels.nn._classes import (
     prepare_scriptable,
     shows_its_matrix,
 )
-from mimkernels.nn.encoder import check_patch_embed, run_blocks, visible_features
+from mimkernels.nn.encoder import check_patch_embed, count_kept, run_blocks, visible_features
 from mimkernels.nn.relative import RELATIVE, head_dim
 from mimkernels.nn.sdpa import is_for_pytorch
 from mimkernels.nn.sdpa.measured import reasons
@@ -525,7 +525,7 @@ def _dropped(module: PatchDropout | PatchDropoutWithIndices, x: Tensor) -> tuple
 
 
 def _kept(drop: PatchDropout | PatchDropoutWithIndices, batch: int, patches: int, device: torch.device) -> Tensor:
-    keep = max(1, int(patches * (1.0 - drop.prob)))
+    keep = max(1, count_kept(patches, drop.prob))
     noise = torch.randn(batch, patches, device=device)
     return mask_from_noise(noise, keep, order="sorted" if drop.ordered else "shuffle").ids_keep
 

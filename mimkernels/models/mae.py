@@ -23,6 +23,7 @@ from mimkernels.nn.attention import attention_layers
 from mimkernels.nn.block import run_blocks_in_a_row
 from mimkernels.nn.encoder import (
     check_encoder,
+    count_kept,
     create_encoder,
     encode_visible,
     init_encoder,
@@ -496,7 +497,7 @@ class MAE(ImageModel):
     def _keep(self, patches: int) -> int:
         """How many of `patches` stay visible, rounded as published."""
         inside = 0 < self.mask_ratio < 1
-        keep = int(patches * (1 - self.mask_ratio)) if inside else 0
+        keep = count_kept(patches, self.mask_ratio) if inside else 0
         if not 0 < keep < patches:
             raise ValueError(
                 f"mask_ratio must lie between 0 and 1 and leave some of the {patches} patches visible and "

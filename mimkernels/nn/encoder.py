@@ -334,3 +334,13 @@ def _as_pair(value: int | Sequence[int], what: str) -> tuple[int, int]:
 
 def _by(sizes: Sequence[int]) -> str:
     return " x ".join(str(size) for size in sizes)
+
+
+def count_kept(patches: int, removed: float) -> int:
+    """How many of `patches` stay where the share `removed` does not, rounded down as published.
+
+    torch.compile takes floats for variables under dynamic=True, and fails where lengths of tokens depend on them. What
+    is hashed has to be known to it.
+    """
+    hash(removed)
+    return int(patches * (1 - removed))

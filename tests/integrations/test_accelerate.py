@@ -457,10 +457,12 @@ def test_the_model_compiles_whole():
         torch.testing.assert_close(compiled, model(images()), atol=1e-5, rtol=1e-5)
 
 
-def test_training_with_patch_dropout_compiles():
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_training_with_patch_dropout_compiles(dynamic):
     ours = vit(depth=1, patch_drop_rate=0.5).train()
     mimkernels.accelerate(ours)
-    out = torch.compile(ours, fullgraph=True, backend="aot_eager")(images())
+    torch._dynamo.reset()
+    out = torch.compile(ours, fullgraph=True, dynamic=dynamic, backend="aot_eager")(images())
     out.sum().backward()
     assert ours.patch_embed.proj.weight.grad.abs().sum() > 0
 

@@ -1,6 +1,7 @@
 """MAE against the published algorithm, stated in plain PyTorch: same weights and noise, same numbers."""
 
 import copy
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -521,3 +522,16 @@ def test_compiles_into_one_graph(backend, offsets):
             mine = model.get_parameter(name).grad
             torch.testing.assert_close(mine, grad, rtol=1e-3, atol=1e-5 * float(grad.abs().max()), msg=name)
         model.zero_grad()
+
+
+@pytest.mark.parametrize("dynamic_size", [False, True])
+def test_compiles_into_one_graph_for_any_number_of_images(dynamic_size):
+    model = build(depth=1, decoder_depth=1, dynamic_img_size=dynamic_size)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for count in (4, 7):
+        images = torch.rand(count, 3, 32, 32)
+        # The first number of images compiles, and no other.
+        with nullcontext() if count == 4 else torch.compiler.set_stance("fail_on_recompile"):
+            loss = compiled(images).loss
+        torch.testing.assert_close(loss, model(images).loss, rtol=1e-5, atol=0)
